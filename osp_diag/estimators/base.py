@@ -1,0 +1,254 @@
+"""The contract of an estimator: ``init / update / merge / finalise`` over a small mergeable state.
+
+Two layers keep definitions apart from the work of reading activations:
+
+* A :class:`Measurement` says which sums (or maxima, or minima) to take over an observation.
+  Its state is a flat dictionary of small arrays, each with a declared way of combining, so that
+  ``update`` and ``merge`` are written once, here, and are associative and commutative by
+  construction. Raw sums are what the run store keeps.
+* An :class:`Estimator` is one published definition of one number. It names the measurements that
+  it needs and computes its outputs from their sums. Estimators that need the same measurement
+  share it: the activations are read once.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from osp_diag.errors import EstimatorError
+from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, namespace_of
+
+Combine = Literal["sum", "maximum", "minimum"]
+State = dict[str, Array]
+
+STRATA = ("all", "first", "delimiter", "rest")
+"""Which tokens a number speaks of. ``all`` is the union of the other three, which do not overlap."""
+
+__all__ = [
+    "STRATA",
+    "Estimator",
+    "Field",
+    "Layout",
+    "Measurement",
+    "Output",
+    "Source",
+    "State",
+    "Suite",
+    "merge_states",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """The static sizes of what is observed at one site.
+
+    ``channels`` is the width d of the activations; for attention, ``head_channels`` is the width of
+    one head, and ``key_value_heads`` ≤ ``heads`` under grouped-query attention.
+    """
+
+    channels: int = 1
+    heads: int = 1
+    key_value_heads: int = 1
+    head_channels: int = 1
+    tokens: int = 1
+
+    def size(self, dim: str) -> int:
+        sizes = {
+            "stratum": len(STRATA),
+            "channel": self.channels,
+            "head": self.heads,
+            "key_value_head": self.key_value_heads,
+            "head_channel": self.head_channels,
+            "key_position": self.tokens,
+            "token_position": self.tokens,
+        }
+        if dim not in sizes:
+            raise EstimatorError(
+                f"dimension {dim!r} has no size in the layout; give it coordinates in `Measurement.coords`"
+            )
+        return sizes[dim]
+
+
+@dataclass(frozen=True)
+class Field:
+    """One array of a state: its named dimensions and how two of them combine."""
+
+    dims: tuple[str, ...]
+    combine: Combine = "sum"
+
+    @property
+    def identity(self) -> float:
+        return {"sum": 0.0, "maximum": -np.inf, "minimum": np.inf}[self.combine]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a definition is published, and who computes the same number."""
+
+    citation: str
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One finalised number with its labels. ``values`` has the dimensions ``dims`` last."""
+
+    values: Array
+    dims: tuple[str, ...] = ()
+    unit: str = "1"
+    definition: str = ""
+    coords: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    floor: float | None = None
+    ceiling: float | None = None
+
+
+class Measurement(ABC):
+    """Sums over an observation. Subclasses are frozen dataclasses, equal when they measure the same."""
+
+    name: str
+
+    @abstractmethod
+    def fields(self, layout: Layout) -> Mapping[str, Field]:
+        """The state's arrays by name."""
+
+    @abstractmethod
+    def measure(self, observation: Any) -> Mapping[str, Array]:
+        """What this observation adds to each field, on the observation's device."""
+
+    def coords(self) -> Mapping[str, Sequence[Any]]:
+        """Coordinate values of dimensions that :class:`Layout` does not size."""
+        return {}
+
+    def qualified_fields(self, layout: Layout) -> dict[str, Field]:
+        return {f"{self.name}.{key}": value for key, value in self.fields(layout).items()}
+
+
+class Estimator(ABC):
+    """One published or clearly stated definition of one number (or one small family of them)."""
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    title: ClassVar[str]
+    formula: ClassVar[str]
+    unit: ClassVar[str] = "1"
+    range: ClassVar[str]
+    floor: ClassVar[str] = "none"
+    ceiling: ClassVar[str] = "none"
+    sources: ClassVar[tuple[Source, ...]]
+    also_used_by: ClassVar[tuple[str, ...]] = ()
+    observes: ClassVar[Literal["activation", "heads", "attention"]] = "activation"
+    sites: ClassVar[tuple[str, ...]] = ("*",)
+    """Patterns of the sites where the definition applies by default."""
+    optional: ClassVar[bool] = False
+    """Left out of the default set (costly, or a control)."""
+
+    @property
+    def identifier(self) -> str:
+        return f"{self.name}/{self.version}"
+
+    @property
+    @abstractmethod
+    def measurements(self) -> tuple[Measurement, ...]:
+        """What has to be summed over the data."""
+
+    @abstractmethod
+    def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
+        """The outputs, from sums that may carry any leading axes (layers, steps)."""
+
+    def init(self, layout: Layout, like: Array) -> State:
+        """An empty state on ``like``'s backend and device."""
+        return Suite((self,)).init(layout, like)
+
+    def update(self, state: State, observation: Any) -> State:
+        """``state`` with ``observation`` added. Pure: nothing is changed in place."""
+        return Suite((self,)).update(state, observation)
+
+    def merge(self, first: State, second: State) -> State:
+        """The state of both data sets together: associative and commutative."""
+        return Suite((self,)).merge(first, second)
+
+
+def _combine(xp: Namespace, how: Combine, first: Array, second: Array) -> Array:
+    second = xp.astype(second, first.dtype, copy=False)
+    if how == "sum":
+        return first + second
+    return xp.maximum(first, second) if how == "maximum" else xp.minimum(first, second)
+
+
+def merge_states(fields: Mapping[str, Field], first: State, second: State) -> State:
+    """Combine two states field by field, as declared."""
+    if not first:
+        return dict(second)
+    xp = namespace_of(next(iter(first.values())))
+    return {key: _combine(xp, spec.combine, first[key], second[key]) for key, spec in fields.items()}
+
+
+class Suite:
+    """Several estimators over the same kind of observation, sharing their measurements."""
+
+    def __init__(self, estimators: Sequence[Estimator]) -> None:
+        self.estimators = tuple(estimators)
+        by_name: dict[str, Measurement] = {}
+        for estimator in self.estimators:
+            for measurement in estimator.measurements:
+                known = by_name.setdefault(measurement.name, measurement)
+                if known != measurement:
+                    raise EstimatorError(
+                        f"two different measurements are named {measurement.name!r} "
+                        f"({known} and {measurement}); give one of them another name"
+                    )
+        self.measurements = tuple(by_name.values())
+
+    def fields(self, layout: Layout) -> dict[str, Field]:
+        found: dict[str, Field] = {}
+        for measurement in self.measurements:
+            found |= measurement.qualified_fields(layout)
+        return found
+
+    def coords(self) -> dict[str, Sequence[Any]]:
+        found: dict[str, Sequence[Any]] = {}
+        for measurement in self.measurements:
+            found |= measurement.coords()
+        return found
+
+    def shape(self, spec: Field, layout: Layout) -> tuple[int, ...]:
+        coords = self.coords()
+        return tuple(len(coords[dim]) if dim in coords else layout.size(dim) for dim in spec.dims)
+
+    def init(self, layout: Layout, like: Array) -> State:
+        xp = namespace_of(like)
+        dtype = accumulator_dtype(xp, like)
+        device = {} if not hasattr(like, "device") or isinstance(like, np.ndarray) else {"device": like.device}
+        return {
+            key: xp.full(self.shape(spec, layout), spec.identity, dtype=dtype, **device)
+            for key, spec in self.fields(layout).items()
+        }
+
+    def measure(self, observation: Any) -> State:
+        """What one observation adds, before it is combined with a state."""
+        return {
+            f"{measurement.name}.{key}": value
+            for measurement in self.measurements
+            for key, value in measurement.measure(observation).items()
+        }
+
+    def update(self, state: State, observation: Any) -> State:
+        return merge_states(self.fields(observation.layout), state, self.measure(observation))
+
+    def merge(self, first: State, second: State) -> State:
+        """As :func:`merge_states`; the sizes of a layout do not matter to how fields combine."""
+        return merge_states(self.fields(Layout()), first, second)
+
+    def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
+        outputs: dict[str, Output] = {}
+        for estimator in self.estimators:
+            for name, output in estimator.finalise(state, layout).items():
+                if name in outputs:
+                    raise EstimatorError(f"two estimators produce an output named {name!r}: rename one")
+                outputs[name] = output
+        return outputs
