@@ -1,0 +1,1 @@
+"""OSP pre-training: models, optimizers and data that grow outliers, or don't. May import ``osp_diag`` only."""
