@@ -80,7 +80,7 @@ def _registry() -> ConstructorRegistry:
         members = get_args(info.type)
         if get_origin(info.type) not in (Union, types.UnionType) or type(None) not in members:
             return None
-        given = Union[tuple(member for member in members if member is not type(None))]  # noqa: UP007 (the members are only known here)
+        given = Union[tuple(member for member in members if member is not type(None))]  # noqa: UP007
         inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given, info.markers))
         if isinstance(inner, UnsupportedTypeAnnotationError):
             return inner
