@@ -1,0 +1,126 @@
+"""Which tokens a statistic speaks of: the four strata of every forward pass, as weights on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from osp_diag.errors import CaptureError
+
+__all__ = ["STRATA", "strata_of"]
+
+STRATA = ("all", "first", "delimiter", "rest")
+"""The order of the first axis of what :func:`strata_of` returns."""
+
+
+def strata_of(
+    input_ids: Int[Tensor, "batch token"] | None,
+    attention_mask: Shaped[Tensor, "batch token"] | None,
+    delimiter_ids: Sequence[int] | Int[Tensor, " delimiter"],
+    position_ids: Int[Tensor, "batch token"] | None = None,
+    *,
+    inputs_embeds: Float[Tensor, "batch token channel"] | None = None,
+) -> Float[Tensor, "4 batch token"]:
+    """The weight, 0 or 1, of every token in every stratum.
+
+    * ``all``: every token that is not padding;
+    * ``first``: the first token of each row that is not padding and, where positions are given, every
+      token at position 0, so that each document of a packed row has its own first token;
+    * ``delimiter``: not first, and its id is one of ``delimiter_ids``;
+    * ``rest``: neither. So all = first + delimiter + rest.
+
+    The host never waits for the device, except that delimiter ids given as Python numbers are copied
+    there once and kept.
+
+    Parameters
+    ----------
+    input_ids
+        Token ids; None where the model is called with embeddings, and then no token is a delimiter.
+    attention_mask
+        Not 0 where there is a token, 0 on padding; None for no padding. A longer one than the tokens
+        (it covers a key-value cache) is read from its end.
+    delimiter_ids
+        The ids of the ``delimiter`` stratum, in any order.
+    position_ids
+        Positions, of shape (batch, token), (token,) or (1, token).
+    inputs_embeds
+        Stands in for missing ``input_ids``: only its shape and device are read.
+
+    Returns
+    -------
+    float32 of shape (4, batch, token) in the order of :data:`STRATA`, on the device of the tokens.
+
+    Raises
+    ------
+    CaptureError
+        The shape of the tokens cannot be learnt, or the mask or the positions do not have it.
+    """
+    batch, tokens, device = _shape_of(input_ids, attention_mask, inputs_embeds)
+    present = _present(attention_mask, batch, tokens, device)
+    first = present & (present.cumsum(dim=1) == 1)
+    if position_ids is not None:
+        first = first | (present & (_positions(position_ids, batch, tokens, device) == 0))
+    delimiter = present & ~first
+    if input_ids is None or len(delimiter_ids) == 0:
+        delimiter = torch.zeros_like(present)
+    else:
+        delimiter = delimiter & _is_any_of(input_ids, _on_device(delimiter_ids, device))
+    rest = present & ~first & ~delimiter
+    return torch.stack([present, first, delimiter, rest]).to(torch.float32)
+
+
+def _shape_of(
+    input_ids: Tensor | None, attention_mask: Tensor | None, inputs_embeds: Tensor | None
+) -> tuple[int, int, torch.device]:
+    for tensor in (input_ids, inputs_embeds, attention_mask):
+        if tensor is not None and tensor.ndim >= 2:
+            return tensor.shape[0], tensor.shape[1], tensor.device
+    raise CaptureError(
+        "the forward pass has no input_ids, inputs_embeds or attention_mask of shape (batch, token, …), so its "
+        "tokens cannot be told apart; call the model with one of them"
+    )
+
+
+def _present(mask: Tensor | None, batch: int, tokens: int, device: torch.device) -> Tensor:
+    if mask is None:
+        return torch.ones(batch, tokens, dtype=torch.bool, device=device)
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] < tokens:
+        raise CaptureError(
+            f"the attention mask has shape {tuple(mask.shape)}, but padding is read from one of shape "
+            f"(batch, token) = ({batch}, {tokens}); pass the tokenizer's mask and let the model expand it"
+        )
+    return mask[:, -tokens:].to(device) != 0
+
+
+def _positions(position_ids: Tensor, batch: int, tokens: int, device: torch.device) -> Tensor:
+    if position_ids.shape not in ((batch, tokens), (1, tokens), (tokens,)):
+        raise CaptureError(
+            f"position_ids have shape {tuple(position_ids.shape)}, which does not fit tokens of shape "
+            f"(batch, token) = ({batch}, {tokens})"
+        )
+    return position_ids.to(device)
+
+
+def _on_device(ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """``ids`` sorted, on ``device``."""
+    if isinstance(ids, Tensor):
+        return ids.to(device=device, dtype=torch.int64, non_blocking=True).sort().values
+    return _copied_once(tuple(ids), device)
+
+
+@lru_cache(maxsize=32)
+def _copied_once(ids: tuple[int, ...], device: torch.device) -> Tensor:
+    # A tensor born in inference mode could not be used outside it later.
+    with torch.inference_mode(False):
+        return torch.tensor(sorted(ids), dtype=torch.int64, device=device)
+
+
+def _is_any_of(values: Tensor, ordered: Tensor) -> Tensor:
+    """Elementwise membership by bisection; ``torch.isin`` may wait for the device to learn a size."""
+    values = values.to(torch.int64)
+    place = torch.searchsorted(ordered, values.contiguous()).clamp(max=ordered.shape[0] - 1)
+    return ordered[place] == values
