@@ -7,7 +7,8 @@
 VENV := .venv
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-PIP_INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
+# Errors only: what pip warns of (its own age, empty mirrors) is no news to who runs this.
+PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 # Options for `osp-diag demo` and for pytest: make demo DEMO_ARGS="--tokens 4096"
 DEMO_ARGS ?=
 PYTEST_ARGS ?=

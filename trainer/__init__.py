@@ -1,4 +1,4 @@
-"""OSP pre-training: models, optimizers and data that grow outliers, or don't. 
+"""OSP pre-training: models, optimizers and data that grow outliers, or don't.
 
 May import ``osp_diag``; never ``analyses`` or ``figures``.
 """

@@ -25,13 +25,13 @@ class Verb:
     module: str
 
 
-def find_verbs() -> dict[str, Verb]:
-    """The verbs by name, in alphabetical order: every module of this package that defines ``VERB``.
+def find_verbs(package: str = PACKAGE) -> dict[str, Verb]:
+    """The verbs by name, in alphabetical order: every module of ``package`` that defines ``VERB``.
 
     The files are parsed, not imported: a verb may import torch at its top and still cost the others
     nothing.
     """
-    found = (_verb_in(entry) for entry in files(PACKAGE).iterdir() if entry.name.endswith(".py"))
+    found = (_verb_in(entry, package) for entry in files(package).iterdir() if entry.name.endswith(".py"))
     return {verb.name: verb for verb in sorted(filter(None, found), key=lambda verb: verb.name)}
 
 
@@ -50,7 +50,7 @@ def named_verb(name: str, verbs: Mapping[str, Verb]) -> Verb:
     raise UsageError(f"there is no verb {name!r}; {advice} `osp-diag --help` lists them.")
 
 
-def _verb_in(source: Traversable) -> Verb | None:
+def _verb_in(source: Traversable, package: str) -> Verb | None:
     """The verb that a source file defines by top-level string constants ``VERB`` and ``HELP``."""
     constants: dict[str, str] = {}
     for statement in ast.parse(source.read_text(encoding="utf-8")).body:
@@ -62,5 +62,5 @@ def _verb_in(source: Traversable) -> Verb | None:
                 constants[name] = text
     if "VERB" not in constants:
         return None
-    module = f"{PACKAGE}.{source.name.removesuffix('.py')}"
+    module = f"{package}.{source.name.removesuffix('.py')}"
     return Verb(constants["VERB"], constants.get("HELP", ""), module)

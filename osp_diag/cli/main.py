@@ -128,8 +128,9 @@ def _report(error: BaseException, traceback_shown: bool) -> int:
         advice = f'this needs the package {missing!r}: pip install "osp-diag[{EXTRA_OF[missing]}]"'
         print(f"osp-diag: {advice}", file=sys.stderr)
         return MISUSE
-    where = "" if traceback_shown else " Run it again with --traceback to see where."
-    print(f"osp-diag: unexpected {type(error).__name__}: {error}{where}", file=sys.stderr)
+    print(f"osp-diag: unexpected {type(error).__name__}: {error}", file=sys.stderr)
+    if not traceback_shown:
+        print("This is a defect of osp-diag; --traceback shows where it lies.", file=sys.stderr)
     return MISUSE
 
 

@@ -1,0 +1,18 @@
+"""What holds for every test: no network, no windows, and property tests that don't depend on the clock."""
+
+from __future__ import annotations
+
+import os
+
+# Read when the libraries are imported, which is after this file.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from hypothesis import HealthCheck, settings
+
+# Deadlines fail on a busy machine, and first examples pay for compilation.
+settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

@@ -1,0 +1,149 @@
+"""The house as it is installed: cheap imports, the arrows at run time, ranges and pins that agree."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+import osp_diag
+from osp_diag.errors import OspDiagError
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("osp_diag", "trainer", "analyses", "figures")
+EXTRAS = ("jax", "jaxlib", "nnsight", "datasets")
+
+IMPORT_EVERY_MODULE = """
+import importlib, pkgutil
+def import_every_module(package):
+    module = importlib.import_module(package)
+    for found in pkgutil.walk_packages(module.__path__, package + "."):
+        if not found.name.endswith("__main__"):
+            importlib.import_module(found.name)
+"""
+
+BLOCK_THE_EXTRAS = f"""
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {EXTRAS}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+
+
+def modules_after(code: str) -> set[str]:
+    """The names of the modules that a fresh interpreter holds after running ``code``."""
+    report = "\nimport json, sys\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def pins() -> dict[str, str]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return dict(line.split("==") for line in lines if line and not line.startswith("#"))
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_importing_osp_diag_is_cheap_and_quiet():
+    loaded = modules_after("import warnings; warnings.simplefilter('error')\nimport osp_diag")
+    assert not loaded & {"torch", "jax", "xarray", "numpy", "transformers", "matplotlib"}
+    assert {name for name in loaded if name.startswith("osp_diag")} == {"osp_diag", "osp_diag.errors"}
+
+
+def test_importing_every_estimator_loads_neither_torch_nor_jax_nor_the_rest_of_osp_diag():
+    loaded = modules_after(IMPORT_EVERY_MODULE + "import_every_module('osp_diag.estimators')")
+    assert not loaded & {"torch", "jax", "transformers", "xarray"}
+    ours = {name for name in loaded if name.startswith("osp_diag") and "estimators" not in name}
+    assert ours == {"osp_diag", "osp_diag.errors"}
+
+
+def test_importing_every_figure_loads_no_model_library():
+    loaded = modules_after(IMPORT_EVERY_MODULE + "import_every_module('figures')")
+    assert not loaded & {"torch", "jax", "transformers", "trainer"}
+
+
+@pytest.mark.slow
+def test_every_module_of_the_core_imports_without_the_extras():
+    loaded = modules_after(
+        BLOCK_THE_EXTRAS + IMPORT_EVERY_MODULE + "import_every_module('osp_diag')\n"
+        "import osp_diag\n[getattr(osp_diag, name) for name in osp_diag.__all__]\n"
+        "import_every_module('analyses')\nimport_every_module('figures')"
+    )
+    assert "torch" in loaded
+    assert not loaded & set(EXTRAS)
+
+
+def test_public_names_are_listed_and_load_on_first_use():
+    assert set(osp_diag.__all__) <= set(dir(osp_diag))
+    assert osp_diag.OspDiagError is OspDiagError
+    assert osp_diag.estimators is sys.modules["osp_diag.estimators"]
+    assert callable(osp_diag.open_run)
+    assert isinstance(osp_diag.Run, type)
+
+
+def test_probe_is_the_function_and_stays_so():
+    import osp_diag.probing
+
+    assert osp_diag.probe is osp_diag.probing.probe
+    assert osp_diag.Probe is osp_diag.probing.Probe
+    assert callable(osp_diag.probe)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match=r"^module 'osp_diag' has no attribute 'kurtosis'$"):
+        osp_diag.kurtosis  # noqa: B018
+
+
+def test_the_installed_version_is_the_one_that_the_package_tells():
+    assert importlib.metadata.version("osp-diag") == osp_diag.__version__
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_each_package_is_typed(package):
+    assert (ROOT / package / "__init__.py").is_file()
+    assert (ROOT / package / "py.typed").is_file()
+
+
+def test_every_requirement_is_pinned_within_its_range():
+    wanted = project()["dependencies"] + [
+        r for extra in project()["optional-dependencies"].values() for r in extra
+    ]
+    for requirement in map(Requirement, wanted):
+        if requirement.name == "osp-diag":
+            continue
+        assert canonicalize_name(requirement.name) in pins(), (
+            f"constraints.txt does not pin {requirement.name}"
+        )
+        assert Version(pins()[canonicalize_name(requirement.name)]) in requirement.specifier
+
+
+def test_pins_name_released_versions_only():
+    for name, version in pins().items():
+        assert name == canonicalize_name(name)
+        assert re.fullmatch(r"[0-9]+(\.[0-9]+)*(\.?post[0-9]+)?", version), f"{name}=={version}"
+
+
+def test_make_says_what_to_do_where_no_python_will_do(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    done = subprocess.run(
+        ["make", "install", "PYTHON=no-such-python"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 2
+    assert "osp-diag needs Python 3.11, 3.12 or 3.13 with the venv module, and none was found" in done.stderr
+    assert "make demo PYTHON=/path/to/python3.12" in done.stderr
+    assert not (tmp_path / ".venv").exists()
