@@ -1,0 +1,274 @@
+"""Seam 1: transformers' attention interface.
+
+Every ported architecture looks its attention function up in a table, by the name in its config. For the
+length of one observed forward, each config that attention modules read gets a private name under which the
+table holds our function; ours observes and calls the function that would have been called.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from osp_diag.capture._attention_call import AttentionCall, MaskFunction, add_bias
+from osp_diag.errors import CaptureError
+
+__all__ = ["InterfaceSwitch", "ObservedName"]
+
+Observe = Callable[[Callable[[], AttentionCall], Callable[[], Any]], Any]
+"""(how to describe the call, how to compute it) → what the computation returned."""
+
+
+class ObservedName(str):
+    """The name of an attention implementation that reads like the original but is another table key.
+
+    Modelling code asks ``== "sdpa"``, ``in ("eager", "sdpa")`` or ``"flash" in name`` and takes another
+    path, so a name of our own would change outputs. This one compares equal to the original and differs in
+    its hash, which is what a dictionary looks at first. A copy or pickle of it (someone saves the config
+    during the forward) is the plain original name, so no trace can leak.
+    """
+
+    def __new__(cls, original: str) -> ObservedName:
+        name = super().__new__(cls, original)
+        name._token = object()  # type: ignore[attr-defined]
+        return name
+
+    def __hash__(self) -> int:
+        return hash(self._token)  # type: ignore[attr-defined]
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) if isinstance(other, str) else NotImplemented
+
+    def __ne__(self, other: object) -> bool:
+        return str.__ne__(self, other) if isinstance(other, str) else NotImplemented
+
+    def __reduce__(self) -> tuple[type, tuple[str]]:
+        return str, (str(self),)
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _functions_with_interface(kind: type) -> Iterator[tuple[FunctionType, set[str]]]:
+    """Methods of a class that look an attention function up, with the global names that they mention."""
+    for base in kind.__mro__:
+        for attribute in vars(base).values():
+            function = getattr(attribute, "__func__", attribute)
+            if not isinstance(function, FunctionType):
+                continue
+            function = inspect.unwrap(function)
+            if not isinstance(function, FunctionType):
+                continue
+            names = {name for code in _codes(function.__code__) for name in code.co_names}
+            # PreTrainedModel mentions the table too, to check names against it.
+            if "ALL_ATTENTION_FUNCTIONS" in names and function.__module__ != "transformers.modeling_utils":
+                yield function, names
+
+
+def _is_attention_function(candidate: Any) -> bool:
+    if not isinstance(candidate, FunctionType):
+        return False
+    parameters = list(inspect.signature(candidate).parameters)
+    return parameters[:1] == ["module"] and "attention_mask" in parameters
+
+
+def eager_function(kind: type) -> Callable[..., Any] | None:
+    """The function that ``get_interface(name, default)`` falls back to in the methods of ``kind``.
+
+    The table never sees ``default``, so it is read from the method: of the global names in its code, the one
+    that is an attention function. Modules with several (llama4's text and vision) differ by method.
+    """
+    for function, names in _functions_with_interface(kind):
+        known = function.__globals__
+        candidates = [name for name in sorted(names) if _is_attention_function(known.get(name))]
+        candidates.sort(key=lambda name: "eager" not in name)
+        if candidates:
+            return known[candidates[0]]
+        if _is_attention_function(known.get("eager_attention_forward")):
+            return known["eager_attention_forward"]
+    return None
+
+
+def _table(kind: type) -> Mapping[str, Callable[..., Any]]:
+    """The table that the class consults: a modelling file may hold an instance with local entries."""
+    for function, _ in _functions_with_interface(kind):
+        if "ALL_ATTENTION_FUNCTIONS" in function.__globals__:
+            return function.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    return _tables()[0]
+
+
+def _tables() -> tuple[Any, Any]:
+    """transformers' tables of attention functions and of mask functions."""
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    return ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
+
+
+class InterfaceSwitch:
+    """Puts configs on observed names and back. ``enter`` and ``exit`` bracket one forward."""
+
+    def __init__(self, model: nn.Module, observe: Observe) -> None:
+        self._observe = observe
+        self._configs: dict[int, Any] = {}
+        self._without_eager: set[int] = set()
+        self._eager: dict[type, Callable[..., Any] | None] = {}
+        self._restore: list[tuple[Any, str]] = []
+        self._names: list[ObservedName] = []
+        if "transformers" in sys.modules:
+            self._find(model)
+
+    def _find(self, model: nn.Module) -> None:
+        # Only the configs that attention modules read. The model's own config, by which masks are made, is
+        # usually the same object; where it isn't, masks are made under the original name, which is as good.
+        interface: dict[type, bool] = {}
+        for module in model.modules():
+            kind = type(module)
+            if kind not in interface:
+                interface[kind] = any(True for _ in _functions_with_interface(kind))
+                self._eager[kind] = eager_function(kind) if interface[kind] else None
+            config = getattr(module, "config", None)
+            if interface[kind] and hasattr(config, "_attn_implementation_internal"):
+                self._configs[id(config)] = config
+                if self._eager[kind] is None:
+                    self._without_eager.add(id(config))
+
+    def enter(self) -> None:
+        """Switch every config to an observed name."""
+        if not self._configs:
+            return
+        functions, mask_functions = _tables()
+        names: dict[str, ObservedName] = {}
+        for key, config in self._configs.items():
+            original = config._attn_implementation_internal
+            # "paged|…" belongs to continuous batching, which packs requests and has no (B, T).
+            if original is None or original.startswith("paged|"):
+                continue
+            if original == "eager" and original not in functions and key in self._without_eager:
+                continue
+            if original not in names:
+                name = names[original] = ObservedName(original)
+                self._names.append(name)
+                functions.register(name, self._function(original))
+                if original in mask_functions:
+                    mask_functions.register(name, mask_functions[original])
+            self._restore.append((config, original))
+            config._attn_implementation_internal = names[original]
+
+    def exit(self) -> None:
+        """Give every config its own name back and forget ours."""
+        while self._restore:
+            config, original = self._restore.pop()
+            config._attn_implementation_internal = original
+        if self._names:
+            functions, mask_functions = _tables()
+            while self._names:
+                name = self._names.pop()
+                type(functions)._global_mapping.pop(name, None)
+                type(mask_functions)._global_mapping.pop(name, None)
+
+    def _delegate(self, module: nn.Module, original: str) -> Callable[..., Any]:
+        kind = type(module)
+        table = _table(kind)
+        if original in table:
+            return table[original]
+        if kind not in self._eager:
+            self._eager[kind] = eager_function(kind)
+        function = self._eager[kind]
+        if function is None:
+            raise CaptureError(
+                f"the eager attention function of {kind.__module__}.{kind.__qualname__} was not found; "
+                'open the model with attn_implementation="sdpa", or leave out attention statistics'
+            )
+        return function
+
+    def _function(self, original: str) -> Callable[..., Any]:
+        def observed_attention(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            delegate = self._delegate(module, original)
+            return self._observe(
+                lambda: _describe(original, delegate, module, query, key, value, args, kwargs),
+                lambda: delegate(module, query, key, value, *args, **kwargs),
+            )
+
+        return observed_attention
+
+
+def _describe(
+    original: str,
+    delegate: Callable[..., Any],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> AttentionCall:
+    signature = inspect.signature(delegate)
+    given = dict(zip(list(signature.parameters)[4:], args, strict=False)) | kwargs
+    eager, scaled_dot_product = original == "eager", original == "sdpa"
+
+    def option(name: str) -> Any:
+        # What a function has no parameter for it swallows and ignores; the statistics must ignore it too.
+        return given.get(name) if not eager or name in signature.parameters else None
+
+    scale = given.get("scaling")
+    if isinstance(scale, Tensor):
+        query, scale = query * scale, 1.0
+    flash = "flash" in original
+    causal, mask, function = _mask(given, module, key, without=eager or "flex" in original)
+    bias = None if flash else option("position_bias")
+    if bias is not None:
+        mask = add_bias(bias[..., : key.shape[-2]], mask)
+    return AttentionCall(
+        query=query,
+        key=key,
+        value=value,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        seam="attention interface",
+        module=module,
+        causal=causal,
+        window=given.get("sliding_window") if flash else None,
+        mask=mask,
+        mask_function=function,
+        softcap=None if scaled_dot_product else option("softcap"),
+        sink_logits=None if scaled_dot_product else _sinks(delegate, module, option("s_aux")),
+    )
+
+
+def _mask(
+    given: Mapping[str, Any], module: nn.Module, key: Tensor, *, without: bool
+) -> tuple[bool, Tensor | None, MaskFunction | None]:
+    """(causal, tensor, function) of a call. ``without``: no mask means that every key is allowed."""
+    mask = given.get("attention_mask")
+    if mask is not None and hasattr(mask, "mask_mod"):
+        return False, None, mask.mask_mod
+    # Eager and flex functions do what the mask says and nothing more; the others take "no mask" (and flash
+    # a mask of padded keys) to mean causal, unless the call or the module says otherwise.
+    causal = False
+    if not without and (mask is None or mask.ndim == 2):
+        flag = given.get("is_causal")
+        causal = bool(getattr(module, "is_causal", True) if flag is None else flag)
+    if mask is not None:
+        mask = mask[..., : key.shape[-2]]
+        mask = mask[:, None, None, :].to(torch.bool) if mask.ndim == 2 else mask
+    return causal, mask, None
+
+
+def _sinks(delegate: Callable[..., Any], module: nn.Module, given: Tensor | None) -> Tensor | None:
+    """gpt-oss's eager function takes the sink logits from the module, fused ones from the call."""
+    code = getattr(inspect.unwrap(delegate), "__code__", None)
+    if given is None and code is not None and "sinks" in code.co_names:
+        given = getattr(module, "sinks", None)
+    return None if given is None else given.reshape(-1)

@@ -1,0 +1,255 @@
+"""Attention calls of a running torch model, as the model computes them.
+
+Four seams, tried at once in every observed forward and never counted twice: transformers' attention
+interface, ``scaled_dot_product_attention`` anywhere else, ``nn.MultiheadAttention``, and the softmax of
+attention written out by hand. Everything is put in place when an observed forward of the model starts and
+taken away when it ends, so that other forwards, the recomputation of activation checkpointing and compiled
+code see nothing of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from osp_diag.capture._attention_call import AttentionCall, SkipReason
+from osp_diag.capture._functions import (
+    AttentionFunctionMode,
+    Frame,
+    describe_scaled_dot_product,
+    describe_softmax,
+    remove_mode,
+    suspended,
+)
+from osp_diag.capture._interface import InterfaceSwitch
+from osp_diag.capture._multihead import describe_multihead, takes_fused_path
+from osp_diag.errors import CaptureError
+
+__all__ = ["AttentionCall", "AttentionCapture", "SkipReason"]
+
+_CROSS_NAMES = ("cross", "encoder_attn", "encdec", "encoder_attention")
+
+
+class AttentionCapture:
+    """Calls ``on_call`` with every self-attention call of ``model``'s forward.
+
+    Args:
+        model: any module; its own ``forward`` (or ``__call__``) must be what is run. A model wrapped by
+            ``torch.compile`` is unwrapped, see below.
+        on_call: receives an :class:`AttentionCall`, under ``no_grad`` and with autocast off, just before the
+            model computes it. It must not write to the tensors nor draw random numbers.
+        active: asked when a forward starts and at every call. A forward that starts inactive is not touched.
+        blocks: the modules inside which a softmax may be attention. By default the members of every
+            ``ModuleList``, ``ModuleDict`` and ``Sequential``, or any submodule where there are none.
+
+    Attributes:
+        skipped: how many calls were not delivered, by reason (:class:`SkipReason`).
+        forwards: how many forwards were observed.
+
+    Compiled code runs neither hooks nor modes that came after its compilation: observe under
+    ``torch.compiler.set_stance("force_eager")``. ``forwards == 0`` afterwards says that nothing was observed.
+    Query and key are as the model hands them over; where autocast casts them inside the attention function,
+    they are delivered before that cast.
+
+    Raises:
+        CaptureError: attached twice.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        on_call: Callable[[AttentionCall], None],
+        active: Callable[[], bool] = lambda: True,
+        *,
+        blocks: Collection[nn.Module] | None = None,
+    ) -> None:
+        self.model: nn.Module = getattr(model, "_orig_mod", model)
+        self.skipped: Counter[str] = Counter()
+        self.forwards = 0
+        self._on_call = on_call
+        self._active = active
+        self._blocks = set(blocks) if blocks is not None else _members_of_containers(self.model)
+        self._handles: list[RemovableHandle] = []
+        self._running: ExitStack | None = None
+        self._suspension = ExitStack()
+        self._busy = False
+        self._frames: list[Frame] = []
+
+    # -- attaching ------------------------------------------------------------------------------------------
+
+    def attach(self) -> AttentionCapture:
+        """Start observing. Until a forward runs, two hooks on ``model`` are all that is added."""
+        if self._handles:
+            raise CaptureError("this AttentionCapture is attached already; detach() it first")
+        self._names = {module: name for name, module in self.model.named_modules()}
+        self._heads = getattr(getattr(self.model, "config", None), "num_attention_heads", None)
+        self._switch = InterfaceSwitch(self.model, self._observe_interface)
+        self._mode = AttentionFunctionMode(self._observe_function)
+        self._handles = [
+            self.model.register_forward_pre_hook(self._forward_starts),
+            # First among the hooks, so that captures on one model end in the reverse order of their start.
+            self.model.register_forward_hook(self._forward_ends, always_call=True, prepend=True),
+        ]
+        return self
+
+    def detach(self) -> None:
+        """Stop observing and leave no trace. May be called twice."""
+        self._end()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> AttentionCapture:
+        return self.attach()
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    # -- one forward ----------------------------------------------------------------------------------------
+
+    def _forward_starts(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # A forward interrupted by Ctrl-C ends without its hooks.
+        self._end()
+        if not self._active():
+            return
+        self.forwards += 1
+        running = self._running = ExitStack()
+        fused = self._hook_modules(running)
+        running.callback(self._switch.exit)
+        self._switch.enter()
+        if not fused:
+            running.callback(remove_mode, self._mode)
+            self._mode.__enter__()
+
+    def _forward_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self._end()
+
+    def _end(self) -> None:
+        self._suspension.close()
+        if self._running is not None:
+            self._running.close()
+            self._running = None
+        self._frames.clear()
+        self._busy = False
+
+    def _hook_modules(self, running: ExitStack) -> bool:
+        """Follow which module runs. True where a fused encoder layer forbids hooks and modes."""
+        fused = False
+        untouchable: set[nn.Module] = set()
+        for module in self.model.modules():
+            if isinstance(module, nn.TransformerEncoderLayer) and takes_fused_path(module):
+                # torch looks for hooks in every module of the layer, so nothing inside it is followed.
+                fused = True
+                self.skipped[SkipReason.FUSED_ENCODER] += 1
+                untouchable |= set(module.modules())
+            if module in untouchable or module is self.model:
+                continue
+            if isinstance(module, nn.MultiheadAttention):
+                untouchable |= set(module.modules())
+                handles = [
+                    module.register_forward_pre_hook(self._multihead_starts, with_kwargs=True),
+                    module.register_forward_hook(self._multihead_ends, always_call=True),
+                ]
+            elif next(module.children(), None) is None and type(module).__module__.startswith("torch.nn."):
+                continue
+            else:
+                handles = [
+                    module.register_forward_pre_hook(self._module_starts, with_kwargs=True),
+                    module.register_forward_hook(self._module_ends, always_call=True),
+                ]
+            for handle in handles:
+                running.callback(handle.remove)
+        return fused
+
+    def _module_starts(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        self._frames.append((module, args, kwargs))
+
+    def _module_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        # From the top: a module inside that was interrupted may have left its frame.
+        for index in range(len(self._frames) - 1, -1, -1):
+            if self._frames[index][0] is module:
+                del self._frames[index:]
+                return
+
+    # -- the seams ------------------------------------------------------------------------------------------
+
+    def _observing(self) -> bool:
+        return self._running is not None and not self._busy and self._active()
+
+    def _observe_interface(self, describe: Callable[[], AttentionCall], compute: Callable[[], Any]) -> Any:
+        # What the function does inside is this one call; and a kernel that torch compiles (FlexAttention)
+        # would be compiled once more for the mode.
+        with suspended(self._mode):
+            if self._observing():
+                self._deliver(describe)
+            return compute()
+
+    def _multihead_starts(self, module: nn.MultiheadAttention, args: Any, kwargs: Any) -> None:
+        # Under a torch function mode the module leaves its fast path, which rounds differently.
+        self._suspension.enter_context(suspended(self._mode))
+        if self._observing():
+            self._deliver(lambda: describe_multihead(module, args, kwargs))
+
+    def _multihead_ends(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._suspension.close()
+
+    def _observe_function(self, kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if not self._observing():
+            return
+        if kind == "scaled_dot_product_attention":
+            self._deliver(lambda: describe_scaled_dot_product(args, kwargs, self._frames))
+        elif self._inside_block():
+            self._deliver(lambda: describe_softmax(args, kwargs, self._frames, self._heads))
+
+    def _inside_block(self) -> bool:
+        if not self._blocks:
+            return bool(self._frames)
+        return any(module in self._blocks for module, _, _ in self._frames)
+
+    def _deliver(self, describe: Callable[[], AttentionCall | str | None]) -> None:
+        self._busy = True
+        try:
+            with torch.no_grad():
+                call = describe()
+                reason = self._reason_to_skip(call) if isinstance(call, AttentionCall) else call
+                if reason is not None:
+                    self.skipped[reason] += 1
+                elif isinstance(call, AttentionCall):
+                    self._hand_over(call.detached())
+        finally:
+            self._busy = False
+
+    def _hand_over(self, call: AttentionCall) -> None:
+        kind = call.tensor.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            self._on_call(call)
+
+    def _reason_to_skip(self, call: AttentionCall) -> str | None:
+        queries, keys = call.lengths
+        if keys < queries or self._is_cross_attention(call.module):
+            return SkipReason.CROSS
+        return SkipReason.CACHED if keys > queries else None
+
+    def _is_cross_attention(self, module: nn.Module | None) -> bool:
+        # Equal lengths do not make it self-attention; models tell the two apart by name or by flag.
+        if module is None:
+            return False
+        if getattr(module, "is_cross_attention", False) is True:
+            return True
+        path = ".".join(self._names.get(module, "").split(".")[-2:])
+        return any(word in f"{type(module).__name__} {path}".lower() for word in _CROSS_NAMES)
+
+
+def _members_of_containers(model: nn.Module) -> set[nn.Module]:
+    containers = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+    return {
+        child for module in model.modules() if isinstance(module, containers) for child in module.children()
+    }
