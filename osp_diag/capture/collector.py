@@ -1,0 +1,265 @@
+"""From activations and attention calls to estimator states, on the device where they appear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from osp_diag.capture.hooks import ForwardPass, heads_first
+from osp_diag.capture.snapshots import Snapshots
+from osp_diag.capture.strata import strata_of
+from osp_diag.errors import CaptureError
+from osp_diag.estimators import default_estimators
+from osp_diag.estimators.activation import ActivationObservation
+from osp_diag.estimators.attention import AttentionMask, AttentionObservation
+from osp_diag.estimators.base import Estimator, Layout, State, Suite, merge_states
+from osp_diag.estimators.query_key import HeadsObservation
+from osp_diag.sites.names import ATTENTION, HEAD_SITES, Tap
+
+if TYPE_CHECKING:
+    from osp_diag.capture.attention import AttentionCall
+
+__all__ = ["Collector", "Key", "suites_of"]
+
+Key = tuple[str, int, str]
+"""(site, layer, what is observed: "activation", "heads" or "attention")"""
+
+SIGNIFICANT_BITS = {torch.bfloat16: 15, torch.float16: 18}
+"""Leading bits that can be set in a float32 made from these: 8 + 7, and 8 + 10."""
+
+GROWING = ("key_position", "token_position")
+"""Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
+
+
+def suites_of(site: str, estimators: Sequence[Estimator] | None) -> dict[str, Suite]:
+    """The estimators that apply at a site, by what they observe; None asks for the default ones."""
+    kinds = ("attention",) if site == ATTENTION else ("activation", "heads") if site in HEAD_SITES else ("activation",)
+    found = {}
+    for kind in kinds:
+        chosen = default_estimators(observes=kind, site=site)
+        if estimators is not None:
+            chosen = [estimator for estimator in estimators if estimator.observes == kind]
+        if chosen:
+            found[kind] = Suite(chosen)
+    return found
+
+
+class Collector:
+    """Keeps one small state for every (site, layer) and folds each observation into it.
+
+    Parameters
+    ----------
+    wanted : whether a site is asked for
+    estimators : the estimators to use; None for the default ones of each site
+    delimiter_ids : token ids of the ``delimiter`` stratum
+    compiled : fold with ``torch.compile``, so that one site is read in few passes
+    snapshots : keeps the raw activations of a first sequence for pictures, or None
+    """
+
+    def __init__(
+        self,
+        wanted: Callable[[str], bool],
+        *,
+        estimators: Sequence[Estimator] | None = None,
+        delimiter_ids: Sequence[int] = (),
+        compiled: bool = False,
+        snapshots: Snapshots | None = None,
+    ) -> None:
+        self.wanted = wanted
+        self.estimators = estimators
+        self.delimiter_ids = tuple(delimiter_ids)
+        self.compiled = compiled
+        self.snapshots = snapshots
+        self.states: dict[Key, State] = {}
+        self.layouts: dict[Key, Layout] = {}
+        self.suites: dict[str, dict[str, Suite]] = {}
+        self.skipped: dict[str, str] = {}
+        self.forward_passes = 0
+        self._strata: dict[torch.device, torch.Tensor] = {}
+        self._pass: ForwardPass | None = None
+        self._undo: dict[Key, State] = {}
+        self._folds: dict[tuple[str, str, int], Callable[..., State]] = {}
+
+    def suites_at(self, site: str) -> dict[str, Suite]:
+        if site not in self.suites:
+            self.suites[site] = suites_of(site, self.estimators)
+        return self.suites[site]
+
+    # One forward pass
+
+    def start(self, forward_pass: ForwardPass) -> None:
+        """Learn which tokens the pass is about: ids, padding and so the strata."""
+        self._pass = forward_pass
+        self._undo = dict(self.states)
+        ids, mask = forward_pass.token_ids, forward_pass.attention_mask
+        if ids is None:
+            other = next(
+                (v for v in forward_pass.arguments.values() if isinstance(v, torch.Tensor) and v.ndim >= 2), None
+            )
+            if other is None:
+                raise CaptureError(
+                    "the forward pass got no tensor of shape (batch, token, …), so its tokens cannot be told apart; "
+                    "call the model with input_ids or inputs_embeds"
+                )
+            ids = torch.full(other.shape[:2], -1, device=other.device)
+        with torch.no_grad():
+            strata = strata_of(ids, mask, self.delimiter_ids, forward_pass.position_ids)
+        self._strata = {strata.device: strata}
+        self._home = strata
+
+    def stop(self, raised: bool) -> None:
+        """A pass that raised is forgotten whole: half of its sites would bias the averages."""
+        if raised:
+            self.states = self._undo
+        else:
+            self.forward_passes += 1
+        self._undo, self._pass = {}, None
+
+    def strata_on(self, device: torch.device) -> torch.Tensor:
+        if device not in self._strata:
+            self._strata[device] = self._home.to(device)
+        return self._strata[device]
+
+    # What hooks deliver
+
+    def on_activation(self, tap: Tap, layer: int, value: torch.Tensor) -> None:
+        """Fold one tapped tensor."""
+        if not self.wanted(tap.site):
+            return
+        strata = self.strata_on(value.device)
+        _, batch, tokens = strata.shape
+        if value.numel() % (batch * tokens) or value.shape[0] not in (batch, batch * tokens):
+            self.skipped[tap.site] = f"its tensor {tuple(value.shape)} does not hold one vector for each of {batch} × {tokens} tokens"
+            return
+        if tap.heads:
+            self._fold_heads(tap.site, layer, heads_first(tap, value, batch, tokens), strata)
+        else:
+            self._fold(tap.site, layer, "activation", value.reshape(batch, tokens, -1), strata)
+
+    def on_attention(self, call: AttentionCall, layer: int | None) -> None:
+        """Fold one self-attention call: its heads' tensors and the statistics of its probabilities."""
+        if layer is None:
+            return
+        device = (call.query if call.query is not None else call.logits).device  # type: ignore[union-attr]
+        strata = self.strata_on(device)
+        for site, tensor in (("query_post_rope", call.query), ("key_post_rope", call.key), ("value", call.value)):
+            if tensor is not None and self.wanted(site):
+                self._fold_heads(site, layer, tensor, strata)
+        if self.wanted(ATTENTION) and strata.shape[-1] > 1:
+            self._fold_attention(call, layer, strata)
+
+    def on_routed(self, layer: int, rows: torch.Tensor, slots: int) -> None:
+        """Fold the experts' hidden activations: each token's ``slots`` rows as so many parallel sequences."""
+        strata = self.strata_on(rows.device)
+        _, batch, tokens = strata.shape
+        if rows.shape[0] != batch * tokens * slots:
+            self.skipped["mlp_hidden"] = "its experts dropped or padded tokens, so rows cannot be told apart"
+            return
+        x = rows.reshape(batch, tokens, slots, -1).transpose(1, 2).flatten(0, 1)
+        self._fold("mlp_hidden", layer, "activation", x, strata.repeat_interleave(slots, dim=1))
+
+    # Folding
+
+    def _fold_heads(self, site: str, layer: int, tensor: torch.Tensor, strata: torch.Tensor) -> None:
+        if tensor.shape[0] != strata.shape[1] or tensor.shape[2] != strata.shape[2]:
+            self.skipped[site] = f"its tensor {tuple(tensor.shape)} is not (batch, head, token, width) for these tokens"
+            return
+        self._fold(site, layer, "activation", tensor.transpose(1, 2).flatten(2), strata, snapshot=False)
+        self._fold(site, layer, "heads", tensor, strata)
+
+    def _fold(
+        self, site: str, layer: int, kind: str, x: torch.Tensor, strata: torch.Tensor, *, snapshot: bool = True
+    ) -> None:
+        if snapshot and self.snapshots is not None:
+            self.snapshots.offer(site, layer, x)
+        suite = self.suites_at(site).get(kind)
+        if suite is None:
+            return
+        key = (site, layer, kind)
+        layout = _layout(kind, x)
+        increment = self._measuring(site, kind, x)(x, strata)
+        self._merge(key, suite, layout, increment)
+
+    def _measuring(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
+        """The function (x, strata) → increments of a site, compiled once where that is asked for."""
+        bits = SIGNIFICANT_BITS.get(x.dtype, 31)
+        name = (site, kind, bits)
+        if name not in self._folds:
+            suite = self.suites_at(site)[kind]
+
+            def measure(x: torch.Tensor, strata: torch.Tensor) -> State:
+                if kind == "heads":
+                    return suite.measure(HeadsObservation(x, strata))
+                return suite.measure(ActivationObservation(x, strata, significant_bits=bits))
+
+            same = next((fold for (s, k, b), fold in self._folds.items() if (k, b) == (kind, bits) and
+                         self.suites_at(s)[kind].measurements == suite.measurements), None)
+            self._folds[name] = same or (torch.compile(measure, fullgraph=True) if self.compiled else measure)
+        return self._folds[name]
+
+    def _fold_attention(self, call: AttentionCall, layer: int, strata: torch.Tensor) -> None:
+        suite = self.suites_at(ATTENTION).get("attention")
+        if suite is None:
+            return
+        observation = _observe_attention(call, strata)
+        self._merge((ATTENTION, layer, "attention"), suite, observation.layout, suite.measure(observation))
+
+    def _merge(self, key: Key, suite: Suite, layout: Layout, increment: State) -> None:
+        if key not in self.states:
+            self.layouts[key] = layout
+            self.states[key] = suite.merge(_empty(suite, layout, increment), increment)
+            return
+        known = self.layouts[key]
+        state = self.states[key]
+        if layout.tokens != known.tokens:
+            longest = layout if layout.tokens > known.tokens else known
+            state, increment = (_padded(suite, part, longest) for part in (state, increment))
+            self.layouts[key] = longest
+        self.states[key] = merge_states(suite.fields(layout), state, increment)
+
+
+def _layout(kind: str, x: torch.Tensor) -> Layout:
+    if kind == "heads":
+        _, heads, tokens, width = x.shape
+        return Layout(channels=heads * width, heads=heads, head_channels=width, tokens=tokens)
+    return Layout(channels=x.shape[-1], tokens=x.shape[1])
+
+
+def _empty(suite: Suite, layout: Layout, increment: State) -> State:
+    return suite.init(layout, next(iter(increment.values())))
+
+
+def _padded(suite: Suite, state: State, layout: Layout) -> State:
+    """``state`` with its position axes extended to the layout's length by the identity of merging."""
+    out = {}
+    for name, spec in suite.fields(layout).items():
+        value = state[name]
+        for axis, dim in enumerate(spec.dims):
+            missing = layout.tokens - value.shape[axis] if dim in GROWING else 0
+            if missing > 0:
+                shape = list(value.shape)
+                shape[axis] = missing
+                value = torch.cat([value, value.new_full(shape, spec.identity)], dim=axis)
+        out[name] = value
+    return out
+
+
+def _observe_attention(call: AttentionCall, strata: torch.Tensor) -> AttentionObservation:
+    if call.logits is not None:
+        extra = call.logits.shape[-1] - call.logits.shape[-2]
+        return AttentionObservation.from_logits(call.logits, call.value, strata, extra_columns=max(extra, 0))
+    spec = call.mask
+    mask = AttentionMask(causal=spec.causal, window=spec.window, tensor=spec.tensor, function=spec.function)
+    return AttentionObservation(
+        call.query,
+        call.key,
+        call.value,
+        strata,
+        scale=call.scale,
+        mask=mask,
+        softcap=call.softcap,
+        sink_logits=call.sink_logits,
+    )
+

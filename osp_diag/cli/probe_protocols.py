@@ -1,0 +1,49 @@
+"""The OSP kurtosis under both protocols: on real sequences, and as the released OSP script feeds tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from osp_diag.checkpoints import Checkpoint
+from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar
+from osp_diag.run import Run
+from osp_diag.tokens import make_batches
+
+__all__ = ["HIDDEN_STATES", "measure"]
+
+HIDDEN_STATES = ("embedding", "residual_post", "final_norm")
+"""The tensors that the OSP script averages over."""
+
+
+def measure(
+    checkpoint: Checkpoint,
+    *,
+    protocol: str,
+    compare: bool,
+    tokens: Mapping[str, Any],
+    options: Mapping[str, Any],
+    main: Mapping[str, Any],
+) -> dict[str, Run]:
+    """Probe under ``protocol`` and, if ``compare``, measure the OSP kurtosis alone under the other one too.
+
+    Returns the runs by protocol, the one that was asked for first.
+    """
+    runs: dict[str, Run] = {}
+    other = "osp-published" if protocol == "sequence" else "sequence"
+    for name in (protocol, other) if compare else (protocol,):
+        batches = make_batches(
+            checkpoint.tokenizer,
+            protocol=name,
+            max_length=checkpoint.max_length,
+            vocabulary_size=checkpoint.vocabulary_size,
+            **tokens,
+        )
+        chosen = dict(options)
+        if name == protocol:
+            chosen |= main
+        else:
+            chosen |= {"sites": HIDDEN_STATES, "estimators": ("osp_excess_kurtosis",), "snapshot_tokens": 0}
+        with progress_bar(f"{checkpoint.name}, {name}") as progress:
+            runs[name] = probe_checkpoint(checkpoint, batches, progress=progress, **chosen)
+    return runs

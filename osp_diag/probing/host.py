@@ -1,0 +1,47 @@
+"""Bringing small device arrays to the host, in as few transfers as there are devices."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import xarray as xr
+
+from osp_diag.capture.collector import Key
+from osp_diag.capture.snapshots import Snapshots
+from osp_diag.estimators.base import State
+from osp_diag.sites import SITES
+
+__all__ = ["snapshot_datasets", "to_host"]
+
+
+def to_host(states: Mapping[Key, State]) -> dict[Key, State]:
+    """NumPy copies of all states, through one transfer a device."""
+    by_device: dict[torch.device, list[tuple[Key, str]]] = {}
+    for key, state in states.items():
+        for name, value in state.items():
+            by_device.setdefault(value.device, []).append((key, name))
+    out: dict[Key, State] = {key: {} for key in states}
+    for entries in by_device.values():
+        tensors = [states[key][name] for key, name in entries]
+        flat = torch.cat([tensor.reshape(-1).double() for tensor in tensors]).cpu().numpy()
+        ends = np.cumsum([tensor.numel() for tensor in tensors])
+        for (key, name), tensor, piece in zip(entries, tensors, np.split(flat, ends[:-1]), strict=True):
+            out[key][name] = piece.reshape(tensor.shape)
+    return out
+
+
+def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:
+    """The kept raw activations as one dataset a site: (layer, token, channel) or (layer, head, token, head_channel)."""
+    groups: dict[str, xr.Dataset] = {}
+    for site in dict.fromkeys(site for site, _ in snapshots.kept):
+        layers = sorted(layer for s, layer in snapshots.kept if s == site)
+        shape = snapshots.kept[site, layers[0]].shape
+        alike = [layer for layer in layers if snapshots.kept[site, layer].shape == shape]
+        values = np.stack([snapshots.kept[site, layer].cpu().numpy() for layer in alike])
+        dims = ("layer", "head", "token", "head_channel") if values.ndim == 4 else ("layer", "token", "channel")
+        coordinates = {"layer": alike} | {dim: np.arange(n) for dim, n in zip(dims[1:], values.shape[1:], strict=True)}
+        attributes = {"units": "1", "long_name": f"activation at {site}", "definition": SITES.get(site, site)}
+        groups[f"snapshot/{site}"] = xr.Dataset({"activation": (dims, values, attributes)}, coordinates)
+    return groups

@@ -1,0 +1,87 @@
+"""Merging estimator states over the ranks of a distributed job: three collectives, whatever the number of sites."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from osp_diag.estimators.base import Field, Layout, State
+
+__all__ = ["is_distributed", "is_first_rank", "merge_over_ranks"]
+
+Key = Any
+_OPERATIONS = {"sum": dist.ReduceOp.SUM, "maximum": dist.ReduceOp.MAX, "minimum": dist.ReduceOp.MIN}
+
+
+def is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first_rank() -> bool:
+    return not is_distributed() or dist.get_rank() == 0
+
+
+def _communication_device() -> torch.device:
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _gathered(value: Any) -> list[Any]:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+def _extended(value: torch.Tensor | None, shape: tuple[int, ...], identity: float) -> torch.Tensor:
+    """``value`` filled up to ``shape`` with the identity: a rank whose sequences were shorter, or that saw nothing."""
+    out = torch.full(shape, identity, dtype=torch.float64)
+    if value is not None:
+        out[tuple(slice(0, size) for size in value.shape)] = value.detach().to("cpu", torch.float64)
+    return out
+
+
+def merge_over_ranks(
+    states: Mapping[Key, State], layouts: Mapping[Key, Layout], fields: Callable[[Key, Layout], Mapping[str, Field]]
+) -> tuple[dict[Key, State], dict[Key, Layout]]:
+    """The states of all ranks' tokens together, on every rank, as CPU tensors in float64.
+
+    All sums travel in one vector, all maxima in another and all minima in a third. A rank that saw
+    nothing at a site (an expert without tokens, say) contributes the identity.
+
+    Parameters
+    ----------
+    states, layouts : what this rank measured, by key
+    fields : how the fields of a key combine
+    """
+    merged_layouts: dict[Key, Layout] = {}
+    shapes: dict[tuple[Key, str], tuple[int, ...]] = {}
+    mine = {key: {name: tuple(v.shape) for name, v in state.items()} for key, state in states.items()}
+    for their_layouts, their_shapes in _gathered((dict(layouts), mine)):
+        for key, layout in their_layouts.items():
+            known = merged_layouts.get(key)
+            merged_layouts[key] = layout if known is None or layout.tokens > known.tokens else known
+        for key, by_name in their_shapes.items():
+            for name, shape in by_name.items():
+                before = shapes.get((key, name), shape)
+                shapes[key, name] = tuple(map(max, before, shape))
+    order = sorted(shapes, key=str)
+    combine = {(key, name): fields(key, merged_layouts[key])[name] for key, name in order}
+    merged: dict[Key, State] = {}
+    device = _communication_device()
+    for how, operation in _OPERATIONS.items():
+        entries = [entry for entry in order if combine[entry].combine == how]
+        if not entries:
+            continue
+        pieces = [
+            _extended(states.get(key, {}).get(name), shapes[key, name], combine[key, name].identity).reshape(-1)
+            for key, name in entries
+        ]
+        vector = torch.cat(pieces).to(device)
+        dist.all_reduce(vector, operation)
+        for (key, name), piece in zip(entries, vector.cpu().split([len(p) for p in pieces]), strict=True):
+            merged.setdefault(key, {})[name] = piece.reshape(shapes[key, name])
+    return merged, merged_layouts

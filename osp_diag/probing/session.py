@@ -1,0 +1,344 @@
+"""The user's object: a probe binds a model, its sites, the estimators and a schedule, and keeps what it measures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import nn
+
+from osp_diag.capture.attention import AttentionCapture
+from osp_diag.capture.collector import Collector, Key, suites_of
+from osp_diag.capture.experts import ExpertCapture
+from osp_diag.capture.hooks import ForwardPass, SiteCapture
+from osp_diag.errors import CaptureError, SiteError
+from osp_diag.estimators import get_estimator
+from osp_diag.estimators.base import Estimator, Field, Layout, State
+from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
+from osp_diag.probing.host import snapshot_datasets, to_host
+from osp_diag.probing.labelling import label_states, raw_states
+from osp_diag.probing.schedule import Schedule, schedule_of
+from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks
+from osp_diag.run import Run, open_run
+from osp_diag.sites import SITES, find_sites, matches
+from osp_diag.sites.names import ATTENTION, HEAD_SITES
+from osp_diag.sites.trace import unwrap
+from osp_diag.store import RunWriter
+from osp_diag.probing.versions import library_versions
+
+__all__ = ["Probe"]
+
+
+class Probe:
+    """Measures a model's activations and attention while someone else's loop runs it.
+
+    Parameters
+    ----------
+    model : the module that the loop calls; may be wrapped by ``torch.compile`` or DDP
+    every : a period in steps, the steps themselves, or a function of the step (see :mod:`osp_diag.probing.schedule`)
+    out : path of the run to write; None keeps the numbers in memory (:attr:`run`)
+    sites : names or patterns (``"residual_*"``, ``"linear_input:*"``); None for the default sites
+    estimators : names or instances; None for the default ones of each site
+    tokenizer : tells which tokens are delimiters; without it that stratum stays empty
+    blocks, named_sites, example : where the sites cannot be guessed, see :func:`osp_diag.sites.find_sites`
+    compile : fold activations with ``torch.compile``; "auto" does so on CUDA
+    keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs
+    snapshot_tokens : raw activations of so many tokens of one sequence are kept for pictures
+    attributes : what else determines the numbers (token source, protocol …), recorded in the run
+    resume, overwrite : what to do with a run that is already at ``out``
+
+    Raises
+    ------
+    SiteError : the sites were not found, or a pattern matches none
+    StoreError : ``out`` holds another run
+
+    Examples
+    --------
+    >>> with osp_diag.Probe(model, every=50, out="run.zarr") as probe:  # doctest: +SKIP
+    ...     for step, batch in enumerate(loader):
+    ...         with probe.step(step):
+    ...             loss = model(**batch).loss
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        every: int | Collection[int] | Schedule = 1,
+        out: str | Path | None = None,
+        sites: Sequence[str] | None = None,
+        estimators: Sequence[str | Estimator] | None = None,
+        tokenizer: Any = None,
+        delimiter_ids: Sequence[int] | None = None,
+        blocks: str | None = None,
+        named_sites: Mapping[str, str] | None = None,
+        example: Mapping[str, Any] | tuple[Any, ...] | None = None,
+        compile: bool | str = "auto",
+        keep_raw: bool = True,
+        snapshot_tokens: int = 0,
+        attributes: Mapping[str, Any] | None = None,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        self.model = model
+        self.due = schedule_of(every)
+        self.patterns = tuple(sites) if sites is not None else None
+        self.estimators = _instances(estimators)
+        self.delimiter_ids = _delimiters(tokenizer, delimiter_ids)
+        self.site_map = find_sites(model, blocks=blocks, named=named_sites, example=example)
+        self._check_patterns(named_sites or {})
+        on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
+        self.compiled = on_accelerator if compile == "auto" else bool(compile)
+        self.keep_raw = keep_raw
+        self.snapshot_tokens = snapshot_tokens
+        self.named_sites = tuple(named_sites or ())
+        self.absent = {site: why for site, why in self.site_map.absent.items() if self.wanted(site)}
+        self.attributes = {**self._identity(), **(attributes or {})}
+        self._writer: RunWriter | None = None
+        self._path = Path(out) if out is not None else None
+        if self._path is not None and is_first_rank():
+            self._writer = RunWriter(self._path, self.attributes, resume=resume, overwrite=overwrite)
+        self._memory: list[tuple[int, dict[str, xr.Dataset]]] = []
+        self._static: dict[str, xr.Dataset] = {}
+
+    # What is measured
+
+    def wanted(self, site: str) -> bool:
+        return matches(site, self.patterns) or (self.patterns is None and site in self.named_sites)
+
+    def _check_patterns(self, named: Mapping[str, str]) -> None:
+        for pattern in self.patterns or ():
+            if not any(matches(site, (pattern,)) for site in (*self.site_map.sites, *named)):
+                reason = self.site_map.absent.get(pattern)
+                raise SiteError(
+                    f"site {pattern!r} is not in this model"
+                    + (f": {reason}" if reason else f"; it has {', '.join(self.site_map.sites[:20])}")
+                )
+
+    def _identity(self) -> dict[str, Any]:
+        """Everything about the model and the probe that determines a number."""
+        model = unwrap(self.model)
+        names: dict[str, None] = {}
+        for site in self.site_map.sites:
+            if self.wanted(site):
+                for suite in suites_of(site, self.estimators).values():
+                    names |= dict.fromkeys(estimator.identifier for estimator in suite.estimators)
+        parameter = next(model.parameters())
+        return {
+            "model_name": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+            "architecture": type(model).__name__,
+            "number_of_layers": self.site_map.number_of_layers,
+            "hidden_size": self.site_map.hidden_size,
+            "blocks": self.site_map.blocks,
+            "sites": {site: SITES.get(site, "input of this projection") for site in self.site_map.sites if self.wanted(site)},
+            "absent_sites": self.absent,
+            "notes": list(self.site_map.notes),
+            "estimators": list(names),
+            "dtype": str(parameter.dtype).removeprefix("torch."),
+            "device": str(parameter.device),
+            "versions": library_versions(),
+        }
+
+    # Measuring
+
+    @contextmanager
+    def step(self, step: int) -> Iterator[bool]:
+        """Measure the forward passes inside the block, if ``step`` is due; yields whether it is.
+
+        Outside of due steps nothing is attached. If the block raises, nothing is recorded for the step.
+        A model wrapped by ``torch.compile`` runs eagerly inside a due step.
+        """
+        if not self.due(step):
+            yield False
+            return
+        started = time.perf_counter()
+        collector = self._collector()
+        with self._attached(collector):
+            yield True
+        self._record(step, collector, time.perf_counter() - started)
+
+    def measure(self, step: int, batches: Iterable[Mapping[str, Any]]) -> None:
+        """Run the model on held-out batches of keyword arguments, in evaluation mode without gradients.
+
+        The same tokens at every step make curves that show the model and not the data. The training flags
+        are put back afterwards. An interruption (Ctrl-C) records what was measured so far, then is raised again.
+        """
+        started = time.perf_counter()
+        collector = self._collector()
+        flags = [(module, module.training) for module in self.model.modules()]
+        interruption: KeyboardInterrupt | None = None
+        try:
+            with self._attached(collector), torch.no_grad():
+                self.model.eval()
+                for batch in batches:
+                    self.model(**batch)
+        except KeyboardInterrupt as raised:
+            interruption = raised
+        finally:
+            for module, training in flags:
+                module.training = training
+        if collector.forward_passes or interruption is None:
+            self._record(step, collector, time.perf_counter() - started)
+        if interruption is not None:
+            raise interruption
+
+    def _collector(self) -> Collector:
+        first = not self._static and self.snapshot_tokens > 0
+        snapshots = Snapshots(self.snapshot_tokens, sites=tuple(filter(self.wanted, SNAPSHOT_SITES))) if first else None
+        return Collector(
+            self.wanted,
+            estimators=self.estimators,
+            delimiter_ids=self.delimiter_ids,
+            compiled=self.compiled,
+            snapshots=snapshots,
+        )
+
+    @contextmanager
+    def _attached(self, collector: Collector) -> Iterator[None]:
+        taps = tuple(tap for tap in self.site_map.taps if self.wanted(tap.site))
+
+        def start(forward_pass: ForwardPass) -> None:
+            collector.start(forward_pass)
+
+        capture = SiteCapture(
+            self.model,
+            taps,
+            self.site_map.block_paths,
+            collector.on_activation,
+            on_start=start,
+            on_stop=collector.stop,
+        )
+        heads = (ATTENTION, *HEAD_SITES)
+        with ExitStack() as stack:
+            if _is_compiled(self.model):
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(capture)
+            if self.site_map.expert_layers and self.wanted("mlp_hidden"):
+                stack.enter_context(self._experts(collector, capture))
+            if self.site_map.attention_layers and any(self.wanted(site) for site in heads):
+
+                def on_call(call: Any) -> None:
+                    collector.on_attention(call, capture.current.layer if capture.current else None)
+
+                stack.enter_context(AttentionCapture(unwrap(self.model), on_call, capture.active))
+            yield
+
+    def _experts(self, collector: Collector, capture: SiteCapture) -> ExpertCapture:
+        def failed(layer: int) -> None:
+            collector.skipped["mlp_hidden"] = "the experts' products were not recognised in their implementation"
+
+        layers = self.site_map.expert_layers
+        return ExpertCapture(unwrap(self.model), layers, capture.active, collector.on_routed, failed)
+
+    # Keeping
+
+    def _record(self, step: int, collector: Collector, seconds: float) -> None:
+        if collector.forward_passes == 0 and not is_distributed():
+            raise CaptureError(
+                f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing to "
+                "record; call the very model that was given to Probe (or a wrapper of it)"
+            )
+        if not collector.states and not is_distributed():
+            raise CaptureError(
+                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way that "
+                "bypasses hooks, probe the original module"
+            )
+        states, layouts = dict(collector.states), dict(collector.layouts)
+        if is_distributed():
+
+            def fields(key: Key, layout: Layout) -> Mapping[str, Field]:
+                return collector.suites_at(key[0])[key[2]].fields(layout)
+
+            states, layouts = merge_over_ranks(states, layouts, fields)
+        groups = self._labelled(collector, to_host(states), layouts)
+        self.absent |= collector.skipped
+        if self._writer is not None:
+            self._writer.append(step, groups)
+            self._writer.append_series(step, {"probe_seconds": seconds})
+        elif self._path is None:
+            self._memory.append((step, groups))
+        self._keep_snapshots(collector)
+
+    def _labelled(
+        self, collector: Collector, states: Mapping[Key, State], layouts: Mapping[Key, Layout]
+    ) -> dict[str, xr.Dataset]:
+        groups: dict[str, xr.Dataset] = {}
+        for site, kind in dict.fromkeys((site, kind) for site, _, kind in states):
+            layers = {
+                layer: (states[s, layer, k], layouts[s, layer, k]) for s, layer, k in states if (s, k) == (site, kind)
+            }
+            suite = collector.suites_at(site)[kind]
+            path = site.replace(":", "/")
+            parts = {path: label_states(suite, layers)}
+            if self.keep_raw:
+                parts[f"raw/{path}"] = raw_states(suite, layers)
+            for group, dataset in parts.items():
+                groups[group] = groups[group].merge(dataset) if group in groups else dataset
+        return groups
+
+    def _keep_snapshots(self, collector: Collector) -> None:
+        if collector.snapshots is None or not is_first_rank():
+            return
+        for group, dataset in snapshot_datasets(collector.snapshots).items():
+            self._static[group] = dataset
+            if self._writer is not None:
+                self._writer.write_static(group, dataset)
+
+    def write_static(self, group: str, dataset: xr.Dataset) -> None:
+        """Keep a dataset that does not depend on the step, such as the snapshot's token texts."""
+        self._static[group] = dataset.merge(self._static[group]) if group in self._static else dataset
+        if self._writer is not None:
+            self._writer.write_static(group, dataset)
+
+    def append_series(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep scalars of a step (loss, learning rate …) beside the probes."""
+        if self._writer is not None:
+            self._writer.append_series(step, dict(values))
+
+    @property
+    def run(self) -> Run:
+        """What was measured so far."""
+        if self._path is not None:
+            if self._writer is not None:
+                self._writer.flush()
+            return open_run(self._path)
+        return Run.in_memory(self._memory, self._static, self.attributes)
+
+    def close(self) -> None:
+        """Write what is buffered and release the run."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def __enter__(self) -> Probe:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    modules = (model, *unwrap(model).modules())
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in modules
+    )
+
+
+def _instances(estimators: Sequence[str | Estimator] | None) -> list[Estimator] | None:
+    if estimators is None:
+        return None
+    return [get_estimator(entry) if isinstance(entry, str) else entry for entry in estimators]
+
+
+def _delimiters(tokenizer: Any, given: Sequence[int] | None) -> tuple[int, ...]:
+    if given is not None:
+        return tuple(given)
+    if tokenizer is None:
+        return ()
+    from osp_diag.tokens import delimiter_ids_of
+
+    return tuple(delimiter_ids_of(tokenizer))

@@ -1,0 +1,87 @@
+"""Finding the stack of blocks of a model nobody here has seen."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from osp_diag.errors import SiteError
+from osp_diag.sites.trace import Event, Trace
+
+__all__ = ["find_stack", "is_linear", "is_norm"]
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A projection: ``nn.Linear``, GPT-2's ``Conv1D``, quantised and adapted linears."""
+    if isinstance(module, nn.Linear):
+        return True
+    weight = getattr(module, "weight", None)
+    two_dimensional = getattr(weight, "ndim", 0) == 2 and not isinstance(module, nn.Embedding)
+    name = type(module).__name__.lower()
+    return two_dimensional and ("linear" in name or "conv1d" in name)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A normalisation: no weight of two dimensions, and the word in its class's name."""
+    name = type(module).__name__.lower()
+    flat = all(parameter.ndim <= 1 for parameter in module.parameters())
+    return flat and ("norm" in name or name in {"dyt", "dynamictanh"})
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    """Outermost lists of blocks: containers whose children have matrices of their own."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
+            continue
+        if any(name.startswith(outer + ".") for outer in found):
+            continue
+        children = list(module.children())
+        is_stack = bool(children) and all(
+            any(True for _ in child.children()) and any(p.ndim >= 2 for p in child.parameters())
+            for child in children
+        )
+        if is_stack:
+            found[name] = module
+    return found
+
+
+def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str, list[Event]]:
+    """The path of the stack, and its blocks' calls in order of execution.
+
+    A block that runs several times in one pass (ALBERT shares its weights) counts as several layers.
+
+    Raises
+    ------
+    SiteError : there is no list of blocks, or ``blocks`` names none.
+    """
+    if blocks is not None:
+        events = [event for event in trace.events if fnmatchcase(event.name, blocks) or _parent(event.name) == blocks]
+        if not events:
+            raise SiteError(
+                f"no module that ran matches blocks={blocks!r}; name the list of blocks or a pattern such as "
+                f"'model.layers.*'. Lists in this model: {', '.join(_candidates(model)) or 'none'}"
+            )
+        return blocks, events
+    sizes: dict[str, tuple[int, list[Event]]] = {}
+    for name, container in _candidates(model).items():
+        members = {f"{name}.{child}" for child, _ in container.named_children()}
+        events = [event for event in trace.events if event.name in members and event.input is not None]
+        if events:
+            sizes[name] = (_size(container), events)
+    if not sizes:
+        raise SiteError(
+            f"{type(model).__name__} has no list of blocks (an nn.ModuleList or nn.Sequential of modules with "
+            "weights) that ran; name it with `blocks=` (on the command line --blocks), for example 'encoder.layers'"
+        )
+    name = max(sizes, key=lambda key: sizes[key][0])
+    return name, sizes[name][1]
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]

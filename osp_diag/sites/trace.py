@@ -1,0 +1,179 @@
+"""One tiny forward pass, recorded: which modules ran inside each block, on what, and gave what.
+
+Structure alone is ambiguous (a "norm" can stand before or after, a fused projection can be laid out in
+several ways); the tensors of one real forward pass settle it. The pass is eight tokens long.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from osp_diag.errors import SiteError
+
+__all__ = ["Event", "Trace", "first_tensor", "run_example", "trace_forward", "unwrap"]
+
+TOKENS = 8
+
+
+@dataclass(eq=False)
+class Event:
+    """One call of one module."""
+
+    name: str
+    module: nn.Module
+    inputs: dict[int | str, torch.Tensor]
+    outputs: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    start: int = 0
+    stop: int = 0
+
+    @property
+    def input(self) -> torch.Tensor | None:
+        return next(iter(self.inputs.values()), None)
+
+    @property
+    def output(self) -> torch.Tensor | None:
+        return next(iter(self.outputs.values()), None)
+
+
+@dataclass
+class Trace:
+    """All calls in order of their start, and the attention calls with the clock time at which they came."""
+
+    events: list[Event] = field(default_factory=list)
+    attention: list[tuple[int, Any]] = field(default_factory=list)
+    clock: int = 0
+
+    def tick(self) -> int:
+        self.clock += 1
+        return self.clock
+
+    def within(self, outer: Event) -> list[Event]:
+        """Calls made during ``outer``, itself left out."""
+        return [event for event in self.events if outer.start < event.start and event.stop < outer.stop]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module inside wrappers of ``torch.compile``, DDP and their like."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def first_tensor(values: Mapping[Any, Any]) -> torch.Tensor | None:
+    return next((value for value in values.values() if isinstance(value, torch.Tensor)), None)
+
+
+def _floating(values: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
+    return {
+        key: value
+        for key, value in values.items()
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2
+    }
+
+
+def _outputs(result: Any) -> dict[int | None, Any]:
+    if isinstance(result, (tuple, list)):
+        return dict(enumerate(result))
+    if isinstance(result, Mapping):
+        return dict(enumerate(result.values()))
+    return {None: result}
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, random state and training flags put back afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in flags:
+                module.training = training
+
+
+def _example_device(model: nn.Module) -> torch.device:
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return module.weight.device
+    return next(model.parameters()).device
+
+
+def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None) -> Any:
+    """Call the model on an example batch, or on eight tokens if none is given."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    if example is not None:
+        return model(*example)
+    vocabulary = min(
+        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings > TOKENS),
+        default=TOKENS + 3,
+    )
+    ids = torch.arange(3, TOKENS + 3, device=_example_device(model))[None] % vocabulary
+    if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
+        keywords: dict[str, Any] = {"input_ids": ids}
+        if getattr(model.config, "is_encoder_decoder", False):
+            keywords["decoder_input_ids"] = ids
+        return model(**keywords)
+    return model(ids)
+
+
+def trace_forward(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None
+) -> Trace:
+    """Run the model once and record every module call and every attention call.
+
+    Raises
+    ------
+    SiteError : the model cannot be called on token ids alone; an example batch is needed.
+    """
+    from osp_diag.capture.attention import AttentionCapture
+
+    trace = Trace()
+    open_events: list[Event] = []
+
+    def before(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            inputs = _floating({**dict(enumerate(args)), **kwargs})
+            event = Event(name, module, inputs, start=trace.tick())
+            trace.events.append(event)
+            open_events.append(event)
+
+        return hook
+
+    def after(name: str):  # type: ignore[no-untyped-def]
+        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+            event = open_events.pop()
+            event.outputs, event.stop = _floating(_outputs(result)), trace.tick()
+
+        return hook
+
+    def on_call(call: Any) -> None:
+        trace.attention.append((trace.tick(), call))
+
+    with ExitStack() as stack:
+        stack.enter_context(_undisturbed(model))
+        for name, module in model.named_modules():
+            if name:
+                stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(after(name)).remove)
+        stack.enter_context(AttentionCapture(model, on_call))
+        try:
+            run_example(model, example)
+        except Exception as error:
+            raise SiteError(
+                f"{type(model).__name__} could not be run on {TOKENS} token ids to find its sites "
+                f"({type(error).__name__}: {error}); pass `example=` a batch (a dict of keyword arguments) that it accepts"
+            ) from error
+    return trace
