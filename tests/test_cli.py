@@ -14,6 +14,7 @@ import osp_diag
 from osp_diag.cli import main as entry
 from osp_diag.cli.discovery import find_verbs
 from osp_diag.cli.main import main
+from osp_diag.cli.options import description
 
 REAL_VERBS = find_verbs()
 
@@ -153,6 +154,18 @@ def test_the_help_of_a_verb_is_its_docstring(verbs, capsys):
     assert "{sequence,osp-published}" in shown
     assert "--no-bar" in shown
     assert "The exit code" not in shown
+
+
+def test_long_paragraphs_are_wrapped_and_laid_out_ones_kept(monkeypatch):
+    def run() -> None:
+        pass
+
+    run.__doc__ = "Short.\n\n" + "word " * 20 + "\n\n- one\n  more\n\nArgs:\n    none: nothing.\n"
+    monkeypatch.setenv("COLUMNS", "40")
+    shown = description(run)
+    assert shown.startswith("Short.\n\nword word")
+    assert max(map(len, shown.splitlines())) <= 40
+    assert shown.endswith("\n\n- one\n  more")
 
 
 def test_parameters_become_options(verbs, capsys):

@@ -6,8 +6,12 @@ Only ``osp_diag.cli.main`` imports this, once a verb is being run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+import operator
 import re
+import shutil
+import textwrap
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Union, get_args, get_origin
@@ -49,10 +53,13 @@ def call_described_by(words: Sequence[str], function: Callable[..., Any], comman
     record.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     record.__annotations__ = inspect.get_annotations(function, eval_str=True)
     record.__doc__ = inspect.getdoc(function)
+    # tyro would join the lines of a paragraph and show it unwrapped, so the description is ours to print.
+    if not {"-h", "--help"}.isdisjoint(words):
+        print(description(function), end="\n\n")
     tyro.cli(
         record,
         prog=command,
-        description=description(function),
+        description="",
         args=list(words),
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.PositionalRequiredArgs),
         registry=_registry(),
@@ -66,7 +73,15 @@ def description(function: Callable[..., Any]) -> str:
     before, *sections = re.split(r"^(Args|Returns|Raises|Examples?):\s*$", text, flags=re.MULTILINE)
     by_title = dict(zip(sections[0::2], sections[1::2], strict=True))
     examples = (by_title.get("Examples") or by_title.get("Example") or "").strip("\n")
-    return f"{before.strip()}\n\nExamples:\n{examples}" if examples else before.strip()
+    paragraphs = "\n\n".join(map(_wrapped, re.split(r"\n\s*\n", before.strip())))
+    return f"{paragraphs}\n\nExamples:\n{examples}" if examples else paragraphs
+
+
+def _wrapped(paragraph: str) -> str:
+    """The paragraph at the terminal's width; one with indented lines is laid out by hand and stays so."""
+    if any(line.startswith(" ") for line in paragraph.splitlines()):
+        return paragraph
+    return textwrap.fill(paragraph, min(shutil.get_terminal_size().columns, 100))
 
 
 def _registry() -> ConstructorRegistry:
@@ -80,7 +95,7 @@ def _registry() -> ConstructorRegistry:
         members = get_args(info.type)
         if get_origin(info.type) not in (Union, types.UnionType) or type(None) not in members:
             return None
-        given = Union[tuple(member for member in members if member is not type(None))]  # noqa: UP007
+        given: Any = functools.reduce(operator.or_, (m for m in members if m is not type(None)))
         inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given, info.markers))
         if isinstance(inner, UnsupportedTypeAnnotationError):
             return inner
