@@ -80,8 +80,8 @@ def _shape_of(
         if tensor is not None and tensor.ndim >= 2:
             return tensor.shape[0], tensor.shape[1], tensor.device
     raise CaptureError(
-        "the forward pass has no input_ids, inputs_embeds or attention_mask of shape (batch, token, …), so its "
-        "tokens cannot be told apart; call the model with one of them"
+        "the forward pass has no input_ids, inputs_embeds or attention_mask of shape (batch, token, …), so "
+        "its tokens cannot be told apart; call the model with one of them"
     )
 
 

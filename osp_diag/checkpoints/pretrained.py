@@ -1,0 +1,304 @@
+"""Hugging Face checkpoints: a directory, one weights file with a configuration beside it, or a hub id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
+from osp_diag.checkpoints.hub import reach
+from osp_diag.checkpoints.quiet import quietly
+from osp_diag.checkpoints.weight_files import check_pickle, check_safetensors, find_weights, read_json
+from osp_diag.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = ["Loading", "open_directory", "open_hub", "open_weights_file"]
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+    "tekken.json", "tokenizer_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a checkpoint is to be opened; the fields are the options of ``open_checkpoint``."""
+
+    dtype: str
+    device: torch.device | None
+    device_map: str | dict[str, Any] | None
+    trust_remote_code: bool
+    attention: str | None
+    tokenizer: Any | None
+    allow_nonfinite: bool
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained``."""
+        import torch
+
+        chosen: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
+        if self.device_map is not None:
+            chosen["device_map"] = self.device_map
+        elif self.device is not None and self.device.type != "cpu":
+            chosen["device_map"] = {"": self.device}
+        if self.attention is not None:
+            chosen["attn_implementation"] = self.attention
+        return chosen
+
+
+def open_directory(directory: Path, loading: Loading, *, name: str, source: str) -> Checkpoint:
+    """Open a directory with a configuration, weights and perhaps a tokenizer."""
+    _check_configuration(directory)
+    find_weights(directory)
+    config = _config(str(directory), loading)
+    tokenizer = _tokenizer_in(directory, loading)
+    model, notes = _load(str(directory), config, loading, name)
+    return _finish(model, tokenizer, loading, name, source, notes)
+
+
+def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoint:
+    """Open one file of weights by the configuration in its directory."""
+    directory = path.parent
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} holds weights, but not the model they belong to: there is no config.json beside it. Put "
+            "the "
+            "model's config.json there, or give a loader module:function"
+        )
+    index = directory / "model.safetensors.index.json"
+    if path.name.startswith("model-") and index.is_file():
+        raise CheckpointError(f"{path} is one shard of a model; pass its directory, {directory}")
+    state = _state_in(path)
+    config = _config(str(directory), loading)
+    tokenizer = _tokenizer_in(directory, loading)
+    model, notes = _load(None, config, loading, path.name, state_dict=state)
+    return _finish(model, tokenizer, loading, path.stem, source, notes)
+
+
+def open_hub(identifier: str, loading: Loading) -> Checkpoint:
+    """Open a model of the Hugging Face Hub, from the local cache where the hub cannot be reached."""
+    cached_only = reach(identifier)
+    config = _config(identifier, loading, local_files_only=cached_only)
+    tokenizer = loading.tokenizer
+    if tokenizer is None:
+        try:
+            tokenizer = _auto_tokenizer(identifier, loading, local_files_only=cached_only)
+        except CheckpointError:  # a hub repository does not tell beforehand whether it has one
+            tokenizer = None
+    model, notes = _load(identifier, config, loading, identifier, local_files_only=cached_only)
+    if cached_only:
+        notes += ("the hub was not reached; this is the copy in the local cache.",)
+    return _finish(model, tokenizer, loading, identifier, identifier, notes)
+
+
+def _finish(
+    model: nn.Module, tokenizer: Any, loading: Loading, name: str, source: str, notes: tuple[str, ...]
+) -> Checkpoint:
+    model.eval().requires_grad_(False)
+    return assemble(
+        model, tokenizer, name=name, source=source, notes=notes, allow_nonfinite=loading.allow_nonfinite
+    )
+
+
+def _check_configuration(directory: Path) -> None:
+    if (directory / "config.json").is_file():
+        read_json(directory / "config.json")
+        return
+    if (directory / "adapter_config.json").is_file():
+        base = read_json(directory / "adapter_config.json").get("base_model_name_or_path", "its base model")
+        raise CheckpointError(
+            f"{directory} is an adapter, not a model. Merge it into {base} (peft: merge_and_unload, "
+            "save_pretrained) "
+            "and pass the result"
+        )
+    inside = sorted(entry.parent.name for entry in directory.glob("*/config.json"))
+    advice = (
+        f"; these directories inside it have one: {', '.join(inside[:5])}"
+        if inside
+        else "; pass the directory that save_pretrained wrote"
+    )
+    raise CheckpointError(f"{directory} is not a checkpoint: it has no config.json{advice}")
+
+
+def _config(location: str, loading: Loading, **where: Any) -> Any:
+    import transformers
+
+    try:
+        with quietly():
+            return transformers.AutoConfig.from_pretrained(
+                location, trust_remote_code=loading.trust_remote_code, **where
+            )
+    except Exception as error:
+        text = str(error)
+        if "trust_remote_code" in text:
+            advice = "it brings its own model code. Read that code, then pass trust_remote_code=True"
+        elif "model_type" in text or "model type" in text or "Unrecognized model" in text:
+            advice = (
+                f"transformers {transformers.__version__} does not know its architecture: "
+                f"{_first_line(error)} Update "
+                "transformers, or give a loader module:function"
+            )
+        else:
+            advice = f"its configuration cannot be read: {_first_line(error)}"
+        raise CheckpointError(f"{location} cannot be opened: {advice}") from error
+
+
+def _model_class(config: Any, trust_remote_code: bool) -> Any:
+    """The class that was saved, where its name is known; otherwise the nearest automatic one."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    if trust_remote_code:
+        for name in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM", "AutoModelForMaskedLM", "AutoModel"):
+            if name in (getattr(config, "auto_map", None) or {}):
+                return getattr(transformers, name)
+    for name in getattr(config, "architectures", None) or ():
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    kind = config.model_type
+    if config.is_encoder_decoder and kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForSeq2SeqLM
+    # Encoders such as BERT also have a causal variant, which nobody trains.
+    if kind in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and kind not in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+        return transformers.AutoModelForCausalLM
+    return transformers.AutoModel
+
+
+def _load(
+    location: str | None, config: Any, loading: Loading, name: str, **where: Any
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model and what is to be said of it. Tensors that the file lacks are never made up."""
+    import transformers
+
+    chosen = _model_class(config, loading.trust_remote_code)
+    model, report = _from_pretrained(chosen, location, config, loading, name, where)
+    notes: tuple[str, ...] = ()
+    if report["missing_keys"] and chosen is not transformers.AutoModel:
+        base, base_report = _from_pretrained(transformers.AutoModel, location, config, loading, name, where)
+        if len(base_report["missing_keys"]) < len(report["missing_keys"]):
+            model, report = base, base_report
+            notes += (
+                f"the weights lack the head of {chosen.__name__}, so {type(base).__name__} was opened.",
+            )
+    # BERT-like models saved without their pooler: it comes after every site.
+    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if missing:
+        raise CheckpointError(
+            f"{name} lacks {len(missing)} tensors of {type(model).__name__}, the first {missing[0]!r}: the "
+            "weights do not "
+            "belong to this config.json. Random numbers would stand in for them, so it is not opened"
+        )
+    if report["mismatched_keys"]:
+        key, found, expected = min(report["mismatched_keys"], key=str)
+        raise CheckpointError(
+            f"{name} does not fit its config.json: {key!r} has shape {tuple(found)}, and the configuration "
+            "asks for "
+            f"{tuple(expected)}"
+        )
+    unused = sorted(report["unexpected_keys"])
+    if unused and not notes and not all("head" in key or "predictions" in key for key in unused):
+        notes += (f"{len(unused)} tensors of the file are not used by the model, the first {unused[0]!r}.",)
+    return model, notes
+
+
+def _from_pretrained(
+    chosen: Any, location: str | None, config: Any, loading: Loading, name: str, where: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any]]:
+    arguments = loading.arguments()
+    if "Auto" in chosen.__name__:
+        arguments["trust_remote_code"] = loading.trust_remote_code
+    try:
+        with quietly(bars=location is not None and not Path(location).exists()):
+            return chosen.from_pretrained(
+                location,
+                config=config,
+                weights_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that the message can name the tensor
+                **arguments,
+                **where,
+            )
+    except Exception as error:
+        raise _load_error(name, error) from error
+
+
+def _load_error(name: str, error: Exception) -> CheckpointError:
+    import pickle
+
+    import torch
+
+    if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in str(error):
+        return CheckpointError(
+            f"{name} is refused: its pickle holds more than tensors ({_forbidden(error)}), and reading that "
+            "would run "
+            "code that came with the file. Ask its author for safetensors"
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return CheckpointError(
+            f"{name} does not fit into the device's memory. Pass dtype='bfloat16', or device_map='auto' to "
+            "spread it"
+        )
+    return CheckpointError(f"{name} cannot be opened: {type(error).__name__}: {_first_line(error)}")
+
+
+def _forbidden(error: Exception) -> str:
+    """What torch objected to, out of its long message."""
+    lines = [line.strip() for line in str(error).splitlines() if "GLOBAL" in line or "Unsupported" in line]
+    return lines[0].rstrip(".") if lines else "torch refused it"
+
+
+def _state_in(path: Path) -> dict[str, Any]:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        check_safetensors(path)
+        return load_file(path)
+    import torch
+
+    check_pickle(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+    except Exception as error:
+        raise _load_error(str(path), error) from error
+    for key in ("state_dict", "model_state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
+        raise CheckpointError(
+            f"{path} holds a {type(state).__name__} without tensors, not a model's state_dict"
+        )
+    return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _tokenizer_in(directory: Path, loading: Loading) -> Any | None:
+    if loading.tokenizer is not None:
+        return loading.tokenizer
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        return None
+    return _auto_tokenizer(str(directory), loading)
+
+
+def _auto_tokenizer(location: str, loading: Loading, **where: Any) -> Any:
+    import transformers
+
+    try:
+        with quietly():
+            return transformers.AutoTokenizer.from_pretrained(
+                location, trust_remote_code=loading.trust_remote_code, **where
+            )
+    except Exception as error:
+        raise CheckpointError(
+            f"the tokenizer of {location} cannot be opened: {type(error).__name__}: {_first_line(error)}. "
+            "Mend its "
+            "files, remove them to measure on token ids, or pass tokenizer="
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,142 @@
+"""The weight files of a directory: which there are, and whether they are whole, before any is loaded."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from osp_diag.errors import CheckpointError
+
+__all__ = ["WeightFiles", "check_pickle", "check_safetensors", "find_weights", "read_json"]
+
+SINGLE = ("model.safetensors", "pytorch_model.bin")
+LFS_POINTER = b"version https://git-lfs"
+LONGEST_HEADER = 100_000_000
+"""safetensors itself refuses longer headers."""
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files that hold a model's weights; ``safe`` if they are safetensors and not pickles."""
+
+    paths: tuple[Path, ...]
+    safe: bool
+
+
+def find_weights(directory: Path) -> WeightFiles:
+    """The weights that will be loaded from a directory, known to be whole; safetensors before pickles.
+
+    Raises
+    ------
+    CheckpointError
+        There are none, a shard is missing, or a file is truncated.
+    """
+    for name in SINGLE:
+        safe = name.endswith(".safetensors")
+        check = check_safetensors if safe else check_pickle
+        index = directory / f"{name}.index.json"
+        if (directory / name).is_file():
+            check(directory / name)
+            return WeightFiles((directory / name,), safe)
+        if index.is_file():
+            shards = _shards(index)
+            for shard in shards:
+                check(shard)
+            return WeightFiles(shards, safe)
+    others = sorted(
+        entry.name
+        for entry in directory.iterdir()
+        if entry.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack")
+    )
+    if len(others) > 1 and all("-of-" in name for name in others):
+        advice = (
+            f"; there are shards such as {others[0]}, but no index: model.safetensors.index.json is missing"
+        )
+    elif others:
+        advice = f"; there is {', '.join(others[:5])}: pass that file itself, or rename it"
+    else:
+        advice = "; was it copied whole?"
+    raise CheckpointError(
+        f"{directory} has no weights: no model.safetensors and no pytorch_model.bin{advice}"
+    )
+
+
+def check_safetensors(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file whose data are all there."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        _refuse_pointer(path, start + file.read(16))
+        file.seek(8)
+        length = int.from_bytes(start, "little")
+        if len(start) == 8 and length > LONGEST_HEADER:
+            raise CheckpointError(f"{path} is not a safetensors file: its first bytes announce no header")
+        header_bytes = file.read(length)
+    if len(start) < 8 or len(header_bytes) < length:
+        raise CheckpointError(f"{path} is truncated: it ends inside its header, at {size:,} bytes. {_AGAIN}")
+    try:
+        header = json.loads(header_bytes)
+        end = max(
+            (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
+        )
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise CheckpointError(
+            f"{path} is not a safetensors file: its header cannot be read. {_AGAIN}"
+        ) from None
+    expected = 8 + length + end
+    if size < expected:
+        raise CheckpointError(
+            f"{path} is truncated: its header promises {expected:,} bytes, and it has {size:,}. {_AGAIN}"
+        )
+    return header
+
+
+_AGAIN = "Copy or download it again"
+
+
+def check_pickle(path: Path) -> None:
+    """Refuse a pickle that is not whole; whether it is harmless shows when torch reads it."""
+    with path.open("rb") as file:
+        start = file.read(24)
+    _refuse_pointer(path, start)
+    # torch has written zip archives since 1.6, and a bare pickle (which opens with 0x80) before.
+    if not zipfile.is_zipfile(path) and not start.startswith(b"\x80"):
+        raise CheckpointError(
+            f"{path} is truncated or not a PyTorch file: it is neither a whole zip archive nor a pickle. "
+            f"{_AGAIN}"
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint's file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}. {_AGAIN}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object. {_AGAIN}")
+    return value
+
+
+def _shards(index: Path) -> tuple[Path, ...]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map, so the shards are not known. {_AGAIN}")
+    names = sorted(set(weight_map.values()))
+    missing = [name for name in names if not (index.parent / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:5])}"
+            f"{', …' if len(missing) > 5 else ''} named in {index.name}. Copy or download the rest"
+        )
+    return tuple(index.parent / name for name in names)
+
+
+def _refuse_pointer(path: Path, start: bytes) -> None:
+    if start.startswith(LFS_POINTER[: len(start)]) and start:
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights. Run `git lfs pull` in its repository"
+        )

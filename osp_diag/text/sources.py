@@ -1,0 +1,228 @@
+"""Where text comes from: a string, a file, the built-in text, or a data set read as a stream."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, Protocol
+
+from osp_diag.errors import TokenError
+from osp_diag.text import builtin_text
+
+__all__ = ["DatasetText", "PlainText", "Text", "text_source"]
+
+BETWEEN_DOCUMENTS = "\n\n"
+"""What joins the documents of a data set: a blank line, as in the released OSP script."""
+
+PREFERRED_COLUMNS = ("text", "content", "document", "article", "body", "sentence")
+PREFERRED_SPLITS = ("validation", "test", "train")
+"""Held-out text first: activations are measured on what was not trained on."""
+
+FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+
+
+class Text(Protocol):
+    """A text that is read from its start, as far as it is needed."""
+
+    description: str
+
+    def prefix(self, characters: int) -> tuple[str, bool]:
+        """At least that many characters from the start (fewer at its end), and whether that was all."""
+        ...
+
+
+class PlainText:
+    """A text in memory."""
+
+    def __init__(self, text: str, description: str) -> None:
+        self.description = description
+        self._text = text
+
+    def prefix(self, characters: int) -> tuple[str, bool]:
+        # Cut between words, so that the tokens before the cut are those of the whole text.
+        space = re.compile(r"\s").search(self._text, characters)
+        if space is None:
+            return self._text, True
+        return self._text[: space.start()], False
+
+
+class DatasetText:
+    """The text column of a Hugging Face data set, its documents joined by blank lines.
+
+    Parameters
+    ----------
+    dataset
+        A hub id, ``id:configuration``, or a local path (a directory, or a file .jsonl, .json, .parquet,
+        .csv or .txt).
+    split
+        None takes the first there is of validation, test and train.
+    column
+        None takes ``text`` or its like, or the only column of strings.
+
+    Raises
+    ------
+    TokenError
+        It cannot be reached or read, or which column holds the text is not clear.
+    """
+
+    def __init__(self, dataset: str, *, split: str | None = None, column: str | None = None) -> None:
+        rows, split_name = _open(dataset, split)
+        with _datasets_errors(dataset):
+            first = next(rows, None)
+        if first is None:
+            raise TokenError(f"the data set {dataset} has no rows in its split {split_name!r}")
+        self.column = _text_column(first, column, dataset)
+        self.description = f"dataset {dataset}, split {split_name}, column {self.column}"
+        self._dataset = dataset
+        self._rows = chain([first], rows)
+        self._text = ""
+        self._exhausted = False
+
+    def prefix(self, characters: int) -> tuple[str, bool]:
+        pieces, length = [self._text] if self._text else [], len(self._text)
+        with _datasets_errors(self._dataset):
+            while length < characters and not self._exhausted:
+                row = next(self._rows, None)
+                if row is None:
+                    self._exhausted = True
+                elif row[self.column]:
+                    pieces.append(row[self.column])
+                    length += len(row[self.column]) + len(BETWEEN_DOCUMENTS)
+        self._text = BETWEEN_DOCUMENTS.join(pieces)
+        return self._text, self._exhausted
+
+
+def text_source(
+    text: str | Path | None,
+    dataset: str | None,
+    *,
+    split: str | None = None,
+    column: str | None = None,
+) -> Text:
+    """The text meant by ``text`` (a file's path, or the text itself) or ``dataset``; built in if neither.
+
+    A string names a file if that file exists, or if it has no blank in it and looks like a path.
+
+    Raises
+    ------
+    TokenError
+        The file or data set cannot be read, or the text is empty.
+    """
+    if dataset is not None:
+        return DatasetText(str(dataset), split=split, column=column)
+    if text is None:
+        return PlainText(builtin_text(), "built-in English text")
+    if isinstance(text, Path) or _names_a_file(text):
+        path = Path(text).expanduser()
+        content, description = _read(path), f"file {path.name}"
+    else:
+        content, description = text, "text given as a string"
+    if not content.strip():
+        raise TokenError(f"{description} is empty: there is no text to run the model on")
+    return PlainText(content, description)
+
+
+def _names_a_file(text: str) -> bool:
+    if not text or len(text) > 1024 or "\n" in text:
+        return False
+    if Path(text).expanduser().is_file():
+        return True
+    return not re.search(r"\s", text) and (
+        "/" in text or Path(text).suffix.lower() in {".txt", ".md", ".text"}
+    )
+
+
+def _read(path: Path) -> str:
+    if path.is_dir():
+        raise TokenError(f"{path} is a directory; give one text file, or a data set's path as dataset")
+    if not path.is_file():
+        near = path.parent.is_dir() and difflib.get_close_matches(
+            path.name, [entry.name for entry in path.parent.iterdir()], n=1
+        )
+        advice = f"; did you mean {near[0]}?" if near else "; check the path"
+        raise TokenError(f"there is no text file {path}{advice}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TokenError(
+            f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}. Convert it "
+            "(iconv -t UTF-8), or give another file"
+        ) from None
+    except OSError as error:
+        raise TokenError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _open(dataset: str, split: str | None) -> tuple[Iterator[dict[str, Any]], str]:
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise TokenError(
+            f'reading the data set {dataset} needs the package datasets: pip install "osp-diag[datasets]"'
+        ) from error
+    path = Path(dataset).expanduser()
+    looks_local = path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in FILE_FORMATS
+    if looks_local and not path.exists():
+        raise TokenError(f"there is no data set at {dataset}: the path does not exist")
+    with _datasets_errors(dataset):
+        if path.is_file():
+            if path.suffix not in FILE_FORMATS:
+                known = ", ".join(FILE_FORMATS)
+                raise TokenError(f"{dataset} is not a data set: its type must be one of {known}")
+            found = datasets.load_dataset(
+                FILE_FORMATS[path.suffix], data_files={"train": str(path)}, streaming=True
+            )
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+            found = datasets.load_from_disk(str(path))
+        else:
+            name, _, configuration = (str(path), "", "") if path.is_dir() else dataset.partition(":")
+            found = datasets.load_dataset(name, configuration or None, streaming=True)
+    if not isinstance(found, dict):
+        return iter(found), split or "all"
+    chosen = split or next((name for name in PREFERRED_SPLITS if name in found), next(iter(found)))
+    if chosen not in found:
+        raise TokenError(f"the data set {dataset} has no split {chosen!r}; it has {', '.join(found)}")
+    return iter(found[chosen]), chosen
+
+
+@contextmanager
+def _datasets_errors(dataset: str) -> Iterator[None]:
+    """Quiet reading; whatever goes wrong becomes one message."""
+    from osp_diag.checkpoints.quiet import quietly
+
+    try:
+        with quietly():
+            yield
+    except TokenError:
+        raise
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise TokenError(
+            f"the data set {dataset} cannot be read: {type(error).__name__}: "
+            f"{lines[0] if lines else 'no reason given'}. "
+            "Check its name (id:configuration where it has several) and the connection, or give a local "
+            ".jsonl or .parquet file, or a text file"
+        ) from error
+
+
+def _text_column(row: dict[str, Any], column: str | None, dataset: str) -> str:
+    strings = [name for name, value in row.items() if isinstance(value, str)]
+    if column is not None:
+        if column not in strings:
+            raise TokenError(
+                f"the data set {dataset} has no text column {column!r}; its text columns are "
+                f"{', '.join(strings) or 'none'}"
+            )
+        return column
+    for name in PREFERRED_COLUMNS:
+        if name in strings:
+            return name
+    if len(strings) == 1:
+        return strings[0]
+    raise TokenError(
+        f"which column of the data set {dataset} holds the text is not clear: its text columns are "
+        f"{', '.join(strings) or 'none'}; name one with text_column"
+    )

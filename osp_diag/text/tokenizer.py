@@ -1,0 +1,96 @@
+"""What is asked of a tokenizer: ids, texts, what it puts first, and which tokens are delimiters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from osp_diag.errors import TokenError
+
+__all__ = ["DELIMITERS", "decode", "delimiter_ids_of", "encode", "opening_tokens"]
+
+DELIMITERS = frozenset(",.;:!?…、。，．；：！？\n\r")
+"""The characters of the ``delimiter`` stratum: marks that end a clause, a sentence or a line, in their
+ASCII and East Asian forms. Quotation marks, brackets and dashes are not among them."""
+
+
+def delimiter_ids_of(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of the tokens whose text, blanks around it removed, consists of :data:`DELIMITERS` alone.
+
+    Blank tokens with a line break in them belong to it ("\\n\\n", "\\n    "); other blanks and special
+    tokens do not.
+    """
+    special = set(getattr(tokenizer, "all_special_ids", ()))
+    return tuple(
+        token
+        for token in _candidates(tokenizer)
+        if token not in special and _is_delimiter(decode(tokenizer, token))
+    )
+
+
+def opening_tokens(tokenizer: Any | None, bos: str) -> tuple[int, ...]:
+    """What every sequence begins with.
+
+    ``auto``: what the tokenizer puts before a text by itself (BOS, [CLS], nothing …); ``yes``: the same,
+    or its BOS token where it puts nothing; ``no``: nothing.
+
+    Raises
+    ------
+    TokenError
+        ``yes`` without a BOS token.
+    """
+    if bos == "no" or (tokenizer is None and bos == "auto"):
+        return ()
+    if tokenizer is None:
+        raise TokenError(
+            "bos='yes' needs the tokenizer's BOS token, and there is no tokenizer; pass one, or bos='no'"
+        )
+    plain, full = encode(tokenizer, "x", special=False), encode(tokenizer, "x", special=True)
+    start = next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)
+    if start:
+        return tuple(full[:start])
+    if bos == "auto":
+        return ()
+    own = getattr(tokenizer, "bos_token_id", None)
+    own = getattr(tokenizer, "cls_token_id", None) if own is None else own
+    if own is None:
+        raise TokenError(
+            f"bos='yes', but the tokenizer ({type(tokenizer).__name__}) has no BOS token; pass bos='no' or "
+            "'auto'"
+        )
+    return (int(own),)
+
+
+def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
+    """The ids of a text, with the tokenizer's special tokens around it or without."""
+    if not callable(tokenizer):  # a bare tokenizers.Tokenizer
+        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+    from osp_diag.checkpoints.quiet import quietly
+
+    with quietly():  # it would warn that the stream is longer than the model's maximum
+        encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+    found = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
+    return [int(token) for token in found]
+
+
+def decode(tokenizer: Any, token: int) -> str:
+    """What one token reads as."""
+    if not callable(tokenizer):
+        return tokenizer.decode([token], skip_special_tokens=False)
+    # Cleaning up would remove the blank of " ." and is warned about.
+    return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _candidates(tokenizer: Any) -> list[int]:
+    """Ids worth decoding: a token with an ASCII letter or digit is no delimiter, byte tokens <0x0A> aside."""
+    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    return sorted(
+        number
+        for token, number in vocabulary.items()
+        if token.startswith("<0x") or not any(c.isascii() and c.isalnum() for c in token)
+    )
+
+
+def _is_delimiter(text: str) -> bool:
+    bare = text.strip()
+    return set(bare) <= DELIMITERS if bare else "\n" in text or "\r" in text

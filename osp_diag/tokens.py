@@ -1,0 +1,350 @@
+"""Token batches: text made into sequences under a stated protocol, with an identity of their own."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from osp_diag.errors import TokenError, UsageError
+from osp_diag.text.sources import Text, text_source
+from osp_diag.text.tokenizer import DELIMITERS, decode, delimiter_ids_of, encode, opening_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["DELIMITERS", "PROTOCOLS", "TokenBatches", "delimiter_ids_of", "make_batches"]
+
+PROTOCOLS = ("sequence", "osp-published")
+"""``sequence``: sequences as they are. ``osp-published``: every token its own sequence of length one."""
+
+BOS_CHOICES = ("auto", "yes", "no")
+
+DEFAULT_TOKENS = 8192
+DEFAULT_LENGTH = 512
+CHARACTERS_PER_TOKEN = 6
+"""More than English text has, so that one reading usually suffices."""
+
+MARGIN = 16
+"""Tokens at the end of a text that was cut short are left out: the cut may have changed them."""
+
+
+@dataclass(frozen=True)
+class TokenBatches:
+    """Sequences of token ids, and all that identifies them.
+
+    Attributes
+    ----------
+    tokens
+        Ids, int64 of shape (sequence, position).
+    attention_mask
+        1 where there is a token, 0 on padding; same shape.
+    protocol
+        ``sequence`` or ``osp-published``.
+    bos
+        Whether sequences begin with the tokenizer's opening tokens: ``yes``, ``no``, or ``as given``.
+    bos_ids
+        Those opening tokens: none, or BOS (BERT's [CLS]), or all of what the tokenizer puts first.
+    sequence_length
+        Positions of a sequence.
+    source
+        Where the tokens come from, in words without a path.
+    fingerprint
+        32 hexadecimal digits of the SHA-256 of ids, mask and protocol.
+    delimiter_ids
+        Ids of the ``delimiter`` stratum: see :func:`delimiter_ids_of`.
+    notes
+        What the user should know, one sentence each.
+    """
+
+    tokens: Int64[np.ndarray, "sequence position"] = field(repr=False)
+    attention_mask: Int64[np.ndarray, "sequence position"] = field(repr=False)
+    protocol: str
+    bos: str
+    bos_ids: tuple[int, ...]
+    sequence_length: int
+    source: str
+    fingerprint: str
+    delimiter_ids: tuple[int, ...] = field(repr=False)
+    notes: tuple[str, ...] = ()
+    tokenizer: Any | None = field(default=None, repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batches(self, batch_size: int, *, rank: int = 0, ranks: int = 1) -> Iterator[dict[str, Tensor]]:
+        """``input_ids`` and ``attention_mask`` of up to ``batch_size`` sequences at a time, as CPU tensors.
+
+        With several ranks, rank r gets every ``ranks``-th sequence from the r-th on.
+        """
+        import torch
+
+        if batch_size < 1:
+            raise UsageError(f"batch_size={batch_size}: a batch needs 1 or more sequences")
+        ids, mask = self.tokens[rank::ranks], self.attention_mask[rank::ranks]
+        for start in range(0, len(ids), batch_size):
+            rows = slice(start, start + batch_size)
+            yield {
+                "input_ids": torch.from_numpy(ids[rows].copy()),
+                "attention_mask": torch.from_numpy(mask[rows].copy()),
+            }
+
+    def text_of(self, token_id: int) -> str:
+        """What one token reads as; its number where there is no tokenizer."""
+        return str(token_id) if self.tokenizer is None else decode(self.tokenizer, token_id)
+
+
+def make_batches(
+    tokenizer: Any | None = None,
+    *,
+    text: str | Path | None = None,
+    dataset: str | None = None,
+    ids: Any | None = None,
+    attention_mask: Any | None = None,
+    tokens: int | None = None,
+    seq_len: int | None = None,
+    protocol: str = "sequence",
+    bos: str = "auto",
+    max_length: int | None = None,
+    vocabulary_size: int | None = None,
+    split: str | None = None,
+    text_column: str | None = None,
+) -> TokenBatches:
+    """Make the sequences that a model is run on.
+
+    The text is tokenised as one stream without special tokens and cut into sequences of ``seq_len``
+    positions, the opening tokens included where there are any. A remainder is left out.
+
+    Parameters
+    ----------
+    tokenizer
+        The model's; not needed with ``ids``.
+    text, dataset, ids
+        At most one of: a UTF-8 file or the text itself; a Hugging Face data set (hub id,
+        ``id:configuration`` or local path); ids of shape (token,), cut like a text, or (sequence,
+        position), taken as they are. None of them: the built-in English text.
+    attention_mask
+        Of ``ids`` of shape (sequence, position).
+    tokens
+        How many tokens to take in all; None: 8192, or all of ``ids``.
+    seq_len
+        Positions of a sequence; None: 512, or less where the model or ``tokens`` allow less.
+    protocol
+        ``sequence``, or ``osp-published``: the same stream, every token fed as a sequence of its own
+        without BOS, as the released OSP script does (evaluate_kurtosis.py).
+    bos
+        ``auto`` follows the tokenizer: where ``tokenizer("x")`` puts something before "x", so does every
+        sequence. ``yes`` insists; ``no`` leaves it out.
+    max_length, vocabulary_size
+        Of the model: longer sequences and larger ids are refused.
+    split, text_column
+        Of the data set; None chooses.
+
+    Raises
+    ------
+    TokenError
+        The tokens do not fit: empty text, too few of them, too long sequences, foreign ids.
+    UsageError
+        An option has no meaning.
+    """
+    _check_choices(protocol, bos, tokens, seq_len, max_length)
+    if sum(choice is not None for choice in (text, dataset, ids)) > 1:
+        raise UsageError("text, dataset and ids are three sources; give one of them")
+    if ids is not None and np.ndim(ids) == 2:
+        made = _given_sequences(ids, attention_mask, tokens, seq_len, bos, max_length)
+    else:
+        as_it_is = protocol == "osp-published" or (ids is not None and bos == "auto")
+        opening = () if as_it_is else opening_tokens(tokenizer, bos)
+        stream = _Stream(tokenizer, text, dataset, ids, split, text_column)
+        made = _cut_stream(stream, tokens, seq_len, max_length, opening)
+    if protocol == "osp-published":
+        present = made.tokens[made.mask == 1][:, None]
+        made = _Made(present, np.ones_like(present), (), made.source, made.notes)
+    if vocabulary_size is not None:
+        _check_vocabulary(made.tokens, vocabulary_size, tokenizer)
+    given = ids is not None and not made.opening and protocol == "sequence"
+    return TokenBatches(
+        tokens=made.tokens,
+        attention_mask=made.mask,
+        protocol=protocol,
+        bos="yes" if made.opening else "as given" if given else "no",
+        bos_ids=made.opening,
+        sequence_length=made.tokens.shape[1],
+        source=made.source,
+        fingerprint=_fingerprint(made.tokens, made.mask, protocol),
+        delimiter_ids=() if tokenizer is None else delimiter_ids_of(tokenizer),
+        notes=made.notes,
+        tokenizer=tokenizer,
+    )
+
+
+@dataclass(frozen=True)
+class _Made:
+    """Sequences on their way to :class:`TokenBatches`."""
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    opening: tuple[int, ...]
+    source: str
+    notes: tuple[str, ...] = ()
+
+
+class _Stream:
+    """Token ids from the start of a source, as many as are asked for."""
+
+    def __init__(
+        self, tokenizer: Any, text: Any, dataset: Any, ids: Any, split: str | None, column: str | None
+    ) -> None:
+        self._ids = None if ids is None else _integers(ids)
+        if self._ids is not None:
+            self.description = "token ids given as an array"
+            return
+        if tokenizer is None:
+            raise TokenError(
+                "the checkpoint has no tokenizer, so text cannot be made into tokens; pass a tokenizer, or "
+                "token ids"
+            )
+        self._tokenizer = tokenizer
+        self._text: Text = text_source(text, dataset, split=split, column=column)
+        self.description = self._text.description
+
+    @property
+    def length(self) -> int | None:
+        return None if self._ids is None else len(self._ids)
+
+    def take(self, count: int) -> np.ndarray:
+        """The first ``count`` ids, or all there are."""
+        if self._ids is not None:
+            return self._ids[:count]
+        characters = CHARACTERS_PER_TOKEN * (count + MARGIN)
+        while True:
+            text, exhausted = self._text.prefix(characters)
+            found = encode(self._tokenizer, text, special=False)
+            if exhausted or len(found) >= count + MARGIN:
+                return np.asarray(found[:count], dtype=np.int64)
+            characters *= 2
+
+
+def _cut_stream(
+    stream: _Stream, tokens: int | None, seq_len: int | None, max_length: int | None, opening: tuple[int, ...]
+) -> _Made:
+    wanted = tokens or stream.length or DEFAULT_TOKENS
+    length = seq_len or min(DEFAULT_LENGTH, wanted, max_length or DEFAULT_LENGTH)
+    if tokens is not None and tokens < length:
+        raise UsageError(
+            f"tokens={tokens} is less than one sequence of seq_len={length}; pass --tokens {length} or more, "
+            f"or --seq-len {tokens}"
+        )
+    body = length - len(opening)
+    if body < 1:
+        raise UsageError(
+            f"seq_len={length} leaves no room beside the opening tokens; pass {len(opening) + 1} or more"
+        )
+    rows = max(1, wanted // length)
+    found = stream.take(rows * body)
+    if len(found) == 0:
+        raise TokenError(f"{stream.description} is empty: it has no tokens")
+    if len(found) < body:
+        raise TokenError(
+            f"{stream.description} has {len(found)} tokens, fewer than one sequence of {length}; give a "
+            "longer text, "
+            f"or --seq-len {len(found) + len(opening)}"
+        )
+    made = len(found) // body
+    notes: tuple[str, ...] = ()
+    if made < rows:
+        notes = (f"{stream.description} gives {made} sequences of {length}; {rows} were asked for.",)
+    sequences = found[: made * body].reshape(made, body)
+    prefix = np.tile(np.asarray(opening, dtype=np.int64), (made, 1))
+    ids = np.concatenate([prefix, sequences], axis=1)
+    return _Made(ids, np.ones_like(ids), opening, stream.description, notes)
+
+
+def _given_sequences(
+    ids: Any, mask: Any | None, tokens: int | None, seq_len: int | None, bos: str, max_length: int | None
+) -> _Made:
+    values = _integers(ids)
+    if values.size == 0:
+        raise TokenError(f"the token ids are empty: their shape is {values.shape}")
+    if bos == "yes":
+        raise UsageError(
+            "ids of shape (sequence, position) are taken as they are; put BOS into them, or bos='auto'"
+        )
+    count, length = values.shape
+    if seq_len is not None and seq_len != length:
+        raise UsageError(
+            f"seq_len={seq_len}, but the token ids given have {length} positions; leave seq_len out"
+        )
+    if max_length is not None and length > max_length:
+        raise _too_long(length, max_length)
+    present = np.ones_like(values) if mask is None else (_integers(mask) != 0).astype(np.int64)
+    if present.shape != values.shape:
+        raise TokenError(f"the attention mask has shape {present.shape}, the token ids {values.shape}")
+    if not present.any():
+        raise TokenError("the attention mask marks every token as padding")
+    rows = count if tokens is None else max(1, min(count, tokens // length))
+    return _Made(values[:rows], present[:rows], (), "token ids given as an array")
+
+
+def _check_choices(
+    protocol: str, bos: str, tokens: int | None, seq_len: int | None, max_length: int | None
+) -> None:
+    if protocol not in PROTOCOLS:
+        raise UsageError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+    if bos not in BOS_CHOICES:
+        raise UsageError(f"bos {bos!r} is not one of {', '.join(BOS_CHOICES)}")
+    if protocol == "osp-published" and bos == "yes":
+        raise UsageError(
+            "osp-published feeds every token as its own sequence, without BOS; leave bos at auto"
+        )
+    for name, value in (("tokens", tokens), ("seq_len", seq_len)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name}={value}: give 1 or more")
+    if seq_len is not None and max_length is not None and seq_len > max_length:
+        raise _too_long(seq_len, max_length)
+
+
+def _too_long(length: int, max_length: int) -> TokenError:
+    return TokenError(
+        f"sequences of {length} tokens are longer than the {max_length} that the model was made for; "
+        f"pass --seq-len {max_length} or less"
+    )
+
+
+def _check_vocabulary(tokens: np.ndarray, vocabulary_size: int, tokenizer: Any | None) -> None:
+    bad = np.argwhere((tokens < 0) | (tokens >= vocabulary_size))
+    if len(bad) == 0:
+        return
+    sequence, position = map(int, bad[0])
+    advice = (
+        "the ids come from another tokenizer" if tokenizer is None else "the tokenizer is not this model's"
+    )
+    raise TokenError(
+        f"token id {tokens[sequence, position]} at position {position} of sequence {sequence} is outside the "
+        "model's "
+        f"vocabulary of {vocabulary_size} ({len(bad)} such tokens): {advice}"
+    )
+
+
+def _fingerprint(tokens: np.ndarray, mask: np.ndarray, protocol: str) -> str:
+    digest = hashlib.sha256(f"{protocol}|{tokens.shape}|".encode())
+    digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(mask, dtype="<i8").tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _integers(values: Any) -> np.ndarray:
+    if hasattr(values, "detach"):
+        values = values.detach().cpu().numpy()
+    array = np.asarray(values)
+    if array.dtype.kind not in "iub" or array.ndim not in (1, 2):
+        raise TokenError(
+            f"token ids are integers of shape (token,) or (sequence, position), not {array.dtype} of shape "
+            f"{array.shape}"
+        )
+    return array.astype(np.int64)
