@@ -12,9 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-import array_api_compat
 import numpy as np
-from array_api_compat import array_namespace, is_jax_namespace, is_torch_namespace
+from array_api_compat import array_namespace
 
 Array: TypeAlias = Any
 Namespace: TypeAlias = Any
@@ -25,12 +24,35 @@ __all__ = [
     "accumulator_dtype",
     "array_namespace",
     "counts_by_bin",
+    "float32_matmul",
+    "is_jax_namespace",
+    "is_numpy_namespace",
+    "is_torch_namespace",
     "kth_magnitude",
     "namespace_of",
     "once",
+    "positions",
+    "quotient",
+    "row_blocks",
+    "runs_on_host",
+    "take_along_last",
+    "top_entries",
     "top_values",
     "weighted_row_sum",
 ]
+
+
+# By name, because graph capture warns about array_api_compat's own (cached) tests.
+def is_numpy_namespace(xp: Namespace) -> bool:
+    return xp.__name__ in ("numpy", "array_api_compat.numpy")
+
+
+def is_torch_namespace(xp: Namespace) -> bool:
+    return xp.__name__ in ("torch", "array_api_compat.torch")
+
+
+def is_jax_namespace(xp: Namespace) -> bool:
+    return xp.__name__ == "jax.numpy"
 
 
 def once(method: Callable[[Any], Any]) -> property:
@@ -71,51 +93,128 @@ def _is_compiling(xp: Namespace) -> bool:
     return is_torch_namespace(xp) and sys.modules["torch"].compiler.is_compiling()
 
 
-def top_values(values: Array, count: int) -> Array:
-    """The ``count`` largest entries along the last axis, largest first."""
+def quotient(numerator: Array, denominator: Array) -> Array:
+    """numerator / denominator, NaN where the denominator is 0 (nothing was counted), without warnings."""
+    xp = namespace_of(denominator)
+    empty = denominator == 0
+    ones = xp.ones_like(denominator)
+    return xp.where(empty, xp.nan * ones, numerator / xp.where(empty, ones, denominator))
+
+
+def positions(xp: Namespace, count: int, like: Array) -> Array:
+    """0 … count − 1 as integers, where ``like`` lives."""
+    if is_torch_namespace(xp):
+        return xp.arange(count, device=like.device)
+    return xp.arange(count)
+
+
+def float32_matmul(first: Array, second: Array) -> Array:
+    """A matrix product that autocast does not lower to half precision."""
+    xp = namespace_of(first)
+    if is_torch_namespace(xp):
+        with sys.modules["torch"].autocast(first.device.type, enabled=False):
+            return xp.matmul(first, second)
+    return xp.matmul(first, second)
+
+
+def runs_on_host(xp: Namespace, like: Array) -> bool:
+    """Whether operations run one by one on a CPU: values can be looked at for free, and caches matter."""
+    if is_torch_namespace(xp):
+        return like.device.type == "cpu" and not _is_compiling(xp)
+    return is_numpy_namespace(xp)
+
+
+_BLOCK_ELEMENTS = 65_536
+
+
+def row_blocks(rows: Array) -> list[slice]:
+    """Slices of rows (n, channel) to work through one after the other.
+
+    On a host, blocks that stay in cache between operations, which is several times faster than
+    whole tensors; elsewhere one block, since a compiler or a GPU does better by itself.
+    """
+    xp, count = namespace_of(rows), rows.shape[0]
+    step = max(1, _BLOCK_ELEMENTS // max(rows.shape[-1], 1)) if runs_on_host(xp, rows) else count
+    return [slice(start, min(start + step, count)) for start in range(0, count, max(step, 1))]
+
+
+def top_entries(values: Array, count: int) -> tuple[Array, Array]:
+    """The ``count`` largest entries along the last axis, largest first, and their indices."""
     xp = namespace_of(values)
     count = min(count, values.shape[-1])
     if is_torch_namespace(xp):
-        return sys.modules["torch"].topk(values, count, dim=-1).values
+        found = sys.modules["torch"].topk(values, count, dim=-1)
+        return found.values, found.indices
     if is_jax_namespace(xp):
-        return sys.modules["jax"].lax.top_k(values, count)[0]
-    if array_api_compat.is_numpy_namespace(xp):
-        part = np.partition(values, values.shape[-1] - count, axis=-1)[..., -count:]
-        return np.sort(part, axis=-1)[..., ::-1]
-    return xp.flip(xp.sort(values, axis=-1), axis=-1)[..., :count]
+        return sys.modules["jax"].lax.top_k(values, count)
+    if is_numpy_namespace(xp):
+        index = np.argpartition(values, values.shape[-1] - count, axis=-1)[..., -count:]
+        found = np.take_along_axis(values, index, axis=-1)
+        order = np.argsort(-found, axis=-1, kind="stable")
+        return np.take_along_axis(found, order, axis=-1), np.take_along_axis(index, order, axis=-1)
+    index = xp.argsort(values, axis=-1, descending=True)[..., :count]
+    return xp.take_along_axis(values, index, axis=-1), index
+
+
+def top_values(values: Array, count: int) -> Array:
+    """The ``count`` largest entries along the last axis, largest first."""
+    return top_entries(values, count)[0]
+
+
+def take_along_last(values: Array, index: Array) -> Array:
+    """``values[..., index]`` with one index per leading position: both (..., n) and (...) → (...)."""
+    xp = namespace_of(values)
+    if is_torch_namespace(xp):
+        return sys.modules["torch"].take_along_dim(values, index[..., None], dim=-1)[..., 0]
+    return xp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
 def _as_bits(xp: Namespace, magnitude: Array) -> Array:
     """float32 seen as int32: for non-negative numbers the order of the bits is the order of the numbers."""
     if is_torch_namespace(xp):
         return magnitude.view(sys.modules["torch"].int32)
-    if is_jax_namespace(xp):
-        return sys.modules["jax"].lax.bitcast_convert_type(magnitude, xp.int32)
-    return magnitude.view(np.int32)
+    return sys.modules["jax"].lax.bitcast_convert_type(magnitude, xp.int32)
 
 
 def _from_bits(xp: Namespace, bits: Array) -> Array:
     if is_torch_namespace(xp):
         return bits.view(sys.modules["torch"].float32)
-    if is_jax_namespace(xp):
-        return sys.modules["jax"].lax.bitcast_convert_type(bits, xp.float32)
-    return bits.view(np.float32)
+    return sys.modules["jax"].lax.bitcast_convert_type(bits, xp.float32)
+
+
+_BITS_AT_ONCE = 2
 
 
 def _kth_by_bits(xp: Namespace, magnitude: Array, rank: Any, significant_bits: int) -> Array:
-    """Exact selection by building the answer bit by bit: one comparison and count per bit.
+    """Exact selection by building the answer from its highest bits down.
 
-    A candidate bit stays set while at most ``rank`` elements are smaller than the candidate.
+    The next bits are the largest candidate that at most ``rank`` elements are smaller than. Two bits
+    at a time: three counts in one reading of the data, and half as many readings.
     """
     bits = _as_bits(xp, magnitude)
     answer = xp.zeros_like(bits[..., :1])
     if not isinstance(rank, int):
         rank = rank[..., None]
-    for position in range(30, 30 - significant_bits, -1):
-        candidate = answer | (1 << position)
-        below = xp.sum(xp.astype(bits < candidate, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
-        answer = xp.where(below <= rank, candidate, answer)
+    lowest = 31 - significant_bits
+    position = 31
+    while position > lowest:
+        step = min(_BITS_AT_ONCE, position - lowest)
+        position -= step
+        chosen = answer
+        for digit in range(1, 2**step):
+            candidate = answer | (digit << position)
+            below = xp.sum(xp.astype(bits < candidate, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
+            chosen = xp.where(below <= rank, candidate, chosen)
+        answer = chosen
     return _from_bits(xp, answer)[..., 0]
+
+
+def _kth_on_host(magnitude: np.ndarray, rank: Any) -> np.ndarray:
+    if isinstance(rank, int):
+        return np.array(np.partition(magnitude, rank, axis=-1)[..., rank])
+    rows = magnitude.reshape(-1, magnitude.shape[-1])
+    chosen = [np.partition(row, k)[k] for row, k in zip(rows, rank.reshape(-1).tolist(), strict=True)]
+    return np.asarray(chosen, dtype=magnitude.dtype).reshape(magnitude.shape[:-1])
 
 
 def kth_magnitude(magnitude: Array, rank: Any, *, significant_bits: int = 31) -> Array:
@@ -124,24 +223,22 @@ def kth_magnitude(magnitude: Array, rank: Any, *, significant_bits: int = 31) ->
     Parameters
     ----------
     magnitude : float32 array, non-negative, no NaN
-    rank : an int, or an integer array of the shape of the result
+    rank : an int, or an integer array of the shape of the result: one rank per row, as padded
+        sequences need (zeros sort first, so a row with p padded zeros shifts its rank by p)
     significant_bits : how many leading bits (after the sign) can be non-zero in the data:
-        15 for values that came from bfloat16, 31 in general.
+        15 for values that came from bfloat16, 18 from float16, 31 in general.
     """
     xp = namespace_of(magnitude)
-    if isinstance(rank, int):
-        if array_api_compat.is_numpy_namespace(xp):
-            return np.partition(magnitude, rank, axis=-1)[..., rank]
-        if is_torch_namespace(xp) and not _is_compiling(xp) and magnitude.device.type == "cpu":
-            # NumPy's introselect is several times faster than torch's kthvalue or sort here.
-            chosen = np.partition(magnitude.numpy(force=True), rank, axis=-1)[..., rank]
-            return sys.modules["torch"].from_numpy(np.ascontiguousarray(chosen))
-    if hasattr(magnitude, "view") or is_jax_namespace(xp):
+    if is_numpy_namespace(xp):
+        return _kth_on_host(magnitude, rank)
+    if runs_on_host(xp, magnitude):
+        # NumPy's introselect is several times faster than torch's kthvalue or sort here.
+        chosen = _kth_on_host(magnitude.numpy(force=True), rank)
+        return sys.modules["torch"].from_numpy(chosen)
+    if is_torch_namespace(xp) or is_jax_namespace(xp):
         return _kth_by_bits(xp, magnitude, rank, significant_bits)
     ordered = xp.sort(magnitude, axis=-1)
-    if isinstance(rank, int):
-        return ordered[..., rank]
-    return xp.take_along_axis(ordered, rank[..., None], axis=-1)[..., 0]
+    return ordered[..., rank] if isinstance(rank, int) else take_along_last(ordered, rank)
 
 
 def weighted_row_sum(weights: Array, values: Array) -> Array:
@@ -151,9 +248,8 @@ def weighted_row_sum(weights: Array, values: Array) -> Array:
     and that no reduced-precision matrix unit touches; eagerly on a CPU, as one matrix product.
     """
     xp = namespace_of(values)
-    on_cpu = not is_torch_namespace(xp) or values.device.type == "cpu"
-    if on_cpu and not _is_compiling(xp) and not is_jax_namespace(xp):
-        return xp.matmul(weights, values)
+    if runs_on_host(xp, values):
+        return float32_matmul(weights, values)
     return xp.stack([xp.sum(weights[s, :, None] * values, axis=0) for s in range(weights.shape[0])])
 
 

@@ -223,7 +223,8 @@ class Suite:
     def init(self, layout: Layout, like: Array) -> State:
         xp = namespace_of(like)
         dtype = accumulator_dtype(xp, like)
-        device = {} if not hasattr(like, "device") or isinstance(like, np.ndarray) else {"device": like.device}
+        on_host = not hasattr(like, "device") or isinstance(like, np.ndarray)
+        device = {} if on_host else {"device": like.device}
         return {
             key: xp.full(self.shape(spec, layout), spec.identity, dtype=dtype, **device)
             for key, spec in self.fields(layout).items()
