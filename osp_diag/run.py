@@ -1,0 +1,307 @@
+"""Reading a run: labelled arrays, lazily, from the Zarr hierarchy that :mod:`osp_diag.store` writes."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.errors import StoreError
+from osp_diag.run_display import run_as_html, run_as_text
+from osp_diag.store_folder import FORMAT_KEY, FORMAT_VERSION, read_root
+from osp_diag.store_format import jsonable
+from osp_diag.store_tree import group_path
+
+__all__ = ["Run", "open_run"]
+
+SITE_ORDER = (
+    "embedding", "residual_pre", "attention_input", "query_pre_rope", "key_pre_rope", "query_post_rope",
+    "key_post_rope", "value", "attention", "attention_output", "attention_contribution", "residual_mid",
+    "mlp_input", "mlp_hidden", "mlp_contribution", "residual_post", "final_norm",
+)  # fmt: skip
+"""Sites in the order in which a token passes them; others follow by name."""
+
+_NOT_SITES = ("raw", "snapshot", "series")
+_SUMMARY = (
+    "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
+    "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens", "dtype", "device",
+    "created", "command",
+)  # fmt: skip
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """Open the run at ``path``, also while it is still being written.
+
+    Only metadata and coordinates are read; numbers are when they are used. What is seen are the steps
+    committed so far; :meth:`Run.refresh` looks again.
+
+    Raises
+    ------
+    StoreError : nothing is there, it is no run, a newer format wrote it, it is damaged, or it is empty
+    """
+    return Run(_open_tree(Path(path)), Path(path))
+
+
+def _open_tree(path: Path) -> xr.DataTree:
+    root = read_root(path)
+    nodes = root["consolidated_metadata"]["metadata"]
+    labels = (nodes.get("step"), nodes.get("series/logged_step"))
+    if not any(entry["shape"][0] for entry in labels if entry):
+        raise StoreError(
+            f"the run at {path} is empty: no step is recorded yet; probe first, or wait for its writer"
+        )
+    try:
+        # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
+        return xr.open_datatree(
+            path, engine="zarr", consolidated=True, decode_times=False, decode_timedelta=False
+        )
+    except (OSError, RuntimeError, ValueError, KeyError) as error:
+        raise StoreError(f"the run at {path} is damaged ({error}); restore it from a copy") from error
+
+
+class Run:
+    """What a probe wrote, over steps or for one checkpoint.
+
+    ``run["osp_excess_kurtosis"]`` is one statistic at every site that has it, ``run.at("residual_post")``
+    every statistic of one site. ``run.tree`` is the whole as an :class:`xarray.DataTree`.
+    """
+
+    def __init__(self, tree: xr.DataTree, path: Path | None = None) -> None:
+        self.tree = tree
+        self.path = path
+        """Where the run is on disk; None if it is in memory."""
+
+    @classmethod
+    def in_memory(
+        cls,
+        steps: Sequence[tuple[int, Mapping[str, xr.Dataset]]],
+        static: Mapping[str, xr.Dataset],
+        attributes: Mapping[str, Any],
+        series: Mapping[str, Mapping[int, float]] | None = None,
+    ) -> Run:
+        """A run that is on no disk.
+
+        Parameters
+        ----------
+        steps : (step, site or group → Dataset without the step), as for ``RunWriter.append``
+        static : group → what does not grow, as for ``RunWriter.write_static``
+        series : name → {step: scalar}
+        """
+        labels = np.asarray([step for step, _ in steps], dtype=np.int64)
+        root = xr.Dataset(
+            coords={"step": ("step", labels, {"long_name": "training step"})},
+            attrs={FORMAT_KEY: FORMAT_VERSION} | jsonable(dict(attributes)),
+        )
+        nodes = {"/": root}
+        for name in steps[0][1] if steps else ():
+            parts = [groups[name].expand_dims(step=[label]) for label, groups in steps]
+            joined = xr.concat(
+                parts,
+                "step",
+                data_vars="all",
+                coords="minimal",
+                compat="override",
+                join="exact",
+                combine_attrs="override",
+            )
+            nodes[f"/{group_path(name)}"] = joined.drop_vars("step")
+        for name, dataset in static.items():
+            nodes[f"/{group_path(name)}"] = dataset
+        if series:
+            logged = sorted({step for values in series.values() for step in values})
+            columns = {
+                name: ("logged_step", [float(values.get(step, np.nan)) for step in logged])
+                for name, values in series.items()
+            }
+            nodes["/series"] = xr.Dataset(columns, coords={"logged_step": np.asarray(logged, dtype=np.int64)})
+        return cls(xr.DataTree.from_dict(nodes))
+
+    # -- what is there ---------------------------------------------------------------------------------
+
+    @property
+    def attrs(self) -> dict[Hashable, Any]:
+        """Everything that determines a number: model, tokens, protocol, estimators, versions."""
+        return dict(self.tree.attrs)
+
+    @property
+    def summary_attributes(self) -> dict[str, Any]:
+        """The attributes that say in a few lines what was measured, in reading order."""
+        return {key: self.tree.attrs[key] for key in _SUMMARY if key in self.tree.attrs}
+
+    @property
+    def steps(self) -> np.ndarray:
+        """The probed steps, ascending."""
+        return self.tree.coords["step"].values if "step" in self.tree.coords else np.empty(0, np.int64)
+
+    @property
+    def sites(self) -> list[str]:
+        """The sites observed, in the order in which a token passes them."""
+        found = []
+        for node in self.tree.subtree:
+            path = node.path.strip("/")
+            if path and path.split("/")[0] not in _NOT_SITES and node.data_vars:
+                found.append(path.replace("/", ":", 1))
+        known = {site: order for order, site in enumerate(SITE_ORDER)}
+        return sorted(found, key=lambda site: (known.get(site, len(known)), site))
+
+    @property
+    def absent_sites(self) -> dict[str, str]:
+        """Sites that were looked for and not observed, with the reason."""
+        noted = self.tree.attrs.get("sites") or {}
+        present = set(self.sites)
+        return {site: str(note) for site, note in noted.items() if site not in present}
+
+    @property
+    def layers(self) -> np.ndarray:
+        """The layers that any site speaks of, ascending."""
+        parts = [self.at(site)["layer"].values for site in self.sites if "layer" in self.at(site).coords]
+        return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+
+    @property
+    def estimators(self) -> list[str]:
+        """Identifiers of the estimators that were run ("osp_excess_kurtosis/1")."""
+        return list(self.tree.attrs.get("estimators", []))
+
+    @property
+    def statistics(self) -> list[str]:
+        """Names of everything that ``run[name]`` knows."""
+        names = {str(name): None for site in self.sites for name in self.at(site).data_vars}
+        return list(names)
+
+    # -- the numbers -----------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Any:
+        """One statistic over all sites that have it: a DataArray (site, step, layer, …).
+
+        Layers, channels, heads that a site lacks are NaN there. ``floor`` and ``ceiling`` are
+        coordinates along ``site`` where they depend on the site's width. The name of a site or group
+        gives its Dataset instead, as :meth:`at` does.
+        """
+        parts = {site: self.at(site)[name] for site in self.sites if name in self.at(site).data_vars}
+        if parts:
+            return _stacked(parts)
+        if name in self.sites or (name in _NOT_SITES and name in self.tree.children):
+            return self._dataset(name)
+        raise StoreError(
+            f"{self._where} has no statistic {name!r}; "
+            + _nearest(name, self.statistics, "run.statistics lists them")
+        )
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.statistics
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.statistics)
+
+    def _ipython_key_completions_(self) -> list[str]:
+        return self.statistics
+
+    def at(self, site: str) -> xr.Dataset:
+        """Every statistic of one site: a Dataset with dimensions (step, layer, …)."""
+        return self._find("", site, "site")
+
+    def raw(self, site: str) -> xr.Dataset:
+        """The raw sums of one site, named "measurement.field", from which statistics can be computed anew."""
+        return self._find("raw/", site, "raw sums of")
+
+    def snapshot(self, site: str) -> xr.Dataset:
+        """Raw activations of the first sequence at one site, with ``token_text`` and ``token_id``."""
+        dataset = self._find("snapshot/", site, "snapshot of")
+        tokens = self.tree.children["snapshot"].to_dataset()
+        known = {key: tokens[key] for key in ("token_text", "token_id") if key in tokens}
+        fitting = {
+            key: value for key, value in known.items() if value.sizes["token"] == dataset.sizes.get("token")
+        }
+        return dataset.assign_coords(fitting)
+
+    @property
+    def series(self) -> xr.Dataset:
+        """Scalars by training step (loss, learning_rate, probe_seconds …); empty if none were recorded."""
+        if "series" not in self.tree.children:
+            return xr.Dataset(coords={"step": np.empty(0, np.int64)})
+        return self.tree.children["series"].to_dataset(inherit=False).rename(logged_step="step")
+
+    def to_frame(self, name: str) -> Any:
+        """One statistic as a long :class:`pandas.DataFrame`: a row per site, step, layer …"""
+        array = self[name]
+        extra = [key for key in array.coords if key not in array.dims]
+        return array.drop_vars(extra).to_dataframe(name).dropna().reset_index()
+
+    def refresh(self) -> Run:
+        """Look again at a run that is still growing; returns itself."""
+        if self.path is not None:
+            self.tree = _open_tree(self.path)
+        return self
+
+    def _find(self, prefix: str, site: str, what: str) -> xr.Dataset:
+        path = prefix + site.replace(":", "/")
+        group = self.tree
+        for part in path.split("/"):
+            if part not in group.children:
+                break
+            group = group.children[part]
+        else:
+            if group.data_vars and (prefix or path.split("/")[0] not in _NOT_SITES):
+                return group.to_dataset()
+        reason = self.absent_sites.get(site)
+        if reason is not None:
+            raise StoreError(f"{self._where} has no {what} {site!r}: {reason}")
+        paths = {node.path.strip("/") for node in self.tree.subtree}
+        present = [known for known in self.sites if prefix + known.replace(":", "/") in paths]
+        raise StoreError(
+            f"{self._where} has no {what} {site!r}; " + _nearest(site, present, "run.sites lists them")
+        )
+
+    def _dataset(self, name: str) -> xr.Dataset:
+        return self.tree[name.replace(":", "/")].to_dataset()
+
+    @property
+    def _where(self) -> str:
+        return f"the run at {self.path}" if self.path is not None else "the run"
+
+    def __repr__(self) -> str:
+        return run_as_text(self)
+
+    def _repr_html_(self) -> str:
+        return run_as_html(self)
+
+
+def _nearest(name: str, known: Sequence[str], otherwise: str) -> str:
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = close or [other for other in known if name in other][:3]
+    if close:
+        return f"the nearest names are {', '.join(close)} ({otherwise})"
+    return f"there are {', '.join(known[:6])}{', …' if len(known) > 6 else ''}" if known else "there are none"
+
+
+def _stacked(parts: Mapping[str, xr.DataArray]) -> xr.DataArray:
+    sites = list(parts)
+    arrays = list(parts.values())
+    # Dimensions without labels can only be joined by position: give them their positions as labels.
+    for dim in dict.fromkeys(dim for array in arrays for dim in array.dims):
+        if len({array.sizes.get(dim) for array in arrays}) > 1:
+            arrays = [
+                array.assign_coords({dim: np.arange(array.sizes[dim])})
+                if dim in array.dims and dim not in array.coords
+                else array
+                for array in arrays
+            ]
+    joined = xr.concat(
+        arrays,
+        dim=xr.DataArray(sites, dims="site", name="site"),
+        join="outer",
+        coords="minimal",
+        compat="override",
+        combine_attrs="drop_conflicts",
+    )
+    for bound in ("floor", "ceiling"):
+        values = [array.attrs.get(bound) for array in arrays]
+        if bound not in joined.attrs and any(isinstance(value, (int, float)) for value in values):
+            numbers = [float(value) if value is not None else np.nan for value in values]
+            joined = joined.assign_coords({bound: ("site", numbers)})
+    return joined

@@ -1,0 +1,167 @@
+"""How a run shows itself: a few lines of text, and a table for notebooks."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+if TYPE_CHECKING:
+    from osp_diag.run import Run
+
+__all__ = ["headline", "run_as_html", "run_as_text"]
+
+HIDDEN_STATES = ("embedding", "residual_post", "final_norm")
+"""Where the released OSP script measures: Hugging Face's ``hidden_states`` are the embedding, the outputs
+of all blocks but the last, and the state after the final norm."""
+
+RESIDUAL_SITES = ("embedding", "residual_pre", "residual_mid", "residual_post")
+
+_COLUMNS = (
+    ("OSP excess kurtosis, mean", "osp_excess_kurtosis", "mean"),
+    ("largest", "osp_excess_kurtosis", "max"),
+    ("share of its ceiling, largest", "osp_excess_kurtosis_of_ceiling", "max"),
+    ("max/median ratio, mean", "max_median_ratio", "mean"),
+    ("largest |x|", "absolute_maximum", "max"),
+)
+"""Header, statistic and how it is taken over layers, all for the stratum ``all`` at the last step."""
+
+
+def headline(run: Run) -> dict[str, Any]:
+    """The numbers to know first, at the last step and over all tokens; those that are not there are left out.
+
+    ``absolute_maximum`` with ``absolute_maximum_site`` and ``absolute_maximum_layer`` (residual stream),
+    ``osp_excess_kurtosis`` with ``osp_excess_kurtosis_tensors``: the mean over the hidden states as the
+    OSP script has them, and how many those were.
+    """
+    found: dict[str, Any] = {}
+    for site in RESIDUAL_SITES:
+        values = _last(run, site, "absolute_maximum")
+        if values is None or not np.isfinite(values).any():
+            continue
+        largest = float(values.max())
+        if largest > found.get("absolute_maximum", -np.inf):
+            found["absolute_maximum"] = largest
+            found["absolute_maximum_site"] = site
+            found["absolute_maximum_layer"] = int(values["layer"].values[int(np.argmax(values.values))])
+    kurtosis = []
+    for site in HIDDEN_STATES:
+        values = _last(run, site, "osp_excess_kurtosis")
+        if values is not None:
+            last_block = site == "residual_post" and "final_norm" in run.sites and values.sizes["layer"] > 1
+            kurtosis.append(values.values[:-1] if last_block else values.values)
+    if kurtosis:
+        tensors = np.concatenate(kurtosis)
+        found["osp_excess_kurtosis"] = float(tensors.mean())
+        found["osp_excess_kurtosis_tensors"] = len(tensors)
+    return found
+
+
+def _last(run: Run, site: str, name: str) -> xr.DataArray | None:
+    """A statistic by layer at the last step, stratum ``all``; None if the run has it not."""
+    if site not in run.sites or not len(run.steps):
+        return None
+    dataset = run.at(site)
+    if name not in dataset.data_vars:
+        return None
+    values = dataset[name].isel(step=-1)
+    if "stratum" in values.dims:
+        values = values.sel(stratum="all") if "stratum" in values.coords else values.isel(stratum=0)
+    return values.load() if values.dims == ("layer",) else None
+
+
+def number(value: float) -> str:
+    """Three or four digits that a person can read."""
+    if not np.isfinite(value):
+        return str(value)
+    if value == 0 or 1e-3 <= abs(value) < 1e6:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.2e}"
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    """The lines that text and HTML have in common."""
+    attrs = run.attrs
+    size = [f"{attrs[key]} {unit}" for key, unit in _SIZES if key in attrs]
+    kind = [str(attrs["architecture"])] if "architecture" in attrs else []
+    facts = [("model", _with(str(attrs.get("model_name", "unnamed")), kind + size))]
+    details = [f"BOS {attrs['bos']}"] if "bos" in attrs else []
+    if "sequence_length" in attrs:
+        details.append(f"sequences of {attrs['sequence_length']}")
+    facts.append(("protocol", _with(str(attrs.get("protocol", "unknown")), details)))
+    tokens = attrs.get("tokens")
+    count = f"{tokens:,}" if isinstance(tokens, int) else str(tokens or "unknown number")
+    source = f"{count} from {attrs['token_source']}" if "token_source" in attrs else count
+    facts.append(("tokens", _with(source, [str(attrs[key]) for key in ("dtype",) if key in attrs])))
+    steps = run.steps
+    span = f": {steps[0]} to {steps[-1]}" if len(steps) > 1 else f": {steps[0]}" if len(steps) else ""
+    facts.append(("steps", f"{len(steps)}{span}"))
+    facts.append(("sites", f"{len(run.sites)}: {_listed(run.sites)}"))
+    if run.absent_sites:
+        facts.append(("absent", _listed([f"{site} ({why})" for site, why in run.absent_sites.items()], 4)))
+    if run.path is not None:
+        facts.append(("path", str(run.path)))
+    return facts
+
+
+_SIZES = (("number_of_layers", "layers"), ("hidden_size", "channels"))
+
+
+def _with(text: str, details: list[str]) -> str:
+    return f"{text} ({', '.join(details)})" if details else text
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _headlines(run: Run) -> list[tuple[str, str]]:
+    found = headline(run)
+    lines = []
+    if "absolute_maximum" in found:
+        place = f"{found['absolute_maximum_site']}, layer {found['absolute_maximum_layer']}"
+        lines.append(("largest |x|", f"{number(found['absolute_maximum'])} ({place})"))
+    if "osp_excess_kurtosis" in found:
+        over = f"mean over {found['osp_excess_kurtosis_tensors']} hidden states"
+        lines.append(("OSP excess kurtosis", f"{number(found['osp_excess_kurtosis'])} ({over})"))
+    return lines
+
+
+def run_as_text(run: Run) -> str:
+    """What ``repr(run)`` prints."""
+    lines = _facts(run) + _headlines(run)
+    width = max(len(label) for label, _ in lines)
+    return "\n".join(["<osp_diag.Run>", *(f"  {label:<{width}}  {text}" for label, text in lines)])
+
+
+def run_as_html(run: Run) -> str:
+    """A self-contained table for notebooks; all text in it is escaped."""
+    facts = "".join(
+        f'<tr><th style="text-align:left">{escape(label)}</th>'
+        f'<td style="text-align:left">{escape(text)}</td></tr>'
+        for label, text in _facts(run) + _headlines(run)
+    )
+    rows = []
+    for site in run.sites:
+        cells = [_cell(run, site, name, how) for _, name, how in _COLUMNS]
+        if any(cells):
+            rows.append("".join(f"<td>{escape(cell)}</td>" for cell in (site, *cells)))
+    table = ""
+    if rows:
+        heads = "".join(f"<th>{escape(head)}</th>" for head in ("site", *(head for head, _, _ in _COLUMNS)))
+        body = "".join(f"<tr>{row}</tr>" for row in rows)
+        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+    note = "<p>Over all tokens, at the last step; means and maxima over layers.</p>" if rows else ""
+    return (
+        f"<div><b>osp_diag run</b><table><tbody>{facts}</tbody></table>{table}{note}"
+        f"<details><summary>All arrays</summary>{run.tree._repr_html_()}</details></div>"
+    )
+
+
+def _cell(run: Run, site: str, name: str, how: str) -> str:
+    values = _last(run, site, name)
+    if values is None or not values.size:
+        return ""
+    return number(float(values.mean() if how == "mean" else values.max()))

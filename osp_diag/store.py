@@ -1,0 +1,389 @@
+"""Writing a run: an append-only, crash-consistent Zarr v3 hierarchy.
+
+What is on disk (``osp_diag.run`` reads it, and so does ``xarray.open_datatree(path, engine="zarr")``):
+
+* the root holds ``step`` and the attributes that determine the numbers;
+* one group per site, variables (step, layer, …); ``raw/<site>`` the same for raw sums;
+* ``snapshot/…`` and whatever else does not grow; ``series``: scalars along ``logged_step``, which has
+  its own name because it is denser than ``step``, and a tree shares coordinates of one name.
+
+**Commit.** Chunks are written first; then the root's ``zarr.json``, which consolidates the metadata of
+all arrays with their lengths, is replaced atomically and synced. That file is the commit pointer: a
+reader sees committed steps only, all of them whole. A killed writer loses at most what was appended
+after the last commit; a resumed one forgets what lies beyond it.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, SupportsIndex
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.errors import StoreError
+from osp_diag.run_lock import WriterLock
+from osp_diag.store_axis import GrowingAxis
+from osp_diag.store_folder import (
+    FORMAT_KEY,
+    FORMAT_VERSION,
+    check_destination,
+    disk_errors,
+    identity_differences,
+    read_root,
+    survey,
+    sweep,
+)
+from osp_diag.store_format import METADATA, ArrayLayout, group_metadata, jsonable, replace_file, root_document
+from osp_diag.store_tree import Plan, Tree, group_path, scalar, step_label
+
+__all__ = ["RunWriter", "check_destination"]
+
+STEP = "step"
+SERIES = "series"
+SERIES_STEP = "logged_step"
+
+VOLATILE = ("created", "command", "versions", "device", "resumed")
+"""Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
+
+_CHUNK_BYTES = 256 * 1024
+_SERIES_CHUNK = 4096
+_PENDING_BYTES = 256 * 1024 * 1024
+
+
+class RunWriter:
+    """The one writer of the run at ``path``.
+
+    Parameters
+    ----------
+    path : a folder, by custom ``*.zarr``; made with its parents if it does not exist
+    attributes : everything that determines a number (NumPy scalars, sets, paths and dates are converted)
+    resume : continue the run that is there (or begin one). The attributes must be equal, save
+        ``created, command, versions, device``, which are appended to the attribute ``resumed``.
+    overwrite : delete the run that is there. Nothing but a run is ever deleted.
+    block : commit every so many probed steps; until then they are in memory. 1 loses at most the step
+        being written when the process is killed; larger blocks write less.
+    series_block : commit every so many rows of :meth:`append_series`
+    chunk_steps : positions per chunk along ``step``, fewer where one step takes more than a few KiB
+
+    Raises
+    ------
+    StoreError : something else is there, another process writes it, or the attributes do not match
+
+    Use it as a context manager: leaving it, also by an exception, commits what was appended. A trainer
+    calls :meth:`flush` before it saves a checkpoint and, resumed from it, :meth:`truncate_after`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        attributes: Mapping[str, Any],
+        *,
+        resume: bool = False,
+        overwrite: bool = False,
+        block: int = 1,
+        series_block: int = 64,
+        chunk_steps: int = 64,
+    ) -> None:
+        if resume and overwrite:
+            raise StoreError("a run is either resumed or overwritten: give one of resume and overwrite")
+        for name, value in (("block", block), ("series_block", series_block), ("chunk_steps", chunk_steps)):
+            if value < 1:
+                raise StoreError(f"{name} must be at least 1, not {value}")
+        self.path = Path(path)
+        self.block, self.series_block, self.chunk_steps = block, series_block, chunk_steps
+        self._attributes: dict[str, Any] = {FORMAT_KEY: FORMAT_VERSION} | jsonable(dict(attributes))
+        self._axis = GrowingAxis(STEP, STEP, "training step")
+        self._series = GrowingAxis(
+            SERIES_STEP, f"{SERIES}/{SERIES_STEP}", "training step of the scalars", open_end=True
+        )
+        self._tree = Tree(self.path)
+        self._on_disk: set[str] = set()
+        self._owner = os.getpid()
+        self._open = False
+        survey(self.path, resume=resume, overwrite=overwrite)
+        with self._disk_errors():
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = WriterLock(self.path)
+            self._lock.acquire()
+        try:
+            with self._disk_errors():
+                # Asked again, because only now nobody else can begin a run here.
+                if survey(self.path, resume=resume, overwrite=overwrite) and resume:
+                    self._resume()
+                self._commit()
+                self._sweep()
+        except BaseException:
+            self._lock.release()
+            raise
+        self._open = True
+
+    # -- what is there ---------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> list[int]:
+        """Probed steps recorded so far, committed or not."""
+        return self._axis.labels
+
+    @property
+    def last_step(self) -> int | None:
+        """The last probed step, committed or not; None in an empty run."""
+        return self._axis.last
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The root attributes as they are on disk."""
+        return dict(self._attributes)
+
+    def __contains__(self, group: str) -> bool:
+        """Whether the run has this group (so that a resumed probe need not write its snapshot again)."""
+        return group_path(group) in self._tree.groups
+
+    def __repr__(self) -> str:
+        state = "open" if self._open else "closed"
+        return f"<RunWriter {self.path} ({state}): {len(self._axis)} steps, last {self.last_step}>"
+
+    # -- recording -------------------------------------------------------------------------------------
+
+    def append(self, step: SupportsIndex, groups: Mapping[str, xr.Dataset]) -> None:
+        """Record one probed step.
+
+        Parameters
+        ----------
+        step : greater than every step recorded before
+        groups : site or group name ("residual_post", "linear_input:mlp.down_proj", "raw/residual_post")
+            → Dataset without a ``step`` dimension, usually with ``layer`` first. The first step decides
+            which groups, variables, dimensions, coordinates and types the run has.
+        """
+        self._require_open()
+        label = step_label(step)
+        self._refuse_repetition(label, self._axis)
+        with self._disk_errors():
+            rows = self._tree.check_step(groups) if self._axis.arrays else self._begin(groups)
+            self._axis.add({STEP: label, **rows})
+            if self._axis.unsaved >= self.block or self._axis.pending_bytes > _PENDING_BYTES:
+                self._commit()
+
+    def _begin(self, groups: Mapping[str, xr.Dataset]) -> dict[str, np.ndarray]:
+        plan = self._tree.plan(groups, growing=True)
+        if not plan.growing:
+            raise StoreError(f"the first step of {self.path} has no variables; record at least one")
+        self._write_static_arrays(plan)
+        self._axis.declare(plan.growing, self.chunk_steps, _CHUNK_BYTES)
+        return plan.rows
+
+    def append_series(
+        self,
+        step: SupportsIndex,
+        values: Mapping[str, float],
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Record scalars (loss, learning_rate, probe_seconds …) of one step, at its own rhythm.
+
+        New names may come at any time (earlier steps read NaN); several calls may complete one step.
+        ``attributes`` (name → units, long_name, definition) are kept when a name is first seen.
+        """
+        self._require_open()
+        axis = self._series
+        paths = {f"{SERIES}/{name}": scalar(name, value) for name, value in values.items()}
+        label = step_label(step)
+        with self._disk_errors():
+            if axis.pending and label == axis.last:
+                again = [path.removeprefix(f"{SERIES}/") for path in paths if path in axis.pending[-1]]
+                if again:
+                    raise StoreError(
+                        f"series {', '.join(again)} of step {label} is already recorded in {self.path}; "
+                        "record each name once per step"
+                    )
+                self._declare_series(values, attributes or {})
+                axis.complete(paths)
+            else:
+                self._refuse_repetition(label, axis)
+                self._declare_series(values, attributes or {})
+                axis.add({axis.labels_path: label, **paths})
+            if axis.unsaved >= self.series_block:
+                self._commit()
+
+    def _declare_series(self, names: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
+        axis = self._series
+        new = {}
+        for name in names:
+            path = f"{SERIES}/{name}"
+            if path not in axis.arrays:
+                described = jsonable(dict(attributes.get(name, {})), f"attributes of {path}")
+                new[path] = ArrayLayout((), "float64", (), described)
+        if new:
+            self._tree.add_group(SERIES)
+            axis.declare(new, _SERIES_CHUNK, _CHUNK_BYTES)
+
+    def write_static(self, group: str, dataset: xr.Dataset, *, replace: bool = False) -> None:
+        """Write and commit what does not grow: snapshots, the probe's tokens.
+
+        Variables that the group has already with these values are left as they are; with other values
+        they are refused, or with ``replace`` exchanged (a crash in between loses them, nothing else).
+        """
+        self._require_open()
+        with self._disk_errors():
+            plan = self._tree.plan({group: dataset}, growing=False, exchange=replace)
+            if plan.replaced:
+                for path in plan.replaced:
+                    self._tree.forget(path)
+                self._commit()
+                self._sweep()
+            self._write_static_arrays(plan)
+            self._commit()
+
+    def _write_static_arrays(self, plan: Plan) -> None:
+        for path, (layout, values) in plan.static.items():
+            self._make(path, json.dumps(layout.metadata(values.shape)))
+            layout.write_all(self.path / path, values)
+        self._tree.adopt(plan)
+
+    # -- committing ------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        """Commit what was appended: once this returns, a kill loses none of it."""
+        self._require_open()
+        if self._axis.unsaved or self._series.unsaved:
+            with self._disk_errors():
+                self._commit()
+
+    def truncate_after(self, step: SupportsIndex) -> int:
+        """Drop every recorded step (and series row) after ``step``; returns how many probed steps.
+
+        For a trainer that resumes from a checkpoint older than the run, so that steps trained again
+        are neither refused nor recorded twice.
+        """
+        self._require_open()
+        with self._disk_errors():
+            self._commit()
+            dropped = self._axis.cut(operator.index(step))
+            if dropped + self._series.cut(operator.index(step)):
+                self._commit()
+                self._axis.write_metadata(self.path)
+                self._series.write_metadata(self.path)
+                self._sweep()
+                self._series.reopen(self.path)
+        return dropped
+
+    def close(self) -> None:
+        """Commit and let other writers in. Closing twice does nothing."""
+        if not self._open:
+            return
+        self._require_open()
+        try:
+            self.flush()
+            with self._disk_errors():
+                self._axis.write_metadata(self.path)
+                self._series.write_metadata(self.path)
+        finally:
+            self._open = False
+            self._lock.release()
+
+    def __enter__(self) -> RunWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except StoreError as failure:
+            if error is None:
+                raise
+            # The user's own exception matters more; what happened to the run is told beside it.
+            error.add_note(f"While closing the run after this: {failure}")
+
+    def _commit(self) -> None:
+        for axis in (self._axis, self._series):
+            for path in axis.arrays:
+                if path not in self._on_disk:
+                    self._make(path, axis.arrays[path].metadata(0))
+            axis.write(self.path)
+        groups = {path: json.dumps(group_metadata(attrs)) for path, attrs in self._tree.groups.items()}
+        for path, text in groups.items():
+            if path not in self._on_disk:
+                self._make(path, text)
+        nodes = groups | self._tree.static_metadata() | self._axis.metadata() | self._series.metadata()
+        replace_file(self.path / METADATA, root_document(self._attributes, nodes), durable=True)
+        self._axis.settle()
+        self._series.settle()
+
+    def _make(self, path: str, metadata: str) -> None:
+        folder = self.path / path
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / METADATA, metadata.encode())
+        self._on_disk.add(path)
+
+    def _sweep(self) -> None:
+        """Delete the files of ours that the committed metadata do not speak of."""
+
+        def alive(node: str, name: str) -> bool:
+            if name == METADATA:
+                return node in self._on_disk and node in known
+            for axis in (self._axis, self._series):
+                if node in axis.arrays:
+                    return axis.holds_chunk(node, name)
+            return node in self._tree.static
+
+        known = {"", *self._tree.groups, *self._tree.static, *self._axis.arrays, *self._series.arrays}
+        self._on_disk &= known
+        self._on_disk.add("")
+        sweep(self.path, alive)
+
+    # -- opening again ---------------------------------------------------------------------------------
+
+    def _resume(self) -> None:
+        root = read_root(self.path)
+        stored = root["attributes"]
+        differences = identity_differences(stored, self._attributes, VOLATILE)
+        if differences:
+            raise StoreError(
+                f"{self.path} cannot be resumed: it was written under other conditions\n  "
+                + "\n  ".join(differences)
+                + "\nWrite to another path, or pass overwrite=True to start this one again."
+            )
+        nodes = root["consolidated_metadata"]["metadata"]
+        growing: dict[str, dict[str, Any]] = {STEP: {}, SERIES_STEP: {}}
+        for path, entry in nodes.items():
+            dims = entry.get("dimension_names") or [None]
+            if dims[0] in growing:
+                growing[dims[0]][path] = entry
+            else:
+                self._tree.restore(path, entry)
+        self._axis.restore(growing[STEP], self.path)
+        self._series.restore(growing[SERIES_STEP], self.path)
+        self._tree.restore_growing(
+            {path: array.layout for path, array in self._axis.arrays.items() if path != STEP}
+        )
+        self._on_disk = {"", *nodes}
+        now = {key: self._attributes[key] for key in VOLATILE if key in self._attributes}
+        history = [*stored.get("resumed", []), now | {"after_step": self.last_step}]
+        self._attributes = stored | {"resumed": history}
+
+    # -- refusing --------------------------------------------------------------------------------------
+
+    def _refuse_repetition(self, label: np.ndarray, axis: GrowingAxis) -> None:
+        if axis.last is not None and label <= axis.last:
+            raise StoreError(
+                f"step {label} cannot be appended to {self.path}, which already reaches step {axis.last}; "
+                "after going back to a checkpoint, call truncate_after(<the checkpoint's step>) first"
+            )
+
+    def _require_open(self) -> None:
+        if not self._open:
+            raise StoreError(f"the writer of {self.path} is closed; open the run again with resume=True")
+        if os.getpid() != self._owner:
+            raise StoreError(
+                f"{self.path} is written by process {self._owner}, not by its forked child {os.getpid()}; "
+                "send the numbers to the parent"
+            )
+
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        return disk_errors(self.path, self._axis.settled)

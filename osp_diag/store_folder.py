@@ -1,0 +1,166 @@
+"""The folder of a run: recognising one, telling two apart, and clearing away what was never committed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from osp_diag.errors import StoreError
+from osp_diag.run_lock import LOCK_NAME
+from osp_diag.store_format import METADATA, PARTIAL
+
+__all__ = [
+    "FORMAT_KEY",
+    "FORMAT_VERSION",
+    "disk_errors",
+    "identity_differences",
+    "read_root",
+    "survey",
+    "sweep",
+]
+
+FORMAT_KEY = "osp_diag_run"
+"""Root attribute by which a run is recognised; its value is the version of the format."""
+FORMAT_VERSION = 1
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_CHUNK_NAME = re.compile(r"c(\.\d+)*")
+
+
+def read_root(path: Path) -> dict[str, Any]:
+    """The committed metadata of the run at ``path``; :class:`StoreError` if there is none to read."""
+    if not path.exists():
+        raise StoreError(f"no run at {path}: there is no such file or folder; check the path")
+    if not path.is_dir():
+        raise StoreError(f"{path} is a file; a run is a folder (by custom named *.zarr)")
+    try:
+        root = json.loads((path / METADATA).read_bytes())
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path} is not a run: it has no {METADATA}; give the folder that `osp-diag probe --out` wrote"
+        ) from None
+    except ValueError as error:
+        raise StoreError(f"{path / METADATA} is damaged ({error}); restore the run from a copy") from error
+    version = root.get("attributes", {}).get(FORMAT_KEY) if isinstance(root, dict) else None
+    if not isinstance(version, int) or "consolidated_metadata" not in root:
+        raise StoreError(
+            f"{path} is a Zarr hierarchy but not a run of osp_diag (its root lacks {FORMAT_KEY!r}); "
+            "open it with xarray.open_datatree"
+        )
+    if version > FORMAT_VERSION:
+        raise StoreError(
+            f"{path} was written in run format {version}, newer than the {FORMAT_VERSION} known here; "
+            "upgrade osp_diag"
+        )
+    return root
+
+
+def survey(path: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Whether a run is at ``path``; :class:`StoreError` if a writer may not begin there."""
+    if not path.exists():
+        return False
+    if not path.is_dir():
+        raise StoreError(f"cannot write a run to {path}: a file is there; choose another path")
+    names = sorted(name for name in os.listdir(path) if name != LOCK_NAME and not name.endswith(PARTIAL))
+    if not names:
+        return False
+    try:
+        root = read_root(path)
+    except StoreError as error:
+        raise StoreError(
+            f"cannot write a run to {path}: it holds {len(names)} entries ({', '.join(names[:3])}"
+            f"{', …' if len(names) > 3 else ''}) and is no run that could be resumed or overwritten "
+            f"({error}); choose another path"
+        ) from None
+    if not resume and not overwrite:
+        raise StoreError(
+            f"{path} already holds a run ({_describe(root)}); resume it (resume=True), replace it "
+            "(overwrite=True) or choose another path"
+        )
+    return True
+
+
+def check_destination(path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse, before long work, a path where a run cannot be written; creates and changes nothing."""
+    target = Path(path)
+    survey(target, resume=resume, overwrite=overwrite)
+    existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise StoreError(f"cannot write a run to {target}: {existing} is a file; choose another path")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise StoreError(f"cannot write a run to {target}: {existing} is not writable; choose another path")
+
+
+def _describe(root: Mapping[str, Any]) -> str:
+    attributes = root["attributes"]
+    step = root["consolidated_metadata"]["metadata"].get("step", {})
+    count = step.get("shape", [0])[0]
+    model = attributes.get("model_name", "unnamed model")
+    return f"{model}, {count} step{'' if count == 1 else 's'}, created {attributes.get('created', 'unknown')}"
+
+
+def identity_differences(
+    stored: Mapping[str, Any], given: Mapping[str, Any], volatile: tuple[str, ...]
+) -> list[str]:
+    """One line per attribute in which two runs differ, nested ones by their path; none if they match."""
+    lines: list[str] = []
+
+    def compare(old: Any, new: Any, where: str) -> None:
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            for key in [*old, *(key for key in new if key not in old)]:
+                if where or key not in volatile:
+                    compare(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{where}.{key}" if where else key)
+        elif old != new:
+            lines.append(f"{where}: {_short(old)} in the run, {_short(new)} now")
+
+    compare(stored, given, "")
+    return lines
+
+
+_ABSENT = object()
+
+
+def _short(value: Any) -> str:
+    if value is _ABSENT:
+        return "absent"
+    text = json.dumps(value)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+def sweep(path: Path, alive: Callable[[str, str], bool]) -> None:
+    """Delete partial files, and those of nodes for which ``alive(node path, file name)`` is false.
+
+    Only names that a run consists of are touched: a picture that someone put beside the arrays stays.
+    """
+    for folder, _, names in os.walk(path, topdown=False):
+        node = os.path.relpath(folder, path).replace(os.sep, "/").removeprefix(".")
+        for name in names:
+            ours = name == METADATA or _CHUNK_NAME.fullmatch(name)
+            if name.endswith(PARTIAL) or (ours and not alive(node, name)):
+                os.unlink(os.path.join(folder, name))
+        if node and not os.listdir(folder):
+            os.rmdir(folder)
+
+
+@contextmanager
+def disk_errors(path: Path, settled: Sequence[int]) -> Iterator[None]:
+    """Turn errors of the file system into a :class:`StoreError` that says what is safe."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in _FULL
+        safe = f"{len(settled)} committed step{'' if len(settled) == 1 else 's'}"
+        if settled:
+            safe += f" (the last is step {settled[-1]})"
+        raise StoreError(
+            f"cannot write run {path}: {'no space left' if full else error.strerror or error} "
+            f"({error.filename or 'while writing'}); its {safe} are safe. "
+            f"{'Free space' if full else 'Mend this'}, then call flush() again, or open the run with "
+            "resume=True"
+        ) from error

@@ -1,0 +1,317 @@
+"""What a run consists of, and whether what is to be written fits into it."""
+
+from __future__ import annotations
+
+import json
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.errors import StoreError
+from osp_diag.store_format import METADATA, ArrayLayout, jsonable
+
+__all__ = ["Plan", "Tree", "group_path", "scalar", "step_label"]
+
+GROWING_DIMS = ("step", "logged_step")
+_STATIC_CHUNK_BYTES = 4 * 1024 * 1024
+_SHOWN = 6
+
+
+def group_path(name: str) -> str:
+    """The path of a group from the name of a site: "linear_input:lm_head" → "linear_input/lm_head"."""
+    path = name.replace(":", "/")
+    parts = path.split("/")
+    if not path or any(not part or part.startswith((".", "__")) or part == METADATA for part in parts):
+        raise StoreError(f"a group cannot be named {name!r}; use the name of a site, such as 'residual_post'")
+    return path
+
+
+def step_label(step: SupportsIndex) -> np.ndarray:
+    """A step as it is stored."""
+    try:
+        return np.asarray(operator.index(step), dtype=np.int64)
+    except TypeError:
+        raise StoreError(f"a step is a whole number, not {step!r}") from None
+
+
+def scalar(name: str, value: Any) -> np.ndarray:
+    """One value of a series as it is stored."""
+    if not name or "/" in name or name in (*GROWING_DIMS, METADATA) or name.startswith("."):
+        raise StoreError(f"a series cannot be named {name!r}; use a plain name such as 'loss'")
+    try:
+        return np.asarray(float(value), dtype=np.float64)
+    except (TypeError, ValueError):
+        raise StoreError(f"series {name!r} is {value!r}, not a number; give a float") from None
+
+
+@dataclass
+class Plan:
+    """Arrays that are new to the run, checked and in memory."""
+
+    groups: dict[str, dict[str, Any]] = field(default_factory=dict)
+    static: dict[str, tuple[ArrayLayout, np.ndarray]] = field(default_factory=dict)
+    growing: dict[str, ArrayLayout] = field(default_factory=dict)
+    rows: dict[str, np.ndarray] = field(default_factory=dict)
+    replaced: list[str] = field(default_factory=list)
+
+
+class Tree:
+    """Groups, static arrays and the signature of the growing ones."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.groups: dict[str, dict[str, Any]] = {}
+        self.static: dict[str, tuple[ArrayLayout, tuple[int, ...]]] = {}
+        self.growing: dict[str, ArrayLayout] = {}
+        """Layout of one row of each array along ``step``."""
+        self._coordinates: dict[str, np.ndarray] = {}
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def adopt(self, plan: Plan) -> None:
+        """The plan's arrays are on disk: they belong to the run now."""
+        self.groups = self.groups | plan.groups
+        for path, (layout, values) in plan.static.items():
+            self.static[path] = (layout, values.shape)
+            if values.ndim <= 1:
+                self._coordinates[path] = values
+        self.growing = self.growing | plan.growing
+
+    def add_group(self, path: str) -> None:
+        self.groups.setdefault(path, {})
+
+    def forget(self, path: str) -> None:
+        self.static.pop(path)
+        self._coordinates.pop(path, None)
+
+    def restore(self, path: str, entry: Mapping[str, Any]) -> None:
+        """Take up a group or static array from committed metadata."""
+        if entry["node_type"] == "group":
+            self.groups[path] = dict(entry["attributes"])
+        else:
+            self.static[path] = (ArrayLayout.from_metadata(entry, path), tuple(entry["shape"]))
+
+    def restore_growing(self, layouts: Mapping[str, ArrayLayout]) -> None:
+        """Take up the growing arrays; their first dimension is the step."""
+        for path, layout in layouts.items():
+            self.growing[path] = replace(layout, dims=layout.dims[1:], chunk=layout.chunk[1:])
+
+    def static_metadata(self) -> dict[str, str]:
+        return {path: json.dumps(layout.metadata(shape)) for path, (layout, shape) in self.static.items()}
+
+    def _static_values(self, path: str) -> np.ndarray:
+        if path not in self._coordinates:
+            layout, shape = self.static[path]
+            self._coordinates[path] = layout.read_all(self.root / path, shape)
+        return self._coordinates[path]
+
+    # -- a further step --------------------------------------------------------------------------------
+
+    def check_step(self, groups: Mapping[str, xr.Dataset]) -> dict[str, np.ndarray]:
+        """The rows of one more step, which must have what the first step had, no less and no more."""
+        rows: dict[str, np.ndarray] = {}
+        wrong: list[str] = []
+        coordinates: set[str] = set()
+        for name, dataset in groups.items():
+            group = group_path(name)
+            for key, variable in dataset.data_vars.items():
+                path = f"{group}/{key}"
+                wrong += self._row_differences(path, variable)
+                rows[path] = np.array(variable.values)
+            for key, coordinate in dataset.coords.items():
+                coordinates.add(f"{group}/{key}")
+                wrong += self._coordinate_differences(f"{group}/{key}", coordinate)
+        stepped = {path.rpartition("/")[0] for path in self.growing}
+        expected = [*self.growing, *(path for path in self.static if path.rpartition("/")[0] in stepped)]
+        wrong = [
+            f"{path} is missing" for path in expected if path not in rows and path not in coordinates
+        ] + wrong
+        if wrong:
+            more = f"\n  … and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+            raise StoreError(
+                f"this step does not match the steps already in {self.root}:\n  "
+                + "\n  ".join(wrong[:_SHOWN])
+                + more
+                + "\nEvery step of a run has the same variables; record others in another run."
+            )
+        return rows
+
+    def _row_differences(self, path: str, variable: xr.DataArray) -> list[str]:
+        known = self.growing.get(path)
+        if known is None:
+            return [f"{path} is new"]
+        found = []
+        if variable.dims != known.dims:
+            found.append(f"{path} has dimensions {variable.dims}, before {known.dims}")
+        elif variable.shape != known.chunk:
+            found.append(f"{path} has shape {variable.shape}, before {known.chunk}")
+        if variable.dtype.name != known.dtype:
+            found.append(f"{path} has type {variable.dtype.name}, before {known.dtype}")
+        return found
+
+    def _coordinate_differences(self, path: str, coordinate: xr.DataArray) -> list[str]:
+        if path not in self.static:
+            return [f"coordinate {path} is new"]
+        before, now = self._static_values(path), _plain_values(coordinate)
+        if before.shape != now.shape:
+            return [f"coordinate {path} has shape {now.shape}, before {before.shape}"]
+        return [] if _same(before, now) else [f"coordinate {path} is {_brief(now)}, before {_brief(before)}"]
+
+    # -- new arrays ------------------------------------------------------------------------------------
+
+    def plan(self, groups: Mapping[str, xr.Dataset], *, growing: bool, exchange: bool = False) -> Plan:
+        """What these datasets add to the run; :class:`StoreError` if xarray could not open it with them."""
+        plan = Plan()
+        for name, dataset in groups.items():
+            group = group_path(name)
+            if group.split("/")[0] == "series":
+                raise StoreError("the group 'series' holds scalars; record them with append_series")
+            for dim in GROWING_DIMS:
+                if dim in dataset.dims or dim in dataset.variables:
+                    raise StoreError(
+                        f"the dataset of {name!r} has {dim!r} in it; give one step at a time, without it"
+                    )
+            self._plan_group(plan, group, dataset)
+            for key, coordinate in dataset.coords.items():
+                self._plan_coordinate(plan, f"{group}/{key}", coordinate)
+            for key, variable in dataset.data_vars.items():
+                path = f"{group}/{key}"
+                layout = _layout(path, variable)
+                taken = path in self.static or path in self.growing
+                if taken and not growing and self._already_written(path, variable):
+                    continue
+                if taken and not (exchange and path in self.static):
+                    raise StoreError(f"{path} is already in {self.root}; pass replace=True to exchange it")
+                if taken:
+                    plan.replaced.append(path)
+                if growing:
+                    if not variable.size:
+                        raise StoreError(f"{path} has no elements (shape {variable.shape}); leave it out")
+                    if layout.dtype == "string":
+                        raise StoreError(
+                            f"{path} is text, which cannot be recorded by step; use write_static"
+                        )
+                    plan.growing[path] = layout
+                    plan.rows[path] = np.array(variable.values)
+                else:
+                    plan.static[path] = (_split(layout), _plain_values(variable))
+        self._refuse_collisions(plan)
+        self._refuse_misalignment(plan)
+        return plan
+
+    def _already_written(self, path: str, variable: xr.DataArray) -> bool:
+        """Whether a static array has these very values, so that a repeated write has nothing to do."""
+        if path not in self.static:
+            return False
+        layout, shape = self.static[path]
+        if (layout.dims, shape) != (variable.dims, variable.shape):
+            return False
+        return _same(layout.read_all(self.root / path, shape), _plain_values(variable))
+
+    def _plan_group(self, plan: Plan, group: str, dataset: xr.Dataset) -> None:
+        parts = group.split("/")
+        for depth in range(1, len(parts) + 1):
+            path = "/".join(parts[:depth])
+            plan.groups.setdefault(path, dict(self.groups.get(path, {})))
+        attributes = plan.groups[group] | jsonable(dict(dataset.attrs), f"attributes of {group}")
+        # CF's way to say which variables are coordinates although no dimension has their name.
+        others = {str(key) for key in dataset.coords if key not in dataset.dims}
+        others |= set(attributes.get("coordinates", "").split())
+        if others:
+            attributes["coordinates"] = " ".join(sorted(others))
+        plan.groups[group] = attributes
+
+    def _plan_coordinate(self, plan: Plan, path: str, coordinate: xr.DataArray) -> None:
+        if path in self.static:
+            wrong = self._coordinate_differences(path, coordinate)
+            if wrong:
+                raise StoreError(f"{wrong[0]} in {self.root}; a group has one set of coordinates")
+            return
+        if " " in path:
+            raise StoreError(f"coordinate {path!r} has a space in its name; rename it")
+        plan.static[path] = (_layout(path, coordinate), _plain_values(coordinate))
+
+    def _refuse_collisions(self, plan: Plan) -> None:
+        arrays = {*self.static, *self.growing, *plan.static, *plan.growing, "step"}
+        both = sorted(arrays & {*self.groups, *plan.groups})
+        if both:
+            raise StoreError(
+                f"{both[0]!r} would be a group and a variable of {self.root}; rename one of them"
+            )
+        for path in plan.growing.keys() | plan.static.keys():
+            key = path.rsplit("/", 1)[1]
+            if key == METADATA or key.startswith((".", "__")):
+                raise StoreError(f"a variable cannot be named {key!r}; rename it")
+
+    def _refuse_misalignment(self, plan: Plan) -> None:
+        """xarray gives a group the coordinates of the groups above it, and refuses trees where they clash."""
+        layouts = {path: (layout.dims, shape) for path, (layout, shape) in self.static.items()}
+        layouts |= {path: (layout.dims, values.shape) for path, (layout, values) in plan.static.items()}
+        for path, layout in (self.growing | plan.growing).items():
+            layouts[path] = (layout.dims, layout.chunk)
+        sizes: dict[str, dict[str, int]] = {}
+        for path, (dims, shape) in layouts.items():
+            sizes.setdefault(path.rpartition("/")[0], {}).update(zip(dims, shape, strict=True))
+        for group, own in sizes.items():
+            parts = group.split("/")
+            for above in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
+                for dim in own:
+                    path, lower = f"{above}/{dim}", f"{group}/{dim}"
+                    if path not in layouts or layouts[path][0] != (dim,):
+                        continue
+                    clash = layouts[path][1] != (own[dim],)
+                    if not clash and lower in layouts:
+                        clash = not _same(self._values(plan, path), self._values(plan, lower))
+                    if clash:
+                        raise StoreError(
+                            f"{dim!r} in {group} differs from {dim!r} in {above}, which it would inherit; "
+                            "give them the same coordinates or different names"
+                        )
+
+    def _values(self, plan: Plan, path: str) -> np.ndarray:
+        return plan.static[path][1] if path in plan.static else self._static_values(path)
+
+
+def _plain_values(variable: xr.DataArray) -> np.ndarray:
+    values = np.array(variable.values)
+    if values.dtype.kind not in "UTO":
+        return values
+    # A tokenizer may give half a surrogate pair, which no UTF-8 can hold.
+    texts = [str(text).encode(errors="replace").decode() for text in values.flat]
+    return np.array(texts, dtype=object).reshape(values.shape)
+
+
+def _layout(path: str, variable: xr.DataArray) -> ArrayLayout:
+    attributes = jsonable(dict(variable.attrs), f"attributes of {path}")
+    dims = tuple(str(dim) for dim in variable.dims)
+    return ArrayLayout.of(np.asarray(variable.values), dims, attributes, path)
+
+
+def _split(layout: ArrayLayout) -> ArrayLayout:
+    """Chunks of at most a few MiB, cut along the leading dimensions (so that one layer is read alone)."""
+    chunk = list(layout.chunk)
+    item = layout.memory_dtype.itemsize
+    for position in range(len(chunk)):
+        rest = math.prod(chunk[position + 1 :]) * item
+        if chunk[position] * rest <= _STATIC_CHUNK_BYTES:
+            break
+        chunk[position] = max(1, _STATIC_CHUNK_BYTES // rest)
+    return replace(layout, chunk=tuple(chunk))
+
+
+def _same(first: np.ndarray, second: np.ndarray) -> bool:
+    if first.shape != second.shape:
+        return False
+    floats = first.dtype.kind == "f" and second.dtype.kind == "f"
+    return bool(np.array_equal(first, second, equal_nan=floats))
+
+
+def _brief(values: np.ndarray) -> str:
+    flat = values.ravel().tolist()
+    return str(flat) if len(flat) <= 8 else f"[{flat[0]}, {flat[1]}, …, {flat[-1]}]"
