@@ -1,11 +1,12 @@
 """Tiny random models of many architectures, from configs alone: nothing is downloaded.
 
-``FAMILIES["llama"].build()`` gives a model in evaluation mode with seeded weights, ``.inputs()`` a batch for it.
+``FAMILIES["llama"].build()`` gives a model in evaluation mode with seeded weights, ``.inputs()`` its batch.
 Sizes differ from each other so that no axis can be taken for another: batch 2, 12 tokens, 4 heads, width 32.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +40,8 @@ class Family:
         note: what the architecture exercises.
         calls: self-attention calls in one forward pass; 0 for models without attention.
         seam: where they are seen under the default attention implementation.
-        eager_weights: returns its attention weights under ``eager`` with ``output_attentions``.
+        output_projection: where SDPA's weights are *not* those that eager attention returns: the module whose
+            input is weights · values.
         encoder: attends in both directions.
         checkpointing: supports gradient checkpointing.
         implementations: the attention implementations that it can be run with.
@@ -52,7 +54,7 @@ class Family:
     note: str = ""
     calls: int = 2
     seam: str = "attention interface"
-    eager_weights: bool = True
+    output_projection: str | None = None
     encoder: bool = False
     checkpointing: bool = True
     implementations: tuple[str, ...] = ("sdpa", "eager")
@@ -65,14 +67,17 @@ class Family:
         """A model with seeded random weights, in evaluation mode."""
         import transformers
 
-        config_class = getattr(transformers, self.config)
+        with warnings.catch_warnings():
+            # gpt_bigcode is imported here, and uses torch.jit.script.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            config_class, model_class = getattr(transformers, self.config), getattr(transformers, self.model)
         template = config_class()
         sizes = {key: value for key, value in COMMON.items() if hasattr(template, key)}
         config = config_class(**sizes | self.options | options)
         arguments = {} if implementation is None else {"attn_implementation": implementation}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            model = getattr(transformers, self.model)._from_config(config, **arguments)
+            model = model_class._from_config(config, **arguments)
         _sharpen(model, seed)
         return model.eval()
 
@@ -107,7 +112,13 @@ _MIXTURE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 
 _TABLE = [
     Family("llama", "LlamaForCausalLM", "LlamaConfig", GROUPED, "RoPE, grouped queries"),
-    Family("mistral", "MistralForCausalLM", "MistralConfig", GROUPED | {"sliding_window": WINDOW}, "sliding window"),
+    Family(
+        "mistral",
+        "MistralForCausalLM",
+        "MistralConfig",
+        GROUPED | {"sliding_window": WINDOW},
+        "sliding window",
+    ),
     Family("mixtral", "MixtralForCausalLM", "MixtralConfig", GROUPED | {"num_local_experts": 4}, "experts"),
     Family("qwen2", "Qwen2ForCausalLM", "Qwen2Config", GROUPED, "biased q, k, v"),
     Family(
@@ -117,8 +128,12 @@ _TABLE = [
         GROUPED | _MIXTURE | {"num_experts": 4, "shared_expert_intermediate_size": 16},
         "experts with a shared one",
     ),
-    Family("qwen3", "Qwen3ForCausalLM", "Qwen3Config", GROUPED | {"head_dim": 10}, "QK-norm; heads × hd ≠ width"),
-    Family("gemma", "GemmaForCausalLM", "GemmaConfig", {"num_key_value_heads": 1, "head_dim": 10}, "one key head"),
+    Family(
+        "qwen3", "Qwen3ForCausalLM", "Qwen3Config", GROUPED | {"head_dim": 10}, "QK-norm; heads × hd ≠ width"
+    ),
+    Family(
+        "gemma", "GemmaForCausalLM", "GemmaConfig", {"num_key_value_heads": 1, "head_dim": 10}, "one key head"
+    ),
     Family(
         "gemma2",
         "Gemma2ForCausalLM",
@@ -126,7 +141,8 @@ _TABLE = [
         GROUPED
         | _window(_SLIDING, _FULL)
         | {"head_dim": 10, "query_pre_attn_scalar": 7, "attn_logit_softcapping": 2.0},
-        "soft-capped logits, sandwich norms, alternating windows, own scale",
+        "soft-capped logits (not under SDPA), sandwich norms, alternating windows, own scale",
+        output_projection="o_proj",
     ),
     Family(
         "gemma3",
@@ -186,8 +202,9 @@ _TABLE = [
         "FalconForCausalLM",
         "FalconConfig",
         {"alibi": True, "new_decoder_architecture": True, "num_kv_heads": 2},
-        "ALiBi through SDPA's mask",
+        "ALiBi through SDPA's mask (transformers 5.17 adds it twice under eager)",
         seam="scaled_dot_product_attention",
+        output_projection="dense",
     ),
     Family(
         "bloom",
@@ -234,7 +251,9 @@ _TABLE = [
         "gpt_oss",
         "GptOssForCausalLM",
         "GptOssConfig",
-        GROUPED | _window(_SLIDING, _FULL) | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+        GROUPED
+        | _window(_SLIDING, _FULL)
+        | {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
         "learned sink logits",
         implementations=("eager",),
     ),
@@ -243,13 +262,25 @@ _TABLE = [
     Family(
         "granite", "GraniteForCausalLM", "GraniteConfig", GROUPED | {"attention_multiplier": 0.2}, "own scale"
     ),
-    Family("glm4", "Glm4ForCausalLM", "Glm4Config", GROUPED | {"head_dim": 8}, "sandwich norms, partial RoPE"),
-    Family("nemotron", "NemotronForCausalLM", "NemotronConfig", GROUPED | {"head_dim": 8}, "LayerNorm1P, ReLU²"),
+    Family(
+        "glm4", "Glm4ForCausalLM", "Glm4Config", GROUPED | {"head_dim": 8}, "sandwich norms, partial RoPE"
+    ),
+    Family(
+        "nemotron", "NemotronForCausalLM", "NemotronConfig", GROUPED | {"head_dim": 8}, "LayerNorm1P, ReLU²"
+    ),
     Family("biogpt", "BioGptForCausalLM", "BioGptConfig", {}, "BART-like attention"),
     Family("gpt_bigcode", "GPTBigCodeForCausalLM", "GPTBigCodeConfig", {}, "one key head, fused QKV"),
     Family("bert", "BertForMaskedLM", "BertConfig", {}, "encoder", encoder=True),
     Family("roberta", "RobertaForMaskedLM", "RobertaConfig", {}, "encoder, offset positions", encoder=True),
-    Family("albert", "AlbertForMaskedLM", "AlbertConfig", {"embedding_size": 16}, "one shared block", encoder=True),
+    Family(
+        "albert",
+        "AlbertForMaskedLM",
+        "AlbertConfig",
+        {"embedding_size": 16},
+        "one shared block",
+        encoder=True,
+        checkpointing=False,
+    ),
     Family(
         "modernbert",
         "ModernBertForMaskedLM",

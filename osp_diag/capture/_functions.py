@@ -73,6 +73,8 @@ class AttentionFunctionMode(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            return func(*args, **kwargs)
         if func in _SCALED_DOT_PRODUCT:
             self._observe("scaled_dot_product_attention", args, kwargs)
         elif func in _SOFTMAX:

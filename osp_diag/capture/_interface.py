@@ -7,9 +7,11 @@ table holds our function; ours observes and calls the function that would have b
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -21,6 +23,8 @@ from osp_diag.errors import CaptureError
 
 __all__ = ["InterfaceSwitch", "ObservedName"]
 
+Quietly = Callable[[], AbstractContextManager[None]]
+"""A context in which nothing is observed."""
 Observe = Callable[[Callable[[], AttentionCall], Callable[[], Any]], Any]
 """(how to describe the call, how to compute it) → what the computation returned."""
 
@@ -62,6 +66,10 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def _functions_with_interface(kind: type) -> Iterator[tuple[FunctionType, set[str]]]:
     """Methods of a class that look an attention function up, with the global names that they mention."""
     for base in kind.__mro__:
+        home = sys.modules.get(base.__module__)
+        # PreTrainedModel mentions the table too, to check names against it.
+        if base.__module__ == "transformers.modeling_utils" or not hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
+            continue
         for attribute in vars(base).values():
             function = getattr(attribute, "__func__", attribute)
             if not isinstance(function, FunctionType):
@@ -70,8 +78,7 @@ def _functions_with_interface(kind: type) -> Iterator[tuple[FunctionType, set[st
             if not isinstance(function, FunctionType):
                 continue
             names = {name for code in _codes(function.__code__) for name in code.co_names}
-            # PreTrainedModel mentions the table too, to check names against it.
-            if "ALL_ATTENTION_FUNCTIONS" in names and function.__module__ != "transformers.modeling_utils":
+            if "ALL_ATTENTION_FUNCTIONS" in names:
                 yield function, names
 
 
@@ -118,8 +125,8 @@ def _tables() -> tuple[Any, Any]:
 class InterfaceSwitch:
     """Puts configs on observed names and back. ``enter`` and ``exit`` bracket one forward."""
 
-    def __init__(self, model: nn.Module, observe: Observe) -> None:
-        self._observe = observe
+    def __init__(self, model: nn.Module, observe: Observe, quietly: Quietly) -> None:
+        self._observe, self._quietly = observe, quietly
         self._configs: dict[int, Any] = {}
         self._without_eager: set[int] = set()
         self._eager: dict[type, Callable[..., Any] | None] = {}
@@ -161,7 +168,7 @@ class InterfaceSwitch:
                 self._names.append(name)
                 functions.register(name, self._function(original))
                 if original in mask_functions:
-                    mask_functions.register(name, mask_functions[original])
+                    mask_functions.register(name, self._mask_function(mask_functions[original]))
             self._restore.append((config, original))
             config._attn_implementation_internal = names[original]
 
@@ -176,6 +183,15 @@ class InterfaceSwitch:
                 name = self._names.pop()
                 type(functions)._global_mapping.pop(name, None)
                 type(mask_functions)._global_mapping.pop(name, None)
+
+    def _mask_function(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        # FlexAttention compiles the making of its mask, once more for every set of function modes.
+        @functools.wraps(original)
+        def make_mask(*args: Any, **kwargs: Any) -> Any:
+            with self._quietly():
+                return original(*args, **kwargs)
+
+        return make_mask
 
     def _delegate(self, module: nn.Module, original: str) -> Callable[..., Any]:
         kind = type(module)
@@ -197,11 +213,16 @@ class InterfaceSwitch:
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
             delegate = self._delegate(module, original)
+            inner: Any = delegate
+            while hasattr(inner, "delegate"):  # another capture's, on the same model
+                inner = inner.delegate(module, inner.original)
             return self._observe(
-                lambda: _describe(original, delegate, module, query, key, value, args, kwargs),
+                lambda: _describe(original, inner, module, query, key, value, args, kwargs),
                 lambda: delegate(module, query, key, value, *args, **kwargs),
             )
 
+        observed_attention.delegate = self._delegate  # type: ignore[attr-defined]
+        observed_attention.original = original  # type: ignore[attr-defined]
         return observed_attention
 
 

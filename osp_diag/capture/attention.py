@@ -52,8 +52,12 @@ class AttentionCapture:
         skipped: how many calls were not delivered, by reason (:class:`SkipReason`).
         forwards: how many forwards were observed.
 
-    Compiled code runs neither hooks nor modes that came after its compilation: observe under
-    ``torch.compiler.set_stance("force_eager")``. ``forwards == 0`` afterwards says that nothing was observed.
+    A compiled model runs neither hooks nor modes: call it under ``torch.compiler.set_stance("force_eager")``,
+    whether it was made by ``torch.compile(model)`` or ``model.compile()``; ``forwards == 0`` afterwards says
+    that nothing was observed. Where only submodules are compiled, observed forwards set that stance
+    themselves. Its results are those of the uncompiled model, and compiled code is left as it was. With
+    non-reentrant activation checkpointing around compiled modules the backward pass must be under the stance
+    too: recomputed by compiled code, it saves other tensors than the eager forward, and torch refuses.
     Query and key are as the model hands them over; where autocast casts them inside the attention function,
     they are delivered before that cast.
 
@@ -89,8 +93,8 @@ class AttentionCapture:
             raise CaptureError("this AttentionCapture is attached already; detach() it first")
         self._names = {module: name for name, module in self.model.named_modules()}
         self._heads = getattr(getattr(self.model, "config", None), "num_attention_heads", None)
-        self._switch = InterfaceSwitch(self.model, self._observe_interface)
         self._mode = AttentionFunctionMode(self._observe_function)
+        self._switch = InterfaceSwitch(self.model, self._observe_interface, lambda: suspended(self._mode))
         self._handles = [
             self.model.register_forward_pre_hook(self._forward_starts),
             # First among the hooks, so that captures on one model end in the reverse order of their start.
@@ -121,6 +125,8 @@ class AttentionCapture:
             return
         self.forwards += 1
         running = self._running = ExitStack()
+        if any(_is_compiled(submodule) for submodule in self.model.modules()):
+            running.enter_context(torch.compiler.set_stance("force_eager"))
         fused = self._hook_modules(running)
         running.callback(self._switch.exit)
         self._switch.enter()
@@ -150,7 +156,7 @@ class AttentionCapture:
                 fused = True
                 self.skipped[SkipReason.FUSED_ENCODER] += 1
                 untouchable |= set(module.modules())
-            if module in untouchable or module is self.model:
+            if module in untouchable or module is self.model or isinstance(module, torch.jit.ScriptModule):
                 continue
             if isinstance(module, nn.MultiheadAttention):
                 untouchable |= set(module.modules())
@@ -246,6 +252,10 @@ class AttentionCapture:
             return True
         path = ".".join(self._names.get(module, "").split(".")[-2:])
         return any(word in f"{type(module).__name__} {path}".lower() for word in _CROSS_NAMES)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
 def _members_of_containers(model: nn.Module) -> set[nn.Module]:
