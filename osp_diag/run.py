@@ -152,7 +152,7 @@ class Run:
     @property
     def absent_sites(self) -> dict[str, str]:
         """Sites that were looked for and not observed, with the reason."""
-        noted = self.tree.attrs.get("sites") or {}
+        noted = {**(self.tree.attrs.get("sites") or {}), **(self.tree.attrs.get("absent_sites") or {})}
         present = set(self.sites)
         return {site: str(note) for site, note in noted.items() if site not in present}
 

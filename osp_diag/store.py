@@ -49,7 +49,7 @@ STEP = "step"
 SERIES = "series"
 SERIES_STEP = "logged_step"
 
-VOLATILE = ("created", "command", "versions", "device", "resumed")
+VOLATILE = ("created", "command", "versions", "device", "resumed", "absent_sites")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
 
 _CHUNK_BYTES = 256 * 1024
@@ -244,6 +244,15 @@ class RunWriter:
             self._make(path, json.dumps(layout.metadata(values.shape)))
             layout.write_all(self.path / path, values)
         self._tree.adopt(plan)
+
+    def note_absent_sites(self, reasons: Mapping[str, str]) -> None:
+        """Keep why sites are not there (site → reason) when that shows only once the model runs."""
+        self._require_open()
+        known = self._attributes.get("absent_sites", {})
+        if reasons.items() - known.items():
+            self._attributes["absent_sites"] = known | jsonable(dict(reasons), "absent_sites")
+            with self._disk_errors():
+                self._commit()
 
     # -- committing ------------------------------------------------------------------------------------
 

@@ -239,6 +239,21 @@ def test_a_growing_run_is_seen_after_refresh(tmp_path: Path) -> None:
         assert run["token_count"].sel(site="residual_post").values.tolist() == [[0] * 3, [1] * 3]
 
 
+def test_absences_that_show_late_are_kept_and_do_not_hinder_resuming(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        writer.append(0, groups(0))
+        writer.note_absent_sites({"attention": "no attention here"})
+        writer.note_absent_sites({"value": "no values"})
+    with RunWriter(path, ATTRIBUTES, resume=True) as writer:
+        writer.append(1, groups(1))
+    assert open_run(path).absent_sites == {
+        "query_post_rope": "no rotary embedding",
+        "attention": "no attention here",
+        "value": "no values",
+    }
+
+
 class TestInMemory:
     def test_is_the_run_that_would_be_written(self, in_memory: Run, run: Run) -> None:
         assert in_memory.path is None
