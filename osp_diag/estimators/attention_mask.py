@@ -1,0 +1,162 @@
+"""Which keys a query may attend to, and what is added to its logits, one tile of queries at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from jaxtyping import Bool, Float, Int
+
+from osp_diag.errors import EstimatorError
+from osp_diag.estimators._arrays import Array, is_torch_namespace, namespace_of
+
+__all__ = ["AttentionMask", "QueryRows", "index_range", "is_fill", "sampled_rows", "take_rows"]
+
+
+def index_range(start: int, stop: int, like: Array) -> Int[Any, " position"]:
+    """start, …, stop − 1 as integers on ``like``'s device, without a copy from the host."""
+    xp = namespace_of(like)
+    device = {"device": like.device} if is_torch_namespace(xp) else {}
+    return xp.arange(start, stop, **device)
+
+
+def is_fill(values: Array) -> Bool[Any, "..."]:
+    """True where an additive entry means "not allowed": at or below half of the dtype's finite minimum.
+
+    NaN is not a fill: it is passed on, so that its row is found and counted. float32 and float64 use
+    bfloat16's threshold (−1.69e38), so that a bfloat16 fill survives a cast.
+    """
+    xp = namespace_of(values)
+    return values <= (-32752.0 if values.dtype == xp.float16 else -1.69e38)
+
+
+class QueryRows(NamedTuple):
+    """Some queries, and a range of keys outside of which none of them can see anything."""
+
+    queries: Int[Any, " row"]
+    span: tuple[int, int] | None
+    """(start, stop) where the rows are contiguous, else None"""
+    keys: tuple[int, int]
+
+
+def take_rows(array: Array, rows: QueryRows, axis: int) -> Array:
+    """The rows of ``array`` along ``axis``; a view where they are contiguous."""
+    if rows.span is None:
+        return namespace_of(array).take(array, rows.queries, axis=axis)
+    index = [slice(None)] * array.ndim
+    index[axis] = slice(*rows.span)
+    return array[tuple(index)]
+
+
+def sampled_rows(count: int, tokens: int, like: Array) -> QueryRows:
+    """``count`` ≤ ``tokens`` evenly spaced queries, each in the middle of its share of the sequence."""
+    middle = (2 * index_range(0, count, like) + 1) * tokens // (2 * count)
+    return QueryRows(middle, None, (0, tokens))
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionMask:
+    """What a query may see. Every part that is given has to agree.
+
+    Parameters
+    ----------
+    causal : query i sees keys j ≤ i. Say True for every causal model, also where ``tensor`` or
+        ``function`` already encodes it: it also decides over which queries the mass received by a
+        key is averaged (those at or after the key, or all of them).
+    window : query i sees keys with i − j < window. It is one-sided: a bidirectional window is given
+        by ``tensor`` or ``function``.
+    tensor : broadcastable to (batch, head, query, key); bool (True = allowed), or floating and added
+        to the logits. Additive entries at or below half of the dtype's finite minimum, −Inf
+        included, count as not allowed; any other entry (ALiBi) as part of the logit.
+    keys : (batch, key), non-zero where a key is not padding
+    function : (batch, head, query, key indices) → bool, as FlexAttention's ``mask_mod``. It is called
+        with index arrays that broadcast against each other.
+    """
+
+    causal: bool = True
+    window: int | None = None
+    tensor: Array | None = None
+    keys: Array | None = None
+    function: Callable[[Array, Array, Array, Array], Array] | None = None
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise EstimatorError(
+                f"the attention window is {self.window}: give the number of keys that a query sees, "
+                "itself included (at least 1), or None for no window"
+            )
+
+    @property
+    def additive(self) -> bool:
+        """Whether ``tensor`` is added to the logits."""
+        return self.tensor is not None and self.tensor.dtype != namespace_of(self.tensor).bool
+
+    def check(self, batch: int, heads: int, tokens: int) -> None:
+        """Refuse what does not broadcast to (batch, heads, tokens, tokens)."""
+        if self.tensor is not None:
+            xp = namespace_of(self.tensor)
+            if self.additive and xp.isdtype(self.tensor.dtype, "integral"):
+                raise EstimatorError(
+                    f"the mask tensor has dtype {self.tensor.dtype}: pass bool (True = allowed) or a "
+                    "floating dtype (added to the logits)"
+                )
+            shape = tuple(self.tensor.shape)
+            padded = (1,) * (4 - len(shape)) + shape
+            full = (batch, heads, tokens, tokens)
+            if len(padded) != 4 or any(a not in (1, b) for a, b in zip(padded, full, strict=True)):
+                raise EstimatorError(
+                    f"the mask tensor has shape {shape}, which does not broadcast to (batch, head, query, "
+                    f"key) = {full}; slice it to the keys that are present"
+                )
+        if self.keys is not None and tuple(self.keys.shape) != (batch, tokens):
+            raise EstimatorError(
+                f"the padding mask has shape {tuple(self.keys.shape)}, expected (batch, key) = "
+                f"{(batch, tokens)}"
+            )
+
+    def span(self, start: int, stop: int, tokens: int, like: Array) -> QueryRows:
+        """Queries start … stop − 1 with the keys that causality and the window leave in sight."""
+        first = 0 if self.window is None else max(0, start - self.window + 1)
+        last = stop if self.causal else tokens
+        return QueryRows(index_range(start, stop, like), (start, stop), (first, last))
+
+    def rows(
+        self, rows: QueryRows, *, batch: int, heads: int, like: Array
+    ) -> tuple[Float[Any, "#batch #head #row #key"] | None, Bool[Any, "#batch #head row key"]]:
+        """(additive bias in float32 or None, allowed) for some queries and ``rows.keys``.
+
+        Both broadcast to (batch, head, row, key); nothing larger than that is made.
+        """
+        xp = namespace_of(like)
+        query = rows.queries[:, None]
+        key = index_range(*rows.keys, like)[None, :]
+        allowed = xp.broadcast_to(key >= 0, (query.shape[0], key.shape[1]))
+        if self.causal:
+            allowed = allowed & (key <= query)
+        if self.window is not None:
+            allowed = allowed & (query - key < self.window)
+        allowed = allowed[None, None, ...]
+        if self.keys is not None:
+            allowed = allowed & (self.keys[:, None, None, rows.keys[0] : rows.keys[1]] != 0)
+        if self.function is not None:
+            b = index_range(0, batch, like)[:, None, None, None]
+            h = index_range(0, heads, like)[None, :, None, None]
+            allowed = allowed & self.function(b, h, query[None, None, ...], key[None, None, ...])
+        if self.tensor is None:
+            return None, allowed
+        part = _tensor_rows(self.tensor, rows)
+        if not self.additive:
+            return None, allowed & part
+        filled = is_fill(part)
+        bias = xp.astype(part, xp.float32)
+        return xp.where(filled, xp.zeros_like(bias), bias), allowed & ~filled
+
+
+def _tensor_rows(tensor: Array, rows: QueryRows) -> Array:
+    """``tensor`` in four dimensions, cut to the rows and keys."""
+    while tensor.ndim < 4:
+        tensor = tensor[None, ...]
+    if tensor.shape[2] != 1:
+        tensor = take_rows(tensor, rows, axis=2)
+    return tensor if tensor.shape[3] == 1 else tensor[..., rows.keys[0] : rows.keys[1]]
