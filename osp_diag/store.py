@@ -49,8 +49,9 @@ STEP = "step"
 SERIES = "series"
 SERIES_STEP = "logged_step"
 
-VOLATILE = ("created", "command", "versions", "device", "resumed", "absent_sites")
+CIRCUMSTANCES = ("created", "command", "versions", "device")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
+VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites")
 
 _CHUNK_BYTES = 256 * 1024
 _SERIES_CHUNK = 4096
@@ -372,7 +373,7 @@ class RunWriter:
             {path: array.layout for path, array in self._axis.arrays.items() if path != STEP}
         )
         self._on_disk = {"", *nodes}
-        now = {key: self._attributes[key] for key in VOLATILE if key in self._attributes}
+        now = {key: self._attributes[key] for key in CIRCUMSTANCES if key in self._attributes}
         history = [*stored.get("resumed", []), now | {"after_step": self.last_step}]
         self._attributes = stored | {"resumed": history}
 
