@@ -1,0 +1,97 @@
+"""Pictures of runs. Each figure is one file: ``prepare`` makes the data, ``draw`` draws it on any backend.
+
+>>> import figures
+>>> figures.draw("depth_profile", "run.zarr", out="depth.pdf")      # doctest: +SKIP
+>>> data = figures.draw("sink_map", run, backend="none")             # doctest: +SKIP
+
+To add a figure, add a file with ``prepare(runs, **options) -> xarray.Dataset`` and
+``draw(dataset, backend, *, style, width) -> Canvas`` to this package: it is found by its name.
+Figures read runs only; they never touch a model.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from figures.styles import Style
+
+__all__ = ["aliases", "draw", "names"]
+
+
+def names() -> list[str]:
+    """The names of the figures."""
+    from figures._registry import names
+
+    return names()
+
+
+def aliases() -> dict[str, str]:
+    """Other names that figures go by: ``fig2`` and ``fig5`` are the OSP paper's."""
+    from figures._registry import aliases
+
+    return dict(aliases())
+
+
+def draw(
+    name: str,
+    runs: Any | Sequence[Any],
+    *,
+    out: str | os.PathLike[str] | None = None,
+    backend: str | None = None,
+    style: Style | str = "paper",
+    width: str | None = None,
+    **options: Any,
+) -> Any:
+    """Draw a figure from one run or several.
+
+    Parameters
+    ----------
+    name : a name of :func:`names`, or an alias
+    runs : an open run, the path of one, or a sequence of either
+    out : file to write; .png, .pdf and .svg are drawn by matplotlib, .html (self-contained) by plotly
+    backend : ``matplotlib`` (default without ``out``), ``plotly`` or ``none``
+    style : a ``figures.styles.Style``, or the name of one
+    width : ``one-column`` or ``two-column`` (the names in ``style.widths``); each figure has its default
+    options : as the figure's ``prepare`` takes them; ``step`` is the run's last one by default
+
+    Returns
+    -------
+    The matplotlib or plotly figure; from ``none`` the prepared ``xarray.Dataset``, whose attrs hold the
+    caption.
+
+    Raises
+    ------
+    UsageError : unknown figure, option, backend, style, width, suffix, or a folder that is not there
+    StoreError : a run that does not hold what the figure draws
+    """
+    from figures._registry import check_options, figure_module
+    from figures._runs import opened
+    from figures.backend import backend_for, load_backend
+    from figures.styles import load_style
+    from osp_diag.errors import UsageError
+
+    figure = figure_module(name)
+    path = None if out is None else Path(out)
+    library = load_backend(backend_for(path, backend))
+    if path is not None and not path.parent.is_dir():
+        raise UsageError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
+    look = load_style(style)
+    chosen = width or getattr(figure, "WIDTH", "two-column")
+    if chosen not in look.widths:
+        raise UsageError(f"the style {look.name} has no width {chosen!r}; it has {', '.join(look.widths)}")
+    check_options(name, figure.prepare, options)
+    dataset = figure.prepare(opened(runs), **options)
+    canvas = figure.draw(dataset, library, style=look, width=chosen)
+    canvas.caption(dataset.attrs["caption"])
+    if path is not None:
+        try:
+            canvas.save(path, {"title": dataset.attrs["title"], "caption": dataset.attrs["caption"]})
+        except OSError as problem:
+            raise UsageError(
+                f"cannot write {path}: {problem.strerror or problem}; write elsewhere or make room"
+            ) from problem
+    return canvas.finish(dataset)

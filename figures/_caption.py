@@ -1,0 +1,53 @@
+"""The small print under a figure: everything that determines its numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+__all__ = ["caption"]
+
+
+def _tokens(attrs: Mapping[str, Any]) -> str:
+    tokens, length = attrs.get("tokens"), attrs.get("sequence_length")
+    said = f"{int(tokens):,} tokens" if tokens is not None else "tokens not recorded"
+    if length is not None:
+        said += f" in sequences of {int(length):,}"
+    source = attrs.get("token_source")
+    return f"{said} of {source}" if source else said
+
+
+def _facts(run: Any, step: int) -> dict[str, str]:
+    attrs = run.attrs
+    return {
+        "model": str(attrs.get("model_name", "unnamed model")),
+        "protocol": f"{attrs.get('protocol', 'unknown')} protocol, BOS {attrs.get('bos', 'unknown')}",
+        "tokens": _tokens(attrs),
+        "step": f"step {step:,}",
+        "dtype": str(attrs.get("dtype", "dtype not recorded")),
+    }
+
+
+def caption(
+    title: str,
+    runs: Sequence[Any],
+    steps: Sequence[int],
+    estimators: Sequence[str],
+    remarks: Sequence[str] = (),
+) -> str:
+    """What is shown, then model, protocol, tokens, step and dtype of the runs, then estimators and remarks.
+
+    Facts that all runs share are said once.
+    """
+    facts = [_facts(run, step) for run, step in zip(runs, steps, strict=True)]
+    shared = [key for key in facts[0] if key != "model" and len({fact[key] for fact in facts}) == 1]
+    own = [
+        "; ".join([fact["model"], *(fact[key] for key in fact if key != "model" and key not in shared)])
+        for fact in facts
+    ]
+    models = " / ".join(dict.fromkeys(own))
+    sentences = [title, f"{models}: " + "; ".join(facts[0][key] for key in shared) if shared else models]
+    if estimators:
+        word = "Estimator" if len(set(estimators)) == 1 else "Estimators"
+        sentences.append(f"{word}: {', '.join(dict.fromkeys(estimators))}")
+    return ". ".join(part.rstrip(".") for part in (*sentences, *remarks) if part) + "."

@@ -1,0 +1,67 @@
+"""Making large maps fit a picture without losing a single spike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Float, Int
+
+__all__ = ["bin_starts", "max_pool", "number", "spread"]
+
+
+def bin_starts(size: int, bins: int) -> Int[np.ndarray, " bin"]:
+    """First index of each of at most ``bins`` nearly equal runs of ``range(size)``."""
+    count = max(1, min(size, bins))
+    return np.floor(np.arange(count) * size / count).astype(np.int64)
+
+
+def max_pool(values: Float[np.ndarray, "..."], axis: int, bins: int) -> Float[np.ndarray, "..."]:
+    """The largest value of each bin along ``axis``; unchanged where it is no longer than ``bins``.
+
+    A mean would shrink a spike of one channel by the width of its bin; a stride would miss it. NaN
+    survives only where a whole bin is NaN.
+    """
+    size = values.shape[axis]
+    if size <= bins:
+        return values
+    return np.fmax.reduceat(values, bin_starts(size, bins), axis=axis)
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places for labels: as near to ``wanted`` as they can be, ``gap`` apart, inside [low, high].
+
+    The order of ``wanted`` is kept. If they cannot all fit, they are set evenly over the interval.
+    """
+    order = np.argsort(wanted, kind="stable")
+    count = len(order)
+    if not count:
+        return []
+    if gap * (count - 1) >= high - low:
+        even = np.linspace(low, high, count)
+        return [float(even[rank]) for rank in np.argsort(order, kind="stable")]
+    places = np.clip(np.asarray(wanted, dtype=float)[order], low, high)
+    for _ in range(200):
+        overlap = gap - np.diff(places)
+        if not (overlap > 1e-9).any():
+            break
+        push = np.maximum(overlap, 0) / 2
+        places[:-1] -= push
+        places[1:] += push
+        places = np.clip(places, low, high)
+    for i in range(1, count):
+        places[i] = max(places[i], places[i - 1] + gap)
+    for i in range(count - 1, -1, -1):
+        places[i] = min(places[i], high - gap * (count - 1 - i))
+    return [float(places[rank]) for rank in np.argsort(order, kind="stable")]
+
+
+def number(value: float) -> str:
+    """A number as a reader wants it: 25,805 · 83.5 · 0.042."""
+    if not np.isfinite(value):
+        return str(value)
+    if abs(value) >= 100:
+        return f"{value:,.0f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    return f"{value:.2g}" if abs(value) < 1 else f"{value:.3g}"

@@ -1,0 +1,101 @@
+"""Figures are found, not registered: every public module of this package is one."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Sequence
+from functools import cache
+from types import UnionType
+from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
+
+import xarray as xr
+
+import figures
+from figures.backend import Backend, Canvas
+from figures.styles import Style
+from osp_diag.errors import UsageError
+
+__all__ = ["FigureModule", "aliases", "check_options", "figure_module", "names"]
+
+
+class FigureModule(Protocol):
+    """What a file of this package offers to be a figure; ``ALIASES`` may be left out."""
+
+    ALIASES: tuple[str, ...]
+    prepare: Callable[..., xr.Dataset]
+
+    def draw(self, dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+        """Draw what ``prepare`` returned."""
+
+
+def names() -> list[str]:
+    """The figures there are: one file each."""
+    return sorted(
+        module.name
+        for module in pkgutil.iter_modules(figures.__path__)
+        if not module.ispkg and not module.name.startswith("_")
+    )
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """Other names of figures, such as their number in the OSP paper."""
+    return {
+        alias: name
+        for name in names()
+        for alias in getattr(importlib.import_module(f"figures.{name}"), "ALIASES", ())
+    }
+
+
+def figure_module(name: str) -> Any:
+    """The module of a figure by its name or alias; an unknown one is answered with the nearest names."""
+    found = aliases().get(name, name)
+    if found not in names():
+        near = difflib.get_close_matches(name, [*names(), *aliases()], n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise UsageError(f"no figure is named {name!r}; {hint}there are {', '.join(names())}")
+    return importlib.import_module(f"figures.{found}")
+
+
+def check_options(name: str, prepare: Callable[..., xr.Dataset], options: dict[str, Any]) -> None:
+    """Refuse an option that the figure does not have, before any data is read."""
+    known = [parameter for parameter in inspect.signature(prepare).parameters if parameter != "runs"]
+    hints = get_type_hints(prepare)
+    for option, value in options.items():
+        if option not in known:
+            near = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            raise UsageError(f"the figure {name} has no option {option!r}; {hint}it has {', '.join(known)}")
+        if not _fits(value, hints[option]):
+            raise UsageError(f"the figure {name} takes for {option} {_said(hints[option])}, not {value!r}")
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of the annotated type; a whole number will do where a real one is asked for."""
+    for member in _members(hint):
+        kind = get_origin(member) or member
+        if isinstance(value, bool) and kind is not bool:
+            continue
+        if isinstance(value, (int, float) if kind is float else kind) and not (
+            isinstance(value, str) and kind is Sequence
+        ):
+            return True
+    return False
+
+
+def _said(hint: Any) -> str:
+    words = {
+        int: "a whole number",
+        float: "a number",
+        str: "a word",
+        type(None): "none",
+        Sequence: "several words",
+    }
+    return " or ".join(words.get(get_origin(member) or member, str(member)) for member in _members(hint))

@@ -1,0 +1,160 @@
+"""Reading runs for figures: opening, choosing the step, and saying what is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.errors import OspDiagError, StoreError, UsageError
+
+__all__ = [
+    "at_step",
+    "labels_of",
+    "last_step",
+    "name_of",
+    "opened",
+    "per_run",
+    "shown_token",
+    "snapshot",
+    "statistics",
+    "token_texts",
+]
+
+
+def opened(runs: Any) -> list[Any]:
+    """One run or several, open or as paths, as a list of open runs."""
+    if isinstance(runs, str | Path) or hasattr(runs, "at"):
+        runs = [runs]
+    if not isinstance(runs, Iterable) or isinstance(runs, Mapping):
+        raise UsageError(
+            f"a figure is drawn from runs (open ones or their paths), not from {type(runs).__name__}"
+        )
+    found = [_open(run) if isinstance(run, str | Path) else run for run in runs]
+    if not found:
+        raise UsageError("a figure needs at least one run: give the path that `osp-diag probe --out` wrote")
+    return found
+
+
+def _open(path: str | Path) -> Any:
+    from osp_diag.run import open_run
+
+    return open_run(path)
+
+
+def name_of(run: Any) -> str:
+    return str(run.attrs.get("model_name", "unnamed model"))
+
+
+def last_step(run: Any, step: int | None = None) -> int:
+    """The step asked for, or the run's last one."""
+    steps = np.asarray(run.steps)
+    if not steps.size:
+        raise StoreError(
+            f"the run of {name_of(run)} holds no step yet; wait until the first probe is written"
+        )
+    if step is None:
+        return int(steps[-1])
+    if step not in steps:
+        near = sorted(steps.tolist(), key=lambda known: abs(known - step))[:3]
+        raise UsageError(
+            f"the run of {name_of(run)} has no step {step}; the nearest are "
+            f"{', '.join(map(str, sorted(near)))}"
+        )
+    return int(step)
+
+
+def at_step(dataset: xr.Dataset, run: Any, step: int | None) -> xr.Dataset:
+    return dataset.sel(step=last_step(run, step)) if "step" in dataset.dims else dataset
+
+
+def _why(run: Any, site: str) -> str:
+    """The reason that the run itself gives for a site's absence."""
+    sites = run.attrs.get("sites") or {}
+    note = sites.get(site) if isinstance(sites, Mapping) else None
+    return f" ({note})" if note else ""
+
+
+def statistics(
+    run: Any, site: str, variables: Iterable[str], figure: str, step: int | None = None
+) -> xr.Dataset:
+    """Variables of a site at one step, loaded; a StoreError says how to get what is missing.
+
+    Parameters
+    ----------
+    variables : names of estimator outputs that the figure cannot do without
+    figure : the name of the figure, for the message
+    """
+    wanted = list(variables)
+    try:
+        dataset = run.at(site)
+    except (OspDiagError, KeyError):
+        raise StoreError(
+            f"{figure} needs the site {site!r}, which the run of {name_of(run)} does not hold"
+            f"{_why(run, site)}; if the model has it, probe again with it among --sites"
+        ) from None
+    missing = [name for name in wanted if name not in dataset]
+    if missing:
+        raise StoreError(
+            f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {name_of(run)} does not "
+            f"hold; probe again with the estimator among --estimators"
+        )
+    return at_step(dataset[wanted], run, step).load()
+
+
+def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:
+    """The raw activations of the first sequence at a site: (layer, token, channel) or with heads."""
+    try:
+        return run.snapshot(site)["activation"].load()
+    except (OspDiagError, KeyError):
+        raise StoreError(
+            f"{figure} draws raw activations, and the run of {name_of(run)} holds no snapshot of {site!r}"
+            f"{_why(run, site)}; probe again and let it keep snapshots of that site"
+        ) from None
+
+
+def token_texts(run: Any, count: int) -> list[str]:
+    """The text of the first tokens of the snapshot, or their positions where no text was kept."""
+    try:
+        texts = [str(text) for text in run["snapshot"]["token_text"].values[:count]]
+    except (OspDiagError, KeyError, TypeError):
+        texts = []
+    return texts + [str(position) for position in range(len(texts), count)]
+
+
+def labels_of(runs: list[Any], steps: list[int]) -> list[str]:
+    """Short names that tell the runs apart: the model, then the protocol or the step where models repeat."""
+    names = [name_of(run) for run in runs]
+    for extra in (
+        [str(run.attrs.get("protocol", "?")) for run in runs],
+        [f"step {step}" for step in steps],
+        [f"run {index + 1}" for index in range(len(runs))],
+    ):
+        if len(set(names)) == len(names):
+            break
+        if len(set(extra)) > 1:
+            names = [f"{name}, {part}" for name, part in zip(names, extra, strict=True)]
+    return names
+
+
+def per_run(parts: list[xr.Dataset], labels: list[str]) -> xr.Dataset:
+    """Datasets of several runs side by side on a new dimension ``run``, the smaller ones padded with NaN."""
+    return xr.concat(
+        [part.drop_vars("step", errors="ignore") for part in parts],
+        dim=xr.DataArray(labels, dims="run", name="run"),
+        join="outer",
+        combine_attrs="override",
+        data_vars="all",
+        coords="minimal",
+        compat="override",
+    )
+
+
+def shown_token(text: str, longest: int = 12) -> str:
+    """A token's text for an axis: blanks made visible where nothing else is there, long ones cut."""
+    plain = text.replace("\u0120", " ").replace("\u2581", " ")
+    shown = plain.strip() or repr(plain)[1:-1].replace(" ", "\u2423") or "''"
+    return shown if len(shown) <= longest else shown[: longest - 1] + "\u2026"

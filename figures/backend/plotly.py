@@ -1,0 +1,269 @@
+"""The primitives in plotly: one interactive HTML file that needs no network.
+
+Panels are laid out by hand, in pixels, because only then do legends, marks and colour bars of
+several panels keep clear of each other.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+import xarray as xr
+
+from figures._colours import ColourScale
+from figures.backend._plotly_panel import LEGEND, MARKS, Panel, colour_scale, plain
+from figures.styles import Style
+
+__all__ = ["Canvas", "Panel", "canvas"]
+
+_CONFIG = {"displaylogo": False, "responsive": False, "toImageButtonOptions": {"format": "svg"}}
+
+# pixels kept free around a panel
+_LEFT, _RIGHT, _BELOW = 74, 22, 58
+_TITLE, _SUBTITLE, _BAR = 30, 18, 96
+
+
+class Canvas:
+    """A plotly Figure and the grid of its panels."""
+
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        *,
+        width: float,
+        height: float,
+        style: Style,
+        three_dimensional: bool,
+        share_y: bool,
+    ) -> None:
+        self.rows, self.columns = rows, columns
+        self.style = style
+        self.three_dimensional = three_dimensional
+        self.share_y = share_y
+        self.width, self.height = width * style.pixels_per_inch, height * style.pixels_per_inch
+        self.figure = go.Figure(layout={"template": {"layout": dict(style.plotly)}})
+        self.panels: dict[tuple[int, int], Panel] = {}
+        self.bars: list[tuple[str, list[Panel]]] = []
+        self.text = ""
+        self.common_legend: Panel | None = None
+        self._placed = False
+
+    def panel(
+        self,
+        row: int,
+        column: int,
+        *,
+        title: str = "",
+        subtitle: str = "",
+        x_label: str = "",
+        y_label: str = "",
+        z_label: str = "",
+        x_scale: str = "linear",
+        y_scale: str = "linear",
+    ) -> Panel:
+        index = row * self.columns + column
+        panel = self.panels[row, column] = Panel(
+            self.figure, index, self.style, self.three_dimensional, title
+        )
+        panel.subtitle = subtitle
+        panel.log_y = y_scale == "log"
+        logarithmic = {
+            "type": "log",
+            "dtick": 1,
+            "tickformat": ",~g",
+            "minor": {"ticks": "outside", "ticklen": 3},
+        }
+        if self.three_dimensional:
+            for axis, label in (("x", x_label), ("y", y_label), ("z", z_label)):
+                panel.axis(
+                    axis,
+                    title={"text": plain(label), "font": {"size": 12}},
+                    tickfont={"size": 10},
+                    nticks=6,
+                    backgroundcolor="white",
+                    gridcolor="#dddddd",
+                )
+            panel.layout(
+                "scene",
+                aspectmode="manual",
+                aspectratio={"x": 1.35, "y": 1.1, "z": 0.75},
+                camera={"eye": {"x": 1.3, "y": -1.8, "z": 1.0}, "center": {"x": 0, "y": 0, "z": -0.14}},
+            )
+            return panel
+        panel.axis(
+            "x", title={"text": plain(x_label), "standoff": 6}, **(logarithmic if x_scale == "log" else {})
+        )
+        panel.axis(
+            "y", title={"text": plain(y_label), "standoff": 6}, **(logarithmic if y_scale == "log" else {})
+        )
+        if self.share_y and column:
+            panel.axis("y", matches=f"y{self.panels[row, 0].suffix}", showticklabels=False)
+        return panel
+
+    def legend(self, panel: Panel) -> None:
+        self.common_legend = panel
+
+    def colour_bar(self, panels: Sequence[Panel], *, scale: ColourScale, colour_map: str, label: str) -> None:
+        name = "coloraxis" if not self.bars else f"coloraxis{len(self.bars) + 1}"
+        ticks = scale.ticks()
+        low, high = (float(scale.place(np.asarray(end))) for end in (scale.low, scale.high))
+        bar = {
+            "title": {"text": plain(label), "side": "right"},
+            "thickness": 13,
+            "outlinewidth": 0.5,
+            "tickvals": scale.place(np.asarray(ticks)).tolist(),
+            "ticktext": [f"{tick:,g}" for tick in ticks],
+        }
+        self.figure.update_layout(
+            {name: {"colorscale": colour_scale(colour_map), "cmin": low, "cmax": high, "colorbar": bar}}
+        )
+        for trace in (trace for panel in panels for trace in panel.traces):
+            if trace.type in ("heatmap", "surface"):
+                trace.coloraxis = name
+        self.bars.append((name, list(panels)))
+
+    def caption(self, text: str) -> None:
+        self.text = text
+
+    def _columns(self) -> list[tuple[float, float]]:
+        """Left and right pixel of each column, colour bars kept free."""
+        left = 10 if self.three_dimensional else _LEFT
+        behind = [_RIGHT if self.three_dimensional or self.share_y else _LEFT] * (self.columns - 1) + [_RIGHT]
+        for _, panels in self.bars:
+            column = max(c for (_, c), panel in self.panels.items() if panel in panels)
+            behind[column] = max(behind[column], _BAR + (_LEFT if column < self.columns - 1 else 0))
+        each = (self.width - left - sum(behind)) / self.columns
+        starts = [left + sum(behind[:column]) + each * column for column in range(self.columns)]
+        return [(start, start + each) for start in starts]
+
+    def _row_heads(self) -> list[float]:
+        """Pixels above the panels of each row, for titles, legends and marks."""
+        heads: list[float] = []
+        for row in range(self.rows):
+            panels = [panel for (r, _), panel in self.panels.items() if r == row]
+            heads.append(
+                _TITLE
+                + (_SUBTITLE if any(panel.subtitle for panel in panels) else 0)
+                + (LEGEND if any(panel.has_legend for panel in panels) else 0)
+                + (MARKS if any(panel.mark_places for panel in panels) else 0)
+            )
+        heads[0] += LEGEND if self.common_legend else 0
+        return heads
+
+    def _place(self) -> None:
+        """Lay everything out; once, when all is known."""
+        if self._placed:
+            return
+        self._placed = True
+        lines = textwrap.wrap(self.text, int((self.width - 20) / 6.3))
+        small_print = len(lines) * 15 + 16 if lines else 0
+        below = 8 if self.three_dimensional else _BELOW
+        heads = self._row_heads()
+        each = (self.height - sum(heads) - below * self.rows) / self.rows
+        columns = self._columns()
+        for (row, column), panel in self.panels.items():
+            left, right = columns[column]
+            top = sum(heads[: row + 1]) + row * (each + below)
+            panel.place(
+                left / self.width,
+                right / self.width,
+                1 - (top + each) / self.height,
+                1 - top / self.height,
+                right - left,
+            )
+        self._place_bars()
+        shown = [panel for panel in self.panels.values() if panel.has_legend or panel is self.common_legend]
+        for panel in self.panels.values():
+            for trace in panel.traces if panel not in shown else ():
+                trace.showlegend = False
+        if self.common_legend:
+            self.common_legend.layout(
+                "legend",
+                x=10 / self.width,
+                y=1,
+                xanchor="left",
+                yanchor="top",
+                orientation="h",
+                font={"size": 12},
+            )
+        if lines:
+            self.figure.add_annotation(
+                x=10 / self.width,
+                y=0,
+                xref="paper",
+                yref="paper",
+                xanchor="left",
+                yanchor="top",
+                yshift=-4,
+                showarrow=False,
+                align="left",
+                text="<br>".join(map(plain, lines)),
+                font={"size": 11, "color": self.style.grey},
+            )
+        self.figure.update_layout(
+            width=self.width,
+            height=self.height + small_print,
+            margin={"l": 0, "r": 0, "t": 0, "b": small_print},
+        )
+
+    def _place_bars(self) -> None:
+        for name, panels in self.bars:
+            domains = [self._domain(panel) for panel in panels]
+            bottom, top = min(d[1][0] for d in domains), max(d[1][1] for d in domains)
+            right = max(d[0][1] for d in domains)
+            self.figure.layout[name].colorbar.update(
+                x=right + 6 / self.width,
+                xanchor="left",
+                xpad=4,
+                y=(bottom + top) / 2,
+                len=top - bottom,
+                ypad=0,
+            )
+
+    def _domain(self, panel: Panel) -> tuple[tuple[float, float], tuple[float, float]]:
+        layout = self.figure.layout
+        if self.three_dimensional:
+            domain = layout[f"scene{panel.suffix}"].domain
+            return domain.x, domain.y
+        return layout[f"xaxis{panel.suffix}"].domain, layout[f"yaxis{panel.suffix}"].domain
+
+    def finish(self, dataset: xr.Dataset) -> go.Figure:
+        self._place()
+        return self.figure
+
+    def save(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self._place()
+        page = self.figure.to_html(include_plotlyjs=True, include_mathjax=False, config=_CONFIG)
+        head = (
+            f"<head>\n<title>{html.escape(metadata['title'])}</title>\n"
+            f'<meta name="description" content="{html.escape(metadata["caption"])}"/>'
+        )
+        path.write_text(page.replace("<head>", head, 1), encoding="utf-8")
+
+
+def canvas(
+    rows: int,
+    columns: int,
+    *,
+    width: float,
+    height: float,
+    style: Style,
+    three_dimensional: bool = False,
+    share_y: bool = False,
+) -> Canvas:
+    """A grid of plotly axes or scenes."""
+    return Canvas(
+        rows,
+        columns,
+        width=width,
+        height=height,
+        style=style,
+        three_dimensional=three_dimensional,
+        share_y=share_y,
+    )

@@ -1,0 +1,199 @@
+"""How large activations and their kurtosis grow with depth.
+
+Above, or left: the three largest |x| of a layer's output and the median |x| (Sun et al. 2024, Fig. 1).
+Below, or right: a kurtosis by stratum of tokens, between what Gaussian noise of that width gives (the
+floor) and what a one-hot token gives (the ceiling).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from figures._caption import caption
+from figures._colours import sample
+from figures._decimate import number
+from figures._runs import labels_of, last_step, per_run, statistics
+from figures.backend import Backend, Canvas, Dash, Panel
+from figures.styles import Style
+from osp_diag.errors import UsageError
+
+ALIASES = ("depth",)
+ARRANGEMENTS = ("side-by-side", "overlaid")
+_DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "dashdot")
+
+__all__ = ["ALIASES", "draw", "prepare"]
+
+
+def prepare(
+    runs: list[Any],
+    *,
+    site: str = "residual_post",
+    estimator: str = "osp_excess_kurtosis",
+    arrange: str = "side-by-side",
+    step: int | None = None,
+) -> xr.Dataset:
+    """Magnitudes and a kurtosis by layer.
+
+    Parameters
+    ----------
+    site : where; ``residual_post`` is the output of each block
+    estimator : a kurtosis with the dimension ``stratum``
+    arrange : ``side-by-side`` (a column a run) or ``overlaid``; of one run they are the same
+    step : of training; the last one by default
+
+    Returns
+    -------
+    ``top_magnitude`` (run, layer, rank), ``median_magnitude`` (run, layer), ``kurtosis``
+    (run, layer, stratum), ``floor`` and ``ceiling`` (run; NaN where the estimator has none).
+    """
+    if arrange not in ARRANGEMENTS:
+        raise UsageError(f"depth_profile: arrange is {' or '.join(ARRANGEMENTS)}, not {arrange!r}")
+    parts, steps, identifiers = [], [], []
+    for run in runs:
+        found = statistics(run, site, ("top_magnitude", "median_magnitude", estimator), "depth_profile", step)
+        if "stratum" not in found[estimator].dims:
+            raise UsageError(f"depth_profile: {estimator} has no strata; give an estimator that has them")
+        notes = found[estimator].attrs
+        identifiers.append(str(notes.get("estimator", estimator)))
+        magnitudes = found["top_magnitude"]
+        part = xr.Dataset(
+            {
+                "top_magnitude": magnitudes.sel(stratum="all", drop=True)
+                if "stratum" in magnitudes.dims
+                else magnitudes,
+                "median_magnitude": found["median_magnitude"],
+                "kurtosis": found[estimator],
+                "floor": _bound(notes.get("floor")),
+                "ceiling": _bound(notes.get("ceiling")),
+            }
+        )
+        parts.append(part)
+        steps.append(last_step(run, step))
+    dataset = per_run(parts, labels_of(runs, steps))
+    title = f"Magnitude and kurtosis of {site} by layer"
+    dataset.attrs = {
+        "title": title,
+        "caption": caption(
+            title,
+            runs,
+            steps,
+            [str(found["top_magnitude"].attrs.get("estimator", "top_magnitude")), *identifiers],
+        ),
+        "site": site,
+        "magnitude": str(found["top_magnitude"].attrs.get("estimator", "top_magnitude")),
+        "estimator": ", ".join(dict.fromkeys(identifiers)),
+        "arrange": arrange,
+    }
+    return dataset
+
+
+def _bound(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+    """Two panels for one run or overlaid runs; two rows of panels for runs side by side."""
+    overlaid = dataset.attrs["arrange"] == "overlaid" and dataset.sizes["run"] > 1
+    beside = dataset.sizes["run"] > 1 and not overlaid
+    inches = style.widths[width]
+    stacked = beside or inches < 5
+    rows, columns = (2, dataset.sizes["run"] if beside else 1) if stacked else (1, 2)
+    canvas = backend.canvas(rows, columns, width=inches, height=2.35 * rows, style=style, share_y=beside)
+    log = bool((dataset["kurtosis"].min() >= 0).item())
+    low, high = _range(dataset) if log else (None, None)
+    if low is not None:
+        dataset = dataset.assign(kurtosis=dataset["kurtosis"].clip(min=low))
+    for column in range(columns if beside else 1):
+        part = dataset.isel(run=[column]) if beside else dataset
+        magnitude = canvas.panel(
+            0,
+            column,
+            title=str(part["run"].values[0]) if beside else "Magnitude",
+            subtitle="top 1 solid, median dotted" if overlaid else "",
+            x_label="" if stacked else "layer",
+            y_scale="log",
+            y_label="" if column else f"|x| of {dataset.attrs['site']}\n{dataset.attrs['magnitude']}",
+        )
+        kurtosis = canvas.panel(
+            *((1, column) if stacked else (0, 1)),
+            title="" if beside else "Kurtosis of a token, mean",
+            subtitle="all tokens solid, rest dashed" if overlaid else "",
+            x_label="layer",
+            y_label="" if column else dataset.attrs["estimator"],
+            y_scale="log" if log else "linear",
+        )
+        (_overlaid if overlaid else _single)(part, magnitude, kurtosis, style)
+        _bounds(part, kurtosis)
+        if low is not None and high is not None:
+            kurtosis.limits("y", low, high)
+        if overlaid:
+            canvas.legend(magnitude)
+        else:
+            magnitude.legend()
+            kurtosis.legend()
+    return canvas
+
+
+def _range(dataset: xr.Dataset) -> tuple[float, float] | tuple[None, None]:
+    """Ends of a logarithmic axis with room for floor, ceiling and their labels.
+
+    The OSP formula is 0 for tokens below a Gaussian's kurtosis: such values are drawn at the foot.
+    """
+    found = [np.ravel(dataset[name].values) for name in ("floor", "ceiling", "kurtosis")]
+    positive = [values[values > 0] for values in found]
+    if not any(values.size for values in positive):
+        return None, None
+    foot = positive[0].min() / 3 if positive[0].size else min(v.min() for v in positive if v.size) / 1.6
+    return float(foot), float(max(values.max() for values in positive if values.size) * 3)
+
+
+def _single(dataset: xr.Dataset, magnitude: Panel, kurtosis: Panel, style: Style) -> None:
+    part = dataset.isel(run=0)
+    layers = part["layer"].values.astype(float)
+    for index, rank in enumerate(part["rank"].values):
+        magnitude.line(
+            layers,
+            part["top_magnitude"].sel(rank=rank).values,
+            label=f"top {int(rank)}",
+            colour=style.palette[index],
+            dash=_DASHES[index],
+        )
+    magnitude.line(layers, part["median_magnitude"].values, label="median", colour=style.grey)
+    for index, stratum in enumerate(part["stratum"].values):
+        values = part["kurtosis"].sel(stratum=stratum).values
+        if np.isfinite(values).any():
+            kurtosis.line(
+                layers,
+                values,
+                label=f"{stratum} tokens" if stratum == "all" else str(stratum),
+                colour=style.palette[index],
+                dash=_DASHES[index],
+            )
+
+
+def _overlaid(dataset: xr.Dataset, magnitude: Panel, kurtosis: Panel, style: Style) -> None:
+    runs = dataset.sizes["run"]
+    colours = style.palette if runs <= len(style.palette) else sample("batlow", runs, 0.02, 0.85)
+    layers = dataset["layer"].values.astype(float)
+    for index, run in enumerate(dataset["run"].values):
+        part = dataset.isel(run=index)
+        colour = colours[index]
+        magnitude.line(layers, part["top_magnitude"].sel(rank=1).values, label=str(run), colour=colour)
+        magnitude.line(layers, part["median_magnitude"].values, label="", colour=colour, dash="dotted")
+        kurtosis.line(layers, part["kurtosis"].sel(stratum="all").values, label=str(run), colour=colour)
+        kurtosis.line(
+            layers, part["kurtosis"].sel(stratum="rest").values, label="", colour=colour, dash="dashed"
+        )
+
+
+def _bounds(part: xr.Dataset, kurtosis: Panel) -> None:
+    """Floor and ceiling as lines, one for each width that the runs have."""
+    for name, said in (("floor", "Gaussian floor"), ("ceiling", "ceiling")):
+        for value in sorted({float(value) for value in part[name].values if np.isfinite(value)}):
+            kurtosis.level(value, f"{said} {number(value)}")

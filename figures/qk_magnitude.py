@@ -1,0 +1,176 @@
+"""|q| and |k| over token × channel in one head: Figure 5 of the OSP paper.
+
+The paper shows "sink heads" without saying which; here the strongest sink head of each run is taken
+unless a layer and a head are given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from figures._caption import caption
+from figures._colours import KINDS, ColourScale
+from figures._decimate import max_pool
+from figures._runs import labels_of, last_step, name_of, per_run, snapshot, statistics
+from figures.backend import Backend, Canvas
+from figures.styles import Style
+from osp_diag.errors import UsageError
+
+ALIASES = ("fig5", "qk")
+ROTATIONS = ("post", "pre")
+
+__all__ = ["ALIASES", "draw", "prepare"]
+
+
+def prepare(
+    runs: list[Any],
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    rope: str = "post",
+    colours: str = "linear",
+    tokens: int = 128,
+) -> xr.Dataset:
+    """Magnitudes of one head's queries and keys in the first sequence.
+
+    Parameters
+    ----------
+    layer, head : of the queries; by default the head with the highest sink rate at ε = 0.3 (ties go to
+        the one with more attention to the first token). Under grouped-query attention the keys are those
+        that this head reads.
+    rope : ``post`` or ``pre`` rotation
+    colours : scale of the colours, ``linear``, ``log`` or ``symlog``
+    tokens : the most rows; neighbouring tokens are pooled by their maximum beyond that
+
+    Returns
+    -------
+    ``query`` and ``key`` (run, token, head_channel), with ``layer``, ``head``, ``key_head``,
+    ``sink_rate`` and ``tokens`` (run).
+    """
+    if rope not in ROTATIONS:
+        raise UsageError(f"qk_magnitude: rope is {' or '.join(ROTATIONS)}, not {rope!r}")
+    if colours not in KINDS:
+        raise UsageError(f"qk_magnitude: colours is one of {', '.join(KINDS)}, not {colours!r}")
+    parts = [_of_run(run, layer, head, rope, tokens) for run in runs]
+    steps = [last_step(run) for run in runs]
+    dataset = per_run(parts, labels_of(runs, steps))
+    title = f"|q| and |k| by token and channel of one head, {rope}-RoPE"
+    which = (
+        "the head given"
+        if layer is not None and head is not None
+        else ("the head with the highest sink_rate/1 at \u03b5 = 0.3, k = 0")
+    )
+    dataset.attrs = {
+        "title": title,
+        "caption": caption(
+            title, runs, steps, [], [f"First sequence of the probe, {which}; raw activations"]
+        ),
+        "colours": colours,
+    }
+    return dataset
+
+
+def _of_run(run: Any, layer: int | None, head: int | None, rope: str, tokens: int) -> xr.Dataset:
+    query = snapshot(run, f"query_{rope}_rope", "qk_magnitude")
+    key = snapshot(run, f"key_{rope}_rope", "qk_magnitude")
+    shared = sorted({int(v) for v in query["layer"].values} & {int(v) for v in key["layer"].values})
+    heads, key_heads = query.sizes["head"], key.sizes["head"]
+    for said, wanted, known in (("layer", layer, shared), ("head", head, range(heads))):
+        if wanted is not None and wanted not in known:
+            raise UsageError(
+                f"qk_magnitude: the snapshot of {name_of(run)} has no {said} {wanted}; it has "
+                f"{', '.join(map(str, known))}"
+            )
+    rate = float("nan")
+    if layer is None or head is None:
+        layer, head, rate = strongest_sink(run, shared if layer is None else [layer], head)
+    key_head = head * key_heads // heads
+    magnitudes = {
+        name: np.abs(array.sel(layer=layer).isel(head=which).values.astype(np.float64))
+        for name, array, which in (("query", query, head), ("key", key, key_head))
+    }
+    return xr.Dataset(
+        {
+            **{
+                name: (("token", "head_channel"), max_pool(values, 0, tokens))
+                for name, values in magnitudes.items()
+            },
+            "layer": float(layer),
+            "head": float(head),
+            "key_head": float(key_head),
+            "sink_rate": rate,
+            "tokens": float(query.sizes["token"]),
+        },
+        coords={
+            "token": np.arange(min(query.sizes["token"], tokens)),
+            "head_channel": np.arange(query.sizes["head_channel"]),
+        },
+    )
+
+
+def strongest_sink(run: Any, layers: list[int], head: int | None = None) -> tuple[int, int, float]:
+    """Layer, head and rate of the strongest sink head among ``layers`` (and in ``head``, if given)."""
+    found = statistics(run, "attention", ("sink_rate", "first_token_attention"), "qk_magnitude")
+    rate = found["sink_rate"]
+    if "sink_position" in rate.dims:
+        rate = rate.sel(sink_position=0, drop=True)
+    if "epsilon" in rate.dims:
+        rate = rate.isel(epsilon=int(np.argmin(np.abs(rate["epsilon"].values - 0.3))), drop=True)
+    rate = rate.sel(layer=[layer for layer in layers if layer in rate["layer"].values]).transpose(
+        "layer", "head"
+    )
+    mass = found["first_token_attention"].sel(stratum="all", drop=True).sel(layer=rate["layer"])
+    # A rate is a multiple of 1 / sequences; attention to the first token decides among equals.
+    score = np.nan_to_num(rate.values, nan=-1.0) + 1e-6 * np.nan_to_num(
+        mass.transpose("layer", "head").values
+    )
+    if head is not None:
+        score = np.where(np.arange(score.shape[1])[None, :] == head, score, -np.inf)
+    row, column = np.unravel_index(int(np.argmax(score)), score.shape)
+    return int(rate["layer"].values[row]), int(column), float(rate.values[row, column])
+
+
+def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+    """A row a run: queries left, keys right, both on the same colours."""
+    runs = dataset.sizes["run"]
+    canvas = backend.canvas(runs, 2, width=style.widths[width], height=2.1 * runs, style=style)
+    for row in range(runs):
+        part = dataset.isel(run=row)
+        arrays = {
+            kind: part[kind].dropna("token", how="all").dropna("head_channel", how="all")
+            for kind in ("query", "key")
+        }
+        scale = ColourScale.over(
+            *(array.values for array in arrays.values()),
+            kind=dataset.attrs["colours"],
+            low=0.0 if dataset.attrs["colours"] == "linear" else None,
+        )
+        colours: dict[str, Any] = {"scale": scale, "colour_map": style.magnitude_map}
+        panels = []
+        for column, (kind, array) in enumerate(arrays.items()):
+            which = part["head"] if kind == "query" else part["key_head"]
+            letter = kind[0]
+            place = f"layer {int(part['layer'])}, {'' if kind == 'query' else 'key '}head {int(which)}"
+            panel = canvas.panel(
+                row,
+                column,
+                title=str(part["run"].item()) if column == 0 else "",
+                subtitle=f"|{letter}|, {place}",
+                x_label="head channel" if row == runs - 1 else "",
+                y_label="" if column else "token",
+            )
+            cells = array.sizes["token"]
+            centres = (np.arange(cells) + 0.5) * float(part["tokens"]) / cells - 0.5
+            panel.heat_map(
+                array.values,
+                array["head_channel"].values.astype(float),
+                centres,
+                quantity=f"|{letter}|",
+                **colours,
+            )
+            panels.append(panel)
+        canvas.colour_bar(panels, label="|q|, |k|", **colours)
+    return canvas

@@ -1,0 +1,120 @@
+"""Which heads are attention sinks: the sink rate and the attention to the first token, layer × head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from figures._caption import caption
+from figures._colours import ColourScale
+from figures._runs import labels_of, last_step, name_of, per_run, statistics
+from figures.backend import Backend, Canvas
+from figures.styles import Style
+from osp_diag.errors import UsageError
+
+ALIASES = ("sinks",)
+
+__all__ = ["ALIASES", "draw", "prepare"]
+
+
+def prepare(
+    runs: list[Any],
+    *,
+    epsilon: float = 0.3,
+    sink_position: int = 0,
+    stratum: str = "all",
+    step: int | None = None,
+) -> xr.Dataset:
+    """Sink rate and first-token attention of every head.
+
+    Parameters
+    ----------
+    epsilon : a head sinks a sequence if the sink position gets more than this share on average
+    sink_position : the key position k of the sink; 0 is the first token
+    stratum : the queries that ``first_token_attention`` speaks of
+
+    Returns
+    -------
+    ``sink_rate`` and ``first_token_attention`` (run, layer, head), NaN where there is no head.
+    """
+    parts, steps, identifiers = [], [], []
+    for run in runs:
+        found = statistics(run, "attention", ("sink_rate", "first_token_attention"), "sink_map", step)
+        rate = _chosen(found["sink_rate"], run, epsilon, sink_position)
+        received = found["first_token_attention"].sel(stratum=stratum, drop=True)
+        parts.append(xr.Dataset({"sink_rate": rate, "first_token_attention": received}))
+        identifiers += [str(found[name].attrs.get("estimator", name)) for name in found]
+        steps.append(last_step(run, step))
+    dataset = per_run(parts, labels_of(runs, steps))
+    title = "Attention sinks by layer and head"
+    lengths = ", ".join(dict.fromkeys(str(run.attrs.get("sequence_length", "unknown")) for run in runs))
+    starts = ", ".join(dict.fromkeys(str(run.attrs.get("bos", "unknown")) for run in runs))
+    remark = (
+        f"Sink rate: share of sequences in which position {sink_position} gets more than \u03b5 = "
+        f"{epsilon:g} of a head's attention; T = {lengths}, BOS {starts}; it falls with T"
+    )
+    dataset.attrs = {
+        "title": title,
+        "caption": caption(title, runs, steps, identifiers, [remark]),
+        "epsilon": epsilon,
+        "sink_position": sink_position,
+        "sink_rate": next(name for name in identifiers if name.startswith("sink_rate")),
+        "first_token_attention": next(name for name in identifiers if name.startswith("first_token")),
+    }
+    return dataset
+
+
+def _chosen(rate: xr.DataArray, run: Any, epsilon: float, position: int) -> xr.DataArray:
+    """The rate at the ε and k asked for; the run holds a few of each."""
+    for dim, wanted in (("epsilon", epsilon), ("sink_position", position)):
+        if dim not in rate.dims:
+            continue
+        known = rate[dim].values
+        index = int(np.argmin(np.abs(known - wanted)))
+        if abs(float(known[index]) - wanted) > 1e-9:
+            raise UsageError(
+                f"sink_map: the run of {name_of(run)} has no {dim} {wanted:g}; it has "
+                f"{', '.join(f'{float(value):g}' for value in known)}"
+            )
+        rate = rate.isel({dim: index}, drop=True)
+    return rate
+
+
+def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+    """Two maps a run: sink rate, first-token attention."""
+    runs = dataset.sizes["run"]
+    layers_shown = dataset.sizes["layer"]
+    inches = style.widths[width]
+    height = min(max(1.9, 0.06 * layers_shown + 1.0), 4.0) * runs
+    canvas = backend.canvas(runs, 2, width=inches, height=height, style=style)
+    colours: dict[str, Any] = {"scale": ColourScale(0.0, 1.0), "colour_map": style.share_map}
+    names = {
+        "sink_rate": "{sink_rate}, \u03b5 = {epsilon:g}, k = {sink_position}".format(**dataset.attrs),
+        "first_token_attention": dataset.attrs["first_token_attention"],
+    }
+    panels = []
+    for row in range(runs):
+        part = dataset.isel(run=row)
+        for column, (name, said) in enumerate(names.items()):
+            values = part[name].transpose("layer", "head")
+            values = values.dropna("layer", how="all").dropna("head", how="all")
+            panel = canvas.panel(
+                row,
+                column,
+                title=str(part["run"].item()) if column == 0 else "",
+                subtitle=said,
+                x_label="head" if row == runs - 1 else "",
+                y_label="" if column else "layer",
+            )
+            panel.heat_map(
+                values.values,
+                values["head"].values.astype(float),
+                values["layer"].values.astype(float),
+                quantity=dataset.attrs[name],
+                **colours,
+            )
+            panels.append(panel)
+    canvas.colour_bar(panels, label="share", **colours)
+    return canvas

@@ -1,0 +1,56 @@
+"""What figures look like: one :class:`Style` holds the matplotlib settings and their plotly twin.
+
+Swap it with ``figures.draw(..., style=my_style)``, where ``my_style`` is a :class:`Style` (make one
+with ``dataclasses.replace(figures.styles.PAPER, ...)``) or the name of a module of this package.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from osp_diag.errors import UsageError
+
+__all__ = ["Style", "load_style"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """Fonts, widths and colours of a figure in both backends."""
+
+    name: str
+    matplotlib: Mapping[str, Any]
+    """rcParams"""
+    plotly: Mapping[str, Any]
+    """``layout`` of a plotly template: the twin of the rcParams on a screen"""
+    widths: Mapping[str, float]
+    """inches by name of the width"""
+    pixels_per_inch: float
+    """of the plotly twin"""
+    palette: tuple[str, ...]
+    """lines of a few kinds, told apart by lightness too"""
+    magnitude_map: str
+    """sequential map of heat maps of a magnitude, dark at 0"""
+    share_map: str
+    """sequential map of heat maps of a share in [0, 1], light at 0"""
+    surface_map: str
+    """blue to red, for surfaces"""
+    grey: str = "#5c5c5c"
+    caption_size: float = 6.5
+    """points; the caption says what determines the numbers"""
+
+
+def load_style(style: Style | str) -> Style:
+    """A style as it is, or by its name."""
+    if isinstance(style, Style):
+        return style
+    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if style not in known:
+        near = difflib.get_close_matches(style, known, n=3) or known
+        raise UsageError(f"no figure style is named {style!r}; there is: {', '.join(near)}")
+    loaded: Style = importlib.import_module(f"{__name__}.{style}").STYLE
+    return loaded

@@ -1,0 +1,96 @@
+"""``osp-diag figure``: pictures of runs."""
+
+from __future__ import annotations
+
+import ast
+import json as json_format
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from osp_diag.errors import UsageError
+
+VERB = "figure"
+HELP = "draw a figure of one run or several"
+
+FigureName = Annotated[str, tyro.conf.arg(metavar="NAME")]
+Runs = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN...")]
+Options = tyro.conf.UseAppendAction[
+    Annotated[tuple[str, ...], tyro.conf.arg(name="option", metavar="KEY=VALUE")]
+]
+
+
+def run(
+    name: FigureName,
+    runs: Runs,
+    /,
+    *,
+    out: Path | None = None,
+    option: Options = (),
+    step: int | None = None,
+    width: Literal["auto", "one-column", "two-column"] = "auto",
+    style: str = "paper",
+    json: bool = False,
+) -> int:
+    """Draw a figure of one run or several, which `osp-diag probe` or a training run wrote.
+
+    The figures:
+      depth_profile       magnitudes and a kurtosis by layer
+      activation_surface  |activation| over channel and token (fig2 of the OSP paper)
+      channel_map         which channels are hot, layer by layer
+      sink_map            which heads are attention sinks, layer by layer
+      qk_magnitude        |q| and |k| in a sink head (fig5 of the OSP paper)
+
+    The suffix of --out decides the format: .png, .pdf and .svg for a paper, .html for a page that turns
+    and zooms and needs no network.
+
+    Args:
+        name: which figure.
+        runs: the runs to draw, side by side.
+        out: the file to write; by default NAME.png in the current folder.
+        option: an option of the figure, such as layer=20; may be given several times.
+        step: of training; the last one by default.
+        width: of the paper's column.
+        style: fonts and colours.
+        json: print what was drawn as JSON.
+
+    Examples:
+        osp-diag figure depth_profile run.zarr --out depth.pdf
+        osp-diag figure fig2 adam.zarr osp.zarr --option layer=20 --out surface.html
+        osp-diag figure depth_profile adam.zarr osp.zarr --option arrange=overlaid
+    """
+    import figures
+
+    options = dict(_parsed(entry) for entry in option)
+    if step is not None:
+        options["step"] = step
+    path = out if out is not None else Path(f"{name}.png")
+    figures.draw(name, runs, out=path, style=style, width=None if width == "auto" else width, **options)
+    if json:
+        print(
+            json_format.dumps(
+                {"figure": name, "out": str(path), "runs": [str(run) for run in runs]}, indent=2
+            )
+        )
+    else:
+        print(f"figure: {path}")
+    return 0
+
+
+def _parsed(entry: str) -> tuple[str, Any]:
+    """``layer=20`` → ("layer", 20); words stay words, and words with commas become several."""
+    key, separator, text = entry.partition("=")
+    if not separator or not key.strip().isidentifier():
+        raise UsageError(f"--option {entry!r}: write KEY=VALUE, for example layer=20")
+    return key.strip(), _value(text.strip())
+
+
+def _value(text: str) -> Any:
+    named: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if text.lower() in named:
+        return named[text.lower()]
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return tuple(part.strip() for part in text.split(",")) if "," in text else text
