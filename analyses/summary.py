@@ -1,0 +1,208 @@
+"""What a run says, in a few numbers and one verdict.
+
+Every number is taken from the run under its estimator's own definition; what is added here is only
+which layers, heads and strata are looked at, and that is said at each field. A statistic that the run
+does not hold is None, and the text leaves it out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.protocol_comparison import ProtocolComparison, compare_protocols
+from analyses.summary_numbers import (
+    by_stratum,
+    everyday,
+    hidden_states,
+    kurtosis,
+    largest,
+    massive,
+    nonfinite,
+    sinks,
+)
+from osp_diag.errors import StoreError, UsageError
+
+__all__ = ["ProtocolComparison", "Summary", "compare_protocols", "headline_kurtosis", "summarise"]
+
+NEAR_GAUSSIAN = 3.0
+"""Kurtosis up to so many times the Gaussian floor is called outlier-free."""
+EVERYDAY = 1.0
+"""Excess kurtosis of the tokens that are neither first nor delimiters from which on channels are outliers."""
+SINKS = 0.1
+"""Sink rate from which on the verdict speaks of attention sinks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """The numbers behind the verdict on a run at one step. None: not measured, or not applicable."""
+
+    model: str
+    protocol: str
+    bos: str
+    tokens: int | None
+    sequence_length: int | None
+    token_source: str
+    dtype: str
+    step: int
+    width: int | None
+
+    hidden_states: int
+    """tensors in the mean: embedding, outputs of all blocks but the last, the final norm"""
+    osp_kurtosis: float | None
+    """osp_excess_kurtosis of all tokens, mean over the hidden states, as the OSP script takes it"""
+    osp_kurtosis_of_ceiling: float | None
+    osp_kurtosis_over_floor: float | None
+    osp_kurtosis_by_stratum: dict[str, float] = field(default_factory=dict)
+    note: str = ""
+    """why there is no headline number, or what is special about it"""
+
+    massive_emergence_layer: int | None = None
+    """first block whose output has a massive activation (|x| > 100 and 1000 times the median)"""
+    massive_per_sequence: float | None = None
+    """mean number in a sequence, in the layer that has most"""
+    massive_on_first: float | None = None
+    """share of them on the first token"""
+    massive_channels: tuple[int, ...] = ()
+    jump_layer: int | None = None
+    """block whose largest |x| exceeds that of the block before by the largest factor, if that is 5 or more"""
+    jump_factor: float | None = None
+    largest_magnitude: float | None = None
+    largest_site: str = ""
+    largest_layer: int | None = None
+    largest_channel: int | None = None
+
+    everyday_kurtosis: float | None = None
+    """as osp_kurtosis, of the tokens that are neither first nor delimiters"""
+    everyday_max_median_ratio: float | None = None
+    """of block outputs on these tokens, mean over layers"""
+    outlier_feature_channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """LLM.int8() outlier features by site: |x| ≥ 6 in at least 25% of the layers and 6% of the positions"""
+
+    sink_rate: float | None = None
+    """mean over layers, heads and sequences at ε = 0.3, position 0"""
+    sink_heads: int | None = None
+    """heads that sink in at least half of the sequences"""
+    heads: int | None = None
+    first_token_attention: float | None = None
+    largest_logit: float | None = None
+    largest_logit_layer: int | None = None
+    largest_logit_head: int | None = None
+    heads_above_qk_clip: int | None = None
+
+    nonfinite_tokens: int = 0
+    """tokens with a NaN or Inf at the site that has most"""
+    nonfinite_site: str = ""
+    """first such site in network order"""
+    nonfinite_layer: int | None = None
+    nonfinite_token: int | None = None
+    nonfinite_channel: int | None = None
+    verdict: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as plain values that JSON knows; NaN becomes None."""
+        return {key: _plain(value) for key, value in asdict(self).items()}
+
+    def text(self) -> str:
+        """For a reader who has never heard of any of these numbers."""
+        from analyses.summary_text import text_of
+
+        return text_of(self)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def summarise(run: Any, *, step: int | None = None) -> Summary:
+    """The summary of a run at ``step``, the last one by default.
+
+    Raises
+    ------
+    UsageError : the run has no such step
+    StoreError : the run holds no site
+    """
+    chosen = _step(run, step)
+    sites = {site: _at(run, site, chosen) for site in run.sites}
+    if not sites:
+        raise StoreError(
+            "the run holds no statistics; probe again without restricting --sites to absent ones"
+        )
+    attrs = run.attrs
+    found: dict[str, Any] = {
+        "model": str(attrs.get("model_name", "unnamed model")),
+        "protocol": str(attrs.get("protocol", "unknown")),
+        "bos": str(attrs.get("bos", "unknown")),
+        "tokens": _integer(attrs.get("tokens")),
+        "sequence_length": _integer(attrs.get("sequence_length")),
+        "token_source": str(attrs.get("token_source", "")),
+        "dtype": str(attrs.get("dtype", "unknown")),
+        "step": chosen,
+    }
+    found |= kurtosis(sites, _integer(attrs.get("hidden_size")))
+    found |= massive(sites) | largest(sites) | everyday(sites, found)
+    if found["sequence_length"] != 1:  # one token attends to nothing but itself
+        found |= sinks(sites)
+    found |= nonfinite(sites)
+    return Summary(**found, verdict=_verdict(found))
+
+
+def headline_kurtosis(run: Any, *, step: int | None = None) -> dict[str, float]:
+    """osp_excess_kurtosis by stratum, mean over the hidden states that the OSP script measures.
+
+    Empty if the run lacks one of them.
+    """
+    chosen = _step(run, step)
+    return by_stratum(hidden_states({site: _at(run, site, chosen) for site in run.sites})[0])
+
+
+def _step(run: Any, step: int | None) -> int:
+    steps = np.asarray(run.steps)
+    if not steps.size:
+        raise StoreError("the run holds no step yet; wait until the first probe is written")
+    if step is not None and step not in steps:
+        near = sorted(sorted(steps.tolist(), key=lambda known: abs(known - step))[:3])
+        raise UsageError(f"the run has no step {step}; the nearest are {', '.join(map(str, near))}")
+    return int(steps[-1] if step is None else step)
+
+
+def _at(run: Any, site: str, step: int) -> xr.Dataset:
+    dataset: xr.Dataset = run.at(site)
+    return dataset.sel(step=step) if "step" in dataset.dims else dataset
+
+
+def _integer(value: Any) -> int | None:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _verdict(found: Mapping[str, Any]) -> str:
+    """What is wrong, worst first; or that nothing is."""
+    said = []
+    if found.get("nonfinite_site"):
+        said.append("NaN or Inf in the activations")
+    if found.get("massive_emergence_layer") is not None:
+        first = found["massive_on_first"] >= 0.5
+        said.append("massive activations on the first token" if first else "massive activations")
+    everyday, over_floor = found["everyday_kurtosis"], found["osp_kurtosis_over_floor"]
+    if everyday is not None and everyday >= EVERYDAY:
+        said.append("everyday channel outliers")
+    elif not said and over_floor is not None and over_floor <= NEAR_GAUSSIAN:
+        said.append("outlier-free")
+    elif not said and over_floor is not None:
+        on_first = found["osp_kurtosis_by_stratum"].get("first", 0.0) >= EVERYDAY
+        said.append("outliers on the first token only" if on_first else "mild heavy tails, no outliers")
+    if (found.get("sink_rate") or 0.0) >= SINKS:
+        said.append("attention sinks")
+    return "; ".join(said) or "not enough was measured for a verdict"

@@ -1,0 +1,263 @@
+"""The numbers of a summary: which layers, heads and strata of a run's statistics it looks at.
+
+Each function takes the run's sites at one step (site → Dataset) and returns fields of
+:class:`analyses.summary.Summary`; a field is left out where the run does not hold its statistic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.network_order import network_order
+from osp_diag.estimators.magnitude_outliers import outlier_features
+from osp_diag.estimators.token_kurtosis import gaussian_floor
+
+EPSILON = 0.3
+"""of the sink rate: Gu et al. 2025"""
+SINK_HEAD = 0.5
+"""A head is called a sink head if it sinks in at least this share of the sequences."""
+QK_CLIP = 100.0
+"""Largest pre-softmax logit that Kimi K2's QK-Clip lets pass."""
+JUMP = 5.0
+"""Factor between the largest |x| of two consecutive blocks from which on it is called a jump."""
+
+__all__ = ["by_stratum", "everyday", "hidden_states", "kurtosis", "largest", "massive", "nonfinite", "sinks"]
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+# -- kurtosis --------------------------------------------------------------------------------------------
+
+
+def hidden_states(sites: Mapping[str, xr.Dataset]) -> tuple[list[xr.DataArray], str]:
+    """The tensors that ``output_hidden_states`` returns, as the OSP script averages them; or none, and why.
+
+    Embedding, outputs of the blocks but the last, and the state after the final norm, which the last
+    block's output has been replaced by. A model without a final norm ends with that output itself.
+    """
+    name = "osp_excess_kurtosis"
+    have = {
+        site: sites[site][name]
+        for site in ("embedding", "residual_post", "final_norm")
+        if site in sites and name in sites[site]
+    }
+    missing = [site for site in ("embedding", "residual_post") if site not in have]
+    if missing:
+        return [], f"{name} was not measured at {' and '.join(missing)}, so there is no headline number"
+    blocks = have["residual_post"]
+    if "final_norm" not in have:
+        return [
+            have["embedding"].isel(layer=0),
+            *_layers(blocks),
+        ], "there is no final norm: last block's output taken"
+    return [have["embedding"].isel(layer=0), *_layers(blocks)[:-1], have["final_norm"].isel(layer=0)], ""
+
+
+def _layers(values: xr.DataArray) -> list[xr.DataArray]:
+    ordered = values.sortby("layer")
+    return [ordered.isel(layer=index) for index in range(ordered.sizes["layer"])]
+
+
+def by_stratum(states: Iterable[xr.DataArray]) -> dict[str, float]:
+    """Mean over hidden states; a stratum that no token belongs to is left out."""
+    parts = [state.drop_vars(["layer", "step"], errors="ignore").load() for state in states]
+    if not parts:
+        return {}
+    mean = xr.concat(parts, dim="hidden_state").mean("hidden_state", skipna=True)
+    return {
+        str(name): float(mean.sel(stratum=name))
+        for name in mean["stratum"].values
+        if math.isfinite(float(mean.sel(stratum=name)))
+    }
+
+
+def kurtosis(sites: Mapping[str, xr.Dataset], width: int | None) -> dict[str, Any]:
+    """The headline number, its normalised forms and its parts by stratum."""
+    states, note = hidden_states(sites)
+    parts = by_stratum(states)
+    headline = parts.get("all")
+    found: dict[str, Any] = {
+        "width": width,
+        "hidden_states": len(states),
+        "osp_kurtosis": headline,
+        "osp_kurtosis_by_stratum": parts,
+        "osp_kurtosis_of_ceiling": None,
+        "osp_kurtosis_over_floor": None,
+        "everyday_kurtosis": parts.get("rest"),
+        "note": note,
+    }
+    if headline is not None and width is not None and width > 3:
+        found["osp_kurtosis_of_ceiling"] = headline / (width - 3)
+        found["osp_kurtosis_over_floor"] = headline / gaussian_floor(width)
+    return found
+
+
+# -- magnitudes ------------------------------------------------------------------------------------------
+
+
+def massive(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
+    """Where massive activations appear, at block outputs."""
+    blocks = sites.get("residual_post")
+    if blocks is None:
+        return {}
+    found: dict[str, Any] = {}
+    if "massive_activation_count" in blocks:
+        count = blocks["massive_activation_count"].sortby("layer").load()
+        everywhere = np.nan_to_num(count.sel(stratum="all").values)
+        present = np.flatnonzero(everywhere > 0)
+        found["massive_per_sequence"] = float(everywhere.max(initial=0.0))
+        if present.size:
+            found["massive_emergence_layer"] = int(count["layer"].values[present[0]])
+            # a count is a mean per sequence, and every sequence has one first token
+            on_first = np.nan_to_num(count.sel(stratum="first").values)[present].sum()
+            found["massive_on_first"] = float(min(on_first / everywhere[present].sum(), 1.0))
+            found["massive_channels"] = _massive_channels(blocks)
+    if "top_magnitude" in blocks:
+        top = blocks["top_magnitude"].sel(rank=1).sortby("layer").load()
+        found |= _jump(top.sel(stratum="all") if "stratum" in top.dims else top)
+    return found
+
+
+def _massive_channels(blocks: xr.Dataset, most: int = 8) -> tuple[int, ...]:
+    """Channels with massive activations, most frequent first."""
+    if "massive_activation_channel_count" not in blocks:
+        return ()
+    per_channel = blocks["massive_activation_channel_count"].sum("layer").values
+    order = np.argsort(-per_channel, kind="stable")[:most]
+    return tuple(int(channel) for channel in order if per_channel[channel] > 0)
+
+
+def _jump(top: xr.DataArray) -> dict[str, Any]:
+    values = top.values
+    if values.size < 2 or not (values[:-1] > 0).all():
+        return {}
+    factors = values[1:] / values[:-1]
+    largest = int(np.nanargmax(factors)) if np.isfinite(factors).any() else 0
+    if not factors[largest] >= JUMP:
+        return {}
+    return {"jump_layer": int(top["layer"].values[largest + 1]), "jump_factor": float(factors[largest])}
+
+
+def largest(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
+    """The largest |x| of any site, and its channel where the run says so."""
+    peaks = {
+        (site, int(layer)): float(value)
+        for site, dataset in sites.items()
+        if "absolute_maximum" in dataset
+        for layer, value in _of_all(dataset["absolute_maximum"])
+        if math.isfinite(value)
+    }
+    if not peaks:
+        return {}
+    highest = max(peaks.values())
+    site, layer = next(place for place in network_order(peaks) if peaks[place] == highest)
+    found: dict[str, Any] = {"largest_magnitude": highest, "largest_site": site, "largest_layer": layer}
+    if "channel_absolute_maximum" in sites[site]:
+        channels = sites[site]["channel_absolute_maximum"].sel(layer=layer, stratum="all").values
+        if np.isfinite(channels).any():
+            found["largest_channel"] = int(np.nanargmax(channels))
+    return found
+
+
+def _of_all(values: xr.DataArray) -> list[tuple[int, float]]:
+    chosen = (values.sel(stratum="all") if "stratum" in values.dims else values).load()
+    return [
+        (int(layer), float(value)) for layer, value in zip(chosen["layer"].values, chosen.values, strict=True)
+    ]
+
+
+def everyday(sites: Mapping[str, xr.Dataset], found: Mapping[str, Any]) -> dict[str, Any]:
+    """Outliers on ordinary tokens; on all tokens where every token is a first one."""
+    stratum = (
+        "rest" if found["everyday_kurtosis"] is not None or not found["osp_kurtosis_by_stratum"] else "all"
+    )
+    features = {}
+    for site in ("attention_input", "mlp_input"):
+        if site in sites and "outlier_feature_fraction" in sites[site]:
+            fraction = (
+                sites[site]["outlier_feature_fraction"].sel(stratum=stratum).transpose("layer", "channel")
+            )
+            rule = outlier_features(np.nan_to_num(fraction.values.astype(np.float64)))
+            features[site] = tuple(int(channel) for channel in np.flatnonzero(rule))
+    ratio = None
+    blocks = sites.get("residual_post")
+    if blocks is not None and "max_median_ratio" in blocks:
+        ratio = _finite(float(blocks["max_median_ratio"].sel(stratum=stratum).mean("layer")))
+    return {"outlier_feature_channels": features, "everyday_max_median_ratio": ratio}
+
+
+# -- attention -------------------------------------------------------------------------------------------
+
+
+def sinks(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
+    """Sink rate, sink heads, attention to the first token, and the largest logit."""
+    attention = sites.get("attention")
+    if attention is None:
+        return {}
+    found: dict[str, Any] = {}
+    if "sink_rate" in attention:
+        rate = attention["sink_rate"]
+        nearest = int(np.argmin(np.abs(rate["epsilon"].values - EPSILON)))
+        if abs(float(rate["epsilon"].values[nearest]) - EPSILON) < 1e-9:
+            values = rate.isel(epsilon=nearest).sel(sink_position=0).values
+            known = np.isfinite(values)
+            if known.any():
+                found |= {
+                    "sink_rate": float(values[known].mean()),
+                    "sink_heads": int((values[known] >= SINK_HEAD).sum()),
+                    "heads": int(known.sum()),
+                }
+    if "first_token_attention" in attention:
+        found["first_token_attention"] = _finite(
+            float(attention["first_token_attention"].sel(stratum="all").mean(skipna=True))
+        )
+    if "max_logit" in attention:
+        logits = attention["max_logit"].transpose("layer", "head").load()
+        if np.isfinite(logits.values).any():
+            row, head = np.unravel_index(int(np.nanargmax(_masked(logits.values))), logits.shape)
+            found |= {
+                "largest_logit": float(logits.values[row, head]),
+                "largest_logit_layer": int(logits["layer"].values[row]),
+                "largest_logit_head": int(head),
+                "heads_above_qk_clip": int((logits.values > QK_CLIP).sum()),
+            }
+    return found
+
+
+def _masked(values: np.ndarray) -> np.ndarray:
+    return np.where(np.isfinite(values), values, np.nan)
+
+
+# -- what is no number -----------------------------------------------------------------------------------
+
+
+def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
+    """The first site in network order that holds a NaN or Inf."""
+    counts: dict[tuple[str, int], float] = {}
+    for site, dataset in sites.items():
+        name = "nonfinite_query_key_tokens" if site == "attention" else "nonfinite_token_count"
+        if name in dataset:
+            counts |= {(site, layer): value for layer, value in _of_all(dataset[name]) if value > 0}
+    if not counts:
+        return {}
+    site, layer = network_order(counts)[0]
+    found: dict[str, Any] = {
+        "nonfinite_tokens": int(max(counts.values())),
+        "nonfinite_site": site,
+        "nonfinite_layer": layer,
+    }
+    for key, name in (
+        ("nonfinite_token", "nonfinite_first_token"),
+        ("nonfinite_channel", "nonfinite_first_channel"),
+    ):
+        if name in sites[site]:
+            value = float(sites[site][name].sel(layer=layer))
+            found[key] = int(value) if math.isfinite(value) else None
+    return found

@@ -1,0 +1,155 @@
+"""A summary in plain words."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from analyses.summary import Summary
+
+__all__ = ["number", "text_of"]
+
+_WIDTH = 100
+_STRATA = {"first": "first token", "delimiter": "delimiters", "rest": "other tokens"}
+
+
+def number(value: float) -> str:
+    """25,805 · 83.5 · 0.042"""
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def text_of(summary: Summary) -> str:
+    """The verdict first, then one paragraph a question."""
+    lines = [_what(summary), "", f"Verdict: {summary.verdict}.", "", *_paragraphs(summary)]
+    return "\n".join(
+        textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in lines
+    )
+
+
+def _what(summary: Summary) -> str:
+    parts = [summary.model]
+    if summary.tokens is not None:
+        tokens = f"{summary.tokens:,} tokens"
+        if summary.sequence_length is not None:
+            tokens += f" in sequences of {summary.sequence_length:,}"
+        parts.append(f"{tokens} ({summary.token_source})" if summary.token_source else tokens)
+    parts += [f"protocol {summary.protocol}", f"BOS {summary.bos}", summary.dtype]
+    return ", ".join(parts if summary.step == 0 else [*parts, f"step {summary.step:,}"])
+
+
+def _paragraphs(summary: Summary) -> Iterator[str]:
+    if summary.nonfinite_site:
+        yield _nonfinite(summary)
+    yield from _kurtosis(summary)
+    yield from _massive(summary)
+    yield from _everyday(summary)
+    yield from _sinks(summary)
+
+
+def _nonfinite(summary: Summary) -> str:
+    where = f"{summary.nonfinite_site}, layer {summary.nonfinite_layer}"
+    if summary.nonfinite_token is not None:
+        where += f", token {summary.nonfinite_token}, channel {summary.nonfinite_channel}"
+    return (
+        f"NaN or Inf: {summary.nonfinite_tokens:,} tokens are not finite. It begins at {where}. These tokens "
+        f"are left out of every number here."
+    )
+
+
+def _kurtosis(summary: Summary) -> Iterator[str]:
+    """How far a few channels dominate a token."""
+    if summary.osp_kurtosis is None:
+        yield f"OSP kurtosis: {summary.note}."
+        return
+    yield (
+        f"OSP kurtosis (osp_excess_kurtosis/1, mean over {summary.hidden_states} hidden states): "
+        f"{number(summary.osp_kurtosis)}"
+    )
+    if summary.osp_kurtosis_of_ceiling is not None and summary.width is not None:
+        yield (
+            f"  {summary.osp_kurtosis_of_ceiling:.1%} of {summary.width - 3:,}, what a token with a single "
+            f"large channel scores; {number(summary.osp_kurtosis_over_floor or 0)} times what random noise "
+            f"scores"
+        )
+    strata = [
+        f"{said} {number(summary.osp_kurtosis_by_stratum[name])}"
+        for name, said in _STRATA.items()
+        if name in summary.osp_kurtosis_by_stratum
+    ]
+    if strata:
+        yield f"  {', '.join(strata)}"
+    if summary.note:
+        yield f"  ({summary.note})"
+
+
+def _massive(summary: Summary) -> Iterator[str]:
+    if summary.massive_emergence_layer is not None:
+        channels = (
+            f", in channel{'s' * (len(summary.massive_channels) > 1)} "
+            + ", ".join(map(str, summary.massive_channels))
+            if summary.massive_channels
+            else ""
+        )
+        yield (
+            f"Massive activations: from layer {summary.massive_emergence_layer} on, up to "
+            f"{number(summary.massive_per_sequence or 0)} in a sequence{channels}; "
+            f"{summary.massive_on_first:.0%} of them on the first token"
+        )
+    elif summary.massive_per_sequence is not None:
+        yield "Massive activations: none (no |x| above 100 and 1,000 times the median)"
+    if summary.jump_layer is not None:
+        yield f"  the largest |x| grows {number(summary.jump_factor or 0)}-fold in layer {summary.jump_layer}"
+    if summary.largest_magnitude is not None:
+        channel = f", channel {summary.largest_channel}" if summary.largest_channel is not None else ""
+        yield (
+            f"Largest |x|: {number(summary.largest_magnitude)}, at {summary.largest_site}, "
+            f"layer {summary.largest_layer}{channel}"
+        )
+
+
+def _everyday(summary: Summary) -> Iterator[str]:
+    """Channel outliers that have nothing to do with the first token."""
+    said = []
+    if summary.everyday_max_median_ratio is not None:
+        said.append(
+            f"the largest channel of a token is {number(summary.everyday_max_median_ratio)} times its "
+            f"median channel"
+        )
+    for site, channels in summary.outlier_feature_channels.items():
+        said.append(f"{len(channels)} LLM.int8() outlier feature{'s' * (len(channels) != 1)} at {site}")
+    if said:
+        whom = (
+            "Channels, on all tokens"
+            if summary.everyday_kurtosis is None
+            else "Everyday channels, on other tokens"
+        )
+        yield f"{whom}: {', '.join(said)}"
+
+
+def _sinks(summary: Summary) -> Iterator[str]:
+    if summary.sequence_length == 1:
+        yield "Attention: sequences of one token attend to nothing but themselves, so sinks say nothing here"
+        return
+    if summary.sink_rate is not None:
+        yield (
+            f"Attention sinks: sink rate {summary.sink_rate:.1%} (how often a head gives the first token "
+            f"more than 0.3 of its attention); {summary.sink_heads} of {summary.heads} heads do so in at "
+            f"least half of the sequences"
+        )
+    if summary.first_token_attention is not None:
+        yield f"  the first token receives {summary.first_token_attention:.1%} of all attention"
+    if summary.largest_logit is not None:
+        above = summary.heads_above_qk_clip or 0
+        clip = (
+            (f"{above} heads exceed 100" if above > 1 else "one head exceeds 100") if above else "below 100"
+        )
+        yield (
+            f"Largest attention logit before the softmax: {number(summary.largest_logit)}, layer "
+            f"{summary.largest_logit_layer}, head {summary.largest_logit_head}; {clip}, where QK-Clip would "
+            f"act"
+        )
