@@ -154,6 +154,7 @@ def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quietly(bars=True):
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        _refuse_other_size(path, header, config)
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, config=config, gguf_file=path.name, dtype=torch.float32, **unpack
         )
@@ -163,6 +164,21 @@ def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
             # transformers warns whenever a tokenizer that asks for clean-up decodes, and does without.
             tokenizer.clean_up_tokenization_spaces = False
             tokenizer.save_pretrained(destination)
+
+
+def _refuse_other_size(path: Path, header: GgufHeader, config: Any) -> None:
+    """Where metadata are missing, defaults stand in for them: a model of 7 billion parameters, made up."""
+    import torch
+    import transformers
+
+    with torch.device("meta"):
+        described = sum(p.numel() for p in transformers.AutoModelForCausalLM.from_config(config).parameters())
+    if described > 1.5 * header.parameters:
+        raise CheckpointError(
+            f"{path} cannot be converted: its metadata describe a model of {described:,} parameters, and its "
+            "tensors "
+            f"hold {header.parameters:,}. Its metadata are incomplete; use another GGUF file of the model"
+        )
 
 
 def read_header(path: Path) -> GgufHeader:

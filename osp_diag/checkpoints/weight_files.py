@@ -71,11 +71,11 @@ def check_safetensors(path: Path) -> dict[str, Any]:
         start = file.read(8)
         _refuse_pointer(path, start + file.read(16))
         file.seek(8)
-        length = int.from_bytes(start, "little")
-        if len(start) == 8 and length > LONGEST_HEADER:
+        length = int.from_bytes(start, "little") if len(start) == 8 else 8
+        if length > LONGEST_HEADER:
             raise CheckpointError(f"{path} is not a safetensors file: its first bytes announce no header")
         header_bytes = file.read(length)
-    if len(start) < 8 or len(header_bytes) < length:
+    if len(header_bytes) < length:
         raise CheckpointError(f"{path} is truncated: it ends inside its header, at {size:,} bytes. {_AGAIN}")
     try:
         header = json.loads(header_bytes)

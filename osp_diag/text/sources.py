@@ -76,7 +76,8 @@ class DatasetText:
         if first is None:
             raise TokenError(f"the data set {dataset} has no rows in its split {split_name!r}")
         self.column = _text_column(first, column, dataset)
-        self.description = f"dataset {dataset}, split {split_name}, column {self.column}"
+        name = Path(dataset).name if Path(dataset).expanduser().exists() else dataset
+        self.description = f"dataset {name}, split {split_name}, column {self.column}"
         self._dataset = dataset
         self._rows = chain([first], rows)
         self._text = ""
