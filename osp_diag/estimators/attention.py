@@ -12,7 +12,14 @@ from typing import Any
 from jaxtyping import Bool, Float, Int
 
 from osp_diag.errors import EstimatorError
-from osp_diag.estimators._arrays import Array, accumulator_dtype, is_torch_namespace, namespace_of, once
+from osp_diag.estimators._arrays import (
+    Array,
+    accumulator_dtype,
+    is_jax_namespace,
+    is_torch_namespace,
+    namespace_of,
+    once,
+)
 from osp_diag.estimators.attention_mask import (
     AttentionMask,
     QueryRows,
@@ -75,8 +82,9 @@ def per_head(values: Array, heads: int, axis: int) -> Array:
 def finite_tokens(x: Float[Any, "batch head token channel"]) -> Bool[Any, "batch token"]:
     """True where a token has neither NaN nor Inf in any head and channel."""
     xp = namespace_of(x)
-    # Not by way of the maximum: XLA's can lose a NaN on a CPU.
-    return xp.all(xp.isfinite(x), axis=(1, 3))
+    if is_jax_namespace(xp):  # XLA's maximum over an axis can lose a NaN on a CPU
+        return xp.all(xp.isfinite(x), axis=(1, 3))
+    return xp.isfinite(xp.max(xp.abs(x), axis=(1, 3)))
 
 
 def _as_float32(x: Array) -> Array:
@@ -380,7 +388,7 @@ class SampledTile:
     def __init__(self, tile: LogitTile, is_sink: Array, sink_logit: Array, weight: Array) -> None:
         xp = namespace_of(tile.logits)
         self.logits = tile.logits
-        self.allowed = tile.allowed & xp.isfinite(tile.logits)
+        self.allowed = tile.allowed & (xp.abs(tile.logits) < xp.inf)
         self.other = self.allowed & ~is_sink
         seen = xp.isfinite(sink_logit)
         self.sink_logit = xp.where(seen, sink_logit, xp.zeros_like(sink_logit))
