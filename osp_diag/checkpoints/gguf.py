@@ -8,7 +8,10 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -152,7 +155,7 @@ def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
     unpack = {}
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with quietly(bars=True):
+    with quietly(bars=True), _parsed_once():
         config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         _refuse_other_size(path, header, config)
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -164,6 +167,19 @@ def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
             # transformers warns whenever a tokenizer that asks for clean-up decodes, and does without.
             tokenizer.clean_up_tokenization_spaces = False
             tokenizer.save_pretrained(destination)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """transformers parses the file anew for configuration, weights and tokenizer, seconds each time."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = lru_cache(maxsize=1)(reader)  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader  # type: ignore[misc]
 
 
 def _refuse_other_size(path: Path, header: GgufHeader, config: Any) -> None:
