@@ -13,6 +13,7 @@ from osp_diag.errors import OspDiagError, StoreError, UsageError
 
 __all__ = [
     "at_step",
+    "identifier",
     "labels_of",
     "last_step",
     "name_of",
@@ -73,9 +74,8 @@ def at_step(dataset: xr.Dataset, run: Any, step: int | None) -> xr.Dataset:
 
 def _why(run: Any, site: str) -> str:
     """The reason that the run itself gives for a site's absence."""
-    sites = run.attrs.get("sites") or {}
-    note = sites.get(site) if isinstance(sites, Mapping) else None
-    return f" ({note})" if note else ""
+    reason = run.absent_sites.get(site)
+    return f" ({reason})" if reason else ""
 
 
 def statistics(
@@ -103,6 +103,12 @@ def statistics(
             f"hold; probe again with the estimator among --estimators"
         )
     return at_step(dataset[wanted], run, step).load()
+
+
+def identifier(values: xr.DataArray) -> str:
+    """What an axis or a caption calls a statistic: its estimator, and its own name where that is another."""
+    estimator = str(values.attrs.get("estimator", values.name))
+    return estimator if estimator.startswith(str(values.name)) else f"{values.name} ({estimator})"
 
 
 def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:

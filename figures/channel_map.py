@@ -10,7 +10,7 @@ import xarray as xr
 from figures._caption import caption
 from figures._colours import ColourScale
 from figures._decimate import bin_starts, max_pool
-from figures._runs import labels_of, last_step, per_run, statistics
+from figures._runs import identifier, labels_of, last_step, per_run, statistics
 from figures.backend import Backend, Canvas
 from figures.styles import Style
 from osp_diag.errors import UsageError
@@ -60,7 +60,7 @@ def prepare(
                     f"channel_map: no stratum is named {stratum!r}; there are all, first, delimiter, rest"
                 )
             found = found.sel(stratum=stratum, drop=True)
-        identifiers.append(str(found.attrs.get("estimator", statistic)))
+        identifiers.append(identifier(found))
         values = np.abs(found.transpose("layer", "channel").values.astype(np.float64))
         parts.append(_pooled(values, found["layer"].values, pixels, hot))
         steps.append(last_step(run, step))

@@ -15,7 +15,7 @@ import xarray as xr
 from figures._caption import caption
 from figures._colours import sample
 from figures._decimate import number
-from figures._runs import labels_of, last_step, per_run, statistics
+from figures._runs import identifier, labels_of, last_step, per_run, statistics
 from figures.backend import Backend, Canvas, Dash, Panel
 from figures.styles import Style
 from osp_diag.errors import UsageError
@@ -57,7 +57,7 @@ def prepare(
         if "stratum" not in found[estimator].dims:
             raise UsageError(f"depth_profile: {estimator} has no strata; give an estimator that has them")
         notes = found[estimator].attrs
-        identifiers.append(str(notes.get("estimator", estimator)))
+        identifiers.append(identifier(found[estimator]))
         magnitudes = found["top_magnitude"]
         part = xr.Dataset(
             {
@@ -80,10 +80,10 @@ def prepare(
             title,
             runs,
             steps,
-            [str(found["top_magnitude"].attrs.get("estimator", "top_magnitude")), *identifiers],
+            [identifier(found["top_magnitude"]), *identifiers],
         ),
         "site": site,
-        "magnitude": str(found["top_magnitude"].attrs.get("estimator", "top_magnitude")),
+        "magnitude": identifier(found["top_magnitude"]),
         "estimator": ", ".join(dict.fromkeys(identifiers)),
         "arrange": arrange,
     }

@@ -9,7 +9,7 @@ import xarray as xr
 
 from figures._caption import caption
 from figures._colours import ColourScale
-from figures._runs import labels_of, last_step, name_of, per_run, statistics
+from figures._runs import identifier, labels_of, last_step, name_of, per_run, statistics
 from figures.backend import Backend, Canvas
 from figures.styles import Style
 from osp_diag.errors import UsageError
@@ -45,7 +45,7 @@ def prepare(
         rate = _chosen(found["sink_rate"], run, epsilon, sink_position)
         received = found["first_token_attention"].sel(stratum=stratum, drop=True)
         parts.append(xr.Dataset({"sink_rate": rate, "first_token_attention": received}))
-        identifiers += [str(found[name].attrs.get("estimator", name)) for name in found]
+        identifiers += [identifier(found[name]) for name in found]
         steps.append(last_step(run, step))
     dataset = per_run(parts, labels_of(runs, steps))
     title = "Attention sinks by layer and head"

@@ -166,12 +166,12 @@ def activation_statistics(x: np.ndarray, strata: np.ndarray) -> xr.Dataset:
             "channel_rms": (
                 channel,
                 np.sqrt((masked**2).sum(axis=(2, 3)) / count),
-                {"estimator": "channel_rms/1"},
+                {"estimator": "channel_moments/1"},
             ),
             "channel_absolute_maximum": (
                 channel,
                 masked.max(axis=(2, 3)),
-                {"estimator": "channel_absolute_maximum/1"},
+                {"estimator": "channel_moments/1"},
             ),
             "absolute_maximum": (
                 ("layer", "stratum"),

@@ -99,12 +99,10 @@ def test_odd_token_texts_and_names_are_drawn_as_they_are(tmp_path):
     odd = with_attrs(synthetic_run(tokens=12), model_name="<b>a$b$ \u9ce5")
     figures.draw("fig2", odd, out=tmp_path / "odd.png")
     figures.draw("fig2", odd, out=tmp_path / "odd.html")
-    assert (
-        "&lt;s&gt;"
-        in json.loads(figures.draw("fig2", odd, backend="plotly").to_json().replace("\\u003c", "<"))[
-            "layout"
-        ]["scene"]["yaxis"]["ticktext"][0]
-    )
+    page = figures.draw("fig2", odd, backend="plotly").to_plotly_json()["layout"]
+    assert page["scene"]["yaxis"]["ticktext"][0] == "\u2039s\u203a"
+    title = figures.draw("sink_map", odd, backend="plotly").layout.annotations[0].text
+    assert title.startswith("<b>&lt;b&gt;a$b$")
 
 
 @pytest.mark.parametrize("name", FIGURES)

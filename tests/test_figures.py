@@ -235,7 +235,7 @@ def test_channel_map_marks_and_another_statistic(run):
     canvas = recording("channel_map", run, statistic="channel_absolute_maximum", stratum="rest")
     marks = next(call for name, call in canvas.panels[0, 0].calls if name == "marks")
     assert marks == {"x": [5.0], "texts": ["5"]}
-    assert canvas.colour_bars[0]["label"] == "channel_absolute_maximum/1"
+    assert canvas.colour_bars[0]["label"] == "channel_absolute_maximum (channel_moments/1)"
     assert canvas.colour_bars[0]["scale"].kind == "log"
 
 

@@ -26,6 +26,10 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False).replace("\n", "<br>")
 
 
+def _without_tags(text: str) -> str:
+    return text.replace("<", "\u2039").replace(">", "\u203a")
+
+
 def colour_scale(name: str) -> list[list[Any]]:
     table = colour_table(name)
     places = np.linspace(0, len(table) - 1, 64).round().astype(int)
@@ -93,6 +97,7 @@ class Panel:
                 name=plain(label),
                 mode=mode,
                 legend=f"legend{self.suffix}",
+                showlegend=bool(label),
                 line={"color": colour, "dash": _DASHES[dash], "width": 2.2},
                 hovertemplate=f"%{{x}}: %{{y:,.4g}}<extra>{plain(label)}</extra>",
             )
@@ -214,7 +219,9 @@ class Panel:
         )
 
     def ticks(self, axis: Literal["x", "y", "z"], places: Sequence[float], texts: Sequence[str]) -> None:
-        self.axis(axis, tickvals=[float(place) for place in places], ticktext=[plain(text) for text in texts])
+        # A scene draws its text in WebGL, which drops tags and does not know entities.
+        shown = _without_tags if self.three_dimensional else plain
+        self.axis(axis, tickvals=[float(place) for place in places], ticktext=[shown(text) for text in texts])
 
     def marks(self, x: Sequence[float], texts: Sequence[str]) -> None:
         self.mark_places = list(zip(x, texts, strict=True))

@@ -25,7 +25,7 @@ _CONFIG = {"displaylogo": False, "responsive": False, "toImageButtonOptions": {"
 
 # pixels kept free around a panel
 _LEFT, _RIGHT, _BELOW = 74, 22, 58
-_TITLE, _SUBTITLE, _BAR = 30, 18, 96
+_TITLE, _SUBTITLE, _LINE, _BAR = 30, 18, 16, 96
 
 
 class Canvas:
@@ -47,11 +47,12 @@ class Canvas:
         self.three_dimensional = three_dimensional
         self.share_y = share_y
         self.width, self.height = width * style.pixels_per_inch, height * style.pixels_per_inch
-        self.figure = go.Figure(layout={"template": {"layout": dict(style.plotly)}})
+        self.figure = go.Figure(layout={"showlegend": True, "template": {"layout": dict(style.plotly)}})
         self.panels: dict[tuple[int, int], Panel] = {}
         self.bars: list[tuple[str, list[Panel]]] = []
         self.text = ""
         self.common_legend: Panel | None = None
+        self.extra_left = 0
         self._placed = False
 
     def panel(
@@ -93,15 +94,16 @@ class Canvas:
                 "scene",
                 aspectmode="manual",
                 aspectratio={"x": 1.35, "y": 1.1, "z": 0.75},
-                camera={"eye": {"x": 1.3, "y": -1.8, "z": 1.0}, "center": {"x": 0, "y": 0, "z": -0.14}},
+                camera={"eye": {"x": 1.2, "y": -1.68, "z": 0.94}, "center": {"x": 0, "y": 0, "z": -0.14}},
             )
             return panel
         panel.axis(
             "x", title={"text": plain(x_label), "standoff": 6}, **(logarithmic if x_scale == "log" else {})
         )
-        panel.axis(
-            "y", title={"text": plain(y_label), "standoff": 6}, **(logarithmic if y_scale == "log" else {})
-        )
+        lines = y_label.count("\n")  # plotly measures the distance to the first line
+        self.extra_left = max(self.extra_left, 0 if column else _LINE * lines)
+        heading: dict[str, Any] = {"text": plain(y_label), "standoff": 6 + _LINE * lines}
+        panel.axis("y", title=heading, **(logarithmic if y_scale == "log" else {}))
         if self.share_y and column:
             panel.axis("y", matches=f"y{self.panels[row, 0].suffix}", showticklabels=False)
         return panel
@@ -114,7 +116,7 @@ class Canvas:
         ticks = scale.ticks()
         low, high = (float(scale.place(np.asarray(end))) for end in (scale.low, scale.high))
         bar = {
-            "title": {"text": plain(label), "side": "right"},
+            "title": {"text": plain(label), "side": "right", "font": {"size": 13}},
             "thickness": 13,
             "outlinewidth": 0.5,
             "tickvals": scale.place(np.asarray(ticks)).tolist(),
@@ -133,7 +135,7 @@ class Canvas:
 
     def _columns(self) -> list[tuple[float, float]]:
         """Left and right pixel of each column, colour bars kept free."""
-        left = 10 if self.three_dimensional else _LEFT
+        left = 10 if self.three_dimensional else _LEFT + self.extra_left
         behind = [_RIGHT if self.three_dimensional or self.share_y else _LEFT] * (self.columns - 1) + [_RIGHT]
         for _, panels in self.bars:
             column = max(c for (_, c), panel in self.panels.items() if panel in panels)
