@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
+from osp_diag.capture.attention_measuring import measure_attention
 from osp_diag.capture.hooks import ForwardPass, heads_first
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
 from osp_diag.errors import CaptureError
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
-from osp_diag.estimators.attention import AttentionMask, AttentionObservation
 from osp_diag.estimators.base import Estimator, Layout, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.sites.names import ATTENTION, HEAD_SITES, Tap
@@ -35,7 +35,13 @@ GROWING = ("key_position", "token_position")
 
 def suites_of(site: str, estimators: Sequence[Estimator] | None) -> dict[str, Suite]:
     """The estimators that apply at a site, by what they observe; None asks for the default ones."""
-    kinds = ("attention",) if site == ATTENTION else ("activation", "heads") if site in HEAD_SITES else ("activation",)
+    kinds = (
+        ("attention",)
+        if site == ATTENTION
+        else ("activation", "heads")
+        if site in HEAD_SITES
+        else ("activation",)
+    )
     found = {}
     for kind in kinds:
         chosen = default_estimators(observes=kind, site=site)
@@ -54,6 +60,7 @@ class Collector:
     wanted : whether a site is asked for
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
+    causal_layers : layers whose attention is causal, whatever way its mask says so
     compiled : fold with ``torch.compile``, so that one site is read in few passes
     snapshots : keeps the raw activations of a first sequence for pictures, or None
     """
@@ -64,12 +71,14 @@ class Collector:
         *,
         estimators: Sequence[Estimator] | None = None,
         delimiter_ids: Sequence[int] = (),
+        causal_layers: Collection[int] = (),
         compiled: bool = False,
         snapshots: Snapshots | None = None,
     ) -> None:
         self.wanted = wanted
         self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
+        self.causal_layers = frozenset(causal_layers)
         self.compiled = compiled
         self.snapshots = snapshots
         self.states: dict[Key, State] = {}
@@ -96,12 +105,13 @@ class Collector:
         ids, mask = forward_pass.token_ids, forward_pass.attention_mask
         if ids is None:
             other = next(
-                (v for v in forward_pass.arguments.values() if isinstance(v, torch.Tensor) and v.ndim >= 2), None
+                (v for v in forward_pass.arguments.values() if isinstance(v, torch.Tensor) and v.ndim >= 2),
+                None,
             )
             if other is None:
                 raise CaptureError(
-                    "the forward pass got no tensor of shape (batch, token, …), so its tokens cannot be told apart; "
-                    "call the model with input_ids or inputs_embeds"
+                    "the forward pass got no tensor of shape (batch, token, …), so its tokens cannot be told "
+                    "apart; call the model with input_ids or inputs_embeds"
                 )
             ids = torch.full(other.shape[:2], -1, device=other.device)
         with torch.no_grad():
@@ -131,7 +141,9 @@ class Collector:
         strata = self.strata_on(value.device)
         _, batch, tokens = strata.shape
         if value.numel() % (batch * tokens) or value.shape[0] not in (batch, batch * tokens):
-            self.skipped[tap.site] = f"its tensor {tuple(value.shape)} does not hold one vector for each of {batch} × {tokens} tokens"
+            self.skipped[tap.site] = (
+                f"its tensor {tuple(value.shape)} does not hold one vector a token ({batch} × {tokens})"
+            )
             return
         if tap.heads:
             self._fold_heads(tap.site, layer, heads_first(tap, value, batch, tokens), strata)
@@ -144,7 +156,11 @@ class Collector:
             return
         device = (call.query if call.query is not None else call.logits).device  # type: ignore[union-attr]
         strata = self.strata_on(device)
-        for site, tensor in (("query_post_rope", call.query), ("key_post_rope", call.key), ("value", call.value)):
+        for site, tensor in (
+            ("query_post_rope", call.query),
+            ("key_post_rope", call.key),
+            ("value", call.value),
+        ):
             if tensor is not None and self.wanted(site):
                 self._fold_heads(site, layer, tensor, strata)
         if self.wanted(ATTENTION) and strata.shape[-1] > 1:
@@ -164,13 +180,22 @@ class Collector:
 
     def _fold_heads(self, site: str, layer: int, tensor: torch.Tensor, strata: torch.Tensor) -> None:
         if tensor.shape[0] != strata.shape[1] or tensor.shape[2] != strata.shape[2]:
-            self.skipped[site] = f"its tensor {tuple(tensor.shape)} is not (batch, head, token, width) for these tokens"
+            self.skipped[site] = (
+                f"its tensor {tuple(tensor.shape)} is not (batch, head, token, width) for these tokens"
+            )
             return
         self._fold(site, layer, "activation", tensor.transpose(1, 2).flatten(2), strata, snapshot=False)
         self._fold(site, layer, "heads", tensor, strata)
 
     def _fold(
-        self, site: str, layer: int, kind: str, x: torch.Tensor, strata: torch.Tensor, *, snapshot: bool = True
+        self,
+        site: str,
+        layer: int,
+        kind: str,
+        x: torch.Tensor,
+        strata: torch.Tensor,
+        *,
+        snapshot: bool = True,
     ) -> None:
         if snapshot and self.snapshots is not None:
             self.snapshots.offer(site, layer, x)
@@ -194,8 +219,14 @@ class Collector:
                     return suite.measure(HeadsObservation(x, strata))
                 return suite.measure(ActivationObservation(x, strata, significant_bits=bits))
 
-            same = next((fold for (s, k, b), fold in self._folds.items() if (k, b) == (kind, bits) and
-                         self.suites_at(s)[kind].measurements == suite.measurements), None)
+            same = next(
+                (
+                    fold
+                    for (s, k, b), fold in self._folds.items()
+                    if (k, b) == (kind, bits) and self.suites_at(s)[kind].measurements == suite.measurements
+                ),
+                None,
+            )
             self._folds[name] = same or (torch.compile(measure, fullgraph=True) if self.compiled else measure)
         return self._folds[name]
 
@@ -203,8 +234,9 @@ class Collector:
         suite = self.suites_at(ATTENTION).get("attention")
         if suite is None:
             return
-        observation = _observe_attention(call, strata)
-        self._merge((ATTENTION, layer, "attention"), suite, observation.layout, suite.measure(observation))
+        causal = call.causal or layer in self.causal_layers
+        layout, increment = measure_attention(suite, call, strata, causal=causal, compiled=self.compiled)
+        self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
 
     def _merge(self, key: Key, suite: Suite, layout: Layout, increment: State) -> None:
         if key not in self.states:
@@ -244,22 +276,3 @@ def _padded(suite: Suite, state: State, layout: Layout) -> State:
                 value = torch.cat([value, value.new_full(shape, spec.identity)], dim=axis)
         out[name] = value
     return out
-
-
-def _observe_attention(call: AttentionCall, strata: torch.Tensor) -> AttentionObservation:
-    if call.logits is not None:
-        extra = call.logits.shape[-1] - call.logits.shape[-2]
-        return AttentionObservation.from_logits(call.logits, call.value, strata, extra_columns=max(extra, 0))
-    spec = call.mask
-    mask = AttentionMask(causal=spec.causal, window=spec.window, tensor=spec.tensor, function=spec.function)
-    return AttentionObservation(
-        call.query,
-        call.key,
-        call.value,
-        strata,
-        scale=call.scale,
-        mask=mask,
-        softcap=call.softcap,
-        sink_logits=call.sink_logits,
-    )
-

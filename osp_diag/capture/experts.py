@@ -1,8 +1,8 @@
 """The hidden activations of mixture-of-experts layers whose experts are stacked in one parameter.
 
-Such experts are not modules, so no hook sees the input of a down projection. While the experts' module runs,
-a torch function mode watches two things that every implementation of it (a loop over experts, batched, grouped)
-must do: gather rows of its input by token index, and multiply rows by the down projection's weights.
+Such experts are not modules, so no hook sees the input of a down projection. While the experts' module
+runs, a torch function mode watches two things that every implementation of it (a loop over experts, batched,
+grouped) must do: gather rows of its input by token index, and multiply rows by the down projection's weights.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class _Watch(TorchFunctionMode):
         return result
 
     def _multiplied(self, left: torch.Tensor, right: torch.Tensor) -> None:
-        """The factor that is not a down projection holds the rows; (rows, width, 1) stands for a batch of columns."""
+        """The factor that is not a down projection holds the rows, (rows, width, 1) if batched."""
         if self.index is None:
             return
         for rows, weight in ((left, right), (right, left)):
@@ -63,7 +63,9 @@ class _Watch(TorchFunctionMode):
         if not isinstance(result, torch.Tensor):
             return
         storage = source.untyped_storage().data_ptr()
-        is_index = isinstance(index, torch.Tensor) and not index.is_floating_point() and index.dtype != torch.bool
+        is_index = (
+            isinstance(index, torch.Tensor) and not index.is_floating_point() and index.dtype != torch.bool
+        )
         if storage == self.hidden and is_index and result.shape[-1] == source.shape[-1]:
             self.index = index
         elif storage in self.down:
@@ -113,7 +115,10 @@ class ExpertCapture:
     def _begin(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if not self.active():
             return
-        hidden = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()), None)
+        hidden = next(
+            (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()),
+            None,
+        )
         if hidden is not None:
             self._watch = _Watch(module, hidden)
             self._watch.__enter__()

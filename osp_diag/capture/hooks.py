@@ -94,7 +94,9 @@ class SiteCapture:
     def attach(self) -> None:
         """Register the hooks. Nothing in the model changes but its hook tables."""
         try:
-            self._handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True))
+            self._handles.append(
+                self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
+            )
             for path in self._layers:
                 block = self.model.get_submodule(path)
                 self._handles.append(block.register_forward_pre_hook(self._entering(path)))

@@ -45,7 +45,7 @@ class Snapshots:
         self._room = megabytes * 2**20
 
     def offer(self, site: str, layer: int, x: torch.Tensor) -> None:
-        """Keep a copy of (token, channel), or (head, token, width), of the first sequence if it is asked for."""
+        """Keep a copy of the first sequence: (token, channel), or (head, token, width)."""
         if site not in self.sites or (self.layers is not None and layer not in self.layers):
             return
         if (site, layer) in self.kept or (site, layer) in self.dropped:

@@ -25,7 +25,7 @@ def run(
     seq_len: int | None = None,
     batch_size: int | None = None,
     protocol: Literal["sequence", "osp-published"] = "sequence",
-    compare_protocols: bool = True,
+    single_protocol: bool = False,
     bos: Literal["auto", "yes", "no"] = "auto",
     sites: tuple[str, ...] = (),
     estimators: tuple[str, ...] = (),
@@ -57,7 +57,7 @@ def run(
         seq_len: tokens a sequence; by default 512, or the model's maximum if that is less.
         batch_size: sequences a forward pass; by default about 4,096 tokens.
         protocol: real sequences, or every token as a sequence of its own as the released OSP script does.
-        compare_protocols: also measure the OSP kurtosis under the other protocol, for the summary.
+        single_protocol: do not also measure the OSP kurtosis under the other protocol for the summary.
         bos: whether sequences begin with the beginning-of-sequence token; auto follows the tokenizer.
         sites: which sites, by name or pattern such as 'residual_*' or 'linear_input:*'; by default all but
             the input of every single projection.
@@ -85,14 +85,14 @@ def run(
     named = dict(_named_site(entry) for entry in name_site)
     _check(tokens=tokens, seq_len=seq_len, batch_size=batch_size, out=out, overwrite=overwrite)
     from osp_diag.checkpoints import open_checkpoint
-    from osp_diag.probing.checkpoint import joined_ranks, rank_device
+    from osp_diag.probing.checkpoint import joined_ranks
     from osp_diag.probing.ranks import is_first_rank
 
     with joined_ranks():
         opened = open_checkpoint(
             checkpoint,
             dtype=dtype,
-            device=rank_device(device),
+            device=device,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             allow_nonfinite=allow_nonfinite,
@@ -108,7 +108,7 @@ def run(
         runs = measure(
             opened,
             protocol=protocol,
-            compare=compare_protocols and not sites and not estimators,
+            compare=not single_protocol and not sites and not estimators,
             tokens={"text": text, "dataset": dataset, "tokens": tokens, "seq_len": seq_len, "bos": bos},
             options={
                 "batch_size": batch_size,
@@ -146,7 +146,9 @@ def _report(runs: dict[str, object], out: Path | None, as_json: bool) -> int:
 def _named_site(entry: str) -> tuple[str, str]:
     site, separator, pattern = entry.partition("=")
     if not separator or not site or not pattern:
-        raise UsageError(f"--name-site {entry!r}: write SITE=MODULE_PATTERN, for example mlp_hidden=blocks.*.w2:input")
+        raise UsageError(
+            f"--name-site {entry!r}: write SITE=MODULE_PATTERN, for example mlp_hidden=blocks.*.w2:input"
+        )
     return site, pattern
 
 

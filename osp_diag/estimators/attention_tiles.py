@@ -55,7 +55,8 @@ def exact_matmul(first: Array, second: Array) -> Array:
     xp = namespace_of(first)
     if is_torch_namespace(xp):
         torch = sys.modules["torch"]
-        if torch.amp.is_autocast_available(first.device.type):
+        # dynamo cannot trace the question; what it compiles for, CPU and CUDA, has autocast.
+        if torch.compiler.is_compiling() or torch.amp.is_autocast_available(first.device.type):
             with torch.autocast(first.device.type, enabled=False):
                 return xp.matmul(first, second)
     elif is_jax_namespace(xp):

@@ -23,7 +23,7 @@ from osp_diag.probing.session import Probe
 from osp_diag.run import Run
 from osp_diag.tokens import TokenBatches, make_batches
 
-__all__ = ["joined_ranks", "probe", "probe_checkpoint", "progress_bar", "rank_device"]
+__all__ = ["joined_ranks", "probe", "probe_checkpoint", "progress_bar"]
 
 Progress = Callable[[int, int], None]
 """(sequences done, sequences in all)"""
@@ -73,7 +73,7 @@ def probe(
 
     Returns
     -------
-    Run : under ``torchrun`` the tokens are sharded over the ranks, rank 0 writes, and every rank returns the run
+    Run : under ``torchrun`` the tokens are sharded over the ranks, rank 0 writes, all return the run
 
     Raises
     ------
@@ -83,7 +83,7 @@ def probe(
         checkpoint = open_checkpoint(
             source,
             dtype=dtype,
-            device=rank_device(device),
+            device=device,
             device_map=device_map,
             trust_remote_code=trust_remote_code,
             allow_nonfinite=allow_nonfinite,
@@ -135,11 +135,10 @@ def probe_checkpoint(
         **token_attributes(batches),
         "batch_size": size,
         "ranks": dist.get_world_size() if is_distributed() else 1,
-        "command": " ".join(sys.argv) if sys.argv else "",
+        "command": " ".join(sys.argv),
+        "notes": [*checkpoint.notes, *batches.notes],
     }
-    session = Probe(
-        checkpoint.model, delimiter_ids=batches.delimiter_ids, attributes=attributes, **options
-    )
+    session = Probe(checkpoint.model, delimiter_ids=batches.delimiter_ids, attributes=attributes, **options)
     with session:
         if session.snapshot_tokens and is_first_rank():
             session.write_static("snapshot", _snapshot_tokens(batches, session.snapshot_tokens))
@@ -234,13 +233,6 @@ def joined_ranks() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def rank_device(device: str) -> str:
-    """This rank's own GPU where the device was left to us."""
-    if device == "auto" and is_distributed() and torch.cuda.is_available():
-        return f"cuda:{torch.cuda.current_device()}"
-    return device
-
-
 @contextmanager
 def progress_bar(label: str) -> Iterator[Progress | None]:
     """A bar on standard error while it is a terminal; None otherwise."""
@@ -252,7 +244,13 @@ def progress_bar(label: str) -> Iterator[Progress | None]:
     if not console.is_terminal or not is_first_rank():
         yield None
         return
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TextColumn("sequences"), TimeRemainingColumn())
+    columns = (
+        TextColumn(label),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("sequences"),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)

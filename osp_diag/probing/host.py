@@ -33,15 +33,19 @@ def to_host(states: Mapping[Key, State]) -> dict[Key, State]:
 
 
 def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:
-    """The kept raw activations as one dataset a site: (layer, token, channel) or (layer, head, token, head_channel)."""
+    """The kept raw activations one dataset a site: (layer, token, channel) or (layer, head, token, …)."""
     groups: dict[str, xr.Dataset] = {}
     for site in dict.fromkeys(site for site, _ in snapshots.kept):
         layers = sorted(layer for s, layer in snapshots.kept if s == site)
         shape = snapshots.kept[site, layers[0]].shape
         alike = [layer for layer in layers if snapshots.kept[site, layer].shape == shape]
         values = np.stack([snapshots.kept[site, layer].cpu().numpy() for layer in alike])
-        dims = ("layer", "head", "token", "head_channel") if values.ndim == 4 else ("layer", "token", "channel")
-        coordinates = {"layer": alike} | {dim: np.arange(n) for dim, n in zip(dims[1:], values.shape[1:], strict=True)}
+        dims = (
+            ("layer", "head", "token", "head_channel") if values.ndim == 4 else ("layer", "token", "channel")
+        )
+        coordinates = {"layer": alike} | {
+            dim: np.arange(n) for dim, n in zip(dims[1:], values.shape[1:], strict=True)
+        }
         attributes = {"units": "1", "long_name": f"activation at {site}", "definition": SITES.get(site, site)}
         groups[f"snapshot/{site}"] = xr.Dataset({"activation": (dims, values, attributes)}, coordinates)
     return groups

@@ -14,7 +14,9 @@ from osp_diag.estimators.base import STRATA, Estimator, Layout, Output, State, S
 __all__ = ["label_states", "raw_states"]
 
 
-def _coordinates(output_dims: tuple[str, ...], shape: tuple[int, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+def _coordinates(
+    output_dims: tuple[str, ...], shape: tuple[int, ...], given: Mapping[str, Any]
+) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for dim, size in zip(output_dims, shape, strict=True):
         if dim in given:

@@ -1,4 +1,4 @@
-"""Merging estimator states over the ranks of a distributed job: three collectives, whatever the number of sites."""
+"""Merging estimator states over ranks: three collectives, whatever the number of sites."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ _OPERATIONS = {"sum": dist.ReduceOp.SUM, "maximum": dist.ReduceOp.MAX, "minimum"
 
 
 def is_distributed() -> bool:
+    """Whether several processes share the work."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first_rank() -> bool:
+    """Whether this process is the one that writes and prints."""
     return not is_distributed() or dist.get_rank() == 0
 
 
@@ -37,7 +39,7 @@ def _gathered(value: Any) -> list[Any]:
 
 
 def _extended(value: torch.Tensor | None, shape: tuple[int, ...], identity: float) -> torch.Tensor:
-    """``value`` filled up to ``shape`` with the identity: a rank whose sequences were shorter, or that saw nothing."""
+    """``value`` filled up with the identity: a rank whose sequences were shorter, or that saw nothing."""
     out = torch.full(shape, identity, dtype=torch.float64)
     if value is not None:
         out[tuple(slice(0, size) for size in value.shape)] = value.detach().to("cpu", torch.float64)
@@ -45,7 +47,9 @@ def _extended(value: torch.Tensor | None, shape: tuple[int, ...], identity: floa
 
 
 def merge_over_ranks(
-    states: Mapping[Key, State], layouts: Mapping[Key, Layout], fields: Callable[[Key, Layout], Mapping[str, Field]]
+    states: Mapping[Key, State],
+    layouts: Mapping[Key, Layout],
+    fields: Callable[[Key, Layout], Mapping[str, Field]],
 ) -> tuple[dict[Key, State], dict[Key, Layout]]:
     """The states of all ranks' tokens together, on every rank, as CPU tensors in float64.
 
@@ -77,7 +81,9 @@ def merge_over_ranks(
         if not entries:
             continue
         pieces = [
-            _extended(states.get(key, {}).get(name), shapes[key, name], combine[key, name].identity).reshape(-1)
+            _extended(states.get(key, {}).get(name), shapes[key, name], combine[key, name].identity).reshape(
+                -1
+            )
             for key, name in entries
         ]
         vector = torch.cat(pieces).to(device)

@@ -1,4 +1,4 @@
-"""The user's object: a probe binds a model, its sites, the estimators and a schedule, and keeps what it measures."""
+"""The user's object: a probe binds a model, its sites, estimators and a schedule, and keeps the numbers."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from osp_diag.capture.attention import AttentionCapture
 from osp_diag.capture.collector import Collector, Key, suites_of
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import ForwardPass, SiteCapture
+from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator, Field, Layout, State
-from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
 from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.labelling import label_states, raw_states
-from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks
+from osp_diag.probing.schedule import Schedule, schedule_of
+from osp_diag.probing.versions import library_versions
 from osp_diag.run import Run, open_run
 from osp_diag.sites import SITES, find_sites, matches
 from osp_diag.sites.names import ATTENTION, HEAD_SITES
 from osp_diag.sites.trace import unwrap
 from osp_diag.store import RunWriter
-from osp_diag.probing.versions import library_versions
 
 __all__ = ["Probe"]
 
@@ -40,7 +40,7 @@ class Probe:
     Parameters
     ----------
     model : the module that the loop calls; may be wrapped by ``torch.compile`` or DDP
-    every : a period in steps, the steps themselves, or a function of the step (see :mod:`osp_diag.probing.schedule`)
+    every : a period in steps, the steps themselves, or a function of it (:mod:`osp_diag.probing.schedule`)
     out : path of the run to write; None keeps the numbers in memory (:attr:`run`)
     sites : names or patterns (``"residual_*"``, ``"linear_input:*"``); None for the default sites
     estimators : names or instances; None for the default ones of each site
@@ -130,12 +130,17 @@ class Probe:
                     names |= dict.fromkeys(estimator.identifier for estimator in suite.estimators)
         parameter = next(model.parameters())
         return {
-            "model_name": getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__,
+            "model_name": getattr(getattr(model, "config", None), "_name_or_path", "")
+            or type(model).__name__,
             "architecture": type(model).__name__,
             "number_of_layers": self.site_map.number_of_layers,
             "hidden_size": self.site_map.hidden_size,
             "blocks": self.site_map.blocks,
-            "sites": {site: SITES.get(site, "input of this projection") for site in self.site_map.sites if self.wanted(site)},
+            "sites": {
+                site: SITES.get(site, "input of this projection")
+                for site in self.site_map.sites
+                if self.wanted(site)
+            },
             "absent_sites": self.absent,
             "notes": list(self.site_map.notes),
             "estimators": list(names),
@@ -157,8 +162,7 @@ class Probe:
             yield False
             return
         started = time.perf_counter()
-        collector = self._collector()
-        with self._attached(collector):
+        with self.collect() as collector:
             yield True
         self._record(step, collector, time.perf_counter() - started)
 
@@ -166,7 +170,7 @@ class Probe:
         """Run the model on held-out batches of keyword arguments, in evaluation mode without gradients.
 
         The same tokens at every step make curves that show the model and not the data. The training flags
-        are put back afterwards. An interruption (Ctrl-C) records what was measured so far, then is raised again.
+        are put back afterwards. Ctrl-C records what was measured so far and is raised again.
         """
         started = time.perf_counter()
         collector = self._collector()
@@ -187,13 +191,25 @@ class Probe:
         if interruption is not None:
             raise interruption
 
+    @contextmanager
+    def collect(self) -> Iterator[Collector]:
+        """Fold the forward passes inside the block into states, recording nothing: the device's share."""
+        collector = self._collector()
+        with self._attached(collector):
+            yield collector
+
     def _collector(self) -> Collector:
-        first = not self._static and self.snapshot_tokens > 0
-        snapshots = Snapshots(self.snapshot_tokens, sites=tuple(filter(self.wanted, SNAPSHOT_SITES))) if first else None
+        first = self.snapshot_tokens > 0 and not any(group.startswith("snapshot/") for group in self._static)
+        snapshots = (
+            Snapshots(self.snapshot_tokens, sites=tuple(filter(self.wanted, SNAPSHOT_SITES)))
+            if first
+            else None
+        )
         return Collector(
             self.wanted,
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
+            causal_layers=self.site_map.causal_layers,
             compiled=self.compiled,
             snapshots=snapshots,
         )
@@ -230,7 +246,9 @@ class Probe:
 
     def _experts(self, collector: Collector, capture: SiteCapture) -> ExpertCapture:
         def failed(layer: int) -> None:
-            collector.skipped["mlp_hidden"] = "the experts' products were not recognised in their implementation"
+            collector.skipped["mlp_hidden"] = (
+                "the experts' products were not recognised in their implementation"
+            )
 
         layers = self.site_map.expert_layers
         return ExpertCapture(unwrap(self.model), layers, capture.active, collector.on_routed, failed)
@@ -240,13 +258,13 @@ class Probe:
     def _record(self, step: int, collector: Collector, seconds: float) -> None:
         if collector.forward_passes == 0 and not is_distributed():
             raise CaptureError(
-                f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing to "
-                "record; call the very model that was given to Probe (or a wrapper of it)"
+                f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing "
+                "to record; call the very model that was given to Probe (or a wrapper of it)"
             )
         if not collector.states and not is_distributed():
             raise CaptureError(
-                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way that "
-                "bypasses hooks, probe the original module"
+                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
+                "that bypasses hooks, probe the original module"
             )
         states, layouts = dict(collector.states), dict(collector.layouts)
         if is_distributed():
@@ -259,6 +277,8 @@ class Probe:
         self.absent |= collector.skipped
         if self._writer is not None:
             self._writer.append(step, groups)
+            if collector.skipped:
+                self._writer.note_absent_sites(collector.skipped)
             self._writer.append_series(step, {"probe_seconds": seconds})
         elif self._path is None:
             self._memory.append((step, groups))
@@ -270,7 +290,9 @@ class Probe:
         groups: dict[str, xr.Dataset] = {}
         for site, kind in dict.fromkeys((site, kind) for site, _, kind in states):
             layers = {
-                layer: (states[s, layer, k], layouts[s, layer, k]) for s, layer, k in states if (s, k) == (site, kind)
+                layer: (states[s, layer, k], layouts[s, layer, k])
+                for s, layer, k in states
+                if (s, k) == (site, kind)
             }
             suite = collector.suites_at(site)[kind]
             path = site.replace(":", "/")
@@ -285,14 +307,12 @@ class Probe:
         if collector.snapshots is None or not is_first_rank():
             return
         for group, dataset in snapshot_datasets(collector.snapshots).items():
-            self._static[group] = dataset
-            if self._writer is not None:
-                self._writer.write_static(group, dataset)
+            self.write_static(group, dataset)
 
     def write_static(self, group: str, dataset: xr.Dataset) -> None:
-        """Keep a dataset that does not depend on the step, such as the snapshot's token texts."""
-        self._static[group] = dataset.merge(self._static[group]) if group in self._static else dataset
-        if self._writer is not None:
+        """Keep a dataset that does not depend on the step, such as a snapshot; a resumed run keeps its own."""
+        self._static[group] = dataset
+        if self._writer is not None and group not in self._writer:
             self._writer.write_static(group, dataset)
 
     def append_series(self, step: int, values: Mapping[str, float]) -> None:
@@ -324,7 +344,8 @@ class Probe:
 def _is_compiled(model: nn.Module) -> bool:
     modules = (model, *unwrap(model).modules())
     return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in modules
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in modules
     )
 
 

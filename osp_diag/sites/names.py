@@ -67,6 +67,8 @@ class SiteMap:
     hidden_size: int
     taps: tuple[Tap, ...]
     attention_layers: tuple[int, ...]
+    causal_layers: frozenset[int] = frozenset()
+    """layers whose attention lets no query see a later key, whatever way its mask says so"""
     absent: dict[str, str] = field(default_factory=dict)
     """site → why it does not exist here"""
     notes: tuple[str, ...] = ()

@@ -27,10 +27,14 @@ def _proportional(left: torch.Tensor, right: torch.Tensor) -> bool:
     if energy == 0:
         return False
     factor = (left * right).sum() / energy
-    return bool(factor > 0 and torch.allclose(left, factor * right, rtol=1e-2, atol=1e-3 * float(left.abs().max())))
+    return bool(
+        factor > 0 and torch.allclose(left, factor * right, rtol=1e-2, atol=1e-3 * float(left.abs().max()))
+    )
 
 
-def _views(output: torch.Tensor, batch_tokens: tuple[int, int], heads: int, width: int) -> dict[str, torch.Tensor]:
+def _views(
+    output: torch.Tensor, batch_tokens: tuple[int, int], heads: int, width: int
+) -> dict[str, torch.Tensor]:
     """Position 0 of ``output`` as (heads, width), under each layout that its shape allows."""
     batch, tokens = batch_tokens
     views: dict[str, torch.Tensor] = {}
@@ -46,14 +50,20 @@ def _views(output: torch.Tensor, batch_tokens: tuple[int, int], heads: int, widt
     return views
 
 
-def _fused_layouts(query_heads: int, key_heads: int, own_heads: int, role: str) -> list[tuple[int, int, int, int]]:
+def _fused_layouts(
+    query_heads: int, key_heads: int, own_heads: int, role: str
+) -> list[tuple[int, int, int, int]]:
     """(groups, slots per group, first slot, slots taken) of the known ways to fuse q, k and v.
 
     A slot is one head's width. Contiguous [q | k | v], and grouped by key head [q … q, k, v].
     """
     per_group = query_heads // key_heads
     total = query_heads + 2 * key_heads
-    contiguous = {"query": (0, query_heads), "key": (query_heads, key_heads), "value": (query_heads + key_heads, key_heads)}
+    contiguous = {
+        "query": (0, query_heads),
+        "key": (query_heads, key_heads),
+        "value": (query_heads + key_heads, key_heads),
+    }
     grouped = {"query": (0, per_group), "key": (per_group, 1), "value": (per_group + 1, 1)}
     start, taken = contiguous[role]
     first, count = grouped[role]

@@ -128,11 +128,15 @@ def _projections_by_name(block: _Block, before: list[Event]) -> None:
     for site in ("query_post_rope", "key_post_rope"):
         block.absent[site] = f"the model hands only attention logits to its {block.call.seam}"
     for site, name in _PROJECTION_NAMES.items():
-        event = next((e for e in before if is_linear(e.module) and name.search(e.name.rpartition(".")[2])), None)
+        event = next(
+            (e for e in before if is_linear(e.module) and name.search(e.name.rpartition(".")[2])), None
+        )
         if event is not None and event.output is not None and event.output.shape[-1] % heads == 0:
             block.taps.append(replace(_output_tap(site, block.layer, event), heads=heads))
         else:
-            block.absent[site] = f"the model hands only attention logits to its {block.call.seam}, and no projection is named so"
+            block.absent[site] = (
+                f"the model hands only attention logits to its {block.call.seam}, no projection is named so"
+            )
 
 
 def _contribution(block: _Block, site: str, candidates: list[Event], difference: torch.Tensor | None) -> None:
@@ -169,7 +173,9 @@ def _mlp_sites(block: _Block, attention: Event | None) -> None:
         and not event.start < block.call_time < event.stop
     ]
     if block.call is None:
-        named = [event for event in _outermost(block.inner) if _FEED_FORWARD.search(event.name.rpartition(".")[2])]
+        named = [
+            event for event in _outermost(block.inner) if _FEED_FORWARD.search(event.name.rpartition(".")[2])
+        ]
         outside = [event for event in outside if any(e.start <= event.start <= e.stop for e in named)]
     elif attention is None:
         # Attention's projections stand directly in the block: the first after the call is its output.
@@ -186,7 +192,9 @@ def _mlp_sites(block: _Block, attention: Event | None) -> None:
         for site in ("mlp_input", "mlp_hidden", "mlp_contribution"):
             block.absent[site] = "no projection runs in the block outside attention"
         return
-    whole = next((e for e in feed_forward if any(e.start <= x.start <= e.stop for x in linears + experts)), None)
+    whole = next(
+        (e for e in feed_forward if any(e.start <= x.start <= e.stop for x in linears + experts)), None
+    )
     first = whole if whole is not None and block.is_state(whole.input) else (linears or experts)[0]
     block.add("mlp_input", first, "input")
     if experts:
@@ -207,7 +215,9 @@ def _mlp_sites(block: _Block, attention: Event | None) -> None:
         inside = [e for e in block.inner if attention and attention.start < e.start < attention.stop]
         _contribution(block, "attention_contribution", own + ran + inside, _minus(middle, entry))
     later = [event for event in outside if event.start >= first.start]
-    _contribution(block, "mlp_contribution", later, _minus(exit_state, middle if middle is not None else entry))
+    _contribution(
+        block, "mlp_contribution", later, _minus(exit_state, middle if middle is not None else entry)
+    )
 
 
 def _value_of(block: _Block, site: str) -> torch.Tensor | None:
@@ -215,7 +225,9 @@ def _value_of(block: _Block, site: str) -> torch.Tensor | None:
         if tap.site == site:
             for event in block.inner:
                 if event.name == tap.module:
-                    values: Mapping[Any, torch.Tensor] = event.inputs if tap.side == "input" else event.outputs
+                    values: Mapping[Any, torch.Tensor] = (
+                        event.inputs if tap.side == "input" else event.outputs
+                    )
                     return values[tap.argument]
     return None
 
@@ -226,7 +238,9 @@ def _residual_mid(block: _Block, mlp: Event) -> None:
         block.absent["residual_mid"] = "no attention in the block"
         return
     entry = mlp.input
-    norm = next((e for e in block.inner if is_norm(e.module) and e.stop < mlp.start and _same(e.output, entry)), None)
+    norm = next(
+        (e for e in block.inner if is_norm(e.module) and e.stop < mlp.start and _same(e.output, entry)), None
+    )
     stream = norm.input if norm is not None else entry
     post_norm = any(is_norm(e.module) and _same(e.output, block.event.output) for e in block.inner)
     if _same(stream, block.event.input) or _same(entry, _value_of(block, "attention_input")):
@@ -234,17 +248,33 @@ def _residual_mid(block: _Block, mlp: Event) -> None:
     elif norm is not None and not post_norm:
         block.add("residual_mid", norm, "input")
     else:
-        # After a norm on the sum (BERT), or without a norm before the MLP (OLMo 2), the MLP reads the stream itself.
+        # After a norm on the sum (BERT), or without one before it (OLMo 2), the MLP reads the stream itself.
         block.add("residual_mid", mlp, "input")
 
 
-def _linear_sites(block: _Block, stack: str) -> list[Tap]:
+def _is_causal(call: Any) -> bool:
+    """Whether no query sees a later key: by flag, by mask, or by the logits that were filled."""
+    if call.causal:
+        return True
+    values = call.mask if call.logits is None else call.logits
+    if call.mask_function is not None:
+        position = torch.arange(call.lengths[1])
+        zero = torch.zeros((), dtype=torch.long)
+        values = call.mask_function(zero, zero, position[:, None], position[None, :])
+    if values is None or values.ndim < 2 or values.shape[-2] != values.shape[-1]:
+        return False
+    later = torch.ones(values.shape[-2:], dtype=torch.bool, device=values.device).triu(1)
+    hidden = ~values if values.dtype == torch.bool else values <= torch.finfo(values.dtype).min / 2
+    return bool(hidden[..., later].all())
+
+
+def _linear_sites(block: _Block) -> list[Tap]:
     prefix = block.event.name + "."
-    taps = []
-    for event in block.inner:
-        if is_linear(event.module) and event.inputs:
-            taps.append(_input_tap(f"linear_input:{event.name.removeprefix(prefix)}", block.layer, event))
-    return taps
+    return [
+        _input_tap(f"linear_input:{event.name.removeprefix(prefix)}", block.layer, event)
+        for event in block.inner
+        if is_linear(event.module) and event.inputs
+    ]
 
 
 def _final_norm(trace: Trace, last: Event, layers: int) -> Tap | None:
@@ -284,7 +314,7 @@ def find_sites(
     found = [_resolve_block(layer, event, trace, hidden_size) for layer, event in enumerate(events)]
     taps = [_input_tap("embedding", 0, events[0])]
     for block in found:
-        taps += block.taps + _linear_sites(block, stack)
+        taps += block.taps + _linear_sites(block)
     final = _final_norm(trace, events[-1], len(events))
     if final is not None:
         taps.append(final)
@@ -296,6 +326,9 @@ def find_sites(
         hidden_size=hidden_size,
         taps=tuple(taps),
         attention_layers=tuple(block.layer for block in found if block.call is not None),
+        causal_layers=frozenset(
+            block.layer for block in found if block.call is not None and _is_causal(block.call)
+        ),
         absent=_absent(found, {tap.site for tap in taps}),
         notes=_notes(events, found),
         expert_layers={block.layer: block.experts for block in found if block.experts},
@@ -314,7 +347,9 @@ def _resolve_block(layer: int, event: Event, trace: Trace, hidden_size: int) -> 
     else:
         for site in SITES:
             if site.startswith(("attention", "query", "key", "value")):
-                block.absent[site] = "no attention here (state-space, recurrent, or an attention no seam can see)"
+                block.absent[site] = (
+                    "no attention here (state-space, recurrent, or an attention no seam can see)"
+                )
     _mlp_sites(block, attention)
     if event.outputs:
         block.add("residual_post", event, "output")
@@ -355,7 +390,9 @@ def _with_named(taps: list[Tap], named: Mapping[str, str], trace: Trace, events:
         path, _, side = pattern.partition(":")
         side = side or "input"
         if side not in ("input", "output"):
-            raise SiteError(f"site {site!r}: {pattern!r} ends in {side!r}; write ':input' or ':output' after the module")
+            raise SiteError(
+                f"site {site!r}: {pattern!r} ends in {side!r}; write ':input' or ':output' after the module"
+            )
         expression = re.compile(re.escape(path).replace(r"\*", r"[^.]+") + "$")
         hits = [event for event in trace.events if expression.match(event.name)]
         if not hits:
@@ -378,7 +415,9 @@ def _notes(events: list[Event], found: list[_Block]) -> tuple[str, ...]:
         notes.append(f"blocks that run several times count as several layers: {', '.join(repeated)}")
     seams = Counter(block.call.seam for block in found if block.call is not None)
     if seams:
-        notes.append("attention seen through " + ", ".join(f"{seam} ({n} layers)" for seam, n in seams.items()))
+        notes.append(
+            "attention seen through " + ", ".join(f"{seam} ({n} layers)" for seam, n in seams.items())
+        )
     without = [block.layer for block in found if block.call is None]
     if without and seams:
         notes.append(f"no attention in layers {', '.join(map(str, without))}")

@@ -61,10 +61,14 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
     SiteError : there is no list of blocks, or ``blocks`` names none.
     """
     if blocks is not None:
-        events = [event for event in trace.events if fnmatchcase(event.name, blocks) or _parent(event.name) == blocks]
+        events = [
+            event
+            for event in trace.events
+            if fnmatchcase(event.name, blocks) or _parent(event.name) == blocks
+        ]
         if not events:
             raise SiteError(
-                f"no module that ran matches blocks={blocks!r}; name the list of blocks or a pattern such as "
+                f"no module that ran matches blocks={blocks!r}; name the list of blocks or a pattern like "
                 f"'model.layers.*'. Lists in this model: {', '.join(_candidates(model)) or 'none'}"
             )
         return blocks, events
@@ -76,8 +80,9 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
             sizes[name] = (_size(container), events)
     if not sizes:
         raise SiteError(
-            f"{type(model).__name__} has no list of blocks (an nn.ModuleList or nn.Sequential of modules with "
-            "weights) that ran; name it with `blocks=` (on the command line --blocks), for example 'encoder.layers'"
+            f"{type(model).__name__} has no list of blocks (an nn.ModuleList or nn.Sequential of modules "
+            "with weights) that ran; name it with "
+            "`blocks=` (on the command line --blocks), for example 'encoder.layers'"
         )
     name = max(sizes, key=lambda key: sizes[key][0])
     return name, sizes[name][1]

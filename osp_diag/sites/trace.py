@@ -16,7 +16,7 @@ from torch import nn
 
 from osp_diag.errors import SiteError
 
-__all__ = ["Event", "Trace", "first_tensor", "run_example", "trace_forward", "unwrap"]
+__all__ = ["Event", "Trace", "run_example", "trace_forward", "unwrap"]
 
 TOKENS = 8
 
@@ -69,10 +69,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def first_tensor(values: Mapping[Any, Any]) -> torch.Tensor | None:
-    return next((value for value in values.values() if isinstance(value, torch.Tensor)), None)
-
-
 def _floating(values: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
     return {
         key: value
@@ -117,7 +113,11 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
     if example is not None:
         return model(*example)
     vocabulary = min(
-        (m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding) and m.num_embeddings > TOKENS),
+        (
+            m.num_embeddings
+            for m in model.modules()
+            if isinstance(m, nn.Embedding) and m.num_embeddings > TOKENS
+        ),
         default=TOKENS + 3,
     )
     ids = torch.arange(3, TOKENS + 3, device=_example_device(model))[None] % vocabulary
@@ -129,9 +129,7 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
     return model(ids)
 
 
-def trace_forward(
-    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None
-) -> Trace:
+def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None) -> Trace:
     """Run the model once and record every module call and every attention call.
 
     Raises
@@ -174,6 +172,7 @@ def trace_forward(
         except Exception as error:
             raise SiteError(
                 f"{type(model).__name__} could not be run on {TOKENS} token ids to find its sites "
-                f"({type(error).__name__}: {error}); pass `example=` a batch (a dict of keyword arguments) that it accepts"
+                f"({type(error).__name__}: {error}); pass "
+                "`example=` a batch (a dict of arguments) that it accepts"
             ) from error
     return trace

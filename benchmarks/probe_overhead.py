@@ -1,0 +1,290 @@
+"""What a probe costs: one forward pass with probes of several levels, against the bare pass and the usual ways.
+
+All variants run interleaved in one process on the same batch, so that the machine's load falls on all alike;
+times are medians over rounds, memory is the extra peak over the bare pass. Run it with
+
+    python benchmarks/probe_overhead.py                      # the shape that suits the machine
+    python benchmarks/probe_overhead.py --shape llama-1.4b --rounds 8 --out overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaModel
+
+from osp_diag.probing import Probe
+
+Forward = Callable[[], None]
+
+SHAPES = {
+    # OSP's own model and batch
+    "llama-1.4b": {
+        "config": {
+            "hidden_size": 2048,
+            "intermediate_size": 5504,
+            "num_hidden_layers": 24,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 16,
+            "vocab_size": 49152,
+            "max_position_embeddings": 2048,
+        },
+        "batch": (8, 2048),
+        "dtype": torch.bfloat16,
+    },
+    # SmolLM2-135M
+    "smollm2-135m": {
+        "config": {
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "max_position_embeddings": 2048,
+        },
+        "batch": (2, 512),
+        "dtype": torch.float32,
+    },
+}
+
+
+@dataclass
+class Variant:
+    """One way to run a forward pass, and what was measured of it."""
+
+    name: str
+    forward: Forward
+    seconds: list[float] = field(default_factory=list)
+    peak: float = 0.0
+
+
+class Bench:
+    """The model, the batch, and the clock."""
+
+    def __init__(self, shape: str, device: str) -> None:
+        spec = SHAPES[shape]
+        self.device = torch.device(device)
+        torch.manual_seed(0)
+        with torch.device(self.device):
+            self.model = LlamaModel(LlamaConfig(**spec["config"])).to(spec["dtype"]).eval()
+        batch, tokens = spec["batch"]
+        self.ids = torch.randint(3, 49000, (batch, tokens), device=self.device)
+
+    def bare(self) -> None:
+        self.model(input_ids=self.ids, use_cache=False)
+
+    def synchronise(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def time(self, variant: Variant, *, keep: bool) -> None:
+        self.synchronise()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        started = time.perf_counter()
+        with torch.no_grad():
+            variant.forward()
+        self.synchronise()
+        if keep:
+            variant.seconds.append(time.perf_counter() - started)
+        if self.device.type == "cuda":
+            variant.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def probed(bench: Bench, sites: list[str] | None, *, compiled: bool) -> Forward:
+    """A forward pass with the probe attached: the device's share, which is what slows the step."""
+    probe = Probe(bench.model, sites=sites, compile=compiled, keep_raw=False)
+
+    def forward() -> None:
+        with probe.collect():
+            bench.bare()
+
+    return forward
+
+
+def hidden_states(bench: Bench) -> Forward:
+    """``output_hidden_states``, then the OSP formula tensor by tensor with ``.item()``, as its script does."""
+
+    def forward() -> None:
+        out = bench.model(input_ids=bench.ids, use_cache=False, output_hidden_states=True)
+        for state in out.hidden_states:
+            x = state.float()
+            scale = x.var(-1).clamp_min(1e-12)
+            ((x**4).mean(-1) / scale**2 - 3).clamp_min(0).mean().item()
+
+    return forward
+
+
+def square_attention(bench: Bench) -> Forward:
+    """First-token attention from a T×T softmax of every layer, one sequence at a time to fit."""
+    config = bench.model.config
+
+    def hook(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        batch, tokens, _ = hidden.shape
+        shape = (batch, tokens, -1, module.head_dim)
+        query = module.q_proj(hidden).view(shape).transpose(1, 2)
+        key = module.k_proj(hidden).view(shape).transpose(1, 2)
+        key = key.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 1)
+        causal = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).triu(1)
+        for row in range(batch):
+            logits = (query[row] @ key[row].transpose(-1, -2)).float() * module.scaling
+            logits.masked_fill(causal, float("-inf")).softmax(-1).sum(-2)
+
+    def forward() -> None:
+        handles = [
+            layer.self_attn.register_forward_hook(hook, with_kwargs=True) for layer in bench.model.layers
+        ]
+        try:
+            bench.bare()
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    return forward
+
+
+def nnsight_trace(bench: Bench) -> Forward:
+    """An nnsight trace that saves every block's output and computes nothing."""
+    import nnsight
+
+    model = nnsight.NNsight(bench.model)
+
+    def forward() -> None:
+        with model.trace(input_ids=bench.ids, use_cache=False):
+            saved = nnsight.save([])
+            for layer in model.layers:
+                saved.append(layer.output)  # noqa: PERF402 (a comprehension inside a trace fails)
+
+    return forward
+
+
+def transformer_lens_cache(bench: Bench) -> Forward:
+    """TransformerLens' own re-implementation with every activation cached, one sequence at a time."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    config = bench.model.config
+    hooked = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=config.num_hidden_layers,
+            d_model=config.hidden_size,
+            n_ctx=bench.ids.shape[1],
+            d_head=config.hidden_size // config.num_attention_heads,
+            n_heads=config.num_attention_heads,
+            d_mlp=config.intermediate_size,
+            d_vocab=config.vocab_size,
+            act_fn="silu",
+            gated_mlp=True,
+            normalization_type="RMS",
+            positional_embedding_type="rotary",
+            dtype=bench.model.dtype,
+            device=str(bench.device),
+        )
+    )
+
+    def forward() -> None:
+        for row in bench.ids:
+            hooked.run_with_cache(row[None], return_type=None)
+
+    return forward
+
+
+@contextmanager
+def building(name: str, variants: list[Variant], skipped: dict[str, str]) -> Iterator[None]:
+    """Leave a peer out, and say why, when it cannot be set up on this machine."""
+    try:
+        yield
+    except Exception as error:  # a peer's failure is a result too
+        skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def variants_of(bench: Bench, *, compiled: bool) -> tuple[list[Variant], dict[str, str]]:
+    residual = ["embedding", "residual_*", "final_norm", "*_input"]
+    heads = ["query_*", "key_*", "value"]
+    found = [Variant("bare forward", bench.bare)]
+    skipped: dict[str, str] = {}
+    for label, sites in (
+        ("probe: residual stream and norm outputs", residual),
+        ("probe: queries, keys, values", heads),
+        ("probe: attention (exact mass of every key)", ["attention"]),
+        ("probe: everything", None),
+    ):
+        if compiled:
+            found.append(Variant(f"{label}, compiled", probed(bench, sites, compiled=True)))
+        if not compiled or sites is None:
+            found.append(Variant(f"{label}, eager", probed(bench, sites, compiled=False)))
+    found.append(Variant("output_hidden_states + OSP kurtosis with .item()", hidden_states(bench)))
+    found.append(Variant("T×T softmax per layer", square_attention(bench)))
+    peers = {
+        "nnsight": ("nnsight trace saving block outputs", nnsight_trace),
+        "transformer_lens": ("TransformerLens run_with_cache", transformer_lens_cache),
+    }
+    for package, (label, build) in peers.items():
+        if importlib.util.find_spec(package) is None:
+            skipped[label] = f"{package} is not installed"
+            continue
+        with building(label, found, skipped):
+            forward = build(bench)
+            with torch.no_grad():
+                forward()
+            found.append(Variant(label, forward))
+    return found, skipped
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--shape", choices=SHAPES, default="llama-1.4b" if cuda else "smollm2-135m")
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--rounds", type=int, default=8 if cuda else 5)
+    parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--out", help="write the numbers as JSON")
+    options = parser.parse_args()
+
+    bench = Bench(options.shape, options.device)
+    variants, skipped = variants_of(bench, compiled=options.compiled)
+    for _ in range(2):
+        for variant in variants:
+            bench.time(variant, keep=False)
+    for _ in range(options.rounds):
+        for variant in variants:
+            bench.time(variant, keep=True)
+
+    bare = statistics.median(variants[0].seconds)
+    title = f"{options.shape}, batch {tuple(bench.ids.shape)}, {bench.model.dtype}"
+    print(f"{machine(bench.device)}; {title}; median of {options.rounds}\n")
+    print("| what is attached | ms | × bare | extra peak GiB |\n|---|---|---|---|")
+    rows = []
+    for variant in variants:
+        seconds = statistics.median(variant.seconds)
+        extra = variant.peak - variants[0].peak
+        rows.append({"name": variant.name, "seconds": seconds, "ratio": seconds / bare, "extra_peak_gib": extra})
+        peak = f"{extra:+.2f}" if bench.device.type == "cuda" else "–"
+        print(f"| {variant.name} | {seconds * 1e3:.1f} | {seconds / bare:.3f} | {peak} |")
+    for name, why in skipped.items():
+        print(f"left out: {name} ({why})")
+    if options.out:
+        with open(options.out, "w") as file:
+            json.dump({"machine": machine(bench.device), "shape": title, "rows": rows, "left_out": skipped}, file)
+
+
+if __name__ == "__main__":
+    main()

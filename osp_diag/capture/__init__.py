@@ -1,0 +1,1 @@
+"""Getting activations and attention calls out of a running torch model."""

@@ -1,0 +1,138 @@
+"""From one attention call to the increments of its statistics, by the fastest exact way there is for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from osp_diag.capture.flex import FlexStatistics, is_expressible
+from osp_diag.estimators.attention import AttentionMask, AttentionObservation
+from osp_diag.estimators.attention_tiles import AttentionReductions, SoftmaxStatistics
+from osp_diag.estimators.base import Layout, State, Suite
+
+if TYPE_CHECKING:
+    from osp_diag.capture.attention import AttentionCall
+
+__all__ = ["measure_attention"]
+
+
+def measure_attention(
+    suite: Suite, call: AttentionCall, strata: torch.Tensor, *, causal: bool, compiled: bool
+) -> tuple[Layout, State]:
+    """Measure one call.
+
+    Parameters
+    ----------
+    suite : the attention estimators
+    strata : (stratum, batch, token)
+    causal : whether the attention is causal; a mask given as a tensor does not say so by itself
+    compiled : use FlexAttention where its masks hold the call's; otherwise, and on a CPU, tiles of queries
+    """
+    if call.logits is not None:
+        extra = max(call.logits.shape[-1] - call.logits.shape[-2], 0)
+        mask = AttentionMask(causal=causal)
+        seen = AttentionObservation.from_logits(
+            call.logits, call.value, strata, mask=mask, extra_columns=extra
+        )
+        return seen.layout, suite.measure(seen)
+    mask = _mask(call, causal)
+    query, key = call.query, call.key
+    assert query is not None, "a call without logits has queries"
+    assert key is not None, "and keys"
+    if compiled and query.device.type == "cuda" and is_expressible(mask):
+        return _layout(query, key), _compiled(suite, call, mask, query)(call, strata)
+    seen = AttentionObservation(
+        query,
+        key,
+        call.value,
+        strata,
+        scale=call.scale,
+        mask=mask,
+        softcap=call.softcap,
+        sink_logits=call.sink_logits,
+    )
+    return seen.layout, suite.measure(seen)
+
+
+def _mask(call: AttentionCall, causal: bool) -> AttentionMask:
+    """The call's mask; a window without causality reaches both ways, which takes a function."""
+    window, function = call.window, call.mask_function
+    if window is not None and not causal:
+        width, inner = window, function
+
+        def within(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            near = (query - key).abs() < width
+            return near if inner is None else near & inner(batch, head, query, key)
+
+        window, function = None, within
+    return AttentionMask(causal=causal, window=window, tensor=call.mask, function=function)
+
+
+def _layout(query: torch.Tensor, key: torch.Tensor) -> Layout:
+    _, heads, tokens, width = query.shape
+    return Layout(
+        channels=heads * width, heads=heads, key_value_heads=key.shape[1], head_channels=width, tokens=tokens
+    )
+
+
+_COMPILED: dict[tuple[Any, ...], _CompiledMeasure] = {}
+
+
+def _compiled(
+    suite: Suite, call: AttentionCall, mask: AttentionMask, query: torch.Tensor
+) -> _CompiledMeasure:
+    """One compiled measurement for all layers that are alike."""
+    name = (
+        suite.measurements,
+        call.scale,
+        mask.causal,
+        mask.window,
+        call.softcap,
+        query.shape[2],
+        query.device,
+    )
+    if name not in _COMPILED:
+        _COMPILED[name] = _CompiledMeasure(suite, mask, call.scale, call.softcap, query)
+    return _COMPILED[name]
+
+
+class _CompiledMeasure:
+    """FlexAttention's statistics, then everything else in one compiled function."""
+
+    def __init__(
+        self, suite: Suite, mask: AttentionMask, scale: float, softcap: float | None, query: torch.Tensor
+    ) -> None:
+        self.softmax = FlexStatistics(
+            query.shape[2], query.device, mask, scale=scale, softcap=softcap, compile=_compile
+        )
+
+        def measure(
+            query: Any, key: Any, value: Any, strata: Any, sinks: Any, softmax: SoftmaxStatistics
+        ) -> State:
+            known = AttentionReductions(softmax_statistics=lambda *_: softmax)
+            observation = AttentionObservation(
+                query,
+                key,
+                value,
+                strata,
+                scale=scale,
+                mask=mask,
+                softcap=softcap,
+                sink_logits=sinks,
+                reductions=known,
+            )
+            return suite.measure(observation)
+
+        self.measure = _compile(measure)
+
+    def __call__(self, call: AttentionCall, strata: torch.Tensor) -> State:
+        query, key, sinks = call.query, call.key, call.sink_logits
+        assert query is not None, "a call without logits has queries"
+        assert key is not None, "and keys"
+        return self.measure(query, key, call.value, strata, sinks, self.softmax(query, key, strata, sinks))
+
+
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, fullgraph=True, dynamic=False)

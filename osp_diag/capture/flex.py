@@ -1,0 +1,200 @@
+"""Exact softmax statistics of attention at the speed of fused attention, through FlexAttention.
+
+Two passes over the logits, neither of which leaves the chip:
+
+1. query against key, with the sink key masked out: each query's log-sum-exp and largest logit;
+2. key against query, adding −log-sum-exp of the query to each logit: the log-sum-exp over queries is then the
+   logarithm of the exact attention mass that the key receives.
+
+Their values are narrow slices of the inputs, since FlexAttention wants some; what it averages is not used. The
+kernels are compiled apart from what comes before and after them: Inductor does not let a score function read a
+tensor that is computed in the same graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from osp_diag.estimators.attention import AttentionObservation
+from osp_diag.estimators.attention_mask import AttentionMask
+from osp_diag.estimators.attention_tiles import ProductLogits, SoftmaxStatistics
+
+__all__ = ["FlexStatistics", "is_expressible"]
+
+_NARROWEST_VALUE = 16
+"""FlexAttention's kernels take no narrower values."""
+
+Compile = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def is_expressible(mask: AttentionMask) -> bool:
+    """Whether FlexAttention's block masks hold this mask: causality and windows, no tensors or functions."""
+    return mask.tensor is None and mask.function is None and mask.keys is None
+
+
+@lru_cache(maxsize=16)
+def _block_masks(
+    tokens: int, causal: bool, window: int | None, device: torch.device
+) -> tuple[BlockMask, BlockMask]:
+    """Which blocks of (query, key), and of (key, query), hold anything."""
+
+    def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        seen = key >= 0
+        if causal:
+            seen = seen & (key <= query)
+        if window is not None:
+            seen = seen & (query - key < window)
+        return seen
+
+    def seen_by(batch: Tensor, head: Tensor, key: Tensor, query: Tensor) -> Tensor:
+        return sees(batch, head, query, key)
+
+    forward = create_block_mask(sees, None, None, tokens, tokens, device=device)
+    return forward, create_block_mask(seen_by, None, None, tokens, tokens, device=device)
+
+
+def _sink_logit(source: ProductLogits, sink: Tensor) -> Tensor:
+    """(batch, head, token): the sink key's logit, −Inf where the query cannot see it."""
+    batch, heads, tokens, width = source.query.shape
+    groups = source.key.shape[1]
+    index = sink[:, None, None, None].expand(batch, groups, 1, width)
+    sink_key = source.key.gather(2, index).repeat_interleave(heads // groups, dim=1)
+    logit = (source.query * sink_key).sum(-1) * source.scale
+    if source.softcap is not None:
+        logit = source.softcap * torch.tanh(logit / source.softcap)
+    query = torch.arange(tokens, device=sink.device)[None]
+    sees = source.usable.gather(1, sink[:, None]).expand(batch, tokens)
+    if source.mask.causal:
+        sees = sees & (query >= sink[:, None])
+    if source.mask.window is not None:
+        sees = sees & (query - sink[:, None] < source.mask.window)
+    return torch.where(sees[:, None], logit, -float("inf"))
+
+
+class FlexStatistics:
+    """Softmax statistics of calls that share their length, mask, scale and soft-cap.
+
+    Half-precision inputs are multiplied as they are: their products are exact in float32.
+
+    Parameters
+    ----------
+    tokens, device : of the calls
+    mask : causality and window, see :func:`is_expressible`
+    scale, softcap : logits are softcap · tanh(scale · q·k / softcap), or scale · q·k
+    compile : ``torch.compile``, which the kernels need
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        device: torch.device,
+        mask: AttentionMask,
+        *,
+        scale: float,
+        softcap: float | None,
+        compile: Compile,
+    ) -> None:
+        self.mask, self.scale, self.softcap = mask, scale, softcap
+        self.forward_blocks, self.backward_blocks = _block_masks(tokens, mask.causal, mask.window, device)
+        self.prepare = compile(self._prepare)
+        self.over_keys = compile(self._over_keys)
+        self.combine = compile(self._combine)
+        self.over_queries = compile(self._over_queries)
+
+    def __call__(
+        self, query: Tensor, key: Tensor, strata: Tensor, sink_logits: Tensor | None
+    ) -> SoftmaxStatistics:
+        """Statistics of (batch, head, token, width) queries and (batch, key_value_head, token, width) keys."""
+        usable, sink, weight, sink_logit = self.prepare(query, key, strata)
+        other_sum, other_maximum = self.over_keys(query, key, sink, usable)
+        found, counted = self.combine(weight, sink, sink_logit, sink_logits, other_sum, other_maximum)
+        log_mass = self.over_queries(query, key, found.log_sum_exp, counted, usable)
+        is_sink = torch.arange(weight.shape[1], device=sink.device)[None, None] == sink[:, None, None]
+        return found._replace(key_mass=torch.where(is_sink, found.key_mass, log_mass.exp()))
+
+    def _prepare(self, query: Tensor, key: Tensor, strata: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(usable keys, sink positions, weight of each token, sink logits)."""
+        seen = AttentionObservation(
+            query, key, None, strata, scale=self.scale, mask=self.mask, softcap=self.softcap
+        )
+        source: Any = seen.source
+        return source.usable, seen.sink, seen.valid, _sink_logit(source, seen.sink)
+
+    def _capped(self, value: Tensor) -> Tensor:
+        return value if self.softcap is None else self.softcap * torch.tanh(value / self.softcap)
+
+    def _over_keys(self, query: Tensor, key: Tensor, sink: Tensor, usable: Tensor) -> tuple[Any, Any]:
+        """(log-sum-exp, maximum) of each query over the allowed keys other than the sink key."""
+
+        def score(value: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+            counts = (column != sink[batch]) & usable[batch, column]
+            return torch.where(counts, self._capped(value), -float("inf"))
+
+        _, aux = flex_attention(
+            query,
+            key,
+            key[..., :_NARROWEST_VALUE],
+            score_mod=score,
+            block_mask=self.forward_blocks,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+            return_aux=AuxRequest(lse=True, max_scores=True),
+        )
+        return aux.lse, aux.max_scores
+
+    def _over_queries(
+        self, query: Tensor, key: Tensor, log_sum_exp: Tensor, counted: Tensor, usable: Tensor
+    ) -> Any:
+        """Logarithm of Σ over counted queries of exp(logit − log-sum-exp), for every key."""
+
+        def score(value: Tensor, batch: Tensor, head: Tensor, column: Tensor, row: Tensor) -> Tensor:
+            counts = counted[batch, head, row] & usable[batch, column]
+            return torch.where(counts, self._capped(value) - log_sum_exp[batch, head, row], -float("inf"))
+
+        _, aux = flex_attention(
+            key.repeat_interleave(query.shape[1] // key.shape[1], dim=1),
+            query,
+            query[..., :_NARROWEST_VALUE],
+            score_mod=score,
+            block_mask=self.backward_blocks,
+            scale=self.scale,
+            return_aux=AuxRequest(lse=True),
+        )
+        return aux.lse
+
+    def _combine(
+        self,
+        weight: Tensor,
+        sink: Tensor,
+        sink_logit: Tensor,
+        sink_logits: Tensor | None,
+        other_sum: Tensor,
+        other_maximum: Tensor,
+    ) -> tuple[SoftmaxStatistics, Tensor]:
+        """The statistics, with the sink key's mass in every place of ``key_mass``; and which queries count."""
+        none = torch.full_like(sink_logit, -float("inf"))
+        extra = none if sink_logits is None else sink_logits.float()[None, :, None].expand_as(none)
+        total = torch.logaddexp(torch.logaddexp(other_sum, sink_logit), extra)
+        nonfinite = torch.isnan(total) | (total == float("inf"))
+        usable = ~nonfinite & (total > -float("inf"))
+        total = torch.where(usable, total, 0.0)
+        sink_logit = torch.where(usable, sink_logit, none)
+        sink_probability = torch.exp(sink_logit - total)
+        to_sink = (weight[:, None] * sink_probability).sum(-1)
+        found = SoftmaxStatistics(
+            log_sum_exp=total,
+            other_maximum=torch.where(usable, other_maximum, none),
+            sink_logit=sink_logit,
+            sink_probability=sink_probability,
+            extra_probability=torch.exp(torch.where(usable, extra, none) - total),
+            usable=usable,
+            nonfinite=nonfinite,
+            key_mass=to_sink[..., None].expand_as(total),
+        )
+        return found, (weight[:, None] > 0) & usable
