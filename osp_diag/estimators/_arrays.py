@@ -74,9 +74,12 @@ def once(method: Callable[[Any], Any]) -> property:
 def namespace_of(array: Array) -> Namespace:
     """The array namespace of ``array`` (``array_api_compat``'s, so that torch speaks the standard)."""
     torch = sys.modules.get("torch")
-    # array_namespace inspects types in a way that graph capture warns about; the answer is known.
+    # array_namespace inspects types in a way that graph capture warns about; the answer is known. The import
+    # loads only a thin wrapper, since torch is there already.
     if torch is not None and isinstance(array, torch.Tensor):
-        return sys.modules.get("array_api_compat.torch") or array_namespace(array)
+        import array_api_compat.torch as torch_namespace
+
+        return torch_namespace
     return array_namespace(array)
 
 
@@ -195,17 +198,32 @@ def _kth_by_bits(xp: Namespace, magnitude: Array, rank: Any, significant_bits: i
     answer = xp.zeros_like(bits[..., :1])
     if not isinstance(rank, int):
         rank = rank[..., None]
-    lowest = 31 - significant_bits
-    position = 31
-    while position > lowest:
-        step = min(_BITS_AT_ONCE, position - lowest)
-        position -= step
+
+    def refine(position: Any, step: int, answer: Array) -> Array:
         chosen = answer
         for digit in range(1, 2**step):
             candidate = answer | (digit << position)
             below = xp.sum(xp.astype(bits < candidate, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
             chosen = xp.where(below <= rank, candidate, chosen)
-        answer = chosen
+        return chosen
+
+    lowest = 31 - significant_bits
+    rounds, rest = divmod(significant_bits, _BITS_AT_ONCE)
+    if rest:
+        answer = refine(31 - rest, rest, answer)
+
+    def position_in(turn: Any) -> Any:
+        return lowest + _BITS_AT_ONCE * (rounds - 1 - turn)
+
+    if is_jax_namespace(xp):  # rolled, which compiles many times faster
+
+        def body(turn: Any, answer: Array) -> Array:
+            return refine(position_in(turn), _BITS_AT_ONCE, answer)
+
+        answer = sys.modules["jax"].lax.fori_loop(0, rounds, body, answer)
+    else:
+        for turn in range(rounds):
+            answer = refine(position_in(turn), _BITS_AT_ONCE, answer)
     return _from_bits(xp, answer)[..., 0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, accumulator_dtype, counts_by_bin, namespace_of, take_along_last
@@ -24,6 +25,11 @@ def check_quantiles(quantiles: Sequence[float]) -> None:
         )
 
 
+@lru_cache(maxsize=16)
+def _lower_edges(low: float, width: float, bins: int) -> tuple[float, ...]:
+    return tuple(low * math.exp(width * b) for b in range(bins))
+
+
 @dataclass(frozen=True)
 class LogHistogram:
     """``bins`` bins of equal width in log between ``low`` and ``high``; values outside go to the end bins.
@@ -41,8 +47,8 @@ class LogHistogram:
         return math.log(self.high / self.low) / self.bins
 
     @property
-    def lower_edges(self) -> list[float]:
-        return [self.low * math.exp(self._width * b) for b in range(self.bins)]
+    def lower_edges(self) -> tuple[float, ...]:
+        return _lower_edges(self.low, self._width, self.bins)
 
     def counts(self, values: Array, weights: Array) -> Array:
         """Weighted counts: values (n,), weights (stratum, n) → (stratum, bins)."""

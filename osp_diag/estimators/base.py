@@ -238,6 +238,13 @@ class Suite:
             for key, value in measurement.measure(observation).items()
         }
 
+    def opening(self, increment: State) -> State:
+        """The state that holds one increment alone: what merging it into an empty state gives."""
+        return {
+            key: namespace_of(value).astype(value, accumulator_dtype(namespace_of(value), value))
+            for key, value in increment.items()
+        }
+
     def update(self, state: State, observation: Any) -> State:
         return merge_states(self.fields(observation.layout), state, self.measure(observation))
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from osp_diag.estimators._arrays import Array, accumulator_dtype, namespace_of, quotient
 from osp_diag.estimators._histogram import DEFAULT_QUANTILES, LogHistogram, TokenHistogram, check_quantiles
-from osp_diag.estimators.activation import ActivationObservation, max_over_strata, over_strata
+from osp_diag.estimators.activation import ActivationObservation, is_constant, max_over_strata, over_strata
 from osp_diag.estimators.base import Estimator, Layout, Measurement, Output, Source
 from osp_diag.estimators.counts import TokenCount, maximum_or_nan
 
@@ -52,6 +52,8 @@ class MaxMedianSums(TokenHistogram):
         # Exact bits are gone after centring: the median has to look at all of them.
         centred = observation.x - observation.row_mean[..., None]
         median = observation.reductions.row_median(centred, 31)
+        rows = observation.moments
+        median = xp.where(is_constant(rows.central_second, rows.mean), xp.zeros_like(median), median)
         return xp.max(xp.abs(centred), axis=-1), median
 
 
@@ -101,7 +103,7 @@ class MaxMedianRatio(Estimator):
     title: ClassVar[str] = "Max to median ratio (MMR)"
     formula: ClassVar[str] = "mean_t max_j |x_tj| / median_j |x_tj|"
     range: ClassVar[str] = "[1, ∞)"
-    floor: ClassVar[str] = "≈ √(2 log d) / 0.6745 on Gaussian noise: 5.2 at d = 768"
+    floor: ClassVar[str] = "≈ √(2 log d) / 0.6745 on Gaussian noise: 5.0 at d = 768"
     sources: ClassVar[tuple[Source, ...]] = (HE,)
     also_used_by: ClassVar[tuple[str, ...]] = (
         "He et al.'s code takes it on X centred over the width: `centred_max_median_ratio`.",
@@ -125,7 +127,8 @@ class CentredMaxMedianRatio(Estimator):
     """The max to median ratio of x minus its mean over the token's channels, as in He's code.
 
     Differs from ``max_median_ratio`` where tokens have a mean: a common shift raises the median of
-    |x| and hides outliers there, and is removed here. Needs a second exact median, hence optional.
+    |x| and hides outliers there, and is removed here. A constant token has no ratio. Needs a second
+    exact median, hence optional.
     """
 
     quantiles: tuple[float, ...] = DEFAULT_QUANTILES

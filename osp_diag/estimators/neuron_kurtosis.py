@@ -28,11 +28,14 @@ def relative_energy(energy: Array) -> Array:
     An all-zero tensor counts as evenly spread: the limit of ever smaller even noise.
     """
     xp = namespace_of(energy)
+    # A sum that left float32 (JAX) says nothing about shares.
+    energy = xp.where(xp.isinf(energy), xp.nan * xp.ones_like(energy), energy)
     peak = xp.max(energy, axis=-1, keepdims=True)
     scaled = energy / xp.where(peak > 0, peak, xp.ones_like(peak))
     mean = xp.mean(scaled, axis=-1, keepdims=True)
-    even = xp.where(xp.isnan(energy), energy, xp.ones_like(energy))
-    return xp.where(mean > 0, scaled / xp.where(mean > 0, mean, xp.ones_like(mean)), even)
+    positive = mean > 0
+    even = xp.ones_like(energy) + 0.0 * mean
+    return xp.where(positive, scaled / xp.where(positive, mean, xp.ones_like(mean)), even)
 
 
 class NeuronKurtosis(Estimator):

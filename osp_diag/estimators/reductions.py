@@ -286,8 +286,9 @@ def over_strata(
 ) -> Float[Any, " stratum"]:
     """Sum of a per-token number over the tokens of each stratum, in the accumulator's type."""
     xp = namespace_of(values)
-    wide = accumulator_dtype(xp, values)
-    return xp.sum(xp.astype(strata, wide) * xp.astype(values, wide)[None, ...], axis=(1, 2))
+    # Chosen, not multiplied: 0 · Inf would be NaN.
+    values = xp.astype(values, accumulator_dtype(xp, values))[None, ...]
+    return xp.sum(xp.where(strata > 0, values, xp.zeros_like(values)), axis=(1, 2))
 
 
 def max_over_strata(

@@ -300,7 +300,8 @@ class RotatedPearsonKurtosis(Estimator):
 
     A rotation keeps norms and everything basis-free. If the outliers sit in the basis (channels),
     this falls to about 3 while ``pearson_kurtosis`` stays high; if tokens are heavy-tailed in every
-    basis, both stay high. Costs a d × d product per token, hence optional.
+    basis, both stay high. Costs a d × d product per token, hence optional. The rotation is drawn by
+    ``init``, which therefore has to come before a compiled ``measure``.
     """
 
     seed: int = 0
