@@ -20,6 +20,7 @@ from osp_diag.estimators.reductions import (
     max_over_strata,
     over_strata,
     sequence_moments,
+    token_extent,
 )
 
 __all__ = [
@@ -79,8 +80,7 @@ class ActivationObservation:
             x = xp.astype(x, xp.float32)
         self.raw = x
         self.raw_strata = xp.astype(strata, xp.float32, copy=False)
-        # Neither maximum nor minimum drops a NaN, so one number per token tells.
-        self.finite_token = xp.isfinite(xp.maximum(xp.max(x, axis=-1), -xp.min(x, axis=-1)))
+        self.finite_token = xp.isfinite(token_extent(x))
         counted = self.finite_token & (self.raw_strata[0, ...] > 0)
         all_counted = runs_on_host(xp, x) and bool(xp.all(counted))
         self.x = x if all_counted else xp.where(counted[..., None], x, xp.zeros_like(x[:1, :1, :1]))

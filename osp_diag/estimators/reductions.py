@@ -36,6 +36,7 @@ __all__ = [
     "is_constant",
     "max_over_strata",
     "over_strata",
+    "token_extent",
 ]
 
 
@@ -89,10 +90,23 @@ class SequenceMoments(NamedTuple):
     central_fourth: Array
 
 
+def token_extent(x: Float[Any, "batch token channel"]) -> Float[Any, "batch token"]:
+    """max |x| of each token over its channels; NaN or Inf if any is, since no extremum drops a NaN."""
+    xp = namespace_of(x)
+    rows = xp.reshape(x, (-1, x.shape[-1]))
+    found = [_extent(rows[block, :]) for block in row_blocks(rows)]
+    return xp.reshape(xp.concat(found), x.shape[:-1])
+
+
+def _extent(rows: Array) -> Array:
+    xp = namespace_of(rows)
+    return xp.maximum(xp.max(rows, axis=-1), -xp.min(rows, axis=-1))
+
+
 def _block_moments(x: Array) -> RowMoments:
     """Moments over the last axis in two passes: scale and mean, then centred powers."""
     xp = namespace_of(x)
-    peak = xp.maximum(xp.max(x, axis=-1), -xp.min(x, axis=-1))
+    peak = _extent(x)
     scale = xp.where(peak > 0, peak, xp.ones_like(peak))
     z = x / scale[..., None]
     mean = xp.mean(z, axis=-1)
