@@ -66,6 +66,8 @@ class Variant:
     name: str
     forward: Forward
     seconds: list[float] = field(default_factory=list)
+    first: float = 0.0
+    """seconds of the first pass, compilation included"""
     peak: float = 0.0
 
 
@@ -97,8 +99,10 @@ class Bench:
         with torch.no_grad():
             variant.forward()
         self.synchronise()
+        elapsed = time.perf_counter() - started
+        variant.first = variant.first or elapsed
         if keep:
-            variant.seconds.append(time.perf_counter() - started)
+            variant.seconds.append(elapsed)
         if self.device.type == "cuda":
             variant.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
 
@@ -250,7 +254,9 @@ def machine(device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     cuda = torch.cuda.is_available()
     parser.add_argument("--shape", choices=SHAPES, default="llama-1.4b" if cuda else "smollm2-135m")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
@@ -271,19 +277,24 @@ def main() -> None:
     bare = statistics.median(variants[0].seconds)
     title = f"{options.shape}, batch {tuple(bench.ids.shape)}, {bench.model.dtype}"
     print(f"{machine(bench.device)}; {title}; median of {options.rounds}\n")
-    print("| what is attached | ms | × bare | extra peak GiB |\n|---|---|---|---|")
+    print("| what is attached | ms | × bare | extra peak GiB | first pass s |\n|---|---|---|---|---|")
     rows = []
     for variant in variants:
         seconds = statistics.median(variant.seconds)
         extra = variant.peak - variants[0].peak
-        rows.append({"name": variant.name, "seconds": seconds, "ratio": seconds / bare, "extra_peak_gib": extra})
+        row = {"name": variant.name, "seconds": seconds, "ratio": seconds / bare, "extra_peak_gib": extra}
+        rows.append(row | {"first_seconds": variant.first})
         peak = f"{extra:+.2f}" if bench.device.type == "cuda" else "–"
-        print(f"| {variant.name} | {seconds * 1e3:.1f} | {seconds / bare:.3f} | {peak} |")
+        print(
+            f"| {variant.name} | {seconds * 1e3:.1f} | {seconds / bare:.3f} | {peak} | {variant.first:.1f} |"
+        )
     for name, why in skipped.items():
         print(f"left out: {name} ({why})")
     if options.out:
         with open(options.out, "w") as file:
-            json.dump({"machine": machine(bench.device), "shape": title, "rows": rows, "left_out": skipped}, file)
+            json.dump(
+                {"machine": machine(bench.device), "shape": title, "rows": rows, "left_out": skipped}, file
+            )
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def test_the_compiled_measurement_is_one_graph(monkeypatch: pytest.MonkeyPatch) 
             return function
         return torch.compile(function, fullgraph=True, dynamic=False, backend="eager")
 
-    monkeypatch.setattr(attention_measuring, "_compile", compile_apart_from_the_kernels)
+    monkeypatch.setattr(attention_measuring, "compile_apart", compile_apart_from_the_kernels)
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(BATCH, HEADS, TOKENS, WIDTH, generator=generator) for _ in range(3))
     call = AttentionCall(

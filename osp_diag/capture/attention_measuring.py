@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from osp_diag.capture.compiling import compile_apart
 from osp_diag.capture.flex import FlexStatistics, is_expressible
 from osp_diag.estimators.attention import AttentionMask, AttentionObservation
 from osp_diag.estimators.attention_tiles import AttentionReductions, SoftmaxStatistics
@@ -105,7 +105,7 @@ class _CompiledMeasure:
         self, suite: Suite, mask: AttentionMask, scale: float, softcap: float | None, query: torch.Tensor
     ) -> None:
         self.softmax = FlexStatistics(
-            query.shape[2], query.device, mask, scale=scale, softcap=softcap, compile=_compile
+            query.shape[2], query.device, mask, scale=scale, softcap=softcap, compile=compile_apart
         )
 
         def measure(
@@ -125,14 +125,10 @@ class _CompiledMeasure:
             )
             return suite.measure(observation)
 
-        self.measure = _compile(measure)
+        self.measure = compile_apart(measure)
 
     def __call__(self, call: AttentionCall, strata: torch.Tensor) -> State:
         query, key, sinks = call.query, call.key, call.sink_logits
         assert query is not None, "a call without logits has queries"
         assert key is not None, "and keys"
         return self.measure(query, key, call.value, strata, sinks, self.softmax(query, key, strata, sinks))
-
-
-def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function, fullgraph=True, dynamic=False)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from osp_diag.capture.attention_measuring import measure_attention
+from osp_diag.capture.compiling import compile_apart
 from osp_diag.capture.hooks import ForwardPass, heads_first
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
@@ -28,6 +29,9 @@ Key = tuple[str, int, str]
 
 SIGNIFICANT_BITS = {torch.bfloat16: 15, torch.float16: 18}
 """Leading bits that can be set in a float32 made from these: 8 + 7, and 8 + 10."""
+
+_COMPILED: dict[tuple[Any, ...], Callable[..., State]] = {}
+"""Kept beyond one collector: the next probed step measures the same sites."""
 
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
@@ -89,7 +93,6 @@ class Collector:
         self._strata: dict[torch.device, torch.Tensor] = {}
         self._pass: ForwardPass | None = None
         self._undo: dict[Key, State] = {}
-        self._folds: dict[tuple[str, str, int], Callable[..., State]] = {}
 
     def suites_at(self, site: str) -> dict[str, Suite]:
         if site not in self.suites:
@@ -208,27 +211,21 @@ class Collector:
         self._merge(key, suite, layout, increment)
 
     def _measuring(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
-        """The function (x, strata) → increments of a site, compiled once where that is asked for."""
+        """The function (x, strata) → increments of a site, compiled once for all sites that are alike."""
+        suite = self.suites_at(site)[kind]
         bits = SIGNIFICANT_BITS.get(x.dtype, 31)
-        name = (site, kind, bits)
-        if name not in self._folds:
-            suite = self.suites_at(site)[kind]
 
-            def measure(x: torch.Tensor, strata: torch.Tensor) -> State:
-                if kind == "heads":
-                    return suite.measure(HeadsObservation(x, strata))
-                return suite.measure(ActivationObservation(x, strata, significant_bits=bits))
+        def measure(x: torch.Tensor, strata: torch.Tensor) -> State:
+            if kind == "heads":
+                return suite.measure(HeadsObservation(x, strata))
+            return suite.measure(ActivationObservation(x, strata, significant_bits=bits))
 
-            same = next(
-                (
-                    fold
-                    for (s, k, b), fold in self._folds.items()
-                    if (k, b) == (kind, bits) and self.suites_at(s)[kind].measurements == suite.measurements
-                ),
-                None,
-            )
-            self._folds[name] = same or (torch.compile(measure, fullgraph=True) if self.compiled else measure)
-        return self._folds[name]
+        if not self.compiled:
+            return measure
+        name = (suite.measurements, kind, x.shape, x.stride(), x.dtype, x.device)
+        if name not in _COMPILED:
+            _COMPILED[name] = compile_apart(measure)
+        return _COMPILED[name]
 
     def _fold_attention(self, call: AttentionCall, layer: int, strata: torch.Tensor) -> None:
         suite = self.suites_at(ATTENTION).get("attention")
@@ -241,7 +238,7 @@ class Collector:
     def _merge(self, key: Key, suite: Suite, layout: Layout, increment: State) -> None:
         if key not in self.states:
             self.layouts[key] = layout
-            self.states[key] = suite.merge(_empty(suite, layout, increment), increment)
+            self.states[key] = suite.opening(increment)
             return
         known = self.layouts[key]
         state = self.states[key]
@@ -257,10 +254,6 @@ def _layout(kind: str, x: torch.Tensor) -> Layout:
         _, heads, tokens, width = x.shape
         return Layout(channels=heads * width, heads=heads, head_channels=width, tokens=tokens)
     return Layout(channels=x.shape[-1], tokens=x.shape[1])
-
-
-def _empty(suite: Suite, layout: Layout, increment: State) -> State:
-    return suite.init(layout, next(iter(increment.values())))
 
 
 def _padded(suite: Suite, state: State, layout: Layout) -> State:

@@ -6,9 +6,9 @@ Two passes over the logits, neither of which leaves the chip:
 2. key against query, adding −log-sum-exp of the query to each logit: the log-sum-exp over queries is then the
    logarithm of the exact attention mass that the key receives.
 
-Their values are narrow slices of the inputs, since FlexAttention wants some; what it averages is not used. The
-kernels are compiled apart from what comes before and after them: Inductor does not let a score function read a
-tensor that is computed in the same graph.
+Their values are narrow slices of the inputs, since FlexAttention wants some; what it averages is not used.
+The kernels are compiled apart from what comes before and after them: Inductor does not let a score function
+read a tensor that is computed in the same graph.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class FlexStatistics:
     def __call__(
         self, query: Tensor, key: Tensor, strata: Tensor, sink_logits: Tensor | None
     ) -> SoftmaxStatistics:
-        """Statistics of (batch, head, token, width) queries and (batch, key_value_head, token, width) keys."""
+        """Statistics of (batch, head, token, …) queries and (batch, key_value_head, token, …) keys."""
         usable, sink, weight, sink_logit = self.prepare(query, key, strata)
         other_sum, other_maximum = self.over_keys(query, key, sink, usable)
         found, counted = self.combine(weight, sink, sink_logit, sink_logits, other_sum, other_maximum)
@@ -177,7 +177,7 @@ class FlexStatistics:
         other_sum: Tensor,
         other_maximum: Tensor,
     ) -> tuple[SoftmaxStatistics, Tensor]:
-        """The statistics, with the sink key's mass in every place of ``key_mass``; and which queries count."""
+        """The statistics, ``key_mass`` holding the sink key's mass everywhere; and which queries count."""
         none = torch.full_like(sink_logit, -float("inf"))
         extra = none if sink_logits is None else sink_logits.float()[None, :, None].expand_as(none)
         total = torch.logaddexp(torch.logaddexp(other_sum, sink_logit), extra)

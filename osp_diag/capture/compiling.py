@@ -1,0 +1,28 @@
+"""``torch.compile`` for small functions that exist in many variants."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+__all__ = ["compile_apart"]
+
+
+def compile_apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compile a function or bound method as one graph for the shapes it is first called with.
+
+    dynamo counts recompilations by code object and gives up after a few. Functions that are made in a loop
+    share theirs, so each gets a copy of its own here.
+    """
+    owner = getattr(function, "__self__", None)
+    plain: Any = function.__func__ if owner is not None else function  # type: ignore[attr-defined]
+    code = plain.__code__.replace(co_name=plain.__name__)
+    own: Any = types.FunctionType(
+        code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
+    )
+    if owner is not None:
+        own = types.MethodType(own, owner)
+    return torch.compile(own, fullgraph=True, dynamic=False)
