@@ -130,6 +130,11 @@ class Collector:
             self.forward_passes += 1
         self._undo, self._pass = {}, None
 
+    def forget_unfinished(self) -> None:
+        """Forget a pass that Ctrl-C cut short, of which no hook tells."""
+        if self._pass is not None:
+            self.stop(True)
+
     def strata_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._strata:
             self._strata[device] = self._home.to(device)

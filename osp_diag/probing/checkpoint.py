@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +15,17 @@ import xarray as xr
 from torch import nn
 
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
-from osp_diag.errors import UsageError
+from osp_diag.errors import CaptureError, UsageError
 from osp_diag.estimators.base import Estimator
-from osp_diag.probing.ranks import is_distributed, is_first_rank
-from osp_diag.probing.session import Probe
-from osp_diag.run import Run
+from osp_diag.probing.feeding import Feeding, Progress
+from osp_diag.probing.identity import model_attributes, token_attributes
+from osp_diag.probing.ranks import is_distributed, is_first_rank, on_first_rank
+from osp_diag.probing.saving import check_out
+from osp_diag.probing.session import Probe, instances
+from osp_diag.run import Run, open_run
 from osp_diag.tokens import TokenBatches, make_batches
 
 __all__ = ["joined_ranks", "probe", "probe_checkpoint", "progress_bar"]
-
-Progress = Callable[[int, int], None]
-"""(sequences done, sequences in all)"""
 
 
 def probe(
@@ -68,7 +67,7 @@ def probe(
     protocol : "sequence", or "osp-published" (every token its own sequence, as the released OSP script does)
     bos : "auto" (the tokenizer's convention), "yes" or "no"
     sites, estimators, blocks, named_sites, keep_raw, compile : see :class:`osp_diag.Probe`
-    out : where to write the run; None keeps it in memory
+    out : where to write the run, a folder ending in .zarr; None keeps it in memory
     snapshot_tokens : positions of the first sequence whose raw activations are kept for pictures
 
     Returns
@@ -79,6 +78,11 @@ def probe(
     ------
     CheckpointError, TokenError, SiteError, StoreError, UsageError : before any long work
     """
+    if out is not None:
+        check_out(out, overwrite=overwrite)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size={batch_size}: a forward pass needs 1 or more sequences")
+    chosen = instances(estimators)  # a misspelt name is refused before a model is opened
     with joined_ranks():
         checkpoint = open_checkpoint(
             source,
@@ -106,11 +110,11 @@ def probe(
             batch_size=batch_size,
             progress=progress,
             out=out,
+            overwrite=overwrite,
             sites=sites,
-            estimators=estimators,
+            estimators=chosen,
             blocks=blocks,
             named_sites=named_sites,
-            overwrite=overwrite,
             keep_raw=keep_raw,
             snapshot_tokens=snapshot_tokens,
             compile=compile,
@@ -123,60 +127,63 @@ def probe_checkpoint(
     *,
     batch_size: int | None = None,
     progress: Progress | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
     step: int = 0,
     **options: Any,
 ) -> Run:
-    """Probe an opened checkpoint on tokens in hand; ``options`` are those of :class:`osp_diag.Probe`."""
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"batch_size={batch_size}: a forward pass needs 1 or more sequences")
-    size = batch_size or _batch_size(checkpoint.model, batches.sequence_length)
+    """Probe an opened checkpoint on tokens in hand; ``options`` are those of :class:`osp_diag.Probe`.
+
+    Ctrl-C writes what was measured until then, notes on the exception where it is, and goes on its way.
+    """
+    if out is not None:
+        check_out(out, overwrite=overwrite)
+    feeding = Feeding(checkpoint.model, batches, batch_size=batch_size, progress=progress)
     attributes = {
-        **checkpoint_attributes(checkpoint),
+        **model_attributes(checkpoint),
         **token_attributes(batches),
-        "batch_size": size,
+        "batch_size": feeding.batch_size,
         "ranks": dist.get_world_size() if is_distributed() else 1,
-        "command": " ".join(sys.argv),
-        "notes": [*checkpoint.notes, *batches.notes],
     }
     session = Probe(checkpoint.model, delimiter_ids=batches.delimiter_ids, attributes=attributes, **options)
-    with session:
-        if session.snapshot_tokens and is_first_rank():
-            session.write_static("snapshot", _snapshot_tokens(batches, session.snapshot_tokens))
-        mine = _shard(batches)
-        session.measure(step, _feeding(checkpoint.model, batches, mine, size, progress))
-        if is_distributed():
-            session.close()
-            dist.barrier()
+    session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
+    if session.snapshot_tokens and is_first_rank():
+        session.write_static("snapshot", _snapshot_tokens(batches, session.snapshot_tokens))
+    try:
+        session.measure(step, feeding)
+    except KeyboardInterrupt as interruption:
+        interruption.add_note(_keep_part(session, feeding, len(batches), out, overwrite))
+        raise
+    except torch.OutOfMemoryError as error:
+        raise CaptureError(
+            f"{checkpoint.name} ran out of the device's memory at {feeding.batch_size} sequences of "
+            f"{batches.sequence_length} tokens a forward pass; pass a smaller batch_size (--batch-size) or "
+            "seq_len"
+        ) from error
+    if out is None:
         return session.run
+    on_first_rank(lambda: session.save(out, overwrite=overwrite))
+    return open_run(out)
 
 
-def checkpoint_attributes(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What identifies the model in a run."""
-    return {
-        "model_name": checkpoint.name,
-        "model_fingerprint": checkpoint.fingerprint,
-        "architecture": checkpoint.architecture,
-        "tokenizer": type(checkpoint.tokenizer).__name__ if checkpoint.tokenizer is not None else "none",
+def _keep_part(
+    session: Probe, feeding: Feeding, sequences: int, out: str | Path | None, overwrite: bool
+) -> str:
+    """Write what an interrupted probe has measured, marked as a part; says what became of it."""
+    if out is None:
+        return "the run was not to be written, so nothing is kept."
+    if is_distributed():
+        return "nothing was written: what the ranks had measured is theirs alone until they merge it."
+    if not feeding.done:
+        return f"no sequence was done yet, so nothing was written to {out}."
+    part = f"{feeding.done} of {sequences} sequences"
+    session.attributes |= {
+        "tokens": feeding.tokens_done,
+        "sequences": feeding.done,
+        "interrupted": f"after {part}",
     }
-
-
-def token_attributes(batches: TokenBatches) -> dict[str, Any]:
-    """What identifies the tokens in a run."""
-    return {
-        "token_source": batches.source,
-        "token_fingerprint": batches.fingerprint,
-        "protocol": batches.protocol,
-        "bos": batches.bos,
-        "sequence_length": batches.sequence_length,
-        "tokens": int(batches.attention_mask.sum()),
-        "sequences": len(batches.tokens),
-    }
-
-
-def _batch_size(model: nn.Module, sequence_length: int) -> int:
-    """Sequences a pass: a GPU wants many tokens at once, a CPU what its caches hold."""
-    tokens = 8192 if _input_device(model).type == "cuda" else 1024
-    return max(1, tokens // sequence_length)
+    session.save(out, overwrite=overwrite)
+    return f"what {part} gave is kept in {out}."
 
 
 def _snapshot_tokens(batches: TokenBatches, count: int) -> xr.Dataset:
@@ -187,41 +194,6 @@ def _snapshot_tokens(batches: TokenBatches, count: int) -> xr.Dataset:
         {"token_id": ("token", ids, attributes), "token_text": ("token", texts, attributes)},
         {"token": np.arange(len(ids))},
     )
-
-
-def _shard(batches: TokenBatches) -> np.ndarray:
-    """The sequences that this rank runs: every n-th, so that all ranks run equally many, give or take one."""
-    everything = np.arange(len(batches.tokens))
-    if not is_distributed():
-        return everything
-    return everything[dist.get_rank() :: dist.get_world_size()]
-
-
-def _feeding(
-    model: nn.Module, batches: TokenBatches, mine: np.ndarray, size: int, progress: Progress | None
-) -> Iterator[Mapping[str, Any]]:
-    device = _input_device(model)
-    padded = not bool(np.all(batches.attention_mask))
-    for start in range(0, len(mine), size):
-        chosen = mine[start : start + size]
-        batch: dict[str, Any] = {"input_ids": torch.as_tensor(batches.tokens[chosen], device=device)}
-        if padded:
-            batch["attention_mask"] = torch.as_tensor(batches.attention_mask[chosen], device=device)
-        if _takes_cache(model):
-            batch["use_cache"] = False
-        yield batch
-        if progress is not None:
-            progress(min(start + size, len(mine)), len(mine))
-
-
-def _takes_cache(model: nn.Module) -> bool:
-    return hasattr(getattr(model, "config", None), "use_cache")
-
-
-def _input_device(model: nn.Module) -> torch.device:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    weight = getattr(embeddings, "weight", None)
-    return weight.device if weight is not None else next(model.parameters()).device
 
 
 @contextmanager
@@ -251,7 +223,7 @@ def progress_bar(label: str) -> Iterator[Progress | None]:
         yield None
         return
     columns = (
-        TextColumn(label),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("sequences"),

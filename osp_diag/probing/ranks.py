@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from osp_diag.estimators.base import Field, Layout, State
 
-__all__ = ["is_distributed", "is_first_rank", "merge_over_ranks"]
+__all__ = ["is_distributed", "is_first_rank", "merge_over_ranks", "on_first_rank"]
 
 Key = Any
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "maximum": dist.ReduceOp.MAX, "minimum": dist.ReduceOp.MIN}
@@ -24,6 +24,22 @@ def is_distributed() -> bool:
 def is_first_rank() -> bool:
     """Whether this process is the one that writes and prints."""
     return not is_distributed() or dist.get_rank() == 0
+
+
+def on_first_rank(action: Callable[[], object]) -> None:
+    """Let rank 0 act while the others wait; if it fails, all raise its error instead of waiting for ever."""
+    failure: list[BaseException | None] = [None]
+    if is_first_rank():
+        try:
+            action()
+        except Exception as error:
+            if not is_distributed():
+                raise
+            failure = [error]
+    if is_distributed():
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise failure[0]
 
 
 def _communication_device() -> torch.device:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator, Field, Layout, State
 from osp_diag.probing.host import snapshot_datasets, to_host
+from osp_diag.probing.identity import circumstances, delimiter_fingerprint, estimator_parameters
 from osp_diag.probing.labelling import label_states, raw_states
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks
+from osp_diag.probing.saving import write_run
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.versions import library_versions
 from osp_diag.run import Run, open_run
@@ -31,7 +34,7 @@ from osp_diag.sites.names import ATTENTION, HEAD_SITES
 from osp_diag.sites.trace import unwrap
 from osp_diag.store import RunWriter
 
-__all__ = ["Probe"]
+__all__ = ["Probe", "instances"]
 
 
 class Probe:
@@ -88,7 +91,7 @@ class Probe:
         self.model = model
         self.due = schedule_of(every)
         self.patterns = tuple(sites) if sites is not None else None
-        self.estimators = _instances(estimators)
+        self.estimators = instances(estimators)
         self.delimiter_ids = _delimiters(tokenizer, delimiter_ids)
         self.site_map = find_sites(model, blocks=blocks, named=named_sites, example=example)
         self._check_patterns(named_sites or {})
@@ -105,6 +108,7 @@ class Probe:
             self._writer = RunWriter(self._path, self.attributes, resume=resume, overwrite=overwrite)
         self._memory: list[tuple[int, dict[str, xr.Dataset]]] = []
         self._static: dict[str, xr.Dataset] = {}
+        self._series: dict[str, dict[int, float]] = {}
 
     # What is measured
 
@@ -113,21 +117,24 @@ class Probe:
 
     def _check_patterns(self, named: Mapping[str, str]) -> None:
         for pattern in self.patterns or ():
-            if not any(matches(site, (pattern,)) for site in (*self.site_map.sites, *named)):
+            known = (*self.site_map.sites, *named)
+            if not any(matches(site, (pattern,)) for site in known):
+                near = get_close_matches(pattern, known, n=3, cutoff=0.5)
                 reason = self.site_map.absent.get(pattern)
                 raise SiteError(
                     f"site {pattern!r} is not in this model"
-                    + (f": {reason}" if reason else f"; it has {', '.join(self.site_map.sites[:20])}")
+                    + (f": {reason}" if reason else f"; the nearest are {', '.join(near)}" if near else "")
+                    + ("" if reason or near else f"; it has {', '.join(known[:20])}")
                 )
 
     def _identity(self) -> dict[str, Any]:
         """Everything about the model and the probe that determines a number."""
         model = unwrap(self.model)
-        names: dict[str, None] = {}
+        used: dict[str, Estimator] = {}
         for site in self.site_map.sites:
             if self.wanted(site):
                 for suite in suites_of(site, self.estimators).values():
-                    names |= dict.fromkeys(estimator.identifier for estimator in suite.estimators)
+                    used |= {estimator.identifier: estimator for estimator in suite.estimators}
         parameter = next(model.parameters())
         return {
             "model_name": getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -143,10 +150,14 @@ class Probe:
             },
             "absent_sites": self.absent,
             "notes": list(self.site_map.notes),
-            "estimators": list(names),
+            "estimators": list(used),
+            "estimator_parameters": estimator_parameters(used.values()),
+            "delimiter_ids": delimiter_fingerprint(self.delimiter_ids),
+            "compiled": self.compiled,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": str(parameter.device),
             "versions": library_versions(),
+            **circumstances(),
         }
 
     # Measuring
@@ -183,10 +194,13 @@ class Probe:
                     self.model(**batch)
         except KeyboardInterrupt as raised:
             interruption = raised
+            collector.forget_unfinished()
         finally:
             for module, training in flags:
                 module.training = training
-        if collector.forward_passes or interruption is None:
+        # Ranks that Ctrl-C reached at different moments would wait for one another for ever.
+        kept = interruption is None or (collector.forward_passes > 0 and not is_distributed())
+        if kept:
             self._record(step, collector, time.perf_counter() - started)
         if interruption is not None:
             raise interruption
@@ -279,9 +293,9 @@ class Probe:
             self._writer.append(step, groups)
             if collector.skipped:
                 self._writer.note_absent_sites(collector.skipped)
-            self._writer.append_series(step, {"probe_seconds": seconds})
         elif self._path is None:
             self._memory.append((step, groups))
+        self.append_series(step, {"probe_seconds": seconds})
         self._keep_snapshots(collector)
 
     def _labelled(
@@ -319,6 +333,9 @@ class Probe:
         """Keep scalars of a step (loss, learning rate …) beside the probes."""
         if self._writer is not None:
             self._writer.append_series(step, dict(values))
+        elif self._path is None:
+            for name, value in values.items():
+                self._series.setdefault(name, {})[step] = float(value)
 
     @property
     def run(self) -> Run:
@@ -327,7 +344,11 @@ class Probe:
             if self._writer is not None:
                 self._writer.flush()
             return open_run(self._path)
-        return Run.in_memory(self._memory, self._static, self.attributes)
+        return Run.in_memory(self._memory, self._static, self.attributes, self._series)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Write what was measured in memory as a run."""
+        write_run(Path(path), self._memory, self._static, self.attributes, self._series, overwrite=overwrite)
 
     def close(self) -> None:
         """Write what is buffered and release the run."""
@@ -349,7 +370,8 @@ def _is_compiled(model: nn.Module) -> bool:
     )
 
 
-def _instances(estimators: Sequence[str | Estimator] | None) -> list[Estimator] | None:
+def instances(estimators: Sequence[str | Estimator] | None) -> list[Estimator] | None:
+    """Estimators from names or instances; None stays None, which stands for the default ones."""
     if estimators is None:
         return None
     return [get_estimator(entry) if isinstance(entry, str) else entry for entry in estimators]

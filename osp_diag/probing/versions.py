@@ -5,14 +5,17 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+import osp_diag
+
 __all__ = ["library_versions"]
 
-LIBRARIES = ("osp-diag", "torch", "transformers", "numpy", "tokenizers", "xarray", "zarr", "jax")
+LIBRARIES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "xarray", "zarr", "jax")
 
 
 def library_versions() -> dict[str, str]:
-    """Installed library → version, Python's included."""
-    found = {"python": platform.python_version()}
+    """Installed library → version, Python's and our own included."""
+    # Our own is not asked of the installer: a clone need not be installed.
+    found = {"osp-diag": osp_diag.__version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = version(name)

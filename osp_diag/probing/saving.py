@@ -1,0 +1,81 @@
+"""Where a run may be written, and writing one that was measured in memory."""
+
+from __future__ import annotations
+
+import difflib
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from osp_diag.errors import StoreError, UsageError
+from osp_diag.store import RunWriter, check_destination
+
+__all__ = ["check_out", "write_run"]
+
+SUFFIX = ".zarr"
+
+
+def check_out(out: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse, before long work, a path that a run of one checkpoint cannot go to.
+
+    Raises
+    ------
+    UsageError : it does not end in .zarr, or its directory is not there
+    StoreError : something is there already, or nothing can be written there
+    """
+    path = Path(out)
+    if path.suffix != SUFFIX:
+        raise UsageError(f"a run is a folder ending in {SUFFIX}; write {path}{SUFFIX} in place of {path}")
+    parent = path.absolute().parent
+    if not parent.exists():
+        raise UsageError(
+            f"cannot write a run to {path}: there is no directory {path.parent}{_did_you_mean(parent)}"
+        )
+    check_destination(path, overwrite=overwrite)
+
+
+def _did_you_mean(missing: Path) -> str:
+    beside = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
+    near = difflib.get_close_matches(missing.name, beside, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; make it first (mkdir -p {missing})"
+
+
+def write_run(
+    path: Path,
+    steps: Sequence[tuple[int, Mapping[str, xr.Dataset]]],
+    static: Mapping[str, xr.Dataset],
+    attributes: Mapping[str, Any],
+    series: Mapping[str, Mapping[int, float]],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write at once what was measured; a folder that holds no step because writing failed is removed.
+
+    Writing only now, and not while the model runs, leaves a run that is to be replaced alone until
+    there is something to put in its place.
+    """
+    existed = path.exists()
+    try:
+        with RunWriter(path, attributes, overwrite=overwrite) as writer:
+            for step, groups in steps:
+                writer.append(step, groups)
+            for step in sorted({step for values in series.values() for step in values}):
+                writer.append_series(step, {name: v[step] for name, v in series.items() if step in v})
+            for group, dataset in static.items():
+                writer.write_static(group, dataset)
+    except StoreError:
+        if not existed and not _holds_a_step(path):
+            shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _holds_a_step(path: Path) -> bool:
+    from osp_diag.run import open_run
+
+    with suppress(StoreError):
+        return len(open_run(path).steps) > 0
+    return False
