@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from osp_diag.errors import UsageError
+from osp_diag.errors import StoreError, UsageError
+
+if TYPE_CHECKING:
+    from osp_diag.run import Run
 
 VERB = "probe"
 HELP = "measure every outlier and sink statistic of a checkpoint"
@@ -83,7 +87,9 @@ def run(
         osp-diag probe path/to/model --name-site 'mlp_hidden=blocks.*.ff.w2:input'
     """
     named = dict(_named_site(entry) for entry in name_site)
-    _check(tokens=tokens, seq_len=seq_len, batch_size=batch_size, out=out, overwrite=overwrite)
+    _check(tokens=tokens, seq_len=seq_len, batch_size=batch_size, estimators=estimators)
+    if out is not None:
+        _check_out(out, overwrite)
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing.checkpoint import joined_ranks
     from osp_diag.probing.ranks import is_first_rank
@@ -125,7 +131,7 @@ def run(
     return _report(runs, out, json)
 
 
-def _report(runs: dict[str, object], out: Path | None, as_json: bool) -> int:
+def _report(runs: Mapping[str, Run], out: Path | None, as_json: bool) -> int:
     from analyses.summary import compare_protocols, summarise
 
     first = next(iter(runs.values()))
@@ -152,14 +158,25 @@ def _named_site(entry: str) -> tuple[str, str]:
     return site, pattern
 
 
-def _check(
-    *, tokens: int, seq_len: int | None, batch_size: int | None, out: Path | None, overwrite: bool
-) -> None:
+def _check(*, tokens: int, seq_len: int | None, batch_size: int | None, estimators: tuple[str, ...]) -> None:
     """Refuse what cannot be meant before a model is opened."""
     for name, value in (("--tokens", tokens), ("--seq-len", seq_len), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise UsageError(f"{name} {value}: give 1 or more")
-    if out is not None:
-        from osp_diag.store import check_destination
+    from osp_diag.estimators import get_estimator
 
-        check_destination(out, overwrite=overwrite)
+    for estimator in estimators:
+        get_estimator(estimator)
+
+
+def _check_out(out: Path, overwrite: bool) -> None:
+    from osp_diag.probing.saving import check_out
+
+    try:
+        check_out(out, overwrite=overwrite)
+    except StoreError as error:
+        if out.is_dir() and not overwrite and (out / "zarr.json").is_file():
+            raise StoreError(
+                f"{out} already holds a run; pass --overwrite to replace it, or another --out"
+            ) from error
+        raise

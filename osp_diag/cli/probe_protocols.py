@@ -44,6 +44,13 @@ def measure(
             chosen |= main
         else:
             chosen |= {"sites": HIDDEN_STATES, "estimators": ("osp_excess_kurtosis",), "snapshot_tokens": 0}
-        with progress_bar(f"{checkpoint.name}, {name}") as progress:
-            runs[name] = probe_checkpoint(checkpoint, batches, progress=progress, **chosen)
+        try:
+            with progress_bar(f"{checkpoint.name}, {name}") as progress:
+                runs[name] = probe_checkpoint(checkpoint, batches, progress=progress, **chosen)
+        except KeyboardInterrupt as interruption:
+            if runs and main.get("out") is not None:
+                interruption.__notes__ = [
+                    f"the run in {main['out']} is whole; only the comparison is missing."
+                ]
+            raise
     return runs

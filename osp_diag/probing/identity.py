@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, is_dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 
 from osp_diag.checkpoints import Checkpoint
+from osp_diag.estimators import estimator_parameters as known_parameters
 from osp_diag.estimators.base import Estimator
 from osp_diag.tokens import TokenBatches
 
@@ -82,11 +82,11 @@ def delimiter_fingerprint(delimiter_ids: Iterable[int]) -> str:
 
 def estimator_parameters(estimators: Iterable[Estimator]) -> dict[str, dict[str, Any]]:
     """Identifier → parameters, of the estimators that have any."""
-    return {
-        estimator.identifier: asdict(estimator)
+    found = {
+        estimator.identifier: {name: getattr(estimator, name) for name in known_parameters(type(estimator))}
         for estimator in estimators
-        if is_dataclass(estimator) and not isinstance(estimator, type) and asdict(estimator)
     }
+    return {identifier: parameters for identifier, parameters in found.items() if parameters}
 
 
 def circumstances() -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
+from osp_diag.errors import EstimatorError
+from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import STRATA, Estimator, Layout, Output, State, Suite
+from osp_diag.run import Run
 
-__all__ = ["label_states", "raw_states"]
+__all__ = ["label_states", "raw_states", "relabel"]
 
 
 def _coordinates(
@@ -80,15 +84,17 @@ def label_states(suite: Suite, layers: Mapping[int, tuple[State, Layout]]) -> xr
                 variables[name] = (("layer", *output.dims), values, _attributes(estimator, output))
                 coordinates |= _coordinates(output.dims, values.shape[1:], output.coords)
         parts.append(xr.Dataset(variables, coordinates))
-    if len(parts) == 1:
-        return parts[0]
-    return xr.concat(parts, "layer", join="outer", combine_attrs="override", data_vars="all").sortby("layer")
+    return _joined(parts)
 
 
 def raw_states(suite: Suite, layers: Mapping[int, tuple[State, Layout]]) -> xr.Dataset:
-    """The sums themselves, so that a definition added later can be computed from old runs."""
+    """The sums themselves, so that a definition added later can be computed from old runs.
+
+    The attribute ``layout_activation`` (or ``_heads``, ``_attention``) keeps the sizes that
+    :func:`relabel` needs: a list of {"layers": […], "channels": …, "heads": …}.
+    """
     known = suite.coords()
-    parts = []
+    parts, sizes = [], []
     for layout, members in _by_layout(layers).items():
         state = _stacked([layers[layer][0] for layer in members])
         variables: dict[str, Any] = {}
@@ -97,6 +103,86 @@ def raw_states(suite: Suite, layers: Mapping[int, tuple[State, Layout]]) -> xr.D
             variables[name] = (("layer", *spec.dims), state[name], {"combine": spec.combine})
             coordinates |= _coordinates(spec.dims, state[name].shape[1:], known)
         parts.append(xr.Dataset(variables, coordinates))
+        sizes.append({"layers": members, **asdict(layout)})
+    attributes = {f"layout_{suite.estimators[0].observes}": sizes}
+    return _joined(parts).assign_attrs(attributes)
+
+
+def _joined(parts: list[xr.Dataset]) -> xr.Dataset:
     if len(parts) == 1:
         return parts[0]
     return xr.concat(parts, "layer", join="outer", combine_attrs="override", data_vars="all").sortby("layer")
+
+
+def relabel(run: Run, site: str, estimators: Sequence[Estimator | str] | None = None) -> xr.Dataset:
+    """Compute the statistics of one site anew from the raw sums that a run keeps.
+
+    So a definition, or a version of one, that is younger than the run applies to it, as long as it needs
+    no sum that the run lacks.
+
+    Parameters
+    ----------
+    run : with raw sums (``keep_raw``)
+    site : a name in ``run.sites``
+    estimators : names or instances; None for those that the run was made with, with their parameters
+
+    Returns
+    -------
+    Dataset with dimensions (step, layer, …), as ``run.at(site)``
+
+    Raises
+    ------
+    EstimatorError : an estimator needs sums that the run does not keep at this site
+    StoreError : the run has no such site, or no raw sums of it
+    """
+    raw = run.raw(site)
+    groups: dict[str, list[Estimator]] = defaultdict(list)
+    for estimator in _of_run(run) if estimators is None else estimators:
+        chosen = get_estimator(estimator) if isinstance(estimator, str) else estimator
+        if f"layout_{chosen.observes}" in raw.attrs:
+            missing = sorted(set(Suite((chosen,)).fields(Layout())) - set(map(str, raw.data_vars)))
+            if not missing:
+                groups[chosen.observes].append(chosen)
+                continue
+            reason = f"it needs the sums {', '.join(missing)}"
+        else:
+            reason = f"it observes {chosen.observes}"
+        if estimators is not None:
+            raise EstimatorError(
+                f"{chosen.identifier} cannot be computed at {site!r} from this run: {reason}, which the run "
+                "does not keep there; probe again with this estimator"
+            )
+    steps = []
+    for index in range(raw.sizes["step"]):
+        sums = raw.isel(step=index)
+        parts = [
+            _relabelled(Suite(chosen), sums, raw.attrs[f"layout_{kind}"]) for kind, chosen in groups.items()
+        ]
+        steps.append(xr.merge(parts, combine_attrs="override", join="outer", compat="no_conflicts"))
+    return xr.concat(steps, raw["step"], data_vars="all", coords="minimal", compat="override", join="exact")
+
+
+def _of_run(run: Run) -> list[Estimator]:
+    """The estimators that a run was made with; JSON made lists of their tuples."""
+    known = run.attrs.get("estimator_parameters", {})
+
+    def parameters(name: str) -> dict[str, Any]:
+        given = known.get(name, {})
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+
+    return [get_estimator(name, **parameters(name)) for name in run.estimators]
+
+
+def _relabelled(suite: Suite, sums: xr.Dataset, sizes: Sequence[Mapping[str, Any]]) -> xr.Dataset:
+    """One step's statistics from its raw sums; padding that joined layers of other sizes is cut off."""
+    known = suite.coords()
+    layers: dict[int, tuple[State, Layout]] = {}
+    for entry in sizes:
+        layout = Layout(**{key: int(value) for key, value in entry.items() if key != "layers"})
+        for layer in entry["layers"]:
+            state = {}
+            for name, spec in suite.fields(layout).items():
+                own = {dim: slice(layout.size(dim)) for dim in spec.dims if dim not in known}
+                state[name] = sums[name].sel(layer=layer).isel(own).transpose(*spec.dims).values
+            layers[int(layer)] = (state, layout)
+    return label_states(suite, layers)

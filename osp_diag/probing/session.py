@@ -314,7 +314,9 @@ class Probe:
             if self.keep_raw:
                 parts[f"raw/{path}"] = raw_states(suite, layers)
             for group, dataset in parts.items():
-                groups[group] = groups[group].merge(dataset) if group in groups else dataset
+                if group in groups:
+                    dataset = groups[group].merge(dataset).assign_attrs(groups[group].attrs | dataset.attrs)
+                groups[group] = dataset
         return groups
 
     def _keep_snapshots(self, collector: Collector) -> None:
@@ -324,7 +326,7 @@ class Probe:
             self.write_static(group, dataset)
 
     def write_static(self, group: str, dataset: xr.Dataset) -> None:
-        """Keep a dataset that does not depend on the step, such as a snapshot; a resumed run keeps its own."""
+        """Keep a dataset that does not depend on the step, as a snapshot; a resumed run keeps its own."""
         self._static[group] = dataset
         if self._writer is not None and group not in self._writer:
             self._writer.write_static(group, dataset)
