@@ -112,11 +112,19 @@ def positions(xp: Namespace, count: int, like: Array) -> Array:
 
 
 def float32_matmul(first: Array, second: Array) -> Array:
-    """A matrix product that autocast does not lower to half precision."""
+    """A float32 matrix product that no autocast region and no default precision of a backend rounds.
+
+    torch's ``allow_tf32`` switch is the user's and is left alone.
+    """
     xp = namespace_of(first)
     if is_torch_namespace(xp):
-        with sys.modules["torch"].autocast(first.device.type, enabled=False):
-            return xp.matmul(first, second)
+        torch = sys.modules["torch"]
+        # dynamo cannot trace the question; what it compiles for, CPU and CUDA, has autocast.
+        if torch.compiler.is_compiling() or torch.amp.is_autocast_available(first.device.type):
+            with torch.autocast(first.device.type, enabled=False):
+                return xp.matmul(first, second)
+    elif is_jax_namespace(xp):
+        return xp.matmul(first, second, precision="highest")
     return xp.matmul(first, second)
 
 

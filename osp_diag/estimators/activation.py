@@ -7,7 +7,15 @@ from typing import Any
 from jaxtyping import Float
 
 from osp_diag.errors import EstimatorError
-from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, namespace_of, once, runs_on_host
+from osp_diag.estimators._arrays import (
+    Array,
+    Namespace,
+    accumulator_dtype,
+    is_jax_namespace,
+    namespace_of,
+    once,
+    runs_on_host,
+)
 from osp_diag.estimators.base import STRATA, Layout
 from osp_diag.estimators.reductions import (
     GENERIC,
@@ -80,7 +88,10 @@ class ActivationObservation:
             x = xp.astype(x, xp.float32)
         self.raw = x
         self.raw_strata = xp.astype(strata, xp.float32, copy=False)
-        self.finite_token = xp.isfinite(token_extent(x))
+        if is_jax_namespace(xp):  # XLA's maximum over an axis can lose a NaN on a CPU
+            self.finite_token = xp.all(xp.isfinite(x), axis=-1)
+        else:
+            self.finite_token = xp.isfinite(token_extent(x))
         counted = self.finite_token & (self.raw_strata[0, ...] > 0)
         all_counted = runs_on_host(xp, x) and bool(xp.all(counted))
         self.x = x if all_counted else xp.where(counted[..., None], x, xp.zeros_like(x[:1, :1, :1]))

@@ -21,6 +21,7 @@ from osp_diag.estimators._arrays import (
     Array,
     accumulator_dtype,
     counts_by_bin,
+    float32_matmul,
     is_jax_namespace,
     is_torch_namespace,
     namespace_of,
@@ -42,26 +43,8 @@ __all__ = [
     "LogitTile",
     "ProductLogits",
     "SoftmaxStatistics",
-    "exact_matmul",
     "pick_sink",
 ]
-
-
-def exact_matmul(first: Array, second: Array) -> Array:
-    """A float32 matrix product that no autocast region and no default precision of a backend rounds.
-
-    torch's ``allow_tf32`` switch is the user's and is left alone.
-    """
-    xp = namespace_of(first)
-    if is_torch_namespace(xp):
-        torch = sys.modules["torch"]
-        # dynamo cannot trace the question; what it compiles for, CPU and CUDA, has autocast.
-        if torch.compiler.is_compiling() or torch.amp.is_autocast_available(first.device.type):
-            with torch.autocast(first.device.type, enabled=False):
-                return xp.matmul(first, second)
-    elif is_jax_namespace(xp):
-        return xp.matmul(first, second, precision="highest")
-    return xp.matmul(first, second)
 
 
 class LogitTile(NamedTuple):
@@ -111,7 +94,7 @@ class ProductLogits:
         # Heads that share a key are rows of one matrix product: keys are never repeated.
         query = xp.reshape(query, (batch, groups, heads // groups * count, channels))
         key = xp.matrix_transpose(self.key[:, :, first:last, :])
-        logits = xp.reshape(exact_matmul(query, key), (batch, heads, count, last - first))
+        logits = xp.reshape(float32_matmul(query, key), (batch, heads, count, last - first))
         if self.softcap is not None:
             logits = self.softcap * xp.tanh(logits / self.softcap)
         bias, allowed = self.mask.rows(rows, batch=batch, heads=heads, like=self.query)
@@ -202,7 +185,7 @@ def _column_sums(weight: Array, values: Array) -> Array:
         values.device.type != "cpu" or sys.modules["torch"].compiler.is_compiling()
     ):
         return xp.sum(weight[..., None] * values, axis=2)
-    return exact_matmul(weight[..., None, :], values)[..., 0, :]
+    return float32_matmul(weight[..., None, :], values)[..., 0, :]
 
 
 def _softmax_tile(source: LogitSource, rows: QueryRows, sink: Array, weight: Array) -> SoftmaxStatistics:
