@@ -32,6 +32,12 @@ def measure(
     runs: dict[str, Run] = {}
     other = "osp-published" if protocol == "sequence" else "sequence"
     for name in (protocol, other) if compare else (protocol,):
+        present = [site for site in HIDDEN_STATES if not runs or site in runs[protocol].sites]
+        if name != protocol:
+            if not present:
+                break
+            # Under the published protocol no sequence has a BOS, whatever the real ones begin with.
+            tokens = {**tokens, "bos": "auto"} if name == "osp-published" else tokens
         batches = make_batches(
             checkpoint.tokenizer,
             protocol=name,
@@ -43,7 +49,7 @@ def measure(
         if name == protocol:
             chosen |= main
         else:
-            chosen |= {"sites": HIDDEN_STATES, "estimators": ("osp_excess_kurtosis",), "snapshot_tokens": 0}
+            chosen |= {"sites": present, "estimators": ("osp_excess_kurtosis",), "snapshot_tokens": 0}
         try:
             with progress_bar(f"{checkpoint.name}, {name}") as progress:
                 runs[name] = probe_checkpoint(checkpoint, batches, progress=progress, **chosen)
