@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from osp_diag.capture.attention_measuring import measure_attention
 from osp_diag.capture.compiling import compile_apart
-from osp_diag.capture.hooks import ForwardPass, heads_first
+from osp_diag.capture.hooks import ForwardPass, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
 from osp_diag.errors import CaptureError
@@ -39,16 +40,14 @@ GROWING = ("key_position", "token_position")
 
 def suites_of(site: str, estimators: Sequence[Estimator] | None) -> dict[str, Suite]:
     """The estimators that apply at a site, by what they observe; None asks for the default ones."""
-    kinds = (
-        ("attention",)
-        if site == ATTENTION
-        else ("activation", "heads")
-        if site in HEAD_SITES
-        else ("activation",)
-    )
-    found = {}
+    kinds: tuple[Literal["activation", "heads", "attention"], ...] = ("activation",)
+    if site == ATTENTION:
+        kinds = ("attention",)
+    elif site in HEAD_SITES:
+        kinds = ("activation", "heads")
+    found: dict[str, Suite] = {}
     for kind in kinds:
-        chosen = default_estimators(observes=kind, site=site)
+        chosen: Sequence[Estimator] = default_estimators(observes=kind, site=site)
         if estimators is not None:
             chosen = [estimator for estimator in estimators if estimator.observes == kind]
         if chosen:
@@ -92,7 +91,13 @@ class Collector:
         self.forward_passes = 0
         self._strata: dict[torch.device, torch.Tensor] = {}
         self._pass: ForwardPass | None = None
-        self._undo: dict[Key, State] = {}
+        self._undo: tuple[dict[Key, State], dict[Key, Layout]] = ({}, {})
+        self._called: set[int] = set()
+        self._values: dict[int, torch.Tensor] = {}
+
+    def needs(self, tap: Tap) -> bool:
+        """Whether a tap is read: its site is wanted, or attention statistics take their values there."""
+        return self.wanted(tap.site) or (tap.site == "value" and self.wanted(ATTENTION))
 
     def suites_at(self, site: str) -> dict[str, Suite]:
         if site not in self.suites:
@@ -104,7 +109,8 @@ class Collector:
     def start(self, forward_pass: ForwardPass) -> None:
         """Learn which tokens the pass is about: ids, padding and so the strata."""
         self._pass = forward_pass
-        self._undo = dict(self.states)
+        self._undo = (dict(self.states), dict(self.layouts))
+        self._called, self._values = set(), {}
         ids, mask = forward_pass.token_ids, forward_pass.attention_mask
         if ids is None:
             other = next(
@@ -125,10 +131,12 @@ class Collector:
     def stop(self, raised: bool) -> None:
         """A pass that raised is forgotten whole: half of its sites would bias the averages."""
         if raised:
-            self.states = self._undo
+            self.states, self.layouts = self._undo
+            if self.snapshots is not None and self.forward_passes == 0:
+                self.snapshots.clear()
         else:
             self.forward_passes += 1
-        self._undo, self._pass = {}, None
+        self._undo, self._pass, self._values = ({}, {}), None, {}
 
     def forget_unfinished(self) -> None:
         """Forget a pass that Ctrl-C cut short, of which no hook tells."""
@@ -144,35 +152,43 @@ class Collector:
 
     def on_activation(self, tap: Tap, layer: int, value: torch.Tensor) -> None:
         """Fold one tapped tensor."""
-        if not self.wanted(tap.site):
-            return
         strata = self.strata_on(value.device)
         _, batch, tokens = strata.shape
-        if value.numel() % (batch * tokens) or value.shape[0] not in (batch, batch * tokens):
+        if not _one_vector_a_token(value, batch, tokens):
             self.skipped[tap.site] = (
                 f"its tensor {tuple(value.shape)} does not hold one vector a token ({batch} × {tokens})"
             )
             return
         if tap.heads:
-            self._fold_heads(tap.site, layer, heads_first(tap, value, batch, tokens), strata)
-        else:
+            tensor = heads_first(tap, value, batch, tokens)
+            if tap.site == "value":
+                self._values[layer] = tensor
+            if self.wanted(tap.site):
+                self._fold_heads(tap.site, layer, tensor, strata)
+        elif self.wanted(tap.site):
             self._fold(tap.site, layer, "activation", value.reshape(batch, tokens, -1), strata)
 
     def on_attention(self, call: AttentionCall, layer: int | None) -> None:
-        """Fold one self-attention call: its heads' tensors and the statistics of its probabilities."""
-        if layer is None:
+        """Fold one self-attention call: its heads' tensors and the statistics of its probabilities.
+
+        A layer that calls attention several times (DiffLlama) counts once, by its first call.
+        """
+        if layer is None or layer in self._called:
             return
-        device = (call.query if call.query is not None else call.logits).device  # type: ignore[union-attr]
-        strata = self.strata_on(device)
-        for site, tensor in (
-            ("query_post_rope", call.query),
-            ("key_post_rope", call.key),
-            ("value", call.value),
-        ):
-            if tensor is not None and self.wanted(site):
-                self._fold_heads(site, layer, tensor, strata)
-        if self.wanted(ATTENTION) and strata.shape[-1] > 1:
-            self._fold_attention(call, layer, strata)
+        self._called.add(layer)
+        strata = self.strata_on(call.tensor.device)
+        with unobserved(call.tensor.device):
+            for site, tensor in (
+                ("query_post_rope", call.query),
+                ("key_post_rope", call.key),
+                ("value", call.value),
+            ):
+                if tensor is not None and self.wanted(site):
+                    self._fold_heads(site, layer, tensor, strata)
+            if self.wanted(ATTENTION) and strata.shape[-1] > 1:
+                if call.value is None and call.logits is not None:
+                    call = replace(call, value=self._values.pop(layer, None))
+                self._fold_attention(call, layer, strata)
 
     def on_routed(self, layer: int, rows: torch.Tensor, slots: int) -> None:
         """Fold the experts' hidden activations: each token's ``slots`` rows as so many parallel sequences."""
@@ -220,10 +236,12 @@ class Collector:
         suite = self.suites_at(site)[kind]
         bits = SIGNIFICANT_BITS.get(x.dtype, 31)
 
+        observe = _fused_observation() if self.compiled and x.device.type == "cuda" else ActivationObservation
+
         def measure(x: torch.Tensor, strata: torch.Tensor) -> State:
             if kind == "heads":
                 return suite.measure(HeadsObservation(x, strata))
-            return suite.measure(ActivationObservation(x, strata, significant_bits=bits))
+            return suite.measure(observe(x, strata, significant_bits=bits))
 
         if not self.compiled:
             return measure
@@ -252,6 +270,21 @@ class Collector:
             state, increment = (_padded(suite, part, longest) for part in (state, increment))
             self.layouts[key] = longest
         self.states[key] = merge_states(suite.fields(layout), state, increment)
+
+
+def _one_vector_a_token(value: torch.Tensor, batch: int, tokens: int) -> bool:
+    """(batch, token, channel), (batch · token, channel), or (batch, token, head, width) either way round."""
+    shape = tuple(value.shape)
+    if len(shape) == 4:
+        return shape[0] == batch and tokens in shape[1:3]
+    return shape[:-1] in ((batch, tokens), (batch * tokens,))
+
+
+def _fused_observation() -> Callable[..., ActivationObservation]:
+    """Observations whose reductions are Triton kernels; Triton comes with torch's CUDA builds alone."""
+    from osp_diag.capture.kernels import FusedObservation
+
+    return FusedObservation
 
 
 def _layout(kind: str, x: torch.Tensor) -> Layout:

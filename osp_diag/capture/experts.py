@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from osp_diag.capture.hooks import unobserved
+
 __all__ = ["ExpertCapture"]
 
 _DOWN = re.compile(r"down|w2|output|wo\b", re.IGNORECASE)
@@ -138,9 +140,9 @@ class ExpertCapture:
             if routed == 0 or routed % watch.tokens:
                 self.on_failure(layer)
                 return
-            index = torch.cat([index for index, _ in watch.rows])
-            rows = torch.cat([rows for _, rows in watch.rows])
-            with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
+            with unobserved(watch.rows[0][1].device):
+                index = torch.cat([index for index, _ in watch.rows])
+                rows = torch.cat([rows for _, rows in watch.rows])
                 self.on_rows(layer, rows[torch.argsort(index, stable=True)], routed // watch.tokens)
 
         return hook

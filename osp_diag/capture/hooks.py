@@ -7,37 +7,48 @@ the recomputation of activation checkpointing (which runs in the backward pass) 
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import split_fused
 from osp_diag.sites.trace import unwrap
 
-__all__ = ["ForwardPass", "SiteCapture", "heads_first"]
+__all__ = ["ForwardPass", "SiteCapture", "heads_first", "unobserved"]
+
+
+_ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
+_NO_IDS = re.compile(r"mask|position|label|target|type|segment|cache|decoder", re.IGNORECASE)
+"""Integer matrices that are no token ids."""
 
 
 class ForwardPass:
     """The forward pass under way: its inputs, and how often each block ran in it."""
 
-    def __init__(self) -> None:
-        self.arguments: dict[str, Any] = {}
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        self.arguments = dict(arguments)
+        """by the names that the model's own ``forward`` gives them"""
         self.runs: dict[str, int] = defaultdict(int)
         self.layer: int | None = None
         """the layer of the block that runs now"""
 
     @property
     def token_ids(self) -> torch.Tensor | None:
-        """(batch, token) ids, from ``input_ids`` or the first integer matrix among the arguments."""
+        """(batch, token) ids: ``input_ids``, or the first integer matrix not named like something else."""
         named = self.arguments.get("input_ids")
         if isinstance(named, torch.Tensor):
             return named
-        for value in self.arguments.values():
-            if isinstance(value, torch.Tensor) and value.ndim == 2 and not value.is_floating_point():
+        for name, value in self.arguments.items():
+            matrix = isinstance(value, torch.Tensor) and value.ndim == 2 and value.dtype in _ID_DTYPES
+            if matrix and not _NO_IDS.search(name):
                 return value
         return None
 
@@ -119,7 +130,13 @@ class SiteCapture:
         """Remove every hook."""
         while self._handles:
             self._handles.pop().remove()
-        self.current = None
+        self._abandon()
+
+    def _abandon(self) -> None:
+        """A pass that Ctrl-C interrupted ends without its hooks."""
+        if self.current is not None:
+            self.current = None
+            self.on_stop(True)
 
     def __enter__(self) -> SiteCapture:
         self.attach()
@@ -138,8 +155,8 @@ class SiteCapture:
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
-        self.current = ForwardPass()
-        self.current.arguments = {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+        self._abandon()
+        self.current = ForwardPass(_named(module, args, kwargs))
         self.on_start(self.current)
 
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -168,9 +185,7 @@ class SiteCapture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.current is not None:
                 for tap in taps:
-                    key = tap.argument
-                    value = args[key] if isinstance(key, int) and key < len(args) else kwargs.get(str(key))
-                    self._read(tap, value)
+                    self._read(tap, _argument(tap.argument, args, kwargs))
 
         return hook
 
@@ -178,21 +193,64 @@ class SiteCapture:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
             if self.current is not None:
                 for tap in taps:
-                    value = result
-                    if tap.argument is not None and not isinstance(result, torch.Tensor):
-                        items = list(result.values()) if isinstance(result, Mapping) else result
-                        value = items[tap.argument]
-                    self._read(tap, value)
+                    self._read(tap, _member(tap.argument, result))
 
         return hook
 
     def _read(self, tap: Tap, value: Any) -> None:
         if not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
             return
-        # What the statistics call is nobody's attention: the mode that watches for it need not see it.
-        quiet = torch._C.DisableTorchFunction()
-        with torch.no_grad(), torch.autocast(value.device.type, enabled=False), quiet:
+        with unobserved(value.device):
             self.on_activation(tap, self._layer(tap), value.detach())
+
+
+@contextmanager
+def unobserved(device: torch.device) -> Iterator[None]:
+    """Compute without gradients, without autocast, and seen by none of the modes that are active.
+
+    Function modes watch for the model's attention, and statistics are none. Dispatch modes belong to the
+    caller: selective activation checkpointing keeps what ops return, in the order of their calls, and would
+    give the model our products in its backward pass; a FLOP counter counts the model's.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch.amp.is_autocast_available(device.type):
+            stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(torch._C.DisableTorchFunction())
+        if _get_current_dispatch_mode() is not None:
+            stack.enter_context(_disable_current_modes())
+        yield
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments by name: an attention mask may come as the second positional one."""
+    try:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
+    except (TypeError, ValueError):
+        return {**{str(index): value for index, value in enumerate(args)}, **kwargs}
+    named: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        kind = bound.signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        elif kind is inspect.Parameter.VAR_POSITIONAL:
+            named |= {str(index): item for index, item in enumerate(value)}
+        else:
+            named[name] = value
+    return named
+
+
+def _argument(key: int | str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if isinstance(key, int):
+        return args[key] if key < len(args) else None
+    return kwargs.get(str(key))
+
+
+def _member(key: int | str | None, result: Any) -> Any:
+    if key is None or isinstance(result, torch.Tensor):
+        return result
+    items = list(result.values()) if isinstance(result, Mapping) else result
+    return items[key] if isinstance(key, int) else None
 
 
 def heads_first(tap: Tap, value: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:

@@ -42,7 +42,14 @@ class Snapshots:
         self.layers = None if layers is None else frozenset(layers)
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
         self.dropped: set[tuple[str, int]] = set()
-        self._room = megabytes * 2**20
+        self._megabytes = megabytes
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget what was kept: its forward pass raised."""
+        self.kept.clear()
+        self.dropped.clear()
+        self._room = self._megabytes * 2**20
 
     def offer(self, site: str, layer: int, x: torch.Tensor) -> None:
         """Keep a copy of the first sequence: (token, channel), or (head, token, width)."""

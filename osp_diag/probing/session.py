@@ -16,7 +16,7 @@ from torch import nn
 from osp_diag.capture.attention import AttentionCapture
 from osp_diag.capture.collector import Collector, Key, suites_of
 from osp_diag.capture.experts import ExpertCapture
-from osp_diag.capture.hooks import ForwardPass, SiteCapture
+from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators import get_estimator
@@ -31,7 +31,7 @@ from osp_diag.probing.versions import library_versions
 from osp_diag.run import Run, open_run
 from osp_diag.sites import SITES, find_sites, matches
 from osp_diag.sites.names import ATTENTION, HEAD_SITES
-from osp_diag.sites.trace import unwrap
+from osp_diag.sites.trace import unfused, unwrap
 from osp_diag.store import RunWriter
 
 __all__ = ["Probe", "instances"]
@@ -230,23 +230,20 @@ class Probe:
 
     @contextmanager
     def _attached(self, collector: Collector) -> Iterator[None]:
-        taps = tuple(tap for tap in self.site_map.taps if self.wanted(tap.site))
-
-        def start(forward_pass: ForwardPass) -> None:
-            collector.start(forward_pass)
-
+        taps = tuple(tap for tap in self.site_map.taps if collector.needs(tap))
         capture = SiteCapture(
             self.model,
             taps,
             self.site_map.block_paths,
             collector.on_activation,
-            on_start=start,
+            on_start=collector.start,
             on_stop=collector.stop,
         )
         heads = (ATTENTION, *HEAD_SITES)
         with ExitStack() as stack:
             if _is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(unfused(unwrap(self.model)))
             stack.enter_context(capture)
             if self.site_map.expert_layers and self.wanted("mlp_hidden"):
                 stack.enter_context(self._experts(collector, capture))

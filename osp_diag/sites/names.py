@@ -42,7 +42,7 @@ class Tap:
     output tuple (None for a bare tensor). ``heads`` > 0 says that the channels are (heads, head_channels);
     ``head_axis`` is where the head axis stands in the tensor itself: "flat" for (…, heads · width),
     "last" for (batch, token, head, width), "first" for (batch, head, token, width).
-    ``columns`` picks channels (start, stop) of a fused projection, seen as (groups, per_group, width).
+    ``fused`` says which part of a fused projection's output the heads are.
     """
 
     site: str
@@ -107,7 +107,10 @@ class SiteMap:
                 where = f"{example.side} of {example.module}" if example else "the experts' weights"
             span = f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
             lines.append(f"  {site:<24} layers {span:<6} ({len(layers)})  {where}")
-        lines += [f"  {site:<24} absent: {reason}" for site, reason in self.absent.items()]
+        by_reason: dict[str, list[str]] = {}
+        for site, reason in self.absent.items():
+            by_reason.setdefault(reason, []).append(site)
+        lines += [f"  absent: {', '.join(sites)}: {reason}" for reason, sites in by_reason.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
 
 

@@ -15,7 +15,7 @@ import torch
 from osp_diag.sites.names import Tap
 from osp_diag.sites.trace import Event
 
-__all__ = ["pre_rope_tap"]
+__all__ = ["distinct_heads", "pre_rope_tap", "split_fused"]
 
 
 def _proportional(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -32,27 +32,18 @@ def _proportional(left: torch.Tensor, right: torch.Tensor) -> bool:
     )
 
 
-def _views(
-    output: torch.Tensor, batch_tokens: tuple[int, int], heads: int, width: int
-) -> dict[str, torch.Tensor]:
-    """Position 0 of ``output`` as (heads, width), under each layout that its shape allows."""
-    batch, tokens = batch_tokens
-    views: dict[str, torch.Tensor] = {}
-    if output.numel() != batch * tokens * heads * width:
-        return views
-    shape = tuple(output.shape)
-    if shape == (batch, heads, tokens, width):
-        views["first"] = output[0, :, 0]
-    if shape == (batch, tokens, heads, width):
-        views["last"] = output[0, 0]
-    if shape in ((batch, tokens, heads * width), (batch * tokens, heads * width)):
-        views["flat"] = output.reshape(batch, tokens, heads, width)[0, 0]
-    return views
+def distinct_heads(key: torch.Tensor) -> torch.Tensor:
+    """Keys (batch, head, token, width) without the copies that a model makes for heads that share one."""
+    heads = key.shape[1]
+    for groups in range(1, heads):
+        if heads % groups == 0:
+            grouped = key.unflatten(1, (groups, heads // groups))
+            if torch.equal(grouped, grouped[:, :, :1].expand_as(grouped)):
+                return grouped[:, :, 0]
+    return key
 
 
-def _fused_layouts(
-    query_heads: int, key_heads: int, own_heads: int, role: str
-) -> list[tuple[int, int, int, int]]:
+def _fused_layouts(query_heads: int, key_heads: int, role: str) -> list[tuple[int, int, int, int]]:
     """(groups, slots per group, first slot, slots taken) of the known ways to fuse q, k and v.
 
     A slot is one head's width. Contiguous [q | k | v], and grouped by key head [q … q, k, v].
@@ -75,25 +66,50 @@ def pre_rope_tap(
 ) -> Tap | None:
     """The last module output before the attention call that equals ``wanted`` at position 0.
 
+    An output that equals it at every position comes after a rotary embedding that is a module, or belongs
+    to a model without any; it is taken only if no other fits.
+
     Parameters
     ----------
     wanted : (batch, heads, token, width) as it entered the product
     before : the module calls inside the attention module that ended before the attention call
+    query_heads, key_heads : numbers of distinct heads, which tell fused layouts apart
     """
-    batch, heads, tokens, width = wanted.shape
-    target = wanted[0, :, 0]
-    role = site.partition("_")[0]
-    base = Tap(site=site, layer=layer, module="", side="output", heads=heads)
+    rotated: Tap | None = None
+    base = Tap(site=site, layer=layer, module="", side="output", heads=wanted.shape[1])
     for event in reversed(before):
         for index, output in event.outputs.items():
-            for axis, view in _views(output, (batch, tokens), heads, width).items():
-                if _proportional(target, view):
-                    return replace(base, module=event.name, argument=index, head_axis=axis)
-            if output.ndim == 3 and output.shape[-1] == (query_heads + 2 * key_heads) * width:
-                for fused in _fused_layouts(query_heads, key_heads, heads, role):
-                    if _proportional(target, split_fused(output, fused, width)[0, 0]):
-                        return replace(base, module=event.name, argument=index, fused=fused)
-    return None
+            found = _layouts(site, output, wanted.shape, query_heads, key_heads)
+            for layout, tensor in found:
+                if not _proportional(wanted[0, :, 0], tensor[0, :, 0]):
+                    continue
+                tap = replace(base, module=event.name, argument=index, **layout)
+                if not _proportional(wanted, tensor):
+                    return tap
+                rotated = rotated or tap
+    return rotated
+
+
+def _layouts(
+    site: str, output: torch.Tensor, shape: tuple[int, ...], query_heads: int, key_heads: int
+) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """``output`` as (batch, heads, token, width), under each layout that its size allows."""
+    batch, heads, tokens, width = shape
+    found: list[tuple[dict[str, Any], torch.Tensor]] = []
+    if output.numel() == batch * heads * tokens * width:
+        if tuple(output.shape) == (batch, heads, tokens, width):
+            found.append(({"head_axis": "first"}, output))
+        if tuple(output.shape) == (batch, tokens, heads, width):
+            found.append(({"head_axis": "last"}, output.transpose(1, 2)))
+        if tuple(output.shape) in ((batch, tokens, heads * width), (batch * tokens, heads * width)):
+            flat = output.reshape(batch, tokens, heads, width)
+            found.append(({"head_axis": "flat"}, flat.transpose(1, 2)))
+    slots = query_heads + 2 * key_heads
+    if output.shape[-1] == slots * width and output.numel() == batch * tokens * slots * width:
+        for fused in _fused_layouts(query_heads, key_heads, site.partition("_")[0]):
+            part = split_fused(output.reshape(batch, tokens, -1), fused, width)
+            found.append(({"fused": fused}, part.transpose(1, 2)))
+    return found
 
 
 def split_fused(output: Any, fused: tuple[int, int, int, int], width: int) -> torch.Tensor:

@@ -39,7 +39,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     for name, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             continue
-        if any(name.startswith(outer + ".") for outer in found):
+        if any(outer == "" or name.startswith(outer + ".") for outer in found):
             continue
         children = list(module.children())
         is_stack = bool(children) and all(
@@ -64,7 +64,7 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
         events = [
             event
             for event in trace.events
-            if fnmatchcase(event.name, blocks) or _parent(event.name) == blocks
+            if event.input is not None and (_names(blocks, event.name) or _parent(event.name) == blocks)
         ]
         if not events:
             raise SiteError(
@@ -74,7 +74,7 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
         return blocks, events
     sizes: dict[str, tuple[int, list[Event]]] = {}
     for name, container in _candidates(model).items():
-        members = {f"{name}.{child}" for child, _ in container.named_children()}
+        members = {f"{name}.{child}".lstrip(".") for child, _ in container.named_children()}
         events = [event for event in trace.events if event.name in members and event.input is not None]
         if events:
             sizes[name] = (_size(container), events)
@@ -86,6 +86,11 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
         )
     name = max(sizes, key=lambda key: sizes[key][0])
     return name, sizes[name][1]
+
+
+def _names(pattern: str, name: str) -> bool:
+    """Whether a pattern names this module: ``*`` stands for one part of the path, not for several."""
+    return pattern.count(".") == name.count(".") and fnmatchcase(name, pattern)
 
 
 def _parent(name: str) -> str:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
 
-__all__ = ["Event", "Trace", "run_example", "trace_forward", "unwrap"]
+if TYPE_CHECKING:
+    from osp_diag.capture.attention import AttentionCall
+
+__all__ = ["Event", "Trace", "fused_encoder_layers", "run_example", "trace_forward", "unfused", "unwrap"]
 
 TOKENS = 8
 
@@ -43,11 +46,16 @@ class Event:
 
 @dataclass
 class Trace:
-    """All calls in order of their start, and the attention calls with the clock time at which they came."""
+    """All calls in order of their start, and the attention calls with the clock time at which they came.
+
+    Tensors are copies on the host.
+    """
 
     events: list[Event] = field(default_factory=list)
     attention: list[tuple[int, Any]] = field(default_factory=list)
     clock: int = 0
+    skipped: tuple[str, ...] = ()
+    """why attention calls were not delivered"""
 
     def tick(self) -> int:
         self.clock += 1
@@ -69,9 +77,39 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def fused_encoder_layers(model: nn.Module) -> bool:
+    """Whether torch may run layers of the model as one fused kernel, which hooks inside them switch off."""
+    return any(isinstance(module, nn.TransformerEncoderLayer) for module in model.modules())
+
+
+@contextmanager
+def unfused(model: nn.Module) -> Iterator[None]:
+    """Switch the fused path of ``nn.TransformerEncoderLayer`` off, as hooks do, so that attention is seen."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    if fused_encoder_layers(model):
+        torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def _on_host(call: AttentionCall) -> AttentionCall:
+    """A copy of what sites are told by: query, key, logits and mask; a mask function becomes a mask."""
+    mask = call.mask
+    if call.mask_function is not None:
+        position = torch.arange(call.lengths[1], device=call.tensor.device)
+        zero = torch.zeros((), dtype=torch.long, device=call.tensor.device)
+        mask = call.mask_function(zero, zero, position[:, None], position[None, :])
+    tensors = {"query": call.query, "key": call.key, "logits": call.logits, "mask": mask}
+    copies = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items() if t is not None}
+    return replace(call, value=None, mask_function=None, **copies)  # type: ignore[arg-type]
+
+
 def _floating(values: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
+    """Copies of the activations, on the host: a module may add to its input in place."""
     return {
-        key: value
+        key: value.detach().to("cpu", copy=True)
         for key, value in values.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2
     }
@@ -157,8 +195,8 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
 
         return hook
 
-    def on_call(call: Any) -> None:
-        trace.attention.append((trace.tick(), call))
+    def on_call(call: AttentionCall) -> None:
+        trace.attention.append((trace.tick(), _on_host(call)))
 
     with ExitStack() as stack:
         stack.enter_context(_undisturbed(model))
@@ -166,7 +204,8 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
             if name:
                 stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after(name)).remove)
-        stack.enter_context(AttentionCapture(model, on_call))
+        stack.enter_context(unfused(model))
+        capture = stack.enter_context(AttentionCapture(model, on_call))
         try:
             run_example(model, example)
         except Exception as error:
@@ -175,4 +214,5 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
                 f"({type(error).__name__}: {error}); pass "
                 "`example=` a batch (a dict of arguments) that it accepts"
             ) from error
+        trace.skipped = tuple(capture.skipped)
     return trace

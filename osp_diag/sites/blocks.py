@@ -1,0 +1,98 @@
+"""One block of the trace, and what all who look for its sites need."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from osp_diag.sites.names import Tap
+from osp_diag.sites.trace import Event
+
+__all__ = ["Block", "input_tap", "is_inside", "outermost", "output_tap", "same"]
+
+
+def same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    """Whether two tensors hold the same numbers in the same order."""
+    if left is None or right is None or left.numel() != right.numel():
+        return False
+    return torch.equal(left.reshape(-1), right.reshape(-1))
+
+
+def input_tap(site: str, layer: int, event: Event) -> Tap:
+    """The first floating input of a module."""
+    return Tap(site=site, layer=layer, module=event.name, side="input", argument=next(iter(event.inputs)))
+
+
+def output_tap(site: str, layer: int, event: Event) -> Tap:
+    """The first floating output of a module."""
+    return Tap(site=site, layer=layer, module=event.name, side="output", argument=next(iter(event.outputs)))
+
+
+def is_inside(event: Event, outer: Event | None) -> bool:
+    """Whether a call is ``outer`` or was made during it."""
+    return outer is not None and outer.start <= event.start and event.stop <= outer.stop
+
+
+def outermost(events: list[Event]) -> list[Event]:
+    """The calls that no other of these calls encloses."""
+    found: list[Event] = []
+    for event in events:
+        if not any(outer.start < event.start and event.stop < outer.stop for outer in found):
+            found.append(event)
+    return found
+
+
+@dataclass
+class Block:
+    """What one block did in the trace, and the taps found in it."""
+
+    layer: int
+    event: Event
+    inner: list[Event]
+    hidden_size: int
+    calls: list[tuple[int, Any]]
+    """self-attention calls, with the time of each"""
+    taps: list[Tap] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
+    """contribution → what the block multiplies it with before adding it"""
+    experts: str | None = None
+
+    @property
+    def call(self) -> Any:
+        """The first attention call, or None."""
+        return self.calls[0][1] if self.calls else None
+
+    @property
+    def call_time(self) -> int:
+        return self.calls[0][0] if self.calls else 0
+
+    @property
+    def rows(self) -> int:
+        """Number of tokens in all sequences of the example."""
+        state = self.event.input
+        return 0 if state is None else state.numel() // state.shape[-1]
+
+    def add(self, site: str, event: Event, side: str) -> None:
+        self.taps.append((input_tap if side == "input" else output_tap)(site, self.layer, event))
+
+    def is_state(self, tensor: torch.Tensor | None) -> bool:
+        """Whether a tensor has the shape of the residual stream: one vector of its width a token."""
+        return (
+            tensor is not None and tensor.shape[-1] == self.hidden_size and self.has_one_row_a_token(tensor)
+        )
+
+    def has_one_row_a_token(self, tensor: torch.Tensor | None) -> bool:
+        return tensor is not None and tensor.numel() == self.rows * tensor.shape[-1]
+
+    def past_norm(self, event: Event) -> Event:
+        """``event``, or what reads the norm with which it begins (T5's layers hold their own norms)."""
+        from osp_diag.sites.stack import is_norm
+
+        inside = [e for e in self.inner if event.start < e.start and e.stop < event.stop]
+        if not inside or not is_norm(inside[0].module) or not same(inside[0].input, event.input):
+            return event
+        reader = next((e for e in inside[1:] if same(e.input, inside[0].output)), None)
+        return event if reader is None else reader

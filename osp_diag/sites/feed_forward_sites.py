@@ -1,0 +1,213 @@
+"""The sites of a block around its MLP, the stream before it, and what attention and MLP add to the stream.
+
+What is added is told by its values: the module output that equals the difference of two states of the
+stream (or is proportional to it, where the model has a residual multiplier).
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import torch
+from torch import nn
+
+from osp_diag.sites.blocks import Block, is_inside, outermost, same
+from osp_diag.sites.names import Tap
+from osp_diag.sites.stack import is_linear, is_norm
+from osp_diag.sites.trace import Event
+
+__all__ = ["feed_forward_sites"]
+
+_FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn|moe|channel_?mix", re.IGNORECASE)
+"""Names of an MLP in a block without attention, where the order of calls does not tell it from a mixer."""
+_MIXED = "what is added to the stream is no module's output (it is scaled or mixed outside of modules)"
+PARALLEL = "attention and MLP read the same state (parallel block)"
+
+
+def _holds_experts(module: nn.Module) -> bool:
+    """Whether a module holds its experts' matrices stacked in one parameter."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+
+
+def _outside_attention(block: Block, attention: Event | None) -> list[Event]:
+    """Calls of the block that are no part of its attention, nor of its mixer where it has no attention."""
+    outside = [
+        event
+        for event in block.inner
+        if not is_inside(event, attention) and not event.start < block.call_time < event.stop
+    ]
+    if block.call is None:
+        named = [e for e in outermost(block.inner) if _FEED_FORWARD.search(e.name.rpartition(".")[2])]
+        return [event for event in outside if any(is_inside(event, e) for e in named)]
+    if attention is None:
+        # Attention's projections stand directly in the block: the first after the call is its output.
+        after = [e for e in outside if e.start > block.calls[-1][0] and is_linear(e.module)]
+        return [event for event in outside if after and event.start > after[0].stop]
+    return outside
+
+
+def feed_forward_sites(block: Block, attention: Event | None) -> None:
+    """Find the MLP's input, hidden state and contribution, attention's contribution, and residual_mid."""
+    outside = _outside_attention(block, attention)
+    linears = [event for event in outside if is_linear(event.module)]
+    experts = [event for event in outside if _holds_experts(event.module)]
+    if not linears and not experts:
+        for site in ("mlp_input", "mlp_hidden", "mlp_contribution"):
+            block.absent[site] = "no MLP in the block"
+        block.absent["residual_mid"] = "no MLP in the block, so that nothing lies between the two"
+        own = _attention_outputs(block, attention, [])
+        _contribution(block, "attention_contribution", own, block.event.input, block.event.output)
+        return
+    whole = next(
+        (
+            event
+            for event in outermost(outside)
+            if not is_norm(event.module) and any(is_inside(x, event) for x in linears + experts)
+        ),
+        None,
+    )
+    first = block.past_norm(whole) if whole is not None and block.is_state(whole.input) else None
+    first = first or (linears or experts)[0]
+    block.add("mlp_input", first, "input")
+    _hidden(block, linears, experts)
+    later = [event for event in outside if event.start >= (whole or first).start]
+    middle, tap = _stream_before(block, first)
+    earlier = [event for event in outside if event.stop < first.start and event not in later]
+    own = _attention_outputs(block, attention, earlier)
+    if middle is None:
+        block.absent["residual_mid"] = PARALLEL
+        _parallel_contributions(block, own, later)
+        return
+    if block.call is None:
+        block.absent["residual_mid"] = "no attention in the block"
+    else:
+        block.taps.append(tap)
+        _contribution(block, "attention_contribution", own, block.event.input, middle)
+    _contribution(block, "mlp_contribution", later, middle, block.event.output)
+
+
+def _hidden(block: Block, linears: list[Event], experts: list[Event]) -> None:
+    if experts:
+        block.experts = experts[0].name
+        return
+    down = [event for event in linears[1:] if event.output is not None and event.input is not None]
+    down = [event for event in down if event.output.shape[-1] == block.hidden_size]  # type: ignore[union-attr]
+    whole = [event for event in down if block.has_one_row_a_token(event.input)]
+    narrowing = [event for event in whole if not block.is_state(event.input)]
+    if whole:
+        block.add("mlp_hidden", (narrowing or whole)[-1], "input")
+    elif down:
+        block.absent["mlp_hidden"] = "its experts are modules of their own that each see some of the tokens"
+    else:
+        block.absent["mlp_hidden"] = "no down projection back to the residual stream's width was seen"
+
+
+def _stream_before(block: Block, mlp: Event) -> tuple[torch.Tensor | None, Tap]:
+    """The stream that the MLP's norm reads (or the MLP itself without one), None in a parallel block."""
+    entry = mlp.input
+    norm = next(
+        (e for e in block.inner if is_norm(e.module) and e.stop < mlp.start and same(e.output, entry)), None
+    )
+    post_norm = any(is_norm(e.module) and same(e.output, block.event.output) for e in block.inner)
+    # After a norm on the sum (BERT), or without one before it (OLMo 2), the MLP reads the stream itself.
+    source = norm if norm is not None and not post_norm else mlp
+    block_tap = Tap(
+        site="residual_mid",
+        layer=block.layer,
+        module=source.name,
+        side="input",
+        argument=next(iter(source.inputs)),
+    )
+    of_attention = {tap.module for tap in block.taps if tap.site == "attention_input"}
+    attention = next((e for e in block.inner if e.name in of_attention), None)
+    reads_the_same = attention is not None and same(entry, attention.input)
+    if reads_the_same or same(source.input, block.event.input):
+        return None, block_tap
+    return source.input, block_tap
+
+
+def _attention_outputs(block: Block, attention: Event | None, earlier: list[Event]) -> list[Event]:
+    """What may be attention's contribution: outputs of its modules, and of those between it and the MLP."""
+    if block.call is None:
+        return []
+    inside = [e for e in block.inner if is_inside(e, attention)]
+    if attention is None:
+        inside = [e for e in block.inner if e.start > block.call_time and is_linear(e.module)][:1]
+    return inside + [event for event in earlier if event.start > block.call_time]
+
+
+def _sum_before(block: Block, state: torch.Tensor | None) -> torch.Tensor | None:
+    """A state of the stream, before the norm that made it where the block norms its sums (BERT)."""
+    norm = next((e for e in block.inner if is_norm(e.module) and same(e.output, state)), None)
+    return state if norm is None else norm.input
+
+
+def _factor(output: torch.Tensor, difference: torch.Tensor) -> float | None:
+    """c such that difference = c · output, or None."""
+    output = output.double().reshape(difference.shape)
+    energy = float((output * output).sum())
+    if energy == 0 or not bool(difference.any()):
+        return None
+    factor = float((output * difference).sum()) / energy
+    tolerance = 2e-2 * float(difference.abs().max())
+    return factor if torch.allclose(factor * output, difference, rtol=2e-2, atol=tolerance) else None
+
+
+def _minus(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
+    if left is None or right is None or left.numel() != right.numel():
+        return None
+    return left.double() - right.double().reshape(left.shape)
+
+
+def _latest_first(block: Block, events: list[Event]) -> list[Event]:
+    """Candidates of the stream's shape; what ends last comes first (a dropout after the projection).
+
+    A module that runs twice in the block (Phi's dropout) would be read twice, and is left out.
+    """
+    runs = Counter(event.name for event in block.inner)
+    states = [event for event in events if block.is_state(event.output) and runs[event.name] == 1]
+    return sorted(states, key=lambda event: -event.stop)
+
+
+def _contribution(
+    block: Block,
+    site: str,
+    candidates: list[Event],
+    before: torch.Tensor | None,
+    after: torch.Tensor | None,
+) -> None:
+    """The output that was added to ``before`` to give ``after``: of those that fit, the last that ended."""
+    if not candidates and site in block.absent:
+        return
+    difference = _minus(_sum_before(block, after), before)
+    states = _latest_first(block, candidates)
+    if difference is not None:
+        factors = [_factor(event.output, difference) for event in states]  # type: ignore[arg-type]
+        for exact in (True, False):
+            for event, factor in zip(states, factors, strict=True):
+                if factor is not None and (abs(factor - 1) < 1e-2 or not exact):
+                    block.add(site, event, "output")
+                    if not exact:
+                        block.factors[site] = factor
+                    return
+    block.absent[site] = _MIXED
+
+
+def _parallel_contributions(block: Block, own: list[Event], later: list[Event]) -> None:
+    """Attention's and the MLP's outputs that together make the difference across the block."""
+    difference = _minus(block.event.output, block.event.input)
+    if difference is None:
+        block.absent["attention_contribution"] = block.absent["mlp_contribution"] = _MIXED
+        return
+    for attention in _latest_first(block, own):
+        for mlp in _latest_first(block, later):
+            rest = _minus(difference, attention.output)
+            factor = _factor(mlp.output, rest) if rest is not None else None  # type: ignore[arg-type]
+            if factor is not None and abs(factor - 1) < 1e-2:
+                block.add("attention_contribution", attention, "output")
+                block.add("mlp_contribution", mlp, "output")
+                return
+    block.absent["attention_contribution"] = block.absent["mlp_contribution"] = _MIXED
