@@ -282,9 +282,9 @@ def weighted_row_sum(weights: Array, values: Array) -> Array:
 
 
 def counts_by_bin(index: Array, weights: Array, bins: int) -> Array:
-    """Weighted histogram: sum of ``weights[..., n]`` over n with ``index[..., n] == b`` → (..., bins).
+    """Histogram: number of n with ``index[..., n] == b`` and weight 1 → (..., bins).
 
-    ``index`` is integer of shape (n,) or that of ``weights``, with values in [0, bins).
+    ``index`` is integer of shape (n,) or that of ``weights``, with values in [0, bins); weights are 0 or 1.
     """
     xp = namespace_of(weights)
     lead, length = weights.shape[:-1], weights.shape[-1]
@@ -295,8 +295,14 @@ def counts_by_bin(index: Array, weights: Array, bins: int) -> Array:
     flat_index = xp.broadcast_to(xp.reshape(index, (-1, length)), (rows, length))
     if is_torch_namespace(xp):
         torch = sys.modules["torch"]
-        out = torch.zeros((rows, bins), dtype=weights.dtype, device=weights.device)
-        out = out.scatter_add(1, flat_index.to(torch.int64), flat_weights)
+        if weights.device.type == "cuda":
+            # histc counts in shared memory, where scattered additions would queue for a few addresses.
+            place = flat_index + torch.arange(rows, device=weights.device)[:, None] * bins
+            place = torch.where(flat_weights > 0, place + 0.5, -1.0).to(torch.float32)
+            out = torch.histc(place, rows * bins, min=0, max=rows * bins).to(weights.dtype)
+        else:
+            out = torch.zeros((rows, bins), dtype=weights.dtype, device=weights.device)
+            out = out.scatter_add(1, flat_index.to(torch.int64), flat_weights)
     elif is_jax_namespace(xp):
         row_number = xp.arange(rows)[:, None]
         out = xp.zeros((rows, bins), dtype=weights.dtype).at[row_number, flat_index].add(flat_weights)

@@ -43,6 +43,7 @@ __all__ = [
     "LogitTile",
     "ProductLogits",
     "SoftmaxStatistics",
+    "column_sums",
     "pick_sink",
 ]
 
@@ -178,7 +179,7 @@ def pick_sink(
     return xp.where(visible, logit, xp.full_like(logit, -xp.inf)), is_sink
 
 
-def _column_sums(weight: Array, values: Array) -> Array:
+def column_sums(weight: Array, values: Array) -> Array:
     """Σ_row weight[b, h, row] · values[b, h, row, key]: products and sums where they fuse, else a matmul."""
     xp = namespace_of(values)
     if is_torch_namespace(xp) and (
@@ -219,7 +220,7 @@ def _softmax_tile(source: LogitSource, rows: QueryRows, sink: Array, weight: Arr
         extra_probability=extra_weight / total,
         usable=usable,
         nonfinite=~finite,
-        key_mass=_column_sums(take_rows(weight, rows, axis=1)[:, None, :] / total, weights),
+        key_mass=column_sums(take_rows(weight, rows, axis=1)[:, None, :] / total, weights),
     )
 
 
@@ -287,9 +288,11 @@ def logit_counts(
 ) -> Float[Any, "head logit_bin"]:
     """Weighted histogram of logits; elements of weight 0 may hold anything."""
     xp = namespace_of(values)
+    heads = values.shape[1]
+    values, weight = (xp.reshape(xp.permute_dims(a, (1, 0, 2)), (heads, -1)) for a in (values, weight))
     safe = xp.where(weight > 0, values, xp.zeros_like(values))
     counts = counts_by_bin(grid.place(safe), weight, grid.bins)
-    return xp.sum(xp.astype(counts, accumulator_dtype(xp, counts)), axis=0)
+    return xp.astype(counts, accumulator_dtype(xp, counts))
 
 
 class AttentionReductions(NamedTuple):

@@ -33,10 +33,13 @@ __all__ = [
     "Reductions",
     "RowMoments",
     "SequenceMoments",
+    "assembled_sums",
     "is_constant",
     "max_over_strata",
     "over_strata",
+    "power_of_two_below",
     "token_extent",
+    "with_union",
 ]
 
 
@@ -159,7 +162,7 @@ def sequence_median(
     return kth_magnitude(magnitude, rank, significant_bits=significant_bits)
 
 
-def _power_of_two_below(xp: Namespace, peak: Array) -> Array:
+def power_of_two_below(xp: Namespace, peak: Array) -> Array:
     """A power of two near ``peak``, within float32's normal range: dividing by it is exact."""
     safe = xp.where(peak > 0, peak, xp.ones_like(peak))
     return 2.0 ** xp.clip(xp.floor(xp.log2(safe)), -126.0, 126.0)
@@ -170,7 +173,8 @@ def _parts(strata: Array) -> Array:
     return namespace_of(strata).reshape(strata[1:, ...], (strata.shape[0] - 1, -1))
 
 
-def _with_union(xp: Namespace, parts: Array, reduce: Callable[..., Array]) -> Array:
+def with_union(xp: Namespace, parts: Array, reduce: Callable[..., Array]) -> Array:
+    """(stratum − 1, …) of the strata that do not overlap → (stratum, …), their union first."""
     return xp.concat([reduce(parts, axis=0, keepdims=True), parts], axis=0)
 
 
@@ -187,7 +191,7 @@ def channel_sums(
     xp = namespace_of(x)
     rows, parts = xp.reshape(x, (-1, x.shape[-1])), _parts(strata)
     wide = accumulator_dtype(xp, x)
-    scale = _power_of_two_below(xp, xp.max(parts * xp.reshape(peak, (1, -1)), axis=-1))
+    scale = power_of_two_below(xp, xp.max(parts * xp.reshape(peak, (1, -1)), axis=-1))
     token_scale = xp.sum(parts * scale[:, None], axis=0)
     token_scale = xp.where(token_scale > 0, token_scale, xp.ones_like(token_scale))
     shift = xp.reshape(row_mean, (-1,)) / token_scale
@@ -202,17 +206,27 @@ def channel_sums(
         magnitude = xp.abs(part)
         top = [xp.max(magnitude * weights[s, :, None], axis=0) for s in range(parts.shape[0])]
         tops = [xp.stack(top)] if not tops else [xp.maximum(tops[0], xp.stack(top))]
+    return assembled_sums(sums, tops[0], scale)
+
+
+def assembled_sums(sums: list[Array], tops: Array, scale: Float[Any, " part"]) -> ChannelSums:
+    """The sums in units of x, from those of x / scale: total, square, fourth, row-centred square; and maxima.
+
+    Each is (part, channel), where the parts are the strata that do not overlap, with a scale for each.
+    """
+    xp = namespace_of(tops)
+    wide = sums[0].dtype
     largest = xp.finfo(wide).max
 
     def stratified(values: Array, power: int) -> Array:
         unit = xp.clip(xp.astype(scale, wide) ** power, 0.0, largest)[:, None]
-        return _with_union(xp, values * unit, xp.sum)
+        return with_union(xp, values * unit, xp.sum)
 
     return ChannelSums(
         total=stratified(sums[0], 1),
         square=stratified(sums[1], 2),
         fourth=stratified(sums[2], 4),
-        maximum=_with_union(xp, tops[0], xp.max),
+        maximum=with_union(xp, tops, xp.max),
         row_centred_square=stratified(sums[3], 2),
     )
 
@@ -235,7 +249,7 @@ def exceedances(
         by_token.append(xp.sum(beyond, axis=-1))
         by_channel = by_channel + weighted_row_sum(parts[:, block], beyond)
     token = xp.reshape(xp.concat(by_token), x.shape[:-1])
-    return Exceedances(token=token, channel=_with_union(xp, by_channel, xp.sum))
+    return Exceedances(token=token, channel=with_union(xp, by_channel, xp.sum))
 
 
 def _for_each_token(values: Array, x: Array) -> Array:

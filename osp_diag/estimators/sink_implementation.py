@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from osp_diag.errors import EstimatorError
-from osp_diag.estimators._arrays import Array, Namespace, float32_matmul, namespace_of, quotient
+from osp_diag.estimators._arrays import Array, Namespace, namespace_of, quotient
 from osp_diag.estimators.attention import AttentionObservation, channel_norm, per_head, wide
+from osp_diag.estimators.attention_tiles import column_sums
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
 
 __all__ = ["QueryKeyChannelOverlap", "SinkGeometry", "SinkLogitContribution"]
@@ -66,8 +67,7 @@ class SinkDecomposition(Measurement):
         weight = observation.sink_query_weight
         query, query_scale = _scaled(xp, observation.query)
         sink, key_scale = _scaled(xp, observation.sink_key)
-        total = float32_matmul(weight[:, :, None, :], query)[:, :, 0, :]
-        square = float32_matmul(weight[:, :, None, :], query * query)[:, :, 0, :]
+        total, square = column_sums(weight, query), column_sums(weight, query * query)
         contribution = wide(total) * wide(per_head(sink, observation.layout.heads, axis=1))
         present = wide(xp.astype(xp.any(observation.valid > 0, axis=-1), xp.float32))[:, None, None]
         return {
@@ -105,7 +105,7 @@ class SinkGeometrySums(Measurement):
         # Unit vectors first: no product can overflow.
         unit_sink = observation.sink_key / _positive(sink_norm)[..., None]
         unit_query = observation.query / _positive(query_norm)[..., None]
-        cosine = float32_matmul(unit_query, per_head(unit_sink, heads, axis=1)[..., None])[..., 0]
+        cosine = xp.sum(unit_query * per_head(unit_sink, heads, axis=1)[:, :, None, :], axis=-1)
         sink = xp.astype(observation.is_sink, xp.float32) * observation.valid
         other = (observation.valid - sink)[:, None, :]
         return {
