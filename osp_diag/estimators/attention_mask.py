@@ -22,13 +22,13 @@ def index_range(start: int, stop: int, like: Array) -> Int[Any, " position"]:
 
 
 def is_fill(values: Array) -> Bool[Any, "..."]:
-    """True where an additive entry means "not allowed": at or below half of the dtype's finite minimum.
+    """True where an additive entry means "not allowed": at or below −1e30, in float16 at or below half of its finite minimum.
 
-    NaN is not a fill: it is passed on, so that its row is found and counted. float32 and float64 use
-    bfloat16's threshold (−1.69e38), so that a bfloat16 fill survives a cast.
+    NaN is not a fill: it is passed on, so that its row is found and counted. Models fill with the finite
+    minimum of a dtype that may be narrower, and some (CodeGen) scale logits only afterwards.
     """
     xp = namespace_of(values)
-    return values <= (-32752.0 if values.dtype == xp.float16 else -1.69e38)
+    return values <= (-32752.0 if values.dtype == xp.float16 else -1e30)
 
 
 class QueryRows(NamedTuple):
@@ -67,7 +67,7 @@ class AttentionMask:
     window : query i sees keys with i − j < window. It is one-sided: a bidirectional window is given
         by ``tensor`` or ``function``.
     tensor : broadcastable to (batch, head, query, key); bool (True = allowed), or floating and added
-        to the logits. Additive entries at or below half of the dtype's finite minimum, −Inf
+        to the logits. Additive entries at or below −1e30 (−32752 in float16), −Inf
         included, count as not allowed; any other entry (ALiBi) as part of the logit.
     keys : (batch, key), non-zero where a key is not padding
     function : (batch, head, query, key indices) → bool, as FlexAttention's ``mask_mod``. It is called

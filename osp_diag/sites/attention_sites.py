@@ -22,6 +22,7 @@ _PROJECTION_NAMES = {
     "value": re.compile(r"^(v|value|wv|v_lin|to_v)(_?proj)?$", re.IGNORECASE),
 }
 
+_FILL = -1e3
 NO_ATTENTION = "no attention here (state-space, recurrent, or an attention no seam can see)"
 
 
@@ -101,12 +102,15 @@ def _projections_by_name(block: Block, before: list[Event]) -> None:
 
 
 def is_causal(call: Any) -> bool:
-    """Whether no query sees a later key: by flag, by mask, or by the logits that were filled."""
+    """Whether no query sees a later key: by flag, by mask, or by the logits that were filled.
+
+    Some models fill with −1e4 or −1e9; no bias of eight tokens takes every later key of every head that far.
+    """
     if call.causal:
         return True
     values = call.mask if call.logits is None else call.logits
     if values is None or values.ndim < 2 or values.shape[-2] != values.shape[-1]:
         return False
     later = torch.ones(values.shape[-2:], dtype=torch.bool, device=values.device).triu(1)
-    hidden = ~values if values.dtype == torch.bool else values <= torch.finfo(values.dtype).min / 2
+    hidden = ~values if values.dtype == torch.bool else values <= _FILL
     return bool(hidden[..., later].all())

@@ -61,11 +61,9 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
     SiteError : there is no list of blocks, or ``blocks`` names none.
     """
     if blocks is not None:
-        events = [
-            event
-            for event in trace.events
-            if event.input is not None and (_names(blocks, event.name) or _parent(event.name) == blocks)
-        ]
+        ran = [event for event in trace.events if event.input is not None]
+        events = [event for event in ran if _parent(event.name) == blocks]
+        events = events or [event for event in ran if _names(blocks, event.name)]
         if not events:
             raise SiteError(
                 f"no module that ran matches blocks={blocks!r}; name the list of blocks or a pattern like "
