@@ -87,7 +87,7 @@ class Diverging(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x.clone()
-        x[:, 5, 3] = float("nan")
+        x[:, 5:6, 3] = float("nan")
         return x
 
 

