@@ -1,10 +1,11 @@
-"""What a probe costs: one forward pass with probes of several levels, against the bare pass and the usual ways.
+"""What a probe costs: one forward pass with probes of several levels, against the bare pass and other ways.
 
 All variants run interleaved in one process on the same batch, so that the machine's load falls on all alike;
 times are medians over rounds, memory is the extra peak over the bare pass. Run it with
 
     python benchmarks/probe_overhead.py                      # the shape that suits the machine
     python benchmarks/probe_overhead.py --shape llama-1.4b --rounds 8 --out overhead.json
+    python benchmarks/probe_overhead.py --check              # only compare the kernels with the definitions
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from osp_diag.estimators import default_estimators
+from osp_diag.estimators.activation import ActivationObservation
+from osp_diag.estimators.base import Suite
 from osp_diag.probing import Probe
 
 Forward = Callable[[], None]
@@ -107,9 +111,44 @@ class Bench:
             variant.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
-def probed(bench: Bench, sites: list[str] | None, *, compiled: bool) -> Forward:
+RESIDUAL = ("attention_input", "mlp_input", "residual_post")
+SINKS = (
+    "sink_rate",
+    "first_token_attention",
+    "first_token_dominance",
+    "key_mass",
+    "key_mass_share",
+    "extra_sink_mass",
+    "max_logit",
+)
+
+
+def one_reading() -> list[str]:
+    """Estimators that need no third reading: every kurtosis, exact max/median, channel sums."""
+    chosen = default_estimators(observes="activation", site="attention_input")
+    return [e.name for e in chosen if not any(m.reads_elements for m in e.measurements)]
+
+
+def levels() -> dict[str, dict[str, Sequence[str]] | None]:
+    """What is probed, as estimators by site; None for every default estimator at every default site."""
+    residual: dict[str, Sequence[str]] = dict.fromkeys(RESIDUAL, one_reading())
+    heads: dict[str, Sequence[str]] = dict.fromkeys(
+        ("query_post_rope", "key_post_rope"), ("head_channel_norm", "massive_values")
+    )
+    sinks: dict[str, Sequence[str]] = {"attention": SINKS}
+    return {
+        "A: residual stream and norm outputs (3 sites a layer), exact median": residual,
+        "B: sinks, exact mass of every key, maximum logit": sinks,
+        "C: queries and keys by channel": heads,
+        "A + B + C": {**residual, **sinks, **heads},
+        "every default estimator at every default site": None,
+    }
+
+
+def probed(bench: Bench, chosen: dict[str, Sequence[str]] | None, *, compiled: bool) -> Forward:
     """A forward pass with the probe attached: the device's share, which is what slows the step."""
-    probe = Probe(bench.model, sites=sites, compile=compiled, keep_raw=False)
+    sites = None if chosen is None else list(chosen)
+    probe = Probe(bench.model, sites=sites, estimators=chosen, compile=compiled, keep_raw=False)
 
     def forward() -> None:
         with probe.collect():
@@ -119,7 +158,7 @@ def probed(bench: Bench, sites: list[str] | None, *, compiled: bool) -> Forward:
 
 
 def hidden_states(bench: Bench) -> Forward:
-    """``output_hidden_states``, then the OSP formula tensor by tensor with ``.item()``, as its script does."""
+    """``output_hidden_states``, then the OSP formula tensor by tensor with ``.item()``, as its script."""
 
     def forward() -> None:
         out = bench.model(input_ids=bench.ids, use_cache=False, output_hidden_states=True)
@@ -170,7 +209,7 @@ def nnsight_trace(bench: Bench) -> Forward:
         with model.trace(input_ids=bench.ids, use_cache=False):
             saved = nnsight.save([])
             for layer in model.layers:
-                saved.append(layer.output)  # noqa: PERF402 (a comprehension inside a trace fails)
+                saved.append(layer.output)  # a comprehension inside a trace fails
 
     return forward
 
@@ -214,21 +253,65 @@ def building(name: str, variants: list[Variant], skipped: dict[str, str]) -> Ite
         skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
+def check(device: torch.device) -> None:
+    """Compare the kernels with the generic definitions on this device; raises AssertionError."""
+    from osp_diag.capture.attention import AttentionCall
+    from osp_diag.capture.attention_measuring import measure_attention
+    from osp_diag.capture.fused import FusedObservation, part_of_tokens, site_statistics
+
+    generator = torch.Generator(device).manual_seed(0)
+    strata = torch.zeros(4, 2, 512, device=device)
+    strata[0] = 1
+    strata[0, 1, :7] = 0
+    strata[1, 0, 0] = strata[1, 1, 7] = 1
+    strata[2, :, 16::9] = 1
+    strata[3] = strata[0] - strata[1] - strata[2]
+    for dtype, bits in ((torch.bfloat16, 15), (torch.float16, 18), (torch.float32, 31)):
+        for channels in (576, 2048, 5504):
+            x = torch.randn(2, 512, channels, device=device, generator=generator).to(dtype)
+            x[:, 7, 3] = 25_800
+            x[1, 9, 2] = float("nan")
+            found = site_statistics(x, part_of_tokens(strata), bits)
+            fused = FusedObservation(x, strata, found, significant_bits=bits)
+            generic = ActivationObservation(x, strata)
+            assert torch.equal(fused.median, generic.median)
+            for pair in zip(
+                (*fused.moments, *fused.channels), (*generic.moments, *generic.channels), strict=True
+            ):
+                torch.testing.assert_close(*pair, rtol=1e-4, atol=1e-4)
+    suite = Suite(default_estimators(observes="attention", site="attention"))
+    for dtype in (torch.bfloat16, torch.float32):
+        shapes = ((2, 8, 512, 64), (2, 2, 512, 64), (2, 2, 512, 64))
+        query, key, value = (torch.randn(s, device=device, generator=generator).to(dtype) for s in shapes)
+        for options in (
+            {"causal": True},
+            {"causal": True, "window": 100},
+            {"causal": True, "softcap": 20.0},
+            {},
+        ):
+            call = AttentionCall(
+                query=query, key=key, value=value, scale=0.125, seam="attention interface", **options
+            )
+            causal = options.get("causal", False)
+            _, fast = measure_attention(suite, call, strata, causal=causal, compiled=True)
+            _, slow = measure_attention(suite, call, strata, causal=causal, compiled=False)
+            for name, expected in slow.items():
+                if "histogram" not in name and "distribution" not in name:
+                    torch.testing.assert_close(
+                        fast[name].double(), expected.double(), rtol=1e-3, atol=1e-3, equal_nan=True
+                    )
+    print("the kernels agree with the generic definitions")
+
+
 def variants_of(bench: Bench, *, compiled: bool) -> tuple[list[Variant], dict[str, str]]:
-    residual = ["embedding", "residual_*", "final_norm", "*_input"]
-    heads = ["query_*", "key_*", "value"]
+    """What is timed, the bare pass first; and what is left out, with the reason."""
     found = [Variant("bare forward", bench.bare)]
     skipped: dict[str, str] = {}
-    for label, sites in (
-        ("probe: residual stream and norm outputs", residual),
-        ("probe: queries, keys, values", heads),
-        ("probe: attention (exact mass of every key)", ["attention"]),
-        ("probe: everything", None),
-    ):
+    for label, chosen in levels().items():
         if compiled:
-            found.append(Variant(f"{label}, compiled", probed(bench, sites, compiled=True)))
-        if not compiled or sites is None:
-            found.append(Variant(f"{label}, eager", probed(bench, sites, compiled=False)))
+            found.append(Variant(f"probe {label}, compiled", probed(bench, chosen, compiled=True)))
+        if not compiled or label == "A + B + C":
+            found.append(Variant(f"probe {label}, eager", probed(bench, chosen, compiled=False)))
     found.append(Variant("output_hidden_states + OSP kurtosis with .item()", hidden_states(bench)))
     found.append(Variant("T×T softmax per layer", square_attention(bench)))
     peers = {
@@ -248,12 +331,15 @@ def variants_of(bench: Bench, *, compiled: bool) -> tuple[list[Variant], dict[st
 
 
 def machine(device: torch.device) -> str:
+    """The processor and torch, for the table's title."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    name = platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def main() -> None:
+    """Time every variant, interleaved, and print a table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -263,7 +349,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8 if cuda else 5)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", help="write the numbers as JSON")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the kernels with the definitions and stop"
+    )
     options = parser.parse_args()
+    if options.check:
+        check(torch.device(options.device))
+        return
 
     bench = Bench(options.shape, options.device)
     variants, skipped = variants_of(bench, compiled=options.compiled)

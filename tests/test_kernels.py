@@ -1,7 +1,7 @@
 """The Triton kernels equal the generic reductions.
 
-They run here in Triton's interpreter (see conftest.py), which needs no GPU; ``benchmarks/probe_overhead.py --check`` compares
-them on one.
+They run here in Triton's interpreter (see conftest.py), which needs no GPU;
+``benchmarks/probe_overhead.py --check`` compares them on one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
-from osp_diag.estimators.base import Suite
+from osp_diag.estimators.base import Layout, State, Suite
 
 pytest.importorskip("triton", reason="Triton exists for Linux alone")
 
@@ -22,8 +22,14 @@ BITS = {torch.bfloat16: 15, torch.float16: 18, torch.float32: 31}
 
 
 @pytest.fixture(scope="module")
-def kernels() -> ModuleType:
-    return importlib.import_module("osp_diag.capture.kernels")
+def fused() -> ModuleType:
+    return importlib.import_module("osp_diag.capture.fused")
+
+
+def observe(fused: ModuleType, x: torch.Tensor, strata: torch.Tensor) -> ActivationObservation:
+    bits = BITS[x.dtype]
+    found = fused.site_statistics(x, fused.part_of_tokens(strata), bits)
+    return fused.FusedObservation(x, strata, found, significant_bits=bits)
 
 
 def activations(dtype: torch.dtype, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,10 +54,10 @@ def activations(dtype: torch.dtype, channels: int) -> tuple[torch.Tensor, torch.
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("channels", [48, 65])
-def test_kernels_equal_the_generic_reductions(kernels: ModuleType, dtype: torch.dtype, channels: int) -> None:
+def test_kernels_equal_the_generic_reductions(fused: ModuleType, dtype: torch.dtype, channels: int) -> None:
     x, strata = activations(dtype, channels)
     expected = ActivationObservation(x, strata)
-    found = kernels.FusedObservation(x, strata, significant_bits=BITS[dtype])
+    found = observe(fused, x, strata)
     assert torch.equal(found.finite_token | (strata[0] == 0), expected.finite_token | (strata[0] == 0))
     assert torch.equal(found.strata, expected.strata)
     assert torch.equal(found.median, expected.median)
@@ -68,11 +74,11 @@ def test_kernels_equal_the_generic_reductions(kernels: ModuleType, dtype: torch.
         assert torch.equal(left.channel, right.channel.to(left.channel.dtype))
 
 
-def test_every_default_statistic_is_the_same(kernels: ModuleType) -> None:
+def test_every_default_statistic_is_the_same(fused: ModuleType) -> None:
     x, strata = activations(torch.bfloat16, 48)
     suite = Suite(default_estimators(observes="activation", site="residual_post"))
     expected = suite.measure(ActivationObservation(x, strata))
-    found = suite.measure(kernels.FusedObservation(x, strata, significant_bits=15))
+    found = suite.measure(observe(fused, x, strata))
     for name, value in expected.items():
         torch.testing.assert_close(
             found[name].double(),
@@ -82,3 +88,43 @@ def test_every_default_statistic_is_the_same(kernels: ModuleType) -> None:
             equal_nan=True,
             msg=lambda m, n=name: f"{n}: {m}",
         )
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e-9, 1.0, 1e9, 1e30])
+def test_the_range_of_bfloat16(fused: ModuleType, factor: float) -> None:
+    x, strata = activations(torch.float32, 48)
+    x = (x * factor).to(torch.bfloat16)
+    expected, found = ActivationObservation(x, strata), observe(fused, x, strata)
+    for name, value in expected.channels._asdict().items():
+        torch.testing.assert_close(getattr(found.channels, name), value, rtol=1e-4, atol=0.0, equal_nan=True)
+
+
+def test_folding_many_sites_at_once(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is put off and done for several sites together equals each site on its own."""
+    monkeypatch.setattr(fused, "AT_ONCE", 2)
+    monkeypatch.setattr(fused, "compile_apart", lambda function: function)
+    x, strata = activations(torch.bfloat16, 48)
+    suite = Suite(default_estimators(observes="activation", site="residual_post"))
+    states: dict[int, State] = {}
+
+    def merge(keys: tuple[int, ...], suite: Suite, layout: Layout, increments: State) -> None:
+        for index, key in enumerate(keys):
+            states[key].update({name: value[index] for name, value in increments.items()})
+
+    folding = fused.FusedFolding(merge)
+    for layer in range(5):
+        states[layer] = {}
+        states[layer].update(folding.fold(layer, suite, x * (layer + 1), strata, 15))
+    folding.finish()
+    for layer in range(5):
+        expected = suite.measure(ActivationObservation(x * (layer + 1), strata))
+        assert states[layer].keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(
+                states[layer][name].double(),
+                value.double(),
+                rtol=1e-5,
+                atol=1e-6,
+                equal_nan=True,
+                msg=lambda m, n=name: f"{n}: {m}",
+            )

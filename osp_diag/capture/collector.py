@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,10 +18,11 @@ from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.base import Estimator, Layout, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
-from osp_diag.sites.names import ATTENTION, HEAD_SITES, Tap
+from osp_diag.sites.names import ATTENTION, HEAD_SITES, Tap, matches
 
 if TYPE_CHECKING:
     from osp_diag.capture.attention import AttentionCall
+    from osp_diag.capture.fused import FusedFolding
 
 __all__ = ["Collector", "Key", "suites_of"]
 
@@ -38,8 +39,15 @@ GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
 
 
-def suites_of(site: str, estimators: Sequence[Estimator] | None) -> dict[str, Suite]:
-    """The estimators that apply at a site, by what they observe; None asks for the default ones."""
+Chosen = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
+"""Estimators for every site, for the sites that match a pattern, or (None) the default ones of each site."""
+
+
+def suites_of(site: str, estimators: Chosen) -> dict[str, Suite]:
+    """The estimators that apply at a site, by what they observe."""
+    if isinstance(estimators, Mapping):
+        named = [chosen for pattern, chosen in estimators.items() if matches(site, (pattern,))]
+        estimators = named[0] if named else ()
     kinds: tuple[Literal["activation", "heads", "attention"], ...] = ("activation",)
     if site == ATTENTION:
         kinds = ("attention",)
@@ -72,7 +80,7 @@ class Collector:
         self,
         wanted: Callable[[str], bool],
         *,
-        estimators: Sequence[Estimator] | None = None,
+        estimators: Chosen = None,
         delimiter_ids: Sequence[int] = (),
         causal_layers: Collection[int] = (),
         compiled: bool = False,
@@ -84,20 +92,31 @@ class Collector:
         self.causal_layers = frozenset(causal_layers)
         self.compiled = compiled
         self.snapshots = snapshots
-        self.states: dict[Key, State] = {}
+        self._states: dict[Key, State] = {}
+        self._stacks: dict[tuple[Key, ...], State] = {}
+        self._fused: FusedFolding | None = None
         self.layouts: dict[Key, Layout] = {}
         self.suites: dict[str, dict[str, Suite]] = {}
         self.skipped: dict[str, str] = {}
         self.forward_passes = 0
         self._strata: dict[torch.device, torch.Tensor] = {}
         self._pass: ForwardPass | None = None
-        self._undo: tuple[dict[Key, State], dict[Key, Layout]] = ({}, {})
+        self._undo: tuple[Any, ...] = ()
         self._called: set[int] = set()
         self._values: dict[int, torch.Tensor] = {}
 
     def needs(self, tap: Tap) -> bool:
         """Whether a tap is read: its site is wanted, or attention statistics take their values there."""
         return self.wanted(tap.site) or (tap.site == "value" and self.wanted(ATTENTION))
+
+    @property
+    def states(self) -> dict[Key, State]:
+        """The state of every (site, layer, kind) that was observed."""
+        found = {key: dict(state) for key, state in self._states.items()}
+        for keys, stack in self._stacks.items():
+            for index, key in enumerate(keys):
+                found.setdefault(key, {}).update({name: value[index] for name, value in stack.items()})
+        return found
 
     def suites_at(self, site: str) -> dict[str, Suite]:
         if site not in self.suites:
@@ -109,7 +128,7 @@ class Collector:
     def start(self, forward_pass: ForwardPass) -> None:
         """Learn which tokens the pass is about: ids, padding and so the strata."""
         self._pass = forward_pass
-        self._undo = (dict(self.states), dict(self.layouts))
+        self._undo = (dict(self._states), dict(self._stacks), dict(self.layouts))
         self._called, self._values = set(), {}
         ids, mask = forward_pass.token_ids, forward_pass.attention_mask
         if ids is None:
@@ -130,13 +149,15 @@ class Collector:
 
     def stop(self, raised: bool) -> None:
         """A pass that raised is forgotten whole: half of its sites would bias the averages."""
+        if self._fused is not None:
+            self._fused.forget() if raised else self._fused.finish()
         if raised:
-            self.states, self.layouts = self._undo
+            self._states, self._stacks, self.layouts = self._undo
             if self.snapshots is not None and self.forward_passes == 0:
                 self.snapshots.clear()
         else:
             self.forward_passes += 1
-        self._undo, self._pass, self._values = ({}, {}), None, {}
+        self._undo, self._pass, self._values = (), None, {}
 
     def forget_unfinished(self) -> None:
         """Forget a pass that Ctrl-C cut short, of which no hook tells."""
@@ -177,7 +198,7 @@ class Collector:
             return
         self._called.add(layer)
         strata = self.strata_on(call.tensor.device)
-        with unobserved(call.tensor.device):
+        with unobserved(call.tensor.device, traced=self.compiled):
             for site, tensor in (
                 ("query_post_rope", call.query),
                 ("key_post_rope", call.key),
@@ -227,21 +248,22 @@ class Collector:
         if suite is None:
             return
         key = (site, layer, kind)
-        layout = _layout(kind, x)
-        increment = self._measuring(site, kind, x)(x, strata)
-        self._merge(key, suite, layout, increment)
+        if kind == "activation" and self.compiled and x.device.type == "cuda":
+            increment = self._fused_folding().fold(key, suite, x, strata, SIGNIFICANT_BITS.get(x.dtype, 31))
+        else:
+            increment = self._measuring(site, kind, x)(x, strata)
+        if increment:
+            self._merge(key, suite, _layout(kind, x), increment)
 
     def _measuring(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
         """The function (x, strata) → increments of a site, compiled once for all sites that are alike."""
         suite = self.suites_at(site)[kind]
         bits = SIGNIFICANT_BITS.get(x.dtype, 31)
 
-        observe = _fused_observation() if self.compiled and x.device.type == "cuda" else ActivationObservation
-
         def measure(x: torch.Tensor, strata: torch.Tensor) -> State:
             if kind == "heads":
                 return suite.measure(HeadsObservation(x, strata))
-            return suite.measure(observe(x, strata, significant_bits=bits))
+            return suite.measure(ActivationObservation(x, strata, significant_bits=bits))
 
         if not self.compiled:
             return measure
@@ -258,18 +280,37 @@ class Collector:
         layout, increment = measure_attention(suite, call, strata, causal=causal, compiled=self.compiled)
         self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
 
+    def _fused_folding(self) -> FusedFolding:
+        if self._fused is None:
+            # Triton comes with torch's CUDA builds alone.
+            from osp_diag.capture.fused import FusedFolding
+
+            self._fused = FusedFolding(self._merge_stack)
+        return self._fused
+
     def _merge(self, key: Key, suite: Suite, layout: Layout, increment: State) -> None:
-        if key not in self.states:
-            self.layouts[key] = layout
-            self.states[key] = suite.opening(increment)
+        known = self.layouts.setdefault(key, layout)
+        if key not in self._states:
+            self._states[key] = suite.opening(increment)
             return
-        known = self.layouts[key]
-        state = self.states[key]
+        state = self._states[key]
         if layout.tokens != known.tokens:
             longest = layout if layout.tokens > known.tokens else known
             state, increment = (_padded(suite, part, longest) for part in (state, increment))
             self.layouts[key] = longest
-        self.states[key] = merge_states(suite.fields(layout), state, increment)
+        fields = suite.fields(layout)
+        self._states[key] = merge_states({name: fields[name] for name in increment}, state, increment)
+
+    def _merge_stack(self, keys: tuple[Key, ...], suite: Suite, layout: Layout, increment: State) -> None:
+        """As :meth:`_merge`, for many keys at once; what is measured so has no axis over positions."""
+        for key in keys:
+            self.layouts.setdefault(key, layout)
+        fields = suite.fields(layout)
+        if keys not in self._stacks:
+            self._stacks[keys] = suite.opening(increment)
+        else:
+            chosen = {name: fields[name] for name in increment}
+            self._stacks[keys] = merge_states(chosen, self._stacks[keys], increment)
 
 
 def _one_vector_a_token(value: torch.Tensor, batch: int, tokens: int) -> bool:
@@ -278,13 +319,6 @@ def _one_vector_a_token(value: torch.Tensor, batch: int, tokens: int) -> bool:
     if len(shape) == 4:
         return shape[0] == batch and tokens in shape[1:3]
     return shape[:-1] in ((batch, tokens), (batch * tokens,))
-
-
-def _fused_observation() -> Callable[..., ActivationObservation]:
-    """Observations whose reductions are Triton kernels; Triton comes with torch's CUDA builds alone."""
-    from osp_diag.capture.kernels import FusedObservation
-
-    return FusedObservation
 
 
 def _layout(kind: str, x: torch.Tensor) -> Layout:
@@ -297,8 +331,9 @@ def _layout(kind: str, x: torch.Tensor) -> Layout:
 def _padded(suite: Suite, state: State, layout: Layout) -> State:
     """``state`` with its position axes extended to the layout's length by the identity of merging."""
     out = {}
-    for name, spec in suite.fields(layout).items():
-        value = state[name]
+    fields = suite.fields(layout)
+    for name, value in state.items():
+        spec = fields[name]
         for axis, dim in enumerate(spec.dims):
             missing = layout.tokens - value.shape[axis] if dim in GROWING else 0
             if missing > 0:

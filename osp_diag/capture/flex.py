@@ -106,35 +106,41 @@ class FlexStatistics:
         self.over_keys = compile(self._over_keys)
         self.combine = compile(self._combine)
         self.over_queries = compile(self._over_queries)
+        self.complete = compile(self._complete)
 
     def __call__(
         self, query: Tensor, key: Tensor, strata: Tensor, sink_logits: Tensor | None
     ) -> SoftmaxStatistics:
         """Statistics of (batch, head, token, …) queries and (batch, key_value_head, token, …) keys."""
-        usable, sink, weight, sink_logit = self.prepare(query, key, strata)
-        other_sum, other_maximum = self.over_keys(query, key, sink, usable)
-        found, counted = self.combine(weight, sink, sink_logit, sink_logits, other_sum, other_maximum)
-        log_mass = self.over_queries(query, key, found.log_sum_exp, counted, usable)
-        is_sink = torch.arange(weight.shape[1], device=sink.device)[None, None] == sink[:, None, None]
-        return found._replace(key_mass=torch.where(is_sink, found.key_mass, log_mass.exp()))
+        weight, sink, bias, sink_logit = self.prepare(query, key, strata)
+        other_sum, other_maximum = self.over_keys(query, key, bias)
+        found, log_sum_exp = self.combine(weight, sink_logit, sink_logits, other_sum, other_maximum)
+        log_mass = self.over_queries(query, key, log_sum_exp)
+        return self.complete(found, log_mass, sink, bias)
 
     def _prepare(self, query: Tensor, key: Tensor, strata: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """(usable keys, sink positions, weight of each token, sink logits)."""
+        """(weight of each token, sink positions, 0 or −Inf for each key, sink logits).
+
+        −Inf keeps the sink key and keys that are not finite out of the first pass.
+        """
         seen = AttentionObservation(
             query, key, None, strata, scale=self.scale, mask=self.mask, softcap=self.softcap
         )
         source: Any = seen.source
-        return source.usable, seen.sink, seen.valid, _sink_logit(source, seen.sink)
+        position = torch.arange(query.shape[2], device=query.device)[None]
+        kept = source.usable & (position != seen.sink[:, None])
+        bias = torch.where(kept, 0.0, -float("inf"))
+        return seen.valid, seen.sink, bias, _sink_logit(source, seen.sink)
 
     def _capped(self, value: Tensor) -> Tensor:
         return value if self.softcap is None else self.softcap * torch.tanh(value / self.softcap)
 
-    def _over_keys(self, query: Tensor, key: Tensor, sink: Tensor, usable: Tensor) -> tuple[Any, Any]:
+    def _over_keys(self, query: Tensor, key: Tensor, bias: Tensor) -> tuple[Any, Any]:
         """(log-sum-exp, maximum) of each query over the allowed keys other than the sink key."""
 
         def score(value: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            counts = (column != sink[batch]) & usable[batch, column]
-            return torch.where(counts, self._capped(value), -float("inf"))
+            # Chosen, not added: a NaN would survive an addition.
+            return torch.where(bias[batch, column] == 0.0, self._capped(value), -float("inf"))
 
         _, aux = flex_attention(
             query,
@@ -148,14 +154,15 @@ class FlexStatistics:
         )
         return aux.lse, aux.max_scores
 
-    def _over_queries(
-        self, query: Tensor, key: Tensor, log_sum_exp: Tensor, counted: Tensor, usable: Tensor
-    ) -> Any:
-        """Logarithm of Σ over counted queries of exp(logit − log-sum-exp), for every key."""
+    def _over_queries(self, query: Tensor, key: Tensor, log_sum_exp: Tensor) -> Any:
+        """Logarithm of Σ over queries of exp(logit − log-sum-exp), for every key.
+
+        A query that does not count has the log-sum-exp +Inf.
+        """
 
         def score(value: Tensor, batch: Tensor, head: Tensor, column: Tensor, row: Tensor) -> Tensor:
-            counts = counted[batch, head, row] & usable[batch, column]
-            return torch.where(counts, self._capped(value) - log_sum_exp[batch, head, row], -float("inf"))
+            total = log_sum_exp[batch, head, row]
+            return torch.where(total < float("inf"), self._capped(value) - total, -float("inf"))
 
         _, aux = flex_attention(
             key.repeat_interleave(query.shape[1] // key.shape[1], dim=1),
@@ -171,13 +178,12 @@ class FlexStatistics:
     def _combine(
         self,
         weight: Tensor,
-        sink: Tensor,
         sink_logit: Tensor,
         sink_logits: Tensor | None,
         other_sum: Tensor,
         other_maximum: Tensor,
     ) -> tuple[SoftmaxStatistics, Tensor]:
-        """The statistics, ``key_mass`` holding the sink key's mass everywhere; and which queries count."""
+        """The statistics but ``key_mass``, and the log-sum-exp of the queries that count, +Inf for others."""
         none = torch.full_like(sink_logit, -float("inf"))
         extra = none if sink_logits is None else sink_logits.float()[None, :, None].expand_as(none)
         total = torch.logaddexp(torch.logaddexp(other_sum, sink_logit), extra)
@@ -186,7 +192,6 @@ class FlexStatistics:
         total = torch.where(usable, total, 0.0)
         sink_logit = torch.where(usable, sink_logit, none)
         sink_probability = torch.exp(sink_logit - total)
-        to_sink = (weight[:, None] * sink_probability).sum(-1)
         found = SoftmaxStatistics(
             log_sum_exp=total,
             other_maximum=torch.where(usable, other_maximum, none),
@@ -195,6 +200,15 @@ class FlexStatistics:
             extra_probability=torch.exp(torch.where(usable, extra, none) - total),
             usable=usable,
             nonfinite=nonfinite,
-            key_mass=to_sink[..., None].expand_as(total),
+            key_mass=weight[:, None] * sink_probability,
         )
-        return found, (weight[:, None] > 0) & usable
+        return found, torch.where((weight[:, None] > 0) & usable, total, float("inf"))
+
+    def _complete(
+        self, found: SoftmaxStatistics, log_mass: Tensor, sink: Tensor, bias: Tensor
+    ) -> SoftmaxStatistics:
+        """The statistics with the mass of every key: the sink's from its own probabilities."""
+        to_sink = found.key_mass.sum(-1)
+        position = torch.arange(log_mass.shape[-1], device=sink.device)[None, None]
+        mass = torch.where(bias[:, None] == 0.0, log_mass.exp(), 0.0)
+        return found._replace(key_mass=torch.where(position == sink[:, None, None], to_sink[..., None], mass))

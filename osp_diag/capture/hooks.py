@@ -205,18 +205,22 @@ class SiteCapture:
 
 
 @contextmanager
-def unobserved(device: torch.device) -> Iterator[None]:
+def unobserved(device: torch.device, *, traced: bool = False) -> Iterator[None]:
     """Compute without gradients, without autocast, and seen by none of the modes that are active.
 
     Function modes watch for the model's attention, and statistics are none. Dispatch modes belong to the
     caller: selective activation checkpointing keeps what ops return, in the order of their calls, and would
     give the model our products in its backward pass; a FLOP counter counts the model's.
+
+    ``traced`` leaves function modes on, for what may be compiled inside: FlexAttention traces its score
+    functions through one of its own.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         if torch.amp.is_autocast_available(device.type):
             stack.enter_context(torch.autocast(device.type, enabled=False))
-        stack.enter_context(torch._C.DisableTorchFunction())
+        if not traced:
+            stack.enter_context(torch._C.DisableTorchFunction())
         if _get_current_dispatch_mode() is not None:
             stack.enter_context(_disable_current_modes())
         yield

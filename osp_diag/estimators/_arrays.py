@@ -281,6 +281,10 @@ def weighted_row_sum(weights: Array, values: Array) -> Array:
     return xp.stack([xp.sum(weights[s, :, None] * values, axis=0) for s in range(weights.shape[0])])
 
 
+_FEW = 2**20
+"""Elements up to which scattered additions on a GPU are no slower than a histogram (and can be vmapped)."""
+
+
 def counts_by_bin(index: Array, weights: Array, bins: int) -> Array:
     """Histogram: number of n with ``index[..., n] == b`` and weight 1 → (..., bins).
 
@@ -295,7 +299,7 @@ def counts_by_bin(index: Array, weights: Array, bins: int) -> Array:
     flat_index = xp.broadcast_to(xp.reshape(index, (-1, length)), (rows, length))
     if is_torch_namespace(xp):
         torch = sys.modules["torch"]
-        if weights.device.type == "cuda":
+        if weights.device.type == "cuda" and weights.numel() > _FEW:
             # histc counts in shared memory, where scattered additions would queue for a few addresses.
             place = flat_index + torch.arange(rows, device=weights.device)[:, None] * bins
             place = torch.where(flat_weights > 0, place + 0.5, -1.0).to(torch.float32)

@@ -107,8 +107,8 @@ class ActivationObservation:
     @once
     def wide_moments(self) -> RowMoments:
         """The moments in the accumulator's type, for arithmetic on one number per token."""
-        xp = namespace_of(self.x)
-        wide = accumulator_dtype(xp, self.x)
+        xp = namespace_of(self.strata)
+        wide = accumulator_dtype(xp, self.strata)
         return RowMoments(*(xp.astype(value, wide) for value in self.moments))
 
     @once
@@ -137,7 +137,7 @@ class ActivationObservation:
     @once
     def tokens_per_sequence(self) -> Array:
         """Number of counted tokens of each sequence, (batch,)."""
-        return namespace_of(self.x).sum(self.strata[0, ...], axis=-1)
+        return namespace_of(self.strata).sum(self.strata[0, ...], axis=-1)
 
     @once
     def sequence_median(self) -> Array:
@@ -147,7 +147,7 @@ class ActivationObservation:
     @once
     def sequence_valid(self) -> Array:
         """1 where a sequence has a token of the stratum, (stratum, batch)."""
-        xp = namespace_of(self.x)
+        xp = namespace_of(self.strata)
         return xp.astype(xp.any(self.strata > 0, axis=-1), self.strata.dtype)
 
     def beyond(self, threshold: Array, centre: Array | None = None) -> Exceedances:

@@ -112,6 +112,12 @@ class Measurement(ABC):
 
     name: str
 
+    reads_elements: ClassVar[bool] = False
+    """Whether it looks at the activations themselves, beyond their row and channel reductions.
+
+    What does not can be measured later, when the activations are gone.
+    """
+
     @abstractmethod
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         """The state's arrays by name."""

@@ -42,12 +42,13 @@ class LargeChannelCounts(Measurement):
 
     threshold: float = 6.0
     name = "large_channel"
+    reads_elements = True
 
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         return {"count": Field(("stratum", "channel"))}
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
-        xp = namespace_of(observation.x)
+        xp = namespace_of(observation.strata)
         threshold = xp.full_like(observation.peak[:, 0], self.threshold)
         return {"count": observation.beyond(threshold).channel}
 
@@ -118,6 +119,7 @@ class SixSigmaCounts(Measurement):
 
     multiple: float = 6.0
     name = "six_sigma"
+    reads_elements = True
 
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         return {
@@ -261,8 +263,8 @@ class InfinityNormSums(Measurement):
         return {"total": Field(("stratum",))}
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
-        xp = namespace_of(observation.x)
-        wide = accumulator_dtype(xp, observation.x)
+        xp = namespace_of(observation.strata)
+        wide = accumulator_dtype(xp, observation.strata)
         largest = xp.max(observation.strata * observation.peak[None, ...], axis=-1)
         return {"total": xp.sum(xp.astype(largest, wide), axis=-1)}
 

@@ -69,6 +69,7 @@ class SequenceMagnitudes(Measurement):
 
     ranks: int = 3
     name = "sequence_magnitude"
+    reads_elements = True
 
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         return {"top": Field(("stratum", "rank")), "median": Field(())}
@@ -77,8 +78,8 @@ class SequenceMagnitudes(Measurement):
         return {"rank": tuple(range(1, self.ranks + 1))}
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
-        xp = namespace_of(observation.x)
-        wide = accumulator_dtype(xp, observation.x)
+        xp = namespace_of(observation.strata)
+        wide = accumulator_dtype(xp, observation.strata)
         top = xp.astype(_largest_elements(observation, self.ranks), wide)
         median = xp.astype(observation.sequence_median, wide)
         return {"top": xp.sum(top, axis=1), "median": xp.sum(median)}
@@ -89,13 +90,14 @@ class SequencePeakRatio(Measurement):
     """Sum over sequences of max |X| / median |X|, where the median is not 0."""
 
     name = "sequence_peak_ratio"
+    reads_elements = True
 
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         return {"total": Field(()), "count": Field(())}
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
-        xp = namespace_of(observation.x)
-        wide = accumulator_dtype(xp, observation.x)
+        xp = namespace_of(observation.strata)
+        wide = accumulator_dtype(xp, observation.strata)
         return summed_ratio(
             xp.astype(xp.max(observation.peak, axis=-1), wide), xp.astype(observation.sequence_median, wide)
         )
@@ -205,12 +207,13 @@ class MassiveActivationCounts(Measurement):
     absolute: float = 100.0
     relative: float = 1000.0
     name = "massive_activation"
+    reads_elements = True
 
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         return {"total": Field(("stratum",)), "channel": Field(("channel",))}
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
-        xp = namespace_of(observation.x)
+        xp = namespace_of(observation.strata)
         # "More than" as "at least the next float32 above", so that one comparison does for both rules.
         above = self.absolute * (1.0 + 2.0**-23)
         threshold = xp.clip(self.relative * observation.sequence_median, above, math.inf)

@@ -29,6 +29,11 @@ class MaxMedianSums(TokenHistogram):
     def name(self) -> str:  # type: ignore[override]
         return "centred_max_median" if self.centred else "max_median"
 
+    @property
+    def reads_elements(self) -> bool:  # type: ignore[override]
+        """Centring asks for a second median, of other numbers."""
+        return self.centred
+
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
         peak, median = self._extent(observation)
         xp = namespace_of(peak)
@@ -48,7 +53,7 @@ class MaxMedianSums(TokenHistogram):
     def _extent(self, observation: ActivationObservation) -> tuple[Any, Any]:
         if not self.centred:
             return observation.peak, observation.median
-        xp = namespace_of(observation.x)
+        xp = namespace_of(observation.strata)
         # Exact bits are gone after centring: the median has to look at all of them.
         centred = observation.x - observation.row_mean[..., None]
         median = observation.reductions.row_median(centred, 31)

@@ -18,6 +18,7 @@ class NonFiniteCounts(Measurement):
     """Number of tokens with a NaN or Inf, and position · d + channel of the first one."""
 
     name = "nonfinite"
+    reads_elements = True
 
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         return {"count": Field(("stratum",)), "first": Field((), "minimum")}

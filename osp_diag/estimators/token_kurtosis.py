@@ -141,6 +141,7 @@ class RotatedTokenSums(Measurement):
 
     seed: int = 0
     name = "rotated_token_kurtosis"
+    reads_elements = True
 
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         # Drawn here, when the state is made, because a compiled ``measure`` cannot draw it.
@@ -148,7 +149,7 @@ class RotatedTokenSums(Measurement):
         return {"total": Field(("stratum",))}
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
-        xp = namespace_of(observation.x)
+        xp = namespace_of(observation.strata)
         rotation = xp.asarray(fixed_rotation(observation.layout.channels, self.seed))
         if hasattr(rotation, "to"):
             rotation = rotation.to(observation.x.device)

@@ -14,7 +14,7 @@ import xarray as xr
 from torch import nn
 
 from osp_diag.capture.attention import AttentionCapture
-from osp_diag.capture.collector import Collector, Key, suites_of
+from osp_diag.capture.collector import Chosen, Collector, Key, suites_of
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
@@ -31,10 +31,13 @@ from osp_diag.probing.versions import library_versions
 from osp_diag.run import Run, open_run
 from osp_diag.sites import SITES, find_sites, matches
 from osp_diag.sites.names import ATTENTION, HEAD_SITES
-from osp_diag.sites.trace import unfused, unwrap
+from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.store import RunWriter
 
-__all__ = ["Probe", "instances"]
+__all__ = ["Asked", "Probe", "instances"]
+
+Asked = Sequence[str | Estimator] | Mapping[str, Sequence[str | Estimator]]
+"""Estimators by name or instance, for every site or by pattern of sites."""
 
 
 class Probe:
@@ -46,7 +49,7 @@ class Probe:
     every : a period in steps, the steps themselves, or a function of it (:mod:`osp_diag.probing.schedule`)
     out : path of the run to write; None keeps the numbers in memory (:attr:`run`)
     sites : names or patterns (``"residual_*"``, ``"linear_input:*"``); None for the default sites
-    estimators : names or instances; None for the default ones of each site
+    estimators : names or instances, for all sites or by site pattern; None for each site's default ones
     tokenizer : tells which tokens are delimiters; without it that stratum stays empty
     blocks, named_sites, example : where the sites cannot be guessed, see :func:`osp_diag.sites.find_sites`
     compile : fold activations with ``torch.compile``; "auto" does so on CUDA
@@ -75,7 +78,7 @@ class Probe:
         every: int | Collection[int] | Schedule = 1,
         out: str | Path | None = None,
         sites: Sequence[str] | None = None,
-        estimators: Sequence[str | Estimator] | None = None,
+        estimators: Asked | None = None,
         tokenizer: Any = None,
         delimiter_ids: Sequence[int] | None = None,
         blocks: str | None = None,
@@ -241,7 +244,7 @@ class Probe:
         )
         heads = (ATTENTION, *HEAD_SITES)
         with ExitStack() as stack:
-            if _is_compiled(self.model):
+            if is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unfused(unwrap(self.model)))
             stack.enter_context(capture)
@@ -361,18 +364,16 @@ class Probe:
         self.close()
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    modules = (model, *unwrap(model).modules())
-    return any(
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for module in modules
-    )
-
-
-def instances(estimators: Sequence[str | Estimator] | None) -> list[Estimator] | None:
+def instances(estimators: Asked | None) -> Chosen:
     """Estimators from names or instances; None stays None, which stands for the default ones."""
     if estimators is None:
         return None
+    if isinstance(estimators, Mapping):
+        return {pattern: _each(chosen) for pattern, chosen in estimators.items()}
+    return _each(estimators)
+
+
+def _each(estimators: Sequence[str | Estimator]) -> list[Estimator]:
     return [get_estimator(entry) if isinstance(entry, str) else entry for entry in estimators]
 
 
