@@ -174,7 +174,7 @@ def test_attention_statistics_are_those_of_the_models_own_weights(family: Family
 
 
 def values_of(model: nn.Module, batch: dict[str, Tensor], calls: list[AttentionCall]) -> list[Tensor | None]:
-    """The calls' values; where attention is written out, those of the projection named so, if there is one."""
+    """The calls' values; where attention is written out, those of the projection named so, if any."""
     taken: list[Tensor] = []
     projections = [m for path, m in model.named_modules() if path.endswith(".v_proj")]
     hooks = [m.register_forward_hook(lambda m, a, out: taken.append(out.detach())) for m in projections]
