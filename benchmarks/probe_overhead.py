@@ -245,11 +245,11 @@ def transformer_lens_cache(bench: Bench) -> Forward:
 
 
 @contextmanager
-def building(name: str, variants: list[Variant], skipped: dict[str, str]) -> Iterator[None]:
-    """Leave a peer out, and say why, when it cannot be set up on this machine."""
+def building(name: str, skipped: dict[str, str]) -> Iterator[None]:
+    """Leave a variant out, and say why, when it cannot run on this machine."""
     try:
         yield
-    except Exception as error:  # a peer's failure is a result too
+    except Exception as error:  # a failure is a result too
         skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
 
 
@@ -303,15 +303,14 @@ def check(device: torch.device) -> None:
     print("the kernels agree with the generic definitions")
 
 
-def variants_of(bench: Bench, *, compiled: bool) -> tuple[list[Variant], dict[str, str]]:
+def variants_of(bench: Bench, *, compiled: bool, all_levels: bool) -> tuple[list[Variant], dict[str, str]]:
     """What is timed, the bare pass first; and what is left out, with the reason."""
     found = [Variant("bare forward", bench.bare)]
     skipped: dict[str, str] = {}
     for label, chosen in levels().items():
-        if compiled:
-            found.append(Variant(f"probe {label}, compiled", probed(bench, chosen, compiled=True)))
-        if not compiled or label == "A + B + C":
-            found.append(Variant(f"probe {label}, eager", probed(bench, chosen, compiled=False)))
+        if all_levels or chosen is not None:
+            how = "compiled" if compiled else "eager"
+            found.append(Variant(f"probe {label}, {how}", probed(bench, chosen, compiled=compiled)))
     found.append(Variant("output_hidden_states + OSP kurtosis with .item()", hidden_states(bench)))
     found.append(Variant("T×T softmax per layer", square_attention(bench)))
     peers = {
@@ -322,11 +321,8 @@ def variants_of(bench: Bench, *, compiled: bool) -> tuple[list[Variant], dict[st
         if importlib.util.find_spec(package) is None:
             skipped[label] = f"{package} is not installed"
             continue
-        with building(label, found, skipped):
-            forward = build(bench)
-            with torch.no_grad():
-                forward()
-            found.append(Variant(label, forward))
+        with building(label, skipped):
+            found.append(Variant(label, build(bench)))
     return found, skipped
 
 
@@ -348,6 +344,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--rounds", type=int, default=8 if cuda else 5)
     parser.add_argument("--compiled", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--all-levels", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", help="write the numbers as JSON")
     parser.add_argument(
         "--check", action="store_true", help="compare the kernels with the definitions and stop"
@@ -358,10 +355,13 @@ def main() -> None:
         return
 
     bench = Bench(options.shape, options.device)
-    variants, skipped = variants_of(bench, compiled=options.compiled)
-    for _ in range(2):
-        for variant in variants:
+    variants, skipped = variants_of(bench, compiled=options.compiled, all_levels=options.all_levels)
+    for variant in list(variants):
+        with building(variant.name, skipped):
             bench.time(variant, keep=False)
+            bench.time(variant, keep=False)
+            continue
+        variants.remove(variant)
     for _ in range(options.rounds):
         for variant in variants:
             bench.time(variant, keep=True)

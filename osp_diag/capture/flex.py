@@ -116,7 +116,8 @@ class FlexStatistics:
         other_sum, other_maximum = self.over_keys(query, key, bias)
         found, log_sum_exp = self.combine(weight, sink_logit, sink_logits, other_sum, other_maximum)
         log_mass = self.over_queries(query, key, log_sum_exp)
-        return self.complete(found, log_mass, sink, bias)
+        # Replaced here, because what dynamo makes of a named tuple's _replace has lost its fields.
+        return found._replace(key_mass=self.complete(found.key_mass, log_mass, sink, bias))
 
     def _prepare(self, query: Tensor, key: Tensor, strata: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(weight of each token, sink positions, 0 or −Inf for each key, sink logits).
@@ -204,11 +205,8 @@ class FlexStatistics:
         )
         return found, torch.where((weight[:, None] > 0) & usable, total, float("inf"))
 
-    def _complete(
-        self, found: SoftmaxStatistics, log_mass: Tensor, sink: Tensor, bias: Tensor
-    ) -> SoftmaxStatistics:
-        """The statistics with the mass of every key: the sink's from its own probabilities."""
-        to_sink = found.key_mass.sum(-1)
+    def _complete(self, sink_mass: Tensor, log_mass: Tensor, sink: Tensor, bias: Tensor) -> Tensor:
+        """The mass of every key: the sink's from each query's own share of it, the others' from its log."""
         position = torch.arange(log_mass.shape[-1], device=sink.device)[None, None]
         mass = torch.where(bias[:, None] == 0.0, log_mass.exp(), 0.0)
-        return found._replace(key_mass=torch.where(position == sink[:, None, None], to_sink[..., None], mass))
+        return torch.where(position == sink[:, None, None], sink_mass.sum(-1)[..., None], mass)
