@@ -93,7 +93,7 @@ def test_outputs_are_bit_identical(name: str) -> None:
         with torch.no_grad():
             expected = model(**batch)[0]
             with no_trace(model):
-                with probe.step(0):
+                with probe.collect():
                     found = model(**batch)[0]
                 again = model(**batch)[0]
         assert torch.equal(found, expected)
@@ -106,12 +106,12 @@ def test_training_steps_under_autocast_are_bit_identical(name: str) -> None:
     model, batch = family.build().train(), family.inputs(padded=True)
     probe = Probe(model, sites=["*"])
     expected = train_step(model, batch)
-    with probe.step(0):
+    with probe.collect():
         found = train_step(model, batch)
     assert same(found, expected)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         lowered = train_step(model, batch)
-        with probe.step(1):
+        with probe.collect():
             found = train_step(model, batch)
         assert torch.is_autocast_enabled("cpu")
     assert same(found, lowered)
@@ -145,11 +145,12 @@ def test_statistics_under_autocast_are_taken_in_float32() -> None:
 def test_checkpointing_counts_nothing_twice(name: str, reentrant: bool) -> None:
     family = FAMILIES[name]
     model, batch = family.build(attention_dropout=0.1).train(), family.inputs()
-    plain = Probe(model, sites=["*"])
+    sites = ["residual_*", "mlp_*", "attention_*", "attention"]
+    plain = Probe(model, sites=sites)
     with plain.step(0):
         expected = train_step(model, batch)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    probe = Probe(model, sites=["*"])
+    probe = Probe(model, sites=sites)
     with probe.step(0):
         inside = train_step(model, batch)
     assert same(inside, expected)
@@ -164,7 +165,7 @@ def test_selective_checkpointing_keeps_the_models_own_products() -> None:
     contexts = partial(create_selective_checkpoint_contexts, kept)
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
     expected = train_step(model, batch)
-    with Probe(model, sites=["*"]).step(0):
+    with Probe(model, sites=["*"]).collect():
         assert same(train_step(model, batch), expected)
 
 
@@ -380,6 +381,28 @@ def test_embeddings_and_positional_ids_say_the_same_tokens() -> None:
     counts = found["/residual_post/token_count"][0]
     np.testing.assert_array_equal(counts, [21, 2, 0, 19])  # no ids, no delimiters: the mask holds none
     np.testing.assert_allclose(found["/attention/sink_rate"], expected["/attention/sink_rate"])
+
+
+def test_a_decoders_tokens_are_its_own() -> None:
+    import transformers
+
+    config = transformers.T5Config(
+        vocab_size=96, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=2, decoder_start_token_id=0
+    )
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    batch = FAMILIES["llama"].inputs(padded=True)
+    decoder = {"decoder_input_ids": batch["input_ids"], "decoder_attention_mask": torch.ones(2, 12).long()}
+    decoder["decoder_attention_mask"][0, -5:] = 0
+    probe = Probe(model, sites=["residual_post", "attention"])
+    assert any("the larger stack is probed: decoder.block.0" in note for note in probe.site_map.notes)
+    with torch.no_grad(), probe.step(0):
+        model(**batch, **decoder)
+    assert numbers(probe)["/residual_post/token_count"][0, 0] == 24 - 5
+    refused = pytest.raises(
+        CaptureError, match="call the model with decoder_input_ids or decoder_inputs_embeds"
+    )
+    with refused, torch.no_grad(), probe.step(1):
+        model(**batch, labels=batch["input_ids"])
 
 
 def test_packed_documents_each_have_a_first_token() -> None:

@@ -132,14 +132,12 @@ class Collector:
         self._called, self._values = set(), {}
         ids, mask = forward_pass.token_ids, forward_pass.attention_mask
         if ids is None:
-            other = next(
-                (v for v in forward_pass.arguments.values() if isinstance(v, torch.Tensor) and v.ndim >= 2),
-                None,
-            )
+            other = forward_pass.embeddings
             if other is None:
+                names = " or ".join(f"{forward_pass.prefix}{name}" for name in ("input_ids", "inputs_embeds"))
                 raise CaptureError(
                     "the forward pass got no tensor of shape (batch, token, …), so its tokens cannot be told "
-                    "apart; call the model with input_ids or inputs_embeds"
+                    f"apart; call the model with {names}"
                 )
             ids = torch.full(other.shape[:2], -1, device=other.device)
         with torch.no_grad():

@@ -33,7 +33,8 @@ _NO_IDS = re.compile(r"mask|position|label|target|type|segment|cache|decoder", r
 class ForwardPass:
     """The forward pass under way: its inputs, and how often each block ran in it."""
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, arguments: Mapping[str, Any], prefix: str = "") -> None:
+        self.prefix = prefix
         self.arguments = dict(arguments)
         """by the names that the model's own ``forward`` gives them"""
         self.runs: dict[str, int] = defaultdict(int)
@@ -43,9 +44,11 @@ class ForwardPass:
     @property
     def token_ids(self) -> torch.Tensor | None:
         """(batch, token) ids: ``input_ids``, or the first integer matrix not named like something else."""
-        named = self.arguments.get("input_ids")
+        named = self.arguments.get(f"{self.prefix}input_ids")
         if isinstance(named, torch.Tensor):
             return named
+        if self.prefix:
+            return None
         for name, value in self.arguments.items():
             matrix = isinstance(value, torch.Tensor) and value.ndim == 2 and value.dtype in _ID_DTYPES
             if matrix and not _NO_IDS.search(name):
@@ -53,14 +56,23 @@ class ForwardPass:
         return None
 
     @property
+    def embeddings(self) -> torch.Tensor | None:
+        """What stands in for missing ids: embeddings, or any tensor that starts with (batch, token)."""
+        named = self.arguments.get(f"{self.prefix}inputs_embeds")
+        if isinstance(named, torch.Tensor) or self.prefix:
+            return named
+        tensors = (v for v in self.arguments.values() if isinstance(v, torch.Tensor) and v.ndim >= 2)
+        return next(tensors, None)
+
+    @property
     def attention_mask(self) -> torch.Tensor | None:
         """(batch, token) padding mask, if the caller passed one."""
-        mask = self.arguments.get("attention_mask")
+        mask = self.arguments.get(f"{self.prefix}attention_mask")
         return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
 
     @property
     def position_ids(self) -> torch.Tensor | None:
-        positions = self.arguments.get("position_ids")
+        positions = self.arguments.get(f"{self.prefix}position_ids")
         return positions if isinstance(positions, torch.Tensor) and positions.ndim == 2 else None
 
 
@@ -73,6 +85,7 @@ class SiteCapture:
     taps : where to read
     block_paths : the block executed as layer 0, 1, … (a path may occur several times)
     on_activation : called with (tap, layer, tensor), under ``no_grad`` and outside of autocast
+    prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
     on_start, on_stop : called when a forward pass of the whole model begins and ends; ``on_stop`` learns
         whether it raised
     """
@@ -86,12 +99,14 @@ class SiteCapture:
         *,
         on_start: Callable[[ForwardPass], None],
         on_stop: Callable[[bool], None],
+        prefix: str = "",
     ) -> None:
         self.model = unwrap(model)
         self.taps = taps
         self.block_paths = block_paths
         self.on_activation = on_activation
         self.on_start, self.on_stop = on_start, on_stop
+        self.prefix = prefix
         self.current: ForwardPass | None = None
         self._handles: list[Any] = []
         self._layers: dict[str, list[int]] = defaultdict(list)
@@ -156,7 +171,7 @@ class SiteCapture:
         if torch.compiler.is_compiling():
             return
         self._abandon()
-        self.current = ForwardPass(_named(module, args, kwargs))
+        self.current = ForwardPass(_named(module, args, kwargs), self.prefix)
         self.on_start(self.current)
 
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:

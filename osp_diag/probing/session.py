@@ -170,7 +170,9 @@ class Probe:
         """Measure the forward passes inside the block, if ``step`` is due; yields whether it is.
 
         Outside of due steps nothing is attached. If the block raises, nothing is recorded for the step.
-        A model wrapped by ``torch.compile`` runs eagerly inside a due step.
+        A compiled model runs eagerly inside a due step. Where only its blocks are compiled and they are under
+        non-reentrant activation checkpointing, call ``backward`` inside the block too: after it, compiled
+        code recomputes what eager code saved, and torch raises ``CheckpointError``.
         """
         if not self.due(step):
             yield False
@@ -241,6 +243,7 @@ class Probe:
             collector.on_activation,
             on_start=collector.start,
             on_stop=collector.stop,
+            prefix=self.site_map.prefix,
         )
         heads = (ATTENTION, *HEAD_SITES)
         with ExitStack() as stack:

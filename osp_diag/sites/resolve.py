@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
@@ -16,7 +17,7 @@ from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
 from osp_diag.sites.names import ATTENTION, HEAD_SITES, SITES, SiteMap, Tap
 from osp_diag.sites.stack import find_stack, is_linear, is_norm
-from osp_diag.sites.trace import Event, Trace, fused_encoder_layers, trace_forward, unwrap
+from osp_diag.sites.trace import TOKENS, Event, Trace, fused_encoder_layers, trace_forward, unwrap
 
 __all__ = ["find_sites"]
 
@@ -81,8 +82,17 @@ def find_sites(
         causal_layers=frozenset(block.layer for block in found if block.calls and is_causal(block.call)),
         absent=_absent(found, {tap.site for tap in taps}),
         notes=_notes(model, trace, found, {(tap.site, tap.layer) for tap in taps}),
+        prefix="decoder_" if _is_decoder(model, example, first) else "",
         expert_layers={block.layer: block.experts for block in found if block.experts},
     )
+
+
+def _is_decoder(model: nn.Module, example: Any, state: torch.Tensor) -> bool:
+    """Whether the blocks are the decoder of a model that also has an encoder, whose tokens are others."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    ids = example.get("decoder_input_ids") if isinstance(example, Mapping) else None
+    return state.shape[1] == (TOKENS - 1 if ids is None else ids.shape[1])
 
 
 def _resolve_block(layer: int, event: Event, trace: Trace, hidden_size: int) -> Block:
@@ -199,6 +209,8 @@ def _notes(model: nn.Module, trace: Trace, found: list[Block], taps: set[tuple[s
             "nn.TransformerEncoderLayer leaves its fused inference path while probed: in evaluation mode "
             "without gradients, outputs agree to rounding and not bit by bit"
         )
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        notes.append(f"of encoder and decoder, the larger stack is probed: {found[0].event.name}, …")
     return (*notes, *_gaps(found, taps))
 
 

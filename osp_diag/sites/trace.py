@@ -186,7 +186,8 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
     if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
         keywords: dict[str, Any] = {"input_ids": ids}
         if getattr(model.config, "is_encoder_decoder", False):
-            keywords["decoder_input_ids"] = ids
+            # Of another length, which tells whose blocks are whose.
+            keywords["decoder_input_ids"] = ids[:, 1:]
         return model(**keywords)
     return model(ids)
 
