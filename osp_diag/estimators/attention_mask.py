@@ -22,7 +22,9 @@ def index_range(start: int, stop: int, like: Array) -> Int[Any, " position"]:
 
 
 def is_fill(values: Array) -> Bool[Any, "..."]:
-    """True where an additive entry means "not allowed": at or below −1e30, in float16 at or below half of its finite minimum.
+    """True where an additive entry means "not allowed".
+
+    That is at or below −1e30, and in float16 at or below half of its finite minimum.
 
     NaN is not a fill: it is passed on, so that its row is found and counted. Models fill with the finite
     minimum of a dtype that may be narrower, and some (CodeGen) scale logits only afterwards.

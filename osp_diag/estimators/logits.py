@@ -180,7 +180,12 @@ class LogitDistribution(Estimator):
         coords = {"key_class": KEY_CLASSES, "logit_bin": grid.centres.tolist()}
         return {
             "logit_density": Output(
-                density, ("head", "key_class", "logit_bin"), self.unit, self.formula, coords, floor=0.0
+                density,
+                ("head", "key_class", "logit_bin"),
+                self.unit,
+                "share of logits in a bin / width of the bin",
+                coords,
+                floor=0.0,
             ),
             "logit_quantile": Output(
                 self._quantiles(counts),

@@ -227,8 +227,9 @@ class MassiveActivations(Estimator):
 
     Massive: |x| > 100 and at least 1000 times the sequence's median |X| (Sun et al.'s rule of thumb
     for block outputs). Both outputs are mean numbers per sequence; the channels add up to stratum
-    ``all``. The rule fails below about 1B parameters, where magnitudes are smaller: see
-    ``peak_median_ratio``. The first layer where the count is not 0 is the massive emergence layer.
+    ``all``. Sun et al. find that the rule misses models below about 1B parameters, whose magnitudes are
+    often smaller (SmolLM2-135M meets it); ``peak_median_ratio`` has no threshold. The first layer where
+    the count is not 0 is the massive emergence layer.
     """
 
     absolute: float = 100.0
@@ -239,6 +240,7 @@ class MassiveActivations(Estimator):
     formula: ClassVar[str] = "mean over sequences of #{|x| > 100 and |x| ≥ 1000 · median |X|}"
     unit: ClassVar[str] = "elements per sequence"
     range: ClassVar[str] = "[0, T · d / 2]"
+    ceiling: ClassVar[str] = "T · d / 2, since they exceed the median"
     floor: ClassVar[str] = "0"
     sources: ClassVar[tuple[Source, ...]] = (SUN,)
     also_used_by: ClassVar[tuple[str, ...]] = (

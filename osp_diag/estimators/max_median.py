@@ -99,7 +99,7 @@ class MaxMedianRatio(Estimator):
     The median is exact: the lower of the two middle values when d is even (torch's convention; NumPy
     takes their mean). Tokens whose median is 0, as after a ReLU, have no ratio: they are left out and
     counted in ``max_median_ratio_undefined_count``. Quantiles come from a histogram whose bins are a
-    factor 1.022 wide. Gaussian noise gives about √(2 log d) / 0.6745.
+    factor 1.022 wide. Gaussian noise gives somewhat less than √(2 log d) / 0.6745.
     """
 
     quantiles: tuple[float, ...] = DEFAULT_QUANTILES
@@ -108,7 +108,9 @@ class MaxMedianRatio(Estimator):
     title: ClassVar[str] = "Max to median ratio (MMR)"
     formula: ClassVar[str] = "mean_t max_j |x_tj| / median_j |x_tj|"
     range: ClassVar[str] = "[1, ∞)"
-    floor: ClassVar[str] = "≈ √(2 log d) / 0.6745 on Gaussian noise: 5.0 at d = 768"
+    floor: ClassVar[str] = (
+        "5.0 on Gaussian noise at d = 768; below √(2 log d) / 0.6745, which it nears slowly"
+    )
     sources: ClassVar[tuple[Source, ...]] = (HE,)
     also_used_by: ClassVar[tuple[str, ...]] = (
         "He et al.'s code takes it on X centred over the width: `centred_max_median_ratio`.",
@@ -142,7 +144,7 @@ class CentredMaxMedianRatio(Estimator):
     title: ClassVar[str] = "Max to median ratio of the centred token"
     formula: ClassVar[str] = "mean_t max_j |x_tj − x̄_t| / median_j |x_tj − x̄_t|"
     range: ClassVar[str] = "[1, ∞)"
-    floor: ClassVar[str] = "≈ √(2 log d) / 0.6745 on Gaussian noise"
+    floor: ClassVar[str] = "below √(2 log d) / 0.6745 on Gaussian noise"
     sources: ClassVar[tuple[Source, ...]] = (HE,)
     also_used_by: ClassVar[tuple[str, ...]] = ("He et al.'s released code logs this one as MMR.",)
     optional: ClassVar[bool] = True

@@ -1,7 +1,7 @@
 """Neuron kurtosis: are a few channels larger than the others, averaged over tokens?
 
 Second moment over tokens first, fourth moment across channels afterwards: not a kurtosis of tokens.
-Two forms circulate; both are 0-cost once the channel sums are there.
+Two forms circulate; both cost nothing more once the channel sums are there.
 """
 
 from __future__ import annotations

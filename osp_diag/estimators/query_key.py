@@ -151,8 +151,8 @@ class HeadChannelNorm(Estimator):
 class MassiveValues(Estimator):
     """Massive values: channels of a head whose norm exceeds λ times the mean over all heads and channels.
 
-    λ = 5 is that of a replication. Expected in Q and K of models with RoPE, in low-frequency
-    channels, and not in V.
+    λ = 5 is the threshold commonly used to replicate Jin et al.; check theirs before comparing. Expected
+    in Q and K of models with RoPE, in low-frequency channels, and not in V.
     """
 
     threshold: float = 5.0

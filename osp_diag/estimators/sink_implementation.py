@@ -156,7 +156,9 @@ class SinkLogitContribution(Estimator):
         channels = xp.where(total[..., 0] > 0, short + 1, xp.zeros_like(short))
         channels = xp.where(count > 0, channels, xp.full_like(channels, xp.nan))
         return {
-            "sink_logit_contribution": Output(mean, ("head", "head_channel"), self.unit, self.formula),
+            "sink_logit_contribution": Output(
+                mean, ("head", "head_channel"), self.unit, "mean over queries of scale · q_j · k_sink,j"
+            ),
             "sink_logit_channels_90": Output(
                 channels,
                 ("head",),

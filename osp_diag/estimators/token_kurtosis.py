@@ -175,7 +175,7 @@ class OspExcessKurtosis(Estimator):
     title: ClassVar[str] = "Excess kurtosis per token, OSP formula"
     formula: ClassVar[str] = "mean_t max(0, mean_j x_tj⁴ / s_t⁴ − 3), s_t² = Σ_j (x_tj − x̄_t)² / (d − 1)"
     range: ClassVar[str] = "[0, d − 3]"
-    floor: ClassVar[str] = "≈ √(24 / (2πd)) on Gaussian noise: 0.14 at d = 128, 0.042 at d = 2048"
+    floor: ClassVar[str] = "0.141 on Gaussian noise at d = 128, 0.042 at 2048; √(24 / (2πd)) for large d"
     ceiling: ClassVar[str] = "d − 3, a token with one non-zero channel"
     sources: ClassVar[tuple[Source, ...]] = (OSP,)
     also_used_by: ClassVar[tuple[str, ...]] = (
