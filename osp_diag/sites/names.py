@@ -75,7 +75,7 @@ class SiteMap:
     expert_layers: dict[int, str] = field(default_factory=dict)
     """layer → path of a module that holds its experts' weights as stacked parameters"""
     prefix: str = ""
-    """of the arguments that hold the blocks' tokens: "decoder_" where they are a decoder's beside an encoder"""
+    """of the arguments that hold the blocks' tokens: "decoder_" where an encoder stands beside them"""
 
     @property
     def number_of_layers(self) -> int:
