@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from osp_diag.capture.collector import Collector
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.base import Layout, State, Suite
@@ -128,3 +129,21 @@ def test_folding_many_sites_at_once(fused: ModuleType, monkeypatch: pytest.Monke
                 equal_nan=True,
                 msg=lambda m, n=name: f"{n}: {m}",
             )
+
+
+def test_a_site_in_two_stacks_is_one_site(fused: ModuleType) -> None:
+    x, strata = activations(torch.bfloat16, 48)
+    collector = Collector(lambda site: True)
+    suite = collector.suites_at("attention_input")["activation"]
+    key, other = ("attention_input", 0, "activation"), ("attention_input", 1, "activation")
+    layout = Layout(channels=48, tokens=x.shape[1])
+    later = Suite(
+        [e for e in suite.estimators if not any(measurement.reads_elements for measurement in e.measurements)]
+    )
+    increment = later.measure(observe(fused, x, strata))
+    stacked = {name: torch.stack([value, value]) for name, value in increment.items()}
+    collector._merge_stack((key, other), suite, layout, stacked)
+    collector._merge_stack((key, key), suite, layout, stacked)
+    assert torch.equal(collector.states[key]["token.count"], 3 * increment["token.count"])
+    assert torch.equal(collector.states[other]["token.count"], increment["token.count"].double())
+    assert torch.equal(collector.states[key]["channel.maximum"], increment["channel.maximum"].double())

@@ -115,7 +115,12 @@ class Collector:
         found = {key: dict(state) for key, state in self._states.items()}
         for keys, stack in self._stacks.items():
             for index, key in enumerate(keys):
-                found.setdefault(key, {}).update({name: value[index] for name, value in stack.items()})
+                part = {name: value[index] for name, value in stack.items()}
+                known = found.setdefault(key, {})
+                fields = self.suites_at(key[0])[key[2]].fields(self.layouts[key])
+                # A site that was read twice in a pass, or stacked otherwise in another, is one site.
+                twice = {name: fields[name] for name in part if name in known}
+                known |= part | (merge_states(twice, known, part) if twice else {})
         return found
 
     def suites_at(self, site: str) -> dict[str, Suite]:
