@@ -64,6 +64,8 @@ class Summary:
 
     massive_emergence_layer: int | None = None
     """first block whose output has a massive activation (|x| > 100 and 1000 times the median)"""
+    massive_last_layer: int | None = None
+    """last layer that has any"""
     massive_per_sequence: float | None = None
     """mean number in a sequence, in the layer that has most"""
     massive_on_first: float | None = None

@@ -115,6 +115,7 @@ def massive(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         found["massive_per_sequence"] = float(everywhere.max(initial=0.0))
         if present.size:
             found["massive_emergence_layer"] = int(count["layer"].values[present[0]])
+            found["massive_last_layer"] = int(count["layer"].values[present[-1]])
             # a count is a mean per sequence, and every sequence has one first token
             on_first = np.nan_to_num(count.sel(stratum="first").values)[present].sum()
             found["massive_on_first"] = float(min(on_first / everywhere[present].sum(), 1.0))

@@ -96,8 +96,8 @@ def _massive(summary: Summary) -> Iterator[str]:
             else ""
         )
         yield (
-            f"Massive activations: from layer {summary.massive_emergence_layer} on, up to "
-            f"{number(summary.massive_per_sequence or 0)} in a sequence{channels}; "
+            f"Massive activations: layers {summary.massive_emergence_layer} to {summary.massive_last_layer}, "
+            f"up to {number(summary.massive_per_sequence or 0)} in a sequence{channels}; "
             f"{summary.massive_on_first:.0%} of them on the first token"
         )
     elif summary.massive_per_sequence is not None:

@@ -224,7 +224,7 @@ def test_sites_and_estimators_can_be_chosen(tiny, tmp_path, capfd):
     run = osp_diag.open_run(out)
     assert run.sites == ["residual_pre", "residual_mid", "residual_post", "linear_input:mlp.down_proj"]
     assert run.estimators == ["osp_excess_kurtosis/1"]
-    said(capfd, "probe", tiny, *QUICK, "--out", out, "--overwrite", "--no-raw", "--sites", "embedding")
+    said(capfd, "probe", tiny, *QUICK, "--out", out, "--overwrite", "--without-raw", "--sites", "embedding")
     replaced = osp_diag.open_run(out)
     assert replaced.sites == ["embedding"]
     with pytest.raises(StoreError, match="raw sums"):

@@ -133,7 +133,7 @@ def test_the_text_says_it_in_words(run):
         "Verdict: massive activations on the first token; everyday channel outliers; attention sinks.",
         "OSP kurtosis (osp_excess_kurtosis/1, mean over 7 hidden states): 23.2",
         "of 61, what a token with a single large channel scores",
-        "from layer 3 on, up to 2 in a sequence, in channels 17, 41; 100% of them on the first token",
+        "Massive activations: layers 3 to 5, up to 2 in a sequence, in channels 17, 41; 100% of them on",
         "1 LLM.int8() outlier feature at attention_input",
         "one head exceeds 100, where QK-Clip would act",
     ):

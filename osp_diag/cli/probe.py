@@ -37,7 +37,7 @@ def run(
     blocks: str | None = None,
     out: Path | None = None,
     overwrite: bool = False,
-    raw: bool = True,
+    without_raw: bool = False,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     device_map: str | None = None,
@@ -70,7 +70,7 @@ def run(
         blocks: path of the list of blocks, where it is not found.
         out: the run to write, a folder ending in .zarr.
         overwrite: replace a run that is already there.
-        raw: also write the sums behind the numbers, so that later definitions apply to this run.
+        without_raw: leave out the sums behind the numbers, by which later definitions apply to this run.
         dtype: of the weights and the forward pass; auto keeps the checkpoint's own.
         device: auto, cpu, cuda, cuda:1, mps ...
         device_map: spread a model over devices, as in accelerate (auto, balanced ...).
@@ -124,7 +124,7 @@ def run(
                 "blocks": blocks,
                 "compile": {"auto": "auto", "yes": True, "no": False}[compile],
             },
-            main={"out": out, "overwrite": overwrite, "keep_raw": raw, "snapshot_tokens": 64},
+            main={"out": out, "overwrite": overwrite, "keep_raw": not without_raw, "snapshot_tokens": 64},
         )
         if not is_first_rank():
             return 0
