@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from osp_diag.capture.collector import Collector
-from osp_diag.estimators import default_estimators
+from osp_diag.estimators import _arrays, default_estimators
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.base import Layout, State, Suite
 
@@ -100,12 +100,13 @@ def test_the_range_of_bfloat16(fused: ModuleType, factor: float) -> None:
         torch.testing.assert_close(getattr(found.channels, name), value, rtol=1e-4, atol=0.0, equal_nan=True)
 
 
-def test_folding_many_sites_at_once(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("site", ["residual_post", "attention_input", "mlp_hidden"])
+def test_folding_many_sites_at_once(fused: ModuleType, monkeypatch: pytest.MonkeyPatch, site: str) -> None:
     """What is put off and done for several sites together equals each site on its own."""
     monkeypatch.setattr(fused, "AT_ONCE", 2)
-    monkeypatch.setattr(fused, "compile_apart", lambda function: function)
+    monkeypatch.setattr(fused, "compile_once", lambda name, function: function)
     x, strata = activations(torch.bfloat16, 48)
-    suite = Suite(default_estimators(observes="activation", site="residual_post"))
+    suite = Suite(default_estimators(observes="activation", site=site))
     states: dict[int, State] = {}
 
     def merge(keys: tuple[int, ...], suite: Suite, layout: Layout, increments: State) -> None:
@@ -113,10 +114,12 @@ def test_folding_many_sites_at_once(fused: ModuleType, monkeypatch: pytest.Monke
             states[key].update({name: value[index] for name, value in increments.items()})
 
     folding = fused.FusedFolding(merge)
-    for layer in range(5):
-        states[layer] = {}
-        states[layer].update(folding.fold(layer, suite, x * (layer + 1), strata, 15))
-    folding.finish()
+    with monkeypatch.context() as on_gpu:  # NumPy's selection is for hosts, and cannot be vmapped
+        on_gpu.setattr(_arrays, "runs_on_host", lambda *_: False)
+        for layer in range(5):
+            states[layer] = {}
+            states[layer].update(folding.fold(layer, suite, x * (layer + 1), strata))
+        folding.finish()
     for layer in range(5):
         expected = suite.measure(ActivationObservation(x * (layer + 1), strata))
         assert states[layer].keys() == expected.keys()

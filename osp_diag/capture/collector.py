@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from osp_diag.capture.attention_measuring import measure_attention
-from osp_diag.capture.compiling import compile_apart
+from osp_diag.capture.compiling import compile_once
 from osp_diag.capture.hooks import ForwardPass, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
@@ -28,12 +28,6 @@ __all__ = ["Collector", "Key", "suites_of"]
 
 Key = tuple[str, int, str]
 """(site, layer, what is observed: "activation", "heads" or "attention")"""
-
-SIGNIFICANT_BITS = {torch.bfloat16: 15, torch.float16: 18}
-"""Leading bits that can be set in a float32 made from these: 8 + 7, and 8 + 10."""
-
-_COMPILED: dict[tuple[Any, ...], Callable[..., State]] = {}
-"""Kept beyond one collector: the next probed step measures the same sites."""
 
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
@@ -252,7 +246,7 @@ class Collector:
             return
         key = (site, layer, kind)
         if kind == "activation" and self.compiled and x.device.type == "cuda":
-            increment = self._fused_folding().fold(key, suite, x, strata, SIGNIFICANT_BITS.get(x.dtype, 31))
+            increment = self._fused_folding().fold(key, suite, x, strata)
         else:
             increment = self._measuring(site, kind, x)(x, strata)
         if increment:
@@ -261,19 +255,16 @@ class Collector:
     def _measuring(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
         """The function (x, strata) → increments of a site, compiled once for all sites that are alike."""
         suite = self.suites_at(site)[kind]
-        bits = SIGNIFICANT_BITS.get(x.dtype, 31)
 
         def measure(x: torch.Tensor, strata: torch.Tensor) -> State:
             if kind == "heads":
                 return suite.measure(HeadsObservation(x, strata))
-            return suite.measure(ActivationObservation(x, strata, significant_bits=bits))
+            return suite.measure(ActivationObservation(x, strata))
 
         if not self.compiled:
             return measure
         name = (suite.measurements, kind, x.shape, x.stride(), x.dtype, x.device)
-        if name not in _COMPILED:
-            _COMPILED[name] = compile_apart(measure)
-        return _COMPILED[name]
+        return compile_once(name, measure)
 
     def _fold_attention(self, call: AttentionCall, layer: int, strata: torch.Tensor) -> None:
         suite = self.suites_at(ATTENTION).get("attention")

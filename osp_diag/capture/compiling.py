@@ -8,7 +8,19 @@ from typing import Any
 
 import torch
 
-__all__ = ["compile_apart"]
+__all__ = ["compile_apart", "compile_once"]
+
+_COMPILED: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+
+def compile_once(name: tuple[Any, ...], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The compiled function of that name, made from ``function`` if there is none yet.
+
+    Kept for the process's life: the next probed step measures the same sites.
+    """
+    if name not in _COMPILED:
+        _COMPILED[name] = compile_apart(function)
+    return _COMPILED[name]
 
 
 def compile_apart(function: Callable[..., Any]) -> Callable[..., Any]:

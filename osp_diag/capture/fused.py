@@ -6,17 +6,17 @@ or a channel, would be hundreds of tiny launches a site; it is put off, and done
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from osp_diag.capture.compiling import compile_apart
+from osp_diag.capture.compiling import compile_once
 from osp_diag.capture.kernels import SiteStatistics, count_beyond, site_statistics
 from osp_diag.estimators._arrays import once
-from osp_diag.estimators.activation import ActivationObservation
-from osp_diag.estimators.base import Layout, Measurement, State, Suite
+from osp_diag.estimators.activation import ActivationObservation, significant_bits_of
+from osp_diag.estimators.base import Layout, Measurement, State, Suite, measure_each
 from osp_diag.estimators.reductions import (
     GENERIC,
     ChannelSums,
@@ -102,17 +102,6 @@ def part_of_tokens(strata: Tensor) -> Tensor:
     return ((parts * order[:, None]).sum(0) - 1).int()
 
 
-def _measure(measurements: Sequence[Measurement], observation: ActivationObservation) -> State:
-    return {
-        f"{measurement.name}.{key}": value
-        for measurement in measurements
-        for key, value in measurement.measure(observation).items()
-    }
-
-
-_COMPILED: dict[tuple[Any, ...], Callable[..., State]] = {}
-
-
 class FusedFolding:
     """Collects the statistics of sites, and hands over increments for many of them together.
 
@@ -127,9 +116,10 @@ class FusedFolding:
         self._suites: dict[tuple[Any, ...], Suite] = {}
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def fold(self, key: Any, suite: Suite, x: Tensor, strata: Tensor, significant_bits: int) -> State:
+    def fold(self, key: Any, suite: Suite, x: Tensor, strata: Tensor) -> State:
         """Run the kernels on one site; returns the increments of what has to read the elements again."""
-        found = site_statistics(x, self._part(strata), significant_bits)
+        bits = significant_bits_of(x)
+        found = site_statistics(x, self._part(strata), bits)
         later = tuple(m for m in suite.measurements if not m.reads_elements)
         now = tuple(m for m in suite.measurements if m.reads_elements)
         if later:
@@ -139,7 +129,7 @@ class FusedFolding:
             waiting.append((key, found))
             if len(waiting) == AT_ONCE:
                 self._finish(group, strata)
-        return self._read_again(now, x, strata, found, significant_bits) if now else {}
+        return self._read_again(now, x, strata, found, bits) if now else {}
 
     def finish(self) -> None:
         """Do what was put off, at the end of a forward pass."""
@@ -163,7 +153,7 @@ class FusedFolding:
 
         def measure(rows: Tensor, sums: Tensor, scale: Tensor) -> State:
             found = SiteStatistics(rows, sums, scale)
-            return _measure(measurements, FusedObservation(None, strata, found, significant_bits=31))
+            return measure_each(measurements, FusedObservation(None, strata, found, significant_bits=31))
 
         stacked = [torch.stack(field) for field in zip(*(found for _, found in waiting), strict=True)]
         increments = torch.vmap(measure)(*stacked)
@@ -176,15 +166,13 @@ class FusedFolding:
         x: Tensor,
         strata: Tensor,
         found: SiteStatistics,
-        significant_bits: int,
+        bits: int,
     ) -> State:
-        name = (measurements, tuple(x.shape), x.stride(), x.dtype, x.device)
-        if name not in _COMPILED:
 
-            def measure(x: Tensor, strata: Tensor, rows: Tensor, sums: Tensor, scale: Tensor) -> State:
-                statistics = SiteStatistics(rows, sums, scale)
-                seen = FusedObservation(x, strata, statistics, significant_bits=significant_bits)
-                return _measure(measurements, seen)
+        def measure(x: Tensor, strata: Tensor, rows: Tensor, sums: Tensor, scale: Tensor) -> State:
+            statistics = SiteStatistics(rows, sums, scale)
+            seen = FusedObservation(x, strata, statistics, significant_bits=bits)
+            return measure_each(measurements, seen)
 
-            _COMPILED[name] = compile_apart(measure)
-        return _COMPILED[name](x, strata, *found)
+        name = ("read again", measurements, x.shape, x.stride(), x.dtype, x.device)
+        return compile_once(name, measure)(x, strata, *found)

@@ -9,7 +9,6 @@ from jaxtyping import Float
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import (
     Array,
-    Namespace,
     accumulator_dtype,
     is_jax_namespace,
     namespace_of,
@@ -42,12 +41,15 @@ __all__ = [
     "is_constant",
     "max_over_strata",
     "over_strata",
+    "significant_bits_of",
 ]
 
 
-def _significant_bits(xp: Namespace, dtype: Any) -> int:
+def significant_bits_of(x: Array) -> int:
+    """How many leading bits of a float32 magnitude can be set in what comes in ``x``'s dtype."""
+    xp = namespace_of(x)
     for name, bits in (("bfloat16", 15), ("float16", 18)):
-        if hasattr(xp, name) and dtype == getattr(xp, name):
+        if hasattr(xp, name) and x.dtype == getattr(xp, name):
             return bits
     return 31
 
@@ -83,7 +85,7 @@ class ActivationObservation:
                 f"({len(STRATA)}, batch, token); got {tuple(x.shape)} and {tuple(strata.shape)}"
             )
         xp = namespace_of(x)
-        self.significant_bits = significant_bits or _significant_bits(xp, x.dtype)
+        self.significant_bits = significant_bits or significant_bits_of(x)
         if x.dtype != xp.float32:
             x = xp.astype(x, xp.float32)
         self.raw = x

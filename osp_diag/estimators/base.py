@@ -39,6 +39,7 @@ __all__ = [
     "Source",
     "State",
     "Suite",
+    "measure_each",
     "merge_states",
 ]
 
@@ -194,6 +195,15 @@ def merge_states(fields: Mapping[str, Field], first: State, second: State) -> St
     return {key: _combine(xp, spec.combine, first[key], second[key]) for key, spec in fields.items()}
 
 
+def measure_each(measurements: Sequence[Measurement], observation: Any) -> State:
+    """What one observation adds to each field of some measurements, by "measurement.field"."""
+    return {
+        f"{measurement.name}.{key}": value
+        for measurement in measurements
+        for key, value in measurement.measure(observation).items()
+    }
+
+
 class Suite:
     """Several estimators over the same kind of observation, sharing their measurements."""
 
@@ -238,11 +248,7 @@ class Suite:
 
     def measure(self, observation: Any) -> State:
         """What one observation adds, before it is combined with a state."""
-        return {
-            f"{measurement.name}.{key}": value
-            for measurement in self.measurements
-            for key, value in measurement.measure(observation).items()
-        }
+        return measure_each(self.measurements, observation)
 
     def opening(self, increment: State) -> State:
         """The state that holds one increment alone: what merging it into an empty state gives."""
