@@ -11,6 +11,7 @@ __all__ = [
     "SiteError",
     "StoreError",
     "TokenError",
+    "TrainingError",
     "UsageError",
 ]
 
@@ -54,3 +55,7 @@ class NonFiniteError(OspDiagError):
 
 class StoreError(OspDiagError):
     """A run cannot be opened, or does not match what would be appended to it."""
+
+
+class TrainingError(OspDiagError):
+    """A training run cannot start or go on: misrouted parameters, divergence, a foreign checkpoint."""
