@@ -17,11 +17,12 @@ from torch import nn
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
 from osp_diag.errors import CaptureError, UsageError
 from osp_diag.estimators.base import Estimator
+from osp_diag.probing.asked import instances
 from osp_diag.probing.feeding import Feeding, Progress
 from osp_diag.probing.identity import model_attributes, token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank, on_first_rank
 from osp_diag.probing.saving import check_out
-from osp_diag.probing.session import Probe, instances
+from osp_diag.probing.session import Probe
 from osp_diag.run import Run, open_run
 from osp_diag.tokens import TokenBatches, make_batches
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,13 +14,13 @@ import xarray as xr
 from torch import nn
 
 from osp_diag.capture.attention import AttentionCapture
-from osp_diag.capture.collector import Chosen, Collector, Key, suites_of
+from osp_diag.capture.collector import Collector, Key, suites_of
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
 from osp_diag.errors import CaptureError, SiteError
-from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator, Field, Layout, State
+from osp_diag.probing.asked import Asked, delimiters, instances
 from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.identity import circumstances, delimiter_fingerprint, estimator_parameters
 from osp_diag.probing.labelling import label_states, raw_states
@@ -34,10 +34,7 @@ from osp_diag.sites.names import ATTENTION, HEAD_SITES
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.store import RunWriter
 
-__all__ = ["Asked", "Probe", "instances"]
-
-Asked = Sequence[str | Estimator] | Mapping[str, Sequence[str | Estimator]]
-"""Estimators by name or instance, for every site or by pattern of sites."""
+__all__ = ["Probe"]
 
 
 class Probe:
@@ -56,6 +53,8 @@ class Probe:
     keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs
     snapshot_tokens : raw activations of so many tokens of one sequence are kept for pictures
     attributes : what else determines the numbers (token source, protocol …), recorded in the run
+    beside : gives further datasets to record with every probed step (group name → dataset), such as what the
+        optimizer holds; called on every rank
     resume, overwrite : what to do with a run that is already at ``out``
 
     Raises
@@ -88,14 +87,16 @@ class Probe:
         keep_raw: bool = True,
         snapshot_tokens: int = 0,
         attributes: Mapping[str, Any] | None = None,
+        beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
         self.model = model
+        self.beside = beside
         self.due = schedule_of(every)
         self.patterns = tuple(sites) if sites is not None else None
         self.estimators = instances(estimators)
-        self.delimiter_ids = _delimiters(tokenizer, delimiter_ids)
+        self.delimiter_ids = delimiters(tokenizer, delimiter_ids)
         self.site_map = find_sites(model, blocks=blocks, named=named_sites, example=example)
         self._check_patterns(named_sites or {})
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
@@ -291,6 +292,8 @@ class Probe:
 
             states, layouts = merge_over_ranks(states, layouts, fields)
         groups = self._labelled(collector, to_host(states), layouts)
+        if self.beside is not None:
+            groups |= self.beside()
         self.absent |= collector.skipped
         if self._writer is not None:
             self._writer.append(step, groups)
@@ -342,6 +345,16 @@ class Probe:
             for name, value in values.items():
                 self._series.setdefault(name, {})[step] = float(value)
 
+    def flush(self) -> None:
+        """Commit what was recorded: a training loop does so before it saves a checkpoint."""
+        if self._writer is not None:
+            self._writer.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what was recorded after ``step``: a training loop that resumes from a checkpoint does so."""
+        if self._writer is not None:
+            self._writer.truncate_after(step)
+
     @property
     def run(self) -> Run:
         """What was measured so far."""
@@ -365,26 +378,3 @@ class Probe:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
-
-
-def instances(estimators: Asked | None) -> Chosen:
-    """Estimators from names or instances; None stays None, which stands for the default ones."""
-    if estimators is None:
-        return None
-    if isinstance(estimators, Mapping):
-        return {pattern: _each(chosen) for pattern, chosen in estimators.items()}
-    return _each(estimators)
-
-
-def _each(estimators: Sequence[str | Estimator]) -> list[Estimator]:
-    return [get_estimator(entry) if isinstance(entry, str) else entry for entry in estimators]
-
-
-def _delimiters(tokenizer: Any, given: Sequence[int] | None) -> tuple[int, ...]:
-    if given is not None:
-        return tuple(given)
-    if tokenizer is None:
-        return ()
-    from osp_diag.tokens import delimiter_ids_of
-
-    return tuple(delimiter_ids_of(tokenizer))
