@@ -6,11 +6,16 @@ times are medians over rounds, memory is the extra peak over the bare pass. Run 
     python benchmarks/probe_overhead.py                      # the shape that suits the machine
     python benchmarks/probe_overhead.py --shape llama-1.4b --rounds 8 --out overhead.json
     python benchmarks/probe_overhead.py --check              # only compare the kernels with the definitions
+
+nnsight and TransformerLens, its release 4 or later, are compared too where they are installed:
+
+    pip install -c constraints.txt nnsight transformer-lens
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import json
 import platform
@@ -22,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaModel
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
@@ -215,31 +220,23 @@ def nnsight_trace(bench: Bench) -> Forward:
 
 
 def transformer_lens_cache(bench: Bench) -> Forward:
-    """TransformerLens' own re-implementation with every activation cached, one sequence at a time."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    """A TransformerLens bridge around a copy of the model that caches every activation and computes nothing.
 
-    config = bench.model.config
-    hooked = HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=config.num_hidden_layers,
-            d_model=config.hidden_size,
-            n_ctx=bench.ids.shape[1],
-            d_head=config.hidden_size // config.num_attention_heads,
-            n_heads=config.num_attention_heads,
-            d_mlp=config.intermediate_size,
-            d_vocab=config.vocab_size,
-            act_fn="silu",
-            gated_mlp=True,
-            normalization_type="RMS",
-            positional_embedding_type="rotary",
-            dtype=bench.model.dtype,
-            device=str(bench.device),
-        )
-    )
+    No logits but the last token's, since the bare pass has none. On a GPU one sequence at a time, to fit: the
+    cache holds T×T scores and patterns of every layer.
+    """
+    from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+    config = copy.deepcopy(bench.model.config)  # the bridge changes the model it is given
+    with bench.device:
+        whole = LlamaForCausalLM(config).to(bench.model.dtype).eval()
+    whole.model.load_state_dict(bench.model.state_dict())
+    bridge = build_bridge_from_module(whole, "LlamaForCausalLM", hf_config=config)
+    batches = bench.ids.split(1 if bench.device.type == "cuda" else len(bench.ids))
 
     def forward() -> None:
-        for row in bench.ids:
-            hooked.run_with_cache(row[None], return_type=None)
+        for ids in batches:
+            bridge.run_with_cache(ids, use_cache=False, logits_to_keep=1)
 
     return forward
 
