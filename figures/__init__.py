@@ -30,7 +30,7 @@ def names() -> list[str]:
 
 
 def aliases() -> dict[str, str]:
-    """Other names that figures go by: ``fig2`` and ``fig5`` are the OSP paper's."""
+    """Other names that figures go by: ``fig2``, ``fig3``, ``fig5`` and ``fig7`` are the OSP paper's."""
     from figures._registry import aliases
 
     return dict(aliases())

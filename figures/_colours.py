@@ -21,7 +21,7 @@ from osp_diag.errors import UsageError
 Kind = Literal["linear", "log", "symlog"]
 KINDS: tuple[Kind, ...] = ("linear", "log", "symlog")
 
-__all__ = ["KINDS", "ColourScale", "Kind", "colour_table", "hexadecimal", "sample"]
+__all__ = ["KINDS", "ColourScale", "Kind", "colour_table", "hexadecimal", "sample", "tint"]
 
 
 @cache
@@ -64,6 +64,12 @@ def sample(name: str, count: int, low: float = 0.0, high: float = 1.0) -> list[s
     table = colour_table(name)
     places = np.linspace(low, high, count) * (len(table) - 1)
     return [hexadecimal(table[round(float(place))]) for place in places]
+
+
+def tint(colour: str, share: float) -> str:
+    """``#rrggbb`` mixed with so much white: 0 leaves it, 1 is white."""
+    rgb = np.array([int(colour[start : start + 2], 16) for start in (1, 3, 5)]) / 255
+    return hexadecimal(rgb + share * (1 - rgb))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,14 @@ from figures.styles import load_style
 from osp_diag.errors import StoreError, UsageError
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
 
-FIGURES = ("activation_surface", "channel_map", "depth_profile", "qk_magnitude", "sink_map")
+FIGURES = (
+    "activation_surface",
+    "channel_map",
+    "depth_profile",
+    "kurtosis_dynamics",
+    "qk_magnitude",
+    "sink_map",
+)
 
 
 @pytest.fixture(scope="module")

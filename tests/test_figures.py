@@ -18,7 +18,14 @@ from osp_diag.cli.figure import run as figure_verb
 from osp_diag.errors import StoreError, UsageError
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
 
-FIGURES = ("activation_surface", "channel_map", "depth_profile", "qk_magnitude", "sink_map")
+FIGURES = (
+    "activation_surface",
+    "channel_map",
+    "depth_profile",
+    "kurtosis_dynamics",
+    "qk_magnitude",
+    "sink_map",
+)
 PLAN = Plan()
 
 
@@ -117,6 +124,7 @@ def test_tokens_are_shown_so_that_one_can_read_them():
 def test_every_file_is_a_figure_and_the_paper_gave_some_their_numbers():
     assert figures.names() == list(FIGURES)
     assert figures.aliases()["fig2"] == "activation_surface"
+    assert figures.aliases()["fig3"] == figures.aliases()["fig7"] == "kurtosis_dynamics"
     assert figures.aliases()["fig5"] == "qk_magnitude"
 
 

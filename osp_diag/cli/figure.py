@@ -41,6 +41,7 @@ def run(
       channel_map         which channels are hot, layer by layer
       sink_map            which heads are attention sinks, layer by layer
       qk_magnitude        |q| and |k| in a sink head (fig5 of the OSP paper)
+      kurtosis_dynamics   loss and kurtosis while training (fig3 and fig7 of the OSP paper)
 
     The suffix of --out decides the format: .png, .pdf and .svg for a paper, .html for a page that turns
     and zooms and needs no network.

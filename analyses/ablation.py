@@ -1,0 +1,301 @@
+"""The ablation of Outlier-Safe Pre-Training (Park et al. 2025, Table 2) from finished runs, as one table."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from analyses.ablation_text import as_markdown, as_text
+from analyses.perplexity import perplexity
+from analyses.recipes import config_of, recipe_labels
+from analyses.round_to_nearest import round_to_nearest
+from analyses.summary_numbers import EPSILON, hidden_states
+from osp_diag.checkpoints import Checkpoint, open_checkpoint
+from osp_diag.errors import StoreError, UsageError
+from osp_diag.estimators import STRATA
+from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.probing.checkpoint import probe_checkpoint
+from osp_diag.run import Run
+from osp_diag.tokens import PROTOCOLS, make_batches
+
+__all__ = ["ablation_table", "as_markdown", "as_text"]
+
+HIDDEN_STATES = ("embedding", "residual_post", "final_norm")
+"""The tensors that the OSP script averages over."""
+MAXIMUM_SITES = ("residual_post", "mlp_hidden")
+WEIGHT_BITS = ACTIVATION_BITS = 4
+SINK_POSITION = 0
+LAST = 0.02
+"""Share of the recorded losses whose mean is the final one: a single batch is too noisy."""
+
+EXPORTED, LAST_PROBE = "exported checkpoint", "last probe of the run"
+
+_COORDINATES: dict[str, tuple[str, ...]] = {
+    "protocol": PROTOCOLS,
+    "stratum": STRATA,
+    "reduction": ("mean", "largest"),
+    "site": MAXIMUM_SITES,
+    "precision": ("full", f"W{WEIGHT_BITS}A{ACTIVATION_BITS}"),
+}
+_COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
+    "osp_kurtosis": (
+        ("protocol", "stratum", "reduction"),
+        "osp_excess_kurtosis/1 of hidden states: embedding, outputs of all blocks but the last, final norm",
+    ),
+    "osp_kurtosis_over_floor": (
+        ("protocol", "stratum", "reduction"),
+        "osp_kurtosis / floor: 1 is what random noise scores",
+    ),
+    "floor": ((), "osp_excess_kurtosis of Gaussian noise of the model's width"),
+    "ceiling": ((), "osp_excess_kurtosis of a token with one non-zero channel, d − 3"),
+    "max_median_ratio": (
+        ("stratum", "reduction"),
+        "max_j |x_j| / median_j |x_j| of a token of a block's output",
+    ),
+    "absolute_maximum": (("site", "reduction"), "largest |x| of all tokens and channels"),
+    "sink_rate": (
+        ("reduction",),
+        "share of sequences and heads whose first token gets more than ε of all attention (Gu et al. 2025)",
+    ),
+    "loss": ((), f"training loss, mean of the last {LAST:.0%} of its records, nats"),
+    "held_out_loss": ((), "loss of the run's own held-out tokens, its last record, nats"),
+    "perplexity": (("precision",), "of the held-out tokens, by the exported checkpoint"),
+    "tokens_per_second": ((), "of training, median of its records"),
+}
+
+
+@dataclass
+class _Row:
+    """One recipe: what was found, and why the rest was not."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    coordinates: dict[str, Any] = field(default_factory=dict)
+    absent: list[str] = field(default_factory=list)
+
+
+def ablation_table(
+    runs: Mapping[str, Run],
+    checkpoints: Mapping[str, str | os.PathLike[str]],
+    tokens: Any,
+    *,
+    device: str | torch.device = "auto",
+) -> xr.Dataset:
+    """What recipes did to outliers, sinks, loss and 4-bit perplexity, a row a recipe.
+
+    Activations are measured on the exported checkpoint, in float32, on ``tokens``: as the sequences that
+    they are, and as the released OSP script feeds them (protocol ``osp-published``: every token a sequence
+    of its own, opening tokens left out). A run without an export gives its last probe instead, and lacks
+    what only a checkpoint can tell. Which of the two it was is in the coordinate ``measured_on``.
+
+    Parameters
+    ----------
+    runs : any key → the run of a finished training, whose attribute ``config`` says the recipe
+    checkpoints : the same keys → the exported Hugging Face directory; keys may be missing
+    tokens : held-out ids of shape (sequence, position)
+    device : to measure on, as in :func:`osp_diag.open_checkpoint`
+
+    Returns
+    -------
+    A Dataset with the dimension ``recipe`` (the paper's order and names, then others) and, of each variable,
+    the attribute ``definition``. ``reduction`` is the mean over layers (for the kurtosis, over hidden states)
+    and the largest of them. A value that could not be had is NaN; the coordinate ``absent`` says why.
+
+    Raises
+    ------
+    UsageError : no run, or a checkpoint of no run
+    StoreError : a run that does not say its recipe
+    CheckpointError, TokenError : a checkpoint cannot be opened, or ``tokens`` are not for it
+    """
+    foreign = [key for key in checkpoints if key not in runs]
+    if not runs or foreign:
+        raise UsageError(
+            f"ablation_table: there is no run named {', '.join(foreign)}; the runs are {', '.join(runs)}"
+            if foreign
+            else "ablation_table needs at least one run"
+        )
+    configs = {key: config_of(run) for key, run in runs.items()}
+    labels = recipe_labels(configs)
+    rows = {
+        label: _row(runs[key], configs[key], checkpoints.get(key), tokens, device)
+        for key, label in labels.items()
+    }
+    return _table(rows, list(labels), np.asarray(tokens))
+
+
+def _row(
+    run: Run,
+    config: Mapping[str, Any],
+    path: str | os.PathLike[str] | None,
+    tokens: Any,
+    device: str | torch.device,
+) -> _Row:
+    row = _Row()
+    _training(row, run, config)
+    if path is None:
+        attention = str(config.get("model.attention", "softmax"))
+        why = (
+            "no exported checkpoint was given"
+            if attention == "softmax"
+            else f"attention with {attention.replace('_', ' ')} cannot be exported to a Hugging Face Llama"
+        )
+        row.absent.append(f"{why}, so perplexity and the osp-published protocol were not measured")
+        _activations(row, run)
+        row.coordinates["measured_on"] = LAST_PROBE
+    else:
+        checkpoint = open_checkpoint(path, dtype="float32", device=device)
+        row.coordinates["measured_on"] = EXPORTED
+        _checkpoint(row, checkpoint, tokens)
+    return row
+
+
+# -- training --------------------------------------------------------------------------------------------
+
+
+def _training(row: _Row, run: Run, config: Mapping[str, Any]) -> None:
+    series = run.series
+    found = {}
+    for name in ("loss", "held_out_loss", "tokens_per_second"):
+        values = series[name].values if name in series else np.empty(0)
+        known = values[~np.isnan(values)]
+        if known.size:
+            found[name] = known
+        elif name != "held_out_loss":
+            row.absent.append(f"the run holds no series {name}")
+    if "loss" in found:
+        row.values["loss"] = float(found["loss"][-math.ceil(LAST * found["loss"].size) :].mean())
+    if "held_out_loss" in found:
+        row.values["held_out_loss"] = float(found["held_out_loss"][-1])
+    if "tokens_per_second" in found:
+        row.values["tokens_per_second"] = float(np.median(found["tokens_per_second"]))
+    steps = [int(part[-1]) for part in (run.steps, series["step"].values) if len(part)]
+    row.coordinates |= {"seed": int(config.get("seed", -1)), "step": max(steps, default=0)}
+
+
+# -- activations -----------------------------------------------------------------------------------------
+
+
+def _checkpoint(row: _Row, checkpoint: Checkpoint, tokens: Any) -> None:
+    """Everything that an exported checkpoint tells."""
+    chosen: dict[str, Any] = {
+        "sites": (*HIDDEN_STATES, *MAXIMUM_SITES, "attention"),
+        "estimators": ("osp_excess_kurtosis", "max_median_ratio", "token_scale", "sink_rate"),
+        "keep_raw": False,
+        "snapshot_tokens": 0,
+    }
+    limits: dict[str, Any] = {
+        "max_length": checkpoint.max_length,
+        "vocabulary_size": checkpoint.vocabulary_size,
+    }
+    batches = make_batches(checkpoint.tokenizer, ids=tokens, **limits)
+    _activations(row, probe_checkpoint(checkpoint, batches, **chosen))
+    opening = getattr(checkpoint.tokenizer, "bos_token_id", None)
+    without = None if opening is None else np.asarray(tokens) != opening
+    alone = make_batches(
+        checkpoint.tokenizer, ids=tokens, attention_mask=without, protocol="osp-published", **limits
+    )
+    chosen |= {"sites": HIDDEN_STATES, "estimators": ("osp_excess_kurtosis",)}
+    _kurtosis(row, probe_checkpoint(checkpoint, alone, **chosen))
+    full = perplexity(checkpoint.model, tokens).perplexity
+    with round_to_nearest(checkpoint.model, WEIGHT_BITS, ACTIVATION_BITS):
+        rounded = perplexity(checkpoint.model, tokens).perplexity
+    row.values["perplexity"] = xr.DataArray([full, rounded], {"precision": list(_COORDINATES["precision"])})
+
+
+def _activations(row: _Row, run: Run) -> None:
+    """What the last step of a run on real sequences says of its activations and its attention."""
+    _kurtosis(row, run)
+    row.coordinates["sequence_length"] = int(run.attrs.get("sequence_length", 0))
+    ratio = _at(row, run, "residual_post", "max_median_ratio")
+    if ratio is not None:
+        row.values["max_median_ratio"] = _reduced(ratio, "layer")
+    maxima = {site: _at(row, run, site, "absolute_maximum") for site in MAXIMUM_SITES}
+    parts = [
+        _reduced(values.sel(stratum="all", drop=True), "layer").assign_coords(site=site)
+        for site, values in maxima.items()
+        if values is not None
+    ]
+    if parts:
+        row.values["absolute_maximum"] = xr.concat(parts, "site")
+    sinks = _at(row, run, "attention", "sink_rate")
+    if sinks is not None:
+        at = {"epsilon": EPSILON, "sink_position": SINK_POSITION}
+        rate = sinks.sel(at, method="nearest", tolerance=1e-9).drop_vars(list(at))
+        row.values["sink_rate"] = _reduced(rate.mean("head"), "layer")
+
+
+def _kurtosis(row: _Row, run: Run) -> None:
+    protocol, width = str(run.attrs.get("protocol")), int(run.attrs["hidden_size"])
+    sites = {site: run.at(site).isel(step=-1) for site in HIDDEN_STATES if site in run.sites}
+    states, problem = hidden_states(sites)
+    if not states:
+        row.absent.append(problem)
+        return
+    parts = [state.drop_vars(["layer", "step"], errors="ignore").load() for state in states]
+    found = _reduced(xr.concat(parts, "state"), "state").assign_coords(protocol=protocol)
+    known = row.values.get("osp_kurtosis")
+    row.values["osp_kurtosis"] = (
+        found.expand_dims("protocol") if known is None else xr.concat([known, found], "protocol")
+    )
+    floor = gaussian_floor(width)
+    row.values["osp_kurtosis_over_floor"] = row.values["osp_kurtosis"] / floor
+    row.values |= {"floor": floor, "ceiling": float(width - 3)}
+
+
+def _at(row: _Row, run: Run, site: str, name: str) -> xr.DataArray | None:
+    """A statistic at the run's last step; None, and a remark, where it has none."""
+    try:
+        values: xr.DataArray = run.at(site)[name].isel(step=-1).load()
+    except (StoreError, KeyError) as problem:
+        reason = problem if isinstance(problem, StoreError) else f"{name} was not measured at {site}"
+        row.absent.append(str(reason))
+        return None
+    return values.drop_vars("step", errors="ignore")
+
+
+def _reduced(values: xr.DataArray, dim: str) -> xr.DataArray:
+    """Mean over ``dim``, and the largest along it."""
+    return xr.concat([values.mean(dim), values.max(dim)], "reduction").assign_coords(
+        reduction=list(_COORDINATES["reduction"])
+    )
+
+
+# -- the table -------------------------------------------------------------------------------------------
+
+
+def _table(rows: Mapping[str, _Row], keys: list[str], tokens: np.ndarray) -> xr.Dataset:
+    coordinates = {name: list(labels) for name, labels in _COORDINATES.items()}
+    variables = {}
+    for name, (dims, definition) in _COLUMNS.items():
+        blank = xr.DataArray(np.nan, {dim: coordinates[dim] for dim in dims}, dims)
+        cells = [_cell(row.values.get(name), blank) for row in rows.values()]
+        variables[name] = xr.concat(cells, "recipe").assign_attrs(definition=definition)
+    table = xr.Dataset(variables, coords={"recipe": list(rows), "run": ("recipe", keys)})
+    for name in ("seed", "step", "sequence_length", "measured_on"):
+        found = [row.coordinates.get(name) for row in rows.values()]
+        table = table.assign_coords({name: ("recipe", found)})
+    table = table.assign_coords(absent=("recipe", ["; ".join(row.absent) for row in rows.values()]))
+    table = table.assign_coords(epsilon=EPSILON, sink_position=SINK_POSITION)
+    table.attrs = {
+        "title": "Ablation of Outlier-Safe Pre-Training",
+        "source": "Park et al. 2025, Outlier-Safe Pre-Training, Table 2; https://arxiv.org/abs/2506.19697",
+        "tokens": int(tokens.size),
+        "quantization": (
+            f"W{WEIGHT_BITS}A{ACTIVATION_BITS}: round to nearest, every Linear of the blocks; weights "
+            "symmetric per output channel, activations asymmetric per token, ranges from minimum and maximum"
+        ),
+    }
+    return table
+
+
+def _cell(value: Any, blank: xr.DataArray) -> xr.DataArray:
+    """One recipe's entry of a column, NaN where a part of it is missing."""
+    if isinstance(value, xr.DataArray):
+        return value.astype(np.float64).reindex_like(blank).transpose(*blank.dims).drop_attrs()
+    return blank if value is None else blank.copy(data=np.full(blank.shape, value))

@@ -1,0 +1,120 @@
+"""How well a causal language model predicts tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor, nn
+from torch.nn import functional
+
+from osp_diag.errors import TokenError, UsageError
+from osp_diag.tokens import make_batches
+
+__all__ = ["Perplexity", "perplexity"]
+
+_TOKENS_A_PASS = 1024
+"""Tokens a forward pass by default."""
+_LOGITS_AT_ONCE = 2**24
+"""Logits that are float64 at one time: 128 MiB."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perplexity:
+    """A model's surprise at tokens it was given."""
+
+    negative_log_likelihood: float
+    """mean over the predicted tokens, in nats; NaN or infinite if the model's logits are"""
+    tokens: int
+    """how many were predicted: all but the first of each sequence"""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean; infinite where that is too large for a float."""
+        try:
+            return math.exp(self.negative_log_likelihood)
+        except OverflowError:
+            return math.inf
+
+
+def perplexity(model: nn.Module, tokens: Any, *, batch_size: int | None = None) -> Perplexity:
+    """exp(−1/N Σ log p(x_t | x_<t)) over all next-token predictions, sequence by sequence.
+
+    Log-probabilities and their sum are float64, whatever the dtype of the logits. The context of a token
+    is its own sequence from the beginning; no window slides. Dropout is off meanwhile.
+
+    Parameters
+    ----------
+    model : causal language model; ``model(input_ids).logits`` is (sequence, position, vocabulary)
+    tokens : ids of shape (sequence, position), without padding
+    batch_size : sequences a forward pass; None: about 1,024 tokens
+
+    Raises
+    ------
+    TokenError : ids of another shape, foreign to the model, or too few to predict one
+    UsageError : the model returns no logits of that shape, or ``batch_size`` is below 1
+    """
+    ids = _checked(tokens, model)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"batch_size={batch_size}: a forward pass needs 1 or more sequences")
+    size = batch_size or max(1, _TOKENS_A_PASS // ids.shape[1])
+    # A cache of keys and values that no one reads would only take memory.
+    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    total = 0.0
+    with _evaluation(model), torch.no_grad():
+        for batch in ids.split(size):
+            batch = batch.to(device)
+            total += _surprise(_logits(model(batch, **options), batch), batch)
+    count = ids.shape[0] * (ids.shape[1] - 1)
+    return Perplexity(negative_log_likelihood=total / count, tokens=count)
+
+
+def _checked(tokens: Any, model: nn.Module) -> Int64[Tensor, "sequence position"]:
+    shape = tuple(getattr(tokens, "shape", ()))
+    if len(shape) != 2 or shape[1] < 2:
+        raise TokenError(
+            f"perplexity takes token ids of shape (sequence, position) with 2 or more positions, not of "
+            f"shape {shape}"
+        )
+    tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
+    return torch.from_numpy(make_batches(ids=tokens, vocabulary_size=max(tables, default=None)).tokens)
+
+
+def _logits(output: Any, ids: Tensor) -> Tensor:
+    logits = getattr(output, "logits", None)
+    if logits is None or logits.shape[:2] != ids.shape:
+        found = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+        raise UsageError(
+            "perplexity needs a causal language model, whose output has logits of shape (sequence, position, "
+            f"vocabulary); {type(output).__name__} has {found} for ids of shape {tuple(ids.shape)}"
+        )
+    return logits
+
+
+def _surprise(logits: Tensor, ids: Tensor) -> float:
+    """Σ −log p of the tokens after the first ones, in nats."""
+    predicted, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    rows = max(1, _LOGITS_AT_ONCE // predicted.shape[-1])
+    parts = [
+        functional.cross_entropy(part.double(), truth.to(part.device), reduction="sum")
+        for part, truth in zip(predicted.split(rows), targets.split(rows), strict=True)
+    ]
+    return float(torch.stack(parts).sum())
+
+
+@contextmanager
+def _evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
