@@ -16,7 +16,8 @@ from analyses.round_to_nearest import round_to_nearest
 from osp_diag import open_checkpoint
 from osp_diag.errors import StoreError, TokenError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from tests.synthetic_runs import RECIPES, synthetic_run, training_run, without
+from tests.recipe_runs import RECIPES, training_run
+from tests.synthetic_runs import synthetic_run, without
 from tests.tiny_checkpoints import BYTES, byte_tokenizer, llama, save
 
 WIDTH, LENGTH = 16, 16

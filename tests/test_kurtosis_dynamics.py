@@ -14,7 +14,8 @@ from figures.backend import none
 from figures.styles import load_style
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from tests.synthetic_runs import RECIPES, synthetic_run, training_run, with_attrs, without
+from tests.recipe_runs import RECIPES, training_run
+from tests.synthetic_runs import synthetic_run, with_attrs, without
 
 ADAM = [0.15, 0.4, 2.0, 13.0]
 OSP = [0.15, 0.0, 0.12]
