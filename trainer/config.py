@@ -27,6 +27,7 @@ __all__ = [
 Norm = Literal["rmsnorm", "ssnorm", "srmsnorm"]
 Attention = Literal["softmax", "softmax_off_by_one", "learned_sink", "gated"]
 OptimizerName = Literal["adamw", "muon", "muon_only", "soap", "shampoo"]
+Destination = Literal["adamw", "muon", "soap", "shampoo"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +125,7 @@ class OptimizerConfig:
     muon_form : ``torch`` as ``torch.optim.Muon`` (momentum buffer ← β·buffer + (1−β)·g, matrices only), or
         ``osp`` as OSP published it (buffer ← β·buffer + g, and g/‖g‖ for vectors and scalars)
     gradient_clip : largest norm of all gradients together; None: no clipping
+    route : parameter pattern (``*norm.weight``) → optimizer, instead of where ``name`` sends it; first match
     """
 
     name: OptimizerName = "muon"
@@ -138,6 +140,7 @@ class OptimizerConfig:
     newton_schulz_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     muon_form: Literal["torch", "osp"] = "torch"
     gradient_clip: float | None = 1.0
+    route: dict[str, Destination] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_types(self, "optimizer")

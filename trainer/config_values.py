@@ -55,7 +55,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is tuple:
         return isinstance(value, tuple)
     if origin is dict:
-        return isinstance(value, dict)
+        key, kind = get_args(hint)
+        return isinstance(value, dict) and all(_fits(k, key) and _fits(v, kind) for k, v in value.items())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -69,6 +70,8 @@ def _described(hint: Any) -> str:
         return " or ".join(_described(member) for member in get_args(hint))
     if origin is Literal:
         return "one of " + ", ".join(map(str, get_args(hint)))
+    if origin is dict:
+        return f"name:value pairs separated by commas, each value {_described(get_args(hint)[1])}"
     names = {
         int: "a whole number",
         float: "a number",
@@ -76,7 +79,6 @@ def _described(hint: Any) -> str:
         str: "text",
         type(None): "none",
         tuple: "values separated by commas",
-        dict: "name:weight pairs separated by commas",
     }
     return names.get(origin or hint, getattr(hint, "__name__", str(hint)))
 
@@ -95,8 +97,8 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
     """A copy of ``config`` with values replaced by dotted key: ``{"optimizer.lr": "1e-3"}``.
 
     Values that are text are read as the field's type: numbers, ``true`` and ``false``, ``none``, and lists
-    separated by commas (``name:weight`` pairs for ``data.mixture``). All keys are changed together, so that
-    values which only fit one another may be given in any order.
+    separated by commas (``name:value`` pairs for ``data.mixture`` and ``optimizer.route``). All keys are
+    changed together, so that values which only fit one another may be given in any order.
 
     Raises
     ------
@@ -170,7 +172,8 @@ def _read_as(text: str, hint: Any) -> Any:
         return tuple(_read_as(part.strip(), kind) for part in text.split(",") if part.strip())
     if origin is dict:
         pairs = (part.rsplit(":", 1) for part in text.split(",") if part.strip())
-        return {name.strip(): float(weight) for name, weight in pairs}
+        kind = get_args(hint)[1]
+        return {name.strip(): _read_as(value.strip(), kind) for name, value in pairs}
     if hint is type(None):
         raise ValueError(text)
     return text

@@ -1,0 +1,185 @@
+"""Which optimizer moves which parameter: decided by name before the first step, shown, and checked."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Literal
+
+from torch import Tensor, nn
+
+from osp_diag.errors import UsageError
+from trainer.config import Destination, OptimizerConfig, OptimizerName, TrainConfig
+
+__all__ = ["Role", "Route", "Routing", "named_parameters", "named_trainable_parameters", "role_of", "route"]
+
+Role = Literal["hidden", "embedding_projection", "embedding", "head", "vector"]
+
+WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+"""What DDP, torch.compile and activation checkpointing put into names."""
+
+HIDDEN: dict[OptimizerName, Destination] = {
+    "adamw": "adamw",
+    "muon": "muon",
+    "muon_only": "muon",
+    "soap": "soap",
+    "shampoo": "shampoo",
+}
+"""Where hidden matrices and embedding projections go."""
+
+OUTER: dict[OptimizerName, Destination] = {**dict.fromkeys(HIDDEN, "adamw"), "muon_only": "muon"}
+"""Where embedding and head go; tied, they are one parameter, the embedding."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """One parameter's way.
+
+    Attributes
+    ----------
+    name : as ``named_parameters`` has it, without what wrappers add
+    shape : whole, also where it is sharded
+    role : ``hidden`` matrix, ``embedding_projection`` (both of them), ``embedding`` (tied: the head, too),
+        ``head``, or ``vector`` for norm gains, sinks and all else without two dimensions
+    optimizer, lr, weight_decay : who moves it, the peak learning rate, and the decay multiplied by it
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: Role
+    optimizer: Destination
+    lr: float
+    weight_decay: float
+
+    @property
+    def group(self) -> str:
+        """``optimizer.role``: the parameters whose updates are summed up together."""
+        return f"{self.optimizer}.{self.role}"
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where every trainable parameter goes.
+
+    Attributes
+    ----------
+    routes : in the model's order
+    frozen : names of the parameters that need no gradient, which nothing moves
+    warnings : what is no mistake, but no OSP either: sentences to show
+    """
+
+    routes: tuple[Route, ...]
+    frozen: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def of(self, name: str) -> Route:
+        """The route of a parameter; KeyError if there is none."""
+        for found in self.routes:
+            if found.name == name:
+                return found
+        raise KeyError(name)
+
+    def table(self) -> str:
+        """The routes as aligned text; parameters that differ by their layer alone share a line."""
+        rows: dict[tuple[str, ...], int] = {}
+        for found in self.routes:
+            shape = " × ".join(map(str, found.shape)) or "scalar"
+            key = (folded(found.name), shape, found.optimizer, f"{found.lr:g}", f"{found.weight_decay:g}")
+            rows[key] = rows.get(key, 0) + 1
+        lines = [["parameter", "shape", "count", "optimizer", "lr", "weight decay"]]
+        lines += [[name, shape, f"×{count}", *rest] for (name, shape, *rest), count in rows.items()]
+        lines += [[name, "", "×1", "frozen", "", ""] for name in self.frozen]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        )
+
+
+def folded(name: str) -> str:
+    """``model.layers.3.mlp.up_proj.weight`` → ``model.layers.*.mlp.up_proj.weight``."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
+def named_trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters that need a gradient by name, each once, without what wrappers add to names."""
+    return {name: value for name, value in named_parameters(model).items() if value.requires_grad}
+
+
+def named_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters by name, each once, without what wrappers add to names."""
+    return {WRAPPERS.sub("", name): parameter for name, parameter in model.named_parameters()}
+
+
+def role_of(name: str, parameter: Tensor) -> Role:
+    """What a parameter is, by its dimensions and its module's name."""
+    if parameter.ndim < 2:
+        return "vector"
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    roles: dict[str, Role] = {
+        "embed_tokens": "embedding",
+        "lm_head": "head",
+        "embedding_projection": "embedding_projection",
+        "unembedding_projection": "embedding_projection",
+    }
+    return roles.get(module, "hidden")
+
+
+def route(model: nn.Module, config: TrainConfig) -> Routing:
+    """Send every trainable parameter to an optimizer.
+
+    =====================  ===========================================  ===============================
+    ``optimizer.name``     matrices                                     vectors and scalars
+    =====================  ===========================================  ===============================
+    ``adamw``              AdamW                                        AdamW
+    ``muon``               Muon, the projections included;              AdamW; under ``muon_form=osp``
+                           embedding and head AdamW                     Muon's M / ‖M‖, as OSP has it
+    ``muon_only``          Muon                                         Muon's M / ‖M‖
+    ``soap``, ``shampoo``  as ``muon``, with that one in Muon's place   AdamW
+    =====================  ===========================================  ===============================
+
+    ``optimizer.route`` overrides this by pattern. AdamW beside another optimizer has
+    ``optimizer.embedding_lr``; matrices alone decay.
+
+    Raises
+    ------
+    UsageError : a pattern of ``optimizer.route`` matches no parameter
+    TrainingError : the outcome is no longer what the recipe says (:func:`~trainer.optimizers.checks.check`)
+    """
+    from trainer.optimizers.checks import check
+
+    named = named_parameters(model)
+    _check_patterns(config.optimizer, list(named))
+    routes = [_route(name, value, config.optimizer) for name, value in named.items() if value.requires_grad]
+    frozen = tuple(name for name, value in named.items() if not value.requires_grad)
+    return Routing(tuple(routes), frozen, check(routes, config))
+
+
+def _route(name: str, parameter: Tensor, config: OptimizerConfig) -> Route:
+    role = role_of(name, parameter)
+    optimizer = _destination(name, role, config)
+    lr = config.lr
+    if optimizer == "adamw" and config.name != "adamw" and config.embedding_lr is not None:
+        lr = config.embedding_lr
+    decay = 0.0 if role == "vector" else config.weight_decay
+    return Route(name, tuple(parameter.shape), role, optimizer, lr, decay)
+
+
+def _destination(name: str, role: Role, config: OptimizerConfig) -> Destination:
+    for pattern, destination in config.route.items():
+        if fnmatchcase(name, pattern):
+            return destination
+    if role != "vector":
+        return (OUTER if role in ("embedding", "head") else HIDDEN)[config.name]
+    normalised = config.name == "muon_only" or (config.name == "muon" and config.muon_form == "osp")
+    return "muon" if normalised else "adamw"
+
+
+def _check_patterns(config: OptimizerConfig, names: list[str]) -> None:
+    for pattern in config.route:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UsageError(
+                f"optimizer.route: no parameter is named like {pattern!r}; their names are such as "
+                f"{', '.join(dict.fromkeys(folded(name) for name in names[:4]))}"
+            )
