@@ -31,6 +31,7 @@ def train(
     losses = []
     for step in steps:
         ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(step))
+        ids = ids.to(next(model.parameters()).device)
         loss = model(ids[:, :-1], labels=ids[:, 1:]).loss
         loss.backward()
         optimizers.set_learning_rate(1 / (1 + step))
@@ -195,6 +196,31 @@ def test_second_order_learns(name):
         optimizers.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", ["adamw", "muon", "muon_only"])
+def test_a_step_does_not_wait_for_the_gpu(name):
+    config = configured(optimizer__name=name)
+    model = Llama(config.model).to("cuda")
+    optimizers = build_optimizer(model, config)
+    optimizers.record_updates(True)
+    skip = torch.tensor(False, device="cuda")
+    train(model, optimizers, range(1), skip)
+    for value in model.parameters():
+        value.grad = torch.ones_like(value)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizers.set_learning_rate(0.5)
+        optimizers.step(skip=skip)
+        optimizers.update_rms()
+        optimizers.zero_grad()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    if name != "adamw":
+        assert optimizers.muon is not None
+        assert optimizers.muon.newton_schulz_dtype == torch.bfloat16
 
 
 # Refusals

@@ -67,7 +67,8 @@ class Muon(torch.optim.Optimizer):
     ``torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`` is the same, a matrix at a time.
 
     Vectors and scalars have no singular vectors; as OSP published it (Park et al. 2025,
-    https://arxiv.org/abs/2506.19697) they move by η · 0.2 √n · M / ‖M‖, whatever the form.
+    https://arxiv.org/abs/2506.19697) they move by η · 0.2 √n · M / ‖M‖, whatever the form. Which of all these
+    decay is the groups' affair: OSP's code decays vectors, too, :func:`~trainer.optimizers.route` does not.
 
     Several ranks: every matrix is orthogonalised on one of them. Parameters that FSDP2 cut by rows stay cut,
     and their momentum with them; the rows of M are sent to the matrix's owner and the result comes back, both
