@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from osp_diag.errors import TokenError
 from osp_diag.text import builtin_text
 
-__all__ = ["DatasetText", "PlainText", "Text", "text_source"]
+__all__ = ["DatasetText", "PlainText", "Text", "dataset_errors", "open_dataset", "text_column", "text_source"]
 
 BETWEEN_DOCUMENTS = "\n\n"
 """What joins the documents of a data set: a blank line, as in the released OSP script."""
@@ -70,12 +70,13 @@ class DatasetText:
     """
 
     def __init__(self, dataset: str, *, split: str | None = None, column: str | None = None) -> None:
-        rows, split_name = _open(dataset, split)
-        with _datasets_errors(dataset):
+        found, split_name = open_dataset(dataset, split)
+        rows = iter(found)
+        with dataset_errors(dataset):
             first = next(rows, None)
         if first is None:
             raise TokenError(f"the data set {dataset} has no rows in its split {split_name!r}")
-        self.column = _text_column(first, column, dataset)
+        self.column = text_column(first, column, dataset)
         name = Path(dataset).name if Path(dataset).expanduser().exists() else dataset
         self.description = f"dataset {name}, split {split_name}, column {self.column}"
         self._dataset = dataset
@@ -85,7 +86,7 @@ class DatasetText:
 
     def prefix(self, characters: int) -> tuple[str, bool]:
         pieces, length = [self._text] if self._text else [], len(self._text)
-        with _datasets_errors(self._dataset):
+        with dataset_errors(self._dataset):
             while length < characters and not self._exhausted:
                 row = next(self._rows, None)
                 if row is None:
@@ -157,7 +158,14 @@ def _read(path: Path) -> str:
         raise TokenError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _open(dataset: str, split: str | None) -> tuple[Iterator[dict[str, Any]], str]:
+def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
+    """A data set of the library ``datasets``, streamed unless it was saved to disk, and the split it is.
+
+    Raises
+    ------
+    TokenError
+        It cannot be reached or read, has no such split, or the library is missing.
+    """
     try:
         import datasets
     except ModuleNotFoundError as error:
@@ -168,7 +176,7 @@ def _open(dataset: str, split: str | None) -> tuple[Iterator[dict[str, Any]], st
     looks_local = path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in FILE_FORMATS
     if looks_local and not path.exists():
         raise TokenError(f"there is no data set at {dataset}: the path does not exist")
-    with _datasets_errors(dataset):
+    with dataset_errors(dataset):
         if path.is_file():
             if path.suffix not in FILE_FORMATS:
                 known = ", ".join(FILE_FORMATS)
@@ -182,20 +190,23 @@ def _open(dataset: str, split: str | None) -> tuple[Iterator[dict[str, Any]], st
             name, _, configuration = (str(path), "", "") if path.is_dir() else dataset.partition(":")
             found = datasets.load_dataset(name, configuration or None, streaming=True)
     if not isinstance(found, dict):
-        return iter(found), split or "all"
+        return found, split or "all"
     chosen = split or next((name for name in PREFERRED_SPLITS if name in found), next(iter(found)))
     if chosen not in found:
         raise TokenError(f"the data set {dataset} has no split {chosen!r}; it has {', '.join(found)}")
-    return iter(found[chosen]), chosen
+    return found[chosen], chosen
 
 
 @contextmanager
-def _datasets_errors(dataset: str) -> Iterator[None]:
-    """Quiet reading; whatever goes wrong becomes one message."""
+def dataset_errors(dataset: str, *, quiet: bool = True) -> Iterator[None]:
+    """Quiet reading; whatever goes wrong becomes one message.
+
+    Quiet means a change of the process's standard error: not for threads beside others.
+    """
     from osp_diag.checkpoints.quiet import quietly
 
     try:
-        with quietly():
+        with quietly() if quiet else nullcontext():
             yield
     except TokenError:
         raise
@@ -209,7 +220,14 @@ def _datasets_errors(dataset: str) -> Iterator[None]:
         ) from error
 
 
-def _text_column(row: dict[str, Any], column: str | None, dataset: str) -> str:
+def text_column(row: Mapping[str, Any], column: str | None, dataset: str) -> str:
+    """The name of the column that holds the text, judged by one row: ``column`` if it is one of text.
+
+    Raises
+    ------
+    TokenError
+        There is no such column of text, or several could be meant.
+    """
     strings = [name for name, value in row.items() if isinstance(value, str)]
     if column is not None:
         if column not in strings:

@@ -1,0 +1,92 @@
+"""Opening what a configuration names; whatever is wrong with it is said here, before the first step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from osp_diag.errors import TokenError, UsageError
+from trainer.config import DataConfig
+from trainer.data.arrays import ArrayData
+from trainer.data.batch import SequenceForm
+from trainer.data.corpus import Corpus, encoded, read_token_files
+from trainer.data.sources import builtin_documents, documents_in, files_at
+from trainer.data.streams import StreamData
+from trainer.data.tokenizing import Encoder, check_vocabulary, delimiters_of, open_tokenizer
+from trainer.data.training_data import Dealing, TrainingData
+
+__all__ = ["open_data"]
+
+
+def open_data(
+    config: DataConfig, *, batch_size: int, vocabulary_size: int, rank: int = 0, ranks: int = 1
+) -> TrainingData:
+    """The training data of a configuration.
+
+    Texts in files are tokenised once, here; data sets are streamed.
+
+    Parameters
+    ----------
+    config : source, tokenizer, packing and order
+    batch_size : sequences of a batch over all ranks
+    vocabulary_size : of the model, which every id must be below
+    rank, ranks : this process, of so many
+
+    Raises
+    ------
+    TokenError : the data are missing, unreadable, too small, or foreign to the vocabulary
+    UsageError : a value does not fit the others
+    """
+    dealing = Dealing(batch_size, rank, ranks)
+    _check_mixture(config)
+    # Files of ids may come without a tokenizer.
+    bare = config.source == "tokens" and config.tokenizer is None
+    tokenizer = None if bare else open_tokenizer(config.tokenizer)
+    begin, end = (0, 0) if tokenizer is None else delimiters_of(tokenizer)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, vocabulary_size)
+    form = SequenceForm(config.sequence_length, config.bos, begin, end, config.separate_documents)
+    if config.source in ("huggingface", "mixture"):
+        return StreamData(config, form, tokenizer, dealing)
+    corpus, source = _corpus(config, config.path, "data.path", form, tokenizer)
+    validation = None
+    if config.validation_path is not None:
+        validation, _ = _corpus(config, config.validation_path, "data.validation_path", form, tokenizer)
+    largest = max(corpus.largest, 0 if validation is None else validation.largest)
+    if largest >= vocabulary_size:
+        raise TokenError(
+            f"{source} has the token id {largest}, and model.vocabulary_size={vocabulary_size}; set "
+            f"model.vocabulary_size={largest + 1} or more, or give the ids of another tokenizer"
+        )
+    return ArrayData(config, form, tokenizer, dealing, corpus=corpus, validation=validation, source=source)
+
+
+def _corpus(
+    config: DataConfig, path: str | None, key: str, form: SequenceForm, tokenizer: Any
+) -> tuple[Corpus, str]:
+    """The documents of a local source, and what they are in words."""
+    if path is None:
+        return encoded(
+            builtin_documents(), Encoder(tokenizer), form, "the built-in text"
+        ), "built-in English text"
+    # What is held out from the built-in text may be a text file.
+    kind = "text" if config.source == "builtin" else config.source
+    files = files_at(path, kind, key)
+    source = f"{kind} {_named(files)}"
+    if kind == "tokens":
+        return read_token_files(files, form, key), source
+    documents = documents_in(files, kind, config.text_column, key)
+    return encoded(documents, Encoder(tokenizer), form, f"{key}={path}"), source
+
+
+def _named(files: Sequence[Path]) -> str:
+    first = files[0].name
+    return f"file {first}" if len(files) == 1 else f"files {first} to {files[-1].name} ({len(files)})"
+
+
+def _check_mixture(config: DataConfig) -> None:
+    for name, weight in config.mixture.items() if config.source == "mixture" else ():
+        if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight > 0):
+            raise UsageError(f"data.mixture: the weight {weight} of {name} is not a finite number above 0")

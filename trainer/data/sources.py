@@ -1,0 +1,173 @@
+"""Documents of text, one after the other: the built-in ones, and those of text, JSONL and Parquet files."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import json
+import lzma
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from osp_diag.errors import TokenError
+from osp_diag.text import builtin_text
+from osp_diag.text.sources import text_column
+from trainer.data.tokenizing import END_OF_TEXT
+
+__all__ = ["Document", "builtin_documents", "documents_in", "files_at", "opened"]
+
+SUFFIXES: Mapping[str, tuple[str, ...]] = {
+    "text": (".txt", ".md", ".text"),
+    "jsonl": (".jsonl", ".json", ".ndjson"),
+    "parquet": (".parquet",),
+    "tokens": (".npy", ".bin"),
+}
+PACKED: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open}
+"""Compressed files are read through these; a Parquet file compresses itself."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, and the file it is of."""
+
+    text: str
+    source: str
+
+
+def builtin_documents() -> Iterator[Document]:
+    """The 24 chapters and 24 addresses of the built-in text, in its order: chapter, address, chapter …"""
+    for part in re.split(r"\n\n(?=Chapter \d+\n)", builtin_text()):
+        chapter, _, address = part.strip().rpartition("\n\n")
+        yield Document(chapter, "chapter")
+        yield Document(address, "address")
+
+
+def files_at(path: str, source: str, key: str) -> list[Path]:
+    """The files of one kind that a path means: itself, those in a folder (and below), or a pattern's.
+
+    Raises
+    ------
+    TokenError : there are none; the message names ``key``
+    """
+    place = Path(path).expanduser()
+    suffixes = SUFFIXES[source]
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        found = sorted(file for file in place.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes)
+        if not found:
+            raise TokenError(f"{key}={path}: the folder has no {source} files ({', '.join(suffixes)})")
+        return found
+    found = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
+    if not found:
+        kind = "no file matches the pattern" if glob.has_magic(path) else "there is no such file or folder"
+        raise TokenError(
+            f"{key}={path}: {kind}; data.source={source} reads {', '.join(suffixes)} (also .gz, .xz)"
+        )
+    return found
+
+
+def _bare_suffix(file: Path) -> str:
+    return (file.with_suffix("") if file.suffix in PACKED else file).suffix.lower()
+
+
+def opened(file: Path) -> IO[bytes]:
+    """A file's bytes, unpacked where it is compressed."""
+    return PACKED[file.suffix](file) if file.suffix in PACKED else file.open("rb")
+
+
+def documents_in(files: Sequence[Path], source: str, column: str | None, key: str) -> Iterator[Document]:
+    """The documents of files of one kind, in order; empty ones are left out.
+
+    A text file is one document, or several between lines of ``<|endoftext|>``.
+
+    Raises
+    ------
+    TokenError : a file cannot be read, or which column holds its text is not clear
+    """
+    reader = {"text": _text_documents, "jsonl": _jsonl_documents, "parquet": _parquet_documents}[source]
+    for file in files:
+        try:
+            for text in reader(file, column):
+                if text and not text.isspace():
+                    yield Document(text, file.name)
+        except TokenError as error:
+            raise TokenError(f"{key}={file}: {error}") from None
+        except UnicodeDecodeError as error:
+            raise TokenError(f"{key}={file} is not UTF-8 text, at byte {error.start}; convert it") from None
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise TokenError(f"{key}={file} cannot be read: {error}") from error
+
+
+def _text_documents(file: Path, column: str | None) -> Iterator[str]:
+    with opened(file) as stream:
+        lines: list[str] = []
+        for line in stream:
+            text = line.decode("utf-8")
+            if text.strip() == END_OF_TEXT:
+                yield "".join(lines)
+                lines = []
+            else:
+                lines.append(text)
+        yield "".join(lines)
+
+
+def _jsonl_documents(file: Path, column: str | None) -> Iterator[str]:
+    chosen = None
+    with opened(file) as stream:
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise TokenError(
+                    f"line {number} is no JSON: {error.msg}; data.source=jsonl reads one object a line"
+                ) from None
+            if not isinstance(row, dict):
+                raise TokenError(f"line {number} is no JSON object with columns")
+            if chosen is None:
+                chosen = _column(row, column, file)
+            yield _string(row.get(chosen), chosen, f"line {number}")
+
+
+def _parquet_documents(file: Path, column: str | None) -> Iterator[str]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise TokenError(
+            "reading Parquet needs the package pyarrow, which datasets brings: "
+            'pip install "osp-diag[datasets]"'
+        ) from error
+    try:
+        parquet = pyarrow.parquet.ParquetFile(file)
+    except pyarrow.ArrowInvalid as error:
+        raise TokenError(f"it is no Parquet file: {error}") from None
+    strings = (pyarrow.types.is_string, pyarrow.types.is_large_string)
+    row = {
+        field.name: "" if any(is_string(field.type) for is_string in strings) else None
+        for field in parquet.schema_arrow
+    }
+    chosen = _column(row, column, file)
+    for batch in parquet.iter_batches(columns=[chosen]):
+        for value in batch.column(0):
+            yield value.as_py() or ""
+
+
+def _column(row: Mapping[str, Any], column: str | None, file: Path) -> str:
+    try:
+        return text_column(row, column, file.name)
+    except TokenError as error:
+        raise TokenError(f"{error} (data.text_column; all columns are {', '.join(row) or 'none'})") from None
+
+
+def _string(value: Any, column: str, place: str) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    raise TokenError(
+        f"{place} has {type(value).__name__} in the column {column!r} (data.text_column), not text"
+    )
