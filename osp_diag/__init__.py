@@ -13,6 +13,7 @@ from osp_diag.errors import OspDiagError
 
 if TYPE_CHECKING:
     from osp_diag import estimators
+    from osp_diag.capture.declared import attention_function
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing import Probe, probe
     from osp_diag.run import Run, open_run
@@ -24,6 +25,7 @@ __all__ = [
     "Probe",
     "Run",
     "__version__",
+    "attention_function",
     "estimators",
     "open_checkpoint",
     "open_run",
@@ -33,6 +35,7 @@ __all__ = [
 _HOME_OF = {
     "Probe": "osp_diag.probing",
     "Run": "osp_diag.run",
+    "attention_function": "osp_diag.capture.declared",
     "estimators": "osp_diag.estimators",
     "open_checkpoint": "osp_diag.checkpoints",
     "open_run": "osp_diag.run",

@@ -13,7 +13,13 @@ from osp_diag.errors import CaptureError
 
 __all__ = ["AttentionCall", "MaskFunction", "Seam", "SkipReason", "add_bias"]
 
-Seam = Literal["attention interface", "scaled_dot_product_attention", "multi-head attention", "softmax"]
+Seam = Literal[
+    "attention interface",
+    "scaled_dot_product_attention",
+    "multi-head attention",
+    "declared function",
+    "softmax",
+]
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query position, key position) → allowed, as FlexAttention's ``mask_mod``."""

@@ -1,4 +1,4 @@
-"""Seams 2 and 3: attention calls seen as torch functions, in models of any make.
+"""Attention calls seen as torch functions, in models of any make.
 
 ``scaled_dot_product_attention`` hands over query, key and mask. Models that multiply, mask and normalise by
 hand have made the T×T logits themselves; those are taken where the softmax receives them.
@@ -21,6 +21,7 @@ from torch.overrides import (
 )
 
 from osp_diag.capture._attention_call import AttentionCall, SkipReason
+from osp_diag.capture.declared import is_declared
 
 __all__ = [
     "AttentionFunctionMode",
@@ -59,13 +60,13 @@ _SOFTMAX: frozenset[Any] = frozenset(
 
 
 class AttentionFunctionMode(TorchFunctionMode):
-    """Shows attention-like torch functions to ``observe(kind, args, kwargs)`` before they run.
+    """Shows attention-like torch functions to ``observe(func, kind, args, kwargs)`` before they run.
 
     torch takes the mode off its stack while the handler runs, so what a function calls inside (``F.softmax``
     calls ``Tensor.softmax``) is not seen a second time.
     """
 
-    def __init__(self, observe: Callable[[str, tuple[Any, ...], Mapping[str, Any]], None]) -> None:
+    def __init__(self, observe: Callable[[Any, str, tuple[Any, ...], Mapping[str, Any]], None]) -> None:
         super().__init__()
         self._observe = observe
 
@@ -76,9 +77,11 @@ class AttentionFunctionMode(TorchFunctionMode):
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
         if func in _SCALED_DOT_PRODUCT:
-            self._observe("scaled_dot_product_attention", args, kwargs)
+            self._observe(func, "scaled_dot_product_attention", args, kwargs)
         elif func in _SOFTMAX:
-            self._observe("softmax", args, kwargs)
+            self._observe(func, "softmax", args, kwargs)
+        elif is_declared(func):
+            self._observe(func, "declared function", args, kwargs)
         return func(*args, **kwargs)
 
 

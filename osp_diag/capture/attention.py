@@ -1,8 +1,9 @@
 """Attention calls of a running torch model, as the model computes them.
 
-Four seams, tried at once in every observed forward and never counted twice: transformers' attention
-interface, ``scaled_dot_product_attention`` anywhere else, ``nn.MultiheadAttention``, and the softmax of
-attention written out by hand. Everything is put in place when an observed forward of the model starts and
+Five seams, tried at once in every observed forward and never counted twice: transformers' attention
+interface, ``scaled_dot_product_attention`` anywhere else, ``nn.MultiheadAttention``, functions declared by
+:func:`~osp_diag.capture.declared.attention_function`, and the softmax of attention written out by hand.
+Everything is put in place when an observed forward of the model starts and
 taken away when it ends, so that other forwards, the recomputation of activation checkpointing and compiled
 code see nothing of it.
 """
@@ -29,6 +30,7 @@ from osp_diag.capture._functions import (
 )
 from osp_diag.capture._interface import InterfaceSwitch
 from osp_diag.capture._multihead import describe_multihead, takes_fused_path
+from osp_diag.capture.declared import describe_declared
 from osp_diag.errors import CaptureError
 
 __all__ = ["AttentionCall", "AttentionCapture", "SkipReason"]
@@ -207,10 +209,15 @@ class AttentionCapture:
     def _multihead_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._suspension.close()
 
-    def _observe_function(self, kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def _observe_function(
+        self, function: Any, kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> None:
         if not self._observing():
             return
-        if kind == "scaled_dot_product_attention":
+        if kind == "declared function":
+            module = self._frames[-1][0] if self._frames else None
+            self._deliver(lambda: describe_declared(function, args, kwargs, module))
+        elif kind == "scaled_dot_product_attention":
             self._deliver(lambda: describe_scaled_dot_product(args, kwargs, self._frames))
         elif self._inside_block():
             self._deliver(lambda: describe_softmax(args, kwargs, self._frames, self._heads))

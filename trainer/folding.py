@@ -1,0 +1,139 @@
+"""From the training model's weights to those of a stock architecture, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+from osp_diag.errors import TrainingError
+from trainer.config import ModelConfig
+from trainer.model import Llama
+
+__all__ = ["check_exactness", "check_state", "folded_weights", "stock_architecture", "what_was_folded"]
+
+_IMPOSSIBLE = {
+    "softmax_off_by_one": (
+        "no stock architecture adds 1 to the softmax's denominator (gpt-oss with its sink logits at 0 would, "
+        "but its every MLP is a mixture of experts)"
+    ),
+    "learned_sink": (
+        "of the stock architectures gpt-oss alone has sink logits, and its every MLP is a mixture of experts"
+    ),
+    "gated": (
+        "of the stock architectures Qwen3-Next alone gates attention's output, and it holds linear-attention "
+        "layers, partial rotation and a mixture of experts"
+    ),
+}
+
+
+def check_exactness(config: ModelConfig) -> None:
+    """Refuse what no stock architecture computes.
+
+    Raises
+    ------
+    TrainingError : ``model.attention`` is not ``softmax``
+    """
+    if config.attention in _IMPOSSIBLE:
+        raise TrainingError(
+            f"model.attention={config.attention} cannot be exported: {_IMPOSSIBLE[config.attention]}, and no "
+            "change of weights turns it into plain softmax. Keep the training checkpoint, or train with "
+            "model.attention=softmax"
+        )
+
+
+def check_state(state: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Refuse weights of another model.
+
+    Raises
+    ------
+    TrainingError : missing, foreign or differently shaped weights, by name
+    """
+    with torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in Llama(config).state_dict().items()}
+    found = {name: tuple(value.shape) for name, value in state.items()}
+    wrong = [f"{name} is missing" for name in expected if name not in found]
+    wrong += [f"{name} belongs to no such model" for name in found if name not in expected]
+    wrong += [
+        f"{name} is {found[name]} and not {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise TrainingError(
+            f"the weights are not those of the model that the configuration describes: "
+            f"{', '.join(wrong[:5])}{more}; give the configuration that they were trained with"
+        )
+
+
+def stock_architecture(config: ModelConfig) -> str:
+    """Qwen3 is Llama with normed queries and keys; nothing else of it is used."""
+    return "Qwen3ForCausalLM" if config.query_key_norm else "LlamaForCausalLM"
+
+
+def is_tied(config: ModelConfig) -> bool:
+    """Whether the exported head is the embedding: projections make two matrices of a shared one."""
+    return config.tie_embeddings and not config.embedding_projection
+
+
+def folded_weights(state: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the stock model by name, on the CPU, in float64 where it was computed.
+
+    With embedding E, head W and the projections P, P': embedding E·Pᵀ, since the first block reads P·e, and
+    head W·P', since the logits are W·(P'·n). A scalar gain γ is γ in every channel, and so is the constant of
+    ``srmsnorm``.
+    """
+    embedding, head = state["model.embed_tokens.weight"], state["lm_head.weight"]
+    if config.embedding_projection:
+        embedding = _double(embedding) @ _double(state["model.embedding_projection.weight"]).T
+        head = _double(head) @ _double(state["unembedding_projection.weight"])
+    yield "model.embed_tokens.weight", embedding.cpu()
+    if not is_tied(config):
+        yield "lm_head.weight", head.cpu()
+    for name, value in state.items():
+        if name.startswith("model.layers.") and not name.endswith("norm.weight"):
+            yield name, value.cpu()
+    constant = 1.0 if config.norm_scale is None else config.norm_scale
+    for name, channels in _gains(config):
+        default = 1.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else constant
+        gain = state[name] if name in state else torch.tensor([default])
+        yield name, _double(gain).expand(channels).clone()
+
+
+def _double(value: Tensor) -> Tensor:
+    return value.detach().cpu().double()
+
+
+def _gains(config: ModelConfig) -> Iterator[tuple[str, int]]:
+    """(name, number of channels) of every gain in the stock architecture."""
+    for layer in range(config.layers):
+        prefix = f"model.layers.{layer}"
+        yield f"{prefix}.input_layernorm.weight", config.hidden_size
+        yield f"{prefix}.post_attention_layernorm.weight", config.hidden_size
+        if config.query_key_norm:
+            yield f"{prefix}.self_attn.q_norm.weight", config.head_size
+            yield f"{prefix}.self_attn.k_norm.weight", config.head_size
+    yield "model.norm.weight", config.hidden_size
+
+
+def what_was_folded(config: ModelConfig) -> list[str]:
+    """A sentence for everything in which the exported weights differ from the trained ones."""
+    done = []
+    if config.embedding_projection:
+        done.append("Embedding projections are multiplied into embedding and head, in float64.")
+    if config.embedding_projection and config.tie_embeddings:
+        done.append(
+            "Embedding and head, one matrix in training, became two: each took its own projection "
+            "(tie_word_embeddings is false)."
+        )
+    if config.norm == "ssnorm":
+        done.append("The scalar gain of every SSNorm stands in all channels of an RMSNorm's gain.")
+    if config.norm == "srmsnorm":
+        done.append("Norms without gains became RMSNorms with a constant one.")
+    if config.query_key_norm:
+        done.append(
+            "Queries and keys are normed, unlike Llama's: the architecture is Qwen3, otherwise the same."
+        )
+    return done

@@ -1,0 +1,215 @@
+"""Attention of four kinds: softmax, softmax with a sink column (two kinds), and softmax with a gate.
+
+A sink column is one more logit s in the softmax's denominator, which takes mass and gives nothing:
+
+    Σ_j exp(l_ij) v_j / (Σ_j exp(l_ij) + exp(s)) = σ(L_i − s) · softmax(l_i) v,  L_i = log Σ_j exp(l_ij)
+
+So ordinary fused attention and its log-sum-exp are enough, and no logit outlives its tile. FlexAttention
+hands out L with its gradient. Rejected: an extra key and value in ``scaled_dot_product_attention``, since a
+learned s needs either a mask (T × T numbers, and no flash kernel) or eight more channels a head (which makes
+128 channels 136, beyond the fast kernels); and torch's private flash operators, whose L has no gradient.
+On a CPU, and for heads narrower than FlexAttention takes, the T × T array is simply made.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+
+from osp_diag.capture.declared import attention_function
+from trainer.config import ModelConfig
+from trainer.model.norms import make_norm
+from trainer.model.rotary import Rotation, rotate
+
+__all__ = ["Attention", "Mask", "attend", "attention_mask"]
+
+Mask = Bool[Tensor, "sequence 1 query key"] | BlockMask | None
+"""Which keys a query may see; None: all that are not later than it."""
+
+_NARROWEST_FLEX_HEAD = 16
+_SINKS = ("softmax_off_by_one", "learned_sink")
+
+
+class Attention(nn.Module):
+    """Multi-head attention with grouped keys and values (GQA) and rotary positions.
+
+    Parameters
+    ----------
+    config : of the model. Under ``query_key_norm`` queries and keys get the model's own kind of norm with an
+        initial gain of 1, per head and before the rotation, one gain (vector) for all heads of a layer: as
+        Qwen3 under ``rmsnorm``, and without per-channel gains where the model has none.
+
+    ``learned_sink`` has one logit a head, ``sinks``, 0 at first (as gpt-oss; 0 makes it off by one).
+    ``gated`` multiplies every channel of every head's output by σ(gate_proj(x)) before the output
+    projection, x being what the attention reads (Qiu et al., 2025, their G1).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind, self.head_size = config.attention, config.head_size
+        width, groups = config.hidden_size, config.number_of_key_value_heads
+        self.q_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, groups * self.head_size, bias=False)
+        self.v_proj = nn.Linear(width, groups * self.head_size, bias=False)
+        self.o_proj = nn.Linear(width, width, bias=False)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if config.query_key_norm:
+            self.q_norm = make_norm(config.norm, self.head_size, None, config.norm_epsilon)
+            self.k_norm = make_norm(config.norm, self.head_size, None, config.norm_epsilon)
+        if self.kind == "learned_sink":
+            self.sinks = nn.Parameter(torch.zeros(config.heads))
+        if self.kind == "gated":
+            self.gate_proj = nn.Linear(width, width, bias=False)
+
+    def forward(
+        self, x: Float[Tensor, "sequence position channel"], by: Rotation, mask: Mask
+    ) -> Float[Tensor, "sequence position channel"]:
+        # The gate comes first, so that one projection follows the attention, as a probe expects.
+        gate = self.gate_proj(x) if self.kind == "gated" else None
+        query, key, value = (self._heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        value = value.transpose(1, 2)
+        query, key = (rotate(heads.transpose(1, 2), by).to(value.dtype) for heads in (query, key))
+        out = attend(query, key, value, sink_logits=self._sink_logits(x), mask=mask)
+        out = out.transpose(1, 2).flatten(2)
+        return self.o_proj(out if gate is None else out * gate.sigmoid())
+
+    def _heads(
+        self, x: Float[Tensor, "sequence position channel"]
+    ) -> Float[Tensor, "sequence position head head_channel"]:
+        return x.unflatten(-1, (-1, self.head_size))
+
+    def _sink_logits(self, x: Tensor) -> Float[Tensor, " head"] | None:
+        if self.kind == "learned_sink":
+            return self.sinks
+        if self.kind == "softmax_off_by_one":
+            return x.new_zeros(self.q_proj.out_features // self.head_size, dtype=torch.float32)
+        return None
+
+
+@attention_function(causal=True)
+def attend(
+    query: Float[Tensor, "sequence head position channel"],
+    key: Float[Tensor, "sequence key_value_head position channel"],
+    value: Float[Tensor, "sequence key_value_head position channel"],
+    *,
+    sink_logits: Float[Tensor, " head"] | None = None,
+    mask: Mask = None,
+) -> Float[Tensor, "sequence head position channel"]:
+    """Causal attention by the fastest exact way that there is for the arguments.
+
+    Parameters
+    ----------
+    query, key, value : of one dtype; head h reads key-value head h // (heads / key_value_heads)
+    sink_logits : of the sink column, or None for none
+    mask : from :func:`attention_mask`
+    """
+    if isinstance(mask, BlockMask):
+        return _with_flex(query, key, value, sink_logits, mask)
+    if sink_logits is None:
+        return functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+    return _dense(query, key, value, sink_logits, mask)
+
+
+def _with_flex(
+    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor | None, mask: BlockMask
+) -> Tensor:
+    options: dict[str, Any] = {"block_mask": mask, "enable_gqa": True}
+    if sink_logits is None:
+        return _flex(query, key, value, **options)
+    out, auxiliary = _flex(query, key, value, return_aux=AuxRequest(lse=True), **options)
+    share = torch.sigmoid(auxiliary.lse - sink_logits.float()[:, None])
+    return (out * share[..., None]).to(out.dtype)
+
+
+def _flex(*args: Any, **options: Any) -> Any:
+    """FlexAttention's kernel, which exists compiled alone: outside of compiled code it is compiled here.
+
+    Also where a probe has the rest of a compiled model run eagerly.
+    """
+    if torch.compiler.is_compiling():
+        return flex_attention(*args, **options)
+    with torch.compiler.set_stance("default"):
+        return _compiled_flex()(*args, **options)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    return torch.compile(flex_attention)
+
+
+def _dense(
+    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor, mask: Tensor | None
+) -> Float[Tensor, "sequence head position channel"]:
+    """By definition, with the T × T array; the softmax in float32."""
+    batch, heads, tokens, channels = query.shape
+    key, value = (part.repeat_interleave(heads // part.shape[1], dim=1) for part in (key, value))
+    logits = (query @ key.transpose(-1, -2)).float() * channels**-0.5
+    if mask is None:
+        mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
+    sinks = sink_logits.float()[None, :, None, None].expand(batch, heads, tokens, 1)
+    weights = torch.cat([logits.masked_fill(~mask, -torch.inf), sinks], dim=-1).softmax(-1)[..., :-1]
+    return weights.to(value.dtype) @ value
+
+
+def attention_mask(
+    config: ModelConfig, tokens: int, device: torch.device, starts: Int[Tensor, "sequence position"] | None
+) -> Mask:
+    """The mask of one forward pass, the same in every layer.
+
+    Parameters
+    ----------
+    config : of the model; its kind of attention says which kernel will read the mask
+    tokens : positions of a sequence
+    device : of the model
+    starts : where each position's document begins; None where a sequence is one document
+    """
+    flex = device.type == "cuda" and config.head_size >= _NARROWEST_FLEX_HEAD
+    if flex and starts is not None:
+        return _compiled_mask(starts)
+    if flex and config.attention in _SINKS:
+        return _causal_block_mask(tokens, device)
+    if starts is None:
+        return None
+    position = torch.arange(tokens, device=device)
+    return _within_document(starts[:, :, None], position[:, None], position)[:, None]
+
+
+def _within_document(start: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return (key <= query) & (key >= start)
+
+
+def _compiled_mask(starts: Int[Tensor, "sequence position"]) -> BlockMask:
+    """The blocks that hold anything; compiled, or else T × T truth values a sequence would be made."""
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return _within_document(starts[batch, query], query, key)
+
+    sequences, tokens = starts.shape
+    with torch.compiler.set_stance("default"):
+        return _compiled_create_block_mask()(
+            visible, sequences, None, tokens, tokens, device=str(starts.device)
+        )
+
+
+@lru_cache(maxsize=1)
+def _compiled_create_block_mask() -> Any:
+    return torch.compile(create_block_mask)
+
+
+@lru_cache(maxsize=16)
+def _causal_block_mask(tokens: int, device: torch.device) -> BlockMask:
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return key <= query
+
+    return create_block_mask(visible, None, None, tokens, tokens, device=str(device))
