@@ -22,11 +22,16 @@ __all__ = ["Run", "open_run"]
 SITE_ORDER = (
     "embedding", "residual_pre", "attention_input", "query_pre_rope", "key_pre_rope", "query_post_rope",
     "key_post_rope", "value", "attention", "attention_output", "attention_contribution", "residual_mid",
-    "mlp_input", "mlp_hidden", "mlp_contribution", "residual_post", "final_norm",
+    "mlp_input", "mlp_hidden", "mlp_down_weight", "mlp_contribution", "residual_post", "final_norm",
 )  # fmt: skip
 """Sites in the order in which a token passes them; others follow by name."""
 
-_NOT_SITES = ("raw", "snapshot", "series")
+VOCABULARY = "vocabulary"
+"""The group that holds the texts of token ids."""
+TOKEN_UNIT = "token id"
+"""The units of variables that name tokens by their ids."""
+
+_NOT_SITES = ("raw", "snapshot", "series", VOCABULARY)
 _SUMMARY = (
     "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
     "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens", "dtype", "device",
@@ -75,6 +80,7 @@ class Run:
         self.tree = tree
         self.path = path
         """Where the run is on disk; None if it is in memory."""
+        self._texts: dict[str, dict[str, xr.DataArray]] = {}
 
     @classmethod
     def in_memory(
@@ -202,8 +208,35 @@ class Run:
         return self.statistics
 
     def at(self, site: str) -> xr.Dataset:
-        """Every statistic of one site: a Dataset with dimensions (step, layer, …)."""
-        return self._find("", site, "site")
+        """Every statistic of one site: a Dataset with dimensions (step, layer, …).
+
+        Where a statistic names tokens and the run knows their texts, those are a coordinate
+        (``top_key_token`` → ``top_key_token_text``).
+        """
+        dataset = self._find("", site, "site")
+        if site not in self._texts:
+            self._texts[site] = self._texts_of(dataset)
+        return dataset.assign_coords(self._texts[site])
+
+    def with_texts(self, dataset: xr.Dataset) -> xr.Dataset:
+        """``dataset`` with the texts of the tokens that it names as coordinates, where the run knows them."""
+        return dataset.assign_coords(self._texts_of(dataset))
+
+    def _texts_of(self, dataset: xr.Dataset) -> dict[str, xr.DataArray]:
+        naming = [n for n, v in dataset.data_vars.items() if v.attrs.get("units") == TOKEN_UNIT]
+        if not naming or VOCABULARY not in self.tree.children:
+            return {}
+        kept = self.tree.children[VOCABULARY].to_dataset()["token_text"]
+        texts = np.append(np.asarray(kept, dtype=object), "")
+        found = {}
+        for name in naming:
+            ids = dataset[name]
+            inside = (ids.values >= 0) & (ids.values < len(texts) - 1)
+            values = texts[np.where(inside, ids.values, len(texts) - 1)].astype(str)
+            found[f"{name}_text"] = xr.DataArray(
+                values, dims=ids.dims, attrs={"long_name": "text of the token"}
+            )
+        return found
 
     def raw(self, site: str) -> xr.Dataset:
         """The raw sums of one site, named "measurement.field", from which statistics can be computed anew."""
@@ -236,6 +269,7 @@ class Run:
         """Look again at a run that is still growing; returns itself."""
         if self.path is not None:
             self.tree = _open_tree(self.path)
+            self._texts = {}
         return self
 
     def _find(self, prefix: str, site: str, what: str) -> xr.Dataset:

@@ -16,7 +16,7 @@ from osp_diag.capture import attention_measuring, flex
 from osp_diag.capture.attention import AttentionCall
 from osp_diag.capture.flex import FlexStatistics, is_expressible
 from osp_diag.estimators import default_estimators
-from osp_diag.estimators.attention import AttentionMask, AttentionObservation
+from osp_diag.estimators.attention import AttentionMask, AttentionObservation, TokenIds
 from osp_diag.estimators.base import Suite
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 48, 16
@@ -111,9 +111,12 @@ def test_the_compiled_measurement_is_one_graph(monkeypatch: pytest.MonkeyPatch) 
     )
     suite = Suite(default_estimators(observes="attention", site="attention"))
     weights = strata(padded=False)
-    _, expected = attention_measuring.measure_attention(suite, call, weights, causal=True, compiled=False)
-    measure = attention_measuring._CompiledMeasure(suite, AttentionMask(causal=True), 0.25, None, query)
-    for name, increment in measure(call, weights).items():
+    ids = TokenIds(torch.randint(0, 5, (BATCH, TOKENS), generator=generator), 5)
+    options: dict[str, Any] = {"causal": True, "token_ids": ids}
+    _, expected = attention_measuring.measure_attention(suite, call, weights, compiled=False, **options)
+    measure = attention_measuring._CompiledMeasure(suite, AttentionMask(causal=True), 0.25, None, query, 5)
+    assert expected["token_key_mass.count"].sum() > 0
+    for name, increment in measure(call, weights, ids).items():
         torch.testing.assert_close(
             increment, expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )

@@ -45,7 +45,7 @@ def expected_absences(family: Family) -> set[str]:
         absent |= {s for s in DEFAULT_SITES if s.startswith(("attention", "query", "key", "value"))}
         absent.add("residual_mid")
     if name == "mamba":
-        absent |= {"mlp_input", "mlp_hidden", "mlp_contribution"}
+        absent |= {"mlp_input", "mlp_hidden", "mlp_down_weight", "mlp_contribution"}
     if name in SOFTMAX:
         absent |= {"query_post_rope", "key_post_rope"}
     if name in UNNAMED_PROJECTIONS:

@@ -148,6 +148,37 @@ def test_sink_rate_depends_on_the_sequence_length(run, checkpoint):
     assert short.at("attention")["sink_rate"].sel(at_3).mean().item() == pytest.approx(0.703, abs=0.01)
 
 
+def test_weight_outliers_write_the_massive_channel(run, checkpoint):
+    found = run.at("mlp_down_weight").sel(step=0)
+    for layer, block in enumerate(checkpoint.model.model.layers):
+        magnitude = np.abs(block.mlp.down_proj.weight.detach().double().numpy())
+        ratio = magnitude / magnitude.mean(0)
+        np.testing.assert_allclose(found["weight_outlier_ratio"].sel(layer=layer), ratio.max(0), rtol=1e-5)
+        row, column = np.unravel_index(ratio.argmax(), ratio.shape)
+        here = found.sel(layer=layer)
+        assert (here["weight_outlier_row"], here["weight_outlier_channel"]) == (row, column)
+    largest = found["weight_outlier_ratio_max"]
+    assert largest.values.argmax() == BORN
+    assert largest.sel(layer=BORN).item() == pytest.approx(198.4, abs=0.1)
+    assert found["weight_outlier_row"].sel(layer=BORN) == 507
+
+
+def test_tokens_that_receive_attention_away_from_position_0(run, dense, batches):
+    _, attention = dense
+    ids = batches.tokens[:, 1:].ravel()
+    count = np.bincount(ids)
+    for layer, probabilities in attention.items():
+        alpha = (probabilities.sum(2) / (LENGTH - np.arange(LENGTH))).mean(1)[:, 1:].ravel()
+        mean = np.where(count >= 4, np.bincount(ids, alpha) / np.maximum(count, 1), 0)
+        found = run.at("attention").sel(step=0, layer=layer)
+        np.testing.assert_allclose(found["top_key_mass"], np.sort(mean)[::-1][:16], rtol=1e-2)
+        np.testing.assert_allclose(found["top_key_mass"], mean[found["top_key_token"]], rtol=1e-2)
+        assert found["later_key_mass"] == pytest.approx(alpha.mean(), rel=1e-2)
+    shallow = run.at("attention").sel(step=0, layer=SHALLOW).isel(key_rank=0)
+    assert shallow["top_key_token_text"] == " the"
+    assert shallow["top_key_mass"].item() == pytest.approx(0.0330, abs=5e-4)
+
+
 def test_the_published_protocol_scores_far_more(checkpoint, batches):
     states = ["embedding", "residual_post", "final_norm"]
     run = osp_diag.probe(

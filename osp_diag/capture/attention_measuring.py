@@ -8,7 +8,7 @@ import torch
 
 from osp_diag.capture.compiling import compile_apart
 from osp_diag.capture.flex import FlexStatistics, is_expressible
-from osp_diag.estimators.attention import AttentionMask, AttentionObservation
+from osp_diag.estimators.attention import AttentionMask, AttentionObservation, TokenIds
 from osp_diag.estimators.attention_tiles import AttentionReductions, SoftmaxStatistics
 from osp_diag.estimators.base import Layout, State, Suite
 
@@ -19,7 +19,13 @@ __all__ = ["measure_attention"]
 
 
 def measure_attention(
-    suite: Suite, call: AttentionCall, strata: torch.Tensor, *, causal: bool, compiled: bool
+    suite: Suite,
+    call: AttentionCall,
+    strata: torch.Tensor,
+    *,
+    causal: bool,
+    compiled: bool,
+    token_ids: TokenIds | None = None,
 ) -> tuple[Layout, State]:
     """Measure one call.
 
@@ -28,13 +34,14 @@ def measure_attention(
     suite : the attention estimators
     strata : (stratum, batch, token)
     causal : whether the attention is causal; a mask given as a tensor does not say so by itself
+    token_ids : the ids of the tokens, on the call's device
     compiled : use FlexAttention where its masks hold the call's; otherwise, and on a CPU, tiles of queries
     """
     if call.logits is not None:
         extra = max(call.logits.shape[-1] - call.logits.shape[-2], 0)
         mask = AttentionMask(causal=causal)
         seen = AttentionObservation.from_logits(
-            call.logits, call.value, strata, mask=mask, extra_columns=extra
+            call.logits, call.value, strata, mask=mask, extra_columns=extra, token_ids=token_ids
         )
         return seen.layout, suite.measure(seen)
     mask = _mask(call, causal)
@@ -42,7 +49,8 @@ def measure_attention(
     assert query is not None, "a call without logits has queries"
     assert key is not None, "and keys"
     if compiled and query.device.type == "cuda" and is_expressible(mask):
-        return _layout(query, key), _compiled(suite, call, mask, query)(call, strata)
+        measure = _compiled(suite, call, mask, query, None if token_ids is None else token_ids.vocabulary)
+        return _layout(query, key, token_ids), measure(call, strata, token_ids)
     seen = AttentionObservation(
         query,
         key,
@@ -52,6 +60,7 @@ def measure_attention(
         mask=mask,
         softcap=call.softcap,
         sink_logits=call.sink_logits,
+        token_ids=token_ids,
     )
     return seen.layout, suite.measure(seen)
 
@@ -70,10 +79,15 @@ def _mask(call: AttentionCall, causal: bool) -> AttentionMask:
     return AttentionMask(causal=causal, window=window, tensor=call.mask, function=function)
 
 
-def _layout(query: torch.Tensor, key: torch.Tensor) -> Layout:
+def _layout(query: torch.Tensor, key: torch.Tensor, token_ids: TokenIds | None) -> Layout:
     _, heads, tokens, width = query.shape
     return Layout(
-        channels=heads * width, heads=heads, key_value_heads=key.shape[1], head_channels=width, tokens=tokens
+        channels=heads * width,
+        heads=heads,
+        key_value_heads=key.shape[1],
+        head_channels=width,
+        tokens=tokens,
+        vocabulary=1 if token_ids is None else token_ids.vocabulary,
     )
 
 
@@ -81,7 +95,7 @@ _COMPILED: dict[tuple[Any, ...], _CompiledMeasure] = {}
 
 
 def _compiled(
-    suite: Suite, call: AttentionCall, mask: AttentionMask, query: torch.Tensor
+    suite: Suite, call: AttentionCall, mask: AttentionMask, query: torch.Tensor, vocabulary: int | None
 ) -> _CompiledMeasure:
     """One compiled measurement for all layers that are alike."""
     name = (
@@ -92,9 +106,10 @@ def _compiled(
         call.softcap,
         query.shape[2],
         query.device,
+        vocabulary,
     )
     if name not in _COMPILED:
-        _COMPILED[name] = _CompiledMeasure(suite, mask, call.scale, call.softcap, query)
+        _COMPILED[name] = _CompiledMeasure(suite, mask, call.scale, call.softcap, query, vocabulary)
     return _COMPILED[name]
 
 
@@ -102,14 +117,20 @@ class _CompiledMeasure:
     """FlexAttention's statistics, then everything else in one compiled function."""
 
     def __init__(
-        self, suite: Suite, mask: AttentionMask, scale: float, softcap: float | None, query: torch.Tensor
+        self,
+        suite: Suite,
+        mask: AttentionMask,
+        scale: float,
+        softcap: float | None,
+        query: torch.Tensor,
+        vocabulary: int | None,
     ) -> None:
         self.softmax = FlexStatistics(
             query.shape[2], query.device, mask, scale=scale, softcap=softcap, compile=compile_apart
         )
 
         def measure(
-            query: Any, key: Any, value: Any, strata: Any, sinks: Any, softmax: SoftmaxStatistics
+            query: Any, key: Any, value: Any, strata: Any, sinks: Any, ids: Any, softmax: SoftmaxStatistics
         ) -> State:
             known = AttentionReductions(softmax_statistics=lambda *_: softmax)
             observation = AttentionObservation(
@@ -121,14 +142,17 @@ class _CompiledMeasure:
                 mask=mask,
                 softcap=softcap,
                 sink_logits=sinks,
+                token_ids=None if vocabulary is None else TokenIds(ids, vocabulary),
                 reductions=known,
             )
             return suite.measure(observation)
 
         self.measure = compile_apart(measure)
 
-    def __call__(self, call: AttentionCall, strata: torch.Tensor) -> State:
+    def __call__(self, call: AttentionCall, strata: torch.Tensor, token_ids: TokenIds | None) -> State:
         query, key, sinks = call.query, call.key, call.sink_logits
         assert query is not None, "a call without logits has queries"
         assert key is not None, "and keys"
-        return self.measure(query, key, call.value, strata, sinks, self.softmax(query, key, strata, sinks))
+        ids = None if token_ids is None else token_ids.ids
+        softmax = self.softmax(query, key, strata, sinks)
+        return self.measure(query, key, call.value, strata, sinks, ids, softmax)

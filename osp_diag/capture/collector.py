@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from osp_diag.capture.attention_measuring import measure_attention
 from osp_diag.capture.compiling import compile_once
+from osp_diag.capture.down_projection import down_projection
 from osp_diag.capture.hooks import ForwardPass, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
 from osp_diag.errors import CaptureError
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
-from osp_diag.estimators.base import Estimator, Layout, State, Suite, merge_states
+from osp_diag.estimators.attention import TokenIds
+from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
-from osp_diag.sites.names import ATTENTION, HEAD_SITES, Tap, matches
+from osp_diag.estimators.weight_outliers import WeightObservation
+from osp_diag.sites.names import ATTENTION, DOWN_WEIGHT, HEAD_SITES, Tap, matches
 
 if TYPE_CHECKING:
     from osp_diag.capture.attention import AttentionCall
@@ -27,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Collector", "Key", "suites_of"]
 
 Key = tuple[str, int, str]
-"""(site, layer, what is observed: "activation", "heads" or "attention")"""
+"""(site, layer, what is observed: "activation", "heads", "attention" or "weight")"""
 
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
@@ -42,9 +46,11 @@ def suites_of(site: str, estimators: Chosen) -> dict[str, Suite]:
     if isinstance(estimators, Mapping):
         named = [chosen for pattern, chosen in estimators.items() if matches(site, (pattern,))]
         estimators = named[0] if named else ()
-    kinds: tuple[Literal["activation", "heads", "attention"], ...] = ("activation",)
+    kinds: tuple[Observes, ...] = ("activation",)
     if site == ATTENTION:
         kinds = ("attention",)
+    elif site == DOWN_WEIGHT:
+        kinds = ("weight",)
     elif site in HEAD_SITES:
         kinds = ("activation", "heads")
     found: dict[str, Suite] = {}
@@ -66,6 +72,8 @@ class Collector:
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
     causal_layers : layers whose attention is causal, whatever way its mask says so
+    vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
+        told by token
     compiled : fold with ``torch.compile``, so that one site is read in few passes
     snapshots : keeps the raw activations of a first sequence for pictures, or None
     """
@@ -77,6 +85,7 @@ class Collector:
         estimators: Chosen = None,
         delimiter_ids: Sequence[int] = (),
         causal_layers: Collection[int] = (),
+        vocabulary: int | None = None,
         compiled: bool = False,
         snapshots: Snapshots | None = None,
     ) -> None:
@@ -84,6 +93,7 @@ class Collector:
         self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
         self.causal_layers = frozenset(causal_layers)
+        self.vocabulary = vocabulary
         self.compiled = compiled
         self.snapshots = snapshots
         self._states: dict[Key, State] = {}
@@ -94,6 +104,7 @@ class Collector:
         self.skipped: dict[str, str] = {}
         self.forward_passes = 0
         self._strata: dict[torch.device, torch.Tensor] = {}
+        self._ids: dict[torch.device, torch.Tensor] = {}
         self._pass: ForwardPass | None = None
         self._undo: tuple[Any, ...] = ()
         self._called: set[int] = set()
@@ -101,6 +112,8 @@ class Collector:
 
     def needs(self, tap: Tap) -> bool:
         """Whether a tap is read: its site is wanted, or attention statistics take their values there."""
+        if tap.site == DOWN_WEIGHT and not self.suites_at(DOWN_WEIGHT):
+            return False
         return self.wanted(tap.site) or (tap.site == "value" and self.wanted(ATTENTION))
 
     @property
@@ -142,6 +155,7 @@ class Collector:
         with torch.no_grad():
             strata = strata_of(ids, mask, self.delimiter_ids, forward_pass.position_ids)
         self._strata = {strata.device: strata}
+        self._ids = {ids.device: ids}
         self._home = strata
 
     def stop(self, raised: bool) -> None:
@@ -165,6 +179,13 @@ class Collector:
         if device not in self._strata:
             self._strata[device] = self._home.to(device)
         return self._strata[device]
+
+    def _token_ids_on(self, device: torch.device) -> TokenIds | None:
+        if self.vocabulary is None:
+            return None
+        if device not in self._ids:
+            self._ids[device] = next(iter(self._ids.values())).to(device)
+        return TokenIds(self._ids[device], self.vocabulary)
 
     # What hooks deliver
 
@@ -217,6 +238,19 @@ class Collector:
             return
         x = rows.reshape(batch, tokens, slots, -1).transpose(1, 2).flatten(0, 1)
         self._fold("mlp_hidden", layer, "activation", x, strata.repeat_interleave(slots, dim=1))
+
+    def on_weight(self, tap: Tap, layer: int, module: nn.Module, hidden: torch.Tensor) -> None:
+        """Measure a projection's weights, once a step: they are the same in all its forward passes."""
+        key = (tap.site, layer, "weight")
+        if key in self._states:
+            return
+        weight = down_projection(module, hidden)
+        if isinstance(weight, str):
+            self.skipped[tap.site] = weight
+            return
+        suite = self.suites_at(tap.site)["weight"]
+        observation = WeightObservation(weight)
+        self._merge(key, suite, observation.layout, suite.measure(observation))
 
     # Folding
 
@@ -271,7 +305,10 @@ class Collector:
         if suite is None:
             return
         causal = call.causal or layer in self.causal_layers
-        layout, increment = measure_attention(suite, call, strata, causal=causal, compiled=self.compiled)
+        ids = self._token_ids_on(strata.device)
+        layout, increment = measure_attention(
+            suite, call, strata, causal=causal, compiled=self.compiled, token_ids=ids
+        )
         self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
 
     def _fused_folding(self) -> FusedFolding:

@@ -17,9 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from osp_diag.capture.hooks import unobserved
 
-__all__ = ["ExpertCapture"]
+__all__ = ["DOWN_NAMES", "ExpertCapture"]
 
-_DOWN = re.compile(r"down|w2|output|wo\b", re.IGNORECASE)
+DOWN_NAMES = re.compile(r"down|w2|output|wo\b", re.IGNORECASE)
 _PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "_grouped_mm", "grouped_mm", "mm"}
 
 
@@ -31,7 +31,7 @@ class _Watch(TorchFunctionMode):
         self.hidden = hidden.untyped_storage().data_ptr()
         self.tokens = hidden.numel() // hidden.shape[-1]
         stacked = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
-        self.down = {p.untyped_storage().data_ptr() for name, p in stacked.items() if _DOWN.search(name)}
+        self.down = {p.untyped_storage().data_ptr() for name, p in stacked.items() if DOWN_NAMES.search(name)}
         self.copies: list[torch.Tensor] = []
         self.index: torch.Tensor | None = None
         self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []

@@ -85,6 +85,8 @@ class SiteCapture:
     taps : where to read
     block_paths : the block executed as layer 0, 1, … (a path may occur several times)
     on_activation : called with (tap, layer, tensor), under ``no_grad`` and outside of autocast
+    on_weight : called so with (tap, layer, module, its input) where a tap's side is "weight", just before
+        the module runs; None leaves those taps out
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
     on_start, on_stop : called when a forward pass of the whole model begins and ends; ``on_stop`` learns
         whether it raised
@@ -99,13 +101,14 @@ class SiteCapture:
         *,
         on_start: Callable[[ForwardPass], None],
         on_stop: Callable[[bool], None],
+        on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None] | None = None,
         prefix: str = "",
     ) -> None:
         self.model = unwrap(model)
         self.taps = taps
         self.block_paths = block_paths
         self.on_activation = on_activation
-        self.on_start, self.on_stop = on_start, on_stop
+        self.on_start, self.on_stop, self.on_weight = on_start, on_stop, on_weight
         self.prefix = prefix
         self.current: ForwardPass | None = None
         self._handles: list[Any] = []
@@ -134,8 +137,11 @@ class SiteCapture:
                 if side == "input":
                     hook = self._reading_inputs(taps)
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-                else:
+                elif side == "output":
                     self._handles.append(module.register_forward_hook(self._reading_outputs(taps)))
+                elif self.on_weight is not None:
+                    hook = self._reading_weights(taps, self.on_weight)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
         except BaseException:
             self.detach()
@@ -209,6 +215,20 @@ class SiteCapture:
             if self.current is not None:
                 for tap in taps:
                     self._read(tap, _member(tap.argument, result))
+
+        return hook
+
+    def _reading_weights(
+        self, taps: list[Tap], on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None]
+    ) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.current is None or torch.compiler.is_compiling():
+                return
+            for tap in taps:
+                value = _argument(tap.argument, args, kwargs)
+                if isinstance(value, torch.Tensor):
+                    with unobserved(value.device):
+                        on_weight(tap, self._layer(tap), module, value.detach())
 
         return hook
 

@@ -12,7 +12,7 @@ from osp_diag.errors import CheckpointError, TokenError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Checkpoint", "assemble"]
+__all__ = ["Checkpoint", "assemble", "vocabulary_size_of"]
 
 NO_LIMIT = 10**9
 """Tokenizers write 10³⁰ where they know of no maximum length."""
@@ -103,7 +103,7 @@ def assemble(
             f"{name} ({type(model).__name__}) has no parameters: there is no model to measure. "
             "Pass the model itself, after its weights are made"
         )
-    vocabulary_size = _vocabulary_size(model)
+    vocabulary_size = vocabulary_size_of(model)
     if tokenizer is not None and vocabulary_size is not None and len(tokenizer) > vocabulary_size:
         raise TokenError(
             f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model's embedding has only "
@@ -136,7 +136,7 @@ def assemble(
     )
 
 
-def _vocabulary_size(model: nn.Module) -> int | None:
+def vocabulary_size_of(model: nn.Module) -> int | None:
     """Rows of the token embedding."""
     from torch import nn
 
@@ -144,7 +144,8 @@ def _vocabulary_size(model: nn.Module) -> int | None:
         embedding = model.get_input_embeddings()  # type: ignore[operator]
     except (AttributeError, NotImplementedError):
         embedding = None
-    rows = getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
+    rows = getattr(embedding, "num_embeddings", 0)  # a sharded weight may have fewer
+    rows = rows or getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
     if rows:
         return int(rows)
     # A foreign module: its largest table is the only bound that is safe to assume.

@@ -23,6 +23,7 @@ OBSERVED = {
     "activation": "of activations: the residual stream, norms, inputs of linear layers",
     "heads": "of queries, keys and values, by head",
     "attention": "of attention: sinks and logits",
+    "weight": "of weights: the down projections",
 }
 
 

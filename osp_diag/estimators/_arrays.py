@@ -34,7 +34,9 @@ __all__ = [
     "positions",
     "quotient",
     "row_blocks",
+    "running_sum",
     "runs_on_host",
+    "sums_by_bin",
     "take_along_last",
     "top_entries",
     "top_values",
@@ -172,6 +174,14 @@ def top_entries(values: Array, count: int) -> tuple[Array, Array]:
 def top_values(values: Array, count: int) -> Array:
     """The ``count`` largest entries along the last axis, largest first."""
     return top_entries(values, count)[0]
+
+
+def running_sum(values: Array) -> Array:
+    """Sums of the entries up to each one, along the last axis."""
+    xp = namespace_of(values)
+    if is_torch_namespace(xp):  # array_api_compat's wrapper inspects types, which graph capture warns about
+        return sys.modules["torch"].cumsum(values, dim=-1)
+    return xp.cumulative_sum(values, axis=-1)
 
 
 def take_along_last(values: Array, index: Array) -> Array:
@@ -317,3 +327,19 @@ def counts_by_bin(index: Array, weights: Array, bins: int) -> Array:
         ).reshape(rows, bins)
         out = xp.asarray(out, dtype=weights.dtype)
     return xp.reshape(out, (*lead, bins))
+
+
+def sums_by_bin(index: Array, values: Array, bins: int) -> Array:
+    """Sum over n of ``values[n]`` where ``index[n] == b`` → (bins,), in the accumulator's type.
+
+    ``index`` is integer of shape (n,) with values in [0, bins); ``values`` is (n,), finite.
+    """
+    xp = namespace_of(values)
+    wide = xp.astype(values, accumulator_dtype(xp, values))
+    if is_torch_namespace(xp):
+        torch = sys.modules["torch"]
+        out = torch.zeros(bins, dtype=wide.dtype, device=wide.device)
+        return out.scatter_add(0, index.to(torch.int64), wide)
+    if is_jax_namespace(xp):
+        return xp.zeros(bins, dtype=wide.dtype).at[index].add(wide)
+    return xp.asarray(np.bincount(np.asarray(index), np.asarray(wide), bins), dtype=wide.dtype)

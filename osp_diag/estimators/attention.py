@@ -6,8 +6,7 @@ and logits (:meth:`AttentionObservation.from_logits`), for models that make the 
 
 from __future__ import annotations
 
-import sys
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 
@@ -16,9 +15,9 @@ from osp_diag.estimators._arrays import (
     Array,
     accumulator_dtype,
     is_jax_namespace,
-    is_torch_namespace,
     namespace_of,
     once,
+    running_sum,
 )
 from osp_diag.estimators.attention_mask import (
     AttentionMask,
@@ -32,8 +31,8 @@ from osp_diag.estimators.attention_tiles import (
     AttentionReductions,
     GivenLogits,
     LogitSource,
-    LogitTile,
     ProductLogits,
+    SampledTile,
     SoftmaxStatistics,
     pick_sink,
 )
@@ -45,6 +44,7 @@ __all__ = [
     "AttentionObservation",
     "AttentionReductions",
     "SampledTile",
+    "TokenIds",
     "channel_norm",
     "finite_tokens",
     "per_head",
@@ -92,13 +92,6 @@ def _as_float32(x: Array) -> Array:
     return x if x.dtype == xp.float32 else xp.astype(x, xp.float32)
 
 
-def _running_sum(x: Float[Any, "... token"]) -> Float[Any, "... token"]:
-    xp = namespace_of(x)
-    if is_torch_namespace(xp):  # array_api_compat's wrapper inspects types, which graph capture warns about
-        return sys.modules["torch"].cumsum(x, dim=-1)
-    return xp.cumulative_sum(x, axis=-1)
-
-
 def _cleaned(x: Array, finite: Bool[Any, "batch token"]) -> Array:
     """``x`` (batch, head, token, channel) with tokens that are not finite set to 0."""
     xp = namespace_of(x)
@@ -115,6 +108,14 @@ def _sink_positions(strata: Float[Any, "stratum batch token"]) -> Int[Any, " bat
     return xp.clip(xp.where(first < tokens, first, valid), 0, tokens - 1)
 
 
+class TokenIds(NamedTuple):
+    """Which token stands where, for what is told by token."""
+
+    ids: Int[Any, "batch token"]
+    """ids outside of the vocabulary, such as −1 where a model was called with embeddings, are no token's"""
+    vocabulary: int
+
+
 class AttentionObservation:
     """Attention of one layer in one forward pass, with the strata of its tokens.
 
@@ -128,6 +129,7 @@ class AttentionObservation:
     mask : what a query may see (the mask alone says so: padding keys that it lets through get mass)
     softcap : c in c · tanh(logit / c), before the mask; None for none
     sink_logits : (head,) learned logits of an extra column; zeros are softmax-off-by-one
+    token_ids : the tokens' ids; None where they are not known
     query_sample : number of evenly spaced queries whose logits enter distributions; None for all
     tile : queries at a time
 
@@ -154,6 +156,7 @@ class AttentionObservation:
         mask: AttentionMask | None = None,
         softcap: float | None = None,
         sink_logits: Float[Any, " head"] | None = None,
+        token_ids: TokenIds | None = None,
         query_sample: int | None = 64,
         tile: int = 128,
         reductions: AttentionReductions = GENERIC_ATTENTION,
@@ -176,12 +179,13 @@ class AttentionObservation:
             key_value_heads=key.shape[1],
             head_channels=channels,
             tokens=tokens,
+            vocabulary=1 if token_ids is None else token_ids.vocabulary,
         )
         query, key = _as_float32(query), _as_float32(key)
         finite = finite_tokens(query) & finite_tokens(key)
         query, key = _cleaned(query, finite), _cleaned(key, finite)
         source = ProductLogits(query, key, finite, scale, mask, softcap, sink_logits)
-        self._open(source, value, strata, finite, layout, mask, query_sample, tile, reductions)
+        self._open(source, value, strata, finite, layout, mask, token_ids, query_sample, tile, reductions)
         self.query, self.key, self.scale = query, key, scale
 
     @classmethod
@@ -193,6 +197,7 @@ class AttentionObservation:
         *,
         mask: AttentionMask | None = None,
         extra_columns: int = 0,
+        token_ids: TokenIds | None = None,
         query_sample: int | None = 64,
         tile: int = 128,
         reductions: AttentionReductions = GENERIC_ATTENTION,
@@ -219,11 +224,12 @@ class AttentionObservation:
             )
         mask.check(batch, heads, tokens)
         groups = heads if value is None else value.shape[1]
-        layout = Layout(heads=heads, key_value_heads=groups, tokens=tokens)
+        vocabulary = 1 if token_ids is None else token_ids.vocabulary
+        layout = Layout(heads=heads, key_value_heads=groups, tokens=tokens, vocabulary=vocabulary)
         self = cls.__new__(cls)
         finite = xp.ones_like(strata[0, ...]) > 0
         source = GivenLogits(logits, extra_columns, mask)
-        self._open(source, value, strata, finite, layout, mask, query_sample, tile, reductions)
+        self._open(source, value, strata, finite, layout, mask, token_ids, query_sample, tile, reductions)
         self.query, self.key, self.scale = None, None, None
         return self
 
@@ -235,6 +241,7 @@ class AttentionObservation:
         finite: Array,
         layout: Layout,
         mask: AttentionMask,
+        token_ids: TokenIds | None,
         query_sample: int | None,
         tile: int,
         reductions: AttentionReductions,
@@ -253,13 +260,18 @@ class AttentionObservation:
                 f"value has shape {tuple(value.shape)}, expected (batch, key_value_head, token, channel) "
                 f"with batch {batch}, {tokens} tokens and a divisor of {layout.heads} heads"
             )
+        if token_ids is not None and tuple(token_ids.ids.shape) != (batch, tokens):
+            raise EstimatorError(
+                f"token_ids have shape {tuple(token_ids.ids.shape)}, expected one id a token: "
+                f"{(batch, tokens)}"
+            )
         if tile < 1 or (query_sample is not None and query_sample < 1):
             raise EstimatorError(
                 f"tile is {tile} and query_sample {query_sample}: both count queries and are at least 1 "
                 "(query_sample=None takes every query)"
             )
         self.source, self.value, self.layout, self.mask = source, value, layout, mask
-        self.tile, self.reductions = tile, reductions
+        self.token_ids, self.tile, self.reductions = token_ids, tile, reductions
         self.sample = tokens if query_sample is None else min(query_sample, tokens)
         self.raw_strata = xp.astype(strata, xp.float32)
         self.finite_token = finite
@@ -306,8 +318,10 @@ class AttentionObservation:
         return xp.sum(self.raw_strata[0, ...] * bad)
 
     @once
-    def received(self) -> tuple[Float[Any, "batch head key"], Float[Any, "batch head key"]]:
-        """(α, its weight 0 or 1) of the k-th token from the sink key on: α_k = mean over queries of A[i, k].
+    def received_in_place(
+        self,
+    ) -> tuple[Float[Any, "batch head token"], Bool[Any, "batch head token"]]:
+        """(α, whether it is known) of the key at every position: α_k = mean over queries of A[i, k].
 
         The mean is over the valid queries i ≥ k if the mask is causal, over all valid queries if not.
         """
@@ -315,15 +329,22 @@ class AttentionObservation:
         weight, mass = self.query_weight, self.softmax.key_mass
         total = xp.sum(weight, axis=-1, keepdims=True)
         if self.mask.causal:
-            count = total - _running_sum(weight) + weight
+            count = total - running_sum(weight) + weight
         else:
             count = xp.broadcast_to(total, weight.shape)
         known = (count > 0) & (self.valid[:, None, :] > 0)
         alpha = xp.where(known, mass / xp.where(known, count, xp.ones_like(count)), xp.zeros_like(mass))
+        return alpha, known
+
+    @once
+    def received(self) -> tuple[Float[Any, "batch head key"], Float[Any, "batch head key"]]:
+        """(α, its weight 0 or 1) of the k-th token from the sink key on."""
+        xp = namespace_of(self.valid)
+        alpha, known = self.received_in_place
         tokens = self.layout.tokens
         place = self.sink[:, None] + index_range(0, tokens, self.valid)[None, :]
         inside = xp.astype(place < tokens, xp.float32)[:, None, :]
-        index = xp.broadcast_to(xp.clip(place, 0, tokens - 1)[:, None, :], mass.shape)
+        index = xp.broadcast_to(xp.clip(place, 0, tokens - 1)[:, None, :], alpha.shape)
         return (
             xp.take_along_axis(alpha, index, axis=-1) * inside,
             xp.take_along_axis(xp.astype(known, xp.float32), index, axis=-1) * inside,
@@ -376,21 +397,3 @@ class AttentionObservation:
         batch, groups, _, channels = self.key.shape
         index = xp.broadcast_to(self.sink[:, None, None, None], (batch, groups, 1, channels))
         return xp.take_along_axis(self.key, index, axis=2)[:, :, 0, :]
-
-
-class SampledTile:
-    """Logits of some sampled queries, split into the sink key and the other keys.
-
-    ``weight`` is (batch, head, row); ``tile.allowed`` is cut to finite logits, so that one overflow
-    does not spoil a mean.
-    """
-
-    def __init__(self, tile: LogitTile, is_sink: Array, sink_logit: Array, weight: Array) -> None:
-        xp = namespace_of(tile.logits)
-        self.logits = tile.logits
-        self.allowed = tile.allowed & (xp.abs(tile.logits) < xp.inf)
-        self.other = self.allowed & ~is_sink
-        seen = xp.isfinite(sink_logit)
-        self.sink_logit = xp.where(seen, sink_logit, xp.zeros_like(sink_logit))
-        self.weight = weight
-        self.sink_weight = weight * xp.astype(seen, weight.dtype)

@@ -42,6 +42,7 @@ __all__ = [
     "LogitSource",
     "LogitTile",
     "ProductLogits",
+    "SampledTile",
     "SoftmaxStatistics",
     "column_sums",
     "pick_sink",
@@ -177,6 +178,24 @@ def pick_sink(
     index = xp.broadcast_to(index, (batch, heads, count, 1))
     logit = xp.take_along_axis(tile.logits, index, axis=-1)[..., 0]
     return xp.where(visible, logit, xp.full_like(logit, -xp.inf)), is_sink
+
+
+class SampledTile:
+    """Logits of some sampled queries, split into the sink key and the other keys.
+
+    ``weight`` is (batch, head, row); ``tile.allowed`` is cut to finite logits, so that one overflow
+    does not spoil a mean.
+    """
+
+    def __init__(self, tile: LogitTile, is_sink: Array, sink_logit: Array, weight: Array) -> None:
+        xp = namespace_of(tile.logits)
+        self.logits = tile.logits
+        self.allowed = tile.allowed & (xp.abs(tile.logits) < xp.inf)
+        self.other = self.allowed & ~is_sink
+        seen = xp.isfinite(sink_logit)
+        self.sink_logit = xp.where(seen, sink_logit, xp.zeros_like(sink_logit))
+        self.weight = weight
+        self.sink_weight = weight * xp.astype(seen, weight.dtype)
 
 
 def column_sums(weight: Array, values: Array) -> Array:

@@ -24,6 +24,8 @@ from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, namespace_of
 
 Combine = Literal["sum", "maximum", "minimum"]
+Observes = Literal["activation", "heads", "attention", "weight"]
+"""What an estimator looks at: activations of a site, the same by head, attention, or a weight matrix."""
 State = dict[str, Array]
 
 STRATA = ("all", "first", "delimiter", "rest")
@@ -35,6 +37,7 @@ __all__ = [
     "Field",
     "Layout",
     "Measurement",
+    "Observes",
     "Output",
     "Source",
     "State",
@@ -49,7 +52,9 @@ class Layout:
     """The static sizes of what is observed at one site.
 
     ``channels`` is the width d of the activations; for attention, ``head_channels`` is the width of
-    one head, and ``key_value_heads`` ≤ ``heads`` under grouped-query attention.
+    one head, and ``key_value_heads`` ≤ ``heads`` under grouped-query attention. ``vocabulary`` is the
+    number of token ids, 1 where ids are not known. For the weights of a projection, ``channels`` is what
+    it takes in and ``output_channels`` what it gives.
     """
 
     channels: int = 1
@@ -57,6 +62,9 @@ class Layout:
     key_value_heads: int = 1
     head_channels: int = 1
     tokens: int = 1
+    vocabulary: int = 1
+    output_channels: int = 1
+    experts: int = 1
 
     def size(self, dim: str) -> int:
         sizes = {
@@ -67,6 +75,9 @@ class Layout:
             "head_channel": self.head_channels,
             "key_position": self.tokens,
             "token_position": self.tokens,
+            "token_id": self.vocabulary,
+            "output_channel": self.output_channels,
+            "expert": self.experts,
         }
         if dim not in sizes:
             raise EstimatorError(
@@ -148,7 +159,7 @@ class Estimator(ABC):
     ceiling: ClassVar[str] = "none"
     sources: ClassVar[tuple[Source, ...]]
     also_used_by: ClassVar[tuple[str, ...]] = ()
-    observes: ClassVar[Literal["activation", "heads", "attention"]] = "activation"
+    observes: ClassVar[Observes] = "activation"
     sites: ClassVar[tuple[str, ...]] = ("*",)
     """Patterns of the sites where the definition applies by default."""
     optional: ClassVar[bool] = False

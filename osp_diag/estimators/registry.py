@@ -16,12 +16,12 @@ from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import entry_points
 from types import MappingProxyType, ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from osp_diag.errors import EstimatorError
-from osp_diag.estimators.base import Estimator, Layout, Output, Suite
+from osp_diag.estimators.base import Estimator, Layout, Observes, Output, Suite
 
 __all__ = [
     "all_estimators",
@@ -33,7 +33,6 @@ __all__ = [
 ]
 
 ENTRY_POINT_GROUP = "osp_diag.estimators"
-Observes = Literal["activation", "heads", "attention"]
 
 
 def _defined_in(module: ModuleType) -> list[type[Estimator]]:
@@ -145,6 +144,15 @@ def default_estimators(
 
 def describe_outputs(estimator: Estimator) -> dict[str, Output]:
     """Names, dimensions, units and definitions of what an estimator writes (values are of no data)."""
-    layout = Layout(channels=64, heads=4, key_value_heads=2, head_channels=16, tokens=8)
+    layout = Layout(
+        channels=64,
+        heads=4,
+        key_value_heads=2,
+        head_channels=16,
+        tokens=8,
+        vocabulary=32,
+        output_channels=16,
+        experts=2,
+    )
     state = Suite((estimator,)).init(layout, np.zeros(()))
     return estimator.finalise(state, layout)

@@ -146,7 +146,8 @@ def probe_checkpoint(
         "batch_size": feeding.batch_size,
         "ranks": dist.get_world_size() if is_distributed() else 1,
     }
-    session = Probe(checkpoint.model, delimiter_ids=batches.delimiter_ids, attributes=attributes, **options)
+    options = {"delimiter_ids": batches.delimiter_ids, "tokenizer": checkpoint.tokenizer, **options}
+    session = Probe(checkpoint.model, attributes=attributes, **options)
     session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
     if session.snapshot_tokens and is_first_rank():
         session.write_static("snapshot", _snapshot_tokens(batches, session.snapshot_tokens))

@@ -159,7 +159,8 @@ def relabel(run: Run, site: str, estimators: Sequence[Estimator | str] | None = 
             _relabelled(Suite(chosen), sums, raw.attrs[f"layout_{kind}"]) for kind, chosen in groups.items()
         ]
         steps.append(xr.merge(parts, combine_attrs="override", join="outer", compat="no_conflicts"))
-    return xr.concat(steps, raw["step"], data_vars="all", coords="minimal", compat="override", join="exact")
+    joined = xr.concat(steps, raw["step"], data_vars="all", coords="minimal", compat="override", join="exact")
+    return run.with_texts(joined)
 
 
 def _of_run(run: Run) -> list[Estimator]:

@@ -18,6 +18,7 @@ from osp_diag.capture.collector import Collector, Key, suites_of
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
+from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators.base import Estimator, Field, Layout, State
 from osp_diag.probing.asked import Asked, delimiters, instances
@@ -28,6 +29,7 @@ from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ran
 from osp_diag.probing.saving import write_run
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.versions import library_versions
+from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.run import Run, open_run
 from osp_diag.sites import SITES, find_sites, matches
 from osp_diag.sites.names import ATTENTION, HEAD_SITES
@@ -47,7 +49,7 @@ class Probe:
     out : path of the run to write; None keeps the numbers in memory (:attr:`run`)
     sites : names or patterns (``"residual_*"``, ``"linear_input:*"``); None for the default sites
     estimators : names or instances, for all sites or by site pattern; None for each site's default ones
-    tokenizer : tells which tokens are delimiters; without it that stratum stays empty
+    tokenizer : tells which tokens are delimiters, and what tokens read as; without it that stratum is empty
     blocks, named_sites, example : where the sites cannot be guessed, see :func:`osp_diag.sites.find_sites`
     compile : fold activations with ``torch.compile``; "auto" does so on CUDA
     keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs
@@ -99,6 +101,8 @@ class Probe:
         self.delimiter_ids = delimiters(tokenizer, delimiter_ids)
         self.site_map = find_sites(model, blocks=blocks, named=named_sites, example=example)
         self._check_patterns(named_sites or {})
+        self.tokenizer = tokenizer
+        self.vocabulary = vocabulary_size_of(unwrap(model))
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if compile == "auto" else bool(compile)
         self.keep_raw = keep_raw
@@ -110,6 +114,8 @@ class Probe:
         self._path = Path(out) if out is not None else None
         if self._path is not None and is_first_rank():
             self._writer = RunWriter(self._path, self.attributes, resume=resume, overwrite=overwrite)
+        self.latest: dict[str, xr.Dataset] = {}
+        """The datasets recorded last, by group and without the step; on every rank."""
         self._memory: list[tuple[int, dict[str, xr.Dataset]]] = []
         self._static: dict[str, xr.Dataset] = {}
         self._series: dict[str, dict[int, float]] = {}
@@ -230,6 +236,7 @@ class Probe:
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
             causal_layers=self.site_map.causal_layers,
+            vocabulary=self.vocabulary,
             compiled=self.compiled,
             snapshots=snapshots,
         )
@@ -244,6 +251,7 @@ class Probe:
             collector.on_activation,
             on_start=collector.start,
             on_stop=collector.stop,
+            on_weight=collector.on_weight,
             prefix=self.site_map.prefix,
         )
         heads = (ATTENTION, *HEAD_SITES)
@@ -294,6 +302,7 @@ class Probe:
         groups = self._labelled(collector, to_host(states), layouts)
         if self.beside is not None:
             groups |= self.beside()
+        self.latest = groups
         self.absent |= collector.skipped
         if self._writer is not None:
             self._writer.append(step, groups)
@@ -303,6 +312,7 @@ class Probe:
             self._memory.append((step, groups))
         self.append_series(step, {"probe_seconds": seconds})
         self._keep_snapshots(collector)
+        self._keep_vocabulary(groups)
 
     def _labelled(
         self, collector: Collector, states: Mapping[Key, State], layouts: Mapping[Key, Layout]
@@ -330,6 +340,14 @@ class Probe:
             return
         for group, dataset in snapshot_datasets(collector.snapshots).items():
             self.write_static(group, dataset)
+
+    def _keep_vocabulary(self, groups: Mapping[str, xr.Dataset]) -> None:
+        """The texts of all token ids, once, where some statistic names tokens and a tokenizer is known."""
+        kept = VOCABULARY in self._static or (self._writer is not None and VOCABULARY in self._writer)
+        if self.tokenizer is None or not self.vocabulary or kept or not is_first_rank():
+            return
+        if name_tokens(groups.values()):
+            self.write_static(VOCABULARY, vocabulary_dataset(self.tokenizer, self.vocabulary))
 
     def write_static(self, group: str, dataset: xr.Dataset) -> None:
         """Keep a dataset that does not depend on the step, as a snapshot; a resumed run keeps its own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-__all__ = ["ATTENTION", "DEFAULT_SITES", "HEAD_SITES", "SITES", "SiteMap", "Tap", "matches"]
+__all__ = ["ATTENTION", "DEFAULT_SITES", "DOWN_WEIGHT", "HEAD_SITES", "SITES", "SiteMap", "Tap", "matches"]
 
 SITES: dict[str, str] = {
     "embedding": "the state that enters the first block (token embedding and whatever is added to it)",
@@ -21,6 +21,7 @@ SITES: dict[str, str] = {
     "residual_mid": "residual stream between attention and MLP",
     "mlp_input": "what the MLP receives, after its norm",
     "mlp_hidden": "the input of the MLP's down projection",
+    "mlp_down_weight": "the weights of the MLP's down projection: statistics of a matrix, not of tokens",
     "mlp_contribution": "what the MLP adds to the residual stream",
     "residual_post": "residual stream after the block",
     "final_norm": "the state after the last norm",
@@ -29,6 +30,7 @@ SITES: dict[str, str] = {
 """Site → meaning, in the order in which a forward pass meets them."""
 
 ATTENTION = "attention"
+DOWN_WEIGHT = "mlp_down_weight"
 HEAD_SITES = ("query_pre_rope", "key_pre_rope", "query_post_rope", "key_post_rope", "value")
 DEFAULT_SITES = tuple(site for site in SITES if site != "residual_pre")
 """Every site but ``residual_pre``, which repeats ``embedding`` and ``residual_post``."""
@@ -38,6 +40,7 @@ DEFAULT_SITES = tuple(site for site in SITES if site != "residual_pre")
 class Tap:
     """Where one site of one layer is read: a module, one of its sides, and how its channels are laid out.
 
+    ``side`` is "input", "output" or, for the matrix that multiplies the input, "weight".
     ``argument`` is the position or keyword of the tensor among the module's inputs, or its index in an
     output tuple (None for a bare tensor). ``heads`` > 0 says that the channels are (heads, head_channels);
     ``head_axis`` is where the head axis stands in the tensor itself: "flat" for (…, heads · width),

@@ -15,7 +15,7 @@ from osp_diag.errors import SiteError
 from osp_diag.sites.attention_sites import attention_event, attention_sites, is_causal
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
-from osp_diag.sites.names import ATTENTION, HEAD_SITES, SITES, SiteMap, Tap
+from osp_diag.sites.names import ATTENTION, DOWN_WEIGHT, HEAD_SITES, SITES, SiteMap, Tap
 from osp_diag.sites.stack import find_stack, is_linear, is_norm
 from osp_diag.sites.trace import TOKENS, Event, Trace, fused_encoder_layers, trace_forward, unwrap
 
@@ -73,6 +73,7 @@ def find_sites(
         taps.append(final)
     taps += _outer_linears(trace, events, found[0])
     taps = _with_named(taps, named or {}, trace, events, found)
+    taps += _down_weights(model, taps, found)
     return SiteMap(
         blocks=stack,
         block_paths=tuple(event.name for event in events),
@@ -118,6 +119,24 @@ def _at_the_call(block: Block) -> set[str]:
     return {ATTENTION, "query_post_rope", "key_post_rope", "value"}
 
 
+def _down_weights(model: nn.Module, taps: list[Tap], found: list[Block]) -> list[Tap]:
+    """The matrices that read ``mlp_hidden``: of a projection, or of the experts stacked in one parameter."""
+    hidden = {tap.layer: tap for tap in taps if tap.site == "mlp_hidden"}
+    weights = []
+    for block in found:
+        tap = hidden.get(block.layer)
+        if tap is not None and tap.side == "input" and is_linear(model.get_submodule(tap.module)):
+            weights.append(replace(tap, site=DOWN_WEIGHT, side="weight"))
+        elif tap is None and block.experts:
+            experts = next(event for event in block.inner if event.name == block.experts)
+            weights.append(replace(input_tap(DOWN_WEIGHT, block.layer, experts), side="weight"))
+        elif tap is not None:
+            block.absent[DOWN_WEIGHT] = "mlp_hidden is named at a place that is not a projection's input"
+        else:
+            block.absent[DOWN_WEIGHT] = block.absent.get("mlp_hidden", "mlp_hidden is not named here")
+    return weights
+
+
 def _absent(found: list[Block], present: set[str]) -> dict[str, str]:
     present = present.union(*map(_at_the_call, found))
     if any(block.experts for block in found):
@@ -148,6 +167,11 @@ def _with_named(
     for site, pattern in named.items():
         if site == ATTENTION:
             raise SiteError(f"site {site!r} is seen at the attention call and cannot be named as a module")
+        if site == DOWN_WEIGHT:
+            raise SiteError(
+                f"site {site!r} is the weight of the projection whose input is mlp_hidden; name that input "
+                "as mlp_hidden"
+            )
         path, _, side = pattern.partition(":")
         side = side or "input"
         if side not in ("input", "output"):

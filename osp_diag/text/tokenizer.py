@@ -7,7 +7,7 @@ from typing import Any
 
 from osp_diag.errors import TokenError
 
-__all__ = ["DELIMITERS", "decode", "delimiter_ids_of", "encode", "opening_tokens"]
+__all__ = ["DELIMITERS", "decode", "decode_each", "delimiter_ids_of", "encode", "opening_tokens"]
 
 DELIMITERS = frozenset(",.;:!?…、。，．；：！？\n\r")
 """The characters of the ``delimiter`` stratum: marks that end a clause, a sentence or a line, in their
@@ -79,6 +79,15 @@ def decode(tokenizer: Any, token: int) -> str:
         return tokenizer.decode([token], skip_special_tokens=False)
     # Cleaning up would remove the blank of " ." and is warned about.
     return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def decode_each(tokenizer: Any, count: int) -> list[str]:
+    """What each of the first ``count`` ids reads as by itself; nothing for an id without a token."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    if hasattr(backend, "decode_batch"):  # a hundred thousand calls from Python take seconds
+        return list(backend.decode_batch([[token] for token in range(count)], skip_special_tokens=False))
+    known = set(tokenizer.get_vocab().values())
+    return [decode(tokenizer, token) if token in known else "" for token in range(count)]
 
 
 def _candidates(tokenizer: Any) -> list[int]:

@@ -1,0 +1,100 @@
+"""The matrix of a down projection as estimators take it, whatever way a module holds it.
+
+It is read just before the projection runs. Then a weight that FSDP shards is whole, one that a device map
+keeps elsewhere is about to be fetched, and it is the weight that this forward pass multiplies by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from osp_diag.capture.experts import DOWN_NAMES
+
+__all__ = ["down_projection"]
+
+_FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def down_projection(
+    module: nn.Module, hidden: Float[Tensor, "*batch width"]
+) -> Float[Tensor, "expert row channel"] | str:
+    """The weights of a projection, or of the experts stacked in a module's parameter.
+
+    Parameters
+    ----------
+    module : a projection (``nn.Linear``, GPT-2's ``Conv1D`` …), or the module that holds the experts
+    hidden : what it is called with: the projection's input, or the state that the experts share
+
+    Returns
+    -------
+    A view if it can be one: rows are output channels. Text that says why not, where the weight is packed or
+    quantised, or does not tell its rows from its columns.
+    """
+    with _fetched(module):
+        stacked = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        if stacked:
+            return _of_experts(module, stacked, hidden.shape[-1])
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            return f"its projection ({type(module).__name__}) has no weight of its own"
+        whole = _whole(weight)
+        if isinstance(whole, str):
+            return whole
+        width = hidden.shape[-1]
+        if whole.ndim != 2 or width not in whole.shape:
+            return f"its weight of shape {tuple(whole.shape)} is no matrix over {width} input channels"
+        transposed = whole.shape[1] != width
+        if whole.shape[0] == whole.shape[1]:
+            transposed = "conv1d" in type(module).__name__.lower()
+        return (whole.T if transposed else whole)[None]
+
+
+def _of_experts(module: nn.Module, stacked: dict[str, nn.Parameter], width: int) -> Tensor | str:
+    named = [p for name, p in stacked.items() if DOWN_NAMES.search(name)]
+    if len(named) != 1:
+        return (
+            f"of its experts' parameters ({', '.join(stacked)}) not one alone is named as a down projection"
+        )
+    whole = _whole(named[0])
+    if isinstance(whole, str):
+        return whole
+    _, left, right = whole.shape
+    if width not in (left, right):
+        return f"its experts' weights of shape {tuple(whole.shape)} do not give {width} channels"
+    transposed = left != width
+    if left == right:
+        said = getattr(module, "is_transposed", None)
+        if not isinstance(said, bool):
+            return "its experts' matrices are square, and nothing says which side is the input"
+        transposed = said
+    return whole.transpose(1, 2) if transposed else whole
+
+
+def _whole(weight: Tensor) -> Tensor | str:
+    """The plain tensor behind a parameter; what is sharded by DTensor is gathered, on all its ranks alike."""
+    if hasattr(weight, "full_tensor"):
+        weight = weight.full_tensor()
+    elif type(weight) not in (Tensor, nn.Parameter):
+        return f"its weight is stored as {type(weight).__name__}"
+    if weight.dtype not in _FLOATING:
+        return f"its weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
+    if weight.is_meta:
+        return "its weight is on no device while the model runs"
+    return weight.detach()
+
+
+@contextmanager
+def _fetched(module: nn.Module) -> Iterator[None]:
+    """Within, weights that a device map of accelerate keeps on the host or on disk are at hand."""
+    if not any(p.is_meta for p in module.parameters(recurse=False)):
+        yield
+        return
+    from accelerate.utils import align_module_device
+
+    with align_module_device(module):
+        yield
