@@ -1,0 +1,88 @@
+"""The few numbers of a probed step that a dashboard shows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import xarray as xr
+
+from osp_diag import run_display
+from osp_diag.run import Run
+
+__all__ = ["PREFIX", "headline"]
+
+PREFIX = "osp_diag/"
+
+SINK_EPSILON = 0.3
+"""The threshold at which sink rates are usually told (Gu et al. 2024, arXiv:2410.10781)."""
+
+_LARGEST_OF_LAYERS = (
+    ("largest_osp_excess_kurtosis", "residual_post", "osp_excess_kurtosis"),
+    ("largest_max_median_ratio", "residual_post", "max_median_ratio"),
+    ("largest_down_projection_input", "mlp_hidden", "absolute_maximum"),
+)
+"""Name, site and statistic, of which the largest layer is told."""
+
+
+def headline(groups: Mapping[str, xr.Dataset]) -> dict[str, float]:
+    """What to watch while a model trains: one number each, over all tokens; those not measured are left out.
+
+    * ``osp_diag/osp_excess_kurtosis``: the mean over the hidden states that the OSP script measures;
+      ``largest_osp_excess_kurtosis``: of the block's output that has most
+    * ``largest_max_median_ratio``: of the blocks' outputs
+    * ``largest_activation``: max |x| in the residual stream; ``largest_down_projection_input``: at the
+      input of the feed-forward's last matrix
+    * ``sink_rate``: share of heads and sequences whose first token gets more than 0.3 of the attention;
+      ``first_token_attention``: how much it gets, on average over heads
+
+    Parameters
+    ----------
+    groups : site → statistics of one step, without the dimension ``step``: :attr:`osp_diag.Probe.latest`
+    """
+    found = _residual_stream(groups)
+    for name, site, statistic in _LARGEST_OF_LAYERS:
+        found[name] = _reduced(_values(groups, site, statistic), np.max)
+    found["sink_rate"] = _reduced(_sink_rate(groups), np.mean)
+    found["first_token_attention"] = _reduced(_values(groups, "attention", "first_token_attention"), np.mean)
+    return {PREFIX + name: value for name, value in found.items() if value is not None}
+
+
+def _residual_stream(groups: Mapping[str, xr.Dataset]) -> dict[str, float | None]:
+    """What a run's own display tells first, from the sites that this needs."""
+    needed: dict[str, xr.Dataset] = {}
+    for site in dict.fromkeys((*run_display.RESIDUAL_SITES, *run_display.HIDDEN_STATES)):
+        names = [name for name in ("absolute_maximum", "osp_excess_kurtosis") if name in groups.get(site, ())]
+        if names:
+            needed[site] = groups[site][names]
+    if not needed:
+        return {}
+    told = run_display.headline(Run.in_memory([(0, needed)], {}, {}))
+    return {
+        "osp_excess_kurtosis": told.get("osp_excess_kurtosis"),
+        "largest_activation": told.get("absolute_maximum"),
+    }
+
+
+def _values(groups: Mapping[str, xr.Dataset], site: str, statistic: str) -> xr.DataArray | None:
+    if statistic not in groups.get(site, ()):
+        return None
+    values = groups[site][statistic]
+    return values.sel(stratum="all") if "stratum" in values.dims else values
+
+
+def _sink_rate(groups: Mapping[str, xr.Dataset]) -> xr.DataArray | None:
+    rates = _values(groups, "attention", "sink_rate")
+    if rates is None:
+        return None
+    return rates.isel(
+        epsilon=np.isclose(rates["epsilon"], SINK_EPSILON), sink_position=rates["sink_position"] == 0
+    )
+
+
+def _reduced(values: xr.DataArray | None, how: object) -> float | None:
+    """``how`` over all layers and heads that have a number."""
+    if values is None:
+        return None
+    known = values.values[~np.isnan(values.values)]
+    return float(how(known)) if known.size else None  # type: ignore[operator]

@@ -1,0 +1,48 @@
+"""Scalars to TensorBoard's event files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+__all__ = ["TensorBoardLogger", "open_logger"]
+
+
+class TensorBoardLogger:
+    """Sends scalars to a ``SummaryWriter``, and closes it."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        self._writer = writer
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_logger(
+    *,
+    run: str,
+    config: Mapping[str, Any],
+    project: str,
+    directory: str | Path | None,
+    resumed_after: int | None,
+) -> TensorBoardLogger:
+    """Event files in ``directory/run``. See :func:`trainer.loggers.open_loggers`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder = Path(directory or "runs") / run
+    if resumed_after is not None:
+        return TensorBoardLogger(SummaryWriter(str(folder), purge_step=resumed_after + 1))
+    writer = SummaryWriter(str(folder))
+    # TensorBoard reads text as Markdown, in which an indented block is kept as it is.
+    text = json.dumps({"project": project, **config}, indent=2, default=str)
+    writer.add_text("config", "\n".join(f"    {line}" for line in text.splitlines()), 0)
+    return TensorBoardLogger(writer)

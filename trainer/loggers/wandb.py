@@ -1,0 +1,56 @@
+"""Scalars to Weights & Biases, online or offline as its own environment variables say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import wandb
+
+__all__ = ["STEP", "WandbLogger", "open_logger"]
+
+STEP = "step"
+"""Numbers carry their step as a metric of its own. W&B's counter cannot go back after a resumption, and in a
+run that somebody else logs to as well it counts their calls."""
+
+
+class WandbLogger:
+    """Sends scalars to a W&B run; finishes it if ``own``."""
+
+    def __init__(self, run: wandb.Run, *, own: bool) -> None:
+        self._run, self._own = run, own
+        self._known: set[str] = set()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        for name in values.keys() - self._known:
+            self._run.define_metric(name, step_metric=STEP)
+            self._known.add(name)
+        self._run.log({STEP: step, **values})
+
+    def close(self) -> None:
+        if self._own:
+            self._run.finish()
+
+
+def open_logger(
+    *,
+    run: str,
+    config: Mapping[str, Any],
+    project: str,
+    directory: str | Path | None,
+    resumed_after: int | None,
+) -> WandbLogger:
+    """The run that is open in this process, or a new one. See :func:`trainer.loggers.open_loggers`."""
+    import wandb
+
+    if wandb.run is not None:
+        return WandbLogger(wandb.run, own=False)
+    begun = wandb.init(
+        project=project,
+        name=run,
+        config={**config, "resumed_after": resumed_after},
+        dir=directory,
+    )
+    return WandbLogger(begun, own=True)
