@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from osp_diag.errors import UsageError
-from trainer.config_values import as_dictionary, check_at_least, check_positive, check_types, with_changes
+from trainer.config_values import check_at_least, check_positive, check_types, with_changes
 
 __all__ = [
     "CheckpointConfig",
@@ -20,7 +20,6 @@ __all__ = [
     "ProbeConfig",
     "ScheduleConfig",
     "TrainConfig",
-    "differences",
     "from_dictionary",
 ]
 
@@ -348,7 +347,7 @@ class TrainConfig:
     steps : optimizer steps
     batch_size : sequences of a step, over all ranks and micro-batches
     micro_batch_size : sequences of one forward pass on one rank; None: all of the rank's at once
-    seed : of weights (and, with ``data.seed``, of the order of the data)
+    seed : of the initial weights; ``data.seed`` decides the order of the data
     dtype : ``bfloat16`` runs matrices under autocast; weights and optimizer stay float32
     device : ``auto``, ``cpu``, ``cuda``
     compile, activation_checkpointing : of the blocks
@@ -395,9 +394,3 @@ def from_dictionary(values: Mapping[str, Any]) -> TrainConfig:
     """The configuration that :func:`as_dictionary` made these of; absent keys keep their defaults."""
     restored = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
     return with_changes(TrainConfig(), restored)
-
-
-def differences(before: TrainConfig, after: TrainConfig) -> list[str]:
-    """``key: before → after`` for every value that differs."""
-    old, new = as_dictionary(before), as_dictionary(after)
-    return [f"{key}: {old[key]!r} → {new[key]!r}" for key in old if old[key] != new[key]]

@@ -12,13 +12,21 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from osp_diag.errors import UsageError
 
-__all__ = ["as_dictionary", "check_at_least", "check_positive", "check_types", "with_changes"]
+__all__ = [
+    "as_dictionary",
+    "check_at_least",
+    "check_positive",
+    "check_types",
+    "differences",
+    "with_changes",
+]
 
 
 # Checks. They name the dotted key, as a user writes it after --set.
 
 
 def dotted(prefix: str, name: str) -> str:
+    """``prefix.name``, or ``name`` alone at the root."""
     return f"{prefix}.{name}" if prefix else name
 
 
@@ -192,3 +200,9 @@ def as_dictionary(config: Any, prefix: str = "") -> dict[str, Any]:
         else:
             flat[key] = list(value) if isinstance(value, tuple) else value
     return flat
+
+
+def differences(before: Any, after: Any) -> list[str]:
+    """``key: before → after`` for every value that differs."""
+    old, new = as_dictionary(before), as_dictionary(after)
+    return [f"{key}: {old[key]!r} → {new[key]!r}" for key in old if old[key] != new[key]]

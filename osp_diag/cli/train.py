@@ -1,0 +1,146 @@
+"""``osp-diag train``: pre-training with the probes on."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from osp_diag.errors import UsageError
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+VERB = "train"
+HELP = "pre-train a model with the probes on: OSP, Adam, or anything between"
+
+PresetName = Annotated[str | None, tyro.conf.arg(metavar="[PRESET]")]
+Changes = tyro.conf.UseAppendAction[tuple[str, ...]]
+
+
+def run(
+    name: PresetName = None,
+    /,
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    recipe: str | None = None,
+    ablation: Literal["paper"] | None = None,
+    seeds: tuple[int, ...] = (),
+    at_a_time: int | None = None,
+    set: Changes = (),
+    out: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    log: Changes = (),
+    show: bool = False,
+    json: bool = False,
+) -> int:
+    """Pre-train a model, and see at every probed step where outliers and attention sinks emerge.
+
+    PRESET is tiny (a laptop's CPU, two minutes), small (one GPU, minutes), osp_1_4b (the paper's own
+    numbers), 3b, 7b, or `module:function` returning a trainer.config.TrainConfig. All of them are full OSP;
+    --recipe gives another row of the paper's ablation, --ablation paper all six and the table that compares
+    them. Checkpoints are kept beside the run. Under `torchrun --module osp_diag train ...` the ranks share
+    the work.
+
+    Args:
+        name: the run to begin from.
+        preset: the same, as an option.
+        config: a JSON file of dotted keys and values, instead of a preset.
+        recipe: adam, muon_only, muon, muon_ssnorm, muon_embproj or osp.
+        ablation: train all six recipes and compare them; --out is then a folder.
+        seeds: with --ablation, further seeds of adam and osp.
+        at_a_time: with --ablation, how many runs at once; by default what memory (or cores) allow.
+        set: KEY=VALUE, such as optimizer.lr=1e-3; may be repeated. --show prints all keys.
+        out: the run to write, a folder ending in .zarr; by default the recipe's name in runs/.
+        resume: go on from the newest checkpoint.
+        overwrite: replace an earlier run and its checkpoints.
+        log: also send scalars to trackio, wandb or tensorboard; may be repeated.
+        show: print the configuration and which parameters go to which optimizer, and stop.
+        json: print the result as JSON.
+
+    Examples:
+        osp-diag train tiny --out osp.zarr
+        osp-diag train tiny --recipe adam --set steps=800 --out adam.zarr
+        osp-diag train small --set data.source=jsonl --set data.path='corpus/*.jsonl' --out run.zarr
+        osp-diag train --ablation paper --preset tiny --out ablation
+    """
+    from osp_diag.cli.train_config import chosen_config
+
+    chosen = chosen_config(name or preset, config, recipe, set)
+    if ablation is not None:
+        from osp_diag.cli.train_ablation import run_ablation
+
+        if recipe is not None or log:
+            raise UsageError("--ablation trains every recipe: leave --recipe and --log out")
+        folder = out or Path("ablation")
+        return run_ablation(
+            chosen, folder, seeds=seeds, at_a_time=at_a_time, resume=resume, overwrite=overwrite, as_json=json
+        )
+    if seeds or at_a_time is not None:
+        raise UsageError("--seeds and --at-a-time belong to --ablation")
+    if show:
+        return _show(chosen)
+    return _train(chosen, out, resume=resume, overwrite=overwrite, loggers=log, as_json=json)
+
+
+def _show(config: TrainConfig) -> int:
+    import torch
+
+    from trainer.config_values import as_dictionary
+    from trainer.model import Llama
+    from trainer.optimizers import route
+
+    for key, value in as_dictionary(config).items():
+        print(f"{key} = {value}")
+    with torch.device("meta"):
+        routing = route(Llama(config.model), config)
+    print("", routing.table(), *(f"note: {warning}" for warning in routing.warnings), sep="\n")
+    return 0
+
+
+def _train(
+    config: TrainConfig,
+    out: Path | None,
+    *,
+    resume: bool,
+    overwrite: bool,
+    loggers: tuple[str, ...],
+    as_json: bool,
+) -> int:
+    from osp_diag.cli.train_progress import shown_progress
+    from osp_diag.probing.ranks import is_first_rank
+    from trainer.loop import train
+
+    if out is None:
+        out = Path("runs") / f"{config.name}.zarr"
+        out.parent.mkdir(exist_ok=True)
+    with shown_progress() as (progress, announce):
+        run = train(
+            config,
+            out,
+            resume=resume,
+            overwrite=overwrite,
+            loggers=loggers,
+            progress=progress,
+            announce=announce,
+        )
+    if is_first_rank():
+        _report(run, out, as_json)
+    return 0
+
+
+def _report(run: Any, out: Path, as_json: bool) -> None:
+    from osp_diag.cli.train_progress import outcome
+
+    found = outcome(run)
+    if as_json:
+        print(json_format.dumps({"run": str(out), **found}))
+        return
+    print("  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items()))
+    print(f"run: {out}")
+    print(f"next: osp-diag figure kurtosis_dynamics {out} --out kurtosis.png")
+    print(f"      osp-diag export {out} --out model")

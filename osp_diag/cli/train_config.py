@@ -1,0 +1,60 @@
+"""From the options of ``osp-diag train`` to a configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from osp_diag.errors import UsageError
+
+if TYPE_CHECKING:
+    from trainer.config import TrainConfig
+
+__all__ = ["chosen_config"]
+
+
+def chosen_config(
+    preset: str | None, file: Path | None, recipe: str | None, changes: Sequence[str]
+) -> TrainConfig:
+    """The preset or file, under the recipe, with the changes.
+
+    Raises
+    ------
+    UsageError : neither or both of preset and file, or a change that cannot be read
+    """
+    from trainer.config import from_dictionary
+    from trainer.config_values import with_changes
+    from trainer.presets import PRESETS, with_recipe
+    from trainer.presets import preset as named
+
+    if (preset is None) == (file is None):
+        raise UsageError(
+            f"say what to train: a preset ({', '.join(PRESETS)}), or --config FILE, and not both"
+        )
+    config = named(preset) if preset is not None else from_dictionary(_read(file))  # type: ignore[arg-type]
+    if recipe is not None:
+        config = with_recipe(config, recipe)
+    return with_changes(config, dict(_change(entry) for entry in changes))
+
+
+def _change(entry: str) -> tuple[str, str]:
+    key, separator, value = entry.partition("=")
+    if not separator or not key:
+        raise UsageError(f"--set {entry!r}: write KEY=VALUE, such as optimizer.lr=1e-3")
+    return key.strip(), value.strip()
+
+
+def _read(file: Path) -> dict[str, object]:
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--config {file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise UsageError(f"--config {file} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise UsageError(
+            f'--config {file} has to be an object of dotted keys, such as {{"optimizer.lr": 0.001}}'
+        )
+    return values

@@ -1,0 +1,134 @@
+"""Several runs side by side, each in a process of its own, as many at a time as the machine takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from osp_diag.errors import TrainingError
+from trainer.checkpoint import folder_of, latest
+from trainer.config import TrainConfig
+from trainer.config_values import as_dictionary
+
+__all__ = ["concurrent_runs", "memory_of_a_run", "train_all"]
+
+POLL_SECONDS = 0.5
+LAST_LINES = 15
+
+
+@dataclass
+class _Process:
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+
+def memory_of_a_run(config: TrainConfig) -> float:
+    """Roughly the bytes that training one configuration takes on a device.
+
+    Weights, gradients and two moments in float32 (16 bytes a parameter); what a block keeps for its
+    backward pass (about 34 bytes a token and channel in 16 bits, Korthikanti et al. 2022, twice that in 32);
+    and the logits with their gradient (8 bytes a token and vocabulary entry).
+    """
+    model = config.model
+    matrices = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.feed_forward_size
+    parameters = model.layers * matrices + 2 * model.vocabulary_size * model.hidden_size
+    tokens = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
+    kept = 34 if config.dtype == "bfloat16" else 68
+    return (
+        16 * parameters
+        + tokens * model.layers * model.hidden_size * kept
+        + 8 * tokens * model.vocabulary_size
+    )
+
+
+def concurrent_runs(configs: Mapping[str, TrainConfig]) -> int:
+    """How many of these to train at a time: what memory allows on a GPU, one a core on a CPU."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        need = 1.3 * max(map(memory_of_a_run, configs.values())) + 2**30
+        return max(1, min(len(configs), int(free / need)))
+    return max(1, min(len(configs), os.cpu_count() or 1))
+
+
+def train_all(
+    configs: Mapping[str, TrainConfig],
+    out: Path,
+    *,
+    at_a_time: int | None = None,
+    resume: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
+) -> dict[str, Path]:
+    """Train every configuration into ``out/name.zarr``; returns these paths by name.
+
+    What a run prints goes to ``out/name.log``. With ``resume`` finished runs are left as they are and
+    unfinished ones go on. If one fails the others are stopped (and can be resumed).
+
+    Raises
+    ------
+    TrainingError : a run failed, with the end of its log
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    number = at_a_time or concurrent_runs(configs)
+    waiting = [name for name in configs if not (resume and _finished(out / f"{name}.zarr", configs[name]))]
+    running: list[_Process] = []
+    begun = time.monotonic()
+    try:
+        while waiting or running:
+            while waiting and len(running) < number:
+                running.append(_start(waiting[0], configs[waiting.pop(0)], out, number, resume))
+                announce(f"{running[-1].name} started")
+            time.sleep(POLL_SECONDS)
+            for entry in [entry for entry in running if entry.process.poll() is not None]:
+                running.remove(entry)
+                _check(entry)
+                announce(f"{entry.name} finished after {time.monotonic() - begun:.0f} s")
+    finally:
+        for entry in running:
+            entry.process.terminate()
+        for entry in running:
+            entry.process.wait()
+    return {name: out / f"{name}.zarr" for name in configs}
+
+
+def _finished(run: Path, config: TrainConfig) -> bool:
+    saved = latest(folder_of(run)) if run.exists() else None
+    return saved is not None and saved.step == config.steps
+
+
+def _start(name: str, config: TrainConfig, out: Path, at_a_time: int, resume: bool) -> _Process:
+    described = out / f"{name}.json"
+    described.write_text(json.dumps(as_dictionary(config), indent=1), encoding="utf-8")
+    mode = "--resume" if resume else "--overwrite"
+    command = [sys.executable, "-m", "osp_diag", "train", "--config", str(described)]
+    command += ["--out", str(out / f"{name}.zarr"), mode]
+    # Processes that each take every core slow one another down.
+    threads = str(max(1, (os.cpu_count() or 1) // at_a_time))
+    log = out / f"{name}.log"
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+        )
+    return _Process(name, process, log)
+
+
+def _check(entry: _Process) -> None:
+    if entry.process.returncode == 0:
+        return
+    lines = entry.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    raise TrainingError(
+        f"the run {entry.name} failed with exit code {entry.process.returncode}; the end of {entry.log}:\n"
+        + "\n".join(f"  {line}" for line in lines)
+    )

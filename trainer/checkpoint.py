@@ -1,0 +1,260 @@
+"""Checkpoints: sharded, written in the background, committed by one rename, the last few kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from osp_diag.errors import TrainingError
+from osp_diag.probing.ranks import is_distributed, is_first_rank
+from trainer.config import CheckpointConfig, TrainConfig, from_dictionary
+from trainer.config_values import as_dictionary, differences
+
+__all__ = ["CheckpointFolder", "Saved", "folder_of", "forget", "identity_of", "latest", "read_config"]
+
+PART = ".part"
+HOST_STATE = "state.json"
+NAME = re.compile(r"step-(\d+)")
+
+FREE = (
+    "checkpoint.",
+    "parallel.",
+    "device",
+    "compile",
+    "activation_checkpointing",
+    "micro_batch_size",
+    "log_every",
+    "divergence.",
+)
+"""Keys that a resumed run may change: how the work is done, not what is computed."""
+
+
+def identity_of(config: TrainConfig) -> dict[str, Any]:
+    """The values that determine what a run computes, by dotted key."""
+    return {key: value for key, value in as_dictionary(config).items() if not key.startswith(FREE)}
+
+
+def folder_of(run: str | os.PathLike[str]) -> Path:
+    """Where the checkpoints of a run are: ``name.checkpoints`` beside ``name.zarr``."""
+    return Path(run).with_suffix(".checkpoints")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """One complete checkpoint.
+
+    Attributes
+    ----------
+    path : its folder
+    step : steps done
+    config : of the run that wrote it
+    data : the state of the data after that step
+    """
+
+    path: Path
+    step: int
+    config: TrainConfig
+    data: dict[str, Any]
+
+    def check(self, config: TrainConfig) -> None:
+        """Refuse to go on under another configuration.
+
+        Raises
+        ------
+        TrainingError : with every value that differs, save those that only say how the work is done
+        """
+        changed = [line for line in differences(self.config, config) if not line.startswith(FREE)]
+        if changed:
+            raise TrainingError(
+                f"{self.path} was trained under another configuration and cannot be resumed under this one:\n"
+                + "\n".join(f"  {line}" for line in changed)
+                + "\nGive the same values, or another --out for a new run."
+            )
+
+    def load(self, tensors: dict[str, Any]) -> None:
+        """Read the tensors into those of ``tensors``, whatever the number of ranks that wrote them."""
+        try:
+            with alone_is_meant():
+                dcp.load(tensors, checkpoint_id=self.path, no_dist=not is_distributed())
+        except (OSError, RuntimeError, KeyError, ValueError, dcp.CheckpointException) as error:
+            raise TrainingError(
+                f"{self.path} cannot be read ({error}); delete it to resume from the one before"
+            ) from error
+
+
+@contextmanager
+def alone_is_meant() -> Iterator[None]:
+    """Keep torch from warning, at every save and load, that a single process saves alone.
+
+    Warning filters belong to the process, not to a thread: a block that saves in the background has to last
+    until :meth:`CheckpointFolder.wait`.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+        )
+        yield
+
+
+def latest(folder: Path) -> Saved | None:
+    """The newest complete checkpoint of a folder; None where there is none."""
+    found = _complete(folder)
+    return _read(found[-1]) if found else None
+
+
+def read_config(folder: Path) -> TrainConfig:
+    """The configuration of the newest checkpoint.
+
+    Raises
+    ------
+    TrainingError : there is none
+    """
+    saved = latest(folder)
+    if saved is None:
+        raise TrainingError(f"there is no complete checkpoint in {folder}; train to the end, or resume")
+    return saved.config
+
+
+def forget(folder: Path) -> None:
+    """Delete the checkpoints of a run that is to be replaced; nothing but checkpoints is ever deleted."""
+    for entry in folder.glob("step-*") if folder.is_dir() else ():
+        if NAME.fullmatch(entry.name.removesuffix(PART)):
+            shutil.rmtree(entry)
+
+
+def _complete(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        return []
+    named = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)]
+    return sorted(named, key=lambda entry: int(entry.name.removeprefix("step-")))
+
+
+def _read(path: Path) -> Saved:
+    try:
+        state = json.loads((path / HOST_STATE).read_text(encoding="utf-8"))
+        return Saved(path, int(state["step"]), from_dictionary(state["config"]), state["data"])
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingError(
+            f"{path} is no checkpoint of this version ({error}); delete it to resume from the one before"
+        ) from error
+
+
+class CheckpointFolder:
+    """Writes checkpoints and forgets old ones.
+
+    A checkpoint is written into ``step-N.part`` and renamed to ``step-N`` once every rank's tensors and the
+    host's state are on disk; whatever kills the process, a folder named ``step-N`` is complete.
+
+    Parameters
+    ----------
+    folder : of this run's checkpoints; made when needed
+    config : how many to keep, and whether to write in the background
+    """
+
+    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
+        self.folder, self.config = folder, config
+        self._under_way: tuple[Future[Any], Callable[[], None]] | None = None
+        # Collectives of a background thread must not mix with those of the training step.
+        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        if is_first_rank() and folder.is_dir():
+            for rest in folder.glob(f"step-*{PART}"):
+                shutil.rmtree(rest)
+
+    def save(
+        self,
+        step: int,
+        tensors: dict[str, Any],
+        data: Mapping[str, Any],
+        run_config: TrainConfig,
+        *,
+        background: bool | None = None,
+    ) -> None:
+        """Save ``tensors`` (nested dictionaries of tensors, DTensors among them) and the host's state.
+
+        Returns once the tensors are copied; they may change while they are being written. A save that is
+        still being written is waited for first.
+
+        Raises
+        ------
+        TrainingError : the disk refuses, now or in the save before
+        """
+        self.wait()
+        final, part = self.folder / f"step-{step:08d}", self.folder / f"step-{step:08d}{PART}"
+        if final.exists():
+            return
+        host = {"step": step, "config": as_dictionary(run_config), "data": dict(data)}
+        with _disk_errors(final):
+            if is_first_rank():
+                part.mkdir(parents=True, exist_ok=True)
+                (part / HOST_STATE).write_text(json.dumps(host), encoding="utf-8")
+            self._barrier()
+            alone, group = not is_distributed(), self._group
+            if self.config.background if background is None else background:
+                future = dcp.async_save(tensors, checkpoint_id=part, process_group=group, no_dist=alone)
+                assert isinstance(future, Future)
+                self._under_way = (future, lambda: self._commit(part, final))
+                return
+            dcp.save(tensors, checkpoint_id=part, process_group=group, no_dist=alone)
+            self._commit(part, final)
+
+    def wait(self) -> None:
+        """Wait until what is being written is committed."""
+        if self._under_way is None:
+            return
+        (future, commit), self._under_way = self._under_way, None
+        with _disk_errors(self.folder):
+            future.result()
+            commit()
+
+    def poll(self) -> None:
+        """Commit a background save that has ended; called between steps.
+
+        With several ranks the commit waits for the next save or the end: its barrier would make ranks that
+        are ahead wait for the slowest in the middle of training.
+        """
+        if self._under_way is not None and not is_distributed() and self._under_way[0].done():
+            self.wait()
+
+    def _commit(self, part: Path, final: Path) -> None:
+        self._barrier()
+        if is_first_rank():
+            _synchronise(part)
+            part.rename(final)
+            for old in _complete(self.folder)[: -self.config.keep]:
+                shutil.rmtree(old)
+        self._barrier()
+
+    def _barrier(self) -> None:
+        if self._group is not None:
+            dist.barrier(group=self._group)
+
+
+@contextmanager
+def _disk_errors(where: Path) -> Iterator[None]:
+    """Turn what a full or read-only disk raises into a message."""
+    try:
+        yield
+    except (OSError, RuntimeError, dcp.CheckpointException) as error:
+        raise TrainingError(
+            f"the checkpoint {where} could not be written ({error}); free some space or give another --out, "
+            "and resume: the checkpoints before it are whole"
+        ) from error
+
+
+def _synchronise(folder: Path) -> None:
+    """Make the files durable before the rename that declares them complete."""
+    for entry in folder.iterdir():
+        with entry.open("rb") as file:
+            os.fsync(file.fileno())

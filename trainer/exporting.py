@@ -1,0 +1,81 @@
+"""From a training run to a stock checkpoint: finds the newest state, its tokenizer and its numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from osp_diag.errors import TrainingError
+from osp_diag.run import Run, open_run
+from osp_diag.run_display import headline
+from trainer.checkpoint import Saved, folder_of, latest
+from trainer.config import DataConfig
+from trainer.config_values import as_dictionary
+from trainer.data.tokenizing import open_tokenizer
+from trainer.export import ExportReport, export
+from trainer.model import Llama
+
+__all__ = ["export_run", "trained_model"]
+
+
+def export_run(
+    run: str | Path, out: str | Path, *, dtype: str = "float32", check: bool = True
+) -> ExportReport:
+    """Export the newest checkpoint of a training run; see :func:`trainer.export.export`.
+
+    Raises
+    ------
+    TrainingError : the run has no checkpoint, or no exact stock form
+    """
+    saved = _newest(run)
+    model = trained_model(saved)
+    return export(
+        model.state_dict(),
+        saved.config.model,
+        Path(out),
+        tokenizer=_tokenizer(saved.config.data),
+        card=_card(saved, open_run(run)),
+        dtype=dtype,
+        check=check,
+    )
+
+
+def _tokenizer(config: DataConfig) -> Any:
+    """The run's tokenizer; None where it trained on ids that came without one."""
+    came_without = config.source == "tokens" and config.tokenizer is None
+    return None if came_without else open_tokenizer(config.tokenizer)
+
+
+def trained_model(saved: Saved) -> Llama:
+    """The model of a checkpoint, on the CPU in float32."""
+    model = Llama(saved.config.model)
+    saved.load({"model": model.state_dict()})
+    return model.eval()
+
+
+def _newest(run: str | Path) -> Saved:
+    saved = latest(folder_of(run))
+    if saved is None:
+        raise TrainingError(
+            f"there is no checkpoint of {run} (it would be in {folder_of(run)}); train with "
+            "`osp-diag train`, and keep both folders together"
+        )
+    return saved
+
+
+def _card(saved: Saved, run: Run) -> dict[str, Any]:
+    """What the model card says: the recipe, and the numbers of the last probed step."""
+    series = run.series
+    losses = {
+        name: float(series[name].dropna("step")[-1])
+        for name in ("loss", "held_out_loss")
+        if name in series and series[name].notnull().any()
+    }
+    return {
+        "recipe": saved.config.name,
+        "steps": saved.step,
+        "tokens": saved.step * saved.config.tokens_per_step,
+        "training_data": run.attrs.get("training_data", ""),
+        "config": as_dictionary(saved.config),
+        "statistics": {**losses, **headline(run)},
+    }

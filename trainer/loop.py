@@ -1,0 +1,369 @@
+"""The training loop: data, forward, backward, optimizer; probes, scalars and checkpoints beside them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from osp_diag.errors import TrainingError
+from osp_diag.probing.checkpoint import joined_ranks
+from osp_diag.probing.ranks import is_distributed, is_first_rank
+from osp_diag.probing.saving import check_out
+from osp_diag.run import Run, open_run
+from osp_diag.sites.trace import unwrap
+from trainer.checkpoint import CheckpointFolder, Saved, alone_is_meant, folder_of, forget, latest
+from trainer.config import TrainConfig
+from trainer.data import Batch, Prefetched, TrainingData, open_data
+from trainer.devices import device_of, memory_told
+from trainer.divergence import Watch, first_bad_tensor
+from trainer.headline import headline
+from trainer.identity import run_attributes
+from trainer.interruption import Interruption
+from trainer.loggers import open_loggers
+from trainer.model import Llama
+from trainer.optimizers import build_optimizer, learning_rate_factor, optimizer_evidence
+from trainer.parallel import accumulating, check_ranks, distribute, rank_and_ranks, summed, whole
+from trainer.probing import RunProbe
+from trainer.scalars import Clock, Scalars
+from trainer.throughput import model_flops_utilisation
+
+__all__ = ["Progress", "train"]
+
+Progress = Callable[[int, int, Mapping[str, float]], None]
+"""(steps done, steps in all, the scalars that came last)"""
+
+
+def train(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    loggers: Sequence[str] = (),
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> Run:
+    """Train a model with the probes on.
+
+    Parameters
+    ----------
+    config : the run; see :mod:`trainer.presets`
+    out : the run store to write, a folder ending in .zarr; checkpoints go beside it (``name.checkpoints``)
+    resume : go on from the newest checkpoint, or begin where there is none
+    overwrite : replace an earlier run and its checkpoints
+    loggers : "trackio", "wandb", "tensorboard": where scalars are sent as well
+    progress : told after every recorded step
+    announce : told, before the first step, which parameters go to which optimizer, and of anything unusual
+
+    Returns
+    -------
+    Run : under ``torchrun`` the work is shared by the ranks, rank 0 writes, and all return the run
+
+    Raises
+    ------
+    UsageError, TokenError, StoreError, TrainingError : before the first step, for anything that can be known
+    TrainingError : a step diverged under ``divergence.policy=stop``; the last good state is saved
+    KeyboardInterrupt : Ctrl-C or SIGTERM, after the step under way, with the state saved
+    """
+    out = Path(out)
+    if not resume:
+        check_out(out, overwrite=overwrite)
+    with joined_ranks(), alone_is_meant(), ExitStack() as stack:
+        training = Training(config, out, stack, resume=resume, overwrite=overwrite, loggers=loggers)
+        training.progress = progress
+        if announce is not None and is_first_rank():
+            announce(training.description())
+        training.run()
+    return open_run(out)
+
+
+class Training:
+    """One run under way: everything built and checked by the constructor, then :meth:`run`."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        stack: ExitStack,
+        *,
+        resume: bool,
+        overwrite: bool,
+        loggers: Sequence[str],
+    ) -> None:
+        self.config = config
+        self.rank, self.ranks = rank_and_ranks()
+        check_ranks(config, self.ranks)
+        self.device = device_of(config.device)
+        self.progress: Progress | None = None
+        saved = latest(folder_of(out)) if resume else None
+        if saved is not None:
+            saved.check(config)
+        self.data = open_data(
+            config.data,
+            batch_size=config.batch_size,
+            vocabulary_size=config.model.vocabulary_size,
+            rank=self.rank,
+            ranks=self.ranks,
+        )
+        if self.device.type == "cuda":
+            prefetched = Prefetched(self.data, pin_memory=True)
+            stack.callback(prefetched.close)
+            self.data = cast(TrainingData, prefetched)
+        self._build_model()
+        self.optimizers = build_optimizer(self.model, config)
+        self.interruption = Interruption()
+        self.asked_to_stop = False
+        self.watch = Watch(config.divergence, self.device)
+        self.scalars = Scalars(self.device)
+        self.step = 0
+        self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
+        self.probe = self._attach_probe(out, resume=resume, overwrite=overwrite)
+        stack.callback(self.probe.probe.close)
+        if overwrite and saved is None:
+            forget(folder_of(out))
+        self.checkpoints = CheckpointFolder(folder_of(out), config.checkpoint)
+        stack.callback(self.checkpoints.wait)
+        if saved is not None:
+            self._restore(saved)
+        if resume:
+            self.probe.probe.truncate_after(self.step if saved is not None else -1)
+        self.logger = open_loggers(
+            loggers if self.rank == 0 else (), run=out.stem, config=self.probe.probe.attributes["config"]
+        )
+        stack.callback(self.logger.close)
+        self._rehearse()
+        self.data_states: deque[tuple[int, dict[str, Any]]] = deque(
+            [(self.step, self.data.state_dict())], maxlen=8
+        )
+
+    # Building
+
+    def _build_model(self) -> None:
+        torch.manual_seed(self.config.seed)
+        model = Llama(self.config.model)
+        self.flops_per_token = model.flops_per_token(self.config.data.sequence_length)
+        model.to(self.device)
+        if self.config.activation_checkpointing:
+            model.set_activation_checkpointing(True)
+        blocks = model.blocks
+        self.model: nn.Module = distribute(model, blocks, self.config, self.device)
+        if self.config.compile:
+            for block in blocks:
+                block.compile()
+
+    def _attach_probe(self, out: Path, *, resume: bool, overwrite: bool) -> RunProbe:
+        return RunProbe(
+            self.model,
+            self.config,
+            self.data,
+            out,
+            attributes=run_attributes(self.config, self.data, self.optimizers),
+            beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
+            autocast=self._autocast,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def description(self) -> str:
+        """What a user should see before the first step."""
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        lines = [
+            f"{self.config.name}: {parameters / 1e6:.1f}M parameters on {self.device}"
+            + (f" × {self.ranks} ({self.config.parallel.mode})" if self.ranks > 1 else ""),
+            f"{self.config.steps} steps of {self.config.tokens_per_step:,} tokens: {self.data.description}",
+            self.optimizers.routing.table(),
+            *(f"note: {note}" for note in (*self.optimizers.routing.warnings, *self.data.notes)),
+        ]
+        if self.step:
+            lines.append(f"going on after step {self.step}")
+        return "\n".join(lines)
+
+    def _restore(self, saved: Saved) -> None:
+        tensors = self._tensors()
+        saved.load(tensors)
+        unwrap(self.model).load_state_dict(tensors["model"])
+        self.optimizers.load_state_dict(tensors["optimizer"])
+        self.watch.load_state_dict(tensors["watch"])
+        self.data.load_state_dict(saved.data)
+        self.step = saved.step
+
+    def _tensors(self) -> dict[str, Any]:
+        return {
+            "model": unwrap(self.model).state_dict(),
+            "optimizer": self.optimizers.state_dict(),
+            "watch": self.watch.state_dict(),
+        }
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        # FSDP casts weights itself.
+        sharded = is_distributed() and self.config.parallel.mode != "ddp"
+        if self.config.dtype == "bfloat16" and not sharded:
+            return torch.autocast(self.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def _rehearse(self) -> None:
+        """One forward and backward pass whose gradients are thrown away, so that memory runs out now.
+
+        Only where memory is the device's own: on a CPU it would cost a step and tell nothing.
+        """
+        if self.device.type != "cuda":
+            return
+        state = self.data.state_dict()
+        with memory_told(self.config, self.device, self.ranks):
+            self._gradients(self.data.next_batch())
+        self.optimizers.zero_grad()
+        self.data.load_state_dict(state)
+
+    # Running
+
+    def run(self) -> None:
+        """Train to the last step."""
+        if self.step == 0:
+            self._probe(0)
+        with self.interruption:
+            while self.step < self.config.steps:
+                with memory_told(self.config, self.device, self.ranks):
+                    self._train_step(self.step + 1)
+                self.step += 1
+                self._record(wait=self._wants_host(self.step))
+                self._probe(self.step)
+                self._save(self.step)
+                if self.asked_to_stop:
+                    self._interrupt()
+        self._record(wait=True)
+        self._save_now(self.step)
+
+    def _wants_host(self, step: int) -> bool:
+        every = self.config.checkpoint.every
+        return self.probe.due(step) or step == self.config.steps or (every > 0 and step % every == 0)
+
+    def _train_step(self, step: int) -> None:
+        begun = Clock(self.device)
+        batch = self.data.next_batch()
+        self.batches.append((step, batch))
+        self.data_states.append((step, self.data.state_dict()))
+        logged = step % self.config.log_every == 0 or self.probe.due(step)
+        self.optimizers.record_updates(logged)
+        factor = learning_rate_factor(step, self.config.steps, self.config.schedule)
+        self.optimizers.set_learning_rate(factor)
+        with self.probe.training_step(step):
+            loss = self._gradients(batch)
+        norm = self._clip()
+        bad = self.watch.judge(loss, norm)
+        self.optimizers.step(skip=bad)
+        self.optimizers.zero_grad()
+        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": self._asked_to_stop()}
+        if logged:
+            updates = self.optimizers.update_rms()
+            numbers |= {f"update_rms_{name.replace('.', '_')}": value for name, value in updates.items()}
+        host = {"learning_rate": factor * self.config.optimizer.lr} if logged else {}
+        self.scalars.add(step, numbers, host, begun)
+
+    def _gradients(self, batch: Batch) -> Tensor:
+        """Accumulate the gradients of one batch; returns the mean loss over all ranks' tokens."""
+        micro = list(self._micro_batches(batch))
+        labelled = torch.stack([(part.labels >= 0).sum() for part in micro])
+        everyone = summed(labelled.sum().float())
+        losses = []
+        for number, part in enumerate(micro):
+            with accumulating(self.model, last=number == len(micro) - 1):
+                loss = self._loss(part) * (labelled[number] / everyone)
+                # DDP and FSDP take the mean of the ranks' gradients; this is a share of the whole loss.
+                (loss * self.ranks).backward()
+            losses.append(loss.detach())
+        return summed(torch.stack(losses).sum())
+
+    def _asked_to_stop(self) -> Tensor:
+        """How many ranks were sent a signal: all have to stop after the same step."""
+        return summed(torch.full((), float(self.interruption.asked), device=self.device))
+
+    def _loss(self, batch: Batch) -> Tensor:
+        with self._autocast():
+            return self.model(batch.input_ids, labels=batch.labels, document_ids=batch.document_ids).loss
+
+    def _micro_batches(self, batch: Batch) -> Iterator[Batch]:
+        size = self.config.micro_batch_size or len(batch.input_ids)
+        for start in range(0, len(batch.input_ids), size):
+            yield batch[start : start + size].to(self.device)
+
+    def _clip(self) -> Tensor:
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        limit = self.config.optimizer.gradient_clip
+        if limit is not None:
+            torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
+        return norm
+
+    # Beside the steps
+
+    def _record(self, *, wait: bool = False) -> None:
+        """Write the scalars that have reached the host, and look whether a step went wrong."""
+        for step, values in self.scalars.arrived(wait=wait):
+            bad, asked = values.pop("skipped") > 0, values.pop("signals") > 0
+            if bad and self.config.divergence.policy == "stop":
+                self._stop(step, values)
+            if "learning_rate" in values:
+                self._write(step, values | ({"skipped_step": 1.0} if bad else {}))
+            self.asked_to_stop |= asked
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        rate = self.config.tokens_per_step / values["step_seconds"]
+        values["tokens_per_second"] = rate
+        used = model_flops_utilisation(rate, self.flops_per_token, self.device, self.ranks)
+        if used is not None:
+            values["model_flops_utilisation"] = used
+        self.probe.probe.append_series(step, values)
+        self.logger.log(step, values)
+        if self.progress is not None and is_first_rank():
+            self.progress(step, self.config.steps, values)
+
+    def _probe(self, step: int) -> None:
+        if self.probe.after_step(step) and self.probe.held_out_loss is not None:
+            values = {"held_out_loss": float(self.probe.held_out_loss)}
+            self.probe.probe.append_series(step, values)
+            self.logger.log(step, values | headline(self.probe.probe.latest))
+
+    def _save(self, step: int) -> None:
+        self.checkpoints.poll()
+        every = self.config.checkpoint.every
+        if every and step % every == 0 and step < self.config.steps:
+            self._save_now(step, background=None)
+
+    def _save_now(self, step: int, *, background: bool | None = False) -> None:
+        self.probe.probe.flush()
+        data = dict(self.data_states)[step]
+        self.checkpoints.save(step, self._tensors(), data, self.config, background=background)
+        if background is False:
+            self.checkpoints.wait()
+
+    def _interrupt(self) -> None:
+        """Only once the step's probe is recorded: resumed after this step, the run would lack it."""
+        self._save_now(self.step)
+        interruption = KeyboardInterrupt()
+        interruption.add_note(f"the state after step {self.step} is saved; --resume goes on from there.")
+        raise interruption
+
+    def _stop(self, step: int, values: Mapping[str, float]) -> None:
+        """A step diverged; nothing has moved since. Save the state before it and name the cause."""
+        self.optimizers.zero_grad()
+        batch = dict(self.batches)[step]
+        with torch.compiler.set_stance("force_eager"):
+            cause = first_bad_tensor(self.model, (self._loss(part) for part in self._micro_batches(batch)))
+        self.optimizers.zero_grad()
+        self.step = step - 1
+        if self.step:
+            self._save_now(self.step)
+        what = f"loss {values['loss']:.4g}, gradient norm {values['gradient_norm']:.4g}"
+        kind = "diverged" if not math.isfinite(values["loss"] + values["gradient_norm"]) else "spiked"
+        raise TrainingError(
+            f"step {step} {kind} ({what}): {cause}; the state after step {self.step} is saved. Go on with "
+            "--resume and divergence.policy=skip to pass over such steps, or begin again with a lower "
+            "optimizer.lr"
+        )

@@ -1,0 +1,132 @@
+"""The probe that a training run carries: when it is due, on which tokens, and what is recorded beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import xarray as xr
+from torch import Tensor, nn
+
+from osp_diag.errors import UsageError
+from osp_diag.probing.feeding import Feeding
+from osp_diag.probing.identity import token_attributes
+from osp_diag.probing.schedule import Schedule, dense_early
+from osp_diag.probing.session import Probe
+from osp_diag.sites.trace import unwrap
+from osp_diag.tokens import make_batches
+from trainer.config import ProbeConfig, TrainConfig
+from trainer.data import TrainingData
+from trainer.parallel import summed
+
+__all__ = ["RunProbe", "due_steps"]
+
+IGNORED = -100
+
+
+def due_steps(config: ProbeConfig, last: int) -> Schedule:
+    """Which steps are probed: dense early, sparser later, and the last one; none where ``every`` is 0."""
+    if config.every == 0:
+        return lambda step: False
+    regular = dense_early(every=config.every, dense_until=config.dense_until, dense_every=config.dense_every)
+    return lambda step: step == last or regular(step)
+
+
+class RunProbe:
+    """A :class:`osp_diag.Probe` bound to a training run.
+
+    Parameters
+    ----------
+    model : as the loop calls it, wrapped or sharded
+    config : of the run
+    data : which holds out the probe's tokens
+    out : the run store
+    attributes : what else determines the numbers
+    beside : what the optimizer holds, as datasets of a probed step
+    autocast : makes the context in which the model runs
+
+    Raises
+    ------
+    UsageError : fewer held-out tokens than one sequence
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        data: TrainingData,
+        out: Path,
+        *,
+        attributes: Mapping[str, Any],
+        beside: Callable[[], Mapping[str, xr.Dataset]],
+        autocast: Callable[[], AbstractContextManager[None]],
+        resume: bool,
+        overwrite: bool,
+    ) -> None:
+        self.model, self.config = model, config
+        self.due = due_steps(config.probe, config.steps)
+        self._autocast = autocast
+        if config.probe.tokens < config.data.sequence_length:
+            raise UsageError(
+                f"probe.tokens={config.probe.tokens} is less than one sequence "
+                f"(data.sequence_length={config.data.sequence_length}); give that many or more"
+            )
+        held_out = data.held_out(config.probe.tokens)
+        self._batches = make_batches(
+            data.tokenizer, ids=held_out, vocabulary_size=config.model.vocabulary_size
+        )
+        self.held_out_loss: Tensor | None = None
+        self.probe = Probe(
+            model,
+            every=self.due,
+            out=out,
+            sites=config.probe.sites or None,
+            estimators=config.probe.estimators or None,
+            delimiter_ids=self._batches.delimiter_ids,
+            keep_raw=config.probe.keep_raw,
+            attributes={**self._tokens_identity(data), **attributes, "probed_on": config.probe.on},
+            beside=beside,
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def _tokens_identity(self, data: TrainingData) -> dict[str, Any]:
+        source = {"token_source": f"held out of {data.description}", "bos": self.config.data.bos}
+        return {**token_attributes(self._batches), **source}
+
+    def training_step(self, step: int) -> AbstractContextManager[Any]:
+        """Around the forward passes of a training step, where those are to be measured."""
+        return self.probe.step(step) if self.config.probe.on == "training" else nullcontext()
+
+    def after_step(self, step: int) -> bool:
+        """Probe the held-out tokens if ``step`` is due; whether it was."""
+        if self.config.probe.on != "held_out" or not self.due(step):
+            return False
+        with self._autocast(), self._loss_kept():
+            self.probe.measure(step, self._labelled(Feeding(self.model, self._batches)))
+        return True
+
+    def _labelled(self, feeding: Feeding) -> Iterator[Mapping[str, Any]]:
+        for arguments in feeding:
+            ids = arguments["input_ids"]
+            labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
+            yield {**arguments, "labels": labels}
+
+    @contextmanager
+    def _loss_kept(self) -> Iterator[None]:
+        """The forward passes that are probed give the loss on the held-out tokens as well."""
+        losses: list[Tensor] = []
+
+        def keep(_: nn.Module, arguments: object, output: Any) -> None:
+            losses.append(output.loss.detach().float() * len(output.logits))
+
+        handle = unwrap(self.model).register_forward_hook(keep)
+        try:
+            yield
+        finally:
+            handle.remove()
+        total = summed(torch.stack(losses).sum())
+        self.held_out_loss = total / len(self._batches.tokens)
