@@ -19,8 +19,9 @@ from tests.llama_reference import KINDS, Reference, dense, stirred, tiny
 from trainer.config import ModelConfig
 from trainer.model import Llama
 from trainer.model import attention as attention_module
-from trainer.model.attention import attend, attention_mask
-from trainer.model.llama import document_starts
+from trainer.model import llama as llama_module
+from trainer.model.attention import attend
+from trainer.model.masks import attention_mask, block_mask, document_starts
 from trainer.model.norms import RMSNorm, SRMSNorm, SSNorm
 
 BATCH, TOKENS = 3, 21
@@ -200,18 +201,44 @@ def on_cpu(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Any:
     return (out, AuxOutput(lse=logits.logsumexp(-1))) if "return_aux" in options else out
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_attention_returns_the_log_sum_exp_that_is_used() -> None:
     """torch's own eager FlexAttention on a CPU, forward only."""
     query, key, value = (part.detach() for part in heads_of())
-    mask = attention_module._causal_block_mask(19, torch.device("cpu"))
+    starts = torch.tensor([[0] * 7 + [7] * 12, [0] * 19])
     sinks = torch.tensor([0.5, -2.0, 3.0, 0.0])
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(attention_module, "_flex", flex_attention)
-        with pytest.warns(UserWarning, match="without torch.compile"):
-            found = attend(query, key, value, sink_logits=sinks, mask=mask)
+        found = attend(query, key, value, sink_logits=sinks, mask=block_mask(starts))
     arrays = [part.double().numpy() for part in (query, key, value)]
-    expected = dense(*arrays, np.tril(np.ones((19, 19), dtype=bool)), sinks.double().numpy())
+    position = np.arange(19)
+    allowed = (position <= position[:, None]) & (position >= starts.numpy()[:, :, None])
+    expected = dense(*arrays, allowed[:, None], sinks.double().numpy())
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
+
+
+@given(
+    lengths=st.lists(st.sampled_from([1, 5, 64, 127, 128, 129, 256, 400]), min_size=1, max_size=8),
+    shift=st.integers(0, 300),
+)
+def test_block_masks_are_those_that_torch_finds_pair_by_pair(lengths: list[int], shift: int) -> None:
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    starts = document_starts(torch.stack([ids, ids.roll(shift)]))
+    ours = block_mask(starts)
+    theirs = create_block_mask(ours.mask_mod, 2, None, len(ids), len(ids), device="cpu")
+    for way in ("kv", "full_kv", "q", "full_q"):
+        found, expected = (
+            visited(getattr(mask, f"{way}_num_blocks"), getattr(mask, f"{way}_indices"))
+            for mask in (ours, theirs)
+        )
+        assert found == expected, way
+    assert ours.seq_lengths == theirs.seq_lengths
+
+
+def visited(numbers: Tensor, indices: Tensor) -> list[set[int]]:
+    """The blocks that each block is worked on with."""
+    rows = zip(numbers.flatten().tolist(), indices.flatten(0, -2).tolist(), strict=True)
+    return [set(row[:number]) for number, row in rows]
 
 
 def test_only_cuda_gets_block_masks() -> None:
@@ -369,6 +396,36 @@ def test_compiled_blocks_give_the_same_numbers(kind: Any, checkpointing: bool) -
         torch.testing.assert_close(found, loss, rtol=1e-6, atol=1e-6)
         for mine, right in zip(compiled, plain, strict=True):
             torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+    torch.compiler.reset()
+
+
+def test_compiled_blocks_take_every_block_mask_without_being_compiled_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, but forward only and without FlexAttention's kernel."""
+    graphs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(len(inputs))
+        return graph.forward
+
+    torch.compiler.reset()
+    alone = torch.compile(flex_attention, backend="aot_eager")
+    monkeypatch.setattr(attention_module, "_compiled_flex", lambda: alone)
+    monkeypatch.setattr(llama_module, "attention_mask", lambda *given: block_mask(given[-1]))
+    model = stirred(tiny(attention="learned_sink"))
+    ids = tokens_of(model.config)
+    with torch.no_grad():
+        for compiled in (False, True):
+            for shift in (0, 2, 5):
+                documents = document_starts(DOCUMENTS.roll(shift, dims=1))
+                found = model(ids, document_ids=documents).logits
+                expected = Reference(model, ids, documents).logits
+                np.testing.assert_allclose(found, expected, rtol=0, atol=3e-5)
+            if not compiled:
+                for block in model.blocks:
+                    block.compile(backend=backend, fullgraph=True)
+    assert len(graphs) == 1
     torch.compiler.reset()
 
 

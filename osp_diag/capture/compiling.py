@@ -27,7 +27,8 @@ def compile_apart(function: Callable[..., Any]) -> Callable[..., Any]:
     """Compile a function or bound method as one graph for the shapes it is first called with.
 
     dynamo counts recompilations by code object and gives up after a few. Functions that are made in a loop
-    share theirs, so each gets a copy of its own here.
+    share theirs, so each gets a copy of its own here. It stays compiled where a stance has the
+    observed model run eagerly: that is for the model's hooks, and measurements have none.
     """
     owner = getattr(function, "__self__", None)
     plain: Any = function.__func__ if owner is not None else function  # type: ignore[attr-defined]
@@ -37,4 +38,10 @@ def compile_apart(function: Callable[..., Any]) -> Callable[..., Any]:
     )
     if owner is not None:
         own = types.MethodType(own, owner)
-    return torch.compile(own, fullgraph=True, dynamic=False)
+    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.compiler.set_stance("default"):
+            return compiled(*args, **kwargs)
+
+    return run

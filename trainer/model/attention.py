@@ -7,7 +7,7 @@ A sink column is one more logit s in the softmax's denominator, which takes mass
 So ordinary fused attention and its log-sum-exp are enough, and no logit outlives its tile. FlexAttention
 hands out L with its gradient. Rejected: an extra key and value in ``scaled_dot_product_attention``, since a
 learned s needs either a mask (T × T numbers, and no flash kernel) or eight more channels a head (which makes
-128 channels 136, beyond the fast kernels); and torch's private flash operators, whose L has no gradient.
+128 channels 136, beyond the fast kernels); and torch's private flash operators, which change from release to release.
 On a CPU, and for heads narrower than FlexAttention takes, the T × T array is simply made.
 """
 
@@ -17,23 +17,18 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from osp_diag.capture.declared import attention_function
 from trainer.config import ModelConfig
+from trainer.model.masks import Mask
 from trainer.model.norms import make_norm
 from trainer.model.rotary import Rotation, rotate
 
-__all__ = ["Attention", "Mask", "attend", "attention_mask"]
-
-Mask = Bool[Tensor, "sequence 1 query key"] | BlockMask | None
-"""Which keys a query may see; None: all that are not later than it."""
-
-_NARROWEST_FLEX_HEAD = 16
-_SINKS = ("softmax_off_by_one", "learned_sink")
+__all__ = ["Attention", "attend"]
 
 
 class Attention(nn.Module):
@@ -45,7 +40,7 @@ class Attention(nn.Module):
         initial gain of 1, per head and before the rotation, one gain (vector) for all heads of a layer: as
         Qwen3 under ``rmsnorm``, and without per-channel gains where the model has none.
 
-    ``learned_sink`` has one logit a head, ``sinks``, 0 at first (as gpt-oss; 0 makes it off by one).
+    ``learned_sink`` has one logit a head, ``sinks``, as gpt-oss. They begin at 0, which is off by one.
     ``gated`` multiplies every channel of every head's output by σ(gate_proj(x)) before the output
     projection, x being what the attention reads (Qiu et al., 2025, their G1).
     """
@@ -110,7 +105,7 @@ def attend(
     ----------
     query, key, value : of one dtype; head h reads key-value head h // (heads / key_value_heads)
     sink_logits : of the sink column, or None for none
-    mask : from :func:`attention_mask`
+    mask : from :func:`trainer.model.masks.attention_mask`
     """
     if isinstance(mask, BlockMask):
         return _with_flex(query, key, value, sink_logits, mask)
@@ -160,56 +155,3 @@ def _dense(
     sinks = sink_logits.float()[None, :, None, None].expand(batch, heads, tokens, 1)
     weights = torch.cat([logits.masked_fill(~mask, -torch.inf), sinks], dim=-1).softmax(-1)[..., :-1]
     return weights.to(value.dtype) @ value
-
-
-def attention_mask(
-    config: ModelConfig, tokens: int, device: torch.device, starts: Int[Tensor, "sequence position"] | None
-) -> Mask:
-    """The mask of one forward pass, the same in every layer.
-
-    Parameters
-    ----------
-    config : of the model; its kind of attention says which kernel will read the mask
-    tokens : positions of a sequence
-    device : of the model
-    starts : where each position's document begins; None where a sequence is one document
-    """
-    flex = device.type == "cuda" and config.head_size >= _NARROWEST_FLEX_HEAD
-    if flex and starts is not None:
-        return _compiled_mask(starts)
-    if flex and config.attention in _SINKS:
-        return _causal_block_mask(tokens, device)
-    if starts is None:
-        return None
-    position = torch.arange(tokens, device=device)
-    return _within_document(starts[:, :, None], position[:, None], position)[:, None]
-
-
-def _within_document(start: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    return (key <= query) & (key >= start)
-
-
-def _compiled_mask(starts: Int[Tensor, "sequence position"]) -> BlockMask:
-    """The blocks that hold anything; compiled, or else T × T truth values a sequence would be made."""
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _within_document(starts[batch, query], query, key)
-
-    sequences, tokens = starts.shape
-    with torch.compiler.set_stance("default"):
-        return _compiled_create_block_mask()(
-            visible, sequences, None, tokens, tokens, device=str(starts.device)
-        )
-
-
-@lru_cache(maxsize=1)
-def _compiled_create_block_mask() -> Any:
-    return torch.compile(create_block_mask)
-
-
-@lru_cache(maxsize=16)
-def _causal_block_mask(tokens: int, device: torch.device) -> BlockMask:
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return key <= query
-
-    return create_block_mask(visible, None, None, tokens, tokens, device=str(device))

@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from osp_diag.errors import UsageError
 from trainer.config import ModelConfig
-from trainer.model.attention import Attention, Mask, attention_mask
+from trainer.model.attention import Attention
+from trainer.model.masks import Mask, attention_mask, document_starts
 from trainer.model.norms import make_norm
 from trainer.model.rotary import Rotation, rotation
 
@@ -102,16 +103,6 @@ class Decoder(nn.Module):
             else:
                 x = block(x, by, mask)
         return self.norm(x)
-
-
-def document_starts(
-    document_ids: Int[Tensor, "sequence position"],
-) -> Int[Tensor, "sequence position"]:
-    """Where the document of each position begins: documents are runs of equal ids."""
-    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    begins = torch.ones_like(document_ids, dtype=torch.bool)
-    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return torch.where(begins, index, 0).cummax(dim=1).values
 
 
 class Llama(nn.Module):
