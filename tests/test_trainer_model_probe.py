@@ -91,12 +91,10 @@ def test_every_site_is_found(kind: Any, normed: bool) -> None:
     assert ("linear_input:self_attn.gate_proj" in linears) == (kind == "gated")
 
 
-SLOW = pytest.mark.slow
 COMBINATIONS = [
-    *itertools.product(KINDS, ("evaluated", "checkpointed")),
-    pytest.param("softmax", "trained"),
-    *(pytest.param(kind, "compiled and checkpointed", marks=SLOW) for kind in KINDS),
-    pytest.param("learned_sink", "compiled", marks=SLOW),
+    *itertools.product(KINDS, ("evaluated", "checkpointed", "compiled and checkpointed")),
+    ("softmax", "trained"),
+    ("learned_sink", "compiled"),
 ]
 
 

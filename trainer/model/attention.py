@@ -7,7 +7,7 @@ A sink column is one more logit s in the softmax's denominator, which takes mass
 So ordinary fused attention and its log-sum-exp are enough, and no logit outlives its tile. FlexAttention
 hands out L with its gradient. Rejected: an extra key and value in ``scaled_dot_product_attention``, since a
 learned s needs either a mask (T × T numbers, and no flash kernel) or eight more channels a head (which makes
-128 channels 136, beyond the fast kernels); and torch's private flash operators, which change from release to release.
+128 channels 136, beyond the fast kernels); and torch's private flash operators, which change with releases.
 On a CPU, and for heads narrower than FlexAttention takes, the T × T array is simply made.
 """
 
