@@ -12,6 +12,9 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 # Options for `osp-diag demo` and for pytest: make demo DEMO_ARGS="--tokens 4096"
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+# One process a core, each with one thread: tests are many small steps, which more threads don't hasten.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 .PHONY: help demo test quick check format install develop weights wheel clean
 
@@ -22,10 +25,10 @@ demo: $(STAMPS)/installed $(STAMPS)/weights  ## Install into .venv and probe a r
 	@$(BIN)/osp-diag demo $(DEMO_ARGS)
 
 test: $(STAMPS)/developed $(STAMPS)/weights  ## Install and run all tests
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(PYTEST) $(PYTEST_ARGS)
 
 quick: $(STAMPS)/developed $(STAMPS)/weights  ## Run the tests that take under five seconds each
-	@$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 check: $(STAMPS)/developed  ## Format, lint, types, and the arrows between the packages
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import xarray as xr
 from torch import Tensor, nn
 
 from osp_diag.errors import TrainingError
@@ -29,7 +30,7 @@ from trainer.interruption import Interruption
 from trainer.loggers import open_loggers
 from trainer.model import Llama
 from trainer.optimizers import build_optimizer, learning_rate_factor, optimizer_evidence
-from trainer.parallel import accumulating, check_ranks, distribute, rank_and_ranks, summed, whole
+from trainer.parallel import accumulating, check_ranks, distribute, rank_and_ranks, reshard, summed, whole
 from trainer.probing import RunProbe
 from trainer.scalars import Clock, Scalars
 from trainer.throughput import model_flops_utilisation
@@ -135,7 +136,10 @@ class Training:
         if resume:
             self.probe.probe.truncate_after(self.step if saved is not None else -1)
         self.logger = open_loggers(
-            loggers if self.rank == 0 else (), run=out.stem, config=self.probe.probe.attributes["config"]
+            loggers,
+            run=out.stem,
+            config=self.probe.probe.attributes["config"],
+            resumed_after=self.step if saved is not None else None,
         )
         stack.callback(self.logger.close)
         self._rehearse()
@@ -165,11 +169,15 @@ class Training:
             self.data,
             out,
             attributes=run_attributes(self.config, self.data, self.optimizers),
-            beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
+            beside=self._evidence,
             autocast=self._autocast,
             resume=resume,
             overwrite=overwrite,
         )
+
+    def _evidence(self) -> dict[str, xr.Dataset]:
+        reshard(self.model)
+        return optimizer_evidence(unwrap(self.model), self.optimizers)
 
     def description(self) -> str:
         """What a user should see before the first step."""

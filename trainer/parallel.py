@@ -15,7 +15,7 @@ from osp_diag.errors import UsageError
 from osp_diag.probing.ranks import is_distributed
 from trainer.config import TrainConfig
 
-__all__ = ["accumulating", "check_ranks", "distribute", "rank_and_ranks", "summed", "whole"]
+__all__ = ["accumulating", "check_ranks", "distribute", "rank_and_ranks", "reshard", "summed", "whole"]
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -93,6 +93,17 @@ def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
     return nullcontext()
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP's parameters back into their shards.
+
+    After a forward pass without a backward one, the outermost module keeps its parameters whole, and these
+    are not the tensors that the optimizer knows.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def summed(value: Tensor) -> Tensor:

@@ -86,10 +86,13 @@ def _configs(config: TrainConfig, seeds: tuple[int, ...]) -> dict[str, TrainConf
 
 def _held_out(config: TrainConfig) -> np.ndarray[Any, Any]:
     """Held-out sequences for perplexity; asking for them first shows bad data before hours of training."""
+    import numpy as np
+
     from trainer.data import open_data
 
     data = open_data(config.data, batch_size=config.batch_size, vocabulary_size=config.model.vocabulary_size)
-    return data.held_out(PERPLEXITY_TOKENS)
+    batches = data.validation_batches(max(1, PERPLEXITY_TOKENS // config.data.sequence_length))
+    return np.concatenate([batch.input_ids.numpy() for batch in batches])
 
 
 def _exported(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:

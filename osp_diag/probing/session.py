@@ -149,7 +149,8 @@ class Probe:
         return {
             "model_name": getattr(getattr(model, "config", None), "_name_or_path", "")
             or type(model).__name__,
-            "architecture": type(model).__name__,
+            # FSDP2 makes a subclass on the way; the model is the same on any number of ranks.
+            "architecture": type(model).__name__.removeprefix("FSDP"),
             "number_of_layers": self.site_map.number_of_layers,
             "hidden_size": self.site_map.hidden_size,
             "blocks": self.site_map.blocks,
