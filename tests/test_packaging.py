@@ -93,8 +93,8 @@ def test_every_module_of_the_core_imports_without_the_extras():
         BLOCK_THE_EXTRAS + IMPORT_EVERY_MODULE + "import_every_module('osp_diag')\n"
         "import osp_diag\n[getattr(osp_diag, name) for name in osp_diag.__all__]\n"
         "import_every_module('analyses')\nimport_every_module('figures')\n"
-        # All of the trainer but Lightning's callback, whose base class is Lightning's.
-        "import trainer.loop, trainer.ablation, trainer.exporting, trainer.callbacks, trainer.presets"
+        # The callbacks are left out: their base classes are of libraries that look for loggers themselves.
+        "import trainer.loop, trainer.ablation, trainer.exporting, trainer.presets"
     )
     assert "torch" in loaded
     assert not loaded & set(EXTRAS)
@@ -148,7 +148,11 @@ def test_every_requirement_is_pinned_within_its_range():
 def test_pins_name_released_versions_only():
     for name, version in pins().items():
         assert name == canonicalize_name(name)
-        assert re.fullmatch(r"[0-9]+(\.[0-9]+)*(\.?post[0-9]+)?", version), f"{name}=={version}"
+        released = r"[0-9]+(\.[0-9]+)*(\.?post[0-9]+)?"
+        # What wandb requires of these exists as a pre-release only.
+        if name == "cwevals" or name.startswith("opentelemetry-"):
+            released += r"(b[0-9]+)?"
+        assert re.fullmatch(released, version), f"{name}=={version}"
 
 
 def test_make_says_what_to_do_where_no_python_will_do(tmp_path):

@@ -47,7 +47,7 @@ class ModelConfig:
     norm_epsilon : added to the mean square
     embedding_projection : d × d after the embedding and before the head, orthogonal at the start
     tie_embeddings : one matrix for embedding and head
-    query_key_norm : RMSNorm of every head's queries and keys before the rotation
+    query_key_norm : ``norm`` of every head's queries and keys before the rotation
     attention : softmax; softmax with 1 added to its denominator; with a learned sink logit a head; or
         softmax whose output is multiplied by a sigmoid gate of the block's input, a number a head channel
     initializer_range : standard deviation of normal initial weights

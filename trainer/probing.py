@@ -94,7 +94,7 @@ class RunProbe:
         )
 
     def _tokens_identity(self, data: TrainingData) -> dict[str, Any]:
-        source = {"token_source": f"held out of {data.description}", "bos": self.config.data.bos}
+        source = {"token_source": f"the held-out part of {data.description}", "bos": self.config.data.bos}
         return {**token_attributes(self._batches), **source}
 
     def training_step(self, step: int) -> AbstractContextManager[Any]:
