@@ -1,8 +1,8 @@
 """What a training step costs: our Muon against AdamW and torch's Muon, MFU, optimizer memory, and the probe.
 
 One model and one set of gradients; the optimizers take turns on them, so that the machine's load falls on
-all alike. Times are medians over rounds. A step of so many tokens is forward and backward passes of the batch that
-fits, repeated, and one update. Run it with
+all alike. Times are medians over rounds. A step of so many tokens is forward and backward passes of the batch
+that fits, repeated, and one update. Run it with
 
     python benchmarks/train_step.py                                # the shape that suits the machine
     python benchmarks/train_step.py --shape llama-1.4b --rounds 8 --out step.json

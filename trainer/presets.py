@@ -43,7 +43,7 @@ def tiny() -> TrainConfig:
         steps=300,
         batch_size=16,
         model=ModelConfig(vocabulary_size=4096, hidden_size=128, layers=4, heads=4, max_length=256),
-        optimizer=OptimizerConfig(lr=6e-3),
+        optimizer=OptimizerConfig(lr=8e-3),
         data=DataConfig(sequence_length=128),
         probe=ProbeConfig(every=50, dense_until=100, dense_every=20, tokens=2048),
     )
