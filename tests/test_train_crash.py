@@ -31,7 +31,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path):
     kills = 0
     while kills < KILLS:
         before = progress_of(out)
-        process = subprocess.Popen([*command, "--resume"], env=environment, stderr=subprocess.PIPE)
+        process = subprocess.Popen([*command, "--resume"], env=environment, stderr=subprocess.DEVNULL)
         # Not before it has begun to write, or else most of the kills would hit imports.
         while process.poll() is None and progress_of(out) == before:
             time.sleep(0.02)
