@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CaptureError",
     "CheckpointError",
+    "DivergenceError",
     "EstimatorError",
     "NonFiniteError",
     "OspDiagError",
@@ -59,3 +60,9 @@ class StoreError(OspDiagError):
 
 class TrainingError(OspDiagError):
     """A training run cannot start or go on: misrouted parameters, divergence, a foreign checkpoint."""
+
+
+class DivergenceError(TrainingError):
+    """A step of training diverged; what was asked for was done, and what it found is bad."""
+
+    exit_code = 1

@@ -1,5 +1,6 @@
 """The training loop on a CPU: what is recorded, what is saved, and that going on is going on exactly."""
 
+import shutil
 import signal
 import threading
 
@@ -9,7 +10,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
-from osp_diag.errors import StoreError, TrainingError, UsageError
+from osp_diag.errors import DivergenceError, StoreError, TrainingError, UsageError
 from osp_diag.run import open_run
 from tests.training_runs import minute
 from trainer.checkpoint import CheckpointFolder, alone_is_meant, folder_of, latest
@@ -167,6 +168,17 @@ def test_overwriting_forgets_the_checkpoints_too(tmp_path):
     assert [entry.name for entry in folder_of(out).iterdir()] == ["step-00000002"]
 
 
+def test_checkpoints_without_their_run_are_not_taken_for_another_s(tmp_path):
+    out = tmp_path / "run.zarr"
+    train(minute(steps=2), out)
+    shutil.rmtree(out)
+    with pytest.raises(TrainingError, match=r"run.zarr is not there; give another --out, --overwrite, or"):
+        train(minute(steps=1), out)
+    with pytest.raises(TrainingError, match=r"run.zarr is not there; move the run back beside them"):
+        train(minute(steps=2), out, resume=True)
+    assert list(train(minute(steps=1), out, overwrite=True).steps) == [0, 1]
+
+
 def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path):
     out = tmp_path / "run.zarr"
     train(minute(steps=2), out)
@@ -202,7 +214,7 @@ def test_divergence_stops_with_the_state_before_it_saved(whole, tmp_path, monkey
     with monkeypatch.context() as patch:
         poisoned(4, patch)
         with pytest.raises(
-            TrainingError, match=r"step 4 diverged \(loss inf.*the state after step 3 is saved"
+            DivergenceError, match=r"step 4 diverged \(loss inf.*the state after step 3 is saved"
         ):
             train(minute(), out)
     train(minute(), out, resume=True)

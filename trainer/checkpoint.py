@@ -22,7 +22,16 @@ from osp_diag.probing.ranks import is_distributed, is_first_rank
 from trainer.config import CheckpointConfig, TrainConfig, from_dictionary
 from trainer.config_values import as_dictionary, differences
 
-__all__ = ["CheckpointFolder", "Saved", "folder_of", "forget", "identity_of", "latest", "read_config"]
+__all__ = [
+    "CheckpointFolder",
+    "Saved",
+    "alone_is_meant",
+    "check_beside",
+    "folder_of",
+    "forget",
+    "identity_of",
+    "latest",
+]
 
 PART = ".part"
 HOST_STATE = "state.json"
@@ -114,17 +123,18 @@ def latest(folder: Path) -> Saved | None:
     return _read(found[-1]) if found else None
 
 
-def read_config(folder: Path) -> TrainConfig:
-    """The configuration of the newest checkpoint.
+def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuse checkpoints that do not belong to what is about to be trained.
 
     Raises
     ------
-    TrainingError : there is none
+    TrainingError : a run was moved or deleted and its checkpoints were left
     """
-    saved = latest(folder)
-    if saved is None:
-        raise TrainingError(f"there is no complete checkpoint in {folder}; train to the end, or resume")
-    return saved.config
+    folder = folder_of(run)
+    if run.exists() or overwrite or not _complete(folder):
+        return
+    advice = "move the run back beside them" if resume else "give another --out, --overwrite, or delete them"
+    raise TrainingError(f"{folder} holds checkpoints of a run, but {run} is not there; {advice}")
 
 
 def forget(folder: Path) -> None:

@@ -13,13 +13,21 @@ import torch
 import xarray as xr
 from torch import Tensor, nn
 
-from osp_diag.errors import TrainingError
+from osp_diag.errors import DivergenceError
 from osp_diag.probing.checkpoint import joined_ranks
 from osp_diag.probing.ranks import is_distributed, is_first_rank
 from osp_diag.probing.saving import check_out
 from osp_diag.run import Run, open_run
 from osp_diag.sites.trace import unwrap
-from trainer.checkpoint import CheckpointFolder, Saved, alone_is_meant, folder_of, forget, latest
+from trainer.checkpoint import (
+    CheckpointFolder,
+    Saved,
+    alone_is_meant,
+    check_beside,
+    folder_of,
+    forget,
+    latest,
+)
 from trainer.config import TrainConfig
 from trainer.data import Batch, Prefetched, TrainingData, open_data
 from trainer.devices import device_of, memory_told
@@ -70,12 +78,13 @@ def train(
     Raises
     ------
     UsageError, TokenError, StoreError, TrainingError : before the first step, for anything that can be known
-    TrainingError : a step diverged under ``divergence.policy=stop``; the last good state is saved
+    DivergenceError : a step diverged under ``divergence.policy=stop``; the last good state is saved
     KeyboardInterrupt : Ctrl-C or SIGTERM, after the step under way, with the state saved
     """
     out = Path(out)
     if not resume:
         check_out(out, overwrite=overwrite)
+    check_beside(out, resume=resume, overwrite=overwrite)
     with joined_ranks(), alone_is_meant(), ExitStack() as stack:
         training = Training(config, out, stack, resume=resume, overwrite=overwrite, loggers=loggers)
         training.progress = progress
@@ -127,7 +136,7 @@ class Training:
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
         self.probe = self._attach_probe(out, resume=resume, overwrite=overwrite)
         stack.callback(self.probe.probe.close)
-        if overwrite and saved is None:
+        if overwrite and self.rank == 0:
             forget(folder_of(out))
         self.checkpoints = CheckpointFolder(folder_of(out), config.checkpoint)
         stack.callback(self.checkpoints.wait)
@@ -370,7 +379,7 @@ class Training:
             self._save_now(self.step)
         what = f"loss {values['loss']:.4g}, gradient norm {values['gradient_norm']:.4g}"
         kind = "diverged" if not math.isfinite(values["loss"] + values["gradient_norm"]) else "spiked"
-        raise TrainingError(
+        raise DivergenceError(
             f"step {step} {kind} ({what}): {cause}; the state after step {self.step} is saved. Go on with "
             "--resume and divergence.policy=skip to pass over such steps, or begin again with a lower "
             "optimizer.lr"

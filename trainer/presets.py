@@ -38,7 +38,7 @@ __all__ = [
 
 
 def tiny() -> TrainConfig:
-    """1.9M parameters on the built-in text: under two minutes on a laptop's CPU."""
+    """1.9M parameters on the built-in text: about a minute and a half on a laptop's CPU."""
     return TrainConfig(
         steps=300,
         batch_size=16,

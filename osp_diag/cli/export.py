@@ -18,7 +18,7 @@ def run(
     training_run: RunPath,
     /,
     *,
-    out: Path,
+    out: Path | None = None,
     dtype: Literal["float32", "bfloat16"] = "float32",
     skip_check: bool = False,
     json: bool = False,
@@ -32,7 +32,7 @@ def run(
 
     Args:
         training_run: the run, a folder ending in .zarr; its checkpoints are beside it.
-        out: the directory to make.
+        out: the directory to make; by default the run's name with -model in the current folder.
         dtype: of the exported weights.
         skip_check: do not compare logits.
         json: print the report as JSON.
@@ -43,6 +43,8 @@ def run(
     """
     from trainer.exporting import export_run
 
-    report = export_run(training_run, out, dtype=dtype, check=not skip_check)
+    report = export_run(
+        training_run, out or Path(f"{training_run.stem}-model"), dtype=dtype, check=not skip_check
+    )
     print(json_format.dumps(report.as_dictionary()) if json else report)
     return 0

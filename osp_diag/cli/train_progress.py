@@ -63,5 +63,10 @@ def outcome(run: Run) -> dict[str, float]:
             values = values[np.isfinite(values)]
             if len(values):
                 found[name] = float(values[-1] if name != "tokens_per_second" else np.median(values))
+    if {"probe_seconds", "step_seconds"} <= set(series.data_vars):
+        probing = float(series["probe_seconds"].sum())
+        # Steps between two that were recorded took as long as these.
+        training = float(series["step_seconds"].mean()) * int(series["step"].max())
+        found["share_of_time_probing"] = probing / (probing + training)
     numbers = ("osp_excess_kurtosis", "absolute_maximum")
     return found | {name: value for name, value in headline(run).items() if name in numbers}
