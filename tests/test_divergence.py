@@ -70,7 +70,7 @@ class Ratio(nn.Module):
 
 def test_the_first_bad_tensor_is_named():
     x = torch.ones(1, 2)
-    assert first_bad_tensor(Ratio(), iter([])) == "no NaN or Inf: the loss is a spike"
+    assert first_bad_tensor(Ratio(), iter([])) is None
     model = Ratio()
     with torch.no_grad():
         model.second.weight[0, 0] = float("nan")

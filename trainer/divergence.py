@@ -6,7 +6,7 @@ optimizer state stay those of the last good step although the host learns of it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -76,32 +76,37 @@ class Watch:
         self.count.copy_(state["count"])
 
 
-def first_bad_tensor(model: nn.Module, loss_of_batch: Iterator[Tensor]) -> str:
+def first_bad_tensor(model: nn.Module, losses: Iterable[Tensor]) -> str | None:
     """Where the first NaN or Inf of a step arises, in words: parameter, forward pass, or gradient.
+
+    Forward and backward passes run to their end whatever is found, since other ranks may wait for them.
 
     Parameters
     ----------
     model : as it was before the step
-    loss_of_batch : makes the step's losses again, one forward pass at a time
+    losses : makes the step's losses again, one forward pass at a time
+
+    Returns
+    -------
+    str : or None where nothing of this rank is NaN or Inf
     """
     model = unwrap(model)
-    for name, parameter in model.named_parameters():
-        if not _finite(parameter):
-            return f"parameter {name} holds NaN or Inf before the step"
-    found: list[str] = []
+    found = [
+        f"parameter {name} holds NaN or Inf before the step"
+        for name, parameter in model.named_parameters()
+        if not _finite(parameter)
+    ]
     with _watched(model, found):
-        for loss in loss_of_batch:
-            if found:
-                return found[0]
-            if not _finite(loss):
-                return "the loss is the first that is not finite"
+        for loss in losses:
+            if not found and not _finite(loss):
+                found.append("the loss is the first that is not finite")
             loss.backward()
-            if found:
-                return found[0]
-    bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-    if bad:
-        return f"the gradient of {bad[-1]} is the first that is not finite"
-    return "no NaN or Inf: the loss is a spike"
+    found += [
+        f"the gradient of {name} is the first that is not finite"
+        for name, parameter in reversed(list(model.named_parameters()))
+        if parameter.grad is not None and not _finite(parameter.grad)
+    ]
+    return found[0] if found else None
 
 
 def _finite(values: Tensor) -> bool:

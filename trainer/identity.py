@@ -1,8 +1,10 @@
-"""What determines the numbers of a training run, as attributes of its store."""
+"""What a training run is: in words before it starts, and as attributes of its store."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import torch
 
 from trainer.checkpoint import identity_of
 from trainer.config import TrainConfig
@@ -10,7 +12,7 @@ from trainer.data import TrainingData
 from trainer.optimizers import Optimizers
 from trainer.parallel import rank_and_ranks
 
-__all__ = ["run_attributes"]
+__all__ = ["announcement", "run_attributes"]
 
 
 def run_attributes(config: TrainConfig, data: TrainingData, optimizers: Optimizers) -> dict[str, Any]:
@@ -26,3 +28,21 @@ def run_attributes(config: TrainConfig, data: TrainingData, optimizers: Optimize
         "routing": optimizers.routing.table(),
         "ranks": rank_and_ranks()[1],
     }
+
+
+def announcement(
+    config: TrainConfig, optimizers: Optimizers, data: TrainingData, device: torch.device, step: int
+) -> str:
+    """What a user should see before the first step."""
+    parameters = sum(parameter.numel() for parameter in optimizers.parameters.values())
+    ranks = rank_and_ranks()[1]
+    lines = [
+        f"{config.name}: {parameters / 1e6:.1f}M parameters on {device}"
+        + (f" × {ranks} ({config.parallel.mode})" if ranks > 1 else ""),
+        f"{config.steps} steps of {config.tokens_per_step:,} tokens: {data.description}",
+        optimizers.routing.table(),
+        *(f"note: {note}" for note in (*optimizers.routing.warnings, *data.notes)),
+    ]
+    if step:
+        lines.append(f"going on after step {step}")
+    return "\n".join(lines)

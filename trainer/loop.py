@@ -33,12 +33,21 @@ from trainer.data import Batch, Prefetched, TrainingData, open_data
 from trainer.devices import device_of, memory_told
 from trainer.divergence import Watch, first_bad_tensor
 from trainer.headline import headline
-from trainer.identity import run_attributes
+from trainer.identity import announcement, run_attributes
 from trainer.interruption import Interruption
 from trainer.loggers import open_loggers
 from trainer.model import Llama
 from trainer.optimizers import build_optimizer, learning_rate_factor, optimizer_evidence
-from trainer.parallel import accumulating, check_ranks, distribute, rank_and_ranks, reshard, summed, whole
+from trainer.parallel import (
+    accumulating,
+    check_ranks,
+    distribute,
+    first_of_ranks,
+    rank_and_ranks,
+    reshard,
+    summed,
+    whole,
+)
 from trainer.probing import RunProbe
 from trainer.scalars import Clock, Scalars
 from trainer.throughput import model_flops_utilisation
@@ -89,7 +98,7 @@ def train(
         training = Training(config, out, stack, resume=resume, overwrite=overwrite, loggers=loggers)
         training.progress = progress
         if announce is not None and is_first_rank():
-            announce(training.description())
+            announce(announcement(config, training.optimizers, training.data, training.device, training.step))
         training.run()
     return open_run(out)
 
@@ -188,20 +197,6 @@ class Training:
         reshard(self.model)
         return optimizer_evidence(unwrap(self.model), self.optimizers)
 
-    def description(self) -> str:
-        """What a user should see before the first step."""
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        lines = [
-            f"{self.config.name}: {parameters / 1e6:.1f}M parameters on {self.device}"
-            + (f" × {self.ranks} ({self.config.parallel.mode})" if self.ranks > 1 else ""),
-            f"{self.config.steps} steps of {self.config.tokens_per_step:,} tokens: {self.data.description}",
-            self.optimizers.routing.table(),
-            *(f"note: {note}" for note in (*self.optimizers.routing.warnings, *self.data.notes)),
-        ]
-        if self.step:
-            lines.append(f"going on after step {self.step}")
-        return "\n".join(lines)
-
     def _restore(self, saved: Saved) -> None:
         tensors = self._tensors()
         saved.load(tensors)
@@ -246,6 +241,8 @@ class Training:
             self._probe(0)
         with self.interruption:
             while self.step < self.config.steps:
+                if self.probe.measures_training(self.step + 1):
+                    self._record(wait=True)  # it records while the step runs, and rows come in order
                 with memory_told(self.config, self.device, self.ranks):
                     self._train_step(self.step + 1)
                 self.step += 1
@@ -372,7 +369,10 @@ class Training:
         self.optimizers.zero_grad()
         batch = dict(self.batches)[step]
         with torch.compiler.set_stance("force_eager"):
-            cause = first_bad_tensor(self.model, (self._loss(part) for part in self._micro_batches(batch)))
+            parts = (self._loss(part) for part in self._micro_batches(batch))
+            cause = (
+                first_of_ranks(first_bad_tensor(self.model, parts)) or "no NaN or Inf, the loss is a spike"
+            )
         self.optimizers.zero_grad()
         self.step = step - 1
         if self.step:

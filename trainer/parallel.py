@@ -15,7 +15,16 @@ from osp_diag.errors import UsageError
 from osp_diag.probing.ranks import is_distributed
 from trainer.config import TrainConfig
 
-__all__ = ["accumulating", "check_ranks", "distribute", "rank_and_ranks", "reshard", "summed", "whole"]
+__all__ = [
+    "accumulating",
+    "check_ranks",
+    "distribute",
+    "first_of_ranks",
+    "rank_and_ranks",
+    "reshard",
+    "summed",
+    "whole",
+]
 
 
 def rank_and_ranks() -> tuple[int, int]:
@@ -111,6 +120,15 @@ def summed(value: Tensor) -> Tensor:
     if is_distributed():
         dist.all_reduce(value)
     return value
+
+
+def first_of_ranks(text: str | None) -> str | None:
+    """What the first rank that has something to say says, on every rank."""
+    if not is_distributed():
+        return text
+    everyone: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, text)
+    return next((said for said in everyone if said is not None), None)
 
 
 def whole(value: Tensor) -> Tensor:

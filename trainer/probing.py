@@ -97,6 +97,10 @@ class RunProbe:
         source = {"token_source": f"the held-out part of {data.description}", "bos": self.config.data.bos}
         return {**token_attributes(self._batches), **source}
 
+    def measures_training(self, step: int) -> bool:
+        """Whether this training step's own forward passes are measured."""
+        return self.config.probe.on == "training" and self.due(step)
+
     def training_step(self, step: int) -> AbstractContextManager[Any]:
         """Around the forward passes of a training step, where those are to be measured."""
         return self.probe.step(step) if self.config.probe.on == "training" else nullcontext()
