@@ -12,9 +12,9 @@ PIP_INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check -c c
 # Options for `osp-diag demo` and for pytest: make demo DEMO_ARGS="--tokens 4096"
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
-# One process a core, each with one thread: tests are many small steps, which more threads don't hasten.
-WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+# One process a core, up to four (each takes about 2.5 GB), with one thread: tests are many small steps,
+# which more threads don't hasten.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 .PHONY: help demo test quick check format install develop weights wheel clean
 
