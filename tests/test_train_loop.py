@@ -17,6 +17,7 @@ from trainer.checkpoint import CheckpointFolder, alone_is_meant, folder_of, late
 from trainer.config import CheckpointConfig
 from trainer.exporting import trained_model
 from trainer.loop import train
+from trainer.scalars import Scalars
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +220,35 @@ def test_divergence_stops_with_the_state_before_it_saved(whole, tmp_path, monkey
             train(minute(), out)
     train(minute(), out, resume=True)
     assert_same_run(out, whole)
+
+
+@pytest.fixture
+def lagging(monkeypatch):
+    """Numbers reach the host two steps late, as on a GPU."""
+    monkeypatch.setattr("trainer.loop.Scalars", lambda device: Scalars(device, lag=2))
+
+
+def test_what_is_read_late_is_the_same(whole, lagging, tmp_path):
+    train(minute(), tmp_path / "run.zarr")
+    assert_same_run(tmp_path / "run.zarr", whole)
+
+
+def test_a_divergence_that_is_noticed_late_has_moved_nothing(whole, lagging, tmp_path, monkeypatch):
+    out = tmp_path / "run.zarr"
+    config = {"probe__every": 6, "checkpoint__every": 6}
+    train(minute(**config), tmp_path / "undisturbed.zarr")
+    with monkeypatch.context() as patch:
+        poisoned(4, patch)
+        with pytest.raises(DivergenceError, match=r"the state after step 3 is saved"):
+            train(minute(**config), out)
+    train(minute(**config), out, resume=True)
+    assert_same_run(out, tmp_path / "undisturbed.zarr")
+
+
+def test_probes_on_training_steps_keep_rows_in_order(lagging, tmp_path):
+    run = train(minute(probe__on="training"), tmp_path / "run.zarr")
+    assert list(run.series["step"].values) == [1, 2, 3, 4, 5, 6]
+    assert np.isfinite(run.series["loss"]).all()
 
 
 def test_divergence_can_be_passed_over(tmp_path, monkeypatch):
