@@ -18,7 +18,6 @@ import argparse
 import copy
 import importlib.util
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from machine import machine
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from osp_diag.estimators import default_estimators
@@ -321,14 +321,6 @@ def variants_of(bench: Bench, *, compiled: bool, all_levels: bool) -> tuple[list
         with building(label, skipped):
             found.append(Variant(label, build(bench)))
     return found, skipped
-
-
-def machine(device: torch.device) -> str:
-    """The processor and torch, for the table's title."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def main() -> None:

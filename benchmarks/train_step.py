@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from machine import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osp_diag.probing import Probe
@@ -200,14 +200,6 @@ def probed(bench: Bench, folder: Path) -> Timed:
             probe.measure(next(steps), [{"input_ids": bench.ids[:, :-1]}])
 
     return Timed("probe of one micro-batch, written", measure)
-
-
-def machine(device: torch.device) -> str:
-    """The processor and torch, for the table's title."""
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    name = platform.processor() or platform.machine()
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def measure(bench: Bench, rounds: int, *, compiled: bool, with_peer: bool, folder: Path) -> dict[str, Any]:
