@@ -1,0 +1,305 @@
+"""When, where and by whom outliers are written while a model trains, and in which channels."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.emergence_text import text_of
+from analyses.hot_channels import TIMES, TOP, hot_channels
+from analyses.network_order import network_order
+from analyses.onset import DEPARTURE, FEWEST_PROBES, Emerged, when_it_emerges
+from analyses.outlier_writers import outlier_writers
+from osp_diag.errors import OspDiagError, StoreError, UsageError
+from osp_diag.estimators.token_kurtosis import gaussian_floor
+
+__all__ = ["SITES", "STATISTIC", "Emergence", "emergence", "log_kurtosis", "onsets"]
+
+STATISTIC = "osp_excess_kurtosis"
+SITES = (
+    "embedding", "attention_contribution", "residual_mid", "mlp_contribution", "residual_post", "final_norm",
+)  # fmt: skip
+"""The residual stream and what is added to it: near-Gaussian at initialisation, so noise is the floor."""
+MOST_PROBES = 256
+"""Longer series are thinned evenly to this many probes: an onset is then known to one of these."""
+
+_NUMBERS = {
+    "onset": ("step", "first probed step that can be told from noise, of the rise to the departure"),
+    "growth_start": ("step", "where the line of growth, carried back, meets the noise before the onset"),
+    "doubling_time": ("step", "ln 2 / slope of ln κ from the onset to the plateau"),
+    "plateau": ("1", "kurtosis on the plateau; NaN while it still grows"),
+}
+
+
+@dataclass(frozen=True)
+class Emergence:
+    """The answers, as labelled arrays; ``as_text`` says them in a few sentences."""
+
+    onsets: xr.Dataset
+    """by site, layer and stratum: see :func:`onsets`"""
+    first: xr.Dataset
+    """by stratum: the first site and layer to depart"""
+    channels: xr.Dataset | None
+    """see :func:`analyses.hot_channels.hot_channels`; None: the run holds no channel statistics"""
+    writers: xr.Dataset | None
+    """see :func:`analyses.outlier_writers.outlier_writers`"""
+    notes: tuple[str, ...] = ()
+    """what could not be answered, and why"""
+
+    def as_text(self) -> str:
+        """A few sentences."""
+        return text_of(self)
+
+
+def emergence(
+    run: Any,
+    *,
+    sites: Sequence[str] | None = None,
+    departure: float = DEPARTURE,
+    draws: int = 100,
+    top: int = TOP,
+    times: float = TIMES,
+) -> Emergence:
+    """When outliers emerge in a training run, where first, who wrote them and in which channels.
+
+    Parameters
+    ----------
+    sites, departure, draws : see :func:`onsets`
+    top, times : see :func:`analyses.hot_channels.hot_channels`
+
+    Raises
+    ------
+    UsageError, StoreError : as :func:`onsets`. What else the run lacks is said in ``notes``.
+    """
+    found = onsets(run, sites=sites, departure=departure, draws=draws)
+    notes, channels, writers = [], None, None
+    try:
+        channels = hot_channels(run, top=top, times=times)
+        writers = outlier_writers(run, top=top)
+    except StoreError as missing:
+        notes.append(str(missing))
+    if writers is not None and writers.attrs["unknown"]:
+        notes.append(f"whether attention or the MLP wrote them can't be told: {writers.attrs['unknown']}")
+    return Emergence(found, _first(found), channels, writers, tuple(notes))
+
+
+def onsets(
+    run: Any,
+    *,
+    sites: Sequence[str] | None = None,
+    strata: Sequence[str] | None = None,
+    departure: float = DEPARTURE,
+    level: float = 0.9,
+    draws: int = 100,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Onset, doubling time and plateau of the OSP kurtosis at every site, layer and stratum.
+
+    :mod:`analyses.onset` defines them, for y = max(ln(κ / noise), 0). The noise is the estimator's floor
+    (Gaussian noise of that width); at ``mlp_hidden``, a product that is not Gaussian even untrained, the
+    value at step 0 if that is larger.
+
+    Parameters
+    ----------
+    sites : by default those of :data:`SITES` that the run holds
+    strata : by default all that the run holds
+    departure : the multiple of the noise that κ has to reach
+    level : of the intervals
+    draws : of the bootstrap, per series
+
+    Returns
+    -------
+    ``onset``, ``growth_start``, ``doubling_time``, ``plateau``, each with ``_low`` and ``_high``;
+    ``plateau_step``;
+    ``state``: "noise" (never departs), "onset", "from the start" (above at the first probe: the onset is not
+    later than that), "unknown" (too few probes with tokens of that stratum) or "" (no such layer);
+    ``agreement``: the share of draws with an onset; ``raised_at_end``. Dimensions (site, layer, stratum).
+
+    Raises
+    ------
+    UsageError : a parameter out of range
+    StoreError : the run holds fewer than five probed steps, or no kurtosis at those sites
+    """
+    if departure <= 1 or not 0 < level < 1 or draws < 0:
+        raise UsageError(
+            f"onsets: departure is above 1, level between 0 and 1, draws not negative; got {departure:g}, "
+            f"{level:g} and {draws}"
+        )
+    steps = np.asarray(run.steps, dtype=np.float64)
+    if len(steps) < FEWEST_PROBES:
+        raise StoreError(
+            f"onsets: the run of {_name(run)} holds {len(steps)} probed steps, and a change over training "
+            f"takes {FEWEST_PROBES}; probe more often, or let it train on"
+        )
+    values = log_kurtosis(run, sites=sites)
+    known = [str(name) for name in values["stratum"].values]
+    foreign = [name for name in strata or () if name not in known]
+    if foreign:
+        raise UsageError(f"onsets: there is no stratum {', '.join(foreign)}; there are {', '.join(known)}")
+    values = values.sel(stratum=known if strata is None else list(strata))
+    kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_PROBES)).astype(int))
+    values = values.transpose("site", "layer", "stratum", "step").isel(step=kept)
+    found = np.empty(values.shape[:-1], dtype=object)
+    for place in np.ndindex(found.shape):
+        if np.isnan(values["noise"].values[place[:2]]):
+            continue
+        label = "/".join(str(values[dim].values[i]) for dim, i in zip(values.dims, place, strict=False))
+        found[place] = when_it_emerges(
+            steps[kept],
+            np.maximum(values.values[place], 0.0),
+            departure=departure,
+            level=level,
+            draws=draws,
+            seed=seed + zlib.crc32(label.encode()),
+        )
+    dataset = _labelled(found, values)
+    dataset.attrs = {
+        "statistic": str(values.attrs["estimator"]),
+        "departure": departure,
+        "level": level,
+        "draws": draws,
+        "first_probe": float(steps[0]),
+        "last_probe": float(steps[-1]),
+        "model": _name(run),
+        "change_points": "ruptures KernelCPD (linear kernel), penalty 3 σ² ln n",
+    }
+    return dataset
+
+
+def _name(run: Any) -> str:
+    return str(run.attrs.get("model_name", "unnamed model"))
+
+
+def log_kurtosis(run: Any, *, sites: Sequence[str] | None = None) -> xr.DataArray:
+    """ln(κ / noise) of the OSP kurtosis, (site, step, layer, stratum), and the coordinate ``noise``.
+
+    ``noise`` is (site, layer). 0 of κ is −∞; a layer that a site lacks is NaN, in ``noise`` too.
+
+    Raises
+    ------
+    StoreError : a site is not in the run or holds no kurtosis there, or none of the default ones does
+    """
+    parts = []
+    for site in SITES if sites is None else sites:
+        try:
+            parts.append(_of_site(run, site))
+        except (OspDiagError, KeyError):
+            if sites is not None:
+                raise StoreError(
+                    f"onsets: the run of {_name(run)} holds no {STATISTIC} at {site!r}; it has the sites "
+                    f"{', '.join(run.sites)}"
+                ) from None
+    if not parts:
+        raise StoreError(
+            f"onsets: the run of {_name(run)} holds {STATISTIC} at none of {', '.join(SITES)}; probe "
+            "with the estimator and one of these sites"
+        )
+    return xr.concat(
+        parts, "site", join="outer", coords="different", compat="equals", combine_attrs="override"
+    )
+
+
+def _of_site(run: Any, site: str) -> xr.DataArray:
+    kurtosis = run.at(site)[STATISTIC].transpose("step", "layer", "stratum").load()
+    floor = kurtosis.attrs.get("floor") or gaussian_floor(int(run.attrs["hidden_size"]))
+    noise = np.full(kurtosis.sizes["layer"], float(floor))
+    if site == "mlp_hidden" and kurtosis["step"].values[0] == 0:
+        noise = np.fmax(noise, kurtosis.isel(step=0).sel(stratum="all").values)
+    with np.errstate(divide="ignore"):
+        values = np.log(kurtosis.values / noise[:, None])
+    return xr.DataArray(
+        values[None],
+        dims=("site", "step", "layer", "stratum"),
+        coords={
+            "site": [site],
+            "step": kurtosis["step"].values,
+            "layer": kurtosis["layer"].values,
+            "stratum": [str(name) for name in kurtosis["stratum"].values],
+            "noise": (("site", "layer"), noise[None]),
+        },
+        attrs={
+            "estimator": kurtosis.attrs.get("estimator", STATISTIC),
+            "units": "1",
+            "definition": "ln(κ / noise)",
+        },
+    )
+
+
+def _labelled(found: np.ndarray, values: xr.DataArray) -> xr.Dataset:
+    """Objects by place as arrays. Of a plateau, y becomes a kurtosis again."""
+    dims = ("site", "layer", "stratum")
+
+    def of(field: str, index: int | None = None, nothing: Any = np.nan) -> np.ndarray:
+        each = [getattr(one, field) if isinstance(one, Emerged) else None for one in found.ravel()]
+        picked = [nothing if one is None else one if index is None else one[index] for one in each]
+        return np.array(picked).reshape(found.shape)
+
+    noise = values["noise"].transpose("site", "layer").values[..., None]
+    dataset = xr.Dataset(coords={dim: values[dim].values for dim in dims})
+    for name, (units, definition) in _NUMBERS.items():
+        source = {"doubling_time": "doubling", "growth_start": "start"}.get(name, name)
+        for index, end in enumerate(("", "_low", "_high")):
+            array = of(source, index)
+            array = noise * np.exp(array) if name == "plateau" else array
+            said = (
+                f"{'lower' if end == '_low' else 'upper'} end of the interval of {name}"
+                if end
+                else definition
+            )
+            dataset[name + end] = (dims, array, {"units": units, "definition": said})
+    dataset["plateau_step"] = (dims, of("plateau_step"), {"units": "step", "definition": "where growth ends"})
+    dataset["agreement"] = (
+        dims,
+        of("agreement"),
+        {"units": "1", "definition": "share of draws with an onset"},
+    )
+    dataset["raised_at_end"] = (dims, of("raised_at_end", nothing=False).astype(bool))
+    dataset["raised_at_end"].attrs["definition"] = "still above the departure at the last probe"
+    dataset["state"] = (dims, of("state", nothing="").astype(str), {"definition": "what became of it"})
+    return dataset
+
+
+def _first(found: xr.Dataset) -> xr.Dataset:
+    """The first place to depart in each stratum: by onset, then by the way of the data; and its rivals.
+
+    ``rivals`` names the other places whose intervals begin no later than the first one's ends.
+    """
+    sites, layers, steps, rivals = [], [], [], []
+    for stratum in found["stratum"].values:
+        part = found.sel(stratum=stratum)
+        onset = {
+            (str(site), int(layer)): float(part["onset"].sel(site=site, layer=layer))
+            for site in part["site"].values
+            for layer in part["layer"].values
+        }
+        departed = [place for place in network_order(onset) if np.isfinite(onset[place])]
+        first = min(departed, key=lambda place: onset[place], default=None)
+        sites.append(first[0] if first else "")
+        layers.append(float(first[1]) if first else np.nan)
+        steps.append(onset[first] if first else np.nan)
+        late = float(part["onset_high"].sel(site=first[0], layer=first[1])) if first else np.nan
+        rivals.append(
+            ", ".join(
+                f"{site} {layer}"
+                for site, layer in departed
+                if (site, layer) != first and float(part["onset_low"].sel(site=site, layer=layer)) < late
+            )
+        )
+    return xr.Dataset(
+        {
+            "site": ("stratum", np.array(sites, dtype=str), {"definition": "first site to leave the noise"}),
+            "layer": ("stratum", layers, {"definition": "its layer; NaN if none departs"}),
+            "step": ("stratum", steps, {"units": "step", "definition": "its onset"}),
+            "rivals": (
+                "stratum",
+                np.array(rivals, dtype=str),
+                {"definition": "places whose intervals overlap with the first one's"},
+            ),
+        },
+        coords={"stratum": found["stratum"].values},
+    )

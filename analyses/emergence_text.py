@@ -1,0 +1,150 @@
+"""What :mod:`analyses.emergence` found, in a few sentences."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import xarray as xr
+
+from analyses.summary_text import number
+
+if TYPE_CHECKING:
+    from analyses.emergence import Emergence
+
+__all__ = ["text_of"]
+
+_STRATA = {"first": "first token", "delimiter": "delimiters", "rest": "other tokens", "all": "all tokens"}
+_WIDTH = 100
+
+
+def text_of(found: Emergence) -> str:
+    """One paragraph a stratum (first token, other tokens), then what could not be answered."""
+    strata = [str(name) for name in found.onsets["stratum"].values]
+    chosen = [name for name in ("first", "rest") if name in strata] or strata
+    lines = [
+        f"{found.onsets.attrs['model']}: {found.onsets.attrs['statistic']}, steps "
+        f"{found.onsets.attrs['first_probe']:,.0f} to {found.onsets.attrs['last_probe']:,.0f}. An outlier "
+        f"is a kurtosis above {found.onsets.attrs['departure']:g} times the noise; intervals hold "
+        f"{found.onsets.attrs['level']:.0%} of {found.onsets.attrs['draws']} bootstrap draws."
+    ]
+    lines += [f"On {_STRATA.get(name, name)}: {' '.join(_of_stratum(found, name))}" for name in chosen]
+    lines += [f"Not answered: {note}." for note in found.notes]
+    return "\n".join(
+        textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        for line in lines
+    )
+
+
+def _of_stratum(found: Emergence, stratum: str) -> Iterator[str]:
+    first = found.first.sel(stratum=stratum)
+    if not str(first["site"].item()):
+        unknown = bool((found.onsets["state"].sel(stratum=stratum) == "unknown").any())
+        yield "too few probes hold such tokens." if unknown else "no site leaves the noise."
+        return
+    yield _where(found, stratum)
+    yield from _growth(found.onsets, stratum)
+    yield from _writer(found, stratum)
+    yield from _channels(found.channels, stratum)
+
+
+def _where(found: Emergence, stratum: str) -> str:
+    first = found.first.sel(stratum=stratum)
+    site, layer = str(first["site"].item()), int(first["layer"])
+    part = found.onsets.sel(stratum=stratum, site=site, layer=layer)
+    name = f"{site} of layer {layer}"
+    if str(part["state"].item()) == "from the start":
+        said = f"{name} is above the noise from the first probe (step {float(part['onset']):,.0f}) on"
+    else:
+        said = f"{name} leaves the noise first, at step {_span(part, 'onset')}"
+    rivals = [rival for rival in str(first["rivals"].item()).split(", ") if rival]
+    if rivals:
+        said += f"; {len(rivals)} other place{'s are' * (len(rivals) > 1) or ' is'} within its interval"
+        said += f" ({', '.join(rivals[:3])}{', …' * (len(rivals) > 3)})"
+    return said + "."
+
+
+def _span(part: xr.Dataset, name: str) -> str:
+    """Estimate and interval: 40 (20 to 60)."""
+    value, low, high = (float(part[name + end]) for end in ("", "_low", "_high"))
+    return f"{number(value)} ({number(low)} to {number(high)})"
+
+
+def _growth(onsets: xr.Dataset, stratum: str) -> Iterator[str]:
+    """The block output that ends highest above the noise: how fast it grew, and where it stands."""
+    if "residual_post" not in onsets["site"].values:
+        return
+    part = onsets.sel(site="residual_post", stratum=stratum)
+    departed = part["layer"].values[np.isfinite(part["onset"].values)]
+    whole = int((part["state"] != "").sum())
+    steps = part["onset"].sel(layer=departed)
+    if not len(departed):
+        yield "No block output departs."
+        return
+    earliest, latest = (f"{float(step):,.0f}" for step in (steps.min(), steps.max()))
+    when = f"at step {earliest}" if earliest == latest else f"between steps {earliest} and {latest}"
+    yield f"{len(departed)} of {whole} block outputs depart, {when}."
+    known = part.sel(layer=departed).dropna("layer", subset=["doubling_time"])
+    if not known.sizes["layer"]:
+        yield "How fast they grow can't be told: too few probes lie between onset and plateau."
+        return
+    fastest = known.isel(layer=int(known["doubling_time"].values.argmin()))
+    yield (
+        f"The fastest, layer {int(fastest['layer'])}, doubles every {_span(fastest, 'doubling_time')} steps"
+        + (
+            f" until step {float(fastest['plateau_step']):,.0f}, then stays near {_span(fastest, 'plateau')}."
+            if np.isfinite(float(fastest["plateau"]))
+            else " and has reached no plateau."
+        )
+    )
+
+
+def _writer(found: Emergence, stratum: str) -> Iterator[str]:
+    """Who wrote the largest channels of the first block output to depart, at its onset."""
+    if found.writers is None or "residual_post" not in found.onsets["site"].values:
+        return
+    onset = found.onsets["onset"].sel(site="residual_post", stratum=stratum).dropna("layer")
+    if not onset.sizes["layer"]:
+        return
+    layer = int(onset["layer"].values[int(onset.values.argmin())])
+    step = int(onset.min())
+    at = found.writers.sel(step=step, layer=layer, stratum=stratum)
+    writer, share = str(at["writer"].item()), float(at["attention_share"])
+    energy = at["energy"]
+    if not writer:
+        return
+    where = f"its {found.writers.attrs['top']} largest channels"
+    yield (
+        f"In layer {layer}, the first block output to depart, "
+        + {
+            "attention": f"attention wrote {where} ({share:.0%} of what the block added there).",
+            "MLP": f"the MLP wrote {where} ({1 - share:.0%} of what the block added there).",
+            "both": f"attention and the MLP wrote {where} ({share:.0%} and {1 - share:.0%}).",
+            "earlier": f"{where} came from before the block "
+            f"({float(energy.sel(part='entering') / energy.sum('part')):.0%} of their energy).",
+        }[writer]
+    )
+
+
+def _channels(channels: xr.Dataset | None, stratum: str) -> Iterator[str]:
+    if channels is None:
+        return
+    part = channels.sel(stratum=stratum)
+    born, died = (np.isfinite(part[name].transpose("layer", "channel").values) for name in ("birth", "death"))
+    ever, alive = born.any(axis=0), (born & ~died).any(axis=0)
+    if not ever.any():
+        yield f"No channel is ever {channels.attrs['times']:g} times the median channel."
+        return
+    peak = np.where(alive, part["peak"].max("layer").values, -1.0)
+    order = np.argsort(-peak, kind="stable")[: min(4, int(alive.sum()))]
+    names = ", ".join(str(channel) for channel in part["channel"].values[order])
+    late = part["top_overlap"].isel(step=slice(part.sizes["step"] // 2, None)).mean()
+    many = int(ever.sum())
+    yield (
+        f"{many} channel{'s are' if many > 1 else ' is'} hot at some step and layer, {int(alive.sum())} at "
+        f"the last probe{f' (hottest: {names})' if names else ''}. From one probe to the next the "
+        f"{channels.attrs['top']} largest overlap by {float(late):.2f} in the second half of the run (by "
+        f"chance {channels.attrs['chance']:.2f})."
+    )

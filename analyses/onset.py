@@ -1,0 +1,225 @@
+"""When a series leaves its noise: change points, exponential growth and plateau, with intervals.
+
+The series is y = max(ln(κ / noise), 0) by probed step: what lies below the noise is noise.
+
+* **Onset**: ``ruptures`` (KernelCPD, linear kernel: exact least squares of a piecewise constant mean, Killick
+  et al. 2012, Celisse et al. 2018) cuts y into segments with the penalty 3 σ² ln n for each. σ is the noise
+  of y, from the distance of each value to the line between its neighbours (median: few jumps don't count).
+  The first segment whose mean reaches ln(departure), for two probes or more, has departed; the onset is the
+  first step of the unbroken rise of segment means that leads to it: the first that can be told from noise.
+* **Growth**: least squares of y = a + b min(t, t_plateau) on the probes from the onset on. The doubling time
+  is ln 2 / b; the plateau is where the line ends, if the Bayesian information criterion asks for an end.
+  The line meets the mean of y before the onset at the start of growth, which is before the onset: a
+  growth is smaller than the noise at first.
+* **Intervals**: residuals of both fits are drawn with replacement, everything is estimated again, and
+  quantiles are taken. The lower end of an onset is moved to the probe before: nothing is known between two.
+  On planted series of 50 probes, of 90% intervals 80 to 90% hold the doubling time and 55 to 85% the start of
+  growth: they know the noise, and not how far a course is from an exponential.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import ruptures
+from jaxtyping import Float, Int
+
+__all__ = ["DEPARTURE", "FEWEST_PROBES", "Emerged", "State", "first_rise", "when_it_emerges"]
+
+FEWEST_PROBES = 5
+"""Fewer can't tell a change of mean from noise."""
+DEPARTURE = 3.0
+"""How many times the noise a kurtosis has to be: untrained and OSP models stay below 2.5."""
+LEAST_NOISE = 0.05
+"""Of ln κ. An estimate of the noise from few probes can be 0 by chance."""
+MOST_BENDS = 64
+"""Candidates for the step of the plateau; more are thinned evenly."""
+
+State = Literal["noise", "onset", "from the start", "unknown"]
+_NONE = (float("nan"), float("nan"), float("nan"))
+
+
+@dataclass(frozen=True)
+class Emerged:
+    """What became of one series. Of three numbers: the estimate, and the ends of its interval."""
+
+    state: State
+    onset: tuple[float, float, float] = _NONE
+    """step"""
+    start: tuple[float, float, float] = _NONE
+    """step at which the line of growth meets the noise"""
+    doubling: tuple[float, float, float] = _NONE
+    """steps"""
+    plateau: tuple[float, float, float] = _NONE
+    """y on the plateau; NaN while it still grows"""
+    plateau_step: float = float("nan")
+    agreement: float = float("nan")
+    """share of the bootstrap draws that found an onset too"""
+    raised_at_end: bool = False
+
+
+@dataclass
+class _Growth:
+    """Fits of line and plateau to series of the same steps; what depends on the steps alone is kept."""
+
+    steps: Float[np.ndarray, " probe"]
+    bends: Int[np.ndarray, " bend"] = field(init=False)
+    bases: Float[np.ndarray, "bend probe two"] = field(init=False)
+    solve: Float[np.ndarray, "bend two probe"] = field(init=False)
+
+    def __post_init__(self) -> None:
+        last = len(self.steps) - 1
+        # A plateau takes two probes beyond its bend; the last candidate is growth without an end.
+        inner = np.arange(2, last - 1)
+        if len(inner) > MOST_BENDS:
+            inner = inner[np.linspace(0, len(inner) - 1, MOST_BENDS).astype(int)]
+        self.bends = np.append(inner, last)
+        time = self.steps - self.steps[0]
+        designs = [
+            np.stack([np.ones_like(time), np.minimum(time, time[bend])], axis=1) for bend in self.bends
+        ]
+        self.solve = np.stack([np.linalg.pinv(design) for design in designs])
+        self.bases = np.stack(designs)
+
+    def fit(self, y: Float[np.ndarray, " probe"]) -> tuple[float, int, Float[np.ndarray, " probe"]]:
+        """Slope, place of the bend among the probes (the last one: none), and the fitted values."""
+        coefficients = self.solve @ y
+        fitted = np.einsum("bpt,bt->bp", self.bases, coefficients)
+        count = len(y)
+        error = np.maximum(np.mean((y - fitted) ** 2, axis=1), LEAST_NOISE**2)
+        criterion = count * np.log(error)
+        criterion[:-1] += np.log(count)
+        best = int(np.argmin(criterion))
+        return float(coefficients[best, 1]), int(self.bends[best]), fitted[best]
+
+
+def noise_of(steps: Float[np.ndarray, " probe"], y: Float[np.ndarray, " probe"]) -> float:
+    """σ of the values around a smooth course: median distance to the line between both neighbours."""
+    share = (steps[1:-1] - steps[:-2]) / (steps[2:] - steps[:-2])
+    distance = y[1:-1] - (1 - share) * y[:-2] - share * y[2:]
+    scaled = np.abs(distance) / np.sqrt(1 + share**2 + (1 - share) ** 2)
+    return max(float(np.median(scaled)) * 1.4826, LEAST_NOISE)
+
+
+def first_rise(y: Float[np.ndarray, " probe"], sigma: float, departure: float) -> tuple[int | None, bool]:
+    """The probe at which the rise above ``departure`` begins (None: never), and whether y ends above."""
+    penalty = 3 * sigma**2 * np.log(len(y))
+    search = ruptures.KernelCPD(kernel="linear", min_size=1, jump=1).fit(y)
+    ends = [int(end) for end in search.predict(pen=penalty)]
+    starts = [0, *ends[:-1]]
+    means = [float(np.mean(y[start:end])) for start, end in zip(starts, ends, strict=True)]
+    level = float(np.log(departure))
+    raised = np.repeat([mean >= level for mean in means], np.diff([0, *ends]))
+    stays = np.flatnonzero(raised[:-1] & raised[1:])
+    if not stays.size:
+        return None, False
+    departed = int(np.searchsorted(ends, stays[0], side="right"))
+    # one step up from the noise counts; the noise itself, whatever its mean, does not
+    while departed > 1 and means[departed - 2] < means[departed - 1]:
+        departed -= 1
+    return starts[departed], means[-1] >= level
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    begin: int
+    raised: bool
+    start: float
+    slope: float
+    bend: int | None
+    """probe at which the plateau begins; None: none yet"""
+    fitted: Float[np.ndarray, " probe"]
+
+
+def _estimate(
+    steps: np.ndarray, y: np.ndarray, sigma: float, departure: float, kept: dict[int, _Growth]
+) -> _Estimate | None:
+    begin, raised = first_rise(y, sigma, departure)
+    if begin is None:
+        return None
+    fitted = np.concatenate([np.full(begin, np.mean(y[:begin]) if begin else 0.0), np.zeros(len(y) - begin)])
+    if len(y) - begin < 3:
+        fitted[begin:] = np.mean(y[begin:])
+        return _Estimate(begin, raised, float("nan"), float("nan"), None, fitted)
+    if begin not in kept:
+        kept[begin] = _Growth(steps[begin:])
+    slope, bend, fitted[begin:] = kept[begin].fit(y[begin:])
+    ended = bend < len(y) - begin - 1
+    slope = slope if slope > 0 else float("nan")
+    start = steps[begin] - (fitted[begin] - fitted[0]) / slope if begin else float("nan")
+    return _Estimate(begin, raised, float(start), slope, begin + bend if ended else None, fitted)
+
+
+def when_it_emerges(
+    steps: Float[np.ndarray, " probe"],
+    y: Float[np.ndarray, " probe"],
+    *,
+    departure: float = DEPARTURE,
+    level: float = 0.9,
+    draws: int = 100,
+    seed: int = 0,
+) -> Emerged:
+    """Onset, doubling time and plateau of one series, each with an interval (see the module).
+
+    Parameters
+    ----------
+    steps, y : of the probes, ascending; y = max(ln(κ / noise), 0); probes with NaN are left out
+    departure : the multiple of the noise that has to be reached
+    level : share of the bootstrap draws inside an interval
+    draws : of the bootstrap
+    """
+    known = np.isfinite(y)
+    steps, y = np.asarray(steps, dtype=np.float64)[known], np.asarray(y, dtype=np.float64)[known]
+    if len(y) < FEWEST_PROBES:
+        return Emerged("unknown")
+    sigma = noise_of(steps, y)
+    kept: dict[int, _Growth] = {}
+    found = _estimate(steps, y, sigma, departure, kept)
+    if found is None:
+        return Emerged("noise")
+    before, after = _residuals(y - found.fitted, found.begin)
+    rng = np.random.default_rng(seed)
+    again = []
+    for _ in range(draws):
+        residuals = np.concatenate([rng.choice(part, len(part)) for part in (before, after) if len(part)])
+        drawn = np.maximum(found.fitted + residuals, 0.0)
+        again.append(_estimate(steps, drawn, sigma, departure, kept))
+    others = [estimate for estimate in again if estimate is not None]
+    begins = np.array([found.begin, *(estimate.begin for estimate in others)])
+    low, high = np.quantile(begins, [(1 - level) / 2, (1 + level) / 2], method="nearest").astype(int)
+    doublings = [np.log(2) / estimate.slope for estimate in (found, *others)]
+    tops = [_top(estimate) for estimate in (found, *others)]
+    return Emerged(
+        "onset" if found.begin else "from the start",
+        (float(steps[found.begin]), float(steps[max(low - 1, 0)]), float(steps[high])),
+        _interval([estimate.start for estimate in (found, *others)], level),
+        _interval(doublings, level),
+        _interval(tops, level),
+        float(steps[found.bend]) if found.bend is not None else float("nan"),
+        len(others) / draws if draws else float("nan"),
+        found.raised,
+    )
+
+
+def _residuals(residuals: np.ndarray, begin: int) -> tuple[np.ndarray, np.ndarray]:
+    """Those before and after the onset, apart (noise is cut off at 0), widened by the parameters fitted."""
+    before, after = residuals[:begin], residuals[begin:]
+    return (
+        before * np.sqrt(len(before) / max(len(before) - 1, 1)),
+        after * np.sqrt(len(after) / max(len(after) - 3, 1)),
+    )
+
+
+def _top(estimate: _Estimate) -> float:
+    return float(estimate.fitted[-1]) if estimate.bend is not None else float("nan")
+
+
+def _interval(values: list[float], level: float) -> tuple[float, float, float]:
+    """The first value, and quantiles of all that are known."""
+    known = np.array(values)[np.isfinite(values)]
+    if not np.isfinite(values[0]):
+        return _NONE
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+    return float(values[0]), float(low), float(high)
