@@ -13,12 +13,12 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from analyses.recipes import config_of, recipe_labels
 from analyses.summary_numbers import hidden_states
 from figures._caption import caption
 from figures._colours import sample, tint
 from figures._decimate import number
-from figures._runs import labels_of, last_step, name_of
+from figures._recipe_labels import recipes_or_models
+from figures._runs import last_step, name_of
 from figures.backend import Backend, Canvas, Dash, Panel
 from figures.styles import Style
 from osp_diag.errors import StoreError, UsageError
@@ -75,7 +75,7 @@ def prepare(
             "tokens_per_step": ("run", per_step),
         },
         coords={
-            "run": _labels(runs, steps),
+            "run": recipes_or_models(runs, steps),
             "loss_step": (("run", "record"), _padded([step for step, _ in losses])),
             "kurtosis_step": (("run", "probe"), _padded([step for step, _ in kurtoses])),
         },
@@ -91,15 +91,6 @@ def prepare(
         "smoothing": smoothing,
     }
     return dataset
-
-
-def _labels(runs: list[Any], steps: list[int]) -> list[str]:
-    """The paper's names of the recipes; of runs that do not say theirs, the models."""
-    try:
-        labels = recipe_labels({str(index): config_of(run) for index, run in enumerate(runs)})
-    except StoreError:
-        return labels_of(runs, steps)
-    return [labels[str(index)] for index in range(len(runs))]
 
 
 def _loss(run: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -252,7 +252,7 @@ def test_a_real_training(tmp_path):
     from trainer.loop import train
     from trainer.presets import with_recipe
 
-    config = with_recipe(minute(steps=14, probe__every=2, checkpoint__every=0), "adam")
+    config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0), "adam")
     train(config, tmp_path / "run.zarr")
     run = open_run(tmp_path / "run.zarr")
     found = emergence(run, draws=10)

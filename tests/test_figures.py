@@ -23,6 +23,7 @@ FIGURES = (
     "channel_map",
     "depth_profile",
     "kurtosis_dynamics",
+    "outlier_timeline",
     "qk_magnitude",
     "sink_map",
 )

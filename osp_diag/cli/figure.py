@@ -42,6 +42,7 @@ def run(
       sink_map            which heads are attention sinks, layer by layer
       qk_magnitude        |q| and |k| in a sink head (fig5 of the OSP paper)
       kurtosis_dynamics   loss and kurtosis while training (fig3 and fig7 of the OSP paper)
+      outlier_timeline    kurtosis by layer and step, with the step at which each layer leaves the noise
 
     The suffix of --out decides the format: .png, .pdf and .svg for a paper, .html for a page that turns
     and zooms and needs no network.
