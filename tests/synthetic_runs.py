@@ -14,7 +14,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from scipy.stats import norm
 
+from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.run import Run
 from osp_diag.store import RunWriter
 
@@ -213,6 +215,7 @@ def attention_statistics(plan: Plan, rng: np.random.Generator) -> xr.Dataset:
                 {"estimator": "first_token_attention/1"},
             ),
             "max_logit": (("layer", "head"), 20 + 120 * mass, {"estimator": "max_logit/1"}),
+            **_logits(plan, mass, rng),
         },
         coords={
             "layer": np.arange(plan.layers),
@@ -220,8 +223,37 @@ def attention_statistics(plan: Plan, rng: np.random.Generator) -> xr.Dataset:
             "epsilon": list(EPSILONS),
             "sink_position": [0, 1],
             "stratum": list(STRATA),
+            "key_class": ["sink", "other"],
+            "logit_bin": LogitGrid().centres,
+            "quantile": [0.05, 0.5, 0.95],
         },
     )
+
+
+def _logits(plan: Plan, mass: np.ndarray, rng: np.random.Generator) -> dict[str, Any]:
+    """Gaussian logits, the sink key's as far above the others' as the sink's mass asks for."""
+    spread, others = 1.0, -3.0
+    centre = np.stack([others + np.log(plan.tokens * mass / (1 - mass)), np.full_like(mass, others)], axis=-1)
+    edges = LogitGrid().edges
+    reached = norm.cdf((edges - centre[..., None]) / spread)
+    quantiles = centre[..., None] + spread * norm.ppf([0.05, 0.5, 0.95])
+    parts = rng.standard_normal((plan.layers, plan.heads, plan.head_channels))
+    parts += (centre[..., :1] - parts.sum(-1, keepdims=True)) / plan.head_channels
+    head = ("layer", "head")
+    told = {"estimator": "logit_distribution/1"}
+    return {
+        "logit_density": (
+            (*head, "key_class", "logit_bin"),
+            np.diff(reached) / np.diff(edges),
+            told,
+        ),
+        "logit_quantile": ((*head, "key_class", "quantile"), quantiles, told),
+        "sink_logit_contribution": (
+            (*head, "head_channel"),
+            parts,
+            {"estimator": "sink_logit_contribution/1"},
+        ),
+    }
 
 
 def _query_and_key(plan: Plan, rng: np.random.Generator) -> dict[str, xr.Dataset]:

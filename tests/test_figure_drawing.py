@@ -24,8 +24,11 @@ FIGURES = (
     "channel_map",
     "depth_profile",
     "kurtosis_dynamics",
+    "logit_densities",
     "outlier_timeline",
     "qk_magnitude",
+    "sink_emergence",
+    "sink_implementation",
     "sink_map",
 )
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import osp_diag
+from analyses.sink_implementation import sink_implementation
 from osp_diag.cli.main import main
 from osp_diag.tokens import make_batches
 
@@ -177,6 +178,27 @@ def test_tokens_that_receive_attention_away_from_position_0(run, dense, batches)
     shallow = run.at("attention").sel(step=0, layer=SHALLOW).isel(key_rank=0)
     assert shallow["top_key_token_text"] == " the"
     assert shallow["top_key_mass"].item() == pytest.approx(0.0330, abs=5e-4)
+
+
+def test_its_heads_sink_by_alignment_in_few_slow_channels(run):
+    found = sink_implementation(run).isel(step=0)
+    sinks = found["kind"] != "no sink"
+    counts = {kind: int((found["kind"] == kind).sum()) for kind in ("negative infinity", "mixed", "balanced")}
+    assert counts == {
+        "negative infinity": pytest.approx(47, abs=3),
+        "mixed": pytest.approx(73, abs=3),
+        "balanced": pytest.approx(11, abs=3),
+    }
+    assert sum(counts.values()) == int(sinks.sum()) == pytest.approx(131, abs=2)
+    assert (found["channel_use"].where(sinks, "concentrated") == "concentrated").all()
+    assert (found["geometry"].where(sinks, "alignment") == "alignment").all()
+    assert found.attrs["rotary_layout"] == "half"
+    medians = {name: float(found[name].where(sinks).median()) for name in ("channels_90", "norm_factor")}
+    assert medians["channels_90"] == 4
+    assert medians["norm_factor"] == pytest.approx(0.27, abs=0.02)
+    assert float(found["frequency_position"].where(sinks).min()) > 0.75
+    # Sinks come with the massive activation of block 11, but a few are there before it.
+    assert int((sinks & (found["residual_massive"] > 0)).sum()) == pytest.approx(125, abs=3)
 
 
 def test_the_published_protocol_scores_far_more(checkpoint, batches):

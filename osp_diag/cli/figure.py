@@ -41,6 +41,9 @@ def run(
       channel_map         which channels are hot, layer by layer
       sink_map            which heads are attention sinks, layer by layer
       qk_magnitude        |q| and |k| in a sink head (fig5 of the OSP paper)
+      logit_densities     attention logits of the sink key and of others (fig6 of the OSP paper)
+      sink_emergence      when heads become sinks, step by step
+      sink_implementation what makes the sink of a head, by channel and rotary frequency
       kurtosis_dynamics   loss and kurtosis while training (fig3 and fig7 of the OSP paper)
       outlier_timeline    kurtosis by layer and step, with the step at which each layer leaves the noise
 

@@ -1,0 +1,169 @@
+"""What makes the sink of one head: q·k_sink by channel and by rotary frequency.
+
+A sink carried by few channels and one spread over many can have the same logit. The head with the strongest
+sink of each run is taken unless a layer and a head are given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.sink_implementation import sink_implementation
+from figures._caption import caption
+from figures._runs import labels_of, last_step, name_of, per_run, statistics
+from figures.backend import Backend, Canvas, Panel
+from figures.styles import Style
+from osp_diag.errors import UsageError
+
+ALIASES = ("sink_channels",)
+NAMED = 5
+"""Channels and frequencies that are named at most, of those that carry 90%."""
+
+__all__ = ["ALIASES", "draw", "prepare"]
+
+
+def prepare(
+    runs: list[Any],
+    *,
+    layer: int | None = None,
+    head: int | None = None,
+    rope_theta: float | None = None,
+    step: int | None = None,
+) -> xr.Dataset:
+    """The parts of one head's sink logit.
+
+    Parameters
+    ----------
+    layer, head : the head; by default the one with the highest sink rate at ε = 0.3 (ties go to the one
+        with more attention to the first token), within the layer or head given
+    rope_theta : base of the rotary frequencies, where the run doesn't say it; tells the tokens per turn
+
+    Returns
+    -------
+    ``channel`` (run, head_channel) and ``frequency`` (run, rotary_frequency): logits that add up to the mean
+    sink logit (frequencies to the part of rotated channels); ``wavelength`` (run, rotary_frequency; NaN where
+    not known), ``layer``, ``head``, ``sink_rate``, ``kind`` and ``said`` (run; the class of the head,
+    and what qualifies it).
+    """
+    parts, steps = [], []
+    identifiers = []
+    for run in runs:
+        steps.append(last_step(run, step))
+        needed = statistics(run, "attention", ("sink_logit_contribution",), "sink_implementation", step)
+        identifiers += [needed["sink_logit_contribution"].attrs.get("estimator", ""), "sink_rate/1"]
+        found = sink_implementation(run, steps=steps[-1:], rope_theta=rope_theta).isel(step=0, drop=True)
+        parts.append(_of_run(found, run, layer, head))
+    dataset = per_run(parts, labels_of(runs, steps))
+    title = "The sink logit of one head by channel and rotary frequency"
+    which = "the head given" if None not in (layer, head) else "the head with the highest sink rate"
+    classes = " / ".join(str(said) for said in dataset["said"].values)
+    remark = f"Mean over queries of scale · q_j · k_sink,j, {which}; frequencies add up their two channels"
+    dataset.attrs = {
+        "title": title,
+        "caption": caption(
+            title, runs, steps, [name for name in identifiers if name], [remark, f"Class: {classes}"]
+        ),
+        "contribution": next(name for name in identifiers if name != "sink_rate/1"),
+    }
+    return dataset
+
+
+def _of_run(found: xr.Dataset, run: Any, layer: int | None, head: int | None) -> xr.Dataset:
+    allowed = np.ones((found.sizes["layer"], found.sizes["head"]), bool)
+    for axis, (said, wanted) in enumerate((("layer", layer), ("head", head))):
+        known = found[said].values
+        if wanted is None:
+            continue
+        if wanted not in known:
+            raise UsageError(
+                f"sink_implementation: the run of {name_of(run)} has no {said} {wanted}; it has "
+                f"{', '.join(map(str, known))}"
+            )
+        allowed &= np.expand_dims(known == wanted, 1 - axis)
+    rate, mass = (np.nan_to_num(found[name].values, nan=-1.0) for name in ("sink_rate", "sink_mass"))
+    score = np.where(allowed, rate + 1e-6 * mass, -np.inf)
+    row, column = np.unravel_index(int(np.argmax(score)), score.shape)
+    at = found.isel(layer=int(row), head=int(column))
+    kind = str(at["kind"].item())
+    qualified = dict.fromkeys([kind, str(at["channel_use"].item()), str(at["geometry"].item())])
+    pairs = found.sizes.get("frequency", 0)
+    unknown = np.full(pairs, np.nan)
+    return xr.Dataset(
+        {
+            "channel": (("head_channel",), at["sink_logit_contribution"].values),
+            "frequency": (("rotary_frequency",), at["frequency_contribution"].values if pairs else unknown),
+            "wavelength": (
+                ("rotary_frequency",),
+                at["wavelength"].values if "wavelength" in at.coords else unknown,
+            ),
+            "layer": float(at["layer"]),
+            "head": float(at["head"]),
+            "sink_rate": float(at["sink_rate"]),
+            "kind": kind,
+            "said": ", ".join(qualified),
+            "rotary_layout": str(found.attrs["rotary_layout"]),
+        },
+        coords={
+            "head_channel": np.arange(found.sizes["head_channel"]),
+            "rotary_frequency": np.arange(pairs),
+        },
+    )
+
+
+def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+    """A row a run: by channel left, by frequency right."""
+    runs = dataset.sizes["run"]
+    canvas = backend.canvas(runs, 2, width=style.widths[width], height=2.3 * runs, style=style)
+    for row in range(runs):
+        part = dataset.isel(run=row)
+        values = part["frequency"].values
+        left = canvas.panel(
+            row,
+            0,
+            title=str(part["run"].item()),
+            x_label=f"channel of layer {int(part['layer'])}, head {int(part['head'])}",
+            y_label=f"part of the sink logit\n{dataset.attrs['contribution']}",
+        )
+        right = canvas.panel(
+            row, 1, title=str(part["kind"].item()), x_label=_frequency_label(part["wavelength"].values)
+        )
+        _bars(left, part["channel"].values, style.palette[0])
+        _bars(right, values, style.palette[1])
+        if not np.isfinite(values).any():
+            right.limits("x", 0.0, 1.0)
+            right.limits("y", 0.0, 1.0)
+            right.annotate(0.5, 0.5, "no rotary frequencies")
+    return canvas
+
+
+def _frequency_label(wavelength: np.ndarray) -> str:
+    known = wavelength[np.isfinite(wavelength)]
+    if not known.size:
+        return "rotary frequency, fastest first"
+    return f"rotary frequency, {known[0]:,.0f} to {known[-1]:,.0f} tokens per turn"
+
+
+def _bars(panel: Panel, values: np.ndarray, colour: str) -> None:
+    """Bars from 0, and the names of the largest that together carry 90%."""
+    values = values[np.isfinite(values)]
+    if not values.size:
+        return
+    edges = np.repeat(np.arange(values.size + 1) - 0.5, 2)[1:-1]
+    outline = np.repeat(values, 2)
+    panel.line(
+        edges,
+        outline,
+        label="",
+        colour=colour,
+        lower=np.minimum(outline, 0.0),
+        upper=np.maximum(outline, 0.0),
+    )
+    size = np.abs(values)
+    order = np.argsort(-size, kind="stable")
+    needed = int((np.cumsum(size[order]) < 0.9 * size.sum()).sum()) + 1
+    named = sorted(int(place) for place in order[: min(needed, NAMED)])
+    panel.marks([float(place) for place in named], [str(place) for place in named])
+    panel.limits("x", -0.5, values.size - 0.5)
