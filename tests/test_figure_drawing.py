@@ -22,6 +22,8 @@ from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, 
 FIGURES = (
     "activation_surface",
     "channel_map",
+    "channel_map_comparison",
+    "concentration_curves",
     "depth_profile",
     "kurtosis_dynamics",
     "logit_densities",
@@ -31,6 +33,9 @@ FIGURES = (
     "sink_implementation",
     "sink_map",
 )
+
+OF_TWO = ("channel_map_comparison",)
+"""Figures that take two runs, or two steps of one."""
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +59,7 @@ def data(name: str, runs, **options) -> xr.Dataset:
 @pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
 def test_every_figure_draws_with_matplotlib(name, suffix, run, clean, tmp_path):
     out = tmp_path / f"figure.{suffix}"
-    figure = figures.draw(name, [run, clean] if suffix == "png" else run, out=out)
+    figure = figures.draw(name, [run, clean] if suffix == "png" or name in OF_TWO else run, out=out)
     content = out.read_bytes()
     if suffix == "png":
         assert content.startswith(b"\x89PNG")
@@ -121,7 +126,7 @@ def test_odd_token_texts_and_names_are_drawn_as_they_are(tmp_path):
 def test_the_smallest_run_can_be_drawn(name, backend):
     tiny = synthetic_run(layers=1, emergence_layer=0, sink_head=(0, 0), heads=1, key_value_heads=1,
                          channels=8, massive_channels=(1, 2), tokens=2, sequences=1)  # fmt: skip
-    canvas = figures.draw(name, tiny, backend=backend)
+    canvas = figures.draw(name, [tiny, tiny] if name in OF_TWO else tiny, backend=backend)
     canvas.to_json() if backend == "plotly" else canvas.canvas.draw()
 
 

@@ -21,6 +21,8 @@ from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
 FIGURES = (
     "activation_surface",
     "channel_map",
+    "channel_map_comparison",
+    "concentration_curves",
     "depth_profile",
     "kurtosis_dynamics",
     "logit_densities",

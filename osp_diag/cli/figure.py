@@ -39,6 +39,8 @@ def run(
       depth_profile       magnitudes and a kurtosis by layer
       activation_surface  |activation| over channel and token (fig2 of the OSP paper)
       channel_map         which channels are hot, layer by layer
+      channel_map_comparison  the channels of two models by layer, and their difference
+      concentration_curves    how much energy sits in how few channels, by layer
       sink_map            which heads are attention sinks, layer by layer
       qk_magnitude        |q| and |k| in a sink head (fig5 of the OSP paper)
       logit_densities     attention logits of the sink key and of others (fig6 of the OSP paper)

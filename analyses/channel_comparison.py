@@ -1,0 +1,305 @@
+"""Two models' channels compared: which are hot, how unevenly energy is spread, and where both differ.
+
+For two runs, two checkpoints, or two steps of one run. Every number is made from ``channel_rms``, the RMS
+of each channel over the tokens of a stratum, relative to the median channel of its layer, so that widths
+and scales may differ (:mod:`analyses.channel_profiles`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.channel_comparison_data import (
+    SiteProfiles,
+    compared_site,
+    hot_channel_table,
+)
+from analyses.channel_comparison_weights import compared_weights
+from osp_diag.errors import StoreError, UsageError
+
+__all__ = ["SIGNIFICANCE", "ChannelComparison", "chosen_step", "compare_channels", "matched_layers"]
+
+SIGNIFICANCE = (
+    "not given: a bootstrap over token batches needs the channel sums of each batch, and a run holds them "
+    "added up over all tokens of a step; probe both models on other tokens too, and compare these runs, to "
+    "see how far the numbers move"
+)
+"""Why no significance stands beside the distances."""
+
+_TOKENS = ("token_fingerprint", "token_source", "tokens", "tokenizer")
+
+
+@dataclass(frozen=True)
+class ChannelComparison:
+    """What :func:`compare_channels` found."""
+
+    data: xr.Dataset
+    """maps, differences, curves, distances and hot channels, each with its definition"""
+    notes: tuple[str, ...]
+    """what could not be compared and why, and what to keep in mind"""
+
+    def text(self) -> str:
+        """A table of the sites, the hot channels of the residual stream, and the notes."""
+        from analyses.channel_comparison_text import text_of
+
+        return text_of(self)
+
+    def netcdf(self) -> bytes:
+        """``data`` as a netCDF file, with the notes among its attributes."""
+        lines = {"models": "\n".join(self.data.attrs["models"]), "notes": "\n".join(self.notes)}
+        # netCDF 3 has no dimension of length 0: without hot channels there is no table of them.
+        empty = [dim for dim, size in self.data.sizes.items() if not size]
+        data = self.data.drop_dims(empty).assign_attrs(lines)
+        # Labels of runs are StringDType, which xarray does not write as netCDF.
+        texts = {
+            name: (array.dims, np.array(array.values.tolist(), dtype=str))
+            for name, array in data.coords.items()
+            if array.dtype.kind in "OT"
+        }
+        content: Any = data.assign_coords(texts).to_netcdf(engine="scipy")
+        return bytes(content)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The distances and hot channels as plain values that JSON knows; maps and curves are left out."""
+        from analyses.channel_comparison_text import plain_values
+
+        return plain_values(self)
+
+
+def compare_channels(
+    first: Any,
+    second: Any,
+    *,
+    step: int | None = None,
+    other_step: int | None = None,
+    stratum: str = "all",
+    sites: Sequence[str] | None = None,
+) -> ChannelComparison:
+    """The channels of two runs, or of two steps of one, site by site and layer by layer.
+
+    Layers are matched by their number where both have the same ones, else by relative depth, going by the
+    layers of the first run. Channels are matched by index (only where widths are equal) and by sorted
+    profile (always).
+
+    Parameters
+    ----------
+    first, second : open runs; the same one twice for two of its steps
+    step : of the first run, and of the second unless ``other_step`` is given; each one's last by default
+    stratum : of which tokens: all, first, delimiter or rest
+    sites : which; by default all that both runs measured by channel
+
+    Returns
+    -------
+    ``data`` has the dimensions ``run`` (two), ``site``, ``layer`` (of the first run; ``other_layer`` is its
+    match), ``channel``, ``k`` and ``width_share``; what a site lacks is NaN. Its attributes say models,
+    steps and stratum.
+
+    Raises
+    ------
+    UsageError : other protocols, or no such step, stratum or site
+    StoreError : the runs have no site in common that was measured by channel
+    """
+    _same_protocol(first, second)
+    steps = (chosen_step(first, step), chosen_step(second, step if other_step is None else other_step))
+    notes = [*_token_notes(first, second, stratum), *_basis_notes(first, second)]
+    parts: list[xr.Dataset] = []
+    for site in _shared_sites(first, second, sites, notes):
+        profiles = [_profiles(run, site, at, stratum) for run, at in zip((first, second), steps, strict=True)]
+        pairs = matched_layers(profiles[0].layers, profiles[1].layers, _depth(first), _depth(second))
+        notes += _site_notes(site, profiles, pairs)
+        if pairs:
+            parts.append(compared_site(profiles[0], profiles[1], pairs))
+    if not parts:
+        raise StoreError(
+            f"the runs of {_name(first)} and {_name(second)} have no layer in common at any site; probe both "
+            "at the same layers"
+        )
+    labels = _labels((first, second), steps)
+    data = xr.concat(parts, "site", join="outer", data_vars="all", coords="minimal", combine_attrs="override")
+    notes += _width_notes(data)
+    weights, about_weights = compared_weights(first, second, steps)
+    data = data.merge(hot_channel_table(data)).merge(weights).assign_coords(run=list(labels))
+    data.attrs = {
+        "title": f"Channels of {labels[0]} and {labels[1]}, {stratum} tokens",
+        "models": [_name(first), _name(second)],
+        "steps": list(steps),
+        "stratum": stratum,
+        "significance": SIGNIFICANCE,
+    }
+    return ChannelComparison(data, tuple(dict.fromkeys(notes + about_weights)))
+
+
+def chosen_step(run: Any, step: int | None) -> int:
+    """The step asked for, the last one by default.
+
+    Raises
+    ------
+    UsageError : the run has no such step
+    StoreError : it has none at all
+    """
+    steps = np.asarray(run.steps)
+    if not steps.size:
+        raise StoreError(f"the run of {_name(run)} holds no probed step; probe first")
+    if step is not None and step not in steps:
+        near = sorted(sorted(steps.tolist(), key=lambda known: abs(known - step))[:3])
+        raise UsageError(
+            f"the run of {_name(run)} has no step {step}; the nearest are {', '.join(map(str, near))}"
+        )
+    return int(steps[-1] if step is None else step)
+
+
+def matched_layers(
+    first: Sequence[int], second: Sequence[int], depth: int | None, other_depth: int | None
+) -> list[tuple[int, int]]:
+    """Pairs of layers: equal numbers in models of equal depth, else the nearest (layer + ½) / depth.
+
+    Single layers (embedding, final norm) match whatever their number. ``depth`` is a model's number of
+    layers; where it is None the layers that were measured count.
+    """
+    if len(first) == len(second) == 1:
+        return [(first[0], second[0])]
+    deep, other_deep = depth or max(first) + 1, other_depth or max(second) + 1
+    if deep == other_deep:
+        return [(layer, layer) for layer in first if layer in set(second)]
+    place = {layer: (layer + 0.5) / other_deep for layer in second}
+    return [(one, min(place, key=lambda other: abs(place[other] - (one + 0.5) / deep))) for one in first]
+
+
+def _profiles(run: Any, site: str, step: int, stratum: str) -> SiteProfiles:
+    rms = run.at(site)["channel_rms"].sel(step=step, drop=True)
+    known = [str(name) for name in rms["stratum"].values]
+    if stratum not in known:
+        raise UsageError(f"the stratum is one of {', '.join(known)}, not {stratum!r}")
+    rms = rms.sel(stratum=stratum, drop=True).transpose("layer", "channel").load()
+    return SiteProfiles(
+        site, [int(layer) for layer in rms["layer"].values], rms.values.astype(np.float64), dict(rms.attrs)
+    )
+
+
+def _same_protocol(first: Any, second: Any) -> None:
+    protocols = [str(run.attrs.get("protocol", "unknown")) for run in (first, second)]
+    if protocols[0] != protocols[1]:
+        raise UsageError(
+            f"the runs of {_name(first)} and {_name(second)} were probed under different protocols, "
+            f"{protocols[0]} and {protocols[1]}: their channels differ whatever the models; probe both under "
+            "one protocol"
+        )
+
+
+def _token_notes(first: Any, second: Any, stratum: str) -> list[str]:
+    """What differs in how the models were fed."""
+    mine, other = first.attrs, second.attrs
+    notes = []
+    differing = [key for key in _TOKENS if mine.get(key) != other.get(key)]
+    if differing:
+        notes.append(
+            f"the runs were fed different tokens ({', '.join(differing)} differ): differences are of models "
+            "and of tokens together"
+        )
+    lengths = [run.attrs.get("sequence_length") for run in (first, second)]
+    if lengths[0] != lengths[1] and stratum == "all":
+        notes.append(
+            f"sequences of {lengths[0]} and {lengths[1]} tokens: first tokens weigh differently in `all`; "
+            "compare the stratum `rest`, too"
+        )
+    for key, said in (("bos", "BOS"), ("dtype", "dtype")):
+        if mine.get(key) != other.get(key):
+            notes.append(f"{said} differs: {mine.get(key, 'unknown')} and {other.get(key, 'unknown')}")
+    return notes
+
+
+def _basis_notes(first: Any, second: Any) -> list[str]:
+    prints = {run.attrs.get("model_fingerprint") for run in (first, second)}
+    paths = {run.path.resolve() for run in (first, second) if run.path is not None}
+    same_run = first is second or (len(paths) == 1 and None not in (first.path, second.path))
+    if same_run or (len(prints) == 1 and None not in prints):
+        return []
+    return [
+        "bases of separately trained models are unrelated: that a channel number is hot in both means "
+        "something only beyond what chance gives (expected_shared_hot_count); sorted profiles compare anyway"
+    ]
+
+
+def _shared_sites(first: Any, second: Any, wanted: Sequence[str] | None, notes: list[str]) -> list[str]:
+    """Sites that both runs measured by channel, in network order; why others are left out goes to notes."""
+    have = [[site for site in run.sites if "channel_rms" in run.at(site)] for run in (first, second)]
+    for site in wanted or ():
+        for run, found in zip((first, second), have, strict=True):
+            if site not in found:
+                reason = run.absent_sites.get(site)
+                raise UsageError(
+                    f"the run of {_name(run)} has no channel_rms at {site!r}"
+                    + (f" ({reason})" if reason else f"; it has {', '.join(found) or 'it nowhere'}")
+                )
+    for run, mine, other in ((second, *have), (first, *have[::-1])):
+        for site in mine if not wanted else ():
+            if site not in other:
+                reason = run.absent_sites.get(site, "it was not probed with channel_moments")
+                notes.append(f"{site} is not compared: the run of {_name(run)} does not hold it ({reason})")
+    shared = [site for site in have[0] if site in have[1] and (not wanted or site in wanted)]
+    if not shared:
+        raise StoreError(
+            f"the runs of {_name(first)} and {_name(second)} have no site in common with channel_rms; probe "
+            "both with the estimator channel_moments"
+        )
+    return shared
+
+
+def _site_notes(site: str, profiles: Sequence[SiteProfiles], pairs: Sequence[tuple[int, int]]) -> list[str]:
+    notes = []
+    for profile in profiles:
+        lost = [
+            layer for layer, row in zip(profile.layers, profile.relative, strict=True) if np.isnan(row).any()
+        ]
+        if lost:
+            notes.append(
+                f"{site}, layers {', '.join(map(str, lost))}: not compared; there are no such tokens, a "
+                "channel is NaN or infinite, or the median channel is 0"
+            )
+    if len(profiles[0].layers) > 1 and any(one != other for one, other in pairs):
+        notes.append("the models have different depths: layers are matched by relative depth (other_layer)")
+        unseen = len(profiles[1].layers) - len({other for _, other in pairs})
+        if unseen:
+            notes.append(
+                f"{unseen} layers of the second model have no match and are left out; to see all of them, "
+                "give the deeper model first"
+            )
+    elif len(pairs) < max(len(profile.layers) for profile in profiles):
+        notes.append(f"{site}: only layers that both runs measured are compared")
+    return notes
+
+
+def _width_notes(data: xr.Dataset) -> list[str]:
+    """Sites of unequal width, in one sentence."""
+    pairs = {str(site): data["width"].sel(site=site).values.astype(int) for site in data["site"].values}
+    said = [f"{site} {pair[0]:,} and {pair[1]:,}" for site, pair in pairs.items() if pair[0] != pair[1]]
+    if not said:
+        return []
+    return [
+        f"widths differ ({', '.join(said)}): there, channels are compared by sorted profile only, on shares "
+        "of the width"
+    ]
+
+
+def _depth(run: Any) -> int | None:
+    depth = run.attrs.get("number_of_layers")
+    return None if depth is None else int(depth)
+
+
+def _name(run: Any) -> str:
+    return str(run.attrs.get("model_name", "unnamed model"))
+
+
+def _labels(runs: tuple[Any, Any], steps: tuple[int, int]) -> tuple[str, str]:
+    """Names that tell the two apart: the model, its step where that differs, or first and second."""
+    names = (_name(runs[0]), _name(runs[1]))
+    if names[0] != names[1]:
+        return names
+    if steps[0] != steps[1]:
+        return (f"{names[0]}, step {steps[0]}", f"{names[1]}, step {steps[1]}")
+    return (f"{names[0]}, first", f"{names[1]}, second")

@@ -1,0 +1,234 @@
+"""A comparison of channels for a terminal, and as plain values."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.channel_profiles import HOT
+from analyses.summary_text import number
+
+if TYPE_CHECKING:
+    from analyses.channel_comparison import ChannelComparison
+
+__all__ = ["plain_values", "text_of"]
+
+_WIDTH = 110
+_NAMED = 6
+"""Channels that a line names."""
+_LISTED = 20
+"""Hot channels of a site and kind that JSON lists."""
+_STREAM = ("residual_post", "residual_mid", "residual_pre", "embedding")
+_DISTANCES = ("profile_distance", "peak_distance", "concentration_distance", "hot_distance")
+
+
+def text_of(comparison: ChannelComparison) -> str:
+    """The table of sites, the hot channels of the residual stream, weights, notes."""
+    data = comparison.data
+    first, second = (str(name) for name in data["run"].values)
+    steps = data.attrs["steps"]
+    head = (
+        f"Channels of {first} (A, step {steps[0]:,}) and {second} (B, step {steps[1]:,}), "
+        f"{data.attrs['stratum']} tokens"
+    )
+    notes = [*comparison.notes, f"significance {data.attrs['significance']}"]
+    lines = [
+        *map(_filled, (head, "", *_verdict(data), "")),
+        *_table(data),
+        "",
+        *map(_filled, (*_hot_lines(data), *_weight_lines(data), "", *(f"Note: {note}." for note in notes))),
+    ]
+    return "\n".join(lines)
+
+
+def _filled(line: str) -> str:
+    return textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False)
+
+
+def _verdict(data: xr.Dataset) -> Iterator[str]:
+    """Where the two differ most."""
+    distance = data["profile_distance"]
+    if not bool(distance.notnull().any()):
+        yield "No layer could be compared; the notes say why."
+        return
+    if float(distance.max()) == 0.0:
+        # Where widths differ there is no difference by index, and NaN keeps this from being said.
+        by_index = abs(data["difference"]).max("channel").where(distance.notnull())
+        same = bool((by_index == 0).sum() == distance.notnull().sum())
+        yield f"The {'channels' if same else 'sorted profiles'} are equal everywhere."
+        return
+    for name, said in (("profile_distance", "sorted profiles"), ("peak_distance", "hottest channels")):
+        site, layer = _largest(data[name])
+        here = data.sel(site=site, layer=layer)
+        peaks = [number(float(value)) for value in here["relative_rms"].max("channel").values]
+        yield (
+            f"The {said} differ most at {site}, layer {layer}: by {number(float(here[name]))} decades; "
+            f"the hottest channel is {peaks[0]} (A) and {peaks[1]} (B) times the median channel"
+        )
+
+
+def _largest(values: xr.DataArray) -> tuple[str, int]:
+    place = values.argmax(...)
+    chosen = values.isel(place)
+    return str(chosen["site"].item()), int(chosen["layer"].item())
+
+
+def _table(data: xr.Dataset) -> list[str]:
+    """One line a site, and what its columns are."""
+    heads = ("site", "peak A", "B", "energy A", "B", "hot A", "B", "shared", "chance", "profiles", "peaks",
+             "curves")  # fmt: skip
+    rows: list[tuple[str, ...]] = [heads]
+    for site in data["site"].values:
+        part = data.sel(site=site)
+        peak = part["relative_rms"].max(("layer", "channel")).values
+        share = part["energy_share"].sel(k=1).max("layer").values
+        hot = part["hot_count"].sum("layer", min_count=1).values
+        shared, chance = (
+            part[name].sum("layer", min_count=1).item()
+            for name in ("shared_hot_count", "expected_shared_hot_count")
+        )
+        distances = [part[name].mean("layer").item() for name in _DISTANCES[:3]]
+        cells = [*map(_cell, peak), *(f"{value:.1%}" for value in share), *map(_count, hot), _count(shared)]
+        rows.append((str(site), *cells, _cell(chance), *(_cell(value, 3) for value in distances)))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+    return [
+        *lines,
+        "Largest over layers: peak (largest channel over the median one), energy in the largest channel.",
+        f"Summed over layers: hot channels (above {HOT:g} medians), those shared by index, and what chance",
+        "gives. Mean over layers: distances of sorted profiles and of peaks (decades), of concentration",
+        "curves (share of energy).",
+    ]
+
+
+def _cell(value: float, digits: int = 0) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.{digits}f}" if digits else number(value)
+
+
+def _count(value: float) -> str:
+    return f"{int(value):,}" if math.isfinite(value) else "-"
+
+
+def _hot_lines(data: xr.Dataset) -> Iterator[str]:
+    """Hot channels of the residual stream: by index, and by height."""
+    site = next((name for name in _STREAM if name in data["site"].values), None)
+    if site is None:
+        return
+    said = [
+        f"{kind.replace('first', 'A').replace('second', 'B')}: {_named(entries)}"
+        for kind, entries in _by_kind(data, site).items()
+        if entries
+    ]
+    yield f"Hot channels of {site}, in any layer: {'; '.join(said) or 'none in either'}"
+    distance = float(data["hot_distance"].sel(site=site).mean("layer"))
+    if said and math.isfinite(distance):
+        yield (
+            f"  matched by height instead of index: the k-th hottest differ by {number(distance)} decades "
+            "(mean over ranks and layers)"
+        )
+
+
+def _by_kind(data: xr.Dataset, site: str) -> dict[str, list[dict[str, Any]]]:
+    """Entries of the table of hot channels by kind, hottest first."""
+    found: dict[str, list[dict[str, Any]]] = {"shared": [], "only first": [], "only second": []}
+    kind, channel = data["hot_kind"].values, data["hot_channel"].values
+    ratio, layers = data["hot_ratio"].values, data["hot_layers"].values
+    for index in np.flatnonzero(data["hot_site"].values == site):
+        found[str(kind[index])].append(
+            {
+                "channel": int(channel[index]),
+                "ratio": [_json(value) for value in ratio[:, index]],
+                "layers": [_json(value) for value in layers[:, index]],
+            }
+        )
+    return found
+
+
+def _named(entries: list[dict[str, Any]]) -> str:
+    return _shown(np.array([entry["channel"] for entry in entries]))
+
+
+def _weight_lines(data: xr.Dataset) -> Iterator[str]:
+    """The largest of each kind of weight, for both."""
+    for name, said in (
+        ("norm_gain_max_median_ratio", "Norm gains of blocks, largest over median"),
+        ("outside_norm_gain_max_median_ratio", "Final norm's gains, largest over median"),
+        ("embedding_row_norm_max_median_ratio", "Rows of embedding and head, largest norm over median"),
+        ("down_projection_row_ratio", "Rows of down projections, max |W| over the columns' mean |W|"),
+    ):
+        if name in data:
+            values = data[name]
+            a, b = values.max([dim for dim in values.dims if dim != "run"]).values
+            yield f"{said}: {_cell(float(a))} (A), {_cell(float(b))} (B)"
+    if "down_projection_row_ratio" in data and "residual_post" in data["site"].values:
+        yield from _rows_behind(data)
+
+
+def _rows_behind(data: xr.Dataset) -> Iterator[str]:
+    """Whether the down projections write the hot channels of the residual stream with unusual rows."""
+    ratio = data["down_projection_row_ratio"].max("weight_layer")
+    for run, letter in enumerate("AB"):
+        mine = (data["hot_site"].values == "residual_post") & (data["hot_layers"].values[run] > 0)
+        hot = data["hot_channel"].values[mine]
+        rows = ratio.isel(run=run)
+        hot = hot[np.isin(hot, rows["output_channel"].values)]
+        if hot.size:
+            yield (
+                f"  of {letter}'s hot channels of residual_post ({_shown(hot)}): largest "
+                f"{_cell(float(rows.sel(output_channel=hot).max()))}, median of all rows "
+                f"{_cell(float(rows.median()))}"
+            )
+
+
+def _shown(channels: np.ndarray) -> str:
+    rest = len(channels) - _NAMED
+    return ", ".join(map(str, channels[:_NAMED])) + (f" and {rest} more" if rest > 0 else "")
+
+
+def plain_values(comparison: ChannelComparison) -> dict[str, Any]:
+    """Distances by site and layer, hot channels, notes; NaN becomes None."""
+    data = comparison.data
+    sites = {}
+    for site in data["site"].values:
+        part = data.sel(site=site)
+        rows = []
+        for layer in part["layer"].values[part["other_layer"].notnull().values]:
+            here = part.sel(layer=layer)
+            rows.append(
+                {"layer": int(layer), "other_layer": int(here["other_layer"])}
+                | {name: _json(float(here[name])) for name in (*_DISTANCES, "hot_jaccard")}
+                | {
+                    name: _json(float(here[name]))
+                    for name in ("shared_hot_count", "expected_shared_hot_count")
+                }
+                | {"hot_count": [_json(value) for value in here["hot_count"].values]}
+                | {"peak_to_median": [_json(value) for value in here["relative_rms"].max("channel").values]}
+            )
+        kinds = _by_kind(data, str(site))
+        sites[str(site)] = {
+            "widths": [int(width) for width in part["width"].values],
+            "layers": rows,
+            "hot_channels": {kind: entries[:_LISTED] for kind, entries in kinds.items()},
+            "hot_channels_in_all": {kind: len(entries) for kind, entries in kinds.items()},
+        }
+    return {
+        **{key: data.attrs[key] for key in ("title", "models", "steps", "stratum", "significance")},
+        "sites": sites,
+        "notes": list(comparison.notes),
+    }
+
+
+def _json(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,82 @@
+"""The weights behind hot channels: norm gains, embedding rows, rows of the down projection."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import xarray as xr
+
+__all__ = ["compared_weights"]
+
+_NORMS, _ROWS, _DOWN = "weights:norm_gain", "weights:embedding_rows", "mlp_down_weight"
+
+_VARIABLES: dict[str, dict[str, str]] = {
+    _NORMS: {
+        "gain_max": "norm_gain_max",
+        "max_median_ratio": "norm_gain_max_median_ratio",
+        "top_share": "norm_gain_top_share",
+        "outside_gain_max": "outside_norm_gain_max",
+        "outside_max_median_ratio": "outside_norm_gain_max_median_ratio",
+        "outside_top_share": "outside_norm_gain_top_share",
+    },
+    _ROWS: {
+        "norm_max": "embedding_row_norm_max",
+        "norm_max_median_ratio": "embedding_row_norm_max_median_ratio",
+        "top_row": "embedding_top_row",
+        "top_row_norm": "embedding_top_row_norm",
+    },
+    _DOWN: {"weight_outlier_row_ratio": "down_projection_row_ratio"},
+}
+"""What is taken of each group, and its name in a comparison."""
+_DIMS = {"layer": "weight_layer", "rank": "row_rank", "matrix": "embedding_matrix"}
+_SAID = {
+    _NORMS: "norm gains",
+    _ROWS: "embedding rows",
+    _DOWN: "rows of the down projection",
+}
+
+
+def compared_weights(first: Any, second: Any, steps: tuple[int, int]) -> tuple[xr.Dataset, list[str]]:
+    """What both runs hold of the weights, side by side on the dimension ``run``; and notes on the rest.
+
+    Layers, norms or rows that one run lacks are NaN. Rows of the output projection of attention are in no
+    run; those of the down projection are where the site ``mlp_down_weight`` was probed.
+    """
+    parts, missing = [], {}
+    for group, names in _VARIABLES.items():
+        found = [_group(run, group, names, step) for run, step in zip((first, second), steps, strict=True)]
+        present = [part for part in found if part is not None]
+        if len(present) < 2:
+            missing[_SAID[group]] = group
+            continue
+        shared = [name for name in present[0].data_vars if name in present[1].data_vars]
+        parts.append(
+            xr.concat(
+                [part[shared] for part in present],
+                "run",
+                join="outer",
+                data_vars="all",
+                coords="minimal",
+                compat="override",
+                combine_attrs="override",
+            )
+        )
+    notes = []
+    if missing:
+        said = "; ".join(f"{name} ({group})" for name, group in missing.items())
+        notes.append(
+            f"weights not compared, for not both runs hold them: {said}; training runs do, and the rest "
+            "needs the checkpoints"
+        )
+    return xr.merge(parts, compat="override", join="outer", combine_attrs="drop"), notes
+
+
+def _group(run: Any, group: str, names: dict[str, str], step: int) -> xr.Dataset | None:
+    if group not in run.sites:
+        return None
+    dataset = run.at(group)
+    held = {name: new for name, new in names.items() if name in dataset}
+    if not held:
+        return None
+    chosen = dataset[list(held)].sel(step=step, drop=True).load().rename(held)
+    return chosen.rename({old: new for old, new in _DIMS.items() if old in chosen.dims})

@@ -1,0 +1,120 @@
+"""Profiles of channels that can be compared between models of different width and scale.
+
+s_j is the RMS of channel j over tokens (``channel_rms``). Two things make profiles comparable: s_j is
+divided by the lower median channel of its layer, and channels are counted in shares of the width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Float
+from scipy.stats import wasserstein_distance
+
+from osp_diag.estimators.neuron_kurtosis import relative_energy
+
+__all__ = [
+    "HOT",
+    "SMALLEST",
+    "concentration_curve",
+    "concentration_distance",
+    "decades",
+    "hot_channels",
+    "hot_distance",
+    "peak_distance",
+    "profile_distance",
+    "relative_rms",
+    "top_profile",
+]
+
+HOT = 5.0
+"""A channel is hot where its RMS exceeds so many times the median channel of its layer."""
+SMALLEST = 1e-6
+"""Channels below this share of the median count as so large: a dead channel has no logarithm."""
+
+
+def relative_rms(rms: Float[np.ndarray, "*layers channel"]) -> Float[np.ndarray, "*layers channel"]:
+    """s_j / median_k s_k, the lower median over the channels of a layer.
+
+    NaN throughout a layer whose median is 0, or in which a channel is NaN or infinite.
+    """
+    median = np.sort(rms, axis=-1)[..., (rms.shape[-1] - 1) // 2, None]
+    fine = np.isfinite(rms).all(axis=-1, keepdims=True) & (median > 0)
+    return np.divide(rms, median, out=np.full_like(rms, np.nan, dtype=np.float64), where=fine)
+
+
+def decades(relative: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
+    """log10 of relative RMS, not below log10 of ``SMALLEST``."""
+    return np.log10(np.maximum(relative, SMALLEST))
+
+
+def hot_channels(relative: Float[np.ndarray, "*any"]) -> Bool[np.ndarray, "*any"]:
+    """Which channels exceed ``HOT`` times the median channel of their layer."""
+    return relative > HOT
+
+
+def profile_distance(first: Float[np.ndarray, " a"], second: Float[np.ndarray, " b"]) -> float:
+    """Wasserstein-1 distance between two layers' channels on the scale log10 (s_j / median), in decades.
+
+    ∫₀¹ |Q_A(u) − Q_B(u)| du with the quantile functions Q of both sets of channels: by how many decades
+    the sorted profiles differ on average. 0 if and only if they are equal; neither the order of channels,
+    nor the scale, nor the width matters. Relative RMS goes in; NaN where either has any.
+    """
+    if np.isnan(first).any() or np.isnan(second).any():
+        return float("nan")
+    return float(wasserstein_distance(decades(first), decades(second)))
+
+
+def peak_distance(first: Float[np.ndarray, " a"], second: Float[np.ndarray, " b"]) -> float:
+    """|log10 max_j (s_j / median)_A − the same of B|, in decades: the hottest channels alone.
+
+    In the profile distance one channel in thousands has next to no weight; here it has all.
+    """
+    return float(abs(decades(first.max()) - decades(second.max())))
+
+
+def hot_distance(first: Float[np.ndarray, " a"], second: Float[np.ndarray, " b"]) -> float:
+    """Mean of |log10 r_A(k) − log10 r_B(k)| over the ranks k at which either model has a hot channel.
+
+    r(k) is the k-th largest s_j / median, so hot channels are matched by height, not by index. In decades;
+    0 where neither has a hot channel, NaN where a profile is.
+    """
+    if np.isnan(first).any() or np.isnan(second).any():
+        return float("nan")
+    count = max(int(hot_channels(first).sum()), int(hot_channels(second).sum()))
+    count = min(count, len(first), len(second))
+    if not count:
+        return 0.0
+    heights = [decades(np.sort(values)[::-1][:count]) for values in (first, second)]
+    return float(np.abs(heights[0] - heights[1]).mean())
+
+
+def concentration_curve(
+    rms: Float[np.ndarray, "*layers channel"],
+) -> Float[np.ndarray, "*layers count"]:
+    """C(k), the share of Σ_j s_j² in the k largest channels, for k = 0 … d; k/d if every channel is 0."""
+    share = np.asarray(relative_energy(rms**2)) / rms.shape[-1]
+    total = np.cumsum(np.sort(share, axis=-1)[..., ::-1], axis=-1)
+    curve = np.concatenate([np.zeros_like(total[..., :1]), total], axis=-1)
+    return np.minimum(curve, 1.0)
+
+
+def concentration_distance(first: Float[np.ndarray, " a"], second: Float[np.ndarray, " b"]) -> float:
+    """max over u of |C_A(u) − C_B(u)|, where C(u) is the share of energy in the largest u·d channels.
+
+    Between whole channels C is linear (it is a Lorenz curve from the top), so the maximum lies at a whole
+    channel of one of the two. In [0, 1]; concentration curves of :func:`concentration_curve` go in.
+    """
+    shares = [np.linspace(0, 1, len(curve)) for curve in (first, second)]
+    every = np.union1d(*shares)
+    difference = np.interp(every, shares[0], first) - np.interp(every, shares[1], second)
+    return float(np.abs(difference).max())
+
+
+def top_profile(
+    relative: Float[np.ndarray, "*layers channel"], shares: Float[np.ndarray, " share"]
+) -> Float[np.ndarray, "*layers share"]:
+    """The sorted profile: s_j / median of the ⌈u·d⌉-th largest channel for each share u of the width."""
+    d = relative.shape[-1]
+    # Rounded, so that u = k/d, which is seldom exact, is channel k and not the next one.
+    place = np.clip(np.ceil(np.round(shares * d, 9)).astype(int) - 1, 0, d - 1)
+    return np.sort(relative, axis=-1)[..., ::-1][..., place]
