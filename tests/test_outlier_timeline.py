@@ -80,6 +80,13 @@ def test_long_runs_are_pooled_and_keep_their_spikes():
     assert "the maximum over neighbouring probed steps, 30 in all" in found.attrs["caption"]
 
 
+@pytest.mark.parametrize(("width", "rotation"), [("two-column", 0), ("one-column", 90)])
+def test_long_steps_are_turned_only_where_they_would_touch(width, rotation):
+    run = emerging_run(Training(steps=range(0, 90000, 1500), courses={}, sites=SITES))
+    figure = figures.draw("outlier_timeline", run, backend="matplotlib", width=width, draws=0)
+    assert {label.get_rotation() for label in figure.axes[0].get_xticklabels()} == {rotation}
+
+
 def test_it_has_the_recipes_names():
     runs = [training_run("Adam", [0.1, 0.2, 1, 4, 8, 16]), training_run("OSP", [0.1] * 6)]
     found = data(runs, draws=5)

@@ -203,7 +203,9 @@ class Panel:
             for label in target.get_ticklabels():
                 label.set_horizontalalignment("left")
         elif axis == "x" and longest > 4:
-            self.axes.tick_params(axis="x", labelrotation=90)
+            inches = self.axes.figure.get_figwidth() * 0.8 / self.axes.get_gridspec().ncols
+            if (longest + 1) * len(texts) * 0.62 * 8 / _INCH > inches:
+                self.axes.tick_params(axis="x", labelrotation=90)
 
     @_under_style
     def marks(self, x: Sequence[float], texts: Sequence[str]) -> None:
