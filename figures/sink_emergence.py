@@ -106,6 +106,6 @@ def _spread(count: int) -> list[int]:
 
 def _dots(panel: Panel, emerged: np.ndarray, steps: np.ndarray, style: Style) -> None:
     heads = np.flatnonzero(np.isfinite(emerged))
-    if heads.size:
+    if heads.size and len(steps) > 1:  # of one step nobody can say what came before
         places = np.searchsorted(steps, emerged[heads]).astype(float)
         panel.scatter(places, heads.astype(float), label="", colour=style.palette[-1])

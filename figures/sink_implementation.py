@@ -114,21 +114,24 @@ def _of_run(found: xr.Dataset, run: Any, layer: int | None, head: int | None) ->
 
 
 def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
-    """A row a run: by channel left, by frequency right."""
-    runs = dataset.sizes["run"]
-    canvas = backend.canvas(runs, 2, width=style.widths[width], height=2.3 * runs, style=style)
+    """A row a run: by channel left, by frequency right; one under the other in a narrow figure."""
+    runs, inches = dataset.sizes["run"], style.widths[width]
+    stacked = inches < 5
+    rows = runs * 2 if stacked else runs
+    canvas = backend.canvas(rows, 1 if stacked else 2, width=inches, height=2.3 * rows, style=style)
     for row in range(runs):
         part = dataset.isel(run=row)
         values = part["frequency"].values
         left = canvas.panel(
-            row,
-            0,
+            *((2 * row, 0) if stacked else (row, 0)),
             title=str(part["run"].item()),
             x_label=f"channel of layer {int(part['layer'])}, head {int(part['head'])}",
             y_label=f"part of the sink logit\n{dataset.attrs['contribution']}",
         )
         right = canvas.panel(
-            row, 1, title=str(part["kind"].item()), x_label=_frequency_label(part["wavelength"].values)
+            *((2 * row + 1, 0) if stacked else (row, 1)),
+            title=str(part["kind"].item()),
+            x_label=_frequency_label(part["wavelength"].values),
         )
         _bars(left, part["channel"].values, style.palette[0])
         _bars(right, values, style.palette[1])

@@ -197,7 +197,8 @@ def test_its_heads_sink_by_alignment_in_few_slow_channels(run):
     assert medians["channels_90"] == 4
     assert medians["norm_factor"] == pytest.approx(0.27, abs=0.02)
     assert float(found["frequency_position"].where(sinks).min()) > 0.75
-    # Sinks come with the massive activation of block 11, but a few are there before it.
+    # They begin in the layer that first reads the massive activation; the last outlive it.
+    assert int(found["layer"][sinks.any("head")].min()) == BORN + 1
     assert int((sinks & (found["residual_massive"] > 0)).sum()) == pytest.approx(125, abs=3)
 
 
