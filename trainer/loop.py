@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import xarray as xr
 from torch import Tensor, nn
 
 from osp_diag.errors import DivergenceError
@@ -30,6 +29,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import TrainConfig
 from trainer.data import Batch, Prefetched, TrainingData, open_data
+from trainer.data.batch import IGNORED
 from trainer.devices import device_of, memory_told
 from trainer.divergence import Watch, first_bad_tensor
 from trainer.headline import headline
@@ -44,7 +44,6 @@ from trainer.parallel import (
     distribute,
     first_of_ranks,
     rank_and_ranks,
-    reshard,
     summed,
     whole,
 )
@@ -187,15 +186,11 @@ class Training:
             self.data,
             out,
             attributes=run_attributes(self.config, self.data, self.optimizers),
-            beside=self._evidence,
+            beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
             autocast=self._autocast,
             resume=resume,
             overwrite=overwrite,
         )
-
-    def _evidence(self) -> dict[str, xr.Dataset]:
-        reshard(self.model)
-        return optimizer_evidence(unwrap(self.model), self.optimizers)
 
     def _restore(self, saved: Saved) -> None:
         tensors = self._tensors()
@@ -283,7 +278,7 @@ class Training:
     def _gradients(self, batch: Batch) -> Tensor:
         """Accumulate the gradients of one batch; returns the mean loss over all ranks' tokens."""
         micro = list(self._micro_batches(batch))
-        labelled = torch.stack([(part.labels >= 0).sum() for part in micro])
+        labelled = torch.stack([(part.labels != IGNORED).sum() for part in micro])
         everyone = summed(labelled.sum().float())
         losses = []
         for number, part in enumerate(micro):

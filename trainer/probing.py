@@ -14,25 +14,16 @@ from torch import Tensor, nn
 from osp_diag.errors import UsageError
 from osp_diag.probing.feeding import Feeding
 from osp_diag.probing.identity import token_attributes
-from osp_diag.probing.schedule import Schedule, dense_early
 from osp_diag.probing.session import Probe
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import make_batches
-from trainer.config import ProbeConfig, TrainConfig
+from trainer.config import TrainConfig
 from trainer.data import TrainingData
+from trainer.data.batch import IGNORED
 from trainer.parallel import summed
+from trainer.probe_schedule import due_steps
 
-__all__ = ["RunProbe", "due_steps"]
-
-IGNORED = -100
-
-
-def due_steps(config: ProbeConfig, last: int) -> Schedule:
-    """Which steps are probed: dense early, sparser later, and the last one; none where ``every`` is 0."""
-    if config.every == 0:
-        return lambda step: False
-    regular = dense_early(every=config.every, dense_until=config.dense_until, dense_every=config.dense_every)
-    return lambda step: step == last or regular(step)
+__all__ = ["RunProbe"]
 
 
 class RunProbe:

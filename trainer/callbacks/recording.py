@@ -17,7 +17,7 @@ from osp_diag.probing.asked import Asked
 from osp_diag.probing.feeding import Feeding
 from osp_diag.probing.identity import token_attributes
 from osp_diag.probing.ranks import is_first_rank
-from osp_diag.probing.schedule import Schedule, dense_early, schedule_of
+from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.session import Probe
 from osp_diag.run import Run, open_run
 from osp_diag.sites.trace import unwrap
@@ -25,6 +25,7 @@ from osp_diag.tokens import TokenBatches, make_batches
 from trainer.config import ProbeConfig
 from trainer.headline import headline
 from trainer.loggers import Logger, open_loggers
+from trainer.probe_schedule import due_steps
 
 __all__ = ["HeldOut", "Options", "Recording"]
 
@@ -246,9 +247,7 @@ class Recording:
     def _schedule(self, last: int | None) -> Schedule:
         if self.every is not None:
             return schedule_of(self.every)
-        usual = ProbeConfig()
-        regular = dense_early(every=usual.every, dense_until=usual.dense_until, dense_every=usual.dense_every)
-        return lambda step: step == last or regular(step)
+        return due_steps(ProbeConfig(), last)
 
     def _held_out(self, model: nn.Module, tokenizer: Any) -> TokenBatches:
         if isinstance(self.held_out, TokenBatches):

@@ -25,6 +25,7 @@ from trainer.optimizers.concentration import (
 from trainer.optimizers.routing import named_parameters, role_of
 from trainer.optimizers.sharding import local
 from trainer.optimizers.squares import SquareSums, of_parameters, of_whole, sums
+from trainer.parallel import reshard
 
 __all__ = ["optimizer_evidence"]
 
@@ -71,6 +72,7 @@ def optimizer_evidence(model: nn.Module, optimizers: Optimizers) -> dict[str, xr
     One transfer to the host a group. Where parameters are sharded every rank has to call this: sums over rows
     and columns are exchanged, and projections gathered whole.
     """
+    reshard(model)
     named = named_parameters(model)
     matrices = {name: value for name, value in named.items() if value.ndim == 2}
     trained = {name: value for name, value in matrices.items() if value.requires_grad}
