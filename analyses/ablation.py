@@ -23,12 +23,11 @@ from osp_diag.estimators import STRATA
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.probing.checkpoint import probe_checkpoint
 from osp_diag.run import Run
+from osp_diag.run_display import HIDDEN_STATES
 from osp_diag.tokens import PROTOCOLS, make_batches
 
 __all__ = ["ablation_table", "as_markdown", "as_text"]
 
-HIDDEN_STATES = ("embedding", "residual_post", "final_norm")
-"""The tensors that the OSP script averages over."""
 MAXIMUM_SITES = ("residual_post", "mlp_hidden")
 WEIGHT_BITS = ACTIVATION_BITS = 4
 SINK_POSITION = 0

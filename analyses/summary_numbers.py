@@ -16,6 +16,7 @@ import xarray as xr
 from analyses.network_order import network_order
 from osp_diag.estimators.magnitude_outliers import outlier_features
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.run_display import HIDDEN_STATES
 
 EPSILON = 0.3
 """of the sink rate: Gu et al. 2025"""
@@ -43,11 +44,7 @@ def hidden_states(sites: Mapping[str, xr.Dataset]) -> tuple[list[xr.DataArray], 
     block's output has been replaced by. A model without a final norm ends with that output itself.
     """
     name = "osp_excess_kurtosis"
-    have = {
-        site: sites[site][name]
-        for site in ("embedding", "residual_post", "final_norm")
-        if site in sites and name in sites[site]
-    }
+    have = {site: sites[site][name] for site in HIDDEN_STATES if site in sites and name in sites[site]}
     missing = [site for site in ("embedding", "residual_post") if site not in have]
     if missing:
         return [], f"{name} was not measured at {' and '.join(missing)}, so there is no headline number"

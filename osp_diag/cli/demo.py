@@ -89,8 +89,8 @@ def _check_folder(out: Path) -> None:
 def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[str, Run]:
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.checkpoints.wheel import WHEELS
-    from osp_diag.cli.probe_protocols import HIDDEN_STATES
     from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar, working
+    from osp_diag.run_display import HIDDEN_STATES
     from osp_diag.tokens import make_batches
 
     try:

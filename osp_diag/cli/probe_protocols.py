@@ -8,12 +8,10 @@ from typing import Any
 from osp_diag.checkpoints import Checkpoint
 from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar
 from osp_diag.run import Run
+from osp_diag.run_display import HIDDEN_STATES
 from osp_diag.tokens import make_batches
 
-__all__ = ["HIDDEN_STATES", "measure"]
-
-HIDDEN_STATES = ("embedding", "residual_post", "final_norm")
-"""The tensors that the OSP script averages over."""
+__all__ = ["measure"]
 
 
 def measure(
