@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from machine import machine
@@ -29,8 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from osp_diag.probing import Probe
 from trainer.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from trainer.model import Llama
-from trainer.optimizers import build_optimizer
-from trainer.presets import with_recipe
+from trainer.optimizers import build_optimizer, route
 from trainer.throughput import peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -109,21 +108,22 @@ class Bench:
             torch.cuda.synchronize()
 
 
-def our_optimizer(bench: Bench, recipe: str) -> tuple[Callable[[], None], Callable[[], int]]:
-    """A step of the optimizer that a recipe gets, on the benchmark's parameters; its state's bytes."""
-    config = with_recipe(bench.config, recipe) if recipe != "osp" else bench.config
-    # The model is OSP's; only the optimizer changes, with a rate at which nothing moves far.
-    optimizer = OptimizerConfig(name=config.optimizer.name, lr=1e-9)
+def our_optimizer(
+    bench: Bench, name: Literal["muon", "adamw"]
+) -> tuple[Callable[[], None], Callable[[], int]]:
+    """A step of one of our optimizers on the benchmark's parameters, and its state's bytes."""
+    # A rate at which nothing moves far.
+    optimizer = OptimizerConfig(name=name, lr=1e-9)
     chosen = TrainConfig(model=bench.config.model, optimizer=optimizer)
     optimizers = build_optimizer(bench.model, chosen)
     optimizers.set_learning_rate(1.0)
-    return optimizers.step, lambda: _bytes(optimizers.state_dict())
+    return optimizers.step, lambda: optimizers.state_bytes
 
 
 def torch_muon(bench: Bench) -> tuple[Callable[[], None], Callable[[], int]]:
     """torch's own Muon on the same matrices, with fused AdamW on the rest."""
-    routing = build_optimizer(bench.model, TrainConfig(model=bench.config.model)).groups
-    hidden = {name for group, entries in routing.items() if group.startswith("muon") for name, _ in entries}
+    routes = route(bench.model, TrainConfig(model=bench.config.model)).routes
+    hidden = {found.name for found in routes if found.optimizer == "muon"}
     named = dict(bench.model.named_parameters())
     muon = torch.optim.Muon(
         [named[name] for name in named if name in hidden and named[name].ndim == 2],
@@ -204,8 +204,8 @@ def probed(bench: Bench, folder: Path) -> Timed:
 
 def measure(bench: Bench, rounds: int, *, compiled: bool, with_peer: bool, folder: Path) -> dict[str, Any]:
     """Time everything, interleaved."""
-    ours, our_bytes = our_optimizer(bench, "osp")
-    adam, adam_bytes = our_optimizer(bench, "adam")
+    ours, our_bytes = our_optimizer(bench, "muon")
+    adam, adam_bytes = our_optimizer(bench, "adamw")
     theirs, their_bytes = torch_muon(bench)
     timed = {
         "pass": Timed("forward and backward", bench.forward_and_backward),
