@@ -139,3 +139,16 @@ def odd_model(**options: Any) -> OddModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return OddModel(**options).eval()
+
+
+class FusedEncoder(nn.Module):
+    """torch's own encoder, whose layers have a fused path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(50, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.encoder(self.words(ids))

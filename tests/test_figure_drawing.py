@@ -18,21 +18,7 @@ from figures.backend import none
 from figures.styles import load_style
 from osp_diag.errors import StoreError, UsageError
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
-
-FIGURES = (
-    "activation_surface",
-    "channel_map",
-    "channel_map_comparison",
-    "concentration_curves",
-    "depth_profile",
-    "kurtosis_dynamics",
-    "logit_densities",
-    "outlier_timeline",
-    "qk_magnitude",
-    "sink_emergence",
-    "sink_implementation",
-    "sink_map",
-)
+from tests.test_figures import FIGURES
 
 OF_TWO = ("channel_map_comparison",)
 """Figures that take two runs, or two steps of one."""

@@ -20,7 +20,7 @@ from osp_diag.capture import attention_measuring, collector
 from osp_diag.errors import CaptureError, SiteError
 from tests.attention_reference import no_trace
 from tests.families import FAMILIES
-from tests.site_reference import OddBlock, built, odd_model
+from tests.site_reference import FusedEncoder, OddBlock, built, odd_model
 
 SEVERAL = [
     "llama",
@@ -170,17 +170,7 @@ def test_selective_checkpointing_keeps_the_models_own_products() -> None:
 
 
 def test_fused_encoder_layers_are_noted_and_measured() -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words = nn.Embedding(50, 16)
-            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.encoder(self.words(ids))
-
-    model, ids = Encoder().eval(), torch.arange(20).reshape(2, 10)
+    model, ids = FusedEncoder().eval(), torch.arange(20).reshape(2, 10)
     probe = Probe(model)
     with torch.no_grad():
         expected = model(ids)

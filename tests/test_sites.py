@@ -14,7 +14,7 @@ from osp_diag.errors import SiteError
 from osp_diag.sites import DEFAULT_SITES, find_sites
 from tests.attention_reference import dense_weights, no_trace
 from tests.families import FAMILIES, Family
-from tests.site_reference import Captured, OddModel, built, capture_sites, odd_model, sites_of
+from tests.site_reference import Captured, FusedEncoder, OddModel, built, capture_sites, odd_model, sites_of
 
 EVERY = [pytest.param(family, id=family.name) for family in FAMILIES.values()]
 ATTENTIVE = [p for p in EVERY if p.values[0].has_attention]
@@ -506,17 +506,7 @@ def test_a_model_that_needs_an_example_says_so() -> None:
 
 
 def test_attention_inside_fused_encoder_layers_is_found() -> None:
-    class Encoder(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.words = nn.Embedding(50, 16)
-            layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
-
-        def forward(self, ids: Tensor) -> Tensor:
-            return self.encoder(self.words(ids))
-
-    sites = find_sites(Encoder().eval())
+    sites = find_sites(FusedEncoder().eval())
     assert sites.attention_layers == (0, 1)
     assert not sites.causal_layers
     assert any("leaves its fused inference path while probed" in note for note in sites.notes)
