@@ -82,8 +82,7 @@ class Bench:
         self.model = Llama(model).to(self.device)
         self.ids = torch.randint(3, model.vocabulary_size, (micro or batch, length + 1), device=self.device)
         if compiled:
-            for block in self.model.blocks:
-                block.compile()
+            self.model.compile_parts()
         self.forward_and_backward()
 
     @property

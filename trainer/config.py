@@ -350,7 +350,8 @@ class TrainConfig:
     seed : of the initial weights; ``data.seed`` decides the order of the data
     dtype : ``bfloat16`` runs matrices under autocast; weights and optimizer stay float32
     device : ``auto``, ``cpu``, ``cuda``
-    compile, activation_checkpointing : of the blocks
+    compile : blocks and loss
+    activation_checkpointing : of the blocks
     log_every : scalars (loss, learning rate, norms, throughput) are recorded every so many steps
     """
 

@@ -176,8 +176,7 @@ class Training:
         blocks = model.blocks
         self.model: nn.Module = distribute(model, blocks, self.config, self.device)
         if self.config.compile:
-            for block in blocks:
-                block.compile()
+            model.compile_parts()
 
     def _attach_probe(self, out: Path, *, resume: bool, overwrite: bool) -> RunProbe:
         return RunProbe(

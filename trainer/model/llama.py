@@ -105,6 +105,25 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
+class CrossEntropy(nn.Module):
+    """−log p(label), mean over labelled positions, in float32.
+
+    A module, so that it can be compiled: one kernel then reads the logits as they are, where one operation
+    after another writes float32 copies of what is the largest array of a training step.
+    """
+
+    def forward(
+        self,
+        logits: Float[Tensor, "sequence position vocabulary"],
+        labels: Int[Tensor, "sequence position"],
+    ) -> Float[Tensor, ""]:
+        total = functional.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+        )
+        # A micro-batch may have no labelled position, and must not make a NaN of the others.
+        return total / (labels != IGNORED).sum().clamp(min=1)
+
+
 class Llama(nn.Module):
     """A causal language model.
 
@@ -130,6 +149,7 @@ class Llama(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocabulary_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.cross_entropy = CrossEntropy()
         self.initialise()
 
     @torch.no_grad()
@@ -148,6 +168,11 @@ class Llama(nn.Module):
     def blocks(self) -> nn.ModuleList:
         """The blocks, as units of compilation and sharding."""
         return self.model.layers
+
+    def compile_parts(self) -> None:
+        """Compile each block, all of which share one graph, and the loss."""
+        for part in (*self.blocks, self.cross_entropy):
+            part.compile()
 
     def set_activation_checkpointing(self, on: bool) -> None:
         """Keep of each block only its input, and run it once more in the backward pass (non-reentrant)."""
@@ -196,14 +221,4 @@ class Llama(nn.Module):
         if self.unembedding_projection is not None:
             x = self.unembedding_projection(x)
         logits = self.lm_head(x)
-        return LlamaOutput(None if labels is None else _cross_entropy(logits, labels), logits)
-
-
-def _cross_entropy(
-    logits: Float[Tensor, "sequence position vocabulary"], labels: Int[Tensor, "sequence position"]
-) -> Float[Tensor, ""]:
-    """Mean over labelled positions. A micro-batch may have none, and must not make a NaN of the others."""
-    total = functional.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return total / (labels != IGNORED).sum().clamp(min=1)
+        return LlamaOutput(None if labels is None else self.cross_entropy(logits, labels), logits)
