@@ -31,7 +31,12 @@ VOCABULARY = "vocabulary"
 TOKEN_UNIT = "token id"
 """The units of variables that name tokens by their ids."""
 
-_NOT_SITES = ("raw", "snapshot", "series", VOCABULARY)
+WEIGHT_MAP = "weight_map"
+"""The group that holds maps of |W|, one group a projection."""
+QUANTIZATION = "quantization"
+"""The group that holds results at few bits."""
+
+_NOT_SITES = ("raw", "snapshot", "series", VOCABULARY, WEIGHT_MAP, QUANTIZATION)
 _SUMMARY = (
     "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
     "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens", "dtype", "device",
@@ -251,6 +256,22 @@ class Run:
             key: value for key, value in known.items() if value.sizes["token"] == dataset.sizes.get("token")
         }
         return dataset.assign_coords(fitting)
+
+    @property
+    def weight_maps(self) -> list[str]:
+        """The projections of which the run holds a map of |W|, by their path within a block."""
+        group = self.tree.children.get(WEIGHT_MAP)
+        return [] if group is None else list(group.children)
+
+    def weight_map(self, name: str) -> xr.Dataset:
+        """|W| of a projection: ``weight`` (layer, output_cell, input_cell), maxima of cells, and of every
+        row and column exactly (:func:`osp_diag.capture.weight_maps.weight_maps`)."""
+        if name not in self.weight_maps:
+            raise StoreError(
+                f"{self._where} has no map of the weights {name!r}; "
+                + _nearest(name, self.weight_maps, "run.weight_maps lists them")
+            )
+        return self.tree.children[WEIGHT_MAP].children[name].to_dataset(inherit=False)
 
     @property
     def series(self) -> xr.Dataset:

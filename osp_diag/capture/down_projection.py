@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from osp_diag.capture.experts import DOWN_NAMES
 
-__all__ = ["down_projection"]
+__all__ = ["down_projection", "fetched", "whole_weight"]
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,14 +35,14 @@ def down_projection(
     A view if it can be one: rows are output channels. Text that says why not, where the weight is packed or
     quantised, or does not tell its rows from its columns.
     """
-    with _fetched(module):
+    with fetched(module):
         stacked = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if stacked:
             return _of_experts(module, stacked, hidden.shape[-1])
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             return f"its projection ({type(module).__name__}) has no weight of its own"
-        whole = _whole(weight)
+        whole = whole_weight(weight)
         if isinstance(whole, str):
             return whole
         width = hidden.shape[-1]
@@ -60,7 +60,7 @@ def _of_experts(module: nn.Module, stacked: dict[str, nn.Parameter], width: int)
         return (
             f"of its experts' parameters ({', '.join(stacked)}) not one alone is named as a down projection"
         )
-    whole = _whole(named[0])
+    whole = whole_weight(named[0])
     if isinstance(whole, str):
         return whole
     _, left, right = whole.shape
@@ -75,7 +75,7 @@ def _of_experts(module: nn.Module, stacked: dict[str, nn.Parameter], width: int)
     return whole.transpose(1, 2) if transposed else whole
 
 
-def _whole(weight: Tensor) -> Tensor | str:
+def whole_weight(weight: Tensor) -> Tensor | str:
     """The plain tensor behind a parameter; what is sharded by DTensor is gathered, on all its ranks alike."""
     if hasattr(weight, "full_tensor"):
         weight = weight.full_tensor()
@@ -89,7 +89,7 @@ def _whole(weight: Tensor) -> Tensor | str:
 
 
 @contextmanager
-def _fetched(module: nn.Module) -> Iterator[None]:
+def fetched(module: nn.Module) -> Iterator[None]:
     """Within, weights that a device map of accelerate keeps on the host or on disk are at hand."""
     if not any(p.is_meta for p in module.parameters(recurse=False)):
         yield

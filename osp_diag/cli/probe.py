@@ -35,6 +35,7 @@ def run(
     estimators: tuple[str, ...] = (),
     name_site: tuple[str, ...] = (),
     blocks: str | None = None,
+    weights: tuple[str, ...] = (),
     out: Path | None = None,
     overwrite: bool = False,
     without_raw: bool = False,
@@ -68,6 +69,9 @@ def run(
         estimators: which estimators, by name; `osp-diag estimators` lists them.
         name_site: SITE=MODULE_PATTERN[:input|:output] where a site is not found, '*' standing for the layer.
         blocks: path of the list of blocks, where it is not found.
+        weights: projections whose |W| is kept for the figure weight_surface, such as 'mlp.*' or
+            'model.layers.7.*'; by default those that write into the residual stream, of the first, middle
+            and last block; `none` for none.
         out: the run to write, a folder ending in .zarr.
         overwrite: replace a run that is already there.
         without_raw: leave out the sums behind the numbers, by which later definitions apply to this run.
@@ -124,7 +128,13 @@ def run(
                 "blocks": blocks,
                 "compile": {"auto": "auto", "yes": True, "no": False}[compile],
             },
-            main={"out": out, "overwrite": overwrite, "keep_raw": not without_raw, "snapshot_tokens": 64},
+            main={
+                "out": out,
+                "overwrite": overwrite,
+                "keep_raw": not without_raw,
+                "snapshot_tokens": 64,
+                "weights": () if weights == ("none",) else weights or None,
+            },
         )
         if not is_first_rank():
             return 0

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import xarray as xr
 from torch import nn
 
+from osp_diag.capture.weight_maps import weight_maps
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
 from osp_diag.errors import CaptureError, UsageError
 from osp_diag.estimators.base import Estimator
@@ -23,7 +24,8 @@ from osp_diag.probing.identity import model_attributes, token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank, on_first_rank
 from osp_diag.probing.saving import check_out
 from osp_diag.probing.session import Probe
-from osp_diag.run import Run, open_run
+from osp_diag.run import WEIGHT_MAP, Run, open_run
+from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
 
 __all__ = ["joined_ranks", "probe", "probe_checkpoint", "progress_bar", "working"]
@@ -43,6 +45,7 @@ def probe(
     estimators: Sequence[str | Estimator] | None = None,
     blocks: str | None = None,
     named_sites: Mapping[str, str] | None = None,
+    weights: Sequence[str] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     keep_raw: bool = True,
@@ -70,6 +73,7 @@ def probe(
     sites, estimators, blocks, named_sites, keep_raw, compile : see :class:`osp_diag.Probe`
     out : where to write the run, a folder ending in .zarr; None keeps it in memory
     snapshot_tokens : positions of the first sequence whose raw activations are kept for pictures
+    weights : projections whose |W| is kept for pictures, see :func:`probe_checkpoint`
 
     Returns
     -------
@@ -116,6 +120,7 @@ def probe(
             estimators=chosen,
             blocks=blocks,
             named_sites=named_sites,
+            weights=weights,
             keep_raw=keep_raw,
             snapshot_tokens=snapshot_tokens,
             compile=compile,
@@ -131,9 +136,14 @@ def probe_checkpoint(
     out: str | Path | None = None,
     overwrite: bool = False,
     step: int = 0,
+    weights: Sequence[str] | None = None,
     **options: Any,
 ) -> Run:
     """Probe an opened checkpoint on tokens in hand; ``options`` are those of :class:`osp_diag.Probe`.
+
+    ``weights`` names, with ``*``, projections of which a map of |W| is kept, as ``mlp.down_proj`` or
+    ``model.layers.3.*``. None stands for those that write into the residual stream in the first, middle and
+    last block, or for none where only some ``sites`` are asked for; () for none.
 
     Ctrl-C writes what was measured until then, notes on the exception where it is, and goes on its way.
     """
@@ -149,6 +159,7 @@ def probe_checkpoint(
     options = {"delimiter_ids": batches.delimiter_ids, "tokenizer": checkpoint.tokenizer, **options}
     session = Probe(checkpoint.model, attributes=attributes, **options)
     session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
+    _keep_weights(session, () if weights is None and options.get("sites") is not None else weights)
     if session.snapshot_tokens and is_first_rank():
         session.write_static("snapshot", _snapshot_tokens(batches, session.snapshot_tokens))
     try:
@@ -166,6 +177,15 @@ def probe_checkpoint(
         return session.run
     on_first_rank(lambda: session.save(out, overwrite=overwrite))
     return open_run(out)
+
+
+def _keep_weights(session: Probe, patterns: Sequence[str] | None) -> None:
+    """On every rank, because those that hold a matrix between them have to put it together."""
+    maps, problems = weight_maps(unwrap(session.model), session.site_map, patterns)
+    session.attributes["notes"] += problems
+    if is_first_rank():
+        for name, dataset in maps.items():
+            session.write_static(f"{WEIGHT_MAP}/{name}", dataset)
 
 
 def _keep_part(
