@@ -14,7 +14,8 @@ import xarray as xr
 from figures._caption import caption
 from figures._colours import KINDS, ColourScale
 from figures._decimate import max_pool
-from figures._runs import labels_of, last_step, name_of, per_run, snapshot, statistics
+from figures._runs import labels_of, last_step, name_of, per_run, snapshot
+from figures._sink_heads import heads_by_sink
 from figures.backend import Backend, Canvas
 from figures.styles import Style
 from osp_diag.errors import UsageError
@@ -86,7 +87,10 @@ def _of_run(run: Any, layer: int | None, head: int | None, rope: str, tokens: in
             )
     rate = float("nan")
     if layer is None or head is None:
-        layer, head, rate = strongest_sink(run, shared if layer is None else [layer], head)
+        layers = shared if layer is None else [layer]
+        strongest = heads_by_sink(run, layers, "qk_magnitude", head=head).isel(place=0)
+        layer, head = int(strongest["layer"]), int(strongest["head"])
+        rate = float(strongest["sink_rate"])
     key_head = head * key_heads // heads
     magnitudes = {
         name: np.abs(array.sel(layer=layer).isel(head=which).values.astype(np.float64))
@@ -109,28 +113,6 @@ def _of_run(run: Any, layer: int | None, head: int | None, rope: str, tokens: in
             "head_channel": np.arange(query.sizes["head_channel"]),
         },
     )
-
-
-def strongest_sink(run: Any, layers: list[int], head: int | None = None) -> tuple[int, int, float]:
-    """Layer, head and rate of the strongest sink head among ``layers`` (and in ``head``, if given)."""
-    found = statistics(run, "attention", ("sink_rate", "first_token_attention"), "qk_magnitude")
-    rate = found["sink_rate"]
-    if "sink_position" in rate.dims:
-        rate = rate.sel(sink_position=0, drop=True)
-    if "epsilon" in rate.dims:
-        rate = rate.isel(epsilon=int(np.argmin(np.abs(rate["epsilon"].values - 0.3))), drop=True)
-    rate = rate.sel(layer=[layer for layer in layers if layer in rate["layer"].values]).transpose(
-        "layer", "head"
-    )
-    mass = found["first_token_attention"].sel(stratum="all", drop=True).sel(layer=rate["layer"])
-    # A rate is a multiple of 1 / sequences; attention to the first token decides among equals.
-    score = np.nan_to_num(rate.values, nan=-1.0) + 1e-6 * np.nan_to_num(
-        mass.transpose("layer", "head").values
-    )
-    if head is not None:
-        score = np.where(np.arange(score.shape[1])[None, :] == head, score, -np.inf)
-    row, column = np.unravel_index(int(np.argmax(score)), score.shape)
-    return int(rate["layer"].values[row]), int(column), float(rate.values[row, column])
 
 
 def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:

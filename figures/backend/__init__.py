@@ -72,8 +72,13 @@ class Panel(Protocol):
         scale: ColourScale,
         colour_map: str,
         quantity: str,
+        x_texts: Sequence[str] | None = None,
+        y_texts: Sequence[str] | None = None,
     ) -> None:
-        """Cells centred on x and y; NaN cells are left empty."""
+        """Cells centred on x and y; NaN cells are left empty.
+
+        ``x_texts`` and ``y_texts`` are what a page calls columns and rows beside their numbers.
+        """
 
     def surface(
         self,

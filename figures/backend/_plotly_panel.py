@@ -55,6 +55,12 @@ class Panel:
         self.subtitle = ""
         self.suffix = "" if index == 0 else str(index + 1)
         self.traces: list[Any] = []
+        self._hovers: list[tuple[Any, str, tuple[Sequence[str], Sequence[str]] | None]] = []
+        """trace, what its hover says of the value, texts of its columns and rows"""
+        self.tick_texts: list[str] = []
+        """of the x axis, where they are given"""
+        self.tick_width = 0.0
+        """pixels of the longest tick text of the y axis, where they are given"""
         self.mark_places: list[tuple[float, str]] = []
         self.range: tuple[float, float] = (0.0, 1.0)
         self.has_legend = False
@@ -99,9 +105,9 @@ class Panel:
                 legend=f"legend{self.suffix}",
                 showlegend=bool(label),
                 line={"color": colour, "dash": _DASHES[dash], "width": 2.2},
-                hovertemplate=f"%{{x}}: %{{y:,.4g}}<extra>{plain(label)}</extra>",
             )
         )
+        self._hovers.append((self.traces[-1], f"%{{y:,.4g}}<extra>{plain(label)}</extra>", None))
         if lower is not None and upper is not None:
             red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
             self._add(
@@ -162,6 +168,8 @@ class Panel:
         scale: ColourScale,
         colour_map: str,
         quantity: str,
+        x_texts: Sequence[str] | None = None,
+        y_texts: Sequence[str] | None = None,
     ) -> None:
         self._add(
             go.Heatmap(
@@ -173,23 +181,30 @@ class Panel:
                 zmax=float(scale.place(np.asarray(scale.high))),
                 colorscale=colour_scale(colour_map),
                 showscale=False,
-                hovertemplate=self._hover(quantity),
             )
         )
+        texts = None if x_texts is None or y_texts is None else (x_texts, y_texts)
+        said = f"{plain(quantity)} %{{customdata:,.4g}}<extra></extra>"
+        self._hovers.append((self.traces[-1], said, texts))
         half = [(axis[1] - axis[0]) / 2 if len(axis) > 1 else 0.5 for axis in (x, y)]
         self.range = (float(x[0] - half[0]), float(x[-1] + half[0]))
         self.axis("x", range=list(self.range), showgrid=False, mirror=True)
         self.axis("y", range=[float(y[0] - half[1]), float(y[-1] + half[1])], showgrid=False, mirror=True)
 
-    def _hover(self, quantity: str) -> str:
-        labels = (
-            self.figure.layout[f"xaxis{self.suffix}"].title.text,
-            self.figure.layout[f"yaxis{self.suffix}"].title.text,
-        )
-        return (
-            f"{labels[0] or 'x'} %{{x}}<br>{labels[1] or 'y'} %{{y}}<br>"
-            f"{plain(quantity)} %{{customdata:,.4g}}<extra></extra>"
-        )
+    def write_hovers(self, x_name: str, y_name: str) -> None:
+        """Say at the pointer what is there, by the names of the axes; those of inner panels are elsewhere."""
+        for trace, said, texts in self._hovers:
+            if texts is not None:
+                columns, rows = (
+                    [f"{name} {place:g} “{plain(text)}”" for place, text in zip(places, shown, strict=True)]
+                    for name, places, shown in zip((x_name, y_name), (trace.x, trace.y), texts, strict=True)
+                )
+                trace.text = [[f"{row}<br>{column}" for column in columns] for row in rows]
+                trace.hovertemplate = f"%{{text}}<br>{said}"
+            elif trace.type == "heatmap":
+                trace.hovertemplate = f"{x_name} %{{x}}<br>{y_name} %{{y}}<br>{said}"
+            else:
+                trace.hovertemplate = f"{x_name} %{{x}}<br>{y_name} {said}"
 
     def surface(
         self,
@@ -221,6 +236,10 @@ class Panel:
     def ticks(self, axis: Literal["x", "y", "z"], places: Sequence[float], texts: Sequence[str]) -> None:
         # A scene draws its text in WebGL, which drops tags and does not know entities.
         shown = _without_tags if self.three_dimensional else plain
+        if axis == "x":
+            self.tick_texts = list(texts)
+        if axis == "y":
+            self.tick_width = 7.5 * max(map(len, texts), default=0)
         self.axis(axis, tickvals=[float(place) for place in places], ticktext=[shown(text) for text in texts])
 
     def marks(self, x: Sequence[float], texts: Sequence[str]) -> None:
@@ -238,6 +257,14 @@ class Panel:
             yanchor="bottom",
             font={"size": 11, "color": self.style.grey},
         )
+
+    def tick_depth(self, width: float) -> float:
+        """Pixels under the panel that tick texts take beyond one line: they stand where they would touch."""
+        longest = max(map(len, self.tick_texts), default=0)
+        if self.three_dimensional or (longest + 1) * len(self.tick_texts) * 7.5 <= width:
+            return 0.0
+        self.axis("x", tickangle=-90)
+        return 7.5 * longest - 12
 
     def limits(self, axis: Literal["x", "y", "z"], low: float, high: float) -> None:
         logarithmic = axis == "y" and self.log_y

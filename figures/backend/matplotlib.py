@@ -142,6 +142,8 @@ class Panel:
         scale: ColourScale,
         colour_map: str,
         quantity: str,
+        x_texts: Sequence[str] | None = None,
+        y_texts: Sequence[str] | None = None,
     ) -> None:
         left, right = _edges(x)[[0, -1]]
         bottom, top = _edges(y)[[0, -1]]

@@ -26,6 +26,7 @@ _CONFIG = {"displaylogo": False, "responsive": False, "toImageButtonOptions": {"
 
 # pixels kept free around a panel
 _LEFT, _RIGHT, _BELOW = 74, 22, 58
+_TICKS = 38  # of _LEFT
 _TITLE, _SUBTITLE, _LINE, _BAR = 30, 18, 16, 96
 
 
@@ -136,11 +137,15 @@ class Canvas:
 
     def _columns(self) -> list[tuple[float, float]]:
         """Left and right pixel of each column, colour bars kept free."""
-        left = 10 if self.three_dimensional else _LEFT + self.extra_left
-        behind = [_RIGHT if self.three_dimensional or self.share_y else _LEFT] * (self.columns - 1) + [_RIGHT]
+        widest = max((panel.tick_width for panel in self.panels.values()), default=0.0)
+        beside = _LEFT + max(0.0, widest - _TICKS)
+        left = 10 if self.three_dimensional else beside + self.extra_left
+        behind = [_RIGHT if self.three_dimensional or self.share_y else beside] * (self.columns - 1) + [
+            _RIGHT
+        ]
         for _, panels in self.bars:
             column = max(c for (_, c), panel in self.panels.items() if panel in panels)
-            behind[column] = max(behind[column], _BAR + (_LEFT if column < self.columns - 1 else 0))
+            behind[column] = max(behind[column], _BAR + (beside if column < self.columns - 1 else 0))
         each = (self.width - left - sum(behind)) / self.columns
         starts = [left + sum(behind[:column]) + each * column for column in range(self.columns)]
         return [(start, start + each) for start in starts]
@@ -166,10 +171,12 @@ class Canvas:
         self._placed = True
         lines = textwrap.wrap(self.text, int((self.width - 20) / 6.3))
         small_print = len(lines) * 15 + 16 if lines else 0
-        below = 8 if self.three_dimensional else _BELOW
+        columns = self._columns()
+        panel_width = columns[0][1] - columns[0][0]
+        deepest = max((panel.tick_depth(panel_width) for panel in self.panels.values()), default=0.0)
+        below = 8 if self.three_dimensional else _BELOW + max(deepest, 0.0)
         heads = self._row_heads()
         each = (self.height - sum(heads) - below * self.rows) / self.rows
-        columns = self._columns()
         for (row, column), panel in self.panels.items():
             left, right = columns[column]
             top = sum(heads[: row + 1]) + row * (each + below)
@@ -180,6 +187,8 @@ class Canvas:
                 1 - top / self.height,
                 right - left,
             )
+            if not self.three_dimensional:
+                panel.write_hovers(self._axis_name(row, column, "x"), self._axis_name(row, column, "y"))
         self._place_bars()
         shown = [panel for panel in self.panels.values() if panel.has_legend or panel is self.common_legend]
         for panel in self.panels.values():
@@ -214,6 +223,16 @@ class Canvas:
             height=self.height + small_print,
             margin={"l": 0, "r": 0, "t": 0, "b": small_print},
         )
+
+    def _axis_name(self, row: int, column: int, axis: str) -> str:
+        """The label of a panel's axis in one line; that of its column or row where it has none of its own."""
+        along = 1 if axis == "x" else 0
+        near = [panel for place, panel in self.panels.items() if place[along] == (row, column)[along]]
+        for panel in (self.panels[row, column], *reversed(near)):
+            text = self.figure.layout[f"{axis}axis{panel.suffix}"].title.text
+            if text:
+                return str(text).replace("<br>", " ")
+        return axis
 
     def _place_bars(self) -> None:
         for name, panels in self.bars:

@@ -15,7 +15,7 @@ from osp_diag.estimators.base import Layout, State, Suite
 if TYPE_CHECKING:
     from osp_diag.capture.attention import AttentionCall
 
-__all__ = ["measure_attention"]
+__all__ = ["mask_of", "measure_attention"]
 
 
 def measure_attention(
@@ -44,7 +44,7 @@ def measure_attention(
             call.logits, call.value, strata, mask=mask, extra_columns=extra, token_ids=token_ids
         )
         return seen.layout, suite.measure(seen)
-    mask = _mask(call, causal)
+    mask = mask_of(call, causal)
     query, key = call.query, call.key
     assert query is not None, "a call without logits has queries"
     assert key is not None, "and keys"
@@ -65,7 +65,7 @@ def measure_attention(
     return seen.layout, suite.measure(seen)
 
 
-def _mask(call: AttentionCall, causal: bool) -> AttentionMask:
+def mask_of(call: AttentionCall, causal: bool) -> AttentionMask:
     """The call's mask; a window without causality reaches both ways, which takes a function."""
     window, function = call.window, call.mask_function
     if window is not None and not causal:

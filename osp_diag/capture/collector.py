@@ -224,6 +224,8 @@ class Collector:
             ):
                 if tensor is not None and self.wanted(site):
                     self._fold_heads(site, layer, tensor, strata)
+            if self.snapshots is not None:
+                self.snapshots.offer_call(layer, call, causal=call.causal or layer in self.causal_layers)
             if self.wanted(ATTENTION) and strata.shape[-1] > 1:
                 if call.value is None and call.logits is not None:
                     call = replace(call, value=self._values.pop(layer, None))

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-__all__ = ["SNAPSHOT_SITES", "Snapshots"]
+from osp_diag.capture.attention_measuring import mask_of
+from osp_diag.estimators.attention_mask import QueryRows, index_range
+
+if TYPE_CHECKING:
+    from osp_diag.capture.attention import AttentionCall
+
+__all__ = ["SNAPSHOT_SITES", "LogitRule", "Snapshots"]
 
 SNAPSHOT_SITES = (
     "residual_post",
@@ -16,6 +24,22 @@ SNAPSHOT_SITES = (
     "query_post_rope",
     "key_post_rope",
 )
+
+
+@dataclass(frozen=True)
+class LogitRule:
+    """How one layer makes logits of the kept queries and keys: softcap·tanh(scale·q·kᵀ / softcap) + bias.
+
+    ``bias`` is (1 or head, query, key), −∞ where a key is not allowed: causality, windows and masks are in
+    it. ``sink_logits`` (head) are −∞ where there are none, ``softcap`` NaN. ``sees_beyond`` says that some
+    kept query also attends to keys that were not kept.
+    """
+
+    scale: float
+    softcap: float
+    sink_logits: torch.Tensor
+    bias: torch.Tensor
+    sees_beyond: bool
 
 
 class Snapshots:
@@ -41,6 +65,8 @@ class Snapshots:
         self.sites = tuple(sites)
         self.layers = None if layers is None else frozenset(layers)
         self.kept: dict[tuple[str, int], torch.Tensor] = {}
+        self.rules: dict[int, LogitRule] = {}
+        """by layer, where queries and keys after rotation were both kept"""
         self.dropped: set[tuple[str, int]] = set()
         self._megabytes = megabytes
         self.clear()
@@ -48,6 +74,7 @@ class Snapshots:
     def clear(self) -> None:
         """Forget what was kept: its forward pass raised."""
         self.kept.clear()
+        self.rules.clear()
         self.dropped.clear()
         self._room = self._megabytes * 2**20
 
@@ -64,3 +91,29 @@ class Snapshots:
             return
         self._room -= needed
         self.kept[site, layer] = part.float().clone()
+
+    def offer_call(self, layer: int, call: AttentionCall, *, causal: bool) -> None:
+        """Keep what makes logits of the first sequence's queries and keys, where both were kept."""
+        both = all((f"{site}_post_rope", layer) in self.kept for site in ("query", "key"))
+        if not both or layer in self.rules or call.query is None:
+            return
+        batch, heads, tokens, _ = call.query.shape
+        count = min(tokens, self.tokens)
+        mask = mask_of(call, causal)
+        rows = QueryRows(index_range(0, count, call.query), (0, count), (0, tokens))
+        added, allowed = mask.rows(rows, batch=batch, heads=heads, like=call.query)
+        shape = (allowed.shape[1] if added is None else max(added.shape[1], allowed.shape[1]), count, tokens)
+        bias = torch.zeros(shape, device=allowed.device) if added is None else added[0].expand(shape).clone()
+        bias.masked_fill_(~allowed[0], float("-inf"))
+        needed = 4 * shape[0] * count * count
+        if needed > self._room:
+            return
+        self._room -= needed
+        nothing = torch.full((heads,), float("-inf"))
+        self.rules[layer] = LogitRule(
+            call.scale,
+            float("nan") if call.softcap is None else call.softcap,
+            nothing if call.sink_logits is None else call.sink_logits.float().cpu().reshape(-1),
+            bias[..., :count].clone(),
+            bool((bias[..., count:] > float("-inf")).any()),
+        )

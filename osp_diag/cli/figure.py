@@ -42,6 +42,7 @@ def run(
       channel_map_comparison  the channels of two models by layer, and their difference
       concentration_curves    how much energy sits in how few channels, by layer
       sink_map            which heads are attention sinks, layer by layer
+      attention_map       where the queries of chosen heads look, by query and key
       qk_magnitude        |q| and |k| in a sink head (fig5 of the OSP paper)
       logit_densities     attention logits of the sink key and of others (fig6 of the OSP paper)
       sink_emergence      when heads become sinks, step by step

@@ -9,7 +9,7 @@ import torch
 import xarray as xr
 
 from osp_diag.capture.collector import Key
-from osp_diag.capture.snapshots import Snapshots
+from osp_diag.capture.snapshots import LogitRule, Snapshots
 from osp_diag.estimators.base import State
 from osp_diag.sites import SITES
 
@@ -33,7 +33,10 @@ def to_host(states: Mapping[Key, State]) -> dict[Key, State]:
 
 
 def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:
-    """The kept raw activations one dataset a site: (layer, token, channel) or (layer, head, token, …)."""
+    """The kept raw activations one dataset a site: (layer, token, channel) or (layer, head, token, …).
+
+    Beside those of queries and keys, ``snapshot/attention`` holds what makes logits of them.
+    """
     groups: dict[str, xr.Dataset] = {}
     for site in dict.fromkeys(site for site, _ in snapshots.kept):
         layers = sorted(layer for s, layer in snapshots.kept if s == site)
@@ -48,4 +51,42 @@ def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:
         }
         attributes = {"units": "1", "long_name": f"activation at {site}", "definition": SITES.get(site, site)}
         groups[f"snapshot/{site}"] = xr.Dataset({"activation": (dims, values, attributes)}, coordinates)
+    if snapshots.rules:
+        groups["snapshot/attention"] = _logit_rules(snapshots.rules)
     return groups
+
+
+def _logit_rules(rules: Mapping[int, LogitRule]) -> xr.Dataset:
+    """What makes logits of the kept queries and keys, for the layers whose shapes are those of the first."""
+    first = next(iter(rules.values()))
+    alike = {
+        layer: rule
+        for layer, rule in sorted(rules.items())
+        if (rule.bias.shape[1:], rule.sink_logits.shape) == (first.bias.shape[1:], first.sink_logits.shape)
+    }
+    # One table for all heads of a layer, unless some layer has one for each.
+    tables = max(rule.bias.shape[0] for rule in alike.values())
+    bias = [
+        np.broadcast_to(rule.bias.cpu().numpy(), (tables, *first.bias.shape[1:])) for rule in alike.values()
+    ]
+    told = {
+        "scale": "factor of q·k",
+        "softcap": "bound of scale·q·k, which becomes softcap·tanh(scale·q·k / softcap); NaN for none",
+        "sink_logit": "logit of a head's imaginary key, which takes mass and gives nothing; −∞ for none",
+        "logit_bias": "added to the logits; −∞ where the key is not allowed (causality, windows, masks)",
+        "sees_beyond": "whether a query also attends to keys behind the kept ones",
+    }
+    values = {
+        "scale": (("layer",), np.array([rule.scale for rule in alike.values()])),
+        "softcap": (("layer",), np.array([rule.softcap for rule in alike.values()])),
+        "sink_logit": (("layer", "head"), np.stack([rule.sink_logits.numpy() for rule in alike.values()])),
+        "logit_bias": (("layer", "bias_head", "query_token", "key_token"), np.stack(bias)),
+        "sees_beyond": (("layer",), np.array([rule.sees_beyond for rule in alike.values()], dtype=np.int8)),
+    }
+    return xr.Dataset(
+        {
+            name: (dims, array, {"units": "1", "definition": told[name]})
+            for name, (dims, array) in values.items()
+        },
+        {"layer": list(alike)},
+    )

@@ -1,0 +1,53 @@
+"""Heads in the order of how strongly they sink, for figures that show a few of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from figures._runs import statistics
+
+__all__ = ["heads_by_sink"]
+
+
+def heads_by_sink(
+    run: Any, layers: list[int], figure: str, *, head: int | None = None, step: int | None = None
+) -> xr.Dataset:
+    """The heads of these layers, the strongest sink first.
+
+    Parameters
+    ----------
+    figure : the name of the figure, for messages
+    head : only this one of each layer
+    step : of training; the last one by default
+
+    Returns
+    -------
+    ``layer``, ``head``, ``sink_rate`` (ε = 0.3, k = 0) and ``first_token_attention`` along ``place``. A rate
+    is a multiple of 1 / sequences; attention to the first token decides among equals.
+    """
+    found = statistics(run, "attention", ("sink_rate", "first_token_attention"), figure, step)
+    rate = found["sink_rate"]
+    if "sink_position" in rate.dims:
+        rate = rate.sel(sink_position=0, drop=True)
+    if "epsilon" in rate.dims:
+        rate = rate.isel(epsilon=int(np.argmin(np.abs(rate["epsilon"].values - 0.3))), drop=True)
+    rate = rate.sel(layer=[layer for layer in layers if layer in rate["layer"].values])
+    rate = rate.transpose("layer", "head")
+    mass = found["first_token_attention"].sel(stratum="all", drop=True).sel(layer=rate["layer"])
+    mass = mass.transpose("layer", "head")
+    score = np.nan_to_num(rate.values, nan=-1.0) + 1e-6 * np.nan_to_num(mass.values)
+    order = np.argsort(-score, axis=None, kind="stable")
+    rows, columns = np.unravel_index(order, score.shape)
+    if head is not None:
+        rows, columns = rows[columns == head], columns[columns == head]
+    return xr.Dataset(
+        {
+            "layer": ("place", rate["layer"].values[rows]),
+            "head": ("place", columns),
+            "sink_rate": ("place", rate.values[rows, columns]),
+            "first_token_attention": ("place", mass.values[rows, columns]),
+        }
+    )
