@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ import torch
 import xarray as xr
 
 from analyses.ablation_text import as_markdown, as_text
-from analyses.perplexity import perplexity
+from analyses.bit_width_sweep import bit_width_sweep
+from analyses.quantization_results import UNQUANTIZED
 from analyses.recipes import config_of, recipe_labels
-from analyses.round_to_nearest import round_to_nearest
 from analyses.summary_numbers import EPSILON, hidden_states
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
 from osp_diag.errors import StoreError, UsageError
@@ -85,6 +86,7 @@ def ablation_table(
     tokens: Any,
     *,
     device: str | torch.device = "auto",
+    measured: Callable[[str, xr.Dataset], None] | None = None,
 ) -> xr.Dataset:
     """What recipes did to outliers, sinks, loss and 4-bit perplexity, a row a recipe.
 
@@ -99,6 +101,8 @@ def ablation_table(
     checkpoints : the same keys → the exported Hugging Face directory; keys may be missing
     tokens : held-out ids of shape (sequence, position)
     device : to measure on, as in :func:`osp_diag.open_checkpoint`
+    measured : told the key of each run with a checkpoint, and its results at few bits
+        (:mod:`analyses.quantization_results`), so that they can be stored in the run
 
     Returns
     -------
@@ -122,7 +126,9 @@ def ablation_table(
     configs = {key: config_of(run) for key, run in runs.items()}
     labels = recipe_labels(configs)
     rows = {
-        label: _row(runs[key], configs[key], checkpoints.get(key), tokens, device)
+        label: _row(
+            runs[key], configs[key], checkpoints.get(key), tokens, device, measured and partial(measured, key)
+        )
         for key, label in labels.items()
     }
     return _table(rows, list(labels), np.asarray(tokens))
@@ -134,6 +140,7 @@ def _row(
     path: str | os.PathLike[str] | None,
     tokens: Any,
     device: str | torch.device,
+    measured: Callable[[xr.Dataset], None] | None,
 ) -> _Row:
     row = _Row()
     _training(row, run, config)
@@ -150,7 +157,9 @@ def _row(
     else:
         checkpoint = open_checkpoint(path, dtype="float32", device=device)
         row.coordinates["measured_on"] = EXPORTED
-        _checkpoint(row, checkpoint, tokens)
+        few_bits = _checkpoint(row, checkpoint, tokens)
+        if measured is not None:
+            measured(few_bits)
     return row
 
 
@@ -180,8 +189,8 @@ def _training(row: _Row, run: Run, config: Mapping[str, Any]) -> None:
 # -- activations -----------------------------------------------------------------------------------------
 
 
-def _checkpoint(row: _Row, checkpoint: Checkpoint, tokens: Any) -> None:
-    """Everything that an exported checkpoint tells."""
+def _checkpoint(row: _Row, checkpoint: Checkpoint, tokens: Any) -> xr.Dataset:
+    """Everything that an exported checkpoint tells; returned is what it told at few bits."""
     chosen: dict[str, Any] = {
         "sites": (*HIDDEN_STATES, *MAXIMUM_SITES, "attention"),
         "estimators": ("osp_excess_kurtosis", "max_median_ratio", "token_scale", "sink_rate"),
@@ -201,10 +210,16 @@ def _checkpoint(row: _Row, checkpoint: Checkpoint, tokens: Any) -> None:
     )
     chosen |= {"sites": HIDDEN_STATES, "estimators": ("osp_excess_kurtosis",)}
     _kurtosis(row, probe_checkpoint(checkpoint, alone, **chosen))
-    full = perplexity(checkpoint.model, tokens).perplexity
-    with round_to_nearest(checkpoint.model, WEIGHT_BITS, ACTIVATION_BITS):
-        rounded = perplexity(checkpoint.model, tokens).perplexity
-    row.values["perplexity"] = xr.DataArray([full, rounded], {"precision": list(_COORDINATES["precision"])})
+    few_bits = bit_width_sweep(
+        checkpoint.model,
+        np.asarray(tokens),
+        [(UNQUANTIZED, UNQUANTIZED), (WEIGHT_BITS, ACTIVATION_BITS)],
+        token_source="held-out tokens of the training",
+        model_fingerprint=checkpoint.fingerprint,
+    )
+    precisions = {"precision": list(_COORDINATES["precision"])}
+    row.values["perplexity"] = xr.DataArray(few_bits["perplexity"].values, precisions)
+    return few_bits
 
 
 def _activations(row: _Row, run: Run) -> None:

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from analyses.quantization_results import UNQUANTIZED
 from osp_diag.errors import CheckpointError, UsageError
 from osp_diag.sites import find_sites
 from osp_diag.sites.stack import is_linear
@@ -19,10 +20,8 @@ from osp_diag.sites.trace import unwrap
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-__all__ = ["round_to_nearest"]
+__all__ = ["check_bits", "round_to_nearest"]
 
-UNQUANTIZED = 16
-"""Bits at which a tensor stays as it is, as in the W-A-KV columns of papers."""
 _FEWEST, _MOST = 2, 8
 
 
@@ -65,10 +64,7 @@ def round_to_nearest(
     CheckpointError : blocks without Linears, or with weights that cannot be rounded
     SiteError : no blocks were found
     """
-    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-        if bits != UNQUANTIZED and not _FEWEST <= bits <= _MOST:
-            raise UsageError(f"{name}={bits}: give {_FEWEST} to {_MOST}, or {UNQUANTIZED} for none")
-    scheme = _scheme(weight_bits, activation_bits)
+    scheme = check_bits(weight_bits, activation_bits)
     linears = _linears_of_blocks(model, blocks)
     with ExitStack() as undo:
         if scheme.weights is not None:
@@ -80,7 +76,16 @@ def round_to_nearest(
         yield tuple(linears)
 
 
-def _scheme(weight_bits: int, activation_bits: int) -> QuantizationScheme:
+def check_bits(weight_bits: int, activation_bits: int) -> QuantizationScheme:
+    """The scheme of ``compressed-tensors`` for so many bits.
+
+    Raises
+    ------
+    UsageError : bits that have no meaning, or ``compressed-tensors`` is not installed
+    """
+    for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
+        if bits != UNQUANTIZED and not _FEWEST <= bits <= _MOST:
+            raise UsageError(f"{name}={bits}: give {_FEWEST} to {_MOST}, or {UNQUANTIZED} for none")
     try:
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
     except ModuleNotFoundError as missing:

@@ -35,12 +35,15 @@ def run_ablation(
 ) -> int:
     """Train all rows of Table 2 into ``folder``, then write ``table.md``, ``table.nc`` and the figure.
 
+    Each run also gets its perplexities at 16 and 4 bits, so that figures can be drawn of them.
+
     Raises
     ------
     UsageError : the folder holds something already and neither ``resume`` nor ``overwrite`` is given
     """
     import figures
     from analyses.ablation import ablation_table, as_markdown, as_text
+    from analyses.quantization_results import store_results
     from osp_diag.run import open_run
     from trainer.ablation import train_all
 
@@ -59,7 +62,12 @@ def run_ablation(
     )
     print("comparing: export, both protocols, perplexity at 16 and 4 bits", file=sys.stderr)
     models = _exported(paths, folder / "models")
-    table = ablation_table({name: open_run(path) for name, path in paths.items()}, models, tokens)
+    table = ablation_table(
+        {name: open_run(path) for name, path in paths.items()},
+        models,
+        tokens,
+        measured=lambda name, results: store_results(paths[name], results),
+    )
     table.to_netcdf(folder / "table.nc")
     (folder / "table.md").write_text(as_markdown(table) + "\n", encoding="utf-8")
     pictured = [path for name, path in paths.items() if name in configs and "seed" not in name]

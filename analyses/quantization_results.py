@@ -1,0 +1,191 @@
+"""What a model is worth at few bits, as a run holds it: a table in the group ``quantization``.
+
+A row is one setting on one set of tokens. Rows are added to a run after it was written, by
+``osp-diag quantize`` or by the ablation; a setting measured again takes the place of the earlier one.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.errors import StoreError
+from osp_diag.run import QUANTIZATION, open_run
+
+__all__ = [
+    "ROUND_TO_NEAREST",
+    "UNQUANTIZED",
+    "QuantizedResult",
+    "comparable_results",
+    "notation",
+    "perplexity_at",
+    "results_dataset",
+    "results_of",
+    "store_results",
+]
+
+UNQUANTIZED = 16
+"""Bits at which a tensor stays as it is, as in the W-A-KV columns of papers."""
+ROUND_TO_NEAREST = "round-to-nearest"
+
+HOW = "measure with `osp-diag quantize CHECKPOINT --run RUN`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedResult:
+    """How well a model predicts tokens under one setting."""
+
+    weight_bits: int
+    activation_bits: int
+    key_value_bits: int = UNQUANTIZED
+    scheme: str = ROUND_TO_NEAREST
+    negative_log_likelihood: float
+    tokens: int
+    sequence_length: int
+    token_source: str
+    token_fingerprint: str
+    model_fingerprint: str = ""
+
+
+_DEFINITIONS = {
+    "weight_bits": ("bit", "of the weights of the blocks' Linears; 16: as they are"),
+    "activation_bits": ("bit", "of the inputs of the blocks' Linears; 16: as they are"),
+    "key_value_bits": ("bit", "of the keys and values that attention reads; 16: as they are"),
+    "scheme": ("", "how few-bit numbers are found"),
+    "negative_log_likelihood": ("nat", "−1/N Σ log p(x_t | x_<t) over the predicted tokens"),
+    "perplexity": ("1", "exp of negative_log_likelihood"),
+    "tokens": ("token", "how many were predicted: all but the first of each sequence"),
+    "sequence_length": ("token", "of the sequences; the context of a token is its own sequence"),
+    "token_source": ("", "where the tokens come from"),
+    "token_fingerprint": ("", "results on equal fingerprints are on the same tokens"),
+    "model_fingerprint": ("", "of the parameters before quantization"),
+}
+_SAME = ("scheme", "weight_bits", "activation_bits", "key_value_bits", "token_fingerprint")
+"""What makes two rows the same setting."""
+
+
+def notation(weight_bits: int, activation_bits: int, key_value_bits: int = UNQUANTIZED) -> str:
+    """A setting as papers write it: ``W4A4``, with ``KV4`` behind it where keys and values are rounded."""
+    rest = "" if key_value_bits == UNQUANTIZED else f"KV{key_value_bits}"
+    return f"W{weight_bits}A{activation_bits}{rest}"
+
+
+def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
+    """A Dataset with the dimension ``setting`` and, of each variable, units and definition."""
+    columns: dict[str, list[Any]] = {
+        field.name: [getattr(result, field.name) for result in results] for field in fields(QuantizedResult)
+    }
+    columns["perplexity"] = [_exp(value) for value in columns["negative_log_likelihood"]]
+    variables = {
+        name: ("setting", np.asarray(columns[name]), {"units": unit, "definition": definition})
+        for name, (unit, definition) in _DEFINITIONS.items()
+    }
+    return xr.Dataset(variables, attrs={"title": "Prediction at few bits"})
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def results_of(run: Any) -> xr.Dataset:
+    """The results that a run holds, as :func:`results_dataset` makes them.
+
+    Raises
+    ------
+    StoreError : the run holds none
+    """
+    if QUANTIZATION not in run.tree.children:
+        raise StoreError(
+            f"the run of {run.attrs.get('model_name', 'unnamed model')} holds no results at few bits; {HOW}"
+        )
+    found: xr.Dataset = run[QUANTIZATION].drop_vars("step", errors="ignore").load()
+    return found
+
+
+def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
+    """Add results to the run at ``path``; a setting that it has already is replaced.
+
+    Raises
+    ------
+    StoreError : no run is there, or another process writes it
+    """
+    from osp_diag.store import RunWriter
+
+    run = open_run(path)
+    if QUANTIZATION in run.tree.children:
+        kept = {_key(row): row for row in _rows(results_of(run))}
+        kept |= {_key(row): row for row in _rows(results)}
+        results = results_dataset(list(kept.values()))
+    now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
+    attributes = {str(name): value for name, value in run.attrs.items()}
+    with RunWriter(path, attributes | now, resume=True) as writer:
+        writer.write_static(QUANTIZATION, results, replace=True)
+
+
+def _rows(results: xr.Dataset) -> list[QuantizedResult]:
+    names = [field.name for field in fields(QuantizedResult)]
+    columns = [results[name].values.tolist() for name in names]
+    return [QuantizedResult(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
+
+
+def _key(row: QuantizedResult) -> tuple[Any, ...]:
+    return tuple(asdict(row)[name] for name in _SAME)
+
+
+def comparable_results(runs: Sequence[Any], scheme: str = ROUND_TO_NEAREST) -> list[xr.Dataset]:
+    """Of each run the results under one scheme, all on the same tokens.
+
+    Where the runs share several sets of tokens it is the one on which most settings were measured; of
+    equals the one measured last.
+
+    Raises
+    ------
+    StoreError : a run holds no results, none of this scheme, or none on tokens that all the others share
+    """
+    every = []
+    for run in runs:
+        results = results_of(run)
+        chosen = results.isel(setting=results["scheme"].values == scheme)
+        if not chosen.sizes["setting"]:
+            known = ", ".join(dict.fromkeys(map(str, results["scheme"].values)))
+            raise StoreError(
+                f"the run of {run.attrs.get('model_name', 'unnamed model')} holds no results of the scheme "
+                f"{scheme!r}; it has {known}"
+            )
+        every.append(chosen)
+    counts: dict[str, int] = {}
+    for results in every:
+        for fingerprint in results["token_fingerprint"].values[::-1]:
+            counts[str(fingerprint)] = counts.get(str(fingerprint), 0) + 1
+    shared = [f for f in counts if all(f in results["token_fingerprint"].values for results in every)]
+    if not shared:
+        sources = dict.fromkeys(str(results["token_source"].values[-1]) for results in every)
+        raise StoreError(
+            f"the runs' results at few bits are on different tokens ({' / '.join(sources)}); {HOW}, with the "
+            "same text and tokenizer for all"
+        )
+    best = max(shared, key=counts.__getitem__)
+    return [results.isel(setting=results["token_fingerprint"].values == best) for results in every]
+
+
+def perplexity_at(
+    results: xr.Dataset, weight_bits: int, activation_bits: int, key_value_bits: int = UNQUANTIZED
+) -> float:
+    """The perplexity of one setting; NaN where it was not measured."""
+    at = (
+        (results["weight_bits"].values == weight_bits)
+        & (results["activation_bits"].values == activation_bits)
+        & (results["key_value_bits"].values == key_value_bits)
+    )
+    return float(results["perplexity"].values[at][-1]) if at.any() else math.nan

@@ -1,0 +1,184 @@
+"""``osp-diag quantize``: what a checkpoint is worth at few bits."""
+
+from __future__ import annotations
+
+import json as json_format
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from osp_diag.errors import UsageError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from osp_diag.checkpoints import Checkpoint
+
+VERB = "quantize"
+HELP = "measure a checkpoint's perplexity at few bits, and keep it in its run"
+
+CheckpointName = Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
+
+
+def run(
+    checkpoint: CheckpointName,
+    /,
+    *,
+    run: Path | None = None,
+    widths: tuple[str, ...] = (),
+    text: Path | None = None,
+    dataset: str | None = None,
+    tokens: int = 8192,
+    seq_len: int | None = None,
+    batch_size: int | None = None,
+    bos: Literal["auto", "yes", "no"] = "auto",
+    blocks: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    out: Path | None = None,
+    json: bool = False,
+) -> int:
+    """Measure what a checkpoint is worth at few bits: the perplexity of a text under several bit widths.
+
+    Every Linear inside the blocks is rounded to nearest, simulated: weights symmetric per output channel,
+    activations asymmetric per token, ranges from minimum and maximum. With --run the results go into the run
+    of that checkpoint (which `osp-diag probe` or a training wrote), where the figures bit_width_sweep,
+    quantization_scatter and ablation_table find them; a setting measured again is replaced. Compare models on
+    the same text and tokenizer only.
+
+    Args:
+        checkpoint: what to measure, as `osp-diag probe` takes it; for a training, what `osp-diag export`
+            wrote.
+        run: the run to add the results to.
+        widths: settings such as W4A4 or W8A16, 16 for "as it is"; by default weights from 8 to 3 bits,
+            activations from 8 to 4, and W8A8, W4A8, W4A4.
+        text: a UTF-8 file to read; without it and --dataset, the built-in public-domain text.
+        dataset: a Hugging Face dataset, by hub id or local path.
+        tokens: how many tokens to run, under every setting.
+        seq_len: tokens a sequence; by default 512, or the model's maximum if that is less.
+        batch_size: sequences a forward pass; by default about 1,024 tokens.
+        bos: whether sequences begin with the beginning-of-sequence token; auto follows the tokenizer.
+        blocks: path of the list of blocks, where it is not found.
+        dtype: of the weights and the forward pass; auto keeps the checkpoint's own.
+        device: auto, cpu, cuda, cuda:1, mps ...
+        trust_remote_code: run modelling code that the checkpoint brings along.
+        out: also write the table to this file (.nc, netCDF).
+        json: print the table as JSON.
+
+    Examples:
+        osp-diag quantize path/to/model --run run.zarr
+        osp-diag quantize osp-model --run osp.zarr --widths W16A16 W4A4 --tokens 65536
+        osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
+    """
+    from analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
+    from analyses.quantization_results import store_results
+    from osp_diag.checkpoints import open_checkpoint
+    from osp_diag.probing.checkpoint import progress_bar
+    from osp_diag.tokens import make_batches
+
+    chosen = [bit_widths(entry) for entry in widths] or list(WIDTHS)
+    _check(run, out, tokens, seq_len)
+    opened = open_checkpoint(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    if run is not None:
+        _check_same_model(run, opened)
+    batches = make_batches(
+        opened.tokenizer,
+        text=text,
+        dataset=dataset,
+        tokens=tokens,
+        seq_len=seq_len,
+        bos=bos,
+        max_length=opened.max_length,
+        vocabulary_size=opened.vocabulary_size,
+    )
+    with progress_bar(f"quantizing {opened.name}", unit="settings") as progress:
+        results = bit_width_sweep(
+            opened.model,
+            batches.tokens,
+            chosen,
+            token_source=batches.source,
+            model_fingerprint=opened.fingerprint,
+            blocks=blocks,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    if run is not None:
+        store_results(run, results)
+    if out is not None:
+        results.to_netcdf(out)
+    if json:
+        print(json_format.dumps(_as_rows(results), indent=2))
+    else:
+        print(_as_text(results, opened.name))
+        if run is not None:
+            print(f"\nstored in {run}   (osp-diag figure bit_width_sweep {run} --out sweep.png)")
+    return 0 if all(math.isfinite(value) for value in results["negative_log_likelihood"].values) else 1
+
+
+def _check(run: Path | None, out: Path | None, tokens: int, seq_len: int | None) -> None:
+    """Refuse what cannot be meant before a model is opened."""
+    for name, value, least in (("--tokens", tokens, 2), ("--seq-len", seq_len, 2)):
+        if value is not None and value < least:
+            raise UsageError(f"{name} {value}: give {least} or more, so that a token can be predicted")
+    if out is not None and (out.suffix != ".nc" or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: give a file ending in .nc in a folder that exists")
+    if run is not None:
+        from osp_diag.run import open_run
+
+        open_run(run)
+
+
+def _check_same_model(run: Path, checkpoint: Checkpoint) -> None:
+    """Refuse results of one model in the run of another.
+
+    A run of a training holds no fingerprint of what was exported from it; there, depth and width have to do.
+    """
+    from osp_diag.run import open_run
+
+    attributes = open_run(run).attrs
+    known = attributes.get("model_fingerprint")
+    if known is not None:
+        if known != checkpoint.fingerprint:
+            raise UsageError(
+                f"{run} is the run of {attributes.get('model_name', 'another model')}, whose weights are not "
+                f"those of {checkpoint.name}; give the run that was probed from this checkpoint"
+            )
+        return
+    for name, field in (("number_of_layers", "num_hidden_layers"), ("hidden_size", "hidden_size")):
+        found = getattr(checkpoint.config, field, None)
+        if found is not None and found != attributes.get(name):
+            raise UsageError(
+                f"{run} is the run of a model with {name.replace('_', ' ')} {attributes.get(name)}, and "
+                f"{checkpoint.name} has {found}; give what `osp-diag export {run}` writes"
+            )
+
+
+def _as_rows(results: xr.Dataset) -> list[dict[str, object]]:
+    """One dictionary a setting; what is not finite is null, which JSON knows."""
+    columns = {str(name): values.values.tolist() for name, values in results.data_vars.items()}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    return [
+        {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        for row in rows
+    ]
+
+
+def _as_text(results: xr.Dataset, name: str) -> str:
+    from analyses.quantization_results import UNQUANTIZED, notation, perplexity_at
+
+    first = results.isel(setting=0)
+    full = perplexity_at(results, UNQUANTIZED, UNQUANTIZED)
+    lines = [
+        f"{name}: perplexity of {int(first['tokens']):,} tokens ({first['token_source'].item()}, sequences "
+        f"of {int(first['sequence_length']):,}), rounded to nearest",
+    ]
+    for index in range(results.sizes["setting"]):
+        row = results.isel(setting=index)
+        value = float(row["perplexity"])
+        bits = notation(int(row["weight_bits"]), int(row["activation_bits"]))
+        times = "" if math.isnan(full) or bits == "W16A16" else f"   {value / full:.4g} × W16A16"
+        lines.append(f"  {bits:<8}{value:>14,.4g}{times}")
+    return "\n".join(lines)
