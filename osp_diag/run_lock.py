@@ -9,6 +9,7 @@ import socket
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from osp_diag.errors import StoreError
 
@@ -17,12 +18,14 @@ try:
 except ImportError:  # Windows has no POSIX record locks
     fcntl = None  # type: ignore[assignment]
 
-__all__ = ["LOCK_NAME", "WriterLock"]
+__all__ = ["LOCK_NAME", "WriterLock", "WriterState", "writer_state"]
 
 LOCK_NAME = ".writer.lock"
 
 _held: set[tuple[int, str]] = set()
 """(process id, lock file) of the locks of this process: record locks do not exclude their own process."""
+
+WriterState = Literal["writing", "closed", "died", "unknown"]
 
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}
 
@@ -103,3 +106,31 @@ class WriterLock:
         os.close(self._file)
         self._file = None
         _held.discard(self._key)
+
+
+def writer_state(folder: Path) -> WriterState:
+    """What became of the writer of the run at ``folder``, without touching its lock.
+
+    "writing": a living process holds the lock. "closed": the last one gave it back. "died": one left it
+    behind. "unknown": the file system or this system has no such locks.
+    """
+    path = folder / LOCK_NAME
+    # A record lock falls when its own process closes *any* descriptor of the file, so the writer's
+    # process must not even open it.
+    if (os.getpid(), str(path.resolve())) in _held:
+        return "writing"
+    if not hasattr(os, "lockf"):
+        return "unknown"
+    try:
+        file = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return "closed"
+    except OSError:
+        return "unknown"
+    try:
+        os.lockf(file, os.F_TEST, 0)
+    except OSError as error:
+        return "writing" if error.errno in (errno.EACCES, errno.EAGAIN) else "unknown"
+    finally:
+        os.close(file)
+    return "died"

@@ -1,0 +1,165 @@
+"""What somebody who watches a training run should be told: four rules, each with its number."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from analyses.live_numbers import hidden_state_kurtosis
+from osp_diag.errors import UsageError
+from osp_diag.run_following import FollowedRun
+
+__all__ = ["Alert", "AlertRules", "alerts", "growth"]
+
+Severity = Literal["bad", "watch"]
+SCALARS = ("loss", "gradient_norm", "held_out_loss")
+WRITTEN_WITH = {"loss": "step_seconds", "gradient_norm": "step_seconds", "held_out_loss": "probe_seconds"}
+"""Scalar → one that comes with it: NaN without it only means that nothing was recorded at that step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlertRules:
+    """The numbers of the rules."""
+
+    times_floor: float = 10.0
+    """Kurtosis counts as high from this multiple of what Gaussian noise of that width scores: a decade.
+    The probe's own noise is a few percent of the floor (:mod:`analyses.emergence` departs at 3)."""
+    window: int = 6
+    """Probes over which it has to grow: with fewer one odd probe decides."""
+    growth: float = 1.1
+    """Factor by which it has to grow over them; what stays on a plateau is not told again and again."""
+
+    def __post_init__(self) -> None:
+        if self.times_floor <= 1 or self.window < 2 or self.growth <= 1:
+            raise UsageError(
+                "AlertRules: times_floor and growth are above 1 and window at least 2; got "
+                f"{self.times_floor:g}, {self.growth:g} and {self.window}"
+            )
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One thing to know. "bad": what follows can't be trusted; "watch": it may go wrong."""
+
+    rule: str
+    severity: Severity
+    text: str
+    step: int
+    value: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, which has no NaN."""
+        return asdict(self) | {"value": self.value if np.isfinite(self.value) else str(self.value)}
+
+
+def alerts(run: FollowedRun, rules: AlertRules = AlertRules()) -> list[Alert]:
+    """What the rules find in a run as it was last looked at, worst first.
+
+    * ``nonfinite_activations``: NaN or Inf in a measured activation of any probed step (bad)
+    * ``nonfinite_scalars``: a loss or gradient norm of NaN or Inf (bad)
+    * ``diverged_steps``: steps that the trainer passed over because loss or gradient went wrong (bad)
+    * ``growing_kurtosis``: the OSP kurtosis of a hidden state is at least ``times_floor`` × its floor and
+      grows by ``growth`` over the last ``window`` probes (watch)
+    """
+    found = [_nonfinite_activations(run), *_nonfinite_scalars(run), _diverged(run), _growing(run, rules)]
+    return [alert for alert in found if alert is not None]
+
+
+def growth(values: Float[np.ndarray, " probe"]) -> float:
+    """exp of the median slope of ln y between any two probes, times the probes between first and last.
+
+    The Theil–Sen line: one odd probe does not turn it. NaN with fewer than two values above 0.
+    """
+    places = np.flatnonzero(np.isfinite(values) & (values > 0))
+    if len(places) < 2:
+        return float("nan")
+    y = np.log(values[places])
+    first, second = np.triu_indices(len(places), 1)
+    slope = np.median((y[second] - y[first]) / (places[second] - places[first]))
+    return float(np.exp(slope * (len(values) - 1)))
+
+
+def _nonfinite_activations(run: FollowedRun) -> Alert | None:
+    name = "nonfinite_token_count"
+    first: tuple[int, str] | None = None
+    probes: set[int] = set()
+    for site in run.sites_with(name):
+        dims = run.statistics_at(site)[name]
+        select = {"stratum": "all"} if "stratum" in dims else {}
+        others = tuple(dim for dim in dims if dim not in select)
+        bad = np.flatnonzero(run.values(site, name, select, others).values > 0)
+        probes.update(bad.tolist())
+        if bad.size and (first is None or bad[0] < first[0]):
+            first = (int(bad[0]), site)
+    if first is None:
+        return None
+    place, site = first
+    row = run.values(site, name, {"stratum": "all"}).isel(step=place)
+    layers = row["layer"].values[row.values > 0].tolist() if row.dims == ("layer",) else []
+    where = f"{site}, layer {layers[0]}" if layers else site
+    step = int(run.steps[place])
+    return Alert(
+        "nonfinite_activations",
+        "bad",
+        f"NaN or Inf in activations of {_count(len(probes), 'probed step')}, first at step {step:,} "
+        f"({where})",
+        step,
+        float(len(probes)),
+    )
+
+
+def _nonfinite_scalars(run: FollowedRun) -> list[Alert]:
+    steps, found = run.series_steps, []
+    for name in SCALARS:
+        values = run.series(name)
+        if not values.size:
+            continue
+        beside = run.series(WRITTEN_WITH[name])
+        missing = np.isnan(values) & (np.isfinite(beside) if beside.size else False)
+        missing[-1:] &= name != "held_out_loss"  # which comes a moment later than what it comes with
+        bad = np.flatnonzero(np.isinf(values) | missing)
+        if bad.size:
+            step = int(steps[bad[0]])
+            text = f"{name} is {values[bad[0]]} at step {step:,}" + (
+                f" and {bad.size - 1:,} later ones" if bad.size > 1 else ""
+            )
+            found.append(Alert("nonfinite_scalars", "bad", text, step, float(values[bad[0]])))
+    return found
+
+
+def _diverged(run: FollowedRun) -> Alert | None:
+    bad = np.flatnonzero(run.series("skipped_step") > 0)
+    if not bad.size:
+        return None
+    steps = run.series_steps[bad]
+    text = f"the trainer passed over {_count(bad.size, 'diverged step')}, the last is {int(steps[-1]):,}"
+    return Alert("diverged_steps", "bad", text, int(steps[-1]), float(bad.size))
+
+
+def _growing(run: FollowedRun, rules: AlertRules) -> Alert | None:
+    kurtosis = hidden_state_kurtosis(run)
+    if kurtosis is None or kurtosis.sizes["step"] < rules.window:
+        return None
+    recent = kurtosis.values[:, -rules.window :]
+    over = recent[:, -1] / kurtosis["floor"].values
+    grown = np.array([growth(row) for row in recent])
+    rising = np.flatnonzero((over >= rules.times_floor) & (grown >= rules.growth))
+    if not rising.size:
+        return None
+    worst = rising[np.argmax(over[rising])]
+    others = f"; {_count(rising.size - 1, 'other hidden state')} likewise" if rising.size > 1 else ""
+    return Alert(
+        "growing_kurtosis",
+        "watch",
+        f"OSP kurtosis of {kurtosis['hidden_state'].values[worst]} is {over[worst]:,.0f} times its floor, "
+        f"having grown {grown[worst]:.2f}-fold over the last {rules.window} probes{others}",
+        int(kurtosis["step"].values[-1]),
+        float(over[worst]),
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"

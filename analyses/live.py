@@ -1,0 +1,166 @@
+"""Where a training run stands: what a view of a growing run shows, in the terminal and on the page."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.alerts import Alert, alerts
+from analyses.live_numbers import KURTOSIS, hidden_state_kurtosis, sink_rates
+from osp_diag.run_following import FollowedRun, RunState
+from osp_diag.run_lock import WriterState
+
+__all__ = ["Standing", "lasted", "standing"]
+
+SCALARS = (
+    "loss", "held_out_loss", "gradient_norm", "learning_rate", "tokens_per_second",
+    "model_flops_utilisation",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where a run stands, as it was last looked at.
+
+    Attributes
+    ----------
+    scalars : the last finite value of each; those never recorded are left out
+    probing : share of the time so far that probing took
+    kurtosis, sinks : see :mod:`analyses.live_numbers`
+    """
+
+    path: str
+    name: str
+    description: str
+    state: RunState
+    problem: str
+    writer: WriterState
+    age: float | None
+    last_step: int | None
+    planned_steps: int | None
+    probes: int
+    scalars: dict[str, float]
+    probing: float | None
+    kurtosis: xr.DataArray | None
+    sinks: xr.DataArray | None
+    alerts: list[Alert]
+
+    @property
+    def bad(self) -> bool:
+        """Whether the run holds non-finite values or a divergence, or cannot be read."""
+        return self.state == "unreadable" or any(alert.severity == "bad" for alert in self.alerts)
+
+    @property
+    def life(self) -> str:
+        """Whether somebody writes it, in words."""
+        if self.state == "absent":
+            return "nothing is there yet; waiting for a writer"
+        if self.state == "unreadable":
+            return "cannot be read"
+        ago = "" if self.age is None else f", last written {lasted(self.age)} ago"
+        complete = self.planned_steps is not None and (self.last_step or 0) >= self.planned_steps
+        words = {
+            "writing": "being written",
+            "closed": "finished" if complete else "nobody writes it",
+            "died": "its writer died without closing it",
+            "unknown": "whether somebody writes it can't be told here",
+        }
+        return words[self.writer] + ago
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the numbers at the last step, and the alerts."""
+        found: dict[str, Any] = {
+            "run": self.path,
+            "model": self.name,
+            "state": self.state,
+            "problem": self.problem,
+            "writer": self.writer,
+            "seconds_since_written": self.age,
+            "last_step": self.last_step,
+            "planned_steps": self.planned_steps,
+            "probes": self.probes,
+            "share_of_time_probing": self.probing,
+            **{name: self.scalars.get(name) for name in SCALARS},
+        }
+        if self.kurtosis is not None and self.kurtosis.sizes["step"]:
+            last = self.kurtosis.isel(step=-1)
+            found[KURTOSIS] = [
+                {"site": str(site), "layer": int(layer), "value": _plain(value), "floor": float(floor)}
+                for site, layer, value, floor in zip(
+                    last["site"].values, last["layer"].values, last.values, last["floor"].values, strict=True
+                )
+            ]
+        if self.sinks is not None and self.sinks.sizes["step"]:
+            last = self.sinks.isel(step=-1)
+            layers = zip(last["layer"].values, last.values, strict=True)
+            found["sink_rate"] = [{"layer": int(layer), "value": _plain(value)} for layer, value in layers]
+        return found | {"alerts": [alert.as_dict() for alert in self.alerts]}
+
+
+def standing(run: FollowedRun) -> Standing:
+    """Where the run stands, as it was last looked at; call ``run.refresh()`` before."""
+    with run.lock:
+        attrs = run.attrs
+        steps, logged = run.steps, run.series_steps
+        last = max((int(found[-1]) for found in (steps, logged) if len(found)), default=None)
+        config = attrs.get("config")
+        planned = config.get("steps") if isinstance(config, dict) else None
+        return Standing(
+            path=str(run.path),
+            name=str(attrs.get("model_name", run.path.name)),
+            description=_description(attrs),
+            state=run.state,
+            problem=run.problem,
+            writer=run.writer,
+            age=run.age if run.state != "absent" else None,
+            last_step=last,
+            planned_steps=planned if isinstance(planned, int) else None,
+            probes=len(steps),
+            scalars=_scalars(run),
+            probing=_share_of_time_probing(run),
+            kurtosis=hidden_state_kurtosis(run),
+            sinks=sink_rates(run),
+            alerts=alerts(run),
+        )
+
+
+def lasted(seconds: float) -> str:
+    """A time that a person can read: 4 s, 12 min, 3.5 h, 2.1 days."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _description(attrs: dict[str, Any]) -> str:
+    parts = [str(attrs[key]) for key in ("architecture",) if key in attrs]
+    sizes = (("number_of_layers", "layers"), ("hidden_size", "channels"))
+    return ", ".join(parts + [f"{attrs[key]} {unit}" for key, unit in sizes if key in attrs])
+
+
+def _scalars(run: FollowedRun) -> dict[str, float]:
+    found = {}
+    for name in SCALARS:
+        values = run.series(name)
+        known = np.flatnonzero(np.isfinite(values))
+        if known.size:
+            found[name] = float(values[known[-1]])
+    return found
+
+
+def _share_of_time_probing(run: FollowedRun) -> float | None:
+    probe, step = run.series("probe_seconds"), run.series("step_seconds")
+    if not (np.isfinite(probe).any() and np.isfinite(step).any()):
+        return None
+    probing = float(np.nansum(probe))
+    # Steps between two that were recorded took as long as these.
+    training = float(np.nanmean(step)) * int(run.series_steps[-1])
+    return probing / (probing + training) if probing + training else None
+
+
+def _plain(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None

@@ -1,0 +1,301 @@
+"""Following a run: only what is new is read, and no fate of the run leaves a wrong number behind."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osp_diag.errors import StoreError
+from osp_diag.run import open_run
+from osp_diag.run_following import FollowedRun
+from osp_diag.run_lock import LOCK_NAME, writer_state
+from osp_diag.store import RunWriter
+from tests.growing_runs import ATTRIBUTES, FLOOR, groups, grown_run, record, scalars
+
+ROOT = Path(__file__).parents[1]
+
+
+def kurtosis(run):
+    return run.values("residual_post", "osp_excess_kurtosis", {"stratum": "all"})
+
+
+def assert_as_opened(run, path):
+    """What was followed is what opening the run now gives."""
+    opened = open_run(path)
+    np.testing.assert_array_equal(run.steps, opened.steps)
+    expected = opened.at("residual_post")["osp_excess_kurtosis"].sel(stratum="all")
+    np.testing.assert_array_equal(kurtosis(run).values, expected.values)
+    rates = opened.at("attention")["sink_rate"].sel(epsilon=0.3, sink_position=0).mean("head")
+    found = run.values("attention", "sink_rate", {"epsilon": 0.3, "sink_position": 0}, ("head",))
+    np.testing.assert_allclose(found.values, rates.values)
+    np.testing.assert_array_equal(run.series_steps, opened.series["step"].values)
+    for name in run.series_names:
+        np.testing.assert_array_equal(run.series(name), opened.series[name].values)
+
+
+# -- growing ---------------------------------------------------------------------------------------------
+
+
+def test_a_followed_run_is_the_opened_one_at_every_moment(tmp_path):
+    path = tmp_path / "run.zarr"
+    run = FollowedRun(path)
+    with RunWriter(path, ATTRIBUTES, chunk_steps=4) as writer:
+        for step in range(0, 110, 10):
+            record(writer, [step])
+            assert run.refresh()
+            writer.flush()
+            run.refresh()
+            assert_as_opened(run, path)
+    assert run.generation == 1
+    assert kurtosis(run).sel(step=50, layer=1).item() == pytest.approx(2 * 1.5 * FLOOR)
+
+
+def test_only_chunks_with_new_steps_are_read(tmp_path, monkeypatch):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES, chunk_steps=4) as writer:
+        record(writer, range(0, 100))
+        run = FollowedRun(path)
+        run.refresh()
+        kurtosis(run)
+        read = []
+        original = Path.read_bytes
+        monkeypatch.setattr(Path, "read_bytes", lambda self: (read.append(self), original(self))[1])
+        record(writer, [100])
+        run.refresh()
+        names = [str(file.relative_to(path)) for file in read]
+        expected = [f"residual_post/osp_excess_kurtosis/c.{index}.0.0" for index in (24, 25)]
+        assert [name for name in names if name.startswith("residual_post/osp")] == expected
+        read.clear()
+        assert not run.refresh()
+        assert not read
+
+
+def test_a_scalar_that_begins_later_is_nan_before(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES, series_block=1) as writer:
+        run = FollowedRun(path)
+        for step in range(1, 5):
+            writer.append_series(step, {"loss": step} | ({"skipped_step": 1.0} if step == 4 else {}))
+            run.refresh()
+            assert len(run.series("loss")) == step
+        np.testing.assert_array_equal(run.series("skipped_step"), [np.nan, np.nan, np.nan, 1.0])
+        assert not run.series("never").size
+        # The last row may be completed after it was seen; nothing is read anew for that.
+        before = run.generation
+        writer.append_series(4, {"held_out_loss": 9.0})
+        run.refresh()
+        assert run.series("held_out_loss")[-1] == 9.0
+        assert run.generation == before
+
+
+# -- the fates of a run ----------------------------------------------------------------------------------
+
+
+def test_a_run_that_does_not_exist_yet_is_awaited(tmp_path):
+    path = tmp_path / "run.zarr"
+    run = FollowedRun(path)
+    assert not run.refresh()
+    assert (run.state, run.problem, run.age) == ("absent", "", None)
+    path.mkdir()
+    (path / LOCK_NAME).touch()
+    run.refresh()
+    assert run.state == "absent"
+    (path / LOCK_NAME).unlink()
+    with RunWriter(path, ATTRIBUTES) as writer:
+        run.refresh()
+        assert (run.state, run.writer) == ("empty", "writing")
+        record(writer, [0])
+        assert run.refresh()
+        assert run.state == "recording"
+    run.refresh()
+    assert run.writer == "closed"
+    assert run.age < 60
+
+
+def test_steps_that_were_taken_back_and_trained_again_are_read_again(tmp_path):
+    path = grown_run(tmp_path / "run.zarr")
+    run = FollowedRun(path)
+    run.refresh()
+    assert_as_opened(run, path)
+    before = run.generation
+    # Resumed from step 20, with other numbers, and past where it was: no length tells.
+    with RunWriter(path, ATTRIBUTES | {"created": "later"}, resume=True) as writer:
+        writer.truncate_after(20)
+        for step in range(30, 90, 10):
+            writer.append(step, groups([7.0, 7.0, 7.0 + step]))
+            writer.append_series(step, scalars(step) | {"loss": 1.0})
+    assert run.refresh()
+    assert run.generation == before + 1
+    assert_as_opened(run, path)
+
+
+def test_the_same_attributes_and_length_do_not_hide_other_numbers(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, range(0, 60, 10))
+        run = FollowedRun(path)
+        run.refresh()
+        assert_as_opened(run, path)
+        writer.truncate_after(20)
+        record(writer, range(30, 60, 10), sink=0.25)
+        for step in (60, 70):
+            writer.append(step, groups([9.0, 9.0, 9.0]))
+        run.refresh()
+        assert_as_opened(run, path)
+
+
+def test_a_shorter_run_is_seen_at_once(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, range(0, 60, 10))
+        run = FollowedRun(path)
+        run.refresh()
+        assert len(kurtosis(run)) == 6
+        writer.truncate_after(20)
+        run.refresh()
+        assert kurtosis(run)["step"].values.tolist() == [0, 10, 20]
+
+
+def test_a_run_deleted_and_begun_anew_is_another_one(tmp_path):
+    path = grown_run(tmp_path / "run.zarr")
+    run = FollowedRun(path)
+    run.refresh()
+    kurtosis(run)
+    shutil.rmtree(path)
+    assert run.refresh()
+    assert run.state == "absent"
+    assert not run.steps.size
+    grown_run(path, range(0, 100, 5), created="2026-02-02T00:00:00+00:00")
+    run.refresh()
+    assert_as_opened(run, path)
+
+
+def test_a_step_that_was_not_committed_is_not_there(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES, block=3) as writer:
+        record(writer, range(0, 60, 10))
+        run = FollowedRun(path)
+        record(writer, [60])
+        writer._axis.write(path)  # its chunks are on disk, the commit is not
+        run.refresh()
+        assert kurtosis(run)["step"].values.tolist() == [0, 10, 20, 30, 40, 50]
+
+
+def test_a_damaged_chunk_is_a_problem_that_passes(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, range(0, 60, 10))
+        run = FollowedRun(path)
+        run.refresh()
+        assert len(kurtosis(run)) == 6
+        record(writer, [60])
+        chunk = path / "residual_post/osp_excess_kurtosis/c.0.0.0"
+        whole = chunk.read_bytes()
+        chunk.write_bytes(whole[:-9])
+        run.refresh()
+        assert run.state == "unreadable"
+        assert "is damaged" in run.problem
+        assert len(kurtosis(run)) == 6  # what was read stays on view
+        chunk.write_bytes(whole)
+        run.refresh()
+        assert (run.state, run.problem) == ("recording", "")
+        assert_as_opened(run, path)
+
+
+def test_what_is_no_run_is_said(tmp_path):
+    run = FollowedRun(tmp_path)
+    (tmp_path / "notes.txt").touch()
+    run.refresh()
+    assert run.state == "unreadable"
+    assert "is not a run: it has no zarr.json" in run.problem
+
+
+def test_following_writes_and_locks_nothing(tmp_path):
+    path = grown_run(tmp_path / "run.zarr")
+
+    def everything():
+        return {file: file.stat().st_mtime_ns for file in path.rglob("*")}
+
+    before = everything()
+    run = FollowedRun(path)
+    run.refresh()
+    assert_as_opened(run, path)
+    assert everything() == before
+    with RunWriter(path, ATTRIBUTES, resume=True) as writer:
+        record(writer, [60])
+
+
+# -- the writer ------------------------------------------------------------------------------------------
+
+
+def test_asking_for_the_writer_does_not_take_its_lock_away(tmp_path):
+    """A record lock falls when its process closes any descriptor of the file."""
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES):
+        assert writer_state(path) == "writing"
+        code = f"from osp_diag.store import RunWriter; RunWriter({str(path)!r}, {{}}, resume=True)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+        assert "is being written by process" in done.stderr
+    assert writer_state(path) == "closed"
+
+
+def test_a_writer_that_was_killed_is_told_from_one_that_closed(tmp_path):
+    path = tmp_path / "run.zarr"
+    code = (
+        "import time; from osp_diag.store import RunWriter; from tests.growing_runs import *\n"
+        f"writer = RunWriter({str(path)!r}, ATTRIBUTES); record(writer, [0]); print('ready', flush=True)\n"
+        "time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        try:
+            process.stdout.readline()
+            run = FollowedRun(path)
+            run.refresh()
+            assert run.writer == "writing"
+        finally:
+            os.kill(process.pid, signal.SIGKILL)
+            process.wait()
+    assert run.refresh()
+    assert run.writer == "died"
+
+
+# -- asking ----------------------------------------------------------------------------------------------
+
+
+def test_it_says_what_there_is(tmp_path):
+    run = FollowedRun(grown_run(tmp_path / "run.zarr"))
+    run.refresh()
+    assert run.sites_with("osp_excess_kurtosis") == ["embedding", "residual_post", "final_norm"]
+    assert run.statistics_at("attention") == {"sink_rate": ("layer", "head", "epsilon", "sink_position")}
+    assert run.labels("residual_post", "stratum").tolist() == ["all", "first", "delimiter", "rest"]
+    assert not run.labels("residual_post", "channel").size
+
+
+def test_asking_for_what_is_not_there_names_it(tmp_path):
+    run = FollowedRun(grown_run(tmp_path / "run.zarr"))
+    run.refresh()
+    with pytest.raises(StoreError, match=r"has no 'nonsense' at 'residual_post' by step$"):
+        run.values("residual_post", "nonsense")
+    with pytest.raises(StoreError, match=r"no stratum 'last' at 'residual_post'; it has all, first, delimi"):
+        run.values("residual_post", "osp_excess_kurtosis", {"stratum": "last"})
+
+
+def test_a_new_step_does_not_copy_the_history(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES, block=100) as writer:
+        record(writer, range(0, 400))
+        writer.flush()
+        run = FollowedRun(path)
+        run.refresh()
+        before = kurtosis(run).values
+        record(writer, [400])
+        writer.flush()
+        run.refresh()
+        after = kurtosis(run).values
+    assert len(after) == 401
+    assert np.shares_memory(before, after)
