@@ -413,7 +413,7 @@ def test_compiled_blocks_take_every_block_mask_without_being_compiled_again(
     alone = torch.compile(flex_attention, backend="aot_eager")
     monkeypatch.setattr(attention_module, "_compiled_flex", lambda: alone)
     monkeypatch.setattr(llama_module, "attention_mask", lambda *given: block_mask(given[-1]))
-    model = stirred(tiny(attention="learned_sink"))
+    model = stirred(tiny(attention="softmax"))
     ids = tokens_of(model.config)
     with torch.no_grad():
         for compiled in (False, True):

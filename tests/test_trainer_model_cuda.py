@@ -57,7 +57,7 @@ def test_logits_and_gradients_are_those_on_a_cpu(kind: Any, way: str, documents:
     torch.compiler.reset()
     if "compiled" in way:
         for block in model.blocks:
-            block.compile(fullgraph=True)
+            block.compile()
     logits, found = gradients(model, ids.cuda(), None if documents is None else documents.cuda())
     np.testing.assert_allclose(logits, expected, rtol=0, atol=5e-4)
     for name, gradient in found.items():
@@ -74,7 +74,7 @@ def test_autocast_is_near(kind: Any, compiled: bool) -> None:
     torch.compiler.reset()
     if compiled:
         for block in model.blocks:
-            block.compile(fullgraph=True)
+            block.compile()
     with torch.autocast("cuda", torch.bfloat16):
         _, found = gradients(model, ids.cuda(), DOCUMENTS.cuda())
     for name, gradient in found.items():
@@ -92,7 +92,7 @@ def test_probes_give_the_numbers_of_a_cpu(kind: Any, compiled: bool) -> None:
         torch.compiler.reset()
         if compiled and device == "cuda":
             for block in model.blocks:
-                block.compile(fullgraph=True)
+                block.compile()
         probe = Probe(model, sites=["residual_post", "attention"])
         with torch.no_grad(), probe.step(0):
             model(ids.to(device))

@@ -29,6 +29,7 @@ __all__ = [
     "is_numpy_namespace",
     "is_torch_namespace",
     "kth_magnitude",
+    "kth_of_few",
     "namespace_of",
     "once",
     "positions",
@@ -188,7 +189,7 @@ def take_along_last(values: Array, index: Array) -> Array:
     """``values[..., index]`` with one index per leading position: both (..., n) and (...) → (...)."""
     xp = namespace_of(values)
     if is_torch_namespace(xp):
-        return sys.modules["torch"].take_along_dim(values, index[..., None], dim=-1)[..., 0]
+        return sys.modules["torch"].gather(values, -1, index[..., None].long())[..., 0]
     return xp.take_along_axis(values, index[..., None], axis=-1)[..., 0]
 
 
@@ -275,7 +276,19 @@ def kth_magnitude(magnitude: Array, rank: Any, *, significant_bits: int = 31) ->
         return sys.modules["torch"].from_numpy(chosen)
     if is_torch_namespace(xp) or is_jax_namespace(xp):
         return _kth_by_bits(xp, magnitude, rank, significant_bits)
-    ordered = xp.sort(magnitude, axis=-1)
+    return kth_of_few(magnitude, rank)
+
+
+def kth_of_few(magnitude: Array, rank: Any) -> Array:
+    """:func:`kth_magnitude` by sorting: slower on long axes, and under ``torch.vmap`` the only way.
+
+    Bits cannot be looked at there before torch 2.13.
+    """
+    xp = namespace_of(magnitude)
+    if is_torch_namespace(xp):
+        ordered = sys.modules["torch"].sort(magnitude, dim=-1).values
+    else:
+        ordered = xp.sort(magnitude, axis=-1)
     return ordered[..., rank] if isinstance(rank, int) else take_along_last(ordered, rank)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from osp_diag.errors import EstimatorError
-from osp_diag.estimators._arrays import Array, accumulator_dtype, kth_magnitude, namespace_of, quotient
+from osp_diag.estimators._arrays import Array, accumulator_dtype, kth_of_few, namespace_of, quotient
 from osp_diag.estimators.activation import ActivationObservation, max_over_strata, over_strata
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
 from osp_diag.estimators.counts import TokenCount, maximum_or_nan, per_token
@@ -100,7 +100,7 @@ class TokenScaleRatioSums(Measurement):
         count = xp.astype(observation.tokens_per_sequence, xp.int32)
         # Tokens left out are zeros and sort first.
         rank = xp.where(count > 0, length - count + (count - 1) // 2, xp.zeros_like(count))
-        median = kth_magnitude(peak, rank, significant_bits=observation.significant_bits)
+        median = kth_of_few(peak, rank)
         return summed_ratio(xp.astype(xp.max(peak, axis=-1), wide), xp.astype(median, wide))
 
 

@@ -122,6 +122,15 @@ def _with_flex(
     options: dict[str, Any] = {"block_mask": mask, "enable_gqa": True}
     if sink_logits is None:
         return _flex(query, key, value, **options)
+    return _with_sink_column(query, key, value, sink_logits, options)
+
+
+# Compiled as part of a block, the gradient through the log-sum-exp comes out wrong on a GPU (torch 2.11, seen
+# by tests/test_trainer_model_cuda.py); compiled alone it is right. So the block's graph ends here.
+@torch.compiler.disable
+def _with_sink_column(
+    query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor, options: dict[str, Any]
+) -> Tensor:
     out, auxiliary = _flex(query, key, value, return_aux=AuxRequest(lse=True), **options)
     share = torch.sigmoid(auxiliary.lse - sink_logits.float()[:, None])
     return (out * share[..., None]).to(out.dtype)
