@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from osp_diag.max_pooling import bin_starts, max_pool
 
-__all__ = ["bin_starts", "max_pool", "number", "spread"]
+__all__ = ["bin_starts", "counts_few", "max_pool", "number", "spread"]
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -37,6 +38,12 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     for i in range(count - 1, -1, -1):
         places[i] = min(places[i], high - gap * (count - 1 - i))
     return [float(places[rank]) for rank in np.argsort(order, kind="stable")]
+
+
+def counts_few(places: Float[np.ndarray, " place"]) -> bool:
+    """Whether these are a few whole numbers, such as layers, between which an axis needs no ticks."""
+    known = places[np.isfinite(places)]
+    return bool(known.size) and bool((known == np.round(known)).all()) and float(np.ptp(known)) <= 10
 
 
 def number(value: float) -> str:

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from figures._bounds import bound, draw_bounds, log_range
 from figures._caption import caption
 from figures._colours import sample
-from figures._decimate import number
 from figures._runs import identifier, labels_of, last_step, per_run, statistics
 from figures.backend import Backend, Canvas, Dash, Panel
 from figures.styles import Style
@@ -66,8 +66,8 @@ def prepare(
                 else magnitudes,
                 "median_magnitude": found["median_magnitude"],
                 "kurtosis": found[estimator],
-                "floor": _bound(notes.get("floor")),
-                "ceiling": _bound(notes.get("ceiling")),
+                "floor": bound(notes, "floor"),
+                "ceiling": bound(notes, "ceiling"),
             }
         )
         parts.append(part)
@@ -90,13 +90,6 @@ def prepare(
     return dataset
 
 
-def _bound(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return float("nan")
-
-
 def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
     """Two panels for one run or overlaid runs; two rows of panels for runs side by side."""
     overlaid = dataset.attrs["arrange"] == "overlaid" and dataset.sizes["run"] > 1
@@ -105,8 +98,9 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     stacked = beside or inches < 5
     rows, columns = (2, dataset.sizes["run"] if beside else 1) if stacked else (1, 2)
     canvas = backend.canvas(rows, columns, width=inches, height=2.35 * rows, style=style, share_y=beside)
+    values = [dataset[name].values for name in ("kurtosis", "floor", "ceiling")]
     log = bool((dataset["kurtosis"].min() >= 0).item())
-    low, high = _range(dataset) if log else (None, None)
+    low, high = log_range(*values) if log else (None, None)
     if low is not None:
         dataset = dataset.assign(kurtosis=dataset["kurtosis"].clip(min=low))
     for column in range(columns if beside else 1):
@@ -129,7 +123,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             y_scale="log" if log else "linear",
         )
         (_overlaid if overlaid else _single)(part, magnitude, kurtosis, style)
-        _bounds(part, kurtosis)
+        draw_bounds(kurtosis, part["floor"].values, part["ceiling"].values, floor="Gaussian floor")
         if low is not None and high is not None:
             kurtosis.limits("y", low, high)
         if overlaid:
@@ -138,19 +132,6 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             magnitude.legend()
             kurtosis.legend()
     return canvas
-
-
-def _range(dataset: xr.Dataset) -> tuple[float, float] | tuple[None, None]:
-    """Ends of a logarithmic axis with room for floor, ceiling and their labels.
-
-    The OSP formula is 0 for tokens below a Gaussian's kurtosis: such values are drawn at the foot.
-    """
-    found = [np.ravel(dataset[name].values) for name in ("floor", "ceiling", "kurtosis")]
-    positive = [values[values > 0] for values in found]
-    if not any(values.size for values in positive):
-        return None, None
-    foot = positive[0].min() / 3 if positive[0].size else min(v.min() for v in positive if v.size) / 1.6
-    return float(foot), float(max(values.max() for values in positive if values.size) * 3)
 
 
 def _single(dataset: xr.Dataset, magnitude: Panel, kurtosis: Panel, style: Style) -> None:
@@ -190,10 +171,3 @@ def _overlaid(dataset: xr.Dataset, magnitude: Panel, kurtosis: Panel, style: Sty
         kurtosis.line(
             layers, part["kurtosis"].sel(stratum="rest").values, label="", colour=colour, dash="dashed"
         )
-
-
-def _bounds(part: xr.Dataset, kurtosis: Panel) -> None:
-    """Floor and ceiling as lines, one for each width that the runs have."""
-    for name, said in (("floor", "Gaussian floor"), ("ceiling", "ceiling")):
-        for value in sorted({float(value) for value in part[name].values if np.isfinite(value)}):
-            kurtosis.level(value, f"{said} {number(value)}")

@@ -25,6 +25,7 @@ FIGURES = (
     "channel_map_comparison",
     "concentration_curves",
     "depth_profile",
+    "estimator_disagreement",
     "kurtosis_dynamics",
     "logit_densities",
     "outlier_timeline",
@@ -32,6 +33,7 @@ FIGURES = (
     "sink_emergence",
     "sink_implementation",
     "sink_map",
+    "stratum_comparison",
 )
 PLAN = Plan()
 

@@ -59,9 +59,15 @@ class Panel(Protocol):
         """A thin horizontal line across the panel with its text on it."""
 
     def scatter(
-        self, x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, label: str, colour: str
+        self,
+        x: Float[np.ndarray, " point"],
+        y: Float[np.ndarray, " point"],
+        *,
+        label: str,
+        colour: str,
+        texts: Sequence[str] | None = None,
     ) -> None:
-        """Points."""
+        """Points; ``texts`` are what a page says of them beside their numbers."""
 
     def heat_map(
         self,

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from jaxtyping import Float
 
 from figures._colours import ColourScale, colour_table, hexadecimal
-from figures._decimate import spread
+from figures._decimate import counts_few, spread
 from figures.styles import Style
 
 __all__ = ["LEGEND", "MARKS", "Panel", "colour_scale", "plain"]
@@ -64,6 +64,7 @@ class Panel:
         self.mark_places: list[tuple[float, str]] = []
         self.range: tuple[float, float] = (0.0, 1.0)
         self.has_legend = False
+        self.log_x = False
         self.log_y = False
 
     def layout(self, part: str, **settings: Any) -> None:
@@ -146,7 +147,13 @@ class Panel:
         )
 
     def scatter(
-        self, x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, label: str, colour: str
+        self,
+        x: Float[np.ndarray, " point"],
+        y: Float[np.ndarray, " point"],
+        *,
+        label: str,
+        colour: str,
+        texts: Sequence[str] | None = None,
     ) -> None:
         self._add(
             go.Scatter(
@@ -155,9 +162,13 @@ class Panel:
                 name=plain(label),
                 mode="markers",
                 legend=f"legend{self.suffix}",
+                showlegend=bool(label),
                 marker={"color": colour, "size": 6},
+                text=None if texts is None else list(map(plain, texts)),
             )
         )
+        said = f"%{{y:,.4g}}{'' if texts is None else '<br>%{text}'}<extra>{plain(label)}</extra>"
+        self._hovers.append((self.traces[-1], said, None))
 
     def heat_map(
         self,
@@ -204,7 +215,7 @@ class Panel:
             elif trace.type == "heatmap":
                 trace.hovertemplate = f"{x_name} %{{x}}<br>{y_name} %{{y}}<br>{said}"
             else:
-                trace.hovertemplate = f"{x_name} %{{x}}<br>{y_name} {said}"
+                trace.hovertemplate = f"{x_name} %{{x:,.6~g}}<br>{y_name} {said}"
 
     def surface(
         self,
@@ -216,6 +227,7 @@ class Panel:
         colour_map: str,
         quantity: str,
     ) -> None:
+        scene = self.figure.layout[f"scene{self.suffix}"]
         self._add(
             go.Surface(
                 z=_listed(values),
@@ -228,7 +240,8 @@ class Panel:
                 showscale=False,
                 lighting={"ambient": 0.9, "diffuse": 0.25, "specular": 0.0},
                 hovertemplate=(
-                    f"channel %{{x}}<br>token %{{y}}<br>{plain(quantity)} %{{z:,.4g}}<extra></extra>"
+                    f"{scene.xaxis.title.text} %{{x}}<br>{scene.yaxis.title.text} %{{y}}<br>"
+                    f"{plain(quantity)} %{{z:,.4g}}<extra></extra>"
                 ),
             )
         )
@@ -247,7 +260,7 @@ class Panel:
 
     def annotate(self, x: float, y: float, text: str) -> None:
         self.figure.add_annotation(
-            x=x,
+            x=np.log10(x) if self.log_x else x,
             y=np.log10(y) if self.log_y else y,
             xref=f"x{self.suffix}",
             yref=f"y{self.suffix}",
@@ -260,6 +273,9 @@ class Panel:
 
     def tick_depth(self, width: float) -> float:
         """Pixels under the panel that tick texts take beyond one line: they stand where they would touch."""
+        places = [np.array(trace.x, dtype=float) for trace in self.traces if trace.type == "scatter"]
+        if not self.tick_texts and not self.log_x and places and all(map(counts_few, places)):
+            self.axis("x", dtick=1)
         longest = max(map(len, self.tick_texts), default=0)
         if self.three_dimensional or (longest + 1) * len(self.tick_texts) * 7.5 <= width:
             return 0.0
@@ -267,7 +283,7 @@ class Panel:
         return 7.5 * longest - 12
 
     def limits(self, axis: Literal["x", "y", "z"], low: float, high: float) -> None:
-        logarithmic = axis == "y" and self.log_y
+        logarithmic = (axis == "y" and self.log_y) or (axis == "x" and self.log_x)
         self.axis(axis, range=[float(np.log10(low)), float(np.log10(high))] if logarithmic else [low, high])
 
     def legend(self) -> None:

@@ -18,10 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from figures._colours import ColourScale, colour_table
-from figures._decimate import spread
+from figures._decimate import counts_few, spread
 from figures.backend._matplotlib_text import file_metadata, fitting, plain, wrapped
 from figures.styles import Style
 
@@ -34,6 +34,8 @@ _DASHES = {"solid": "-", "dashed": (0, (4, 1.6)), "dotted": (0, (1, 1.4)), "dash
 _INCH = 72.0
 _LINE = 11.0
 """points that a line of a legend or a subtitle takes"""
+_SMALL = 2.2
+"""inches of a three-dimensional panel, below which it has room for three ticks an axis"""
 
 
 def _colour_map(name: str) -> Colormap:
@@ -108,6 +110,8 @@ class Panel:
     ) -> None:
         mark = "o" if np.isfinite(y).sum() == 1 else None
         self.axes.plot(x, y, label=plain(label), color=colour, linestyle=_DASHES[dash], marker=mark)
+        if self.axes.get_xscale() == "linear" and counts_few(x):
+            self.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if lower is not None and upper is not None:
             self.axes.fill_between(x, lower, upper, color=colour, alpha=0.18, linewidth=0)
 
@@ -128,7 +132,13 @@ class Panel:
 
     @_under_style
     def scatter(
-        self, x: Float[np.ndarray, " point"], y: Float[np.ndarray, " point"], *, label: str, colour: str
+        self,
+        x: Float[np.ndarray, " point"],
+        y: Float[np.ndarray, " point"],
+        *,
+        label: str,
+        colour: str,
+        texts: Sequence[str] | None = None,
     ) -> None:
         self.axes.scatter(x, y, label=plain(label), color=colour, s=9, linewidths=0, zorder=3)
 
@@ -190,8 +200,9 @@ class Panel:
         )
         self.axes.set_xlim(x[0], x[-1])
         self.axes.set_ylim(y[0], y[-1])
+        small = self.axes.figure.get_figwidth() / self.axes.get_gridspec().ncols < _SMALL
         for axis in (self.axes.xaxis, self.axes.yaxis):
-            axis.set_major_locator(MaxNLocator(5, integer=True))
+            axis.set_major_locator(MaxNLocator(3 if small else 5, integer=True))
 
     @_under_style
     def ticks(self, axis: Literal["x", "y", "z"], places: Sequence[float], texts: Sequence[str]) -> None:
@@ -314,6 +325,8 @@ class Canvas:
         for axis, scale in ((axes.xaxis, x_scale), (axes.yaxis, y_scale)):
             if scale == "log":
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        if x_scale == "log":
+            axes.xaxis.set_major_locator(LogLocator(numticks=6))
         if self.three_dimensional:
             self._corner_view(axes, z_label)
         return panel

@@ -27,6 +27,7 @@ _CONFIG = {"displaylogo": False, "responsive": False, "toImageButtonOptions": {"
 # pixels kept free around a panel
 _LEFT, _RIGHT, _BELOW = 74, 22, 58
 _TICKS = 38  # of _LEFT
+_TOOLS = 26  # of plotly's own buttons, above everything
 _TITLE, _SUBTITLE, _LINE, _BAR = 30, 18, 16, 96
 
 
@@ -75,7 +76,7 @@ class Canvas:
             self.figure, index, self.style, self.three_dimensional, title
         )
         panel.subtitle = subtitle
-        panel.log_y = y_scale == "log"
+        panel.log_x, panel.log_y = x_scale == "log", y_scale == "log"
         logarithmic = {
             "type": "log",
             "dtick": 1,
@@ -137,15 +138,17 @@ class Canvas:
 
     def _columns(self) -> list[tuple[float, float]]:
         """Left and right pixel of each column, colour bars kept free."""
-        widest = max((panel.tick_width for panel in self.panels.values()), default=0.0)
-        beside = _LEFT + max(0.0, widest - _TICKS)
-        left = 10 if self.three_dimensional else beside + self.extra_left
-        behind = [_RIGHT if self.three_dimensional or self.share_y else beside] * (self.columns - 1) + [
-            _RIGHT
-        ]
+        beside = [_LEFT] * self.columns
+        for (_, column), panel in self.panels.items():
+            beside[column] = max(beside[column], round(_LEFT + panel.tick_width - _TICKS))
+        left = 10 if self.three_dimensional else beside[0] + self.extra_left
+        shared = self.three_dimensional or self.share_y
+        behind = [_RIGHT if shared else between for between in beside[1:]] + [_RIGHT]
         for _, panels in self.bars:
             column = max(c for (_, c), panel in self.panels.items() if panel in panels)
-            behind[column] = max(behind[column], _BAR + (beside if column < self.columns - 1 else 0))
+            behind[column] = max(
+                behind[column], _BAR + (beside[column + 1] if column < self.columns - 1 else 0)
+            )
         each = (self.width - left - sum(behind)) / self.columns
         starts = [left + sum(behind[:column]) + each * column for column in range(self.columns)]
         return [(start, start + each) for start in starts]
@@ -220,8 +223,8 @@ class Canvas:
             )
         self.figure.update_layout(
             width=self.width,
-            height=self.height + small_print,
-            margin={"l": 0, "r": 0, "t": 0, "b": small_print},
+            height=self.height + small_print + _TOOLS,
+            margin={"l": 0, "r": 0, "t": _TOOLS, "b": small_print},
         )
 
     def _axis_name(self, row: int, column: int, axis: str) -> str:

@@ -37,6 +37,8 @@ def run(
 
     The figures:
       depth_profile       magnitudes and a kurtosis by layer
+      stratum_comparison  kurtosis and max/median by layer, of first, delimiter and other tokens
+      estimator_disagreement  one model under every kurtosis, with noise floors and ceilings
       activation_surface  |activation| over channel and token (fig2 of the OSP paper)
       channel_map         which channels are hot, layer by layer
       channel_map_comparison  the channels of two models by layer, and their difference
