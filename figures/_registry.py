@@ -96,6 +96,6 @@ def _said(hint: Any) -> str:
         float: "a number",
         str: "a word",
         type(None): "none",
-        Sequence: "several words",
+        Sequence: "several",
     }
     return " or ".join(words.get(get_origin(member) or member, str(member)) for member in _members(hint))

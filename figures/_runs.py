@@ -21,6 +21,7 @@ __all__ = [
     "per_run",
     "shown_token",
     "snapshot",
+    "snapshot_sites",
     "statistics",
     "token_texts",
 ]
@@ -120,6 +121,14 @@ def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:
             f"{figure} draws raw activations, and the run of {name_of(run)} holds no snapshot of {site!r}"
             f"{_why(run, site)}; probe again and let it keep snapshots of that site"
         ) from None
+
+
+def snapshot_sites(run: Any) -> list[str]:
+    """The sites of which a run keeps raw activations."""
+    kept = run.tree.children.get("snapshot")
+    nodes = () if kept is None else kept.subtree
+    paths = [node.path.removeprefix("/snapshot/") for node in nodes if "activation" in node.data_vars]
+    return [path.replace("/", ":", 1) for path in paths]
 
 
 def token_texts(run: Any, count: int) -> list[str]:

@@ -1,29 +1,38 @@
-"""|activation| over channel × token as a surface: Figure 2 of the OSP paper.
+"""|activation| over channel × token as a surface: Figures 2, 8 and 9 of the OSP paper.
 
 Attention input above, FFN input below, one column a run, each surface on its own height unless
-``z_scale="shared"``. Neighbouring channels and tokens are pooled by their maximum, so that a spike of
-one channel at one token keeps its height.
+``z_scale="shared"``. Figures 8 and 9 are ``sites="linear_input:*", layer=(1, 7, 15, 22)`` of a run that was
+probed at these sites: the input of every Linear. Neighbouring channels and tokens are pooled by their
+maximum, so that a spike of one channel at one token keeps its height.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from figures._caption import caption
-from figures._colours import ColourScale
-from figures._decimate import bin_starts, max_pool, number
-from figures._runs import labels_of, last_step, name_of, per_run, shown_token, snapshot, token_texts
-from figures.backend import Backend, Canvas, Panel
+from figures._decimate import bin_starts, max_pool
+from figures._runs import labels_of, last_step, name_of, per_run, snapshot, snapshot_sites, token_texts
+from figures._surfaces import (
+    Axes,
+    check_z_scale,
+    draw_surfaces,
+    in_block_order,
+    layers_asked,
+    short_name,
+    with_layers,
+)
+from figures.backend import Backend, Canvas
 from figures.styles import Style
 from osp_diag.errors import StoreError, UsageError
 
-ALIASES = ("fig2", "surface")
-Z_SCALES = ("own", "shared")
-_FEW_TOKENS = 12
+ALIASES = ("fig2", "fig8", "fig9", "surface")
+AXES = Axes(values="magnitude", quantity="|activation|", row="site", x="channel", y="token")
 
 __all__ = ["ALIASES", "draw", "prepare"]
 
@@ -32,7 +41,7 @@ def prepare(
     runs: list[Any],
     *,
     sites: str | Sequence[str] = ("attention_input", "mlp_input"),
-    layer: int | None = None,
+    layer: int | Sequence[int] | None = None,
     z_scale: str = "own",
     channels: int = 72,
     tokens: int = 48,
@@ -41,25 +50,28 @@ def prepare(
 
     Parameters
     ----------
-    sites : one row each; any site of which the run keeps a snapshot
-    layer : by default, in each run, the layer with the largest maximum over these sites
+    sites : one row each; any site of which the run keeps a snapshot, also by pattern: ``linear_input:*``
+    layer : one, or several side by side; by default, in each run, the layer with the largest maximum over
+        these sites
     z_scale : ``own`` height for every surface, as in the paper, or one ``shared`` by all
     channels, tokens : the most points along each side
 
     Returns
     -------
     ``magnitude`` (run, site, token, channel) with the coordinates ``first_channel``, ``first_token`` of
-    each pooled cell, ``layer`` (run), and ``peak``, ``peak_channel``, ``peak_token`` (run, site).
+    each pooled cell, ``layer`` (run), and ``peak``, ``peak_channel``, ``peak_token`` (run, site). With
+    several layers ``run`` has an entry for each.
     """
-    chosen = [sites] if isinstance(sites, str) else list(sites)
-    if z_scale not in Z_SCALES:
-        raise UsageError(f"activation_surface: z_scale is {' or '.join(Z_SCALES)}, not {z_scale!r}")
-    if channels < 2 or tokens < 2 or not chosen:
+    check_z_scale("activation_surface", z_scale)
+    if channels < 2 or tokens < 2 or not sites:
         raise UsageError("activation_surface: a surface needs a site and at least 2 channels and 2 tokens")
-    parts = [_of_run(run, chosen, layer, channels, tokens) for run in runs]
+    chosen = _expanded(runs, [sites] if isinstance(sites, str) else list(sites))
+    asked = layers_asked(layer)
+    parts = [_of_run(run, chosen, one, channels, tokens) for run in runs for one in asked]
     steps = [last_step(run) for run in runs]
-    dataset = per_run(parts, labels_of(runs, steps))
-    title = f"|activation| over channel and token at {' and '.join(chosen)}"
+    labels = [label for label in labels_of(runs, steps) for _ in asked]
+    dataset = per_run(parts, with_layers(labels, [int(part["layer"]) for part in parts]))
+    title = f"|activation| over channel and token: {', '.join(map(short_name, chosen))}"
     layers = ", ".join(dict.fromkeys(str(int(part["layer"])) for part in parts))
     how = f"layer {layers}" if layer is not None else f"layer {layers} (where the maximum is largest)"
     dataset.attrs = {
@@ -74,6 +86,28 @@ def prepare(
         "z_scale": z_scale,
     }
     return dataset
+
+
+def _expanded(runs: list[Any], sites: list[str]) -> list[str]:
+    """Sites by name; a pattern stands for those of which every run keeps a snapshot."""
+    found: list[str] = []
+    for site in sites:
+        if "*" not in site:
+            found.append(site)
+            continue
+        shared = [name for name in snapshot_sites(runs[0]) if fnmatchcase(name, site)]
+        shared = [name for name in shared if all(name in snapshot_sites(run) for run in runs[1:])]
+        if not shared:
+            raise StoreError(
+                f"activation_surface: no snapshot that the runs share matches {site!r}; that of "
+                f"{name_of(runs[0])} has {', '.join(snapshot_sites(runs[0])) or 'none'}; probe again with it "
+                "among --sites"
+            )
+        # The head's input is there once, beside sites that every block has.
+        depth = {name: runs[0].snapshot(name).sizes["layer"] for name in shared}
+        deepest = max(depth.values())
+        found += in_block_order(name for name in shared if depth[name] > 1 or deepest == 1)
+    return list(dict.fromkeys(found))
 
 
 def _of_run(run: Any, sites: list[str], layer: int | None, channels: int, tokens: int) -> xr.Dataset:
@@ -143,46 +177,5 @@ def _surface(values: np.ndarray, channels: int, tokens: int) -> xr.Dataset:
 
 
 def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
-    """A grid of surfaces: a row a site, a column a run."""
-    rows, columns = dataset.sizes["site"], dataset.sizes["run"]
-    inches = style.widths[width]
-    turned = columns == 1 and rows > 1 and inches > 5
-    if turned:
-        rows, columns = columns, rows
-    height = min(inches / columns * 0.8, 3.0) * rows
-    canvas = backend.canvas(rows, columns, width=inches, height=height, style=style, three_dimensional=True)
-    shared = float(dataset["peak"].max()) if dataset.attrs["z_scale"] == "shared" else None
-    for site_index, site in enumerate(dataset["site"].values):
-        for run_index, run in enumerate(dataset["run"].values):
-            part = dataset.isel(site=site_index, run=run_index)
-            title = f"{run}: {site}" if dataset.sizes["run"] > 1 else str(site)
-            peak = (
-                f"layer {int(part['layer'])}, max {number(float(part['peak']))} at channel "
-                f"{int(part['peak_channel'])}, token {int(part['peak_token'])}"
-            )
-            row, column = (run_index, site_index) if turned else (site_index, run_index)
-            panel = canvas.panel(
-                row,
-                column,
-                title=title,
-                subtitle=peak,
-                x_label="channel",
-                y_label="token",
-                z_label="|activation|",
-            )
-            _draw_surface(panel, part, shared or float(part["peak"]), style)
-    return canvas
-
-
-def _draw_surface(panel: Panel, part: xr.Dataset, top: float, style: Style) -> None:
-    values = part["magnitude"].dropna("token", how="all").dropna("channel", how="all")
-    token = part["first_token"].values[: values.sizes["token"]]
-    channel = part["first_channel"].values[: values.sizes["channel"]]
-    scale = ColourScale(0.0, top if top > 0 else 1.0)
-    panel.surface(
-        values.values, channel, token, scale=scale, colour_map=style.surface_map, quantity="|activation|"
-    )
-    panel.limits("z", 0.0, scale.high)
-    texts = [shown_token(str(text)) for text in part["token_text"].values[: len(token)]]
-    if len(token) <= _FEW_TOKENS and all(texts):
-        panel.ticks("y", token.tolist(), texts)
+    """A grid of surfaces: a row a site, a column a run or layer."""
+    return draw_surfaces(dataset, AXES, backend, style=style, width=width)

@@ -19,6 +19,7 @@ from scipy.stats import norm
 from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.run import Run
 from osp_diag.store import RunWriter
+from tests.synthetic_statics import few_bits, weight_maps
 
 STRATA = ("all", "first", "delimiter", "rest")
 EPSILONS = (0.1, 0.2, 0.3, 0.8)
@@ -46,6 +47,8 @@ class Plan:
     steps: tuple[int, ...] = (0,)
     attention: bool = True
     snapshots: bool = True
+    weights: bool = True
+    few_bits: bool = True
 
     @property
     def head_channels(self) -> int:
@@ -358,6 +361,10 @@ def make_tree(plan: Plan = Plan()) -> xr.DataTree:
             }
         )
         nodes |= {f"snapshot/{site}": values for site, values in snapshots.items()}
+    if plan.weights:
+        nodes |= weight_maps(plan.layers, plan.channels, spike=7.5 if plan.massive else 0.9)
+    if plan.few_bits:
+        nodes["quantization"] = few_bits(harm=1.0 if plan.massive else 0.1)
     return xr.DataTree.from_dict(nodes)
 
 
@@ -404,6 +411,6 @@ def write_run(path: Path, plan: Plan = Plan()) -> Path:
                 },
             )
         for name, group in groups.items():
-            if name.startswith("snapshot"):
+            if name.startswith(("snapshot", "weight_map/", "quantization")):
                 writer.write_static(name, group)
     return path

@@ -176,7 +176,7 @@ def test_from_a_run_on_disk(tmp_path):
         ("sink_map", {"width": "wide"}, r"has no width 'wide'; it has one-column, two-column"),
         ("sink_map", {"epsilom": 0.3}, r"sink_map has no option 'epsilom'; did you mean epsilon"),
         ("sink_map", {"epsilon": "high"}, r"takes for epsilon a number, not 'high'"),
-        ("fig2", {"layer": 2.5}, r"takes for layer a whole number or none, not 2.5"),
+        ("fig2", {"layer": 2.5}, r"takes for layer a whole number or several or none, not 2.5"),
         ("fig2", {"layer": 40}, r"the snapshot of made-up-60M has no layer 40; it has 0, 1, 2, 3, 4, 5"),
         ("fig2", {"z_scale": "log"}, r"z_scale is own or shared, not 'log'"),
         ("fig2", {"channels": 1}, r"at least 2 channels and 2 tokens"),

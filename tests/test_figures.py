@@ -34,6 +34,7 @@ FIGURES = (
     "sink_implementation",
     "sink_map",
     "stratum_comparison",
+    "weight_surface",
 )
 PLAN = Plan()
 

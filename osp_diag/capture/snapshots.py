@@ -50,7 +50,8 @@ class Snapshots:
     tokens : how many positions to keep
     sites : where
     layers : which layers, or None for all
-    megabytes : what all copies together may take; further ones are dropped, and said to be
+    megabytes : what all copies together may take, enough for all sites of a 7B model at 64 tokens; further
+        ones are left out, and named in ``dropped``
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Snapshots:
         *,
         sites: Sequence[str] = SNAPSHOT_SITES,
         layers: Sequence[int] | None = None,
-        megabytes: float = 64.0,
+        megabytes: float = 256.0,
     ) -> None:
         self.tokens = tokens
         self.sites = tuple(sites)

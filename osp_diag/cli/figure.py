@@ -39,7 +39,8 @@ def run(
       depth_profile       magnitudes and a kurtosis by layer
       stratum_comparison  kurtosis and max/median by layer, of first, delimiter and other tokens
       estimator_disagreement  one model under every kurtosis, with noise floors and ceilings
-      activation_surface  |activation| over channel and token (fig2 of the OSP paper)
+      activation_surface  |activation| over channel and token (fig2; of every Linear: fig8, fig9)
+      weight_surface      |W| over input and output channel (fig10, fig11)
       channel_map         which channels are hot, layer by layer
       channel_map_comparison  the channels of two models by layer, and their difference
       concentration_curves    how much energy sits in how few channels, by layer
@@ -68,6 +69,7 @@ def run(
     Examples:
         osp-diag figure depth_profile run.zarr --out depth.pdf
         osp-diag figure fig2 adam.zarr osp.zarr --option layer=20 --out surface.html
+        osp-diag figure fig8 run.zarr --option 'sites=linear_input:*' --option layer=1,7,15,22
         osp-diag figure depth_profile adam.zarr osp.zarr --option arrange=overlaid
     """
     import figures

@@ -32,7 +32,7 @@ from osp_diag.probing.versions import library_versions
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.run import Run, open_run
 from osp_diag.sites import SITES, find_sites, matches
-from osp_diag.sites.names import ATTENTION, HEAD_SITES
+from osp_diag.sites.names import ATTENTION, HEAD_SITES, LINEAR_INPUT
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.store import RunWriter
 
@@ -227,11 +227,9 @@ class Probe:
 
     def _collector(self) -> Collector:
         first = self.snapshot_tokens > 0 and not any(group.startswith("snapshot/") for group in self._static)
-        snapshots = (
-            Snapshots(self.snapshot_tokens, sites=tuple(filter(self.wanted, SNAPSHOT_SITES)))
-            if first
-            else None
-        )
+        linear_inputs = [site for site in self.site_map.sites if site.startswith(LINEAR_INPUT)]
+        kept = tuple(filter(self.wanted, (*SNAPSHOT_SITES, *linear_inputs)))
+        snapshots = Snapshots(self.snapshot_tokens, sites=kept) if first else None
         return Collector(
             self.wanted,
             estimators=self.estimators,
@@ -341,6 +339,9 @@ class Probe:
             return
         for group, dataset in snapshot_datasets(collector.snapshots).items():
             self.write_static(group, dataset)
+        if dropped := sorted(collector.snapshots.dropped):
+            places = ", ".join(f"{site} of layer {layer}" for site, layer in dropped)
+            self.attributes["notes"].append(f"raw activations too large to keep for pictures: {places}")
 
     def _keep_vocabulary(self, groups: Mapping[str, xr.Dataset]) -> None:
         """The texts of all token ids, once, where some statistic names tokens and a tokenizer is known."""

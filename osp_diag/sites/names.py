@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-__all__ = ["ATTENTION", "DEFAULT_SITES", "DOWN_WEIGHT", "HEAD_SITES", "SITES", "SiteMap", "Tap", "matches"]
+__all__ = [
+    "ATTENTION",
+    "DEFAULT_SITES",
+    "DOWN_WEIGHT",
+    "HEAD_SITES",
+    "LINEAR_INPUT",
+    "SITES",
+    "SiteMap",
+    "Tap",
+    "matches",
+]
 
 SITES: dict[str, str] = {
     "embedding": "the state that enters the first block (token embedding and whatever is added to it)",
@@ -31,6 +41,8 @@ SITES: dict[str, str] = {
 
 ATTENTION = "attention"
 DOWN_WEIGHT = "mlp_down_weight"
+LINEAR_INPUT = "linear_input:"
+"""How the sites begin that are the input of one projection, by its path within the block."""
 HEAD_SITES = ("query_pre_rope", "key_pre_rope", "query_post_rope", "key_post_rope", "value")
 DEFAULT_SITES = tuple(site for site in SITES if site != "residual_pre")
 """Every site but ``residual_pre``, which repeats ``embedding`` and ``residual_post``."""

@@ -1,0 +1,198 @@
+"""|W| over input × output channel as a surface: Figures 10 and 11 of the OSP paper.
+
+A row a projection, a column a run or a layer, each surface on its own height unless ``z_scale="shared"``.
+Neighbouring channels are pooled by their maximum, so that a single large weight keeps its height.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from figures._caption import caption
+from figures._decimate import bin_starts, max_pool
+from figures._runs import labels_of, last_step, name_of, per_run
+from figures._surfaces import (
+    Axes,
+    check_z_scale,
+    draw_surfaces,
+    in_block_order,
+    layers_asked,
+    short_name,
+    with_layers,
+)
+from figures.backend import Backend, Canvas
+from figures.styles import Style
+from osp_diag.errors import StoreError, UsageError
+
+ALIASES = ("fig10", "fig11")
+AXES = Axes(values="magnitude", quantity="|W|", row="projection", x="input_channel", y="output_channel")
+LAYERS = 4
+"""Columns that one run gets by default, as in the paper."""
+
+__all__ = ["ALIASES", "draw", "prepare"]
+
+
+def prepare(
+    runs: list[Any],
+    *,
+    weights: str | Sequence[str] | None = None,
+    layer: int | Sequence[int] | None = None,
+    z_scale: str = "own",
+    cells: int = 72,
+) -> xr.Dataset:
+    """The magnitudes of some projections' weights, pooled to what a picture can hold.
+
+    Parameters
+    ----------
+    weights : projections by their path within a block or its end, also by pattern, one row each; by default
+        all of which every run holds a map
+    layer : one, or several side by side; by default up to four of a single run, and of several runs the
+        layer of each whose largest weight is largest
+    z_scale : ``own`` height for every surface, as in the paper, or one ``shared`` by all
+    cells : the most points along each side
+
+    Returns
+    -------
+    ``magnitude`` (run, projection, output_channel, input_channel) with the first channel of each pooled cell
+    as ``first_output_channel`` and ``first_input_channel``; ``layer`` (run); ``peak``,
+    ``peak_output_channel`` and ``peak_input_channel`` (run, projection), where |W| is largest. With several
+    layers ``run`` has an entry for each.
+    """
+    check_z_scale("weight_surface", z_scale)
+    if cells < 2:
+        raise UsageError("weight_surface: a surface needs at least 2 cells a side")
+    chosen = _chosen(runs, [weights] if isinstance(weights, str) else weights)
+    asked = layers_asked(layer)
+    if layer is None and len(runs) == 1:
+        asked = list(_spread(_shared_layers(runs[0], chosen)))
+    parts = [_of_run(run, chosen, one, cells) for run in runs for one in asked]
+    steps = [last_step(run) for run in runs]
+    labels = [label for label in labels_of(runs, steps) for _ in asked]
+    dataset = per_run(parts, with_layers(labels, [int(part["layer"]) for part in parts]))
+    title = f"|W| over input and output channel: {', '.join(map(short_name, chosen))}"
+    layers = ", ".join(dict.fromkeys(str(int(part["layer"])) for part in parts))
+    chosen_by = " (where the largest weight is largest)" if layer is None and len(runs) > 1 else ""
+    dataset.attrs = {
+        "title": title,
+        "caption": caption(
+            f"{title}, layer {layers}{chosen_by}",
+            runs,
+            steps,
+            [],
+            [f"Weights, which no token changes; cells show the maximum where channels exceed {cells}"],
+        ),
+        "z_scale": z_scale,
+    }
+    return dataset
+
+
+def _chosen(runs: list[Any], wanted: Sequence[str] | None) -> list[str]:
+    for run in runs:
+        if not run.weight_maps:
+            raise StoreError(
+                f"weight_surface draws weights, and the run of {name_of(run)} holds none; probe the "
+                "checkpoint with `osp-diag probe CHECKPOINT --weights mlp.down_proj` (of a training, what "
+                "`osp-diag export` writes)"
+            )
+    shared = [name for name in runs[0].weight_maps if all(name in run.weight_maps for run in runs[1:])]
+    found = []
+    for pattern in ["*"] if wanted is None else wanted:
+        hits = [
+            name
+            for name in shared
+            if pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
+        ]
+        if not hits:
+            raise StoreError(
+                f"weight_surface: no map of weights that the runs share matches {pattern!r}; there are "
+                f"{', '.join(in_block_order(shared)) or 'none'}; probe again with it among --weights"
+            )
+        found += in_block_order(hits)
+    return list(dict.fromkeys(found))
+
+
+def _shared_layers(run: Any, chosen: list[str]) -> list[int]:
+    """The layers of which the run holds all of these projections; if there are none, those of any."""
+    each = [set(run.weight_map(name)["layer"].values.tolist()) for name in chosen]
+    return sorted(set.intersection(*each) or set.union(*each))
+
+
+def _spread(layers: list[int]) -> list[int]:
+    """At most four, evenly from the first to the last."""
+    places = np.linspace(0, len(layers) - 1, min(LAYERS, len(layers))).round().astype(int)
+    return [layers[place] for place in places]
+
+
+def _of_run(run: Any, chosen: list[str], layer: int | None, cells: int) -> xr.Dataset:
+    maps = {name: run.weight_map(name).load() for name in chosen}
+    held = sorted({int(value) for found in maps.values() for value in found["layer"].values})
+    if layer is None:
+        peaks = {index: max(_peak(found, index) for found in maps.values()) for index in held}
+        layer = max(peaks, key=lambda index: peaks[index])
+    elif layer not in held:
+        raise UsageError(
+            f"weight_surface: the run of {name_of(run)} holds no weights of layer {layer}; it has "
+            f"{', '.join(map(str, held))}"
+        )
+    surfaces = [_surface(found, layer, cells) for found in maps.values()]
+    part = xr.concat(
+        surfaces,
+        dim=xr.DataArray(chosen, dims="projection", name="projection"),
+        join="outer",
+        data_vars="all",
+        coords="minimal",
+        compat="override",
+    )
+    return part.assign(layer=float(layer))
+
+
+def _peak(found: xr.Dataset, layer: int) -> float:
+    if layer not in found["layer"].values:
+        return -np.inf
+    return float(np.nanmax(found["column_maximum"].sel(layer=layer).values))
+
+
+def _surface(found: xr.Dataset, layer: int, cells: int) -> xr.Dataset:
+    """One map, pooled further; a single empty cell where the projection has none in this layer."""
+    if layer not in found["layer"].values:
+        nothing, peak = np.zeros(1), (np.nan, np.nan, np.nan)
+        return _labelled(np.full((1, 1), np.nan), nothing, nothing, peak)
+    at = found.sel(layer=layer)
+    # Blocks of different widths are stored padded.
+    at = at.dropna("output_cell", how="all", subset=["weight"]).dropna(
+        "input_cell", how="all", subset=["weight"]
+    )
+    values = at["weight"].values.astype(np.float64)
+    rows, columns = at["row_maximum"].values, at["column_maximum"].values
+    return _labelled(
+        max_pool(max_pool(values, 0, cells), 1, cells),
+        at["first_output_channel"].values[bin_starts(values.shape[0], cells)],
+        at["first_input_channel"].values[bin_starts(values.shape[1], cells)],
+        (float(np.nanmax(rows)), float(np.nanargmax(rows)), float(np.nanargmax(columns))),
+    )
+
+
+def _labelled(
+    values: np.ndarray, outputs: np.ndarray, inputs: np.ndarray, peak: tuple[float, float, float]
+) -> xr.Dataset:
+    return xr.Dataset(
+        {
+            "magnitude": (("output_channel", "input_channel"), values),
+            "first_output_channel": (("output_channel",), outputs.astype(float)),
+            "first_input_channel": (("input_channel",), inputs.astype(float)),
+            "peak": peak[0],
+            "peak_output_channel": peak[1],
+            "peak_input_channel": peak[2],
+        },
+        coords={"output_channel": np.arange(len(outputs)), "input_channel": np.arange(len(inputs))},
+    )
+
+
+def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+    """A grid of surfaces: a row a projection, a column a run or layer."""
+    return draw_surfaces(dataset, AXES, backend, style=style, width=width)

@@ -1,0 +1,64 @@
+"""What made-up runs hold that no step changes: maps of |W|, and results at few bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import xarray as xr
+
+from analyses.bit_width_sweep import WIDTHS
+from analyses.quantization_results import QuantizedResult, results_dataset
+
+PLACE = (17, 40)
+"""Output and input channel of the planted weight."""
+FULL = 3.0
+"""Loss at 16 bits."""
+
+
+def weight_maps(layers: int, width: int, spike: float) -> dict[str, xr.Dataset]:
+    """Two projections in three layers; W_17,40 of the middle down projection is ``spike``."""
+    held = sorted({0, layers // 2, layers - 1})
+    rng = np.random.default_rng(7)
+    found = {}
+    for name, columns in (("self_attn.o_proj", width), ("mlp.down_proj", 2 * width)):
+        weight = np.abs(rng.standard_normal((len(held), width, columns))) * 0.02
+        if name == "mlp.down_proj":
+            weight[held.index(layers // 2), PLACE[0] % width, PLACE[1] % columns] = spike
+        found[f"weight_map/{name}"] = xr.Dataset(
+            {
+                "weight": (("layer", "output_cell", "input_cell"), weight),
+                "row_maximum": (("layer", "output_channel"), weight.max(2)),
+                "column_maximum": (("layer", "input_channel"), weight.max(1)),
+                "first_output_channel": (("layer", "output_cell"), [np.arange(width)] * len(held)),
+                "first_input_channel": (("layer", "input_cell"), [np.arange(columns)] * len(held)),
+            },
+            coords={
+                "layer": held,
+                "output_channel": np.arange(width),
+                "input_channel": np.arange(columns),
+            },
+        )
+    return found
+
+
+def loss_at(weight_bits: int, activation_bits: int, harm: float) -> float:
+    """Each tensor adds 2^(4 - bits) times ``harm``, and at 16 bits nothing."""
+    added = (2.0 ** (4 - bits) for bits in (weight_bits, activation_bits) if bits < 16)
+    return FULL + harm * sum(added)
+
+
+def few_bits(harm: float, fingerprint: str = "made-up tokens") -> xr.Dataset:
+    """The default sweep."""
+    return results_dataset(
+        [
+            QuantizedResult(
+                weight_bits=weight,
+                activation_bits=activation,
+                negative_log_likelihood=loss_at(weight, activation, harm),
+                tokens=69,
+                sequence_length=24,
+                token_source="made-up text",
+                token_fingerprint=fingerprint,
+            )
+            for weight, activation in WIDTHS
+        ]
+    )
