@@ -124,7 +124,7 @@ def _nonfinite_scalars(run: FollowedRun) -> list[Alert]:
         if bad.size:
             step = int(steps[bad[0]])
             text = f"{name} is {values[bad[0]]} at step {step:,}" + (
-                f" and {bad.size - 1:,} later ones" if bad.size > 1 else ""
+                f" and {_count(bad.size - 1, 'later step')}" if bad.size > 1 else ""
             )
             found.append(Alert("nonfinite_scalars", "bad", text, step, float(values[bad[0]])))
     return found

@@ -22,7 +22,6 @@ from osp_diag.errors import StoreError
 from osp_diag.run_lock import LOCK_NAME, WriterState, writer_state
 from osp_diag.store_folder import read_root
 from osp_diag.store_format import METADATA, PARTIAL, ArrayLayout
-from osp_diag.store_tree import group_path
 
 __all__ = ["FollowedRun", "RunState"]
 
@@ -90,7 +89,10 @@ class FollowedRun:
         attrs = root["attributes"]
         if _lives(attrs) != _lives(self.attrs):
             self._forget()
-        self.attrs, self._nodes = attrs, root["consolidated_metadata"]["metadata"]
+        nodes = root["consolidated_metadata"]["metadata"]
+        # A run may come from anybody: nothing beside it is ever opened.
+        self._nodes = {path: nodes[path] for path in nodes if ".." not in path and not path.startswith("/")}
+        self.attrs = attrs
         if not all(self._extend(column) for column in self._columns.values()):
             # Steps were taken back and trained again: nothing that was read can be trusted.
             self._forget()
@@ -170,7 +172,7 @@ class FollowedRun:
 
     def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
         """What is recorded by step at a site: name → dimensions without the step."""
-        prefix = f"{group_path(site)}/"
+        prefix = f"{_path(site)}/"
         found = {path.removeprefix(prefix): entry for path, entry in self._nodes.items()
                  if path.startswith(prefix) and entry["node_type"] == "array"}  # fmt: skip
         return {
@@ -181,7 +183,7 @@ class FollowedRun:
 
     def labels(self, site: str, dimension: str) -> np.ndarray:
         """The labels along a dimension of a site, such as its strata; empty if there are none."""
-        path = f"{group_path(site)}/{dimension}"
+        path = f"{_path(site)}/{dimension}"
         with self.lock:
             if path not in self._coordinates:
                 entry = self._nodes.get(path)
@@ -205,7 +207,7 @@ class FollowedRun:
         ------
         StoreError : the run does not hold that statistic there, or the label
         """
-        path = f"{group_path(site)}/{statistic}"
+        path = f"{_path(site)}/{statistic}"
         entry = self._nodes.get(path)
         if entry is None or entry.get("dimension_names", [None])[0] != "step":
             raise StoreError(f"the run at {self.path} has no {statistic!r} at {site!r} by step")
@@ -330,6 +332,11 @@ def _nothing_yet(path: Path) -> bool:
     with suppress(OSError):
         return path.is_dir() and all(n == LOCK_NAME or n.endswith(PARTIAL) for n in os.listdir(path))
     return False
+
+
+def _path(site: str) -> str:
+    """The group of a site; one that the run does not have is found nowhere in its metadata."""
+    return site.replace(":", "/")
 
 
 def _as_it_is(rows: np.ndarray) -> np.ndarray:

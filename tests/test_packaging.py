@@ -27,6 +27,7 @@ EXTRAS = (
     "nnsight",
     "datasets",
     "compressed_tensors",
+    "dash",
     "pytorch_optimizer",
     "tensorboard",
     "trackio",

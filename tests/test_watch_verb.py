@@ -171,6 +171,7 @@ def test_misuse_is_told(tmp_path, capsys):
         capsys, missing
     )
     assert "--every is a number of seconds from 0.1 to 3600, not 0" in refused(capsys, run, "--every", 0)
+    assert "leave --once and --json out" in refused(capsys, run, "--serve", "--once")
     assert "which run? Give the path" in refused(capsys)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from osp_diag.run_following import FollowedRun
 
 VERB = "watch"
-HELP = "watch training runs while they are written"
+HELP = "watch training runs while they are written, here or in a browser"
 
 Runs = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN...")]
 
@@ -25,11 +25,14 @@ def run(
     *,
     once: bool = False,
     every: float = 2.0,
+    serve: bool = False,
+    host: str = "127.0.0.1",
+    port: int = 8050,
     json: bool = False,
 ) -> int:
     """Watch runs while they are written: kurtosis against its floor, sinks, loss, speed, and what to mind.
 
-    In this terminal, until Ctrl-C; where it is no terminal, printed again whenever something changed.
+    Without --serve in this terminal, until Ctrl-C; with it on a page for a browser, on this machine alone.
     Runs are only read. One that does not exist yet is waited for; a trainer may die, resume or begin anew.
     The exit code is 1 if a run holds NaN or Inf, or steps that diverged.
 
@@ -37,10 +40,14 @@ def run(
         runs: the runs, which `osp-diag train` or a probe in a training loop writes.
         once: show once and stop; a run that does not exist is then an error.
         every: seconds between two looks.
+        serve: serve a page instead.
+        host: of the page; any other than 127.0.0.1 lets other machines see it.
+        port: of the page.
         json: print the numbers once as JSON and stop.
 
     Examples:
         osp-diag watch runs/osp.zarr
+        osp-diag watch adam.zarr osp.zarr --serve
         osp-diag watch osp.zarr --once --json
     """
     from osp_diag.run_following import FollowedRun
@@ -49,9 +56,15 @@ def run(
         raise UsageError("watch: which run? Give the path that `osp-diag train --out` was given")
     if not 0.1 <= every <= 3600:
         raise UsageError(f"watch: --every is a number of seconds from 0.1 to 3600, not {every:g}")
+    if serve and (once or json):
+        raise UsageError("watch: --serve shows a page; leave --once and --json out")
     followed = [FollowedRun(path) for path in dict.fromkeys(runs)]
     for one in followed:
         _check(one, must_exist=once or json)
+    if serve:
+        from figures.live import serve_page
+
+        return serve_page(followed, host=host, port=port, every=every)
     if json:
         return _as_json(followed)
     from osp_diag.cli.watch_terminal import show

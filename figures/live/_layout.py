@@ -1,0 +1,212 @@
+"""The page's parts: controls, a card a run, alerts, and places for the pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from analyses.live import Standing
+from figures.live._data import LARGEST, MEAN, Choice, chosen, offered
+from figures.live._pictures import Shown
+from osp_diag.run_following import FollowedRun
+
+__all__ = ["GRAPHS", "TITLE", "alert_items", "cards", "definition", "labels_of", "layout", "options"]
+
+TITLE = "osp-diag, live"
+GRAPHS = {
+    "kurtosis-curves": "the chosen statistic by step, a line for each run",
+    "kurtosis-maps": "the chosen statistic by layer and step, a map for each run",
+    "sink-curves": "sink rate by step, a line for each run",
+    "sink-maps": "sink rate by layer and step, a map for each run",
+    "loss": "loss by step",
+    "speed": "tokens a second by step",
+}
+_STRATA = {
+    "all": "all tokens",
+    "first": "first token",
+    "delimiter": "delimiters",
+    "rest": "other tokens",
+}
+
+
+def labels_of(runs: Sequence[FollowedRun]) -> list[str]:
+    """What to call each run: its model, with its folder's name where that is another or models repeat."""
+    models = [str(run.attrs.get("model_name", run.path.stem)) for run in runs]
+    labels = [
+        model if models.count(model) == 1 else f"{model} ({run.path.name})"
+        for model, run in zip(models, runs, strict=True)
+    ]
+    if len(set(labels)) < len(labels):
+        labels = [f"{model} ({run.path})" for model, run in zip(models, runs, strict=True)]
+    return labels
+
+
+def layout(runs: Sequence[FollowedRun], every: float) -> Any:
+    """The whole page, everything chosen that there is to begin with."""
+    from dash import dcc, html
+
+    choice = Choice(tuple(range(len(runs))))
+    listed_runs, sites, statistics, strata, layers = options(runs, choice)
+
+    def named(name: str, text: str, control: Any, kind: str = "") -> Any:
+        return html.Div([html.Label(text, htmlFor=name, className="name"), control], className=kind)
+
+    def listed(name: str, options: list[Any], value: str) -> Any:
+        return dcc.Dropdown(options, value, id=name, clearable=False, searchable=len(options) > 8)
+
+    def group(name: str, text: str, control: Any, kind: str) -> Any:
+        label = html.Span(text, className="name", id=f"{name}-name")
+        labelled: Any = {"aria-labelledby": f"{name}-name"}
+        return html.Div([label, control], role="group", className=kind, **labelled)
+
+    def graph(name: str) -> Any:
+        described: Any = {"aria-label": GRAPHS[name]}
+        config: Any = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
+        drawn = dcc.Graph(id=name, config=config, responsive=True, style={"height": "100%"})
+        return html.Div(drawn, id=f"{name}-box", style={"height": 300}, role="group", **described)
+
+    def section(name: str, title: str, note: Any, *graphs: str) -> Any:
+        labelled: Any = {"aria-labelledby": f"{name}-title"}
+        pair = html.Div([graph(g) for g in graphs], className="pair")
+        return html.Section([html.H2(title, id=f"{name}-title"), note, pair], **labelled)
+
+    live: Any = {"aria-live": "polite"}
+    sink_note = "Share of heads and sequences in which the first token gets more than 0.3 of the attention."
+    return html.Main(
+        [
+            dcc.Interval(id="tick", interval=round(every * 1000)),
+            dcc.Store(id="told"),
+            html.H1(TITLE),
+            html.Div(
+                [
+                    group(
+                        "runs",
+                        "runs",
+                        dcc.Checklist(listed_runs, list(choice.runs), id="runs", inline=True),
+                        "runs wide",
+                    ),
+                    named(
+                        "statistic", "statistic", listed("statistic", statistics, choice.statistic), "wide"
+                    ),
+                    named("site", "site", listed("site", sites, choice.site)),
+                    named("layer", "layer, of the curves", listed("layer", layers, choice.layer)),
+                    group(
+                        "stratum",
+                        "tokens",
+                        dcc.RadioItems(strata, choice.stratum, id="stratum", inline=True),
+                        "strata wide",
+                    ),
+                ],
+                className="controls",
+            ),
+            html.Div(id="cards", className="cards"),
+            html.Ul(id="alerts", className="alerts", **live),
+            section(
+                "kurtosis",
+                "Outliers by layer and step",
+                html.P(id="definition", className="note"),
+                "kurtosis-curves",
+                "kurtosis-maps",
+            ),
+            section(
+                "sinks",
+                "Attention sinks by layer and step",
+                html.P(sink_note, className="note"),
+                "sink-curves",
+                "sink-maps",
+            ),
+            section(
+                "training",
+                "Training",
+                html.P("Loss of the training batches; dotted: of the held-out tokens.", className="note"),
+                "loss",
+                "speed",
+            ),
+        ]
+    )
+
+
+def options(runs: Sequence[FollowedRun], choice: Choice) -> list[list[dict[str, Any]]]:
+    """Of runs, sites, statistics, strata and layers; the present choice is always among them."""
+    offer = offered(runs, choice)
+
+    def with_present(names: list[str], present: str) -> list[dict[str, Any]]:
+        return [{"label": n, "value": n} for n in dict.fromkeys([*names, present])]
+
+    named = [{"label": label, "value": place} for place, label in enumerate(labels_of(runs))]
+    strata = [{"label": _STRATA.get(s, s), "value": s} for s in offer.strata or [choice.stratum]]
+    layers = [{"label": "largest", "value": LARGEST}, {"label": "mean", "value": MEAN}]
+    layers += [{"label": str(layer), "value": str(layer)} for layer in offer.layers]
+    return [
+        named,
+        with_present(offer.sites, choice.site),
+        with_present(offer.statistics, choice.statistic),
+        strata,
+        layers,
+    ]
+
+
+def cards(standings: Sequence[Standing], labels: Sequence[str]) -> list[Any]:
+    """A card a run: where it stands."""
+    from dash import html
+
+    found = []
+    for place, (one, label) in enumerate(zip(standings, labels, strict=True)):
+        of = f" of {one.planned_steps:,}" if one.planned_steps is not None else ""
+        step = f"step {one.last_step:,}{of}, " if one.last_step is not None else ""
+        facts = [part for name, text in _facts(one) for part in (html.Dt(name), html.Dd(text))]
+        parts = [html.H3(label), html.Div(one.path, className="path"), html.P(step + one.life)]
+        parts += [html.P(one.problem, role="alert")] if one.problem else []
+        colour = Shown(place, label).colour
+        found.append(
+            html.Article([*parts, html.Dl(facts)], className="card", style={"borderLeftColor": colour})
+        )
+    return found
+
+
+def _facts(one: Standing) -> list[tuple[str, str]]:
+    told = one.scalars
+    facts = []
+    if "loss" in told:
+        held_out = f", held out {told['held_out_loss']:.4g}" if "held_out_loss" in told else ""
+        facts.append(("loss", f"{told['loss']:.4g}{held_out}"))
+    named = [name for name in ("learning_rate", "gradient_norm") if name in told]
+    facts += [(name.replace("_", " "), f"{told[name]:.3g}") for name in named]
+    if "tokens_per_second" in told:
+        used = f", MFU {told['model_flops_utilisation']:.1%}" if "model_flops_utilisation" in told else ""
+        facts.append(("speed", f"{told['tokens_per_second']:,.0f} tokens/s{used}"))
+    if one.probing is not None:
+        facts.append(("probing", f"{one.probing:.1%} of the time, {one.probes:,} probes"))
+    if one.kurtosis is not None and one.kurtosis.sizes["step"]:
+        over = one.kurtosis.values[:, -1] / one.kurtosis["floor"].values
+        if np.isfinite(over).any():
+            worst = int(np.nanargmax(over))
+            where = one.kurtosis["hidden_state"].values[worst]
+            facts.append(("OSP kurtosis", f"up to {over[worst]:.3g} × its floor ({where})"))
+    return facts
+
+
+def alert_items(standings: Sequence[Standing], labels: Sequence[str]) -> list[Any]:
+    """The alerts of all runs, bad ones first."""
+    from dash import html
+
+    found = [(label, alert) for one, label in zip(standings, labels, strict=True) for alert in one.alerts]
+    found.sort(key=lambda pair: pair[1].severity != "bad")
+    return [
+        html.Li([html.Strong(f"{label}: "), alert.text], className=alert.severity) for label, alert in found
+    ]
+
+
+def definition(runs: Sequence[FollowedRun], choice: Choice) -> str:
+    """What the chosen statistic is, as the run itself defines it."""
+    for place in choice.runs:
+        values = chosen(runs[place], choice)
+        if values is not None:
+            attrs = values.attrs
+            told = [str(attrs[key]) for key in ("estimator", "definition") if key in attrs]
+            floor = attrs.get("floor")
+            told += [f"dotted: the floor, {floor:.3g}"] if isinstance(floor, float) and floor > 0 else []
+            return "; ".join(told)
+    return f"No chosen run holds {choice.statistic} at {choice.site}."
