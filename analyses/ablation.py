@@ -15,7 +15,7 @@ import xarray as xr
 
 from analyses.ablation_text import as_markdown, as_text
 from analyses.bit_width_sweep import bit_width_sweep
-from analyses.quantization_results import UNQUANTIZED
+from analyses.quantization_results import HELD_OUT, UNQUANTIZED
 from analyses.recipes import config_of, recipe_labels
 from analyses.summary_numbers import EPSILON, hidden_states
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
@@ -214,7 +214,7 @@ def _checkpoint(row: _Row, checkpoint: Checkpoint, tokens: Any) -> xr.Dataset:
         checkpoint.model,
         np.asarray(tokens),
         [(UNQUANTIZED, UNQUANTIZED), (WEIGHT_BITS, ACTIVATION_BITS)],
-        token_source="held-out tokens of the training",
+        token_source=HELD_OUT,
         model_fingerprint=checkpoint.fingerprint,
     )
     precisions = {"precision": list(_COORDINATES["precision"])}

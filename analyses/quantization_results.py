@@ -21,6 +21,7 @@ from osp_diag.errors import StoreError
 from osp_diag.run import QUANTIZATION, open_run
 
 __all__ = [
+    "HELD_OUT",
     "ROUND_TO_NEAREST",
     "UNQUANTIZED",
     "QuantizedResult",
@@ -35,6 +36,8 @@ __all__ = [
 UNQUANTIZED = 16
 """Bits at which a tensor stays as it is, as in the W-A-KV columns of papers."""
 ROUND_TO_NEAREST = "round-to-nearest"
+HELD_OUT = "held-out tokens of the training"
+"""What the tokens are called that a training of ours did not see."""
 
 HOW = "measure with `osp-diag quantize CHECKPOINT --run RUN`"
 

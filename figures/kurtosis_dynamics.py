@@ -13,10 +13,10 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from analyses.summary_numbers import hidden_states
 from figures._caption import caption
 from figures._colours import sample, tint
 from figures._decimate import number
+from figures._hidden_states import KURTOSIS, kurtosis_by_step
 from figures._recipe_labels import recipes_or_models
 from figures._runs import last_step, name_of
 from figures.backend import Backend, Canvas, Dash, Panel
@@ -26,7 +26,6 @@ from osp_diag.estimators.token_kurtosis import gaussian_floor
 
 ALIASES = ("fig3", "fig7")
 AXES = ("tokens", "steps")
-SITES = ("embedding", "residual_post", "final_norm")
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dashdot")
 _UNITS = ((1e12, " (trillions)"), (1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"))
 
@@ -55,7 +54,7 @@ def prepare(
         raise UsageError(f"kurtosis_dynamics: smoothing is a share from 0 to below 1, not {smoothing}")
     steps = [last_step(run) for run in runs]
     losses = [_loss(run) for run in runs]
-    kurtoses = [_kurtosis(run, stratum) for run in runs]
+    kurtoses = [kurtosis_by_step(run, "kurtosis_dynamics", stratum) for run in runs]
     per_step = np.array([_tokens_per_step(run) for run in runs])
     if against is None:
         against = "tokens" if np.isfinite(per_step).all() else "steps"
@@ -86,7 +85,7 @@ def prepare(
         remarks.append(f"Loss: mean over {smoothing:.0%} of the records, raw in a lighter tint")
     dataset.attrs = {
         "title": title,
-        "caption": caption(title, runs, steps, ["osp_excess_kurtosis/1, mean over hidden states"], remarks),
+        "caption": caption(title, runs, steps, [KURTOSIS], remarks),
         "against": against,
         "smoothing": smoothing,
     }
@@ -101,19 +100,6 @@ def _loss(run: Any) -> tuple[np.ndarray, np.ndarray]:
             "a run that a training wrote"
         )
     return series["step"].values.astype(float), series["loss"].values.astype(float)
-
-
-def _kurtosis(run: Any, stratum: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the mean over hidden states at each."""
-    states, problem = hidden_states({site: run.at(site) for site in SITES if site in run.sites})
-    if not states:
-        raise StoreError(f"kurtosis_dynamics: in the run of {name_of(run)} {problem}; probe with both sites")
-    known = [str(name) for name in states[0]["stratum"].values]
-    if stratum not in known:
-        raise UsageError(f"kurtosis_dynamics: stratum is one of {', '.join(known)}, not {stratum!r}")
-    parts = [state.sel(stratum=stratum).drop_vars(["layer", "stratum"]).load() for state in states]
-    mean = xr.concat(parts, "state").mean("state")
-    return run.steps.astype(float), mean.transpose("step").values
 
 
 def _tokens_per_step(run: Any) -> float:

@@ -159,7 +159,7 @@ def test_from_a_run_on_disk(tmp_path):
     ("name", "options", "message"),
     [
         ("depth_profil", {}, r"no figure is named 'depth_profil'; did you mean depth_profile"),
-        ("xyz", {}, r"no figure is named 'xyz'; there are activation_surface, attention_map"),
+        ("xyz", {}, r"no figure is named 'xyz'; there are ablation_table, activation_surface"),
         ("sink_map", {"out": "map.jpg"}, r"'map.jpg': its suffix has to be .png, .pdf or .svg .* or .html"),
         (
             "sink_map",

@@ -19,8 +19,10 @@ from osp_diag.errors import StoreError, UsageError
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
 
 FIGURES = (
+    "ablation_table",
     "activation_surface",
     "attention_map",
+    "bit_width_sweep",
     "channel_map",
     "channel_map_comparison",
     "concentration_curves",
@@ -30,6 +32,7 @@ FIGURES = (
     "logit_densities",
     "outlier_timeline",
     "qk_magnitude",
+    "quantization_scatter",
     "sink_emergence",
     "sink_implementation",
     "sink_map",

@@ -104,8 +104,8 @@ class Panel(Protocol):
     def marks(self, x: Sequence[float], texts: Sequence[str]) -> None:
         """Labels above the panel that point at places on its x axis and keep clear of each other."""
 
-    def annotate(self, x: float, y: float, text: str) -> None:
-        """Text at a point."""
+    def annotate(self, x: float, y: float, text: str, *, centred: bool = False) -> None:
+        """Text beside a point, or with its middle on it."""
 
     def limits(self, axis: Literal["x", "y", "z"], low: float, high: float) -> None:
         """The range of an axis."""

@@ -258,7 +258,7 @@ class Panel:
     def marks(self, x: Sequence[float], texts: Sequence[str]) -> None:
         self.mark_places = list(zip(x, texts, strict=True))
 
-    def annotate(self, x: float, y: float, text: str) -> None:
+    def annotate(self, x: float, y: float, text: str, *, centred: bool = False) -> None:
         self.figure.add_annotation(
             x=np.log10(x) if self.log_x else x,
             y=np.log10(y) if self.log_y else y,
@@ -266,9 +266,9 @@ class Panel:
             yref=f"y{self.suffix}",
             text=plain(text),
             showarrow=False,
-            xanchor="left",
-            yanchor="bottom",
-            font={"size": 11, "color": self.style.grey},
+            xanchor="center" if centred else "left",
+            yanchor="middle" if centred else "bottom",
+            font={"size": 12} if centred else {"size": 11, "color": self.style.grey},
         )
 
     def tick_depth(self, width: float) -> float:

@@ -248,7 +248,10 @@ class Panel:
             self._raise_title(14)
 
     @_under_style
-    def annotate(self, x: float, y: float, text: str) -> None:
+    def annotate(self, x: float, y: float, text: str, *, centred: bool = False) -> None:
+        if centred:
+            self.axes.text(x, y, plain(text), ha="center", va="center", fontsize=7)
+            return
         self.axes.annotate(
             plain(text),
             (x, y),

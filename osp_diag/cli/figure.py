@@ -51,6 +51,9 @@ def run(
       sink_emergence      when heads become sinks, step by step
       sink_implementation what makes the sink of a head, by channel and rotary frequency
       kurtosis_dynamics   loss and kurtosis while training (fig3 and fig7 of the OSP paper)
+      quantization_scatter  perplexity at 4 bits against full precision, or kurtosis (fig1)
+      bit_width_sweep     perplexity by bits of weights and of activations (fig4)
+      ablation_table      kurtosis and perplexity of several runs (table2)
       outlier_timeline    kurtosis by layer and step, with the step at which each layer leaves the noise
 
     The suffix of --out decides the format: .png, .pdf and .svg for a paper, .html for a page that turns

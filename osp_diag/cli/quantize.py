@@ -5,13 +5,14 @@ from __future__ import annotations
 import json as json_format
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from osp_diag.errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
     import xarray as xr
 
     from osp_diag.checkpoints import Checkpoint
@@ -30,6 +31,7 @@ def run(
     widths: tuple[str, ...] = (),
     text: Path | None = None,
     dataset: str | None = None,
+    held_out: bool = False,
     tokens: int = 8192,
     seq_len: int | None = None,
     batch_size: int | None = None,
@@ -57,6 +59,7 @@ def run(
             activations from 8 to 4, and W8A8, W4A8, W4A4.
         text: a UTF-8 file to read; without it and --dataset, the built-in public-domain text.
         dataset: a Hugging Face dataset, by hub id or local path.
+        held_out: the tokens that the training which wrote --run held out, in its sequences.
         tokens: how many tokens to run, under every setting.
         seq_len: tokens a sequence; by default 512, or the model's maximum if that is less.
         batch_size: sequences a forward pass; by default about 1,024 tokens.
@@ -70,17 +73,18 @@ def run(
 
     Examples:
         osp-diag quantize path/to/model --run run.zarr
-        osp-diag quantize osp-model --run osp.zarr --widths W16A16 W4A4 --tokens 65536
+        osp-diag quantize osp-model --run osp.zarr --held-out --widths W16A16 W4A4 --tokens 65536
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
     """
     from analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
-    from analyses.quantization_results import store_results
+    from analyses.quantization_results import HELD_OUT, store_results
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing.checkpoint import progress_bar
     from osp_diag.tokens import make_batches
 
     chosen = [bit_widths(entry) for entry in widths] or list(WIDTHS)
     _check(run, out, tokens, seq_len)
+    own_tokens = _held_out(run, tokens, text, dataset) if held_out else None
     opened = open_checkpoint(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if run is not None:
         _check_same_model(run, opened)
@@ -88,9 +92,10 @@ def run(
         opened.tokenizer,
         text=text,
         dataset=dataset,
-        tokens=tokens,
-        seq_len=seq_len,
-        bos=bos,
+        ids=own_tokens,
+        tokens=None if held_out else tokens,
+        seq_len=None if held_out else seq_len,
+        bos="auto" if held_out else bos,
         max_length=opened.max_length,
         vocabulary_size=opened.vocabulary_size,
     )
@@ -99,7 +104,7 @@ def run(
             opened.model,
             batches.tokens,
             chosen,
-            token_source=batches.source,
+            token_source=HELD_OUT if held_out else batches.source,
             model_fingerprint=opened.fingerprint,
             blocks=blocks,
             batch_size=batch_size,
@@ -129,6 +134,23 @@ def _check(run: Path | None, out: Path | None, tokens: int, seq_len: int | None)
         from osp_diag.run import open_run
 
         open_run(run)
+
+
+def _held_out(run: Path | None, tokens: int, text: Path | None, dataset: str | None) -> np.ndarray[Any, Any]:
+    """What the training that wrote a run held out."""
+    from osp_diag.cli.train_ablation import held_out_tokens
+    from osp_diag.run import open_run
+
+    if run is None or text is not None or dataset is not None:
+        raise UsageError(
+            "--held-out takes the tokens of --run's training: give --run, and no --text or --dataset"
+        )
+    config = open_run(run).attrs.get("config")
+    if not config:
+        raise UsageError(f"--held-out: {run} was not written by `osp-diag train`; give --text or --dataset")
+    from trainer.config import from_dictionary
+
+    return held_out_tokens(from_dictionary(dict(config)), tokens)
 
 
 def _check_same_model(run: Path, checkpoint: Checkpoint) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from trainer.config import TrainConfig
 
-__all__ = ["run_ablation"]
+__all__ = ["held_out_tokens", "run_ablation"]
 
 SEEDED = ("adam", "osp")
 """The ends of the scale, of which further seeds show how much is chance."""
@@ -52,7 +52,7 @@ def run_ablation(
     if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
         raise UsageError(f"{folder} is not empty; give --resume to go on, --overwrite, or another --out")
     configs = _configs(config, seeds)
-    tokens = _held_out(config)
+    tokens = held_out_tokens(config)
     paths = train_all(
         configs,
         folder,
@@ -92,14 +92,14 @@ def _configs(config: TrainConfig, seeds: tuple[int, ...]) -> dict[str, TrainConf
     return configs
 
 
-def _held_out(config: TrainConfig) -> np.ndarray[Any, Any]:
+def held_out_tokens(config: TrainConfig, tokens: int = PERPLEXITY_TOKENS) -> np.ndarray[Any, Any]:
     """Held-out sequences for perplexity; asking for them first shows bad data before hours of training."""
     import numpy as np
 
     from trainer.data import open_data
 
     data = open_data(config.data, batch_size=config.batch_size, vocabulary_size=config.model.vocabulary_size)
-    batches = data.validation_batches(max(1, PERPLEXITY_TOKENS // config.data.sequence_length))
+    batches = data.validation_batches(max(1, tokens // config.data.sequence_length))
     return np.concatenate([batch.input_ids.numpy() for batch in batches])
 
 

@@ -1,0 +1,23 @@
+"""What the figures of few-bit results share: which results, and what their captions say of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import xarray as xr
+
+from analyses.quantization_results import comparable_results
+
+__all__ = ["results_and_remark"]
+
+
+def results_and_remark(runs: list[Any], scheme: str) -> tuple[list[xr.Dataset], str]:
+    """Of each run its results on the tokens that all share, and what these results are."""
+    results = comparable_results(runs, scheme)
+    last = results[0].isel(setting=-1)
+    remark = (
+        f"Perplexity of {int(last['tokens']):,} tokens ({last['token_source'].item()}, sequences of "
+        f"{int(last['sequence_length']):,}) by the checkpoint; weights and inputs of the blocks' Linears at "
+        f"so many bits, {scheme}"
+    )
+    return results, remark

@@ -1,0 +1,37 @@
+"""The OSP kurtosis of a run's hidden states, for every figure that draws it over runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.summary_numbers import hidden_states
+from figures._runs import name_of
+from osp_diag.errors import StoreError, UsageError
+from osp_diag.run_display import HIDDEN_STATES
+
+__all__ = ["KURTOSIS", "kurtosis_by_step"]
+
+KURTOSIS = "osp_excess_kurtosis/1, mean over hidden states"
+"""What captions call it."""
+
+
+def kurtosis_by_step(run: Any, figure: str, stratum: str = "all") -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and the mean over hidden states at each.
+
+    Raises
+    ------
+    StoreError : it was not measured at the embedding and the blocks' outputs
+    UsageError : no stratum of that name
+    """
+    states, problem = hidden_states({site: run.at(site) for site in HIDDEN_STATES if site in run.sites})
+    if not states:
+        raise StoreError(f"{figure}: in the run of {name_of(run)} {problem}; probe with both sites")
+    known = [str(name) for name in states[0]["stratum"].values]
+    if stratum not in known:
+        raise UsageError(f"{figure}: stratum is one of {', '.join(known)}, not {stratum!r}")
+    parts = [state.sel(stratum=stratum).drop_vars(["layer", "stratum"]).load() for state in states]
+    mean = xr.concat(parts, "state").mean("state")
+    return run.steps.astype(float), mean.transpose("step").values

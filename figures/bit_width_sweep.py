@@ -1,0 +1,103 @@
+"""Perplexity against bits: Figure 4 of the OSP paper.
+
+Left, or above: weights from 16 bits down, activations as they are. Right, or below: activations from 16 bits
+down, weights as they are. One line a run, on the same tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, perplexity_at
+from figures._caption import caption
+from figures._colours import sample
+from figures._few_bits import results_and_remark
+from figures._recipe_labels import recipes_or_models
+from figures._runs import last_step
+from figures.backend import Backend, Canvas, Dash
+from figures.styles import Style
+from osp_diag.errors import StoreError
+
+ALIASES = ("fig4",)
+SWEEPS = {"weights": "weight_bits", "activations": "activation_bits"}
+_DASHES: tuple[Dash, ...] = ("solid", "dashed", "dashdot")
+_WIDE_RANGE = 2.0
+"""A perplexity that grows by more than this factor is drawn on a logarithmic axis."""
+
+__all__ = ["ALIASES", "draw", "prepare"]
+
+
+def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
+    """Perplexity by bits of weights, and of activations.
+
+    Parameters
+    ----------
+    scheme : how weights and activations were rounded
+
+    Returns
+    -------
+    ``perplexity`` (run, sweep, bits): ``weights`` with activations at 16 bits and the other way round;
+    from 16 bits down, NaN where it was not measured.
+    """
+    results, remark = results_and_remark(runs, scheme)
+    steps = [last_step(run) for run in runs]
+    bits = sorted({int(b) for found in results for name in SWEEPS.values() for b in found[name].values})[::-1]
+    values = np.array(
+        [
+            [
+                [perplexity_at(found, b, UNQUANTIZED) for b in bits],
+                [perplexity_at(found, UNQUANTIZED, b) for b in bits],
+            ]
+            for found in results
+        ]
+    )
+    if (np.isfinite(values).sum(-1) < 2).all():
+        raise StoreError(
+            "bit_width_sweep: the runs hold no sweep of weights or activations alone; measure with `osp-diag "
+            "quantize CHECKPOINT --run RUN`, without --widths"
+        )
+    dataset = xr.Dataset(
+        {"perplexity": (("run", "sweep", "bits"), values)},
+        coords={"run": recipes_or_models(runs, steps), "sweep": list(SWEEPS), "bits": bits},
+    )
+    title = "Perplexity by bits of weights and of activations"
+    dataset.attrs = {"title": title, "caption": caption(title, runs, steps, ["perplexity"], [remark])}
+    return dataset
+
+
+def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+    """A panel a sweep; bits fall from left to right, evenly spaced."""
+    inches = style.widths[width]
+    stacked = inches < 5
+    rows, columns = (2, 1) if stacked else (1, 2)
+    canvas = backend.canvas(rows, columns, width=inches, height=2.35 * rows, style=style, share_y=not stacked)
+    known = dataset["perplexity"].values[np.isfinite(dataset["perplexity"].values)]
+    wide = bool(known.size) and known.max() > _WIDE_RANGE * known.min()
+    colours = style.palette
+    if dataset.sizes["run"] > len(colours):
+        colours = tuple(sample("batlow", dataset.sizes["run"], 0.02, 0.78))
+    panels = []
+    for index, sweep in enumerate(dataset["sweep"].values):
+        other = "activations" if sweep == "weights" else "weights"
+        panel = canvas.panel(
+            *((index, 0) if stacked else (0, index)),
+            x_label=f"bits of {sweep} ({other} as they are)",
+            y_label="perplexity" if stacked or index == 0 else "",
+            y_scale="log" if wide else "linear",
+        )
+        part = dataset["perplexity"].sel(sweep=sweep)
+        held = part.dropna("bits", how="all")
+        places = np.arange(held.sizes["bits"], dtype=float)
+        for place, run in enumerate(held["run"].values):
+            values = held.sel(run=run).values
+            values = np.where(np.isfinite(values), values, np.nan)
+            colour = colours[place]
+            panel.line(places, values, label=str(run), colour=colour, dash=_DASHES[place % len(_DASHES)])
+            panel.scatter(places, values, label="", colour=colour)
+        panel.ticks("x", places.tolist(), [str(int(b)) for b in held["bits"].values])
+        panels.append(panel)
+    canvas.legend(panels[0])
+    return canvas

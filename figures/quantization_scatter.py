@@ -1,0 +1,154 @@
+"""What models keep at few bits against what they are at full precision: Figure 1 of the OSP paper.
+
+The paper's axes are the mean of ten tasks; here they are perplexities, so that good models lie at the lower
+left and those that lose nothing on the diagonal. The other axis can be the OSP kurtosis or the tokens seen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
+from figures._caption import caption
+from figures._colours import sample
+from figures._few_bits import results_and_remark
+from figures._hidden_states import KURTOSIS, kurtosis_by_step
+from figures._recipe_labels import recipes_or_models
+from figures._runs import last_step, name_of
+from figures.backend import AxisScale, Backend, Canvas
+from figures.styles import Style
+from osp_diag.errors import StoreError, UsageError
+
+ALIASES = ("fig1",)
+LABELS = {
+    "perplexity": "perplexity at full precision",
+    "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
+    "tokens": "tokens seen in training",
+}
+_WIDE_RANGE = 2.0
+"""Values that differ by more than this factor are drawn on a logarithmic axis."""
+
+__all__ = ["ALIASES", "draw", "prepare"]
+
+
+def prepare(
+    runs: list[Any],
+    *,
+    against: str = "perplexity",
+    weight_bits: int = 4,
+    activation_bits: int = 4,
+    scheme: str = ROUND_TO_NEAREST,
+) -> xr.Dataset:
+    """One point a run.
+
+    Parameters
+    ----------
+    against : what is at full precision on the x axis: ``perplexity``, ``kurtosis`` (mean over hidden states
+        at the run's last probe) or ``tokens`` (steps times tokens a step)
+    weight_bits, activation_bits : of the y axis
+    scheme : how weights and activations were rounded
+
+    Returns
+    -------
+    ``few_bits``, the perplexity at so many bits, and ``full``, what it is drawn against (run).
+    """
+    if against not in LABELS:
+        raise UsageError(f"quantization_scatter: against is {', '.join(LABELS)}, not {against!r}")
+    results, remark = results_and_remark(runs, scheme)
+    steps = [last_step(run) for run in runs]
+    bits = notation(weight_bits, activation_bits)
+    few = [
+        _measured(run, found, weight_bits, activation_bits) for run, found in zip(runs, results, strict=True)
+    ]
+    if against == "perplexity":
+        full = [
+            _measured(run, found, UNQUANTIZED, UNQUANTIZED) for run, found in zip(runs, results, strict=True)
+        ]
+    elif against == "kurtosis":
+        full = [float(kurtosis_by_step(run, "quantization_scatter")[1][-1]) for run in runs]
+    else:
+        full = [_tokens(run, step) for run, step in zip(runs, steps, strict=True)]
+    dataset = xr.Dataset(
+        {"full": ("run", full), "few_bits": ("run", few)}, coords={"run": recipes_or_models(runs, steps)}
+    )
+    title = f"Perplexity at {bits} against {LABELS[against].partition(chr(10))[0]}"
+    estimators = ["perplexity", *([KURTOSIS] if against == "kurtosis" else [])]
+    dataset.attrs = {
+        "title": title,
+        "caption": caption(title, runs, steps, estimators, [remark]),
+        "against": against,
+        "bits": bits,
+    }
+    return dataset
+
+
+def _measured(run: Any, results: xr.Dataset, weight_bits: int, activation_bits: int) -> float:
+    value = perplexity_at(results, weight_bits, activation_bits)
+    if np.isnan(value):
+        bits = notation(weight_bits, activation_bits)
+        raise StoreError(
+            f"quantization_scatter: the run of {name_of(run)} holds no perplexity at {bits}; measure it with "
+            f"`osp-diag quantize CHECKPOINT --run RUN --widths {bits}`"
+        )
+    return value
+
+
+def _tokens(run: Any, step: int) -> float:
+    per_step = run.attrs.get("tokens_per_step")
+    if not per_step:
+        raise StoreError(
+            f"quantization_scatter: the run of {name_of(run)} does not say how many tokens a step of "
+            "training takes; draw it against perplexity or kurtosis"
+        )
+    return float(per_step) * step
+
+
+def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+    """Points with their names beside them."""
+    x, y = dataset["full"].values, dataset["few_bits"].values
+    inches = style.widths[width]
+    canvas = backend.canvas(1, 1, width=inches, height=min(0.78 * inches, 3.6), style=style)
+    x_scale, y_scale = _scale(x), _scale(y)
+    same = dataset.attrs["against"] == "perplexity"
+    if same:
+        x_scale = y_scale = max(x_scale, y_scale)  # "log" if either is
+    panel = canvas.panel(
+        0,
+        0,
+        x_label=LABELS[dataset.attrs["against"]].replace("\n", ", "),
+        y_label=f"perplexity at {dataset.attrs['bits']}",
+        x_scale=x_scale,
+        y_scale=y_scale,
+    )
+    colours = sample("batlow", max(2, len(x)), 0.02, 0.78)
+    for name, across, up, colour in zip(dataset["run"].values, x, y, colours, strict=False):
+        panel.scatter(np.array([across]), np.array([up]), label=str(name), colour=colour, texts=[str(name)])
+    ends = {"x": _limits(x, x_scale), "y": _limits(y, y_scale)}
+    if same:
+        both = (min(ends["x"][0], ends["y"][0]), max(ends["x"][1], ends["y"][1]))
+        panel.line(np.array(both), np.array(both), label="no loss", colour=style.grey, dash="dotted")
+    for axis, (low, high) in ends.items():
+        panel.limits(axis, low, high)  # type: ignore[arg-type]
+    panel.legend()
+    return canvas
+
+
+def _scale(values: np.ndarray) -> AxisScale:
+    known = values[np.isfinite(values) & (values > 0)]
+    return "log" if known.size and known.max() > _WIDE_RANGE * known.min() else "linear"
+
+
+def _limits(values: np.ndarray, scale: AxisScale) -> tuple[float, float]:
+    """A margin of an eighth of the range on either side, on the axis as it is drawn."""
+    known = values[np.isfinite(values) & (values > 0 if scale == "log" else True)]
+    if not known.size:
+        return 0.0, 1.0
+    low, high = float(known.min()), float(known.max())
+    if scale == "log":
+        margin = (high / low) ** 0.125 if high > low else 1.1
+        return low / margin, high * margin
+    margin = (high - low) / 8 or max(abs(high), 1.0) / 8
+    return low - margin, high + margin
