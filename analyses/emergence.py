@@ -15,8 +15,10 @@ from analyses.hot_channels import TIMES, TOP, hot_channels
 from analyses.network_order import network_order
 from analyses.onset import DEPARTURE, FEWEST_PROBES, Emerged, when_it_emerges
 from analyses.outlier_writers import outlier_writers
+from analyses.thinned_run import evenly, thinned_run
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.run import Run
 
 __all__ = ["SITES", "STATISTIC", "Emergence", "emergence", "log_kurtosis", "onsets"]
 
@@ -26,7 +28,7 @@ SITES = (
 )  # fmt: skip
 """The residual stream and what is added to it: near-Gaussian at initialisation, so noise is the floor."""
 MOST_PROBES = 256
-"""Longer series are thinned evenly to this many probes: an onset is then known to one of these."""
+"""Of longer series so many probes are looked at."""
 
 _NUMBERS = {
     "onset": ("step", "first probed step that can be told from noise, of the rise to the departure"),
@@ -60,32 +62,52 @@ def emergence(
     run: Any,
     *,
     sites: Sequence[str] | None = None,
+    strata: Sequence[str] | None = None,
     departure: float = DEPARTURE,
     draws: int = 100,
     top: int = TOP,
     times: float = TIMES,
+    probes: int = MOST_PROBES,
+    channel_probes: int | None = None,
 ) -> Emergence:
     """When outliers emerge in a training run, where first, who wrote them and in which channels.
 
     Parameters
     ----------
-    sites, departure, draws : see :func:`onsets`
+    sites, strata, departure, draws, probes : see :func:`onsets`
     top, times : see :func:`analyses.hot_channels.hot_channels`
+    channel_probes : channels and their writers are looked at in so many probed steps at most, evenly
+        spaced, and at the onsets of block outputs; all by default
 
     Raises
     ------
     UsageError, StoreError : as :func:`onsets`. What else the run lacks is said in ``notes``.
     """
-    found = onsets(run, sites=sites, departure=departure, draws=draws)
+    found = onsets(run, sites=sites, strata=strata, departure=departure, draws=draws, probes=probes)
     notes, channels, writers = [], None, None
     try:
-        channels = hot_channels(run, top=top, times=times)
-        writers = outlier_writers(run, top=top)
+        short = run if channel_probes is None else _short(run, found, channel_probes)
+        channels = hot_channels(short, top=top, times=times)
+        writers = outlier_writers(short, top=top)
     except StoreError as missing:
         notes.append(str(missing))
     if writers is not None and writers.attrs["unknown"]:
         notes.append(f"whether attention or the MLP wrote them can't be told: {writers.attrs['unknown']}")
     return Emergence(found, _first(found), channels, writers, tuple(notes))
+
+
+def _short(run: Any, found: xr.Dataset, probes: int) -> Any:
+    """The run at few steps, among them each stratum's first onset, with its channels in memory."""
+    onset = found["onset"].sel(site=found["site"] == "residual_post").values
+    firsts = np.fmin.reduce(onset.reshape(-1, onset.shape[-1]), axis=0, initial=np.inf)
+    short = thinned_run(run, probes, always=firsts[np.isfinite(firsts)].astype(int).tolist())
+    if short is run:
+        return run
+    nodes = {"/": short.tree.to_dataset()}
+    for site in SITES:
+        if site in short.sites and "channel_rms" in short.at(site):
+            nodes[site] = short.at(site)[["channel_rms"]].load()  # once, and not again for each layer
+    return Run(xr.DataTree.from_dict(nodes))
 
 
 def onsets(
@@ -97,6 +119,7 @@ def onsets(
     level: float = 0.9,
     draws: int = 100,
     seed: int = 0,
+    probes: int = MOST_PROBES,
 ) -> xr.Dataset:
     """Onset, doubling time and plateau of the OSP kurtosis at every site, layer and stratum.
 
@@ -111,6 +134,7 @@ def onsets(
     departure : the multiple of the noise that κ has to reach
     level : of the intervals
     draws : of the bootstrap, per series
+    probes : longer series are thinned evenly to so many; an onset is then known to one of these
 
     Returns
     -------
@@ -142,7 +166,7 @@ def onsets(
     if foreign:
         raise UsageError(f"onsets: there is no stratum {', '.join(foreign)}; there are {', '.join(known)}")
     values = values.sel(stratum=known if strata is None else list(strata))
-    kept = np.unique(np.linspace(0, len(steps) - 1, min(len(steps), MOST_PROBES)).astype(int))
+    kept = evenly(len(steps), probes)
     values = values.transpose("site", "layer", "stratum", "step").isel(step=kept)
     found = np.empty(values.shape[:-1], dtype=object)
     for place in np.ndindex(found.shape):

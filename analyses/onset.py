@@ -77,11 +77,9 @@ class _Growth:
             inner = inner[np.linspace(0, len(inner) - 1, MOST_BENDS).astype(int)]
         self.bends = np.append(inner, last)
         time = self.steps - self.steps[0]
-        designs = [
-            np.stack([np.ones_like(time), np.minimum(time, time[bend])], axis=1) for bend in self.bends
-        ]
-        self.solve = np.stack([np.linalg.pinv(design) for design in designs])
-        self.bases = np.stack(designs)
+        until_bend = np.minimum(time, time[self.bends][:, None])
+        self.bases = np.stack([np.ones_like(until_bend), until_bend], axis=-1)
+        self.solve = np.linalg.pinv(self.bases)
 
     def fit(self, y: Float[np.ndarray, " probe"]) -> tuple[float, int, Float[np.ndarray, " probe"]]:
         """Slope, place of the bend among the probes (the last one: none), and the fitted values."""

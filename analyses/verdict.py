@@ -1,0 +1,322 @@
+"""What is wrong with a model and where, by stated rules; or that nothing is.
+
+Each rule compares one number of the run with a threshold and gives a :class:`Finding`: its state, a
+sentence, and the place it speaks of. The numbers are those of :mod:`analyses.summary`, the onset that of
+:mod:`analyses.emergence`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+
+from analyses.hot_channels import TIMES
+from analyses.summary import EVERYDAY, NEAR_GAUSSIAN, SINKS, Summary, summarise
+from analyses.summary_numbers import EPSILON, QK_CLIP, SINK_HEAD
+from analyses.summary_text import number
+from osp_diag.run_display import HIDDEN_STATES
+
+__all__ = ["RULES", "STATES", "Finding", "State", "Verdict", "verdict"]
+
+State = Literal["broken", "raised", "clear", "unknown"]
+STATES: tuple[State, ...] = ("broken", "raised", "clear", "unknown")
+"""Worst first: no number can be trusted; above the rule's threshold; below it; not measured."""
+
+RULES = {
+    "nonfinite": "no token has a NaN or Inf in its activations",
+    "massive": "no |x| at block outputs is above 100 and 1,000 times the median of its sequence",
+    "kurtosis": f"OSP kurtosis, mean over hidden states: at most {NEAR_GAUSSIAN:g} times its Gaussian floor",
+    "everyday": f"OSP kurtosis of tokens that are neither first nor delimiters: below {EVERYDAY:g}",
+    "sinks": f"sink rate at ε = {EPSILON:g}, mean over heads: below {SINKS:.0%}",
+    "logits": f"largest attention logit before the softmax: at most {QK_CLIP:g}, where QK-Clip would act",
+    "emergence": "no block output leaves the noise for good while the model trains",
+}
+"""What each rule asks for, worst first."""
+
+_STRATA = {"first": "the first token", "delimiter": "delimiters", "rest": "other tokens", "all": "all tokens"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One rule applied to one run. What does not apply is None or empty."""
+
+    rule: str
+    state: State
+    text: str
+    """a sentence with the numbers"""
+    title: str = ""
+    """a few words for the headline; empty if there is nothing to say there"""
+    value: float | None = None
+    site: str = ""
+    layer: int | None = None
+    channel: int | None = None
+    head: int | None = None
+    stratum: str = ""
+    step: int | None = None
+
+    @property
+    def definition(self) -> str:
+        """What the rule asks for."""
+        return RULES[self.rule]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All findings on one run at one step."""
+
+    summary: Summary
+    findings: tuple[Finding, ...] = field(default_factory=tuple)
+
+    @property
+    def state(self) -> State:
+        """The worst of the findings'."""
+        found = {finding.state for finding in self.findings}
+        return next((state for state in STATES if state in found), "unknown")
+
+    @property
+    def headline(self) -> str:
+        """The summary's verdict, and what other rules found."""
+        extra = [finding.title for finding in self.findings if finding.title and finding.state == "raised"]
+        words = [self.summary.verdict, *extra]
+        if extra and self.summary.verdict.startswith("not enough"):
+            words = extra
+        return "; ".join(words)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values that JSON knows."""
+        return {
+            "model": self.summary.model,
+            "step": self.summary.step,
+            "state": self.state,
+            "headline": self.headline,
+            "findings": [asdict(finding) | {"definition": finding.definition} for finding in self.findings],
+        }
+
+
+def verdict(run: Any, *, step: int | None = None, onsets: xr.Dataset | None = None) -> Verdict:
+    """The findings on a run at ``step``, the last one by default.
+
+    Parameters
+    ----------
+    onsets : what :func:`analyses.emergence.onsets` returned; without it nothing is said of emergence
+
+    Raises
+    ------
+    UsageError, StoreError : as :func:`analyses.summary.summarise`
+    """
+    summary = summarise(run, step=step)
+    found = [
+        _nonfinite(summary, run),
+        _massive(summary),
+        _kurtosis(summary, run),
+        _everyday(summary, run),
+        _sinks(summary),
+        _logits(summary),
+    ]
+    if onsets is not None:
+        found.append(_emergence(onsets))
+    return Verdict(summary, tuple(found))
+
+
+def _nonfinite(summary: Summary, run: Any) -> Finding:
+    if summary.nonfinite_site:
+        where = f"{summary.nonfinite_site}, layer {summary.nonfinite_layer}"
+        if summary.nonfinite_token is not None:
+            where += f", token {summary.nonfinite_token}, channel {summary.nonfinite_channel}"
+        return Finding(
+            rule="nonfinite",
+            state="broken",
+            text=f"NaN or Inf in {summary.nonfinite_tokens:,} tokens, beginning at {where}; they are left "
+            "out of every number here.",
+            value=float(summary.nonfinite_tokens),
+            site=summary.nonfinite_site,
+            layer=summary.nonfinite_layer,
+            channel=summary.nonfinite_channel,
+        )
+    counted = any(name in run for name in ("nonfinite_token_count", "nonfinite_query_key_tokens"))
+    if not counted:
+        return Finding(rule="nonfinite", state="unknown", text="NaN and Inf were not counted.")
+    return Finding(rule="nonfinite", state="clear", text="All activations are finite.", value=0.0)
+
+
+def _massive(summary: Summary) -> Finding:
+    if summary.massive_per_sequence is None:
+        return Finding(rule="massive", state="unknown", text="Massive activations were not counted.")
+    peak = ""
+    if summary.largest_magnitude is not None:
+        channel = f", channel {summary.largest_channel}" if summary.largest_channel is not None else ""
+        peak = (
+            f"Largest |x|: {number(summary.largest_magnitude)}, at {summary.largest_site}, layer "
+            f"{summary.largest_layer}{channel}."
+        )
+    place: dict[str, Any] = {
+        "site": summary.largest_site,
+        "layer": summary.largest_layer,
+        "channel": summary.largest_channel,
+    }
+    if summary.massive_emergence_layer is None:
+        text = f"No massive activations. {peak}".strip()
+        return Finding(rule="massive", state="clear", text=text, value=0.0, **place)
+    channels = ", ".join(map(str, summary.massive_channels))
+    named = f", channel{'s' * (len(summary.massive_channels) > 1)} {channels}" if channels else ""
+    first, last = summary.massive_emergence_layer, summary.massive_last_layer
+    text = (
+        f"Massive activations in layers {first} to {last}{named}: {number(summary.massive_per_sequence)} a "
+        f"sequence, {summary.massive_on_first or 0:.0%} of them on the first token. {peak}"
+    ).strip()
+    place["stratum"] = "first" if (summary.massive_on_first or 0) >= 0.5 else "all"
+    return Finding(rule="massive", state="raised", text=text, value=summary.massive_per_sequence, **place)
+
+
+def _kurtosis(summary: Summary, run: Any) -> Finding:
+    if summary.osp_kurtosis is None or summary.osp_kurtosis_over_floor is None:
+        why = summary.note or "the run does not say the model's width"
+        return Finding(rule="kurtosis", state="unknown", text=f"OSP kurtosis: {why}.")
+    over = summary.osp_kurtosis_over_floor
+    text = (
+        f"OSP kurtosis {number(summary.osp_kurtosis)}: {number(over)} times its Gaussian floor "
+        f"({number(summary.osp_kurtosis / over) if over else 'unknown'}), "
+        f"{summary.osp_kurtosis_of_ceiling or 0:.1%} of its ceiling."
+    )
+    highest = _highest(run, summary.step)
+    place: dict[str, Any] = {}
+    if highest is not None:
+        value, site, layer, stratum = highest
+        place = {"site": site, "layer": layer, "stratum": stratum}
+        text += f" Highest at {site}, layer {layer}, on {_STRATA.get(stratum, stratum)}: {number(value)}."
+    raised = over > NEAR_GAUSSIAN
+    return Finding(rule="kurtosis", state="raised" if raised else "clear", text=text, value=over, **place)
+
+
+def _highest(run: Any, step: int) -> tuple[float, str, int, str] | None:
+    """The largest kurtosis of the hidden states: value, site, layer, stratum."""
+    found = []
+    for site in HIDDEN_STATES:
+        if site not in run.sites or "osp_excess_kurtosis" not in run.at(site):
+            continue
+        values = run.at(site)["osp_excess_kurtosis"].sel(step=step).load()
+        # What is largest over all tokens is told of the stratum that makes it so.
+        own = values.sel(stratum=[name for name in values["stratum"].values if name != "all"])
+        if bool(np.isfinite(own).any()):
+            at = own.isel(own.argmax(...))
+            found.append((float(at), site, int(at["layer"]), str(at["stratum"].item())))
+    return max(found, default=None)
+
+
+def _everyday(summary: Summary, run: Any) -> Finding:
+    if summary.everyday_kurtosis is None:
+        text = (
+            "There are no tokens that are neither first nor delimiters, or their kurtosis was not measured."
+        )
+        return Finding(rule="everyday", state="unknown", text=text)
+    value = number(summary.everyday_kurtosis)
+    text = f"On tokens that are neither first nor delimiters, OSP kurtosis is {value}"
+    if summary.everyday_max_median_ratio is not None:
+        text += f" and the largest channel {number(summary.everyday_max_median_ratio)} times the median one"
+    place: dict[str, Any] = {"stratum": "rest"}
+    hottest = _hottest(run, summary.step)
+    if hottest is not None:
+        ratio, layer, channel = hottest
+        place |= {"site": "residual_post", "layer": layer, "channel": channel}
+        hot = "hottest" if ratio >= TIMES else "largest, though not hot"
+        text += f"; {hot}: channel {channel} of layer {layer}, {number(ratio)} times the median channel"
+    raised = summary.everyday_kurtosis >= EVERYDAY
+    return Finding(
+        rule="everyday",
+        state="raised" if raised else "clear",
+        text=f"{text}.",
+        value=summary.everyday_kurtosis,
+        **place,
+    )
+
+
+def _hottest(run: Any, step: int) -> tuple[float, int, int] | None:
+    """The channel of block outputs of largest RMS on ordinary tokens, over its layer's median channel."""
+    if "residual_post" not in run.sites or "channel_rms" not in run.at("residual_post"):
+        return None
+    rms = run.at("residual_post")["channel_rms"].sel(step=step, stratum="rest").transpose("layer", "channel")
+    values = rms.values.astype(np.float64)
+    median = np.nanmedian(np.where(np.isfinite(values), values, 0.0), axis=1, keepdims=True)
+    ratio = np.divide(values, median, out=np.full_like(values, np.nan), where=median > 0)
+    if not np.isfinite(ratio).any():
+        return None
+    row, channel = np.unravel_index(int(np.nanargmax(ratio)), ratio.shape)
+    return float(ratio[row, channel]), int(rms["layer"].values[row]), int(rms["channel"].values[channel])
+
+
+def _sinks(summary: Summary) -> Finding:
+    if summary.sequence_length == 1:
+        text = "Sequences of one token attend to nothing but themselves, so there are no sinks to speak of."
+        return Finding(rule="sinks", state="unknown", text=text)
+    if summary.sink_rate is None:
+        return Finding(rule="sinks", state="unknown", text="Attention sinks were not measured.")
+    text = (
+        f"Sink rate {summary.sink_rate:.1%}: {summary.sink_heads} of {summary.heads} heads give the first "
+        f"token more than {EPSILON:g} of their attention in at least {SINK_HEAD:.0%} of the sequences"
+    )
+    if summary.first_token_attention is not None:
+        text += f"; it receives {summary.first_token_attention:.1%} of all attention"
+    state: State = "raised" if summary.sink_rate >= SINKS else "clear"
+    return Finding(rule="sinks", state=state, text=f"{text}.", value=summary.sink_rate, site="attention")
+
+
+def _logits(summary: Summary) -> Finding:
+    if summary.largest_logit is None:
+        return Finding(rule="logits", state="unknown", text="Attention logits were not measured.")
+    above = summary.heads_above_qk_clip or 0
+    text = (
+        f"Largest attention logit {number(summary.largest_logit)}, layer {summary.largest_logit_layer}, head "
+        f"{summary.largest_logit_head}"
+    )
+    text += f"; {above} head{'s' * (above != 1)} above {QK_CLIP:g}." if above else f"; below {QK_CLIP:g}."
+    return Finding(
+        rule="logits",
+        state="raised" if above else "clear",
+        title=f"attention logits above {QK_CLIP:g}",
+        text=text,
+        value=summary.largest_logit,
+        site="attention",
+        layer=summary.largest_logit_layer,
+        head=summary.largest_logit_head,
+    )
+
+
+def _emergence(onsets: xr.Dataset) -> Finding:
+    """The first block output that leaves the noise and is still above it at the last probe."""
+    if "residual_post" not in onsets["site"].values:
+        return Finding(rule="emergence", state="unknown", text="Block outputs were not probed over training.")
+    part = onsets.sel(site="residual_post")
+    strata = [str(name) for name in part["stratum"].values if name != "all"]
+    part = part.sel(stratum=strata).transpose("layer", "stratum")
+    onset = np.where(part["raised_at_end"].values, part["onset"].values, np.nan)
+    measured = int((part["state"] != "").any("stratum").sum())
+    if not np.isfinite(onset).any():
+        text = f"None of {measured} block outputs leaves the noise for good while the model trains."
+        return Finding(rule="emergence", state="clear", text=text)
+    row, column = np.unravel_index(int(np.nanargmin(onset)), onset.shape)
+    at = part.isel(layer=int(row), stratum=int(column))
+    layer, stratum = int(at["layer"]), str(at["stratum"].item())
+    low, high = (float(at[f"onset_{end}"]) for end in ("low", "high"))
+    departed = int(np.isfinite(onset).any(axis=1).sum())
+    text = (
+        f"Outliers emerge at step {onset[row, column]:,.0f} ({low:,.0f} to {high:,.0f}), first at the output "
+        f"of layer {layer} on {_STRATA.get(stratum, stratum)}; {departed} of {measured} block outputs leave "
+        "the noise for good"
+    )
+    doubling = float(at["doubling_time"])
+    if math.isfinite(doubling):
+        text += f"; there kurtosis doubles every {number(doubling)} steps"
+    return Finding(
+        rule="emergence",
+        state="raised",
+        text=f"{text}.",
+        value=float(onset[row, column]),
+        site="residual_post",
+        layer=layer,
+        stratum=stratum,
+        step=int(onset[row, column]),
+    )

@@ -1,0 +1,229 @@
+"""From runs to one page: the analyses are asked, the answers go into a template."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from analyses.emergence import Emergence, emergence
+from analyses.verdict import Verdict, verdict
+from figures._colours import sample
+from figures._recipe_labels import recipes_or_models
+from figures._runs import last_step, name_of, opened
+from figures.report.comparison import compared_pairs, key_numbers, others, sentences
+from figures.report.definitions import definitions_of
+from figures.report.encoding import script_json
+from figures.report.explorer import explorer_data
+from figures.report.heads import definitions as head_definitions
+from figures.report.heads import heads_of
+from figures.report.shown_figures import draw_figures
+from figures.report.tables import channel_table, head_table, layer_table, shown
+from osp_diag.errors import OspDiagError, UsageError
+
+__all__ = ["Report", "build_report", "check_out", "write_report"]
+
+PROBES, DRAWS, CHANNEL_PROBES = 96, 20, 24
+"""Of the emergence of outliers: probed steps of onsets, bootstrap draws, probed steps of channels."""
+WORDS = {
+    "broken": ("✖", "broken"),
+    "raised": ("▲", "raised"),
+    "clear": ("✓", "clear"),
+    "unknown": ("?", "not measured"),
+}
+SCRIPTS = ("state.js", "plots.js", "explorer.js", "heads.js", "figures.js", "tables.js", "main.js")
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page, and what it says first."""
+
+    html: str = field(repr=False)
+    verdicts: tuple[Verdict, ...]
+    labels: tuple[str, ...]
+    left_out: tuple[str, ...]
+    """figures that are not on the page, or not of all runs, with the reason"""
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What the page says of one run."""
+
+    label: str
+    verdict: Verdict
+    emerged: Emergence | None
+    not_emerged: str
+    statement: str
+
+
+def write_report(runs: Any, out: str | os.PathLike[str]) -> Report:
+    """Report on runs in one file that needs no network.
+
+    Parameters
+    ----------
+    runs : an open run, the path of one, or a sequence of either
+    out : the file to write, by custom ``*.html``
+
+    Raises
+    ------
+    UsageError : no run, or a file that cannot be written
+    StoreError : a run that cannot be read, or holds no step
+    """
+    path = Path(out)
+    check_out(path)
+    report = build_report(runs)
+    try:
+        path.write_text(report.html, encoding="utf-8")
+    except OSError as problem:
+        raise UsageError(
+            f"cannot write {path}: {problem.strerror or problem}; write elsewhere or make room"
+        ) from problem
+    return report
+
+
+def check_out(path: Path) -> None:
+    """Refuse, before any work, a file that cannot be written.
+
+    Raises
+    ------
+    UsageError : it is a folder, its folder does not exist, or it does not end in .html
+    """
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UsageError(f"--out {path}: a report is a page; let the name end in .html")
+    if path.is_dir():
+        raise UsageError(f"--out {path} is a folder; give a file")
+    if not path.parent.is_dir():
+        raise UsageError(f"--out {path}: the folder {path.parent} does not exist; make it first")
+
+
+def build_report(runs: Any) -> Report:
+    """As :func:`write_report`, without writing it."""
+    found = opened(runs)
+    steps = [last_step(run) for run in found]
+    labels = _labels(found, steps)
+    heads = [heads_of(run) for run in found]
+    told = [_told(run, label, head) for run, label, head in zip(found, labels, heads, strict=True)]
+    verdicts = [one.verdict for one in told]
+    drawn = draw_figures(found, labels)
+    several = len(found) > 1
+    words = head_definitions()
+    tables = [
+        *([key_numbers(verdicts, labels)] if several else []),
+        layer_table(found, labels),
+        head_table(heads, labels, words),
+        channel_table(found, labels, [one.emerged for one in told]),
+    ]
+    left_out = [f"{figure.name}: {reason}" for figure in drawn for reason in dict.fromkeys(figure.left_out)]
+    data = {
+        "runs": explorer_data(found, labels),
+        "heads": [{"rows": head.rows, "parts": head.parts, "problem": head.problem} for head in heads],
+        "head_words": words,
+        "figures": [figure.variants for figure in drawn if figure.variants],
+        "colours": {"magnitude": sample("batlow", 24), "share": sample("lipari_r", 24)},
+    }
+    html = (
+        _environment()
+        .get_template("page.html.jinja")
+        .render(
+            title=f"{', '.join(labels)}: outliers and attention sinks",
+            told=told,
+            words=WORDS,
+            several=several,
+            sentences=sentences(found, verdicts, labels),
+            pairs=compared_pairs(found, labels),
+            others=others(found, labels),
+            numbers=tables.pop(0) if several else None,
+            tables=[table for table in tables if table.rows],
+            figures=[figure for figure in drawn if figure.variants],
+            left_out=left_out,
+            definitions=definitions_of(found),
+            provenance=[_provenance(run) for run in found],
+            labels=labels,
+            data=script_json(data),
+            style=_static("report.css"),
+            plotly=_plotly(),
+            scripts=[_static(name) for name in SCRIPTS],
+        )
+    )
+    return Report(html, tuple(verdicts), tuple(labels), tuple(left_out))
+
+
+def _labels(runs: Sequence[Any], steps: Sequence[int]) -> list[str]:
+    """Recipes of trainings, models of others; those that are the same are numbered."""
+    trained = [place for place, run in enumerate(runs) if run.attrs.get("config")]
+    recipes = recipes_or_models([runs[place] for place in trained], [steps[place] for place in trained])
+    known = dict(zip(trained, recipes, strict=True))
+    labels = [known.get(place, name_of(run)) for place, run in enumerate(runs)]
+    repeated = {label for label in labels if labels.count(label) > 1}
+    return [f"{label} ({place})" if label in repeated else label for place, label in enumerate(labels, 1)]
+
+
+def _told(run: Any, label: str, head: Any) -> _Told:
+    emerged, problem = None, ""
+    try:
+        emerged = emergence(
+            run, strata=_strata(run), draws=DRAWS, probes=PROBES, channel_probes=CHANNEL_PROBES
+        )
+    except OspDiagError as reason:
+        problem = str(reason)
+    onsets = emerged.onsets if emerged is not None else None
+    return _Told(label, verdict(run, onsets=onsets), emerged, problem, head.statement or head.problem)
+
+
+def _strata(run: Any) -> list[str] | None:
+    """Those that the text speaks of; all where a run has others."""
+    for site in run.sites:
+        if "osp_excess_kurtosis" in run.at(site):
+            known = [str(name) for name in run.at(site)["stratum"].values]
+            return [name for name in ("first", "rest") if name in known] or None
+    return None
+
+
+def _provenance(run: Any) -> list[tuple[str, str]]:
+    """Everything that determines the numbers, in reading order."""
+    facts = [(str(key).replace("_", " "), str(value)) for key, value in run.summary_attributes.items()]
+    count = len(run.steps)
+    span = f", from {int(run.steps[0]):,} to {int(run.steps[-1]):,}" if count > 1 else ""
+    facts.append(("probed steps", f"{count:,}{span}"))
+    facts += [(f"without {site}", why) for site, why in run.absent_sites.items()]
+    return facts
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("figures.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = shown
+    environment.filters["sorted_by"] = _sort_key
+    environment.filters["count"] = lambda value: f"{value:,}"
+    return environment
+
+
+def _sort_key(value: Any) -> str:
+    """What a cell is sorted by, and saved as: a number in full, or the text."""
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        return ""
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _static(name: str) -> Markup:
+    """A file of this package, which goes into the page as it is."""
+    return Markup((files("figures.report") / "static" / name).read_text(encoding="utf-8"))
+
+
+def _plotly() -> Markup:
+    """The plotting library, as the installed package brings it."""
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())

@@ -1,0 +1,62 @@
+"""Numbers and text on their way into a page: small, and never taken for markup or for code."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+__all__ = ["compacted", "packed", "packed_log", "script_json"]
+
+_DIGITS = 5
+"""Significant digits of the numbers in figures: more than a screen shows."""
+
+
+def script_json(value: Any) -> Markup:
+    """JSON for a ``<script>`` element: ``<``, ``>`` and ``&`` are written so that no tag can end it."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    for character in "<>&\u2028\u2029":
+        text = text.replace(character, f"\\u{ord(character):04x}")
+    return Markup(text)
+
+
+def packed(values: np.ndarray) -> dict[str, Any]:
+    """An array as base64: whole numbers below 65,536 of an integer type take two bytes, all else four."""
+    whole = values.dtype.kind in "iu"
+    kind = "<u2" if whole else "<f4"
+    data = np.ascontiguousarray(values, dtype=kind).tobytes()
+    return {"shape": list(values.shape), "kind": kind[1:], "data": base64.b64encode(data).decode("ascii")}
+
+
+def packed_log(values: np.ndarray, low: float = 1e-3) -> dict[str, Any]:
+    """Positive numbers in two bytes each, evenly spaced in the logarithm (to 0.02% over six decades).
+
+    What is below ``low`` becomes ``low``; NaN and infinity have a code of their own.
+    """
+    known = np.isfinite(values)
+    high = max(float(values[known].max(initial=low)), low * 10)
+    place = np.log(np.clip(np.where(known, values, low), low, high) / low) / math.log(high / low)
+    codes = np.where(known, np.round(place * 65534), 65535).astype(np.uint16)
+    return packed(codes) | {"kind": "log", "low": low, "high": high}
+
+
+def compacted(value: Any) -> Any:
+    """A plotly figure's dictionary with rounded numbers, and NaN as None."""
+    if isinstance(value, dict):
+        return {key: compacted(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [compacted(item) for item in value]
+    if isinstance(value, np.ndarray):
+        return compacted(value.tolist())
+    if isinstance(value, np.generic):
+        return compacted(value.item())
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        rounded = float(f"{value:.{_DIGITS}g}")
+        return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
+    return value

@@ -1,0 +1,215 @@
+"""The data of the charts that answer to a step, a layer and a head: profiles, channels, sinks.
+
+A page holds a chosen number of steps as they are, so that a slider shows what was measured; what lies
+between two of them is in the course over training, which is max-pooled.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.summary_numbers import EPSILON
+from analyses.thinned_run import evenly
+from figures._decimate import bin_starts, max_pool
+from figures._runs import name_of
+from figures.report.encoding import packed, packed_log
+from osp_diag.errors import OspDiagError
+from osp_diag.estimators.token_kurtosis import gaussian_floor
+
+__all__ = ["STATISTICS", "explorer_data"]
+
+STATISTICS = (
+    "osp_excess_kurtosis", "fisher_kurtosis", "max_median_ratio", "absolute_maximum",
+    "massive_activation_count", "participation_ratio",
+)  # fmt: skip
+"""What the profile by layer can show, if it is measured by layer and stratum."""
+SITES = (
+    "residual_post", "residual_mid", "embedding", "final_norm", "attention_input", "mlp_input",
+    "attention_contribution", "mlp_contribution", "mlp_hidden",
+)  # fmt: skip
+"""Where; the first that a run holds is shown first."""
+CHANNEL_SITE = "residual_post"
+CHANNEL_STRATA = ("all", "rest")
+COLUMNS = 96
+"""Channels of the map; neighbours are pooled by their maximum, and the channel that has it is kept."""
+BUDGET = 440_000
+"""Numbers that all maps and profiles of a page may hold: some two and a half megabytes."""
+FEWEST_STEPS = 12
+COURSE = 200
+"""Columns of the course over training."""
+
+
+def explorer_data(runs: list[Any], labels: list[str]) -> list[dict[str, Any]]:
+    """One dictionary a run, ready for JSON; arrays are packed.
+
+    Each has ``label``, ``model``, ``steps`` (those of the slider), ``step_count``, and ``profiles``,
+    ``channels``, ``sinks``, ``course`` where the run holds them (else they are left out).
+    """
+    cells = sum(_cells_per_step(run) for run in runs)
+    most = max(FEWEST_STEPS, BUDGET // max(cells, 1))
+    return [_of_run(run, label, most) for run, label in zip(runs, labels, strict=True)]
+
+
+def _statistics_at(run: Any, site: str) -> dict[str, xr.DataArray]:
+    """Those of a site that are by step, layer and stratum."""
+    if site not in run.sites:
+        return {}
+    dataset = run.at(site)
+    return {
+        name: dataset[name]
+        for name in STATISTICS
+        if name in dataset and set(dataset[name].dims) == {"step", "layer", "stratum"}
+    }
+
+
+def _cells_per_step(run: Any) -> int:
+    profiles = sum(values[0].size for site in SITES for values in _statistics_at(run, site).values())
+    channels = 0
+    if CHANNEL_SITE in run.sites and "channel_rms" in run.at(CHANNEL_SITE):
+        sizes = run.at(CHANNEL_SITE)["channel_rms"].sizes
+        channels = sizes["layer"] * min(sizes["channel"], COLUMNS) * len(CHANNEL_STRATA)
+    return profiles + channels
+
+
+def _of_run(run: Any, label: str, most: int) -> dict[str, Any]:
+    kept = evenly(len(run.steps), most)
+    highest = _highest_step(run)
+    kept = kept if highest is None else np.union1d(kept, highest)
+    parts = {
+        "channels": _channels(run, kept),
+        "sinks": _sinks(run, kept),
+        "course": _course(run) if len(kept) < len(run.steps) else None,
+    }
+    return {
+        "label": label,
+        "model": name_of(run),
+        "steps": [int(step) for step in run.steps[kept]],
+        "step_count": len(run.steps),
+        "profiles": _profiles(run, kept),
+        **{name: found for name, found in parts.items() if found is not None},
+    }
+
+
+def _highest_step(run: Any) -> int | None:
+    """The place of the step with the highest kurtosis, which no thinning may lose."""
+    values = _statistics_at(run, CHANNEL_SITE).get("osp_excess_kurtosis")
+    if values is None or len(run.steps) < 3:
+        return None
+    by_step = values.max(("layer", "stratum")).values
+    return int(np.nanargmax(by_step)) if np.isfinite(by_step).any() else None
+
+
+def _profiles(run: Any, kept: np.ndarray) -> list[dict[str, Any]]:
+    """One entry a site, the sites in the order of :data:`SITES`."""
+    found = []
+    for site in SITES:
+        statistics = _statistics_at(run, site)
+        if not statistics:
+            continue
+        first = next(iter(statistics.values()))
+        entry: dict[str, Any] = {
+            "site": site,
+            "layers": [int(layer) for layer in first["layer"].values],
+            "strata": [str(stratum) for stratum in first["stratum"].values],
+            "statistics": {},
+        }
+        for name, values in statistics.items():
+            at = values.isel(step=kept).transpose("step", "layer", "stratum").load()
+            entry["statistics"][name] = packed(at.values) | _bounds(run, name, values)
+        found.append(entry)
+    return found
+
+
+def _bounds(run: Any, name: str, values: xr.DataArray) -> dict[str, Any]:
+    """Floor and ceiling, and what determines the numbers."""
+    attrs = values.attrs
+    told: dict[str, Any] = {"estimator": str(attrs.get("estimator", name))}
+    for bound in ("floor", "ceiling"):
+        if isinstance(attrs.get(bound), int | float) and np.isfinite(attrs[bound]):
+            told[bound] = float(attrs[bound])
+    if name == "osp_excess_kurtosis" and "floor" not in told and run.attrs.get("hidden_size"):
+        told["floor"] = gaussian_floor(int(run.attrs["hidden_size"]))
+    return told
+
+
+def _channels(run: Any, kept: np.ndarray) -> dict[str, Any] | None:
+    """RMS of channels over that of their layer's median channel, max-pooled, and which channel it is of."""
+    if CHANNEL_SITE not in run.sites or "channel_rms" not in run.at(CHANNEL_SITE):
+        return None
+    rms = run.at(CHANNEL_SITE)["channel_rms"].transpose("step", "stratum", "layer", "channel")
+    strata = [name for name in CHANNEL_STRATA if name in rms["stratum"].values]
+    ratios, channels = [], []
+    for place in kept:  # step by step, because one can be megabytes
+        ratio, channel = _pooled(rms.isel(step=int(place)).sel(stratum=strata).values)
+        ratios.append(ratio)
+        channels.append(channel)
+    return {
+        "site": CHANNEL_SITE,
+        "layers": [int(layer) for layer in rms["layer"].values],
+        "strata": strata,
+        "width": rms.sizes["channel"],
+        "ratio": packed_log(np.stack(ratios)),
+        "channel": packed(np.stack(channels)),
+    }
+
+
+def _pooled(rms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(stratum, layer, channel) → the largest ratio of each bin of channels, and its channel."""
+    values = np.abs(rms.astype(np.float64))
+    with np.errstate(all="ignore"):
+        median = np.median(values, axis=-1, keepdims=True)
+        ratio = np.where(median > 0, values / median, np.nan)
+    width = ratio.shape[-1]
+    starts = bin_starts(width, COLUMNS)
+    pooled = max_pool(ratio, ratio.ndim - 1, COLUMNS)
+    ends = np.append(starts[1:], width)
+    bins = [
+        np.nan_to_num(ratio[..., a:b], nan=-1.0).argmax(-1) + a for a, b in zip(starts, ends, strict=True)
+    ]
+    return pooled, np.stack(bins, axis=-1)
+
+
+def _sinks(run: Any, kept: np.ndarray) -> dict[str, Any] | None:
+    """Sink rates by head at the first position."""
+    if "attention" not in run.sites or "sink_rate" not in run.at("attention"):
+        return None
+    rate = run.at("attention")["sink_rate"]
+    near = int(np.abs(rate["epsilon"].values - EPSILON).argmin())
+    if abs(float(rate["epsilon"].values[near]) - EPSILON) > 1e-9 or 0 not in rate["sink_position"].values:
+        return None
+    rate = rate.isel(epsilon=near).sel(sink_position=0).transpose("step", "layer", "head")
+    values = rate.isel(step=kept).values
+    if not np.isfinite(values).any():
+        return None
+    return {
+        "layers": [int(layer) for layer in rate["layer"].values],
+        "heads": rate.sizes["head"],
+        "epsilon": EPSILON,
+        "rate": packed(values),
+    }
+
+
+def _course(run: Any) -> dict[str, Any] | None:
+    """Statistics of block outputs at every probed step, neighbouring steps pooled by their maximum."""
+    statistics = _statistics_at(run, CHANNEL_SITE)
+    if not statistics:
+        return None
+    starts = bin_starts(len(run.steps), COURSE)
+    pooled = {}
+    for name, values in statistics.items():
+        try:
+            whole = values.sel(stratum=list(CHANNEL_STRATA)).transpose("stratum", "layer", "step").values
+        except (KeyError, OspDiagError):
+            return None
+        pooled[name] = packed(max_pool(whole, 2, COURSE))
+    first = next(iter(statistics.values()))
+    return {
+        "site": CHANNEL_SITE,
+        "steps": [int(step) for step in run.steps[starts]],
+        "strata": list(CHANNEL_STRATA),
+        "layers": [int(layer) for layer in first["layer"].values],
+        "statistics": pooled,
+    }

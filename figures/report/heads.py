@@ -1,0 +1,90 @@
+"""How each head makes its sink, for the map of heads, the panel of a chosen head, and the statement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.sink_implementation import DEFINITIONS, sink_implementation
+from analyses.sink_statement import sink_statement
+from analyses.thinned_run import thinned_run
+from figures.report.encoding import packed
+from osp_diag.errors import OspDiagError
+
+__all__ = ["EVIDENCE", "Heads", "heads_of"]
+
+STEPS = 12
+"""Probed steps that the emergence of sinks is told by."""
+EVIDENCE = (
+    "sink_rate", "sink_mass", "sink_logit", "other_logit", "negative_part", "channels_90",
+    "query_key_overlap", "sink_cosine", "norm_factor", "value_drain", "residual_spike", "emergence_step",
+)  # fmt: skip
+"""Numbers of a head that the page shows, of those of ``sink_implementation``."""
+WORDS = ("kind", "channel_use", "geometry")
+MOST = 600
+"""Heads of which the parts of the sink logit are kept, strongest sinks first."""
+
+
+@dataclass
+class Heads:
+    """What a page says of a run's heads at its last step."""
+
+    statement: str = ""
+    problem: str = ""
+    """why there is nothing"""
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """a dictionary a head, strongest sink first: layer, head, the words and the evidence"""
+    parts: dict[str, Any] = field(default_factory=dict)
+    """packed: ``channel`` and ``frequency`` (head of rows, part)"""
+
+
+def heads_of(run: Any) -> Heads:
+    """Classes, evidence and the parts of the sink logit of every head."""
+    try:
+        found = sink_implementation(thinned_run(run, STEPS))
+        statement = sink_statement(found)
+    except OspDiagError as reason:
+        return Heads(problem=str(reason))
+    at = found.isel(step=-1)
+    layers, heads = at["layer"].values, at["head"].values
+    strength = np.nan_to_num(at["sink_rate"].values, nan=-1) + 1e-6 * np.nan_to_num(at["sink_mass"].values)
+    order = np.argsort(-strength, axis=None, kind="stable")
+    columns = {name: _by_head(at, name) for name in (*WORDS, *EVIDENCE) if name in at}
+    rows = []
+    for flat in order:
+        row, column = np.unravel_index(int(flat), strength.shape)
+        told = {name: _plain(values[row, column]) for name, values in columns.items()}
+        rows.append({"layer": int(layers[row]), "head": int(heads[column]), **told})
+    parts: dict[str, Any] = {}
+    for key, name, dim in (
+        ("channel", "sink_logit_contribution", "head_channel"),
+        ("frequency", "frequency_contribution", "frequency"),
+    ):
+        if name in at:
+            values = at[name].transpose("layer", "head", dim).values
+            parts[key] = packed(values.reshape(-1, values.shape[-1])[order[:MOST]])
+    if "wavelength" in at.coords:
+        parts["wavelength"] = [float(value) for value in at["wavelength"].values]
+    return Heads(statement, "", rows, parts)
+
+
+def _by_head(at: xr.Dataset, name: str) -> np.ndarray:
+    values = at[name]
+    missing = [dim for dim in ("layer", "head") if dim not in values.dims]
+    sizes = {dim: at.sizes[dim] for dim in missing}
+    whole: np.ndarray = values.expand_dims(sizes).transpose("layer", "head").values
+    return whole
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return str(value)
+    return float(value) if np.isfinite(value) else None
+
+
+def definitions() -> dict[str, str]:
+    """What the words and numbers of a head mean."""
+    return {name: DEFINITIONS[name] for name in (*WORDS, *EVIDENCE)}

@@ -1,0 +1,137 @@
+"""Which figures a report shows, in which order; a new one joins in a line, or at the end by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from analyses.thinned_run import thinned_run
+from figures._registry import figure_module, names
+from figures.backend import load_backend
+from figures.report.comparison import pairs_alike
+from figures.report.encoding import compacted
+from figures.styles import load_style
+from osp_diag.errors import OspDiagError
+
+__all__ = ["ELSEWHERE", "FIGURES", "Drawn", "Shown", "draw_figures"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A figure on the page."""
+
+    name: str
+    """in the registry of figures"""
+    heading: str = ""
+    """the question that it answers; the figure's own title if empty"""
+    steps: int = 1
+    """the fewest probed steps that make sense of it"""
+    most: int | None = None
+    """Longer runs are thinned evenly to so many steps, where the figure takes its time for each."""
+    pairs: bool = False
+    """drawn of two runs, and so of every pair"""
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+FIGURES = (
+    Shown("kurtosis_dynamics", "How loss and kurtosis went in training", steps=2),
+    Shown("outlier_timeline", "When outliers appeared, layer by layer", steps=2, options={"draws": 20}),
+    Shown("activation_surface", "What the activations of the hottest layer look like"),
+    Shown("depth_profile", "Where magnitudes grow"),
+    Shown("concentration_curves", "How few channels hold the energy"),
+    Shown("channel_map_comparison", "How the channels of two models differ", pairs=True),
+    Shown("sink_emergence", "When heads became sinks", steps=2, most=12),
+    Shown("attention_map", "Where the strongest sink looks"),
+    Shown("qk_magnitude", "Queries and keys of the strongest sink"),
+    Shown("logit_densities", "Attention logits of the sink key and of others"),
+    Shown("estimator_disagreement", "What other definitions of kurtosis say"),
+    Shown("weight_surface", "The weights that write the outliers"),
+    Shown("bit_width_sweep", "What quantization costs"),
+)
+ELSEWHERE = ("channel_map", "sink_map", "sink_implementation", "stratum_comparison")
+"""What the linked charts show already."""
+
+
+@dataclass
+class Drawn:
+    """A figure as plotly's JSON: of all runs that it can be drawn of, and of each alone."""
+
+    name: str
+    heading: str
+    caption: str = ""
+    variants: dict[str, Any] = field(default_factory=dict)
+    """"all", and the place of each run; values have ``data`` and ``layout``"""
+    left_out: list[str] = field(default_factory=list)
+    """why it is not drawn, or not of some runs"""
+
+
+def draw_figures(runs: Sequence[Any], labels: Sequence[str]) -> list[Drawn]:
+    """Every figure of the table, then those of the registry that it does not name.
+
+    What cannot be drawn has no variants, and says why in ``left_out``.
+    """
+    there = names()
+    known = [shown for shown in FIGURES if shown.name in there]
+    named = {shown.name for shown in known}
+    others = [Shown(name) for name in there if name not in named and name not in ELSEWHERE]
+    drawn = []
+    for shown in (*known, *others):
+        if shown.pairs:
+            drawn += _pairs(shown, runs, labels)
+        else:
+            drawn.append(_together(shown, runs, labels))
+    return drawn
+
+
+def _together(shown: Shown, runs: Sequence[Any], labels: Sequence[str]) -> Drawn:
+    found = Drawn(shown.name, shown.heading)
+    fitting = []
+    for index, run in enumerate(runs):
+        try:
+            if len(run.steps) < shown.steps:
+                found.left_out.append(
+                    f"{labels[index]}: it needs {shown.steps} probed steps, and there is one"
+                )
+                continue
+            _draw(shown, [run], found, str(index))
+            fitting.append(run)
+        except OspDiagError as reason:
+            found.left_out.append(f"{labels[index]}: {reason}")
+    if len(fitting) > 1:
+        try:
+            _draw(shown, fitting, found, "all")
+        except OspDiagError as reason:
+            found.left_out.append(f"side by side: {reason}")
+    elif fitting:
+        found.variants["all"] = found.variants[str(runs.index(fitting[0]))]
+    return found
+
+
+def _pairs(shown: Shown, runs: Sequence[Any], labels: Sequence[str]) -> list[Drawn]:
+    """One for each pair that the page compares."""
+    drawn = []
+    for first, second in pairs_alike(runs):
+        both = f"{labels[first]} and {labels[second]}"
+        found = Drawn(shown.name, f"{shown.heading}: {both}")
+        try:
+            _draw(shown, [runs[first], runs[second]], found, "all")
+        except OspDiagError as reason:
+            found.left_out.append(f"{both}: {reason}")
+        drawn.append(found)
+    return drawn
+
+
+def _draw(shown: Shown, runs: list[Any], found: Drawn, variant: str) -> None:
+    """As ``figures.draw``, but for the caption, which the page sets in its own type."""
+    figure = figure_module(shown.name)
+    if shown.most is not None:
+        runs = [thinned_run(run, shown.most) for run in runs]
+    dataset = figure.prepare(runs, **shown.options)
+    style = load_style("paper")
+    canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
+    picture = canvas.finish(dataset).to_plotly_json()
+    found.variants[variant] = compacted({"data": picture["data"], "layout": picture["layout"]})
+    found.variants[variant]["caption"] = str(dataset.attrs["caption"])
+    found.heading = found.heading or str(dataset.attrs["title"])

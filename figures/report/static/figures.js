@@ -1,0 +1,109 @@
+"use strict";
+/* The figures of the registry: the variant of the run that is shown, in the colours of the theme, with the
+   chosen layer marked on every axis that counts layers. */
+const Figures = {
+  stale: new Set(),
+  near: new Set(),
+
+  /* A figure is drawn when it comes near the window, and all are before the page is printed. */
+  watch() {
+    const watcher = new IntersectionObserver((seen) => {
+      for (const { target, isIntersecting } of seen) this.near[isIntersecting ? "add" : "delete"](target);
+      this.drawNear();
+    }, { rootMargin: "600px" });
+    document.querySelectorAll("figure.drawn").forEach((figure) => watcher.observe(figure));
+    addEventListener("beforeprint", () => this.everything());
+  },
+
+  all() {
+    document.querySelectorAll("figure.drawn").forEach((figure) => {
+      const variant = this.variant(figure);
+      figure.hidden = !variant;
+      if (!variant) return;
+      figure.querySelector("figcaption").textContent = variant.caption;
+      figure.querySelector(".plot").style.cssText = `width: ${variant.layout.width}px; min-height: ${variant.layout.height}px`;
+      this.stale.add(figure);
+    });
+    this.drawNear();
+  },
+
+  variant(figure) { return DATA.figures[Number(figure.dataset.figure)][State.run]; },
+  drawNear() { for (const figure of this.near) if (this.stale.has(figure)) setTimeout(() => this.draw(figure)); },
+  everything() { for (const figure of this.stale) this.draw(figure); },
+
+  draw(figure) {
+    const variant = this.variant(figure), plot = figure.querySelector(".plot");
+    if (!this.stale.delete(figure) || !variant) return;
+    const layout = this.themed(variant.layout);
+    layout.shapes = [...(layout.shapes ?? []), ...this.marks(this.layerAxes(variant.layout))];
+    Plotly.react(plot, this.themed(variant.data), layout, CONFIG);
+    if (!plot.dataset.listens) {
+      plot.dataset.listens = "yes";
+      plot.on("plotly_click", (event) => this.choose(figure, event.points[0]));
+    }
+  },
+
+  /* The chosen layer has changed: nothing is drawn anew but the marks. */
+  mark() {
+    document.querySelectorAll("figure.drawn").forEach((figure) => {
+      const variant = this.variant(figure);
+      const axes = variant ? this.layerAxes(variant.layout) : [];
+      if (!axes.length || this.stale.has(figure)) return;
+      Plotly.relayout(figure.querySelector(".plot"), { shapes: [...(this.themed(variant.layout.shapes ?? [])), ...this.marks(axes)] });
+    });
+  },
+
+  choose(figure, point) {
+    const axes = this.layerAxes(this.variant(figure).layout);
+    const hit = axes.find((one) => point[`${one.axis}axis`]?._id === one.axis + one.suffix);
+    if (!hit) return;
+    const value = point[hit.axis];
+    if (hit.heads) State.set({ layer: Math.floor(value / hit.heads), head: value % hit.heads });
+    else State.set({ layer: Math.round(value) });
+  },
+
+  /* Axes whose title says so, those that match one, and untitled ones above or below one. */
+  layerAxes(layout) {
+    const found = [];
+    const all = Object.entries(layout).filter(([key]) => /^[xy]axis\d*$/.test(key));
+    const titled = (axis) => (axis.title?.text ?? "").split("<")[0];
+    for (const [key, axis] of all) {
+      const words = /^layer(?:, (\d+) heads each)?$/.exec(titled(axis));
+      if (words) found.push({ key, axis: key[0], suffix: key.slice(5), heads: words[1] ? Number(words[1]) : null, domain: axis.domain });
+    }
+    for (const [key, axis] of all) {
+      if (titled(axis) || found.some((one) => one.key === key)) continue;
+      const like = found.find((one) => one.axis === key[0] && (axis.matches === one.axis + one.suffix || (key[0] === "x" && axis.domain?.[0] === one.domain?.[0])));
+      if (like) found.push({ ...like, key, suffix: key.slice(5) });
+    }
+    return found;
+  },
+
+  marks(axes) {
+    if (State.layer === null) return [];
+    return axes.map((one) => {
+      const [low, high] = one.heads ? [State.layer * one.heads - 0.5, (State.layer + 1) * one.heads - 0.5] : [State.layer - 0.5, State.layer + 0.5];
+      return layerBand(one.axis, one.suffix, low, high);
+    });
+  },
+
+  /* A copy with colours for the theme: ink and ground from the page, dark lines made light on dark. */
+  themed(value, key = "") {
+    if (Array.isArray(value)) return key === "colorscale" ? value : value.map((one) => (one !== null && typeof one === "object" ? this.themed(one, key) : one));
+    if (value !== null && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, this.themed(one, name)]));
+    if (typeof value !== "string" || !/colou?r$/.test(key)) return value;
+    if (/bgcolor$|backgroundcolor$/.test(key)) return "rgba(0,0,0,0)";
+    if (!isDark()) return value;
+    if (key === "gridcolor") return colour("line");
+    return this.lighter(value);
+  },
+
+  lighter(text) {
+    const digits = /^#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})$/i.exec(text);
+    if (!digits) return text;
+    const parts = digits.slice(1).map((part) => parseInt(part, 16));
+    const light = (0.299 * parts[0] + 0.587 * parts[1] + 0.114 * parts[2]) / 255;
+    const share = Math.max(0, 0.68 - light);
+    return `rgb(${parts.map((part) => Math.round(part + (255 - part) * share)).join(",")})`;
+  },
+};

@@ -1,0 +1,165 @@
+"""The tables of a page: columns, and rows of plain values that a reader can sort and take away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from analyses.hot_channels import TIMES
+from analyses.summary_text import number
+from figures.report.explorer import SITES
+from figures.report.heads import EVIDENCE, WORDS, Heads
+
+__all__ = ["Table", "channel_table", "head_table", "layer_table"]
+
+MOST_ROWS = 600
+
+
+@dataclass
+class Table:
+    """A table of several runs."""
+
+    name: str
+    """of the file that a reader saves"""
+    title: str
+    columns: list[tuple[str, str]]
+    """heading and what it means"""
+    rows: list[tuple[int, list[Any]]] = field(default_factory=list)
+    """the run's place and the cells: text, numbers, None"""
+    note: str = ""
+
+    def shortened(self) -> Table:
+        """At most so many rows, and a note of what was left out."""
+        if len(self.rows) > MOST_ROWS:
+            self.note = f"The first {MOST_ROWS} of {len(self.rows):,} rows; the run itself has all."
+            self.rows = self.rows[:MOST_ROWS]
+        return self
+
+
+def shown(value: Any) -> str:
+    """A cell for the eye."""
+    if value is None:
+        return ""
+    return number(value) if isinstance(value, float) else str(value)
+
+
+_BY_LAYER = (
+    ("OSP kurtosis, all", "osp_excess_kurtosis", "all"),
+    ("first token", "osp_excess_kurtosis", "first"),
+    ("other tokens", "osp_excess_kurtosis", "rest"),
+    ("max / median", "max_median_ratio", "all"),
+    ("largest |x|", "absolute_maximum", "all"),
+    ("massive, a sequence", "massive_activation_count", "all"),
+)
+
+
+def layer_table(runs: Sequence[Any], labels: Sequence[str]) -> Table:
+    """A row for each run, site and layer, at the last step."""
+    columns = [("run", ""), ("site", "where"), ("layer", "from 0")]
+    columns += [(heading, f"{name}, {stratum} tokens") for heading, name, stratum in _BY_LAYER]
+    columns.append(("hottest channel", "of largest RMS on other tokens"))
+    columns.append(("times the median", "its RMS over that of the median channel"))
+    table = Table("layers", "Sites and layers at the last step", columns)
+    for place, run in enumerate(runs):
+        for site in (name for name in SITES if name in run.sites):
+            at = run.at(site).isel(step=-1)
+            parts = [_by_layer(at, name, stratum) for _, name, stratum in _BY_LAYER]
+            channel, ratio = _hottest(at)
+            for row, layer in enumerate(at["layer"].values):
+                cells = [labels[place], site, int(layer), *(part[row] for part in parts)]
+                table.rows.append((place, [*cells, channel[row], ratio[row]]))
+    return table.shortened()
+
+
+def _by_layer(at: xr.Dataset, name: str, stratum: str) -> list[float | None]:
+    count = at.sizes["layer"]
+    if name not in at or set(at[name].dims) != {"layer", "stratum"} or stratum not in at["stratum"].values:
+        return [None] * count
+    return [_plain(value) for value in at[name].sel(stratum=stratum).values]
+
+
+def _plain(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None
+
+
+def _hottest(at: xr.Dataset) -> tuple[list[int | None], list[float | None]]:
+    count = at.sizes["layer"]
+    if "channel_rms" not in at:
+        return [None] * count, [None] * count
+    rms = at["channel_rms"]
+    rms = rms.sel(stratum="rest") if "rest" in rms["stratum"].values else rms.sel(stratum="all")
+    values = rms.transpose("layer", "channel").values.astype(np.float64)
+    channels: list[int | None] = []
+    ratios: list[float | None] = []
+    for row in values:
+        median = np.median(row)
+        known = np.isfinite(row).all() and median > 0
+        channels.append(int(rms["channel"].values[row.argmax()]) if known else None)
+        ratios.append(float(row.max() / median) if known else None)
+    return channels, ratios
+
+
+def channel_table(runs: Sequence[Any], labels: Sequence[str], emerged: Sequence[Any]) -> Table:
+    """Hot channels of block outputs: where, how hot, and in a training run since when.
+
+    ``emerged`` holds an :class:`analyses.emergence.Emergence` or None for each run.
+    """
+    columns = [
+        ("run", ""),
+        ("channel", f"of residual_post, with an RMS of at least {TIMES:g} times the median channel's"),
+        ("stratum", "of which tokens"),
+        ("layers", "in how many layers it is hot"),
+        ("hottest in layer", ""),
+        ("times the median", "its RMS over that of the median channel, there"),
+        ("hot since step", "first probed step at which it is hot anywhere"),
+    ]
+    table = Table("channels", "Hot channels at the last step", columns)
+    for place, run in enumerate(runs):
+        if "residual_post" not in run.sites or "channel_rms" not in run.at("residual_post"):
+            continue
+        rms = run.at("residual_post")["channel_rms"].isel(step=-1)
+        rows = []
+        for stratum in ("first", "rest"):
+            if stratum not in rms["stratum"].values:
+                continue
+            values = rms.sel(stratum=stratum).transpose("layer", "channel").values.astype(np.float64)
+            with np.errstate(all="ignore"):
+                ratio = np.nan_to_num(values / np.median(values, axis=1, keepdims=True), posinf=0.0)
+            for channel in np.flatnonzero((ratio >= TIMES).any(axis=0)):
+                layer = int(ratio[:, channel].argmax())
+                cells = [
+                    labels[place],
+                    int(rms["channel"].values[channel]),
+                    stratum,
+                    int((ratio[:, channel] >= TIMES).sum()),
+                    int(rms["layer"].values[layer]),
+                    float(ratio[layer, channel]),
+                    _birth(emerged[place], stratum, int(channel)),
+                ]
+                rows.append((place, cells))
+        table.rows += sorted(rows, key=lambda row: -row[1][5])
+    return table.shortened()
+
+
+def _birth(emerged: Any, stratum: str, channel: int) -> int | None:
+    if emerged is None or emerged.channels is None or stratum not in emerged.channels["stratum"].values:
+        return None
+    birth = emerged.channels["birth"].sel(stratum=stratum).transpose("layer", "channel").values[:, channel]
+    return int(np.nanmin(birth)) if np.isfinite(birth).any() else None
+
+
+def head_table(heads: Sequence[Heads], labels: Sequence[str], told: dict[str, str]) -> Table:
+    """A row for each head, strongest sinks first."""
+    names = (*WORDS, *EVIDENCE)
+    columns = [("run", ""), ("layer", ""), ("head", "")]
+    columns += [(name.replace("_", " "), told[name]) for name in names]
+    table = Table("heads", "Heads at the last step", columns)
+    for place, found in enumerate(heads):
+        for row in found.rows:
+            cells = [labels[place], row["layer"], row["head"], *(row.get(name) for name in names)]
+            table.rows.append((place, cells))
+    return table.shortened()

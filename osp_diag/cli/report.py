@@ -1,0 +1,53 @@
+"""``osp-diag report``: one page on a run, or on several."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from osp_diag.errors import UsageError
+
+VERB = "report"
+HELP = "make one page of a run or several: the verdict, and interactive figures"
+
+Runs = Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN...")]
+
+
+def run(runs: Runs, /, *, out: Path = Path("report.html"), json: bool = False) -> int:
+    """Make one self-contained page that says what is wrong with a model and where, or that nothing is.
+
+    The verdict comes first, in words and numbers, then the figures: layers, channels and heads can be
+    chosen in any of them, a slider goes through the steps of a training, and two or more runs stand side by
+    side on shared scales. The file needs no network; it can be sent, printed, and used with the keyboard
+    alone. What a run does not hold is left out, and the page says so.
+
+    The exit code is 1 if a run holds NaN or Inf, else 0.
+
+    Args:
+        runs: the runs, which `osp-diag probe` or a training wrote.
+        out: the file to write.
+        json: print the findings as JSON.
+
+    Examples:
+        osp-diag report run.zarr --out report.html
+        osp-diag report adam.zarr osp.zarr --out adam-and-osp.html
+    """
+    from figures.report import check_out, write_report
+    from osp_diag.run import open_run
+
+    if not runs:
+        raise UsageError("report: give at least one run, the path that `osp-diag probe --out` wrote")
+    check_out(out)
+    report = write_report([open_run(path) for path in runs], out)
+    if json:
+        found = [verdict.as_dict() for verdict in report.verdicts]
+        facts = {"out": str(out), "runs": found, "left_out": list(report.left_out)}
+        print(json_format.dumps(facts, indent=2, ensure_ascii=False))
+    else:
+        for label, verdict in zip(report.labels, report.verdicts, strict=True):
+            print(f"{label}: {verdict.headline}.")
+        print(f"\nreport: {out} ({out.stat().st_size / 1e6:.1f} MB)")
+    return int(any(verdict.state == "broken" for verdict in report.verdicts))

@@ -1,0 +1,268 @@
+"""The report as a file: what it says first, that nothing in a run becomes markup, and how large it is."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+
+from figures.report import build_report, write_report
+from figures.report.comparison import alike
+from figures.report.encoding import compacted, packed, packed_log, script_json
+from figures.report.explorer import explorer_data
+from figures.report.shown_figures import ELSEWHERE, Shown, draw_figures
+from osp_diag.cli.report import run as report_verb
+from osp_diag.errors import StoreError, UsageError
+from tests.report_runs import HOSTILE_NAME, checkpoint, hostile_checkpoint, spiked, trainings
+from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
+
+
+def unpacked(array) -> np.ndarray:
+    kinds = {"f4": "<f4", "u2": "<u2", "log": "<u2"}
+    values = np.frombuffer(base64.b64decode(array["data"]), kinds[array["kind"]]).reshape(array["shape"])
+    if array["kind"] != "log":
+        return values
+    decoded = array["low"] * (array["high"] / array["low"]) ** (values / 65534)
+    return np.where(values == 65535, np.nan, decoded)
+
+
+def page_data(html: str):
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', html, re.DOTALL)
+    return json.loads(found[1])
+
+
+def before_plotly(html: str) -> str:
+    """The page without its scripts, which are long."""
+    return html[: html.index("plotly.js v")]
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    """For what has nothing to do with them, and sooner done."""
+    from figures.report import shown_figures
+
+    monkeypatch.setattr(shown_figures, "names", list)
+
+
+@pytest.fixture(scope="module")
+def one():
+    return build_report(checkpoint())
+
+
+@pytest.fixture(scope="module")
+def three():
+    return build_report([checkpoint(), *trainings()])
+
+
+# -- what it says ----------------------------------------------------------------------------------------
+
+
+def test_the_verdict_comes_before_everything_else(one):
+    text = re.sub(r"<[^>]+>", " ", one.html[one.html.index("<main>") :])
+    verdict, rest = text.index("Massive activations on the first token"), text.index("By layer, channel")
+    assert verdict < rest
+    assert "Gaussian floor" in text[verdict:rest]
+    assert one.verdicts[0].state == "raised"
+
+
+def test_it_needs_no_network_and_holds_plotly_once(one):
+    assert one.html.count("plotly.js v") == 1
+    head = before_plotly(one.html)
+    loading = re.findall(r"<(?:link|script|img|iframe)[^>]*(?:href|src)=[^>]*>", head)
+    assert loading == ['<link rel="icon" href="data:,">']
+    assert "default-src 'none'" in head
+
+
+def test_nothing_is_said_of_an_outlier_free_model_but_that(tmp_path, without_figures):
+    report = write_report(synthetic_run(OUTLIER_FREE), tmp_path / "r.html")
+    assert report.verdicts[0].headline == "outlier-free"
+    assert "Outlier-free." in (tmp_path / "r.html").read_text()
+
+
+def test_definitions_of_the_estimators_of_the_run_are_on_the_page(one):
+    assert 'id="definition-osp_excess_kurtosis/1"' in one.html
+    assert "Park et al. 2025" in one.html
+
+
+def test_an_estimator_that_is_not_installed_is_named_as_such(without_figures):
+    html = build_report(with_attrs(checkpoint(), estimators=["their_kurtosis/7"])).html
+    assert "their_kurtosis/7: an estimator, or a version of one, that is not installed here" in html
+
+
+def test_what_cannot_be_drawn_is_named_with_the_reason():
+    report = build_report(without(checkpoint(), ["attention", "residual_post/top_magnitude"]))
+    reasons = "\n".join(report.left_out)
+    assert "depth_profile: made-up-60M: depth_profile needs top_magnitude at 'residual_post'" in reasons
+    assert "kurtosis_dynamics: made-up-60M: it needs 2 probed steps, and there is one" in reasons
+    said = unescape(before_plotly(report.html))
+    assert "sink_implementation looks at attention" in said
+    assert all(reason in said for reason in report.left_out)
+
+
+# -- several runs ----------------------------------------------------------------------------------------
+
+
+def test_runs_of_one_shape_are_compared_and_the_others_are_not(three):
+    assert len(set(three.labels)) == 3
+    said = before_plotly(three.html)
+    assert "a factor of" in said
+    assert f"Not compared: {three.labels[0]} with the others" in said
+
+
+def test_alike_are_models_of_one_width_and_depth_or_else_all():
+    first, second = trainings()
+    other = checkpoint()
+    assert alike([other, first, second]) == [[1, 2]]
+    assert alike([other, first]) == [[0, 1]]
+    assert alike([other]) == []
+
+
+def test_a_refusal_to_compare_is_told_with_its_reason(without_figures):
+    runs = [checkpoint(), checkpoint(protocol="osp-published")]
+    html = before_plotly(build_report(runs).html)
+    assert "<strong>Not compared:</strong> the runs of made-up-60M and made-up-60M were probed under" in html
+
+
+def test_the_figures_have_a_variant_for_all_runs_and_for_each(three):
+    figures = page_data(three.html)["figures"]
+    assert any(set(variants) == {"all", "0", "1", "2"} for variants in figures)
+    for variants in figures:
+        assert all({"data", "layout", "caption"} == set(variant) for variant in variants.values())
+
+
+def test_every_figure_is_on_the_page_or_shown_by_the_linked_charts():
+    from figures import names
+
+    drawn = {figure.name for figure in draw_figures([checkpoint(), checkpoint()], ["a", "b"])}
+    assert drawn.isdisjoint(ELSEWHERE)
+    assert drawn | set(ELSEWHERE) == set(names())
+
+
+def test_a_new_figure_joins_by_itself(monkeypatch):
+    from figures.report import shown_figures
+
+    monkeypatch.setattr(shown_figures, "FIGURES", (Shown("depth_profile", "Depth"),))
+    monkeypatch.setattr(shown_figures, "names", lambda: ["depth_profile", "sink_map", "concentration_curves"])
+    found = draw_figures([checkpoint()], ["a"])
+    assert [figure.name for figure in found] == ["depth_profile", "concentration_curves"]
+    assert found[1].heading.startswith("Share of the energy")
+
+
+# -- untrusted text --------------------------------------------------------------------------------------
+
+
+def test_hostile_names_are_text_everywhere():
+    html = build_report([hostile_checkpoint()]).html
+    outside = before_plotly(html)
+    assert "<script>hurt" not in html
+    assert "<img" not in outside
+    assert "&lt;script&gt;hurt" in outside
+    assert "{{ 7 * 7 }}" in outside
+    assert html.count("</script>") == html.count("<script")
+    assert page_data(html)["runs"][0]["model"] == HOSTILE_NAME
+
+    figures = page_data(html)["figures"]  # plotly reads some markup, too
+    assert "<img" not in json.dumps(
+        [{**variant, "caption": ""} for one in figures for variant in one.values()]
+    )
+
+
+def test_json_in_a_script_cannot_end_it():
+    text = str(script_json({"</script>": "<!-- \u2028 & -->"}))
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"</script>": "<!-- \u2028 & -->"}
+
+
+# -- numbers on their way into the page ------------------------------------------------------------------
+
+
+def test_packed_arrays_come_back():
+    values = np.array([[1.5, np.nan], [26_106.0, -0.25]])
+    np.testing.assert_allclose(unpacked(packed(values)), values, rtol=1e-6)
+    np.testing.assert_array_equal(unpacked(packed(np.array([0, 2047]))), [0, 2047])
+    wide = np.array([1e-3, 1.0, 15_000.0, np.nan])
+    np.testing.assert_allclose(unpacked(packed_log(wide)), wide, rtol=3e-4)
+
+
+def test_numbers_of_figures_are_rounded_and_nan_is_none():
+    assert compacted({"z": [np.float64(1.23456789), float("nan"), 3.0], "n": np.int64(7)}) == {
+        "z": [1.2346, None, 3],
+        "n": 7,
+    }
+
+
+def test_the_channel_of_a_pooled_cell_is_the_hot_one():
+    run = synthetic_run(Plan(channels=300, massive_channels=(211, 12), everyday_channel=77))
+    channels = explorer_data([run], ["a"])[0]["channels"]
+    ratio, which = unpacked(channels["ratio"]), unpacked(channels["channel"])
+    assert ratio.shape == which.shape == (1, 2, 6, 96)
+    assert which[0, 0, -1, ratio[0, 0, -1].argmax()] == 211
+    rms = run.at("residual_post")["channel_rms"].values[0, 5, 0]
+    assert ratio[0, 0, -1].max() == pytest.approx(rms.max() / np.median(rms), rel=1e-3)
+
+
+def test_a_spike_between_two_steps_of_the_slider_survives(monkeypatch):
+    from figures.report import explorer
+
+    run = synthetic_run(Plan(layers=5, tokens=4, sequences=1, steps=tuple(range(60))))
+    run = spiked(run, step=31, layer=1, value=55.0)
+    monkeypatch.setattr(explorer, "BUDGET", 1)
+    monkeypatch.setattr(explorer, "COURSE", 10)
+    data = explorer_data([run], ["a"])[0]
+    assert 31 in data["steps"]
+    assert len(data["steps"]) <= explorer.FEWEST_STEPS + 1
+    assert data["step_count"] == 60
+    course = unpacked(data["course"]["statistics"]["osp_excess_kurtosis"])
+    assert course.shape == (2, 5, 10)
+    assert course.max() == 55.0
+
+
+@pytest.mark.slow
+def test_24_layers_and_100_steps_stay_under_10_megabytes():
+    plan = Plan(layers=24, channels=128, heads=16, sequences=1, tokens=4, steps=tuple(range(100)))
+    report = build_report(synthetic_run(plan))
+    assert 5e6 < len(report.html.encode()) < 10e6
+
+
+# -- the verb --------------------------------------------------------------------------------------------
+
+
+def test_the_verb_writes_the_page_and_says_the_verdict(tmp_path, capsys, without_figures):
+    path = write_run(tmp_path / "run.zarr", Plan(tokens=8))
+    assert report_verb((path,), out=tmp_path / "r.html") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("made-up-60M: massive activations on the first token; everyday channel outliers")
+    assert f"report: {tmp_path / 'r.html'}" in said
+    assert (tmp_path / "r.html").stat().st_size > 4e6
+
+
+def test_the_verb_prints_findings_as_json(tmp_path, capsys, without_figures):
+    path = write_run(tmp_path / "run.zarr", Plan(tokens=8))
+    report_verb((path,), out=tmp_path / "r.html", json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found["runs"][0]["findings"][1]["rule"] == "massive"
+    assert found["out"] == str(tmp_path / "r.html")
+
+
+@pytest.mark.parametrize(
+    ("out", "message"),
+    [
+        ("report.pdf", "a report is a page; let the name end in .html"),
+        ("nowhere/report.html", "does not exist; make it first"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_any_work(tmp_path, out, message):
+    with pytest.raises(UsageError, match=message):
+        report_verb((tmp_path / "absent.zarr",), out=tmp_path / out)
+
+
+def test_no_run_and_an_absent_run_are_refused(tmp_path):
+    with pytest.raises(UsageError, match="report: give at least one run"):
+        report_verb((), out=tmp_path / "r.html")
+    with pytest.raises(StoreError, match=r"absent\.zarr"):
+        report_verb((tmp_path / "absent.zarr",), out=tmp_path / "r.html")
+    assert not (tmp_path / "r.html").exists()
