@@ -7,7 +7,8 @@ import socket
 import numpy as np
 import pytest
 
-from analyses.alerts import AlertRules, alerts, growth
+from analyses.alerts import AlertRules, alerts, growth, share_rising
+from analyses.live_numbers import hidden_state_kurtosis
 from figures.live._data import MOST_BINS, Choice, chosen, curve, extremes, of_layers, offered, sinks
 from figures.live._layout import GRAPHS, labels_of
 from figures.live._page import Answers, pictures
@@ -48,11 +49,12 @@ def test_growth_is_that_of_an_exponential_and_one_odd_probe_does_not_turn_it():
 @pytest.mark.parametrize(
     ("course", "told"),
     [
-        pytest.param([12.0] * 8, False, id="high, and no more"),
-        pytest.param(1.2 ** np.arange(8), False, id="grows, and is low"),
-        pytest.param(12 * 1.2 ** np.arange(8), True, id="high and growing"),
-        pytest.param(50 * 0.8 ** np.arange(8), False, id="high and falling"),
-        pytest.param(12 * 1.2 ** np.arange(5), False, id="too few probes"),
+        pytest.param([12.0] * 12, False, id="high, and no more"),
+        pytest.param(1.2 ** np.arange(12), False, id="grows, and is low"),
+        pytest.param(12 * 1.2 ** np.arange(12), True, id="high and growing"),
+        pytest.param(50 * 0.8 ** np.arange(12), False, id="high and falling"),
+        pytest.param(12 * 1.2 ** np.arange(9), False, id="too few probes"),
+        pytest.param(50 + 20.0 * (np.arange(12) > 5), False, id="a step up, not steadily"),
     ],
 )
 def test_high_and_growing_kurtosis_is_told(tmp_path, course, told):
@@ -60,11 +62,23 @@ def test_high_and_growing_kurtosis_is_told(tmp_path, course, told):
     assert [alert.rule for alert in found] == (["growing_kurtosis"] if told else [])
     if told:
         (alert,) = found
-        assert (alert.severity, alert.step) == ("watch", 7)
-        assert alert.value == pytest.approx(12 * 1.2**7)
+        assert (alert.severity, alert.step) == ("watch", 11)
+        assert alert.value == pytest.approx(12 * 1.2**11)
         assert alert.text == (
-            "OSP kurtosis of layer 1 is 43 times its floor, having grown 2.49-fold over the last 6 probes"
+            "OSP kurtosis of layer 1 is 89 times its floor, having grown 5.16-fold over the last 10 probes"
         )
+
+
+def test_a_wobbling_plateau_is_not_told(tmp_path):
+    wobble = np.exp(0.1 * np.random.default_rng(0).standard_normal((24, 60)))
+    run = written(tmp_path / "run.zarr", 100 * wobble)
+    kurtosis = hidden_state_kurtosis(run).values[1:25]
+    rules = AlertRules()
+    windows = [kurtosis[:, at : at + rules.window] for at in range(50)]
+    told = sum(
+        growth(w) >= rules.growth and share_rising(w) >= rules.rising for part in windows for w in part
+    )
+    assert told == 0, "of 1,200 windows"
 
 
 def test_the_first_nonfinite_activation_is_placed(tmp_path):
@@ -111,9 +125,7 @@ def test_steps_that_the_trainer_passed_over_are_told(tmp_path):
 
 
 def test_rules_that_cannot_be_meant_are_refused():
-    with pytest.raises(
-        UsageError, match="times_floor and growth are above 1 and window at least 2; got 1, 1"
-    ):
+    with pytest.raises(UsageError, match=r"window at least 2, rising a share; got 1, 1\.25, 10 and 0\.9$"):
         AlertRules(times_floor=1)
 
 
@@ -261,7 +273,7 @@ def asked(client, told=None, value=None):
     inputs |= {"stratum": "all", "layer": "largest"} | (value or {})
     outputs = [
         *({"id": name, "property": "figure"} for name in GRAPHS),
-        *({"id": f"{name}-box", "property": "style"} for name in ("kurtosis-maps", "sink-maps")),
+        *({"id": f"{name}-box", "property": "style"} for name in list(GRAPHS)[:4]),
         *({"id": name, "property": "options"} for name in ("runs", "site", "statistic", "stratum", "layer")),
         *({"id": name, "property": "children"} for name in ("cards", "alerts", "definition")),
         {"id": "told", "property": "data"},

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Answers", "make_page", "pictures"]
 
 
+SIDE_BY_SIDE = {name: f"{name.split('-')[0]}-maps" for name in list(GRAPHS)[:4]}
+"""Picture → the maps whose height its box has."""
+
+
 def pictures(runs: Sequence[FollowedRun], choice: Choice) -> dict[str, dict[str, Any]]:
     """The pictures of a choice, by the names of :data:`GRAPHS`."""
     labels = labels_of(runs)
@@ -105,7 +109,7 @@ def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash
 
     @app.callback(
         [Output(name, "figure") for name in GRAPHS]
-        + [Output(f"{name}-box", "style") for name in ("kurtosis-maps", "sink-maps")]
+        + [Output(f"{name}-box", "style") for name in SIDE_BY_SIDE]
         + [Output(name, "options") for name in ("runs", "site", "statistic", "stratum", "layer")]
         + [Output(name, "children") for name in ("cards", "alerts", "definition")]
         + [Output("told", "data")],
@@ -124,9 +128,9 @@ def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash
         now = answers.told(choice)
         if now == told:
             # Nothing but time has gone by.
-            return [*[no_update] * 13, status, no_update, no_update, no_update]
+            return [*[no_update] * 15, status, no_update, no_update, no_update]
         drawn = pictures(answers.runs, choice)
-        heights = [{"height": drawn[n]["layout"]["height"]} for n in ("kurtosis-maps", "sink-maps")]
+        heights = [{"height": max(300, drawn[name]["layout"]["height"])} for name in SIDE_BY_SIDE.values()]
         return [
             *[drawn[name] for name in GRAPHS],
             *heights,

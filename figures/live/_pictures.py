@@ -22,6 +22,7 @@ PALETTE = ("#2f7fc1", "#d55e00", "#1a9e77", "#c76aa0", "#b58900", "#7a6fd0")
 """Of the runs: of a lightness that stands out from black and from white."""
 DASHES = ("solid", "dash", "dot")
 _LEAST_PIXELS, _PIXELS_A_LAYER, _GAP = 96, 7, 22
+_MOST_MARKS = 60
 _MARGINS = {"l": 62, "r": 12, "t": 28, "b": 42}
 
 
@@ -81,7 +82,8 @@ def scalar_curves(
             if index:
                 known = np.isfinite(values)
                 x, y = curve(steps[known], values[known])
-                looks = {"mode": "lines+markers", "marker": {"size": 4, "color": shown.colour}}
+                marks = "lines+markers" if len(x) <= _MOST_MARKS else "lines"
+                looks = {"mode": marks, "marker": {"size": 4, "color": shown.colour}}
                 trace = _line(shown, x, y) | looks | {"showlegend": False}
                 trace["line"] = trace["line"] | {"dash": "dot"}
             else:
@@ -198,7 +200,7 @@ def _layout(y_axis: Picture) -> Picture:
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "xaxis": {"title": {"text": "step"}, "zeroline": False, "tickformat": ","},
-        "yaxis": {"zeroline": False, "exponentformat": "power"} | y_axis,
+        "yaxis": {"zeroline": False, "exponentformat": "SI"} | y_axis,
     }
 
 
