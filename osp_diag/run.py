@@ -36,7 +36,7 @@ WEIGHT_MAP = "weight_map"
 QUANTIZATION = "quantization"
 """The group that holds results at few bits."""
 
-_NOT_SITES = ("raw", "snapshot", "series", VOCABULARY, WEIGHT_MAP, QUANTIZATION)
+_NOT_SITES = ("raw", "snapshot", "token_groups", "series", VOCABULARY, WEIGHT_MAP, QUANTIZATION)
 _SUMMARY = (
     "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
     "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens", "dtype", "device",
@@ -246,6 +246,13 @@ class Run:
     def raw(self, site: str) -> xr.Dataset:
         """The raw sums of one site, named "measurement.field", from which statistics can be computed anew."""
         return self._find("raw/", site, "raw sums of")
+
+    def token_groups(self, site: str) -> xr.Dataset:
+        """Some of the raw sums of one site by group of batches (dimension ``token_group``).
+
+        Together the groups are the whole; how much they differ tells what is significant.
+        """
+        return self._find("token_groups/", site, "token groups of")
 
     def snapshot(self, site: str) -> xr.Dataset:
         """Raw activations of the first sequence at one site, with ``token_text`` and ``token_id``."""

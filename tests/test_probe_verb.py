@@ -70,7 +70,7 @@ def test_all_that_determines_a_number_is_recorded(tiny, written):
     assert attrs["token_source"] == "built-in English text"
     assert (attrs["protocol"], attrs["bos"], attrs["bos_ids"]) == ("sequence", "no", [])
     assert (attrs["sequence_length"], attrs["tokens"], attrs["sequences"]) == (16, 128, 8)
-    assert (attrs["batch_size"], attrs["ranks"]) == (64, 1)
+    assert (attrs["batch_size"], attrs["ranks"]) == (1, 1)  # 8 sequences in 8 token groups
     assert (attrs["dtype"], attrs["device"], attrs["compiled"]) == ("float32", "cpu", False)
     assert attrs["attention_implementation"] == "sdpa"
     assert attrs["float32_matmul_precision"] == torch.get_float32_matmul_precision()

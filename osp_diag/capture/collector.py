@@ -15,6 +15,7 @@ from osp_diag.capture.down_projection import down_projection
 from osp_diag.capture.hooks import ForwardPass, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
+from osp_diag.capture.token_groups import GROUPED_FIELDS, TokenGroups
 from osp_diag.errors import CaptureError
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
@@ -76,6 +77,7 @@ class Collector:
         told by token
     compiled : fold with ``torch.compile``, so that one site is read in few passes
     snapshots : keeps the raw activations of a first sequence for pictures, or None
+    groups : keeps some sums apart by group of forward passes, or None
     """
 
     def __init__(
@@ -88,6 +90,7 @@ class Collector:
         vocabulary: int | None = None,
         compiled: bool = False,
         snapshots: Snapshots | None = None,
+        groups: TokenGroups | None = None,
     ) -> None:
         self.wanted = wanted
         self.estimators = estimators
@@ -96,6 +99,7 @@ class Collector:
         self.vocabulary = vocabulary
         self.compiled = compiled
         self.snapshots = snapshots
+        self.groups = groups
         self._states: dict[Key, State] = {}
         self._stacks: dict[tuple[Key, ...], State] = {}
         self._fused: FusedFolding | None = None
@@ -142,6 +146,8 @@ class Collector:
         self._pass = forward_pass
         self._undo = (dict(self._states), dict(self._stacks), dict(self.layouts))
         self._called, self._values = set(), {}
+        if self.groups is not None:
+            self.groups.start(self.forward_passes)
         ids, mask = forward_pass.token_ids, forward_pass.attention_mask
         if ids is None:
             other = forward_pass.embeddings
@@ -164,6 +170,8 @@ class Collector:
             self._fused.forget() if raised else self._fused.finish()
         if raised:
             self._states, self._stacks, self.layouts = self._undo
+            if self.groups is not None:
+                self.groups.forget()
             if self.snapshots is not None and self.forward_passes == 0:
                 self.snapshots.clear()
         else:
@@ -323,6 +331,8 @@ class Collector:
 
     def _merge(self, key: Key, suite: Suite, layout: Layout, increment: State) -> None:
         known = self.layouts.setdefault(key, layout)
+        if self.groups is not None:
+            self.groups.add(key, suite, layout, increment)
         if key not in self._states:
             self._states[key] = suite.opening(increment)
             return
@@ -336,8 +346,11 @@ class Collector:
 
     def _merge_stack(self, keys: tuple[Key, ...], suite: Suite, layout: Layout, increment: State) -> None:
         """As :meth:`_merge`, for many keys at once; what is measured so has no axis over positions."""
-        for key in keys:
+        for index, key in enumerate(keys):
             self.layouts.setdefault(key, layout)
+            if self.groups is not None:
+                part = {name: increment[name][index] for name in GROUPED_FIELDS if name in increment}
+                self.groups.add(key, suite, layout, part)
         fields = suite.fields(layout)
         if keys not in self._stacks:
             self._stacks[keys] = suite.opening(increment)

@@ -39,6 +39,7 @@ def run(
     out: Path | None = None,
     overwrite: bool = False,
     without_raw: bool = False,
+    token_groups: int = 8,
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
     device: str = "auto",
     device_map: str | None = None,
@@ -75,6 +76,8 @@ def run(
         out: the run to write, a folder ending in .zarr.
         overwrite: replace a run that is already there.
         without_raw: leave out the sums behind the numbers, by which later definitions apply to this run.
+        token_groups: so many groups of batches whose channel sums are kept apart, by which `osp-diag compare`
+            tells what is significant; 0 keeps none.
         dtype: of the weights and the forward pass; auto keeps the checkpoint's own.
         device: auto, cpu, cuda, cuda:1, mps ...
         device_map: spread a model over devices, as in accelerate (auto, balanced ...).
@@ -133,6 +136,7 @@ def run(
                 "overwrite": overwrite,
                 "keep_raw": not without_raw,
                 "snapshot_tokens": 64,
+                "token_groups": token_groups,
                 "weights": () if weights == ("none",) else weights or None,
             },
         )

@@ -18,7 +18,7 @@ from osp_diag.capture.weight_maps import weight_maps
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
 from osp_diag.errors import CaptureError, UsageError
 from osp_diag.estimators.base import Estimator
-from osp_diag.probing.asked import instances
+from osp_diag.probing.asked import checked_token_groups, instances
 from osp_diag.probing.feeding import Feeding, Progress
 from osp_diag.probing.identity import model_attributes, token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank, on_first_rank
@@ -28,7 +28,10 @@ from osp_diag.run import WEIGHT_MAP, Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
 
-__all__ = ["joined_ranks", "probe", "probe_checkpoint", "progress_bar", "working"]
+__all__ = ["TOKEN_GROUPS", "joined_ranks", "probe", "probe_checkpoint", "progress_bar", "working"]
+
+TOKEN_GROUPS = 8
+"""Groups of batches whose sums are kept apart by default."""
 
 
 def probe(
@@ -50,6 +53,7 @@ def probe(
     overwrite: bool = False,
     keep_raw: bool = True,
     snapshot_tokens: int = 64,
+    token_groups: int = TOKEN_GROUPS,
     tokenizer: Any = None,
     dtype: str = "auto",
     device: str = "auto",
@@ -73,6 +77,8 @@ def probe(
     sites, estimators, blocks, named_sites, keep_raw, compile : see :class:`osp_diag.Probe`
     out : where to write the run, a folder ending in .zarr; None keeps it in memory
     snapshot_tokens : positions of the first sequence whose raw activations are kept for pictures
+    token_groups : so many groups of batches whose channel sums are kept apart, so that a comparison can tell
+        what is significant; 0: none
     weights : projections whose |W| is kept for pictures, see :func:`probe_checkpoint`
 
     Returns
@@ -123,6 +129,7 @@ def probe(
             weights=weights,
             keep_raw=keep_raw,
             snapshot_tokens=snapshot_tokens,
+            token_groups=token_groups,
             compile=compile,
         )
 
@@ -137,19 +144,25 @@ def probe_checkpoint(
     overwrite: bool = False,
     step: int = 0,
     weights: Sequence[str] | None = None,
+    token_groups: int = 0,
     **options: Any,
 ) -> Run:
     """Probe an opened checkpoint on tokens in hand; ``options`` are those of :class:`osp_diag.Probe`.
 
     ``weights`` names, with ``*``, projections of which a map of |W| is kept, as ``mlp.down_proj`` or
     ``model.layers.3.*``. None stands for those that write into the residual stream in the first, middle and
-    last block, or for none where only some ``sites`` are asked for; () for none.
+    last block, or for none where only some ``sites`` are asked for; () for none. ``token_groups`` are at most
+    as many as there are sequences.
 
     Ctrl-C writes what was measured until then, notes on the exception where it is, and goes on its way.
     """
     if out is not None:
         check_out(out, overwrite=overwrite)
-    feeding = Feeding(checkpoint.model, batches, batch_size=batch_size, progress=progress)
+    groups = min(checked_token_groups(token_groups), len(batches.tokens))
+    token_groups = groups if groups > 1 else 0
+    feeding = Feeding(
+        checkpoint.model, batches, batch_size=batch_size, passes=token_groups, progress=progress
+    )
     attributes = {
         **model_attributes(checkpoint),
         **token_attributes(batches),
@@ -157,7 +170,7 @@ def probe_checkpoint(
         "ranks": dist.get_world_size() if is_distributed() else 1,
     }
     options = {"delimiter_ids": batches.delimiter_ids, "tokenizer": checkpoint.tokenizer, **options}
-    session = Probe(checkpoint.model, attributes=attributes, **options)
+    session = Probe(checkpoint.model, attributes=attributes, token_groups=token_groups, **options)
     session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
     _keep_weights(session, () if weights is None and options.get("sites") is not None else weights)
     if session.snapshot_tokens and is_first_rank():

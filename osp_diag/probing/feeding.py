@@ -33,7 +33,8 @@ class Feeding:
     model : whose arguments to make
     batches : all sequences; with several ranks, this one takes every n-th, so that all run equally many
         give or take one
-    batch_size : sequences a forward pass; None: about 1,024 tokens, 8,192 on a GPU
+    batch_size : sequences a forward pass; None: about 1,024 tokens, 8,192 on a GPU, or fewer for ``passes``
+    passes : at least so many forward passes on all ranks together, where there are as many sequences
     progress : told after every forward pass
 
     Raises
@@ -48,13 +49,17 @@ class Feeding:
         batches: TokenBatches,
         *,
         batch_size: int | None = None,
+        passes: int = 1,
         progress: Progress | None = None,
     ) -> None:
         if batch_size is not None and batch_size < 1:
             raise UsageError(f"batch_size={batch_size}: a forward pass needs 1 or more sequences")
         self.device = _input_device(model)
         budget = GPU_TOKENS if self.device.type == "cuda" else CPU_TOKENS
-        self.batch_size = batch_size or max(1, budget // batches.sequence_length)
+        most = budget // batches.sequence_length
+        if passes > 1:
+            most = min(most, len(batches.tokens) // passes)
+        self.batch_size = batch_size or max(1, most)
         self.progress = progress
         self.done = 0
         """Sequences of this rank whose forward pass is over."""

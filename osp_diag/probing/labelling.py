@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import STRATA, Estimator, Layout, Output, State, Suite
 from osp_diag.run import Run
 
-__all__ = ["label_states", "raw_states", "relabel"]
+__all__ = ["label_states", "labelled_groups", "raw_states", "relabel", "token_group_states"]
 
 
 def _coordinates(
@@ -106,6 +106,86 @@ def raw_states(suite: Suite, layers: Mapping[int, tuple[State, Layout]]) -> xr.D
         sizes.append({"layers": members, **asdict(layout)})
     attributes = {f"layout_{suite.estimators[0].observes}": sizes}
     return _joined(parts).assign_attrs(attributes)
+
+
+def labelled_groups(
+    suites_at: Callable[[str], Mapping[str, Suite]],
+    states: Mapping[tuple[Any, ...], State],
+    layouts: Mapping[tuple[Any, ...], Layout],
+    *,
+    keep_raw: bool,
+) -> dict[str, xr.Dataset]:
+    """What a run records of one step: statistics of every site, and under ``raw/`` their sums if kept.
+
+    Parameters
+    ----------
+    suites_at : the estimators of a site, by what they observe
+    states, layouts : by (site, layer, what is observed)
+    """
+    groups: dict[str, xr.Dataset] = {}
+    for site, kind in dict.fromkeys((site, kind) for site, _, kind in states):
+        layers = {
+            layer: (states[s, layer, k], layouts[s, layer, k])
+            for s, layer, k in states
+            if (s, k) == (site, kind)
+        }
+        suite = suites_at(site)[kind]
+        path = site.replace(":", "/")
+        parts = {path: label_states(suite, layers)}
+        if keep_raw:
+            parts[f"raw/{path}"] = raw_states(suite, layers)
+        for group, dataset in parts.items():
+            if group in groups:
+                dataset = groups[group].merge(dataset).assign_attrs(groups[group].attrs | dataset.attrs)
+            groups[group] = dataset
+    return groups
+
+
+def token_group_states(
+    suites_at: Callable[[str], Mapping[str, Suite]],
+    states: Mapping[tuple[Any, ...], State],
+    layouts: Mapping[tuple[Any, ...], Layout],
+    count: int,
+) -> dict[str, xr.Dataset]:
+    """Sums by group of batches, (layer, token_group, …), under ``token_groups/`` and the name of each site.
+
+    Parameters
+    ----------
+    states : by (site, layer, what is observed, group); a group without tokens may be missing
+    layouts : by (site, layer, what is observed)
+    count : how many groups
+    """
+    found: dict[str, xr.Dataset] = {}
+    for site, kind in dict.fromkeys((site, kind) for site, _, kind, _ in states):
+        layers = {
+            layer: (_by_group(states, (site, layer, kind), count), layouts[site, layer, kind])
+            for layer in dict.fromkeys(layer for s, layer, k, _ in states if (s, k) == (site, kind))
+        }
+        parts = []
+        for layout, members in _by_layout(layers).items():
+            state = _stacked([layers[layer][0] for layer in members])
+            fields = suites_at(site)[kind].fields(layout)
+            coordinates: dict[str, Any] = {"layer": np.asarray(members)}
+            variables: dict[str, Any] = {}
+            for name, values in state.items():
+                dims = fields[name].dims
+                # Single precision for what is by channel: it is nearly all of the bytes.
+                kept = values.astype(np.float32) if "channel" in dims else values
+                variables[name] = (("layer", "token_group", *dims), kept, {"combine": fields[name].combine})
+                coordinates |= _coordinates(dims, values.shape[2:], {})
+            parts.append(xr.Dataset(variables, coordinates))
+        found[f"token_groups/{site}"] = _joined(parts)
+    return found
+
+
+def _by_group(states: Mapping[tuple[Any, ...], State], key: tuple[Any, ...], count: int) -> State:
+    """The states of all groups at one place on a leading axis, 0 where a group saw nothing."""
+    known = [states.get((*key, group)) for group in range(count)]
+    example = next(state for state in known if state is not None)
+    return {
+        name: np.stack([np.zeros_like(value) if state is None else state[name] for state in known])
+        for name, value in example.items()
+    }
 
 
 def _joined(parts: list[xr.Dataset]) -> xr.Dataset:

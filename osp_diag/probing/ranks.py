@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from osp_diag.estimators.base import Field, Layout, State
 
-__all__ = ["is_distributed", "is_first_rank", "merge_over_ranks", "on_first_rank"]
+__all__ = ["is_distributed", "is_first_rank", "merge_over_ranks", "on_first_rank", "rank_of_all"]
 
 Key = Any
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "maximum": dist.ReduceOp.MAX, "minimum": dist.ReduceOp.MIN}
@@ -24,6 +24,11 @@ def is_distributed() -> bool:
 def is_first_rank() -> bool:
     """Whether this process is the one that writes and prints."""
     return not is_distributed() or dist.get_rank() == 0
+
+
+def rank_of_all() -> tuple[int, int]:
+    """Which process this is, and how many share the work."""
+    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def on_first_rank(action: Callable[[], object]) -> None:

@@ -14,18 +14,19 @@ import xarray as xr
 from torch import nn
 
 from osp_diag.capture.attention import AttentionCapture
-from osp_diag.capture.collector import Collector, Key, suites_of
+from osp_diag.capture.collector import Collector, suites_of
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
+from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
-from osp_diag.estimators.base import Estimator, Field, Layout, State
-from osp_diag.probing.asked import Asked, delimiters, instances
+from osp_diag.estimators.base import Estimator, Field, Layout
+from osp_diag.probing.asked import Asked, checked_token_groups, delimiters, instances
 from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.identity import circumstances, delimiter_fingerprint, estimator_parameters
-from osp_diag.probing.labelling import label_states, raw_states
-from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks
+from osp_diag.probing.labelling import labelled_groups, token_group_states
+from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, rank_of_all
 from osp_diag.probing.saving import write_run
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.versions import library_versions
@@ -54,6 +55,7 @@ class Probe:
     compile : fold activations with ``torch.compile``; "auto" does so on CUDA
     keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs
     snapshot_tokens : raw activations of so many tokens of one sequence are kept for pictures
+    token_groups : so many groups of forward passes whose channel sums are kept apart, for significance
     attributes : what else determines the numbers (token source, protocol …), recorded in the run
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
@@ -88,6 +90,7 @@ class Probe:
         compile: bool | str = "auto",
         keep_raw: bool = True,
         snapshot_tokens: int = 0,
+        token_groups: int = 0,
         attributes: Mapping[str, Any] | None = None,
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         resume: bool = False,
@@ -107,6 +110,7 @@ class Probe:
         self.compiled = on_accelerator if compile == "auto" else bool(compile)
         self.keep_raw = keep_raw
         self.snapshot_tokens = snapshot_tokens
+        self.token_groups = checked_token_groups(token_groups)
         self.named_sites = tuple(named_sites or ())
         self.absent = {site: why for site, why in self.site_map.absent.items() if self.wanted(site)}
         self.attributes = {**self._identity(), **(attributes or {})}
@@ -230,6 +234,7 @@ class Probe:
         linear_inputs = [site for site in self.site_map.sites if site.startswith(LINEAR_INPUT)]
         kept = tuple(filter(self.wanted, (*SNAPSHOT_SITES, *linear_inputs)))
         snapshots = Snapshots(self.snapshot_tokens, sites=kept) if first else None
+        rank, ranks = rank_of_all()
         return Collector(
             self.wanted,
             estimators=self.estimators,
@@ -238,6 +243,7 @@ class Probe:
             vocabulary=self.vocabulary,
             compiled=self.compiled,
             snapshots=snapshots,
+            groups=TokenGroups(self.token_groups, rank=rank, ranks=ranks) if self.token_groups else None,
         )
 
     @contextmanager
@@ -291,14 +297,7 @@ class Probe:
                 f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
                 "that bypasses hooks, probe the original module"
             )
-        states, layouts = dict(collector.states), dict(collector.layouts)
-        if is_distributed():
-
-            def fields(key: Key, layout: Layout) -> Mapping[str, Field]:
-                return collector.suites_at(key[0])[key[2]].fields(layout)
-
-            states, layouts = merge_over_ranks(states, layouts, fields)
-        groups = self._labelled(collector, to_host(states), layouts)
+        groups = self._labelled(collector)
         if self.beside is not None:
             groups |= self.beside()
         self.latest = groups
@@ -313,25 +312,23 @@ class Probe:
         self._keep_snapshots(collector)
         self._keep_vocabulary(groups)
 
-    def _labelled(
-        self, collector: Collector, states: Mapping[Key, State], layouts: Mapping[Key, Layout]
-    ) -> dict[str, xr.Dataset]:
-        groups: dict[str, xr.Dataset] = {}
-        for site, kind in dict.fromkeys((site, kind) for site, _, kind in states):
-            layers = {
-                layer: (states[s, layer, k], layouts[s, layer, k])
-                for s, layer, k in states
-                if (s, k) == (site, kind)
-            }
-            suite = collector.suites_at(site)[kind]
-            path = site.replace(":", "/")
-            parts = {path: label_states(suite, layers)}
-            if self.keep_raw:
-                parts[f"raw/{path}"] = raw_states(suite, layers)
-            for group, dataset in parts.items():
-                if group in groups:
-                    dataset = groups[group].merge(dataset).assign_attrs(groups[group].attrs | dataset.attrs)
-                groups[group] = dataset
+    def _labelled(self, collector: Collector) -> dict[str, xr.Dataset]:
+        """What all ranks measured, as datasets; on every rank."""
+        apart = {} if collector.groups is None else collector.groups.states
+        states, layouts = {**collector.states, **apart}, dict(collector.layouts)
+        if is_distributed():
+
+            def fields(key: tuple[Any, ...], layout: Layout) -> Mapping[str, Field]:
+                return collector.suites_at(key[0])[key[2]].fields(layout)
+
+            layouts |= {key: layouts[key[:3]] for key in apart}
+            states, layouts = merge_over_ranks(states, layouts, fields)
+        held = to_host(states)
+        whole = {key: state for key, state in held.items() if len(key) == 3}
+        groups = labelled_groups(collector.suites_at, whole, layouts, keep_raw=self.keep_raw)
+        if self.token_groups:
+            apart = {key: state for key, state in held.items() if len(key) == 4}
+            groups |= token_group_states(collector.suites_at, apart, layouts, self.token_groups)
         return groups
 
     def _keep_snapshots(self, collector: Collector) -> None:
