@@ -218,6 +218,7 @@ def test_divergence_stops_with_the_state_before_it_saved(whole, tmp_path, monkey
             DivergenceError, match=r"step 4 diverged \(loss inf.*the state after step 3 is saved"
         ):
             train(minute(), out)
+    assert np.isinf(open_run(out).series["loss"].sel(step=4))
     train(minute(), out, resume=True)
     assert_same_run(out, whole)
 

@@ -371,6 +371,7 @@ class Training:
         self.step = step - 1
         if self.step:
             self._save_now(self.step)
+        self._write(step, dict(values))  # so that who watches the run sees it; resuming takes it back
         what = f"loss {values['loss']:.4g}, gradient norm {values['gradient_norm']:.4g}"
         kind = "diverged" if not math.isfinite(values["loss"] + values["gradient_norm"]) else "spiked"
         raise DivergenceError(
