@@ -20,16 +20,10 @@ from analyses.channel_comparison_data import (
     hot_channel_table,
 )
 from analyses.channel_comparison_weights import compared_weights
+from analyses.channel_significance import Grouped, grouped, why_not_significant, with_significance
 from osp_diag.errors import StoreError, UsageError
 
-__all__ = ["SIGNIFICANCE", "ChannelComparison", "chosen_step", "compare_channels", "matched_layers"]
-
-SIGNIFICANCE = (
-    "not given: a bootstrap over token batches needs the channel sums of each batch, and a run holds them "
-    "added up over all tokens of a step; probe both models on other tokens too, and compare these runs, to "
-    "see how far the numbers move"
-)
-"""Why no significance stands beside the distances."""
+__all__ = ["ChannelComparison", "chosen_step", "compare_channels", "matched_layers"]
 
 _TOKENS = ("token_fingerprint", "token_source", "tokens", "tokenizer")
 
@@ -108,12 +102,20 @@ def compare_channels(
     steps = (chosen_step(first, step), chosen_step(second, step if other_step is None else other_step))
     notes = [*_token_notes(first, second, stratum), *_basis_notes(first, second)]
     parts: list[xr.Dataset] = []
+    resampled: dict[str, tuple[int, int, bool]] = {}
     for site in _shared_sites(first, second, sites, notes):
         profiles = [_profiles(run, site, at, stratum) for run, at in zip((first, second), steps, strict=True)]
         pairs = matched_layers(profiles[0].layers, profiles[1].layers, _depth(first), _depth(second))
         notes += _site_notes(site, profiles, pairs)
-        if pairs:
-            parts.append(compared_site(profiles[0], profiles[1], pairs))
+        if not pairs:
+            continue
+        part = compared_site(profiles[0], profiles[1], pairs)
+        sums = [grouped(run, site, at, stratum) for run, at in zip((first, second), steps, strict=True)]
+        if sums[0] is not None and sums[1] is not None:
+            paired = _same_tokens(first, second, sums[0], sums[1])
+            part = with_significance(part, sums[0], sums[1], pairs, paired=paired)
+            resampled[site] = (sums[0].groups, sums[1].groups, paired)
+        parts.append(part)
     if not parts:
         raise StoreError(
             f"the runs of {_name(first)} and {_name(second)} have no layer in common at any site; probe both "
@@ -129,9 +131,34 @@ def compare_channels(
         "models": [_name(first), _name(second)],
         "steps": list(steps),
         "stratum": stratum,
-        "significance": SIGNIFICANCE,
+        "significance": _significance(resampled, first, second),
     }
     return ChannelComparison(data, tuple(dict.fromkeys(notes + about_weights)))
+
+
+def _same_tokens(first: Any, second: Any, one: Grouped, other: Grouped) -> bool:
+    """Whether group by group both runs were fed the same tokens."""
+    keys = ("token_fingerprint", "sequence_length", "batch_size", "ranks")
+    same = all(first.attrs.get(key) == second.attrs.get(key) for key in keys)
+    alike = one.count.shape[0] == other.count.shape[0]
+    known = first.attrs.get("token_fingerprint") is not None
+    return known and same and alike and bool((one.count[:, 0] == other.count[:, 0]).all())
+
+
+def _significance(resampled: dict[str, tuple[int, int, bool]], first: Any, second: Any) -> str:
+    """How it was found, or why not."""
+    if not resampled:
+        return why_not_significant([_name(first), _name(second)])
+    a, b, paired = next(iter(resampled.values()))
+    how = (
+        f"over {a} groups of batches, resampled together: both were fed the same tokens"
+        if paired
+        else f"over {a} and {b} groups of batches, resampled apart: the runs were fed other tokens"
+    )
+    return (
+        f"bootstrap {how}; 95% intervals by Student's t, p-values adjusted by Benjamini-Hochberg within a "
+        f"site; at {', '.join(resampled)}"
+    )
 
 
 def chosen_step(run: Any, step: int | None) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from analyses.channel_profiles import HOT
+from analyses.channel_significance_text import SIGNIFICANCE_NUMBERS, significance_lines
 from analyses.summary_text import number
 
 if TYPE_CHECKING:
@@ -36,12 +37,21 @@ def text_of(comparison: ChannelComparison) -> str:
         f"Channels of {first} (A, step {steps[0]:,}) and {second} (B, step {steps[1]:,}), "
         f"{data.attrs['stratum']} tokens"
     )
-    notes = [*comparison.notes, f"significance {data.attrs['significance']}"]
+    notes = [*comparison.notes, f"significance: {data.attrs['significance']}"]
     lines = [
         *map(_filled, (head, "", *_verdict(data), "")),
         *_table(data),
         "",
-        *map(_filled, (*_hot_lines(data), *_weight_lines(data), "", *(f"Note: {note}." for note in notes))),
+        *map(
+            _filled,
+            (
+                *_hot_lines(data),
+                *significance_lines(data),
+                *_weight_lines(data),
+                "",
+                *(f"Note: {note}." for note in notes),
+            ),
+        ),
     ]
     return "\n".join(lines)
 
@@ -213,6 +223,7 @@ def plain_values(comparison: ChannelComparison) -> dict[str, Any]:
                     name: _json(float(here[name]))
                     for name in ("shared_hot_count", "expected_shared_hot_count")
                 }
+                | {name: _json(float(here[name])) for name in SIGNIFICANCE_NUMBERS if name in here}
                 | {"hot_count": [_json(value) for value in here["hot_count"].values]}
                 | {"peak_to_median": [_json(value) for value in here["relative_rms"].max("channel").values]}
             )

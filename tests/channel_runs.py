@@ -53,6 +53,46 @@ def channel_run(
     return Run.in_memory(steps, {}, {**ATTRS, "number_of_layers": layers, **attrs})
 
 
+def grouped_run(
+    rng: np.random.Generator,
+    *,
+    heights: np.ndarray,
+    noise: float = 0.05,
+    groups: int = 8,
+    kurtosis: float = 5.0,
+    shared: np.ndarray | None = None,
+    **attrs: Any,
+) -> Run:
+    """A run whose channels have mean squares of about heights² (layer, channel) in each group of batches.
+
+    Parameters
+    ----------
+    noise : standard deviation of the logarithm of a channel's mean square in a group, and of the kurtosis
+    shared : (group, layer, channel) what the tokens of each group add to the logarithm, in any model
+    """
+    layers, channels = heights.shape
+    tokens = 100.0
+    logarithm = noise * rng.standard_normal((groups, layers, channels))
+    square = tokens * heights**2 * np.exp(logarithm + (0.0 if shared is None else shared))
+    total = tokens * kurtosis * (1 + noise * rng.standard_normal((groups, layers)))
+    count = np.full((layers, groups, len(STRATA)), tokens)
+    dims = ("layer", "token_group", "stratum")
+
+    def of_all(values: np.ndarray) -> np.ndarray:
+        return np.stack([values.swapaxes(0, 1)] * len(STRATA), axis=2)
+
+    sums = xr.Dataset(
+        {
+            "token.count": (dims, count),
+            "channel.square": ((*dims, "channel"), of_all(square)),
+            "osp_token_kurtosis.total": (dims, of_all(total)),
+        },
+        coords={"layer": np.arange(layers), "stratum": list(STRATA), "channel": np.arange(channels)},
+    )
+    whole = np.sqrt(square.mean(axis=0) / tokens)
+    return channel_run({"residual_post": whole}, groups={"token_groups/residual_post": sums}, **attrs)
+
+
 def _site(values: np.ndarray, rest: float) -> xr.Dataset:
     values = np.atleast_2d(values)
     by_stratum = {"all": values, "first": values, "delimiter": values * np.nan, "rest": values**rest}

@@ -35,6 +35,9 @@ def run(
     scales may differ: channels are taken relative to the median channel of their layer, and counted in
     shares of the width. Runs of different protocols are refused.
 
+    Where both runs keep sums of groups of batches (`osp-diag probe` does, --token-groups), intervals and
+    significance come from a bootstrap over these groups, corrected for the number of channels and layers.
+
     Args:
         runs: two runs, or one and --other-step.
         step: of training; each run's last one by default.
