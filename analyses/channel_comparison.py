@@ -156,7 +156,7 @@ def _significance(resampled: dict[str, tuple[int, int, bool]], first: Any, secon
         else f"over {a} and {b} groups of batches, resampled apart: the runs were fed other tokens"
     )
     return (
-        f"bootstrap {how}; 95% intervals by Student's t, p-values adjusted by Benjamini-Hochberg within a "
+        f"by bootstrap {how}; 95% intervals by Student's t, p-values adjusted by Benjamini-Hochberg within a "
         f"site; at {', '.join(resampled)}"
     )
 

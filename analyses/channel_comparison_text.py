@@ -37,7 +37,7 @@ def text_of(comparison: ChannelComparison) -> str:
         f"Channels of {first} (A, step {steps[0]:,}) and {second} (B, step {steps[1]:,}), "
         f"{data.attrs['stratum']} tokens"
     )
-    notes = [*comparison.notes, f"significance: {data.attrs['significance']}"]
+    notes = [*comparison.notes, f"significance {data.attrs['significance']}"]
     lines = [
         *map(_filled, (head, "", *_verdict(data), "")),
         *_table(data),

@@ -278,7 +278,7 @@ def test_bases_of_other_models_are_said_to_be_unrelated_and_significance_is_not_
     found = compare_channels(first, second)
     assert any(note.startswith("bases of separately trained models are unrelated") for note in found.notes)
     text = " ".join(found.text().split())
-    assert "significance: not given: a bootstrap over token batches needs the channel sums of groups" in text
+    assert "significance not given: a bootstrap over token batches needs the channel sums of groups" in text
     assert "which one and two do not keep for these tokens; probe again with --token-groups 8" in text
     assert found.as_dict()["significance"].startswith("not given")
 
