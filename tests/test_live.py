@@ -10,8 +10,8 @@ import pytest
 from analyses.alerts import AlertRules, alerts, growth, share_rising
 from analyses.live_numbers import hidden_state_kurtosis
 from figures.live._data import MOST_BINS, Choice, chosen, curve, extremes, of_layers, offered, sinks
-from figures.live._layout import GRAPHS, labels_of
-from figures.live._page import Answers, pictures
+from figures.live._layout import CONTROLS, GRAPHS, labels_of
+from figures.live._page import Watched, pictures
 from figures.live._server import application, is_loopback
 from osp_diag.cli.main import main
 from osp_diag.errors import UsageError
@@ -274,9 +274,9 @@ def asked(client, told=None, value=None):
     outputs = [
         *({"id": name, "property": "figure"} for name in GRAPHS),
         *({"id": f"{name}-box", "property": "style"} for name in list(GRAPHS)[:4]),
-        *({"id": name, "property": "options"} for name in ("runs", "site", "statistic", "stratum", "layer")),
+        *({"id": name, "property": "options"} for name in CONTROLS),
         *({"id": name, "property": "children"} for name in ("cards", "alerts", "definition")),
-        {"id": "told", "property": "data"},
+        {"id": "shown", "property": "data"},
     ]
     joined = "...".join(f"{output['id']}.{output['property']}" for output in outputs)
     body = {
@@ -284,12 +284,9 @@ def asked(client, told=None, value=None):
         "outputs": outputs,
         "inputs": [
             {"id": "tick", "property": "n_intervals", "value": 1},
-            *(
-                {"id": name, "property": "value", "value": inputs[name]}
-                for name in ("runs", "site", "statistic", "stratum", "layer")
-            ),
+            *({"id": name, "property": "value", "value": inputs[name]} for name in CONTROLS),
         ],
-        "state": [{"id": "told", "property": "data", "value": told}],
+        "state": [{"id": "shown", "property": "data", "value": told}],
         "changedPropIds": ["tick.n_intervals"],
     }
     answer = client.post("/_dash-update-component", json=body, headers={"Host": "127.0.0.1:8050"})
@@ -301,19 +298,19 @@ def test_only_what_changed_is_sent(page, tmp_path):
     run, client = page
     first = asked(client)
     assert set(GRAPHS) <= set(first)
-    told = first["told"]["data"]
+    told = first["shown"]["data"]
     assert set(asked(client, told)) == {"cards"}
     with RunWriter(run.path, ATTRIBUTES, resume=True) as writer:
         record(writer, [60])
     second = asked(client, told)
     assert second["loss"]["figure"]["data"][0]["x"][-1] == 60
-    assert second["told"]["data"] != told
-    assert set(asked(client, second["told"]["data"], {"layer": "1"})) > {"cards", "kurtosis-curves"}
+    assert second["shown"]["data"] != told
+    assert set(asked(client, second["shown"]["data"], {"layer": "1"})) > {"cards", "kurtosis-curves"}
 
 
 def test_the_page_goes_on_when_the_run_is_gone(page):
     run, client = page
-    told = asked(client)["told"]["data"]
+    told = asked(client)["shown"]["data"]
     shutil.rmtree(run.path)
     gone = asked(client, told)
     assert gone["loss"]["figure"]["data"] == []
@@ -335,13 +332,12 @@ def test_the_page_goes_on_when_the_run_is_gone(page):
 )
 def test_whatever_a_browser_sends_reaches_nothing_but_the_runs(page, value):
     _, client = page
-    assert "told" in asked(client, None, value)
+    assert "shown" in asked(client, None, value)
 
 
 def test_choices_that_are_no_runs_are_left_out(page):
     run, _ = page
-    answers = Answers([run])
-    assert answers.choice([0, 0, 3, "-1", True], "a", None, "", 2) == Choice((0,), site="a", layer="2")
+    assert Watched([run]).choice([0, 0, 3, "-1", True], "a", None, "", 2) == Choice((0,), site="a", layer="2")
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1:8050", "localhost:9999", "[::1]:8050", "127.0.0.1"])
@@ -415,6 +411,23 @@ def test_addresses_that_cannot_be_had_are_told(tmp_path, capsys):
     assert "--port 70000: a port is a number from 0 (any that is free) to 65535" in capsys.readouterr().err
     assert main(["watch", path, "--serve", "--host", "no.such.host.invalid"]) == 2
     assert "give an address of this machine with --host" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_letting_other_machines_in_is_warned_of(tmp_path, capsys, monkeypatch, host, warned):
+    class Interrupted:
+        def serve_forever(self):
+            raise KeyboardInterrupt
+
+        def server_close(self):
+            pass
+
+    monkeypatch.setattr("werkzeug.serving.make_server", lambda *_, **__: Interrupted())
+    path = str(grown_run(tmp_path / "run.zarr"))
+    assert main(["watch", path, "--serve", "--port", "0", "--host", host]) == 0
+    said = capsys.readouterr()
+    assert said.out.startswith(f"watch: http://{host}:")
+    assert (f"--host {host} lets other machines see these runs; there is no password" in said.err) == warned
 
 
 def test_without_dash_the_message_says_how_to_install_it(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,17 @@ from figures.live._data import LARGEST, MEAN, Choice, chosen, offered
 from figures.live._pictures import Shown
 from osp_diag.run_following import FollowedRun
 
-__all__ = ["GRAPHS", "TITLE", "alert_items", "cards", "definition", "labels_of", "layout", "options"]
+__all__ = [
+    "CONTROLS",
+    "GRAPHS",
+    "TITLE",
+    "alert_items",
+    "cards",
+    "definition",
+    "labels_of",
+    "layout",
+    "options",
+]
 
 TITLE = "osp-diag, live"
 GRAPHS = {
@@ -23,6 +33,7 @@ GRAPHS = {
     "loss": "loss by step",
     "speed": "tokens a second by step",
 }
+CONTROLS = ("runs", "site", "statistic", "stratum", "layer")
 _STRATA = {
     "all": "all tokens",
     "first": "first token",
@@ -77,7 +88,7 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
     return html.Main(
         [
             dcc.Interval(id="tick", interval=round(every * 1000)),
-            dcc.Store(id="told"),
+            dcc.Store(id="shown"),
             html.H1(TITLE),
             html.Div(
                 [
@@ -129,7 +140,7 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
 
 
 def options(runs: Sequence[FollowedRun], choice: Choice) -> list[list[dict[str, Any]]]:
-    """Of runs, sites, statistics, strata and layers; the present choice is always among them."""
+    """Of each of :data:`CONTROLS`; the present choice is always among them."""
     offer = offered(runs, choice)
 
     def with_present(names: list[str], present: str) -> list[dict[str, Any]]:

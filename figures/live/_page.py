@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from analyses.live import standing
 from figures.live._data import LARGEST, MEAN, Choice, chosen, sinks
-from figures.live._layout import GRAPHS, TITLE, alert_items, cards, definition, labels_of, layout, options
+from figures.live._layout import (
+    CONTROLS,
+    GRAPHS,
+    TITLE,
+    alert_items,
+    cards,
+    definition,
+    labels_of,
+    layout,
+    options,
+)
 from figures.live._look import INDEX
 from figures.live._pictures import Shown, curves, heat_maps, scalar_curves
 from osp_diag.run_following import FollowedRun
@@ -16,7 +26,7 @@ from osp_diag.run_following import FollowedRun
 if TYPE_CHECKING:
     from dash import Dash
 
-__all__ = ["Answers", "make_page", "pictures"]
+__all__ = ["Watched", "make_page", "pictures"]
 
 
 SIDE_BY_SIDE = {name: f"{name.split('-')[0]}-maps" for name in list(GRAPHS)[:4]}
@@ -57,26 +67,30 @@ def pictures(runs: Sequence[FollowedRun], choice: Choice) -> dict[str, dict[str,
     }
 
 
-class Answers:
-    """What the server answers to one page; several browsers may ask at once."""
+class Watched:
+    """The runs of a page; several browsers may ask about them at once."""
 
     def __init__(self, runs: Sequence[FollowedRun]) -> None:
         self.runs = list(runs)
 
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Looked at again, and left as they are for as long as an answer is made."""
+        with ExitStack() as stack:
+            for run in self.runs:
+                stack.enter_context(run.lock)
+                run.refresh()
+            yield
+
     def choice(self, runs: Any, site: Any, statistic: Any, stratum: Any, layer: Any) -> Choice:
-        """A choice from what a browser sent; anything that is not offered becomes the default."""
-        places = [int(p) for p in runs or () if str(p).isdigit() and int(p) < len(self.runs)]
+        """What a browser sent, as a choice; names that no run holds find nothing."""
+        places = {int(place) for place in runs or () if str(place).isdigit() and int(place) < len(self.runs)}
         given = {"site": site, "statistic": statistic, "stratum": stratum, "layer": layer}
-        return Choice(tuple(sorted(set(places))), **{k: str(v) for k, v in given.items() if v})
+        return Choice(tuple(sorted(places)), **{name: str(value) for name, value in given.items() if value})
 
-    def refresh(self) -> None:
-        """Look at every run again."""
-        for run in self.runs:
-            run.refresh()
-
-    def told(self, choice: Choice) -> str:
-        """Differs whenever the pictures would."""
-        return json.dumps([repr(choice), [repr(run.version) for run in self.runs]])
+    def version(self, choice: Choice) -> str:
+        """Differs whenever the pictures of the choice would."""
+        return repr((choice, [run.version for run in self.runs]))
 
 
 def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash:
@@ -88,7 +102,7 @@ def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash
     """
     from dash import Dash, Input, Output, State, no_update
 
-    answers = Answers(runs)
+    watched = Watched(runs)
     app = Dash(
         "osp_diag_live",
         server=server,
@@ -102,43 +116,40 @@ def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash
     )
 
     def begin() -> Any:
-        answers.refresh()
-        return layout(answers.runs, every)
+        with watched.still():
+            return layout(watched.runs, every)
 
     app.layout = begin
+    outputs = {name: Output(name, "figure") for name in GRAPHS}
+    outputs |= {f"{name}-box": Output(f"{name}-box", "style") for name in SIDE_BY_SIDE}
+    outputs |= {name: Output(name, "options") for name in CONTROLS}
+    outputs |= {name: Output(name, "children") for name in ("cards", "alerts", "definition")}
+    outputs |= {"shown": Output("shown", "data")}
 
     @app.callback(
-        [Output(name, "figure") for name in GRAPHS]
-        + [Output(f"{name}-box", "style") for name in SIDE_BY_SIDE]
-        + [Output(name, "options") for name in ("runs", "site", "statistic", "stratum", "layer")]
-        + [Output(name, "children") for name in ("cards", "alerts", "definition")]
-        + [Output("told", "data")],
-        [Input("tick", "n_intervals")]
-        + [Input(name, "value") for name in ("runs", "site", "statistic", "stratum", "layer")],
-        [State("told", "data")],
+        outputs,
+        [Input("tick", "n_intervals"), *(Input(name, "value") for name in CONTROLS)],
+        [State("shown", "data")],
     )
     def renew(
-        _: Any, places: Any, site: Any, statistic: Any, stratum: Any, layer: Any, told: Any
-    ) -> list[Any]:
-        answers.refresh()
-        choice = answers.choice(places, site, statistic, stratum, layer)
-        standings = [standing(run) for run in answers.runs]
-        labels = labels_of(answers.runs)
-        status = cards(standings, labels)
-        now = answers.told(choice)
-        if now == told:
-            # Nothing but time has gone by.
-            return [*[no_update] * 15, status, no_update, no_update, no_update]
-        drawn = pictures(answers.runs, choice)
-        heights = [{"height": max(300, drawn[name]["layout"]["height"])} for name in SIDE_BY_SIDE.values()]
-        return [
-            *[drawn[name] for name in GRAPHS],
-            *heights,
-            *options(answers.runs, choice),
-            status,
-            alert_items(standings, labels),
-            definition(answers.runs, choice),
-            now,
-        ]
+        _: Any, places: Any, site: Any, statistic: Any, stratum: Any, layer: Any, shown: Any
+    ) -> dict[str, Any]:
+        choice = watched.choice(places, site, statistic, stratum, layer)
+        with watched.still():
+            standings = [standing(run) for run in watched.runs]
+            labels = labels_of(watched.runs)
+            answer: dict[str, Any] = dict.fromkeys(outputs, no_update)
+            answer["cards"] = cards(standings, labels)
+            now = watched.version(choice)
+            if now == shown:  # nothing but time has gone by
+                return answer
+            drawn = pictures(watched.runs, choice)
+            answer |= drawn
+            for name, maps in SIDE_BY_SIDE.items():
+                answer[f"{name}-box"] = {"height": max(300, drawn[maps]["layout"]["height"])}
+            answer |= dict(zip(CONTROLS, options(watched.runs, choice), strict=True))
+            answer["alerts"] = alert_items(standings, labels)
+            answer["definition"] = definition(watched.runs, choice)
+            return answer | {"shown": now}
 
     return app

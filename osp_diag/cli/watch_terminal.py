@@ -28,7 +28,7 @@ LOW, HIGH = (70, 130, 180), (217, 120, 30)
 """Steel blue and orange: readable on black, on white, and to the colour-blind; the height says the same."""
 LEAST_TOP = 10.0
 """The highest bar is at least so many times the floor, so that noise does not look like a mountain."""
-_FEWEST_ROWS, _OTHER_ROWS = 4, 11
+_FEWEST_ROWS, _OTHER_ROWS = 4, 13
 _LABEL, _VALUE = 14, 9
 _WIDEST = 4
 """characters a step, while there are few"""
@@ -79,13 +79,13 @@ def _code(found: Sequence[Standing]) -> int:
 def _picture(found: Sequence[Standing], console: Console) -> RenderableType:
     ratios = [over_floor(one.kurtosis) for one in found if one.kurtosis is not None]
     tops = [ratio[np.isfinite(ratio)].max(initial=LEAST_TOP) for ratio in ratios]
-    height = console.height // max(1, len(found)) - _OTHER_ROWS if console.is_terminal else 64
+    height = console.height // max(1, len(found)) - _OTHER_ROWS if console.is_terminal else 96
     parts = []
     for one in found:
         text = standing_as_text(
             one,
             width=console.width - 4,
-            rows=max(_FEWEST_ROWS, height),
+            rows=max(_FEWEST_ROWS, 2 * height // 3),
             top=float(max(tops, default=LEAST_TOP)),
             bars=BARS if console.encoding.lower().startswith("utf") else DIGITS,
         )
