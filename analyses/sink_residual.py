@@ -24,31 +24,32 @@ def residual_of_sink(run: Any, step: int, layers: np.ndarray) -> xr.Dataset:
     the tokens that are neither first nor delimiters (Guo et al. 2024 compare norms); ``residual_massive``
     (layer): massive activations of the first token, per sequence.
     """
-    sites = {site: _at(run, site, step) for site in ("embedding", "residual_post")}
-    spike, massive = (np.full(len(layers), np.nan) for _ in range(2))
-    for place, layer in enumerate(layers):
-        at = sites["embedding"] if layer == 0 else sites["residual_post"]
-        before = 0 if layer == 0 else layer - 1
-        if at is None or before not in at["layer"].values:
-            continue
-        state = at.sel(layer=before)
-        if "channel_rms" in state:
-            energy = (state["channel_rms"].astype(np.float64) ** 2).mean("channel")
-            rest = float(energy.sel(stratum="rest"))
-            spike[place] = np.sqrt(float(energy.sel(stratum="first")) / rest) if rest > 0 else np.nan
-        if "massive_activation_count" in state:
-            massive[place] = float(state["massive_activation_count"].sel(stratum="first"))
+    embedding, blocks = (_by_layer(run, site, step) for site in ("embedding", "residual_post"))
+    nothing = (np.nan, np.nan)
+    read = [
+        embedding.get(0, nothing) if layer == 0 else blocks.get(int(layer) - 1, nothing) for layer in layers
+    ]
+    spike, massive = np.array(read, dtype=np.float64).reshape(-1, 2).T
     return xr.Dataset(
         {"residual_spike": ("layer", spike), "residual_massive": ("layer", massive)},
         coords={"layer": layers},
     )
 
 
-def _at(run: Any, site: str, step: int) -> xr.Dataset | None:
+def _by_layer(run: Any, site: str, step: int) -> dict[int, tuple[float, float]]:
+    """Layer → spike and massive activations of the first token in the site's states."""
     try:
-        dataset = run.at(site)
+        at = run.at(site).sel(step=step)
     except OspDiagError:
-        return None
-    kept = [name for name in ("channel_rms", "massive_activation_count") if name in dataset]
-    found: xr.Dataset = dataset[kept].sel(step=step).load()
-    return found if "layer" in found.coords else None
+        return {}
+    if "layer" not in at.coords:
+        return {}
+    spike, massive = (np.full(at.sizes["layer"], np.nan) for _ in range(2))
+    if "channel_rms" in at:
+        rms = at["channel_rms"].sel(stratum=["first", "rest"]).transpose("stratum", "layer", "channel")
+        first, rest = (rms.values.astype(np.float64) ** 2).mean(-1)
+        spike = np.sqrt(np.divide(first, rest, out=spike, where=rest > 0))
+    if "massive_activation_count" in at:
+        massive = at["massive_activation_count"].sel(stratum="first").values.astype(np.float64)
+    layers = at["layer"].values
+    return {int(layer): (spike[row], massive[row]) for row, layer in enumerate(layers)}

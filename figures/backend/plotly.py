@@ -55,7 +55,7 @@ class Canvas:
         self.bars: list[tuple[str, list[Panel]]] = []
         self.text = ""
         self.common_legend: Panel | None = None
-        self.extra_left = 0
+        self.label_lines = [0] * columns
         self._placed = False
 
     def panel(
@@ -104,7 +104,7 @@ class Canvas:
             "x", title={"text": plain(x_label), "standoff": 6}, **(logarithmic if x_scale == "log" else {})
         )
         lines = y_label.count("\n")  # plotly measures the distance to the first line
-        self.extra_left = max(self.extra_left, 0 if column else _LINE * lines)
+        self.label_lines[column] = max(self.label_lines[column], lines)
         heading: dict[str, Any] = {"text": plain(y_label), "standoff": 6 + _LINE * lines}
         panel.axis("y", title=heading, **(logarithmic if y_scale == "log" else {}))
         if self.share_y and column:
@@ -141,7 +141,8 @@ class Canvas:
         beside = [_LEFT] * self.columns
         for (_, column), panel in self.panels.items():
             beside[column] = max(beside[column], round(_LEFT + panel.tick_width - _TICKS))
-        left = 10 if self.three_dimensional else beside[0] + self.extra_left
+        beside = [each + _LINE * lines for each, lines in zip(beside, self.label_lines, strict=True)]
+        left = 10 if self.three_dimensional else beside[0]
         shared = self.three_dimensional or self.share_y
         behind = [_RIGHT if shared else between for between in beside[1:]] + [_RIGHT]
         for _, panels in self.bars:

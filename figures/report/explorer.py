@@ -35,8 +35,8 @@ CHANNEL_SITE = "residual_post"
 CHANNEL_STRATA = ("all", "rest")
 COLUMNS = 96
 """Channels of the map; neighbours are pooled by their maximum, and the channel that has it is kept."""
-BUDGET = 440_000
-"""Numbers that all maps and profiles of a page may hold: some two and a half megabytes."""
+BUDGET = 380_000
+"""Numbers that all maps and profiles of a page may hold: some two megabytes."""
 FEWEST_STEPS = 12
 COURSE = 200
 """Columns of the course over training."""

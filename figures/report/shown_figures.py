@@ -10,7 +10,7 @@ from typing import Any
 from analyses.thinned_run import thinned_run
 from figures._registry import figure_module, names
 from figures.backend import load_backend
-from figures.report.comparison import pairs_alike
+from figures.report.comparison import alike, pairs_alike
 from figures.report.encoding import compacted
 from figures.styles import load_style
 from osp_diag.errors import OspDiagError
@@ -62,7 +62,7 @@ class Drawn:
     heading: str
     caption: str = ""
     variants: dict[str, Any] = field(default_factory=dict)
-    """"all", and the place of each run; values have ``data`` and ``layout``"""
+    """"all", and the place of each run; values have ``data``, ``layout`` and ``caption``, or name another"""
     left_out: list[str] = field(default_factory=list)
     """why it is not drawn, or not of some runs"""
 
@@ -81,14 +81,22 @@ def draw_figures(runs: Sequence[Any], labels: Sequence[str]) -> list[Drawn]:
         if shown.pairs:
             drawn += _pairs(shown, runs, labels)
         else:
-            drawn.append(_together(shown, runs, labels))
+            drawn += [_together(shown, runs, labels, group) for group in _groups(runs)]
     return drawn
 
 
-def _together(shown: Shown, runs: Sequence[Any], labels: Sequence[str]) -> Drawn:
+def _groups(runs: Sequence[Any]) -> list[list[int]]:
+    """Places of runs that are drawn side by side: models alike; each of the others by itself."""
+    groups = alike(runs)
+    rest = [[place] for place in range(len(runs)) if not any(place in group for group in groups)]
+    return sorted([*groups, *rest])
+
+
+def _together(shown: Shown, runs: Sequence[Any], labels: Sequence[str], group: Sequence[int]) -> Drawn:
     found = Drawn(shown.name, shown.heading)
     fitting = []
-    for index, run in enumerate(runs):
+    for index in group:
+        run = runs[index]
         try:
             if len(run.steps) < shown.steps:
                 found.left_out.append(
@@ -105,7 +113,9 @@ def _together(shown: Shown, runs: Sequence[Any], labels: Sequence[str]) -> Drawn
         except OspDiagError as reason:
             found.left_out.append(f"side by side: {reason}")
     elif fitting:
-        found.variants["all"] = found.variants[str(runs.index(fitting[0]))]
+        found.variants["all"] = next(iter(found.variants))
+    if len(group) < len(runs):
+        found.heading += f": {', '.join(labels[place] for place in group)}"
     return found
 
 

@@ -27,7 +27,11 @@ const Figures = {
     this.drawNear();
   },
 
-  variant(figure) { return DATA.figures[Number(figure.dataset.figure)][State.run]; },
+  variant(figure) {
+    const variants = DATA.figures[Number(figure.dataset.figure)], found = variants[State.run];
+    return typeof found === "string" ? variants[found] : found; // of one run, all is that one
+  },
+
   drawNear() { for (const figure of this.near) if (this.stale.has(figure)) setTimeout(() => this.draw(figure)); },
   everything() { for (const figure of this.stale) this.draw(figure); },
 
@@ -98,12 +102,18 @@ const Figures = {
     return this.lighter(value);
   },
 
+  /* Dark colours become light ones of the same hue; pale tints, which stand back on white, become dark. */
   lighter(text) {
     const digits = /^#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})$/i.exec(text);
     if (!digits) return text;
-    const parts = digits.slice(1).map((part) => parseInt(part, 16));
-    const light = (0.299 * parts[0] + 0.587 * parts[1] + 0.114 * parts[2]) / 255;
-    const share = Math.max(0, 0.68 - light);
-    return `rgb(${parts.map((part) => Math.round(part + (255 - part) * share)).join(",")})`;
+    const parts = digits.slice(1).map((part) => parseInt(part, 16) / 255);
+    const high = Math.max(...parts), low = Math.min(...parts), spread = high - low, light = (high + low) / 2;
+    if (light === 1) return text; // marks on maps
+    const grey = spread < 0.04;
+    const turn = grey ? 0 : high === parts[0] ? (parts[1] - parts[2]) / spread : high === parts[1] ? 2 + (parts[2] - parts[0]) / spread : 4 + (parts[0] - parts[1]) / spread;
+    const saturation = grey ? 0 : Math.max(0.45, spread / (1 - Math.abs(2 * light - 1)));
+    const pale = light > 0.7 && spread < 0.25;
+    const lightness = grey ? Math.max(0.82 - light * 0.3, light) : pale ? 0.36 : Math.max(light, 0.68);
+    return `hsl(${Math.round((turn * 60 + 360) % 360)}, ${Math.round(saturation * 100)}%, ${Math.round(lightness * 100)}%)`;
   },
 };
