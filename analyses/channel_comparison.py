@@ -21,6 +21,7 @@ from analyses.channel_comparison_data import (
 )
 from analyses.channel_comparison_weights import compared_weights
 from analyses.channel_significance import Grouped, grouped, why_not_significant, with_significance
+from analyses.in_notebook import in_notebook
 from osp_diag.errors import StoreError, UsageError
 
 __all__ = ["ChannelComparison", "chosen_step", "compare_channels", "matched_layers"]
@@ -42,6 +43,9 @@ class ChannelComparison:
         from analyses.channel_comparison_text import text_of
 
         return text_of(self)
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.text())
 
     def netcdf(self) -> bytes:
         """``data`` as a netCDF file, with the notes among its attributes."""

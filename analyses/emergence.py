@@ -12,6 +12,7 @@ import xarray as xr
 
 from analyses.emergence_text import text_of
 from analyses.hot_channels import TIMES, TOP, hot_channels
+from analyses.in_notebook import in_notebook
 from analyses.network_order import network_order
 from analyses.onset import DEPARTURE, FEWEST_PROBES, Emerged, when_it_emerges
 from analyses.outlier_writers import outlier_writers
@@ -56,6 +57,9 @@ class Emergence:
     def as_text(self) -> str:
         """A few sentences."""
         return text_of(self)
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.as_text())
 
 
 def emergence(

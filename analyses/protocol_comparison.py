@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from analyses.in_notebook import in_notebook
 from osp_diag.errors import StoreError, UsageError
 
 __all__ = ["ProtocolComparison", "compare_protocols"]
@@ -37,6 +38,9 @@ class ProtocolComparison:
             f"OSP kurtosis by protocol: {number(self.sequence)} on real sequences{length}, "
             f"{number(self.published)} as the released OSP script feeds tokens.\n{self.explanation}"
         )
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.text())
 
 
 def compare_protocols(sequence_run: Any, published_run: Any) -> ProtocolComparison:

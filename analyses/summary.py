@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.in_notebook import in_notebook
 from analyses.protocol_comparison import ProtocolComparison, compare_protocols
 from analyses.summary_numbers import (
     by_stratum,
@@ -115,6 +116,9 @@ class Summary:
         from analyses.summary_text import text_of
 
         return text_of(self)
+
+    def _repr_html_(self) -> str:
+        return in_notebook(self.text())
 
 
 def _plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import xarray as xr
 
 from analyses.hot_channels import TIMES
+from analyses.in_notebook import in_notebook
 from analyses.summary import EVERYDAY, NEAR_GAUSSIAN, SINKS, Summary, summarise
 from analyses.summary_numbers import EPSILON, QK_CLIP, SINK_HEAD
 from analyses.summary_text import number
@@ -96,13 +97,24 @@ class Verdict:
             "findings": [asdict(finding) | {"definition": finding.definition} for finding in self.findings],
         }
 
+    def _repr_html_(self) -> str:
+        return in_notebook("\n".join([self.headline, *(finding.text for finding in self.findings)]))
 
-def verdict(run: Any, *, step: int | None = None, onsets: xr.Dataset | None = None) -> Verdict:
-    """The findings on a run at ``step``, the last one by default.
+
+def verdict(
+    run: Any,
+    *,
+    step: int | None = None,
+    onsets: xr.Dataset | None = None,
+    sinks: xr.Dataset | None = None,
+) -> Verdict:
+    """The findings on a run at ``step``, the last one by default; the worst come first.
 
     Parameters
     ----------
     onsets : what :func:`analyses.emergence.onsets` returned; without it nothing is said of emergence
+    sinks : what :func:`analyses.sink_implementation.sink_implementation` returned; without it nothing is
+        said of how heads make their sinks
 
     Raises
     ------
@@ -114,12 +126,12 @@ def verdict(run: Any, *, step: int | None = None, onsets: xr.Dataset | None = No
         _massive(summary),
         _kurtosis(summary, run),
         _everyday(summary, run),
-        _sinks(summary),
+        _sinks(summary, sinks),
         _logits(summary),
     ]
     if onsets is not None:
         found.append(_emergence(onsets))
-    return Verdict(summary, tuple(found))
+    return Verdict(summary, tuple(sorted(found, key=lambda finding: STATES.index(finding.state))))
 
 
 def _nonfinite(summary: Summary, run: Any) -> Finding:
@@ -248,7 +260,7 @@ def _hottest(run: Any, step: int) -> tuple[float, int, int] | None:
     return float(ratio[row, channel]), int(rms["layer"].values[row]), int(rms["channel"].values[channel])
 
 
-def _sinks(summary: Summary) -> Finding:
+def _sinks(summary: Summary, sinks: xr.Dataset | None) -> Finding:
     if summary.sequence_length == 1:
         text = "Sequences of one token attend to nothing but themselves, so there are no sinks to speak of."
         return Finding(rule="sinks", state="unknown", text=text)
@@ -260,8 +272,19 @@ def _sinks(summary: Summary) -> Finding:
     )
     if summary.first_token_attention is not None:
         text += f"; it receives {summary.first_token_attention:.1%} of all attention"
+    text += _kinds(summary.step, sinks)
     state: State = "raised" if summary.sink_rate >= SINKS else "clear"
     return Finding(rule="sinks", state=state, text=f"{text}.", value=summary.sink_rate, site="attention")
+
+
+def _kinds(step: int, sinks: xr.Dataset | None) -> str:
+    """How many heads make their sink in which way, the most frequent first."""
+    if sinks is None or step not in sinks["step"].values:
+        return ""
+    kinds, counts = np.unique(sinks["kind"].sel(step=step).values, return_counts=True)
+    made = [(int(count), str(kind)) for kind, count in zip(kinds, counts, strict=True)]
+    made = [pair for pair in sorted(made, reverse=True) if pair[1] not in ("no sink", "not measured")]
+    return f". Their logits: {', '.join(f'{kind} {count}' for count, kind in made)}" if made else ""
 
 
 def _logits(summary: Summary) -> Finding:

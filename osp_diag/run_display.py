@@ -147,7 +147,8 @@ def run_as_html(run: Run) -> str:
     for site in run.sites:
         cells = [_cell(run, site, name, how) for _, name, how in _COLUMNS]
         if any(cells):
-            rows.append("".join(f"<td>{escape(cell)}</td>" for cell in (site, *cells)))
+            named = f'<td style="text-align:left">{escape(site)}</td>'
+            rows.append(named + "".join(f"<td>{escape(cell)}</td>" for cell in cells))
     table = ""
     if rows:
         heads = "".join(f"<th>{escape(head)}</th>" for head in ("site", *(head for head, _, _ in _COLUMNS)))
