@@ -344,7 +344,7 @@ class TestDisplay:
         checker.feed(html)
         assert checker.open == []
         assert "script" not in checker.tags
-        assert "<td>linear_input:mlp.down_proj</td>" in html
+        assert ">linear_input:mlp.down_proj</td>" in html
         assert "src=" not in html
         assert "http://" not in html.replace("http://www.w3.org", "")
 
