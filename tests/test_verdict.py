@@ -7,11 +7,13 @@ import pytest
 import xarray as xr
 
 from analyses.emergence import onsets
-from analyses.verdict import RULES, verdict
+from analyses.sink_implementation import sink_implementation
+from analyses.verdict import RULES, STATES, verdict
 from osp_diag.errors import UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.run import Run
 from tests.emerging_runs import Course, Training, emerging_run
+from tests.sink_runs import sink_run
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
 
 PLAN = Plan()
@@ -119,8 +121,20 @@ def test_noise_has_no_onset():
 def test_it_is_plain_values_for_json(planted):
     plain = planted.as_dict()
     assert plain["state"] == "raised"
-    assert [finding["rule"] for finding in plain["findings"]] == list(RULES)[:-1]
+    assert {finding["rule"] for finding in plain["findings"]} == set(RULES) - {"emergence"}
     assert all(finding["definition"] == RULES[finding["rule"]] for finding in plain["findings"])
+
+
+def test_the_worst_comes_first(planted):
+    order = [STATES.index(finding.state) for finding in planted.findings]
+    assert order == sorted(order)
+    assert planted.findings[-1].rule == "nonfinite"
+
+
+def test_sinks_are_told_by_the_way_they_are_made():
+    run = sink_run({0: ["no sink", "no sink"], 10: ["negative infinity", "balanced"]})
+    found = by_rule(verdict(run, sinks=sink_implementation(run)))["sinks"]
+    assert found.text.endswith("Their logits: negative infinity 2, balanced 2.")
 
 
 def test_an_unknown_step_is_refused():

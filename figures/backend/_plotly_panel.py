@@ -26,6 +26,11 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False).replace("\n", "<br>")
 
 
+def _hovered(text: str) -> str:
+    """As :func:`plain`, in a template in which plotly would put numbers for ``%{x}``."""
+    return plain(text).replace("%{", "%\u200b{")
+
+
 def _without_tags(text: str) -> str:
     return text.replace("<", "\u2039").replace(">", "\u203a")
 
@@ -108,7 +113,7 @@ class Panel:
                 line={"color": colour, "dash": _DASHES[dash], "width": 2.2},
             )
         )
-        self._hovers.append((self.traces[-1], f"%{{y:,.4g}}<extra>{plain(label)}</extra>", None))
+        self._hovers.append((self.traces[-1], f"%{{y:,.4g}}<extra>{_hovered(label)}</extra>", None))
         if lower is not None and upper is not None:
             red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
             self._add(
@@ -167,7 +172,7 @@ class Panel:
                 text=None if texts is None else list(map(plain, texts)),
             )
         )
-        said = f"%{{y:,.4g}}{'' if texts is None else '<br>%{text}'}<extra>{plain(label)}</extra>"
+        said = f"%{{y:,.4g}}{'' if texts is None else '<br>%{text}'}<extra>{_hovered(label)}</extra>"
         self._hovers.append((self.traces[-1], said, None))
 
     def heat_map(

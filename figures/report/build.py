@@ -22,8 +22,8 @@ from figures.report.comparison import compared_pairs, key_numbers, others, sente
 from figures.report.definitions import definitions_of
 from figures.report.encoding import script_json
 from figures.report.explorer import explorer_data
+from figures.report.heads import Heads, heads_of
 from figures.report.heads import definitions as head_definitions
-from figures.report.heads import heads_of
 from figures.report.shown_figures import draw_figures
 from figures.report.tables import channel_table, head_table, layer_table, shown
 from osp_diag.errors import OspDiagError, UsageError
@@ -165,7 +165,7 @@ def _labels(runs: Sequence[Any], steps: Sequence[int]) -> list[str]:
     return [f"{label} ({place})" if label in repeated else label for place, label in enumerate(labels, 1)]
 
 
-def _told(run: Any, label: str, head: Any) -> _Told:
+def _told(run: Any, label: str, head: Heads) -> _Told:
     emerged, problem = None, ""
     try:
         emerged = emergence(
@@ -174,7 +174,8 @@ def _told(run: Any, label: str, head: Any) -> _Told:
     except OspDiagError as reason:
         problem = str(reason)
     onsets = emerged.onsets if emerged is not None else None
-    return _Told(label, verdict(run, onsets=onsets), emerged, problem, head.statement or head.problem)
+    found = verdict(run, onsets=onsets, sinks=head.found)
+    return _Told(label, found, emerged, problem, head.statement or head.problem)
 
 
 def _strata(run: Any) -> list[str] | None:

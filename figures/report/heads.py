@@ -32,6 +32,8 @@ MOST = 600
 class Heads:
     """What a page says of a run's heads at its last step."""
 
+    found: xr.Dataset | None = None
+    """what ``sink_implementation`` returned"""
     statement: str = ""
     problem: str = ""
     """why there is nothing"""
@@ -68,7 +70,7 @@ def heads_of(run: Any) -> Heads:
             parts[key] = packed(values.reshape(-1, values.shape[-1])[order[:MOST]])
     if "wavelength" in at.coords:
         parts["wavelength"] = [float(value) for value in at["wavelength"].values]
-    return Heads(statement, "", rows, parts)
+    return Heads(found, statement, "", rows, parts)
 
 
 def _by_head(at: xr.Dataset, name: str) -> np.ndarray:

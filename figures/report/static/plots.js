@@ -6,6 +6,8 @@ const RUN_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56
 const FRAME = "#ff9900";
 const DASHES = ["solid", "dash", "dashdot", "dot"];
 
+/* A line's colour on the ground of the theme. */
+function shade(text) { return isDark() ? Figures.lighter(text) : text; }
 function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim(); }
 function isDark() { return document.documentElement.dataset.theme === "dark" && !matchMedia("print").matches; }
 
