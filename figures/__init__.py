@@ -30,7 +30,7 @@ def names() -> list[str]:
 
 
 def aliases() -> dict[str, str]:
-    """Other names that figures go by: ``fig2``, ``fig3``, ``fig5`` and ``fig7`` are the OSP paper's."""
+    """Other names that figures go by: ``fig1`` to ``fig11`` and ``table2`` are the OSP paper's."""
     from figures._registry import aliases
 
     return dict(aliases())
@@ -46,12 +46,13 @@ def draw(
     width: str | None = None,
     **options: Any,
 ) -> Any:
-    """Draw a figure from one run or several.
+    """Draw a figure from one run or several, or once more from its data.
 
     Parameters
     ----------
     name : a name of :func:`names`, or an alias
-    runs : an open run, the path of one, or a sequence of either
+    runs : an open run, the path of one, or a sequence of either; or what the backend ``none`` gave for this
+        figure (without options, which are in it already)
     out : file to write; .png, .pdf and .svg are drawn by matplotlib, .html (self-contained) by plotly
     backend : ``matplotlib`` (default without ``out``), ``plotly`` or ``none``
     style : a ``figures.styles.Style``, or the name of one
@@ -68,7 +69,9 @@ def draw(
     UsageError : unknown figure, option, backend, style, width, suffix, or a folder that is not there
     StoreError : a run that does not hold what the figure draws
     """
-    from figures._registry import check_options, figure_module
+    import xarray as xr
+
+    from figures._registry import canonical, check_options, check_prepared, figure_module
     from figures._runs import opened
     from figures.backend import backend_for, load_backend
     from figures.styles import load_style
@@ -83,8 +86,12 @@ def draw(
     chosen = width or getattr(figure, "WIDTH", "two-column")
     if chosen not in look.widths:
         raise UsageError(f"the style {look.name} has no width {chosen!r}; it has {', '.join(look.widths)}")
-    check_options(name, figure.prepare, options)
-    dataset = figure.prepare(opened(runs), **options)
+    if isinstance(runs, xr.Dataset):
+        dataset = check_prepared(name, runs, options)
+    else:
+        check_options(name, figure.prepare, options)
+        dataset = figure.prepare(opened(runs), **options)
+        dataset.attrs["figure"] = canonical(name)
     canvas = figure.draw(dataset, library, style=look, width=chosen)
     canvas.caption(dataset.attrs["caption"])
     if path is not None:

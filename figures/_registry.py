@@ -18,7 +18,15 @@ from figures.backend import Backend, Canvas
 from figures.styles import Style
 from osp_diag.errors import UsageError
 
-__all__ = ["FigureModule", "aliases", "check_options", "figure_module", "names"]
+__all__ = [
+    "FigureModule",
+    "aliases",
+    "canonical",
+    "check_options",
+    "check_prepared",
+    "figure_module",
+    "names",
+]
 
 
 class FigureModule(Protocol):
@@ -50,9 +58,14 @@ def aliases() -> dict[str, str]:
     }
 
 
+def canonical(name: str) -> str:
+    """The name of a figure from its name or alias."""
+    return aliases().get(name, name)
+
+
 def figure_module(name: str) -> Any:
     """The module of a figure by its name or alias; an unknown one is answered with the nearest names."""
-    found = aliases().get(name, name)
+    found = canonical(name)
     if found not in names():
         near = difflib.get_close_matches(name, [*names(), *aliases()], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
@@ -71,6 +84,21 @@ def check_options(name: str, prepare: Callable[..., xr.Dataset], options: dict[s
             raise UsageError(f"the figure {name} has no option {option!r}; {hint}it has {', '.join(known)}")
         if not _fits(value, hints[option]):
             raise UsageError(f"the figure {name} takes for {option} {_said(hints[option])}, not {value!r}")
+
+
+def check_prepared(name: str, dataset: xr.Dataset, options: dict[str, Any]) -> xr.Dataset:
+    """Refuse data of another figure, and options, which come too late for data that are prepared."""
+    made_for = dataset.attrs.get("figure")
+    if made_for != canonical(name):
+        whose = f"for {made_for}" if made_for else "by the backend `none`"
+        told = "was prepared" if made_for else "was not prepared"
+        raise UsageError(f"the figure {name} cannot be drawn from this Dataset, which {told} {whose}")
+    if options:
+        raise UsageError(
+            f"the figure {name} is drawn from data that are prepared already, so {', '.join(options)} cannot "
+            "be chosen any more; give them with the runs"
+        )
+    return dataset
 
 
 def _members(hint: Any) -> tuple[Any, ...]:

@@ -83,9 +83,10 @@ def short_name(name: str) -> str:
 
 
 def draw_surfaces(dataset: xr.Dataset, axes: Axes, backend: Backend, *, style: Style, width: str) -> Canvas:
-    """A grid: a row a site or projection, a column a run or layer. Two or three of one run stand in a row.
+    """A grid: a row a site or projection, a column a run or layer.
 
-    Columns that would become too narrow go into further rows. Small panels say less around them.
+    Two or three of one run stand in a row where there is room. Columns that would become too narrow change
+    places with the rows, or go into further rows. Small panels say less around them.
     """
     names, runs = dataset[axes.row].values, dataset["run"].values
     inches = style.widths[width]
@@ -118,16 +119,13 @@ def draw_surfaces(dataset: xr.Dataset, axes: Axes, backend: Backend, *, style: S
 
 
 def _places(names: int, runs: int, fitting: int) -> dict[tuple[int, int], tuple[int, int]]:
-    """(name, run) → (row, column) of the grid."""
-    if runs == 1 and names <= min(3, fitting):
-        return {(name, 0): (0, name) for name in range(names)}
-    per_row = min(runs, fitting)
-    rows = -(-runs // per_row)
-    return {
-        (name, run): (name * rows + run // per_row, run % per_row)
-        for name in range(names)
-        for run in range(runs)
-    }
+    """(name, run) → (row, column) of the grid, of which no place stays empty."""
+    every = [(name, run) for name in range(names) for run in range(runs)]
+    if (runs == 1 and names <= min(3, fitting - 1)) or (runs > fitting >= names):
+        return {(name, run): (run, name) for name, run in every}
+    per_row = max(count for count in range(1, min(runs, fitting) + 1) if runs % count == 0)
+    rows = runs // per_row
+    return {(name, run): (name * rows + run // per_row, run % per_row) for name, run in every}
 
 
 def _subtitle(part: xr.Dataset, axes: Axes, *, short: bool) -> str:

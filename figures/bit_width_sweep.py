@@ -24,23 +24,24 @@ from osp_diag.errors import StoreError
 ALIASES = ("fig4",)
 SWEEPS = {"weights": "weight_bits", "activations": "activation_bits"}
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dashdot")
-_WIDE_RANGE = 2.0
+_WIDE_RANGE = 10.0
 """A perplexity that grows by more than this factor is drawn on a logarithmic axis."""
 
 __all__ = ["ALIASES", "draw", "prepare"]
 
 
-def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
+def prepare(runs: list[Any], *, relative: bool = False, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
     """Perplexity by bits of weights, and of activations.
 
     Parameters
     ----------
+    relative : divide by the run's own perplexity at 16 bits
     scheme : how weights and activations were rounded
 
     Returns
     -------
-    ``perplexity`` (run, sweep, bits): ``weights`` with activations at 16 bits and the other way round;
-    from 16 bits down, NaN where it was not measured.
+    ``perplexity`` (run, sweep, bits), or its quotient: ``weights`` with activations at 16 bits, and the other
+    way round; from 16 bits down, NaN where it was not measured.
     """
     results, remark = results_and_remark(runs, scheme)
     steps = [last_step(run) for run in runs]
@@ -59,12 +60,19 @@ def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
             "bit_width_sweep: the runs hold no sweep of weights or activations alone; measure with `osp-diag "
             "quantize CHECKPOINT --run RUN`, without --widths"
         )
+    if relative:
+        values = values / values[:, :1, :1]
     dataset = xr.Dataset(
         {"perplexity": (("run", "sweep", "bits"), values)},
         coords={"run": recipes_or_models(runs, steps), "sweep": list(SWEEPS), "bits": bits},
     )
-    title = "Perplexity by bits of weights and of activations"
-    dataset.attrs = {"title": title, "caption": caption(title, runs, steps, ["perplexity"], [remark])}
+    label = "perplexity / that at 16 bits" if relative else "perplexity"
+    title = f"{label.capitalize()}, by bits of weights and of activations"
+    dataset.attrs = {
+        "title": title,
+        "caption": caption(title, runs, steps, ["perplexity"], [remark]),
+        "label": label,
+    }
     return dataset
 
 
@@ -85,7 +93,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         panel = canvas.panel(
             *((index, 0) if stacked else (0, index)),
             x_label=f"bits of {sweep} ({other} as they are)",
-            y_label="perplexity" if stacked or index == 0 else "",
+            y_label=dataset.attrs["label"] if stacked or index == 0 else "",
             y_scale="log" if wide else "linear",
         )
         part = dataset["perplexity"].sel(sweep=sweep)

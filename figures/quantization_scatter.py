@@ -28,7 +28,7 @@ LABELS = {
     "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
     "tokens": "tokens seen in training",
 }
-_WIDE_RANGE = 2.0
+_WIDE_RANGE = 10.0
 """Values that differ by more than this factor are drawn on a logarithmic axis."""
 
 __all__ = ["ALIASES", "draw", "prepare"]

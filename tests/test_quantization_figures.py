@@ -40,6 +40,12 @@ def recording(name: str, runs, width: str = "two-column", **options) -> none.Can
     return canvas
 
 
+def steep() -> Run:
+    run = without(synthetic_run(), ["quantization"])
+    run.tree["quantization"] = few_bits(harm=3.0)
+    return run
+
+
 def calls(panel: none.Panel, primitive: str) -> list[dict]:
     return [call for name, call in panel.calls if name == primitive]
 
@@ -79,7 +85,17 @@ def test_a_sweep_is_drawn_in_two_panels_of_evenly_spaced_bits(width, places):
     assert calls(left, "ticks")[0]["texts"] == ["16", "8", "6", "5", "4", "3"]
     assert calls(right, "ticks")[0]["texts"] == ["16", "8", "6", "5", "4"]
     assert calls(left, "line")[0]["x"].tolist() == [0, 1, 2, 3, 4, 5]
-    assert left.labels["y_scale"] == "log"
+    assert left.labels["y_scale"] == "linear"
+    assert recording("fig4", [steep()]).panels[0, 0].labels["y_scale"] == "log"
+
+
+def test_a_sweep_relative_to_16_bits():
+    found = figures.draw("fig4", synthetic_run(), backend="none", relative=True)
+    np.testing.assert_allclose(found["perplexity"].sel(bits=16), 1.0)
+    assert found["perplexity"].sel(sweep="weights", bits=4).item() == pytest.approx(np.e)
+    assert recording("fig4", [synthetic_run()], relative=True).panels[0, 0].labels["y_label"] == (
+        "perplexity / that at 16 bits"
+    )
 
 
 # -- the scatter -----------------------------------------------------------------------------------------
@@ -96,6 +112,7 @@ def test_a_scatter_of_perplexities_with_the_diagonal(recipes):
     assert diagonal["x"].tolist() == diagonal["y"].tolist()
     assert [call["label"] for call in calls(panel, "scatter")] == list(RECIPES)
     assert panel.labels["x_scale"] == panel.labels["y_scale"] == "log"
+    assert calls(panel, "limits")[0]["low"] < np.exp(FULL) < calls(panel, "limits")[0]["high"]
 
 
 def test_a_scatter_against_kurtosis_or_tokens(recipes):

@@ -8,7 +8,7 @@ import xarray as xr
 
 import figures
 from figures._registry import figure_module
-from figures._surfaces import in_block_order, short_name
+from figures._surfaces import _places, in_block_order, short_name
 from figures.backend import none
 from figures.styles import load_style
 from osp_diag.errors import StoreError, UsageError
@@ -107,13 +107,33 @@ def test_layers_of_several_models_side_by_side(run, clean):
     assert len(set(heights(recording("fig2", [run, clean], layer=(2, 4), z_scale="shared")))) == 1
 
 
-def test_a_narrow_figure_goes_on_in_further_rows(run):
+def test_in_a_narrow_figure_rows_and_columns_change_places(run):
     wide = recording("fig2", [run], layer=(1, 2, 3, 4))
     narrow = recording("fig2", [run], width="one-column", layer=(1, 2, 3, 4))
     assert (wide.shape, narrow.shape) == ((2, 4), (4, 2))
     assert narrow.panels[1, 0].labels["title"] == "attention_input"
-    assert narrow.panels[1, 0].labels["subtitle"].startswith("layer 3, max")
+    assert narrow.panels[1, 0].labels["subtitle"].startswith("layer 2, max")
     assert [narrow.panels[row, 0].labels["x_label"] for row in range(4)] == ["", "", "", "channel"]
+    assert recording("fig2", [run], width="one-column").shape == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("names", "runs", "fitting", "shape"),
+    [
+        (7, 4, 4, (7, 4)),
+        (2, 3, 2, (3, 2)),
+        (1, 3, 2, (3, 1)),
+        (3, 6, 4, (6, 3)),
+        (5, 6, 4, (10, 3)),
+        (3, 1, 4, (1, 3)),
+        (2, 1, 2, (2, 1)),
+        (7, 1, 4, (7, 1)),
+    ],
+)
+def test_no_place_of_the_grid_stays_empty(names, runs, fitting, shape):
+    places = set(_places(names, runs, fitting).values())
+    assert len(places) == names * runs
+    assert places == {(row, column) for row in range(shape[0]) for column in range(shape[1])}
 
 
 def test_a_pattern_that_no_snapshot_matches(run):

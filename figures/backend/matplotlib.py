@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullLocator
 
 from figures._colours import ColourScale, colour_table
 from figures._decimate import counts_few, spread
@@ -35,7 +35,7 @@ _INCH = 72.0
 _LINE = 11.0
 """points that a line of a legend or a subtitle takes"""
 _SMALL = 2.2
-"""inches of a three-dimensional panel, below which it has room for three ticks an axis"""
+"""inches of a panel, below which an axis has room for three or four ticks"""
 
 
 def _colour_map(name: str) -> Colormap:
@@ -67,6 +67,13 @@ def _edges(centres: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " edge"]:
         return np.array([centres[0] - 0.5, centres[0] + 0.5])
     between = (centres[1:] + centres[:-1]) / 2
     return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
+
+
+class _PlainMinor(LogFormatter):
+    """Labels between powers of ten, where matplotlib finds them needed, without a power of ten in them."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:,g}" if super().__call__(x, pos) else ""
 
 
 class Panel:
@@ -169,8 +176,9 @@ class Panel:
         )
         self.axes.grid(False)
         self.axes.spines[["top", "right"]].set_visible(True)
-        for axis in (self.axes.xaxis, self.axes.yaxis):
-            axis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=2))
+        small = self.axes.figure.get_figwidth() / self.axes.get_gridspec().ncols < _SMALL
+        for axis, ticks in ((self.axes.xaxis, 4 if small else 8), (self.axes.yaxis, 8)):
+            axis.set_major_locator(MaxNLocator(integer=True, nbins=ticks, min_n_ticks=2))
 
     @_under_style
     def surface(
@@ -328,6 +336,7 @@ class Canvas:
         for axis, scale in ((axes.xaxis, x_scale), (axes.yaxis, y_scale)):
             if scale == "log":
                 axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+                axis.set_minor_formatter(_PlainMinor())
         if x_scale == "log":
             axes.xaxis.set_major_locator(LogLocator(numticks=6))
         if self.three_dimensional:
