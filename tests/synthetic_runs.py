@@ -19,7 +19,7 @@ from scipy.stats import norm
 from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.run import Run
 from osp_diag.store import RunWriter
-from tests.synthetic_statics import few_bits, weight_maps
+from tests.synthetic_statics import few_bits, token_texts, weight_maps
 
 STRATA = ("all", "first", "delimiter", "rest")
 EPSILONS = (0.1, 0.2, 0.3, 0.8)
@@ -58,33 +58,13 @@ class Plan:
 OUTLIER_FREE = Plan(model_name="made-up-osp-60M", massive=0.0, everyday=0.0, seed=1)
 
 
-def _text(tokens: int) -> list[str]:
-    words = [
-        "<s>",
-        "The",
-        " cost",
-        " $5",
-        " of",
-        " day",
-        ".",
-        " Then",
-        " a",
-        " bird",
-        ",",
-        " \u9ce5",
-        " sang",
-        "\n",
-    ]
-    return [words[i % len(words)] if i else words[0] for i in range(tokens)]
-
-
 def _strata(plan: Plan) -> np.ndarray:
     """(stratum, sequence, token), 0 and 1."""
     first = np.zeros((plan.sequences, plan.tokens))
     first[:, 0] = 1
     if plan.protocol == "osp-published":
         first[:] = 1
-    delimiter = np.array([text in (".", ",", "\n") for text in _text(plan.tokens)]) * (1 - first)
+    delimiter = np.array([text in (".", ",", "\n") for text in token_texts(plan.tokens)]) * (1 - first)
     return np.stack([np.ones_like(first), first, delimiter, 1 - first - delimiter])
 
 
@@ -356,7 +336,7 @@ def make_tree(plan: Plan = Plan()) -> xr.DataTree:
     if plan.snapshots:
         nodes["snapshot"] = xr.Dataset(
             {
-                "token_text": (("token",), _text(plan.tokens)),
+                "token_text": (("token",), token_texts(plan.tokens)),
                 "token_id": (("token",), np.arange(plan.tokens)),
             }
         )

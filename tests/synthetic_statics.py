@@ -1,4 +1,4 @@
-"""What made-up runs hold that no step changes: maps of |W|, and results at few bits."""
+"""What made-up runs hold that no step changes: texts of tokens, maps of |W|, results at few bits."""
 
 from __future__ import annotations
 
@@ -12,6 +12,29 @@ PLACE = (17, 40)
 """Output and input channel of the planted weight."""
 FULL = 3.0
 """Loss at 16 bits."""
+
+
+WORDS = (
+    "<s>",
+    "The",
+    " cost",
+    " $5",
+    " of",
+    " day",
+    ".",
+    " Then",
+    " a",
+    " bird",
+    ",",
+    " \u9ce5",
+    " sang",
+    "\n",
+)
+
+
+def token_texts(tokens: int) -> list[str]:
+    """Words over and over, some of them hard to draw."""
+    return [WORDS[index % len(WORDS)] for index in range(tokens)]
 
 
 def weight_maps(layers: int, width: int, spike: float) -> dict[str, xr.Dataset]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 import xarray as xr
 
 import figures
+import osp_diag
 from figures._registry import figure_module
 from figures._surfaces import _places, in_block_order, short_name
 from figures.backend import none
 from figures.styles import load_style
+from osp_diag.capture.snapshots import Snapshots
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.run import Run
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run
+from tests.tiny_checkpoints import byte_tokenizer, llama
 
 LAYERS = (0, 3, 5)
 
@@ -199,3 +203,44 @@ def test_what_cannot_be_drawn_is_refused(run, options, error, message):
 def test_a_run_without_weights_says_how_to_get_them():
     with pytest.raises(StoreError, match=r"holds none; probe the checkpoint with .*--weights mlp.down_proj"):
         data("weight_surface", synthetic_run(weights=False))
+
+
+# -- a real run ------------------------------------------------------------------------------------------
+
+
+def test_inputs_and_weights_of_a_real_model(tmp_path):
+    model = llama(layers=3)
+    text = tmp_path / "text.txt"
+    text.write_text("a bird sang of days that went. " * 9)
+    options = {"text": text, "tokens": 96, "seq_len": 32, "tokenizer": byte_tokenizer()}
+    run = osp_diag.probe(
+        model, sites=["linear_input:*"], weights=["down_proj"], out=tmp_path / "run.zarr", **options
+    )
+    kept: list[np.ndarray] = []
+    model.model.layers[1].mlp.down_proj.register_forward_pre_hook(
+        lambda _, given: kept.append(given[0].numpy())
+    )
+    ids = torch.tensor(run["snapshot"]["token_id"].values[None])
+    with torch.no_grad():
+        model(ids)
+    found = data("fig9", run, sites="linear_input:*", layer=1)
+    assert found["site"].values.tolist()[-1] == "linear_input:mlp.down_proj"
+    assert found.sizes["site"] == 7
+    np.testing.assert_allclose(found["magnitude"].isel(run=0).sel(site="linear_input:mlp.down_proj").dropna(
+        "channel", how="all"), np.abs(kept[0][0]), rtol=1e-4, atol=1e-6)  # fmt: skip
+    weights = data("fig11", run, layer=1)
+    matrix = np.abs(model.model.layers[1].mlp.down_proj.weight.detach().numpy())
+    np.testing.assert_allclose(weights["magnitude"].isel(run=0, projection=0), matrix)
+    assert weights["peak"].item() == matrix.max()
+
+
+def test_what_is_too_large_to_keep_is_noted(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        Snapshots.__init__, "__kwdefaults__", {"sites": (), "layers": None, "megabytes": 0.004}
+    )
+    text = tmp_path / "text.txt"
+    text.write_text("a bird sang of days that went. " * 9)
+    run = osp_diag.probe(llama(), text=text, tokens=96, seq_len=32, tokenizer=byte_tokenizer())
+    notes = [note for note in run.attrs["notes"] if note.startswith("raw activations too large to keep")]
+    assert len(notes) == 1
+    assert "mlp_hidden of layer 1" in notes[0]
