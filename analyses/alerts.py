@@ -15,9 +15,12 @@ from osp_diag.run_following import FollowedRun
 __all__ = ["Alert", "AlertRules", "alerts", "growth", "share_rising"]
 
 Severity = Literal["bad", "watch"]
-SCALARS = ("loss", "gradient_norm", "held_out_loss")
-WRITTEN_WITH = {"loss": "step_seconds", "gradient_norm": "step_seconds", "held_out_loss": "probe_seconds"}
-"""Scalar → one that comes with it: NaN without it only means that nothing was recorded at that step."""
+WRITTEN_WITH = {
+    "loss": ("learning_rate", "step_seconds"),
+    "gradient_norm": ("learning_rate", "step_seconds"),
+    "held_out_loss": ("probe_seconds",),
+}
+"""Scalar → those that come with it: NaN without any only means that nothing was recorded at that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,12 +125,13 @@ def _nonfinite_activations(run: FollowedRun) -> Alert | None:
 
 def _nonfinite_scalars(run: FollowedRun) -> list[Alert]:
     steps, found = run.series_steps, []
-    for name in SCALARS:
+    for name, others in WRITTEN_WITH.items():
         values = run.series(name)
-        if not values.size:
-            continue
-        beside = run.series(WRITTEN_WITH[name])
-        missing = np.isnan(values) & (np.isfinite(beside) if beside.size else False)
+        recorded = np.zeros(len(values), bool)
+        for beside in map(run.series, others):
+            if beside.size:
+                recorded |= np.isfinite(beside)
+        missing = np.isnan(values) & recorded
         missing[-1:] &= name != "held_out_loss"  # which comes a moment later than what it comes with
         bad = np.flatnonzero(np.isinf(values) | missing)
         if bad.size:

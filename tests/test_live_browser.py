@@ -88,6 +88,16 @@ def test_a_reader_chooses_layers_sites_and_runs(tmp_path):
         page.get_by_label("first token").check()
         wait_for(page, f"() => {Y_MAX} > {0.3 * highest}")
 
+        page.locator("#statistic").focus()
+        page.keyboard.press("Enter")
+        wait_for(page, "() => document.activeElement.value !== undefined")
+        for _ in range(9):
+            if page.evaluate("document.activeElement.value") == "max_median_ratio":
+                break
+            page.keyboard.press("ArrowDown")
+            page.wait_for_timeout(100)
+        page.keyboard.press("Space")
+        wait_for(page, f"() => {CURVES}.layout.yaxis.title.text.startsWith('max_median_ratio')")
         page.get_by_label("one", exact=True).focus()
         page.keyboard.press("Space")  # runs are chosen with the keyboard as well
         wait_for(page, f"() => {CURVES}.data.length === 1")

@@ -61,13 +61,10 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
     choice = Choice(tuple(range(len(runs))))
     listed_runs, sites, statistics, strata, layers = options(runs, choice)
 
-    def named(name: str, text: str, control: Any, kind: str = "") -> Any:
-        return html.Div([html.Label(text, htmlFor=name, className="name"), control], className=kind)
-
     def listed(name: str, options: list[Any], value: str) -> Any:
         return dcc.Dropdown(options, value, id=name, clearable=False, searchable=len(options) > 8)
 
-    def group(name: str, text: str, control: Any, kind: str) -> Any:
+    def group(name: str, text: str, control: Any, kind: str = "") -> Any:
         label = html.Span(text, className="name", id=f"{name}-name")
         labelled: Any = {"aria-labelledby": f"{name}-name"}
         return html.Div([label, control], role="group", className=kind, **labelled)
@@ -98,11 +95,11 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
                         dcc.Checklist(listed_runs, list(choice.runs), id="runs", inline=True),
                         "runs wide",
                     ),
-                    named(
+                    group(
                         "statistic", "statistic", listed("statistic", statistics, choice.statistic), "wide"
                     ),
-                    named("site", "site", listed("site", sites, choice.site)),
-                    named("layer", "layer, of the curves", listed("layer", layers, choice.layer)),
+                    group("site", "site", listed("site", sites, choice.site)),
+                    group("layer", "layer, of the curves", listed("layer", layers, choice.layer)),
                     group(
                         "stratum",
                         "tokens",
@@ -131,7 +128,7 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
             section(
                 "training",
                 "Training",
-                html.P("Loss of the training batches; dotted: of the held-out tokens.", className="note"),
+                html.P("Loss of the training batches; dotted: of held-out tokens.", className="note"),
                 "loss",
                 "speed",
             ),

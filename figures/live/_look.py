@@ -23,10 +23,11 @@ p.note { color: var(--soft); margin: 0 0 4px; font-size: .9rem; }
 .controls { display: flex; flex-wrap: wrap; gap: 10px 18px; padding: 10px 12px; background: var(--card);
   border: 1px solid var(--rule); border-radius: 8px; }
 .controls > div { min-width: 150px; flex: 1 1 150px; } .controls > div.wide { flex: 2 1 260px; }
-.controls label.name, .controls span.name { display: block; font-size: .82rem; color: var(--soft); }
+.controls span.name { display: block; font-size: .82rem; color: var(--soft); }
 .dash-options-list-option, .dash-dropdown { color: var(--ink); }
 .dash-options-list { background: transparent; } .dash-options-list-option { background: transparent;
   padding: 2px 0; margin-right: 14px; overflow-wrap: anywhere; }
+.dash-dropdown-content .dash-options-list-option { padding: 3px 10px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 10px;
   margin-top: 12px; }
 .card { background: var(--card); border: 1px solid var(--rule); border-left: 5px solid; border-radius: 6px;

@@ -47,7 +47,10 @@ def pictures(runs: Sequence[FollowedRun], choice: Choice) -> dict[str, dict[str,
         (
             shown,
             run.series_steps,
-            {name.replace("_", " "): run.series(name) for name in ("loss", "held_out_loss")},
+            {
+                name.replace("_", " "): run.series(name)
+                for name in ("loss", "held_out_loss", "validation_loss")
+            },
         )
         for shown, run in selected
         if run.series("loss").size
