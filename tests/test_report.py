@@ -244,7 +244,7 @@ def test_the_verb_prints_findings_as_json(tmp_path, capsys, without_figures):
     path = write_run(tmp_path / "run.zarr", Plan(tokens=8))
     report_verb((path,), out=tmp_path / "r.html", json=True)
     found = json.loads(capsys.readouterr().out)
-    assert found["runs"][0]["findings"][1]["rule"] == "massive"
+    assert found["runs"][0]["findings"][0]["rule"] == "massive"
     assert found["out"] == str(tmp_path / "r.html")
 
 

@@ -33,8 +33,9 @@ SITES = (
 """Where; the first that a run holds is shown first."""
 CHANNEL_SITE = "residual_post"
 CHANNEL_STRATA = ("all", "rest")
-COLUMNS = 96
-"""Channels of the map; neighbours are pooled by their maximum, and the channel that has it is kept."""
+UNPOOLED, COLUMNS = 128, 96
+"""Channels that a map has room for one by one; columns of wider ones, whose channels are pooled by their
+maximum. The channel that has it is kept."""
 BUDGET = 380_000
 """Numbers that all maps and profiles of a page may hold: some two megabytes."""
 FEWEST_STEPS = 12
@@ -70,7 +71,7 @@ def _cells_per_step(run: Any) -> int:
     channels = 0
     if CHANNEL_SITE in run.sites and "channel_rms" in run.at(CHANNEL_SITE):
         sizes = run.at(CHANNEL_SITE)["channel_rms"].sizes
-        channels = sizes["layer"] * min(sizes["channel"], COLUMNS) * len(CHANNEL_STRATA)
+        channels = sizes["layer"] * _columns(sizes["channel"]) * len(CHANNEL_STRATA)
     return profiles + channels
 
 
@@ -156,6 +157,10 @@ def _channels(run: Any, kept: np.ndarray) -> dict[str, Any] | None:
     }
 
 
+def _columns(width: int) -> int:
+    return width if width <= UNPOOLED else COLUMNS
+
+
 def _pooled(rms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(stratum, layer, channel) → the largest ratio of each bin of channels, and its channel."""
     values = np.abs(rms.astype(np.float64))
@@ -163,8 +168,8 @@ def _pooled(rms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         median = np.median(values, axis=-1, keepdims=True)
         ratio = np.where(median > 0, values / median, np.nan)
     width = ratio.shape[-1]
-    starts = bin_starts(width, COLUMNS)
-    pooled = max_pool(ratio, ratio.ndim - 1, COLUMNS)
+    starts = bin_starts(width, _columns(width))
+    pooled = max_pool(ratio, ratio.ndim - 1, _columns(width))
     ends = np.append(starts[1:], width)
     bins = [
         np.nan_to_num(ratio[..., a:b], nan=-1.0).argmax(-1) + a for a, b in zip(starts, ends, strict=True)

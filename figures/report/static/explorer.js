@@ -35,7 +35,7 @@ const Explorer = {
       }
       layout[`xaxis${suffix}`] = { ...axisLook(), domain: domain.x, anchor: `y${suffix}`, title: { text: "layer", standoff: 4 }, ...(one.layers.length < 12 ? { dtick: 1 } : {}) };
       layout[`yaxis${suffix}`] = { ...axisLook(), domain: domain.y, anchor: `x${suffix}`, ...(log ? { type: "log", range: [Math.log10(foot), Math.log10(top)], dtick: 1, tickformat: "~g" } : {}), title: { text: index && grid.rows === 1 ? "" : escaped(State.statistic), standoff: 6 } };
-      if (State.layer !== null && one.layers.includes(State.layer)) layout.shapes.push(layerBand("x", suffix, State.layer - 0.4, State.layer + 0.4));
+      if (State.layer !== null && one.layers.includes(State.layer)) layout.shapes.push(layerBand("x", suffix, State.layer - halfWidth(one.layers.length), State.layer + halfWidth(one.layers.length)));
       layout.annotations.push(panelTitle(runTitle(run), domain));
     });
     draw("profile-plot", traces, layout, (point) => State.set({ layer: point.x }));

@@ -39,7 +39,7 @@ const Figures = {
     const variant = this.variant(figure), plot = figure.querySelector(".plot");
     if (!this.stale.delete(figure) || !variant) return;
     const layout = this.themed(variant.layout);
-    layout.shapes = [...(layout.shapes ?? []), ...this.marks(this.layerAxes(variant.layout))];
+    layout.shapes = [...(layout.shapes ?? []), ...this.marks(variant)];
     Plotly.react(plot, this.themed(variant.data), layout, CONFIG);
     if (!plot.dataset.listens) {
       plot.dataset.listens = "yes";
@@ -51,9 +51,8 @@ const Figures = {
   mark() {
     document.querySelectorAll("figure.drawn").forEach((figure) => {
       const variant = this.variant(figure);
-      const axes = variant ? this.layerAxes(variant.layout) : [];
-      if (!axes.length || this.stale.has(figure)) return;
-      Plotly.relayout(figure.querySelector(".plot"), { shapes: [...(this.themed(variant.layout.shapes ?? [])), ...this.marks(axes)] });
+      if (!variant || this.stale.has(figure) || !this.layerAxes(variant.layout).length) return;
+      Plotly.relayout(figure.querySelector(".plot"), { shapes: [...(this.themed(variant.layout.shapes ?? [])), ...this.marks(variant)] });
     });
   },
 
@@ -83,10 +82,12 @@ const Figures = {
     return found;
   },
 
-  marks(axes) {
+  marks(variant) {
     if (State.layer === null) return [];
-    return axes.map((one) => {
-      const [low, high] = one.heads ? [State.layer * one.heads - 0.5, (State.layer + 1) * one.heads - 0.5] : [State.layer - 0.5, State.layer + 0.5];
+    return this.layerAxes(variant.layout).map((one) => {
+      const values = variant.data.filter((trace) => (trace[`${one.axis}axis`] ?? one.axis) === one.axis + one.suffix).flatMap((trace) => trace[one.axis]);
+      const half = one.axis === "x" ? halfWidth(Math.max(...values) + 1) : 0.5;
+      const [low, high] = one.heads ? [State.layer * one.heads - 0.5, (State.layer + 1) * one.heads - 0.5] : [State.layer - half, State.layer + half];
       return layerBand(one.axis, one.suffix, low, high);
     });
   },

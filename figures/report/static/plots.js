@@ -53,6 +53,9 @@ function layerBand(axis, suffix, low, high) {
   };
 }
 
+/* Half the width of a mark between lines: a few pixels, however many layers there are. */
+function halfWidth(layers) { return Math.min(0.4, 0.06 + 0.01 * layers); }
+
 function colourScale(name) {
   const table = DATA.colours[name];
   return table.map((value, place) => [place / (table.length - 1), value]);
