@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ Row = Mapping[str, np.ndarray]
 """One position along the axis: array path → its values there. An array left out reads as its fill value."""
 
 _LABELS_CHUNK = 4096
+_THREADS = min(8, os.cpu_count() or 1)
 _SHAPE = json.dumps("shape goes here")
 
 
@@ -170,11 +173,20 @@ class GrowingAxis:
         self.arrays = self.arrays | new
 
     def write(self, root: Path) -> None:
-        """Write the pending rows as chunks. Readers do not see them before the root is committed."""
-        if self.unsaved:
-            start = len(self.settled)
-            for path, array in self.arrays.items():
-                array.write(root / path, start, [row.get(path) for row in self.pending])
+        """Write the pending rows as chunks. Readers do not see them before the root is committed.
+
+        Several arrays at a time: compressing them and replacing their files wait for no one's Python.
+        """
+        if not self.unsaved:
+            return
+        start = len(self.settled)
+
+        def write_one(path: str) -> None:
+            self.arrays[path].write(root / path, start, [row.get(path) for row in self.pending])
+
+        with ThreadPoolExecutor(_THREADS) as threads:
+            for _ in threads.map(write_one, self.arrays):
+                pass
 
     def settle(self) -> None:
         """The root now commits the pending rows."""

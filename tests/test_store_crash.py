@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,15 +102,17 @@ def killed_at(operation: int) -> Iterator[list[str]]:
 
     def dying(name: str) -> Any:
         def call(path: Any, *rest: Any, **options: Any) -> Any:
-            if len(done) == operation:
-                if name == "replace":
-                    os.truncate(path, os.path.getsize(path) // 2)
-                raise Killed
-            done.append(name)
+            with one_at_a_time:
+                if len(done) == operation:
+                    if name == "replace":
+                        os.truncate(path, os.path.getsize(path) // 2)
+                    raise Killed
+                done.append(name)
             return real[name](path, *rest, **options)
 
         return call
 
+    one_at_a_time = threading.Lock()  # chunks are written by several threads
     locks: list[WriterLock] = []
     acquire = WriterLock.acquire
     with pytest.MonkeyPatch.context() as patch:
