@@ -18,7 +18,7 @@ from trainer.checkpoint import folder_of, latest
 from trainer.config import TrainConfig
 from trainer.config_values import as_dictionary
 
-__all__ = ["concurrent_runs", "memory_of_a_run", "train_all"]
+__all__ = ["concurrent_runs", "memory_of_a_run", "train_all", "visible_gpus"]
 
 POLL_SECONDS = 0.5
 LAST_LINES = 15
@@ -29,6 +29,7 @@ class _Process:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    gpu: str | None
 
 
 def memory_of_a_run(config: TrainConfig) -> float:
@@ -50,12 +51,19 @@ def memory_of_a_run(config: TrainConfig) -> float:
     )
 
 
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return named.split(",")[:count] if named else list(map(str, range(count)))
+
+
 def concurrent_runs(configs: Mapping[str, TrainConfig]) -> int:
-    """How many of these to train at a time: what memory allows on a GPU, one a core on a CPU."""
+    """How many of these to train at a time: what memory allows on each GPU, one a core on a CPU."""
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         need = 1.3 * max(map(memory_of_a_run, configs.values())) + 2**30
-        return max(1, min(len(configs), int(free / need)))
+        return max(1, min(len(configs), len(visible_gpus()) * max(1, int(free / need))))
     return max(1, min(len(configs), os.cpu_count() or 1))
 
 
@@ -69,8 +77,9 @@ def train_all(
 ) -> dict[str, Path]:
     """Train every configuration into ``out/name.zarr``; returns these paths by name.
 
-    What a run prints goes to ``out/name.log``. With ``resume`` finished runs are left as they are and
-    unfinished ones go on. If one fails the others are stopped (and can be resumed).
+    Each run has one GPU where there are any, the one with the fewest runs. What a run prints goes to
+    ``out/name.log``. With ``resume`` finished runs are left as they are and unfinished ones go on. If one
+    fails the others are stopped (and can be resumed).
 
     Raises
     ------
@@ -80,11 +89,14 @@ def train_all(
     number = at_a_time or concurrent_runs(configs)
     waiting = [name for name in configs if not (resume and _finished(out / f"{name}.zarr", configs[name]))]
     running: list[_Process] = []
+    gpus = visible_gpus()
     begun = time.monotonic()
     try:
         while waiting or running:
             while waiting and len(running) < number:
-                running.append(_start(waiting[0], configs[waiting.pop(0)], out, number, resume))
+                busy = [entry.gpu for entry in running]
+                gpu = min(gpus, key=busy.count, default=None)
+                running.append(_start(waiting[0], configs[waiting.pop(0)], out, number, resume, gpu))
                 announce(f"{running[-1].name} started")
             time.sleep(POLL_SECONDS)
             for entry in [entry for entry in running if entry.process.poll() is not None]:
@@ -104,7 +116,9 @@ def _finished(run: Path, config: TrainConfig) -> bool:
     return saved is not None and saved.step == config.steps
 
 
-def _start(name: str, config: TrainConfig, out: Path, at_a_time: int, resume: bool) -> _Process:
+def _start(
+    name: str, config: TrainConfig, out: Path, at_a_time: int, resume: bool, gpu: str | None
+) -> _Process:
     described = out / f"{name}.json"
     described.write_text(json.dumps(as_dictionary(config), indent=1), encoding="utf-8")
     mode = "--resume" if resume else "--overwrite"
@@ -119,9 +133,11 @@ def _start(name: str, config: TrainConfig, out: Path, at_a_time: int, resume: bo
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
+            env=os.environ
+            | {"OMP_NUM_THREADS": threads}
+            | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
         )
-    return _Process(name, process, log)
+    return _Process(name, process, log, gpu)
 
 
 def _check(entry: _Process) -> None:

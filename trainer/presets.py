@@ -60,7 +60,8 @@ def small() -> TrainConfig:
         model=ModelConfig(vocabulary_size=16_384, hidden_size=512, layers=8, heads=8),
         optimizer=OptimizerConfig(lr=2e-3),
         schedule=ScheduleConfig(warmup=200),
-        data=DataConfig(sequence_length=512),
+        # Sinks grow on a token that is always first.
+        data=DataConfig(sequence_length=512, bos="sequence"),
         probe=ProbeConfig(every=100, dense_until=400, dense_every=25, tokens=16_384),
     )
 
