@@ -129,7 +129,7 @@ def write(path: Path, steps: int, seed: int = 0) -> None:
 def measure(paths: list[Path], out: Path) -> dict[str, float]:
     """In a fresh process: seconds from opening to the written page, its size, and the peak of memory."""
     command = [sys.executable, __file__, "--one", str(out), *map(str, paths)]
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 
@@ -145,7 +145,7 @@ def one(out: Path, paths: list[Path]) -> None:
     opened = time.perf_counter()
     write_report(runs, out)
     done = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    used = resource.getrusage(resource.RUSAGE_SELF)
     print(
         json.dumps(
             {
@@ -153,7 +153,8 @@ def one(out: Path, paths: list[Path]) -> None:
                 "open": opened - imported,
                 "report": done - opened,
                 "total": done - begin,
-                "peak_mib": peak,
+                "cpu": used.ru_utime + used.ru_stime,
+                "peak_mib": used.ru_maxrss / 1024,
                 "page_mb": out.stat().st_size / 1e6,
             }
         )
@@ -180,8 +181,8 @@ def main() -> None:
         f"{machine(torch.device('cpu'))}"
     )
     print(
-        "| steps | imports s | open s | report s | total s | peak MiB | page MB |\n"
-        "|---|---|---|---|---|---|---|"
+        "| steps | imports s | open s | report s | total s | CPU s | peak MiB | page MB |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = given.keep or Path(scratch)
@@ -192,7 +193,7 @@ def main() -> None:
                     write(path, steps, seed)
             rounds = [measure(paths, Path(scratch) / "report.html") for _ in range(given.rounds)]
             median = {key: float(np.median([found[key] for found in rounds])) for key in rounds[0]}
-            numbers = (median[key] for key in ("import", "open", "report", "total"))
+            numbers = (median[key] for key in ("import", "open", "report", "total", "cpu"))
             cells = [f"{steps:,}", *(f"{value:.2f}" for value in numbers)]
             cells += [f"{median['peak_mib']:.0f}", f"{median['page_mb']:.1f}"]
             print(f"| {' | '.join(cells)} |", flush=True)

@@ -19,6 +19,7 @@ from osp_diag.cli.report import run as report_verb
 from osp_diag.errors import StoreError, UsageError
 from tests.report_runs import HOSTILE_NAME, checkpoint, hostile_checkpoint, spiked, trainings
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
+from tests.training_runs import minute
 
 
 def unpacked(array) -> np.ndarray:
@@ -226,6 +227,26 @@ def test_24_layers_and_100_steps_stay_under_10_megabytes():
     plan = Plan(layers=24, channels=128, heads=16, sequences=1, tokens=4, steps=tuple(range(100)))
     report = build_report(synthetic_run(plan))
     assert 5e6 < len(report.html.encode()) < 10e6
+
+
+@pytest.mark.slow
+def test_two_real_trainings_on_one_page(tmp_path):
+    from trainer.loop import train
+    from trainer.presets import with_recipe
+
+    runs = []
+    for recipe in ("adam", "osp"):
+        config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0), recipe)
+        runs.append(tmp_path / f"{recipe}.zarr")
+        train(config, runs[-1])
+    report = write_report(runs, tmp_path / "report.html")
+    assert report.labels == ("Adam", "OSP")
+    assert [len(verdict.findings) for verdict in report.verdicts] == [7, 7]
+    data = page_data(report.html)
+    assert [run["steps"] for run in data["runs"]] == [[0, 2, 4, 6, 8]] * 2
+    titles = [variants["all"]["caption"] for variants in data["figures"] if "1" in variants]
+    assert any(title.startswith("Training loss and OSP kurtosis") for title in titles)
+    assert any(reason.startswith("activation_surface: Adam: ") for reason in report.left_out)
 
 
 # -- the verb --------------------------------------------------------------------------------------------
