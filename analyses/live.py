@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import xarray as xr
 
 from analyses.alerts import Alert, alerts
 from analyses.live_numbers import KURTOSIS, hidden_state_kurtosis, sink_rates
+from osp_diag.errors import StoreError
 from osp_diag.run_following import FollowedRun, RunState
 from osp_diag.run_lock import WriterState
 
@@ -104,9 +106,21 @@ class Standing:
 def standing(run: FollowedRun) -> Standing:
     """Where the run stands, as it was last looked at; call ``run.refresh()`` before."""
     with run.lock:
+        numbers: dict[str, Any] = {
+            "scalars": {},
+            "probing": None,
+            "kurtosis": None,
+            "sinks": None,
+            "alerts": [],
+        }
+        last, probes = None, 0
+        with suppress(StoreError):  # of a damaged file; the run's own ``problem`` says so
+            ends = [int(found[-1]) for found in (run.steps, run.series_steps) if len(found)]
+            last, probes = max(ends, default=None), len(run.steps)
+            numbers["scalars"], numbers["probing"] = _scalars(run), _share_of_time_probing(run)
+            numbers["kurtosis"], numbers["sinks"] = hidden_state_kurtosis(run), sink_rates(run)
+            numbers["alerts"] = alerts(run)
         attrs = run.attrs
-        steps, logged = run.steps, run.series_steps
-        last = max((int(found[-1]) for found in (steps, logged) if len(found)), default=None)
         config = attrs.get("config")
         planned = config.get("steps") if isinstance(config, dict) else None
         return Standing(
@@ -119,12 +133,8 @@ def standing(run: FollowedRun) -> Standing:
             age=run.age if run.state != "absent" else None,
             last_step=last,
             planned_steps=planned if isinstance(planned, int) else None,
-            probes=len(steps),
-            scalars=_scalars(run),
-            probing=_share_of_time_probing(run),
-            kurtosis=hidden_state_kurtosis(run),
-            sinks=sink_rates(run),
-            alerts=alerts(run),
+            probes=probes,
+            **numbers,
         )
 
 

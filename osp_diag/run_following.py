@@ -71,7 +71,7 @@ class FollowedRun:
                 for _ in range(_AGAIN):
                     if not self._advance():
                         break
-            except StoreError as error:
+            except (StoreError, OSError) as error:
                 self._fail(error)
             return self.version != before
 
@@ -107,7 +107,7 @@ class FollowedRun:
             return (found.st_ino, found.st_mtime_ns, found.st_size)
         return None
 
-    def _fail(self, error: StoreError) -> None:
+    def _fail(self, error: StoreError | OSError) -> None:
         if _nothing_yet(self.path):
             if self._signature is not None or self.attrs:
                 self._forget()
@@ -249,7 +249,11 @@ class FollowedRun:
                 return np.empty(0, kind)
             if key not in self._columns:
                 column = _Column(path, pick, open_end=path.startswith("series/"))
-                self._extend(column)
+                try:
+                    self._extend(column)
+                except StoreError as error:
+                    self._fail(error)
+                    raise
                 self._columns[key] = column
                 if len(self._columns) > MOST_COLUMNS:
                     self._columns.popitem(last=False)
@@ -309,6 +313,8 @@ class _Column:
             if self.open_end:  # a scalar that was first recorded later
                 return layout.empty_chunk()
             raise StoreError(f"chunk {path} is missing; restore the run from a copy") from None
+        except OSError as error:
+            raise StoreError(f"chunk {path} cannot be read: {error.strerror or error}") from error
 
     def _put(self, start: int, rows: np.ndarray) -> None:
         stop = start + len(rows)

@@ -317,6 +317,22 @@ def test_the_page_goes_on_when_the_run_is_gone(page):
     assert "waiting for a writer" in json.dumps(gone["cards"])
 
 
+@pytest.mark.parametrize("chunk", ["residual_post/osp_excess_kurtosis/c.0.0.0", "series/loss/c.0"])
+def test_the_page_goes_on_when_a_file_is_damaged(tmp_path, chunk):
+    path = grown_run(tmp_path / "run.zarr")
+    whole = (path / chunk).read_bytes()
+    (path / chunk).write_bytes(whole[:-9])
+    run = FollowedRun(path)
+    client = application([run]).server.test_client()
+    damaged = asked(client)
+    assert "is damaged" in json.dumps(damaged["cards"])
+    assert set(asked(client, damaged["shown"]["data"])) == {"cards"}
+    (path / chunk).write_bytes(whole)
+    mended = asked(client, damaged["shown"]["data"])
+    assert "is damaged" not in json.dumps(mended["cards"])
+    assert mended["loss"]["figure"]["data"][0]["x"][-1] == 50
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -79,6 +79,9 @@ def test_a_reader_chooses_layers_sites_and_runs(tmp_path):
         page.locator("#kurtosis-maps .nsewdrag").first.hover()
         page.wait_for_selector("#kurtosis-maps .hoverlayer .hovertext", timeout=PATIENCE)
         assert "layer" in page.locator("#kurtosis-maps .hoverlayer").text_content()
+        buttons = page.locator("#kurtosis-maps .modebar-btn")
+        titles = [button.get_attribute("data-title") for button in buttons.all()]
+        assert titles == ["Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"]
 
         highest = max(drawn(page, "kurtosis-curves")[0]["y"])
         choose(page, "layer", "0")

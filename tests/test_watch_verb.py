@@ -150,6 +150,17 @@ def test_a_diverged_step_is_exit_code_1(tmp_path, capsys):
     assert alerts[0]["value"] == "nan"
 
 
+def test_a_damaged_file_is_told_and_what_can_be_read_is_shown(tmp_path, capsys):
+    path = grown_run(tmp_path / "run.zarr")
+    chunk = path / "residual_post/osp_excess_kurtosis/c.0.0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    assert main(["watch", str(path), "--once"]) == 1
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "cannot be read" in text
+    assert "is damaged" in text
+    assert "loss 4.95" in text
+
+
 # -- what is no run --------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,18 @@ from figures._decimate import bin_starts, max_pool
 from osp_diag.errors import StoreError
 from osp_diag.run_following import FollowedRun
 
-__all__ = ["Choice", "Offer", "chosen", "curve", "extremes", "of_layers", "offered", "pooled_steps", "sinks"]
+__all__ = [
+    "Choice",
+    "Offer",
+    "chosen",
+    "curve",
+    "extremes",
+    "of_layers",
+    "offered",
+    "pooled_steps",
+    "scalars",
+    "sinks",
+]
 
 MOST_BINS = 300
 """Columns of a heat map, and half the points of a curve: about what a screen can tell apart."""
@@ -64,8 +76,9 @@ def offered(runs: Sequence[FollowedRun], choice: Choice) -> Offer:
         statistics |= dict.fromkeys(
             name for name, dims in run.statistics_at(choice.site).items() if set(dims) <= {"layer", "stratum"}
         )
-        strata |= dict.fromkeys(map(str, run.labels(choice.site, "stratum")))
-        layers |= set(run.labels(choice.site, "layer").tolist())
+        with suppress(StoreError):  # of a damaged file, which the run's card tells
+            strata |= dict.fromkeys(map(str, run.labels(choice.site, "stratum")))
+            layers |= set(run.labels(choice.site, "layer").tolist())
     order = {name: place for place, name in enumerate(FIRST)}
     return Offer(
         list(sites),
@@ -92,6 +105,15 @@ def sinks(run: FollowedRun) -> xr.DataArray | None:
     """Sink rates (step, layer)."""
     values = sink_rates(run)
     return None if values is None or not values.size else values.transpose("step", "layer")
+
+
+def scalars(run: FollowedRun, *names: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Steps, and those of the named scalars that were recorded; nothing where a file is damaged."""
+    try:
+        found = {name.replace("_", " "): values for name in names if (values := run.series(name)).size}
+        return run.series_steps, found
+    except StoreError:
+        return np.empty(0), {}
 
 
 def of_layers(values: xr.DataArray, layer: str) -> Float[np.ndarray, " step"]:

@@ -34,6 +34,12 @@ GRAPHS = {
     "speed": "tokens a second by step",
 }
 CONTROLS = ("runs", "site", "statistic", "stratum", "layer")
+_CONFIG: Any = {
+    "displaylogo": False,
+    # Only these: plotly would add a button that uploads the picture to its maker.
+    "modeBarButtons": [["toImage"], ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
+    "plotlyServerURL": "",
+}
 _STRATA = {
     "all": "all tokens",
     "first": "first token",
@@ -71,8 +77,7 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
 
     def graph(name: str) -> Any:
         described: Any = {"aria-label": GRAPHS[name]}
-        config: Any = {"displaylogo": False, "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"]}
-        drawn = dcc.Graph(id=name, config=config, responsive=True, style={"height": "100%"})
+        drawn = dcc.Graph(id=name, config=_CONFIG, responsive=True, style={"height": "100%"})
         return html.Div(drawn, id=f"{name}-box", style={"height": 300}, role="group", **described)
 
     def section(name: str, title: str, note: Any, *graphs: str) -> Any:

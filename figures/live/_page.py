@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from analyses.live import standing
-from figures.live._data import LARGEST, MEAN, Choice, chosen, sinks
+from figures.live._data import LARGEST, MEAN, Choice, chosen, scalars, sinks
 from figures.live._layout import (
     CONTROLS,
     GRAPHS,
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["Watched", "make_page", "pictures"]
 
 
+LOSSES = ("loss", "held_out_loss", "validation_loss")
 SIDE_BY_SIDE = {name: f"{name.split('-')[0]}-maps" for name in list(GRAPHS)[:4]}
 """Picture → the maps whose height its box has."""
 
@@ -43,23 +44,8 @@ def pictures(runs: Sequence[FollowedRun], choice: Choice) -> dict[str, dict[str,
     of_layer = {LARGEST: "largest of layers", MEAN: "mean of layers"}.get(
         choice.layer, f"layer {choice.layer}"
     )
-    losses = [
-        (
-            shown,
-            run.series_steps,
-            {
-                name.replace("_", " "): run.series(name)
-                for name in ("loss", "held_out_loss", "validation_loss")
-            },
-        )
-        for shown, run in selected
-        if run.series("loss").size
-    ]
-    speeds = [
-        (shown, run.series_steps, {"tokens/s": run.series("tokens_per_second")})
-        for shown, run in selected
-        if run.series("tokens_per_second").size
-    ]
+    losses = [(shown, *scalars(run, *LOSSES)) for shown, run in selected]
+    speeds = [(shown, *scalars(run, "tokens_per_second")) for shown, run in selected]
     return {
         "kurtosis-curves": curves(values, layer=choice.layer, title=f"{choice.statistic}<br>{of_layer}"),
         "kurtosis-maps": heat_maps(values, title=identifier or choice.statistic),

@@ -197,6 +197,7 @@ def _layout(y_axis: Picture) -> Picture:
         "margin": _MARGINS,
         "font": {"family": "system-ui, sans-serif", "size": 12},
         "uirevision": "kept",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)"},
         "hovermode": "closest",
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
         "xaxis": {"title": {"text": "step"}, "zeroline": False, "tickformat": ","},
