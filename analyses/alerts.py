@@ -96,23 +96,18 @@ def share_rising(values: Float[np.ndarray, " probe"]) -> float:
 
 def _nonfinite_activations(run: FollowedRun) -> Alert | None:
     name = "nonfinite_token_count"
-    first: tuple[int, str] | None = None
-    probes: set[int] = set()
+    found: dict[str, np.ndarray] = {}
     for site in run.sites_with(name):
-        dims = run.statistics_at(site)[name]
-        select = {"stratum": "all"} if "stratum" in dims else {}
-        others = tuple(dim for dim in dims if dim not in select)
-        bad = np.flatnonzero(run.values(site, name, select, others).values > 0)
-        probes.update(bad.tolist())
-        if bad.size and (first is None or bad[0] < first[0]):
-            first = (int(bad[0]), site)
-    if first is None:
+        if run.statistics_at(site)[name] == ("layer", "stratum"):
+            bad = np.flatnonzero(run.values(site, name, {"stratum": "all"}, ("layer",)).values > 0)
+            found |= {site: bad} if bad.size else {}
+    if not found:
         return None
-    place, site = first
-    row = run.values(site, name, {"stratum": "all"}).isel(step=place)
-    layers = row["layer"].values[row.values > 0].tolist() if row.dims == ("layer",) else []
-    where = f"{site}, layer {layers[0]}" if layers else site
-    step = int(run.steps[place])
+    probes = np.unique(np.concatenate(list(found.values())))
+    site = min(found, key=lambda name: found[name][0])
+    row = run.values(site, name, {"stratum": "all"}).isel(step=int(probes[0]))
+    where = f"{site}, layer {row['layer'].values[row.values > 0][0]}"
+    step = int(run.steps[probes[0]])
     return Alert(
         "nonfinite_activations",
         "bad",

@@ -32,7 +32,8 @@ def hidden_state_kurtosis(run: FollowedRun) -> xr.DataArray | None:
         if KURTOSIS not in run.statistics_at(site):
             continue
         found = run.values(site, KURTOSIS, {"stratum": "all"})
-        floor = found.attrs.get("floor") or gaussian_floor(int(run.attrs["hidden_size"]))
+        width = run.attrs.get("hidden_size")
+        floor = found.attrs.get("floor") or (gaussian_floor(int(width)) if width else np.nan)
         for index, layer in enumerate(found["layer"].values):
             label = f"layer {layer}" if site == "residual_post" else site.replace("_", " ")
             places.append((label, site, int(layer), float(floor)))

@@ -57,6 +57,8 @@ class FollowedRun:
         self.lock = threading.RLock()
         self._signature: tuple[int, ...] | None = None
         self._nodes: dict[str, Any] = {}
+        self._recorded: dict[str, dict[str, tuple[str, ...]]] = {}
+        """Group → what it records by step → dimensions without the step."""
         self._columns: OrderedDict[tuple[Any, ...], _Column] = OrderedDict()
         self._coordinates: dict[str, np.ndarray] = {}
 
@@ -93,6 +95,7 @@ class FollowedRun:
         # A run may come from anybody: nothing beside it is ever opened.
         self._nodes = {path: nodes[path] for path in nodes if ".." not in path and not path.startswith("/")}
         self.attrs = attrs
+        self._recorded = _recorded_by_step(self._nodes)
         if not all(self._extend(column) for column in self._columns.values()):
             # Steps were taken back and trained again: nothing that was read can be trusted.
             self._forget()
@@ -111,8 +114,8 @@ class FollowedRun:
         if _nothing_yet(self.path):
             if self._signature is not None or self.attrs:
                 self._forget()
-            self.state, self.problem, self.attrs, self._nodes = "absent", "", {}, {}
-            self._signature = None
+            self.state, self.problem, self.attrs = "absent", "", {}
+            self._nodes, self._recorded, self._signature = {}, {}, None
         else:
             # What was read stays on view.
             self.state, self.problem = "unreadable", str(error)
@@ -165,21 +168,14 @@ class FollowedRun:
         """The sites at which a statistic is recorded by step."""
         from osp_diag.run import SITE_ORDER
 
-        found = [path.rpartition("/")[0] for path in self._nodes if path.endswith(f"/{statistic}")]
-        sites = [path.replace("/", ":", 1) for path in found if path.split("/")[0] not in _NOT_SITES]
+        found = [group for group, names in self._recorded.items() if statistic in names]
+        sites = [group.replace("/", ":", 1) for group in found if group.split("/")[0] not in _NOT_SITES]
         known = {site: order for order, site in enumerate(SITE_ORDER)}
         return sorted(sites, key=lambda site: (known.get(site, len(known)), site))
 
     def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
         """What is recorded by step at a site: name → dimensions without the step."""
-        prefix = f"{_path(site)}/"
-        found = {path.removeprefix(prefix): entry for path, entry in self._nodes.items()
-                 if path.startswith(prefix) and entry["node_type"] == "array"}  # fmt: skip
-        return {
-            name: tuple(entry["dimension_names"][1:])
-            for name, entry in found.items()
-            if entry["dimension_names"][:1] == ["step"]
-        }
+        return self._recorded.get(_path(site), {})
 
     def labels(self, site: str, dimension: str) -> np.ndarray:
         """The labels along a dimension of a site, such as its strata; empty if there are none."""
@@ -207,11 +203,10 @@ class FollowedRun:
         ------
         StoreError : the run does not hold that statistic there, or the label
         """
-        path = f"{_path(site)}/{statistic}"
-        entry = self._nodes.get(path)
-        if entry is None or entry.get("dimension_names", [None])[0] != "step":
+        if statistic not in self.statistics_at(site):
             raise StoreError(f"the run at {self.path} has no {statistic!r} at {site!r} by step")
-        dims = tuple(entry["dimension_names"])
+        path = f"{_path(site)}/{statistic}"
+        dims = ("step", *self.statistics_at(site)[statistic])
         chosen = {dim: self._place(site, dim, label) for dim, label in (select or {}).items()}
         index = tuple(chosen.get(dim, slice(None)) for dim in dims)
         left = [dim for dim in dims if dim not in chosen]
@@ -227,7 +222,10 @@ class FollowedRun:
         coordinates = {dim: self.labels(site, dim) for dim in kept[1:]}
         labelled = {dim: values for dim, values in coordinates.items() if len(values)}
         return xr.DataArray(
-            rows[: len(steps)], dims=kept, coords={"step": steps, **labelled}, attrs=dict(entry["attributes"])
+            rows[: len(steps)],
+            dims=kept,
+            coords={"step": steps, **labelled},
+            attrs=dict(self._nodes[path]["attributes"]),
         )
 
     def _place(self, site: str, dimension: str, label: Any) -> int:
@@ -324,6 +322,16 @@ class _Column:
             room[:start] = self._room[:start] if start else 0
             self._room = room
         self._room[start:stop] = rows
+
+
+def _recorded_by_step(nodes: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, ...]]]:
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
+    for path, entry in nodes.items():
+        dims = entry.get("dimension_names") or ("",)
+        group, _, name = path.rpartition("/")
+        if group and dims[0] == "step":
+            found.setdefault(group, {})[name] = tuple(dims[1:])
+    return found
 
 
 def _lives(attrs: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -38,12 +38,14 @@ def activation(
     if bad_layer is not None:
         bad[bad_layer] = 3
     told = {"estimator": "osp_excess_kurtosis/1", "floor": FLOOR, "ceiling": WIDTH - 3.0, "units": "1"}
+    inverse = {"estimator": "channel_concentration/1", "floor": float(WIDTH), "ceiling": 1.0}
     layers = list(range(len(kurtosis))) if site_layers is None else site_layers
     return xr.Dataset(
         {
             "osp_excess_kurtosis": (("layer", "stratum"), kurtosis, told),
             "max_median_ratio": (("layer", "stratum"), 3 + kurtosis, {"estimator": "max_median_ratio/1"}),
             "nonfinite_token_count": (("layer", "stratum"), bad),
+            "participation_ratio": (("layer", "stratum"), WIDTH / (1 + kurtosis), inverse),
         },
         coords={"layer": layers, "stratum": list(STRATA)},
     )

@@ -17,7 +17,7 @@ from osp_diag.cli.main import main
 from osp_diag.errors import UsageError
 from osp_diag.run_following import FollowedRun
 from osp_diag.store import RunWriter
-from tests.growing_runs import ATTRIBUTES, FLOOR, groups, grown_run, record, scalars
+from tests.growing_runs import ATTRIBUTES, FLOOR, WIDTH, groups, grown_run, record, scalars
 
 
 def followed(path):
@@ -205,6 +205,15 @@ def test_maps_of_several_runs_share_one_scale_of_colours(tmp_path):
     assert bottoms[0][0] > bottoms[1][1], "the first on top"
 
 
+def test_a_statistic_that_falls_with_outliers_is_not_cut_off_at_what_noise_scores(tmp_path):
+    run = followed(grown_run(tmp_path / "run.zarr"))
+    drawn = pictures([run], Choice((0,), statistic="participation_ratio", layer="2"))
+    expected = WIDTH / (1 + 4.5 * FLOOR)
+    assert drawn["kurtosis-curves"]["data"][0]["y"][-1] == pytest.approx(expected, rel=1e-4)
+    assert drawn["kurtosis-curves"]["layout"]["shapes"] == []
+    assert drawn["kurtosis-maps"]["data"][0]["z"][2][-1] == pytest.approx(np.log10(expected), rel=1e-3)
+
+
 def test_sinks_are_the_mean_over_heads(tmp_path):
     run = followed(grown_run(tmp_path / "run.zarr"))
     assert sinks(run).dims == ("step", "layer")
@@ -227,7 +236,8 @@ def test_what_can_be_chosen_is_what_the_runs_hold(tmp_path):
     run = followed(grown_run(tmp_path / "run.zarr"))
     offer = offered([run], Choice((0,)))
     assert offer.sites == ["embedding", "residual_post", "final_norm"]
-    assert offer.statistics == ["osp_excess_kurtosis", "max_median_ratio", "nonfinite_token_count"]
+    names = ["osp_excess_kurtosis", "max_median_ratio", "nonfinite_token_count", "participation_ratio"]
+    assert offer.statistics == names
     assert offer.strata == ["all", "first", "delimiter", "rest"]
     assert offer.layers == [0, 1, 2]
     assert offered([], Choice(())).sites == []

@@ -22,6 +22,7 @@ __all__ = [
     "chosen",
     "curve",
     "extremes",
+    "floor_of",
     "of_layers",
     "offered",
     "pooled_steps",
@@ -99,6 +100,14 @@ def chosen(run: FollowedRun, choice: Choice) -> xr.DataArray | None:
     except StoreError:
         return None
     return values if values.size and values.dims == ("step", "layer") else None
+
+
+def floor_of(values: xr.DataArray) -> float | None:
+    """What noise scores; None where that is not above 0, or outliers score less (the channels in use)."""
+    floor, ceiling = values.attrs.get("floor"), values.attrs.get("ceiling")
+    if not isinstance(floor, int | float) or floor <= 0:
+        return None
+    return None if isinstance(ceiling, int | float) and ceiling < floor else float(floor)
 
 
 def sinks(run: FollowedRun) -> xr.DataArray | None:

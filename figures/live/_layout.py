@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from analyses.live import Standing
-from figures.live._data import LARGEST, MEAN, Choice, chosen, offered
+from figures.live._data import LARGEST, MEAN, Choice, chosen, floor_of, offered
 from figures.live._pictures import Shown
 from osp_diag.run_following import FollowedRun
 
@@ -219,7 +219,7 @@ def definition(runs: Sequence[FollowedRun], choice: Choice) -> str:
         if values is not None:
             attrs = values.attrs
             told = [str(attrs[key]) for key in ("estimator", "definition") if key in attrs]
-            floor = attrs.get("floor")
-            told += [f"dotted: the floor, {floor:.3g}"] if isinstance(floor, float) and floor > 0 else []
+            floor = floor_of(values)
+            told += [f"dotted: the floor, {floor:.3g}"] if floor is not None else []
             return "; ".join(told)
     return f"No chosen run holds {choice.statistic} at {choice.site}."

@@ -1,9 +1,10 @@
-"""The page's parts, and what happens when a reader chooses or time goes by."""
+"""What happens on the page when a reader chooses or time goes by."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 from analyses.live import standing
@@ -47,7 +48,9 @@ def pictures(runs: Sequence[FollowedRun], choice: Choice) -> dict[str, dict[str,
     losses = [(shown, *scalars(run, *LOSSES)) for shown, run in selected]
     speeds = [(shown, *scalars(run, "tokens_per_second")) for shown, run in selected]
     return {
-        "kurtosis-curves": curves(values, layer=choice.layer, title=f"{choice.statistic}<br>{of_layer}"),
+        "kurtosis-curves": curves(
+            values, layer=choice.layer, title=f"{escape(choice.statistic)}<br>{of_layer}"
+        ),
         "kurtosis-maps": heat_maps(values, title=identifier or choice.statistic),
         "sink-curves": curves(rates, layer=choice.layer, title=f"sink rate<br>{of_layer}", share=True),
         "sink-maps": heat_maps(rates, title="sink rate", share=True),

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from figures._colours import ColourScale, sample
-from figures.live._data import curve, of_layers, pooled_steps
+from figures.live._data import curve, floor_of, of_layers, pooled_steps
 from figures.styles.paper import STYLE
 
 __all__ = ["Shown", "curves", "heat_maps", "maps_height", "scalar_curves"]
@@ -55,14 +55,12 @@ def curves(
     floors: set[float] = set()
     lines = []
     for shown, values in runs:
-        lines.append(
-            (shown, curve(values["step"].values, of_layers(values, layer)), values.attrs.get("floor"))
-        )
+        lines.append((shown, curve(values["step"].values, of_layers(values, layer)), floor_of(values)))
     logarithmic = not share and _logarithmic([(points[1], floor) for _, points, floor in lines])
     for shown, (steps, y), floor in lines:
         if logarithmic and floor:
-            y = np.maximum(y, floor / 3)  # a kurtosis of 0 stands at the foot
-            floors.add(float(floor))
+            y = np.where(y == 0, floor / 3, y)  # a kurtosis of 0 stands at the foot
+            floors.add(floor)
         traces.append(_line(shown, steps, y))
     axis: Picture = {"title": {"text": title}}
     axis |= {"range": [0, 1.02]} if share else _log_axis([t["y"] for t in traces]) if logarithmic else {}
@@ -98,11 +96,11 @@ def scalar_curves(
 def heat_maps(runs: Sequence[tuple[Shown, xr.DataArray]], *, title: str, share: bool = False) -> Picture:
     """A map of layers and steps for each run, one under the other, in the same colours."""
     pooled = [(shown, *pooled_steps(values), values) for shown, values in runs]
-    floors = [float(values.attrs.get("floor") or 0) for *_, values in pooled]
+    floors = [floor_of(values) for *_, values in pooled]
     logarithmic = not share and _logarithmic(
         [(z, floor) for (_, _, z, _), floor in zip(pooled, floors, strict=True)]
     )
-    low = min((floor for floor in floors if floor > 0), default=None) if logarithmic else None
+    low = min((floor for floor in floors if floor), default=None) if logarithmic else None
     if share:
         scale = ColourScale(0.0, 1.0)
     else:
