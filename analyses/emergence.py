@@ -105,10 +105,8 @@ def _short(run: Any, found: xr.Dataset, probes: int) -> Any:
     onset = found["onset"].sel(site=found["site"] == "residual_post").values
     firsts = np.fmin.reduce(onset.reshape(-1, onset.shape[-1]), axis=0, initial=np.inf)
     short = thinned_run(run, probes, always=firsts[np.isfinite(firsts)].astype(int).tolist())
-    if short is run:
-        return run
     nodes = {"/": short.tree.to_dataset()}
-    for site in SITES:
+    for site in ("residual_pre", *SITES):
         if site in short.sites and "channel_rms" in short.at(site):
             nodes[site] = short.at(site)[["channel_rms"]].load()  # once, and not again for each layer
     return Run(xr.DataTree.from_dict(nodes))
