@@ -1,7 +1,8 @@
 """What a model is worth at few bits, as a run holds it: a table in the group ``quantization``.
 
 A row is one setting on one set of tokens. Rows are added to a run after it was written, by
-``osp-diag quantize`` or by the ablation; a setting measured again takes the place of the earlier one.
+``osp-diag quantize`` or by the ablation; a setting measured again takes the place of the earlier one, and all
+rows of a run are of one set of weights.
 """
 
 from __future__ import annotations
@@ -119,6 +120,8 @@ def results_of(run: Any) -> xr.Dataset:
 def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
     """Add results to the run at ``path``; a setting that it has already is replaced.
 
+    Results of other weights go: a training that was exported earlier has moved on.
+
     Raises
     ------
     StoreError : no run is there, or another process writes it
@@ -127,8 +130,10 @@ def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
 
     run = open_run(path)
     if QUANTIZATION in run.tree.children:
-        kept = {_key(row): row for row in _rows(results_of(run))}
-        kept |= {_key(row): row for row in _rows(results)}
+        measured = _rows(results)
+        models = {row.model_fingerprint for row in measured}
+        kept = {_key(row): row for row in _rows(results_of(run)) if row.model_fingerprint in models}
+        kept |= {_key(row): row for row in measured}
         results = results_dataset(list(kept.values()))
     now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
     attributes = {str(name): value for name, value in run.attrs.items()}

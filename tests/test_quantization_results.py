@@ -118,6 +118,16 @@ def test_a_run_keeps_its_results_and_loses_nothing_else(tmp_path):
     assert len(run.attrs["resumed"]) == 2
 
 
+def test_results_of_earlier_weights_make_way_for_new_ones(tmp_path):
+    path = write_run(tmp_path / "run.zarr")
+    old = [result(16, 16, 2.0, model_fingerprint="a"), result(8, 8, 2.1, model_fingerprint="a")]
+    store_results(path, results_dataset(old))
+    store_results(path, results_dataset([result(16, 16, 1.5, model_fingerprint="b")]))
+    found = results_of(open_run(path))
+    assert found["model_fingerprint"].values.tolist() == ["b"]
+    assert found["negative_log_likelihood"].values.tolist() == [1.5]
+
+
 def test_a_run_without_results_says_how_to_get_them(tmp_path):
     with pytest.raises(StoreError, match=r"run of tiny holds no results at few bits; .*osp-diag quantize"):
         results_of(open_run(write_run(tmp_path / "run.zarr")))

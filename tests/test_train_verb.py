@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import figures
 from osp_diag.cli.main import main
 from osp_diag.run import open_run
 from tests.training_runs import minute
@@ -98,6 +100,11 @@ def test_the_ablation_trains_six_recipes_and_compares_them(described, tmp_path, 
     assert "| OSP |" in (out / "table.md").read_text()
     assert (out / "kurtosis_dynamics.png").read_bytes().startswith(b"\x89PNG")
     assert printed.err.count("finished after") == 6
+    runs = [out / f"{name}.zarr" for name in ("osp", "adam")]
+    drawn = figures.draw("ablation_table", runs, backend="none")
+    assert drawn["run"].values.tolist() == ["Adam", "OSP"]
+    assert drawn["column"].values.tolist() == ["OSP kurtosis", "perplexity W16A16", "perplexity W4A4"]
+    assert np.isfinite(drawn["value"]).all()
     assert main(words) == 2
     assert "is not empty; give --resume to go on" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
