@@ -153,8 +153,8 @@ def test_a_gap_stays_a_gap():
 
 
 def test_a_spike_of_one_step_is_in_the_map_and_in_the_curve(tmp_path):
-    courses = np.ones((2, 1500))
-    courses[1, 777] = 90.0
+    courses = np.ones((2, 700))
+    courses[1, 333] = 90.0
     run = written(tmp_path / "run.zarr", courses)
     drawn = pictures([run], Choice((0,)))
     z = np.array(drawn["kurtosis-maps"]["data"][0]["customdata"])
@@ -162,13 +162,13 @@ def test_a_spike_of_one_step_is_in_the_map_and_in_the_curve(tmp_path):
     assert z.max() == pytest.approx(90 * FLOOR, rel=1e-4)
     line = drawn["kurtosis-curves"]["data"][0]
     assert max(line["y"]) == pytest.approx(90 * FLOOR, rel=1e-4)
-    assert line["x"][int(np.argmax(line["y"]))] == 777
+    assert line["x"][int(np.argmax(line["y"]))] == 333
 
 
 def test_what_is_sent_does_not_grow_with_the_run(tmp_path):
     sizes = [
         len(json.dumps(pictures([written(tmp_path / f"{count}.zarr", np.ones((4, count)))], Choice((0,)))))
-        for count in (700, 2800)
+        for count in (650, 1300)
     ]
     assert sizes[1] < 1.2 * sizes[0]
 
