@@ -193,14 +193,22 @@ def test_the_verb_adds_to_the_run_of_its_checkpoint(tmp_path, capsys):
     ("words", "message"),
     [
         (["--widths", "W4"], "'W4' is no setting; write W4A4"),
+        (["--widths", "W4A12"], "activation_bits=12: give 2 to 8, or 16 for none"),
         (["--tokens", "1"], "--tokens 1: give 2 or more"),
         (["--out", "table.csv"], "--out table.csv: give a file ending in .nc"),
         (["--run", "nowhere.zarr"], "no run at nowhere.zarr"),
+        (["--held-out"], "--held-out takes the tokens of --run's training: give --run, and no --text"),
     ],
 )
 def test_the_verb_refuses_before_it_opens_a_model(words, message, capsys):
     assert main(["quantize", "no/such/model", *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_only_a_training_holds_tokens_out(tmp_path, capsys):
+    run = write_run(tmp_path / "run.zarr")
+    assert main(["quantize", "no/such/model", "--run", str(run), "--held-out"]) == 2
+    assert "run.zarr was not written by `osp-diag train`; give --text or --dataset" in capsys.readouterr().err
 
 
 def test_a_training_run_takes_only_a_model_of_its_size(tmp_path, capsys):

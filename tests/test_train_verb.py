@@ -105,6 +105,9 @@ def test_the_ablation_trains_six_recipes_and_compares_them(described, tmp_path, 
     assert drawn["run"].values.tolist() == ["Adam", "OSP"]
     assert drawn["column"].values.tolist() == ["OSP kurtosis", "perplexity W16A16", "perplexity W4A4"]
     assert np.isfinite(drawn["value"]).all()
+    words_of_quantize = ["--run", str(runs[0]), "--held-out", "--widths", "W2A16", "--tokens", "64"]
+    assert main(["quantize", str(out / "models" / "osp"), *words_of_quantize]) == 0
+    assert "tokens (held-out tokens of the training, sequences of 32)" in capsys.readouterr().out
     assert main(words) == 2
     assert "is not empty; give --resume to go on" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0

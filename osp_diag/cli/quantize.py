@@ -78,11 +78,14 @@ def run(
     """
     from analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
     from analyses.quantization_results import HELD_OUT, store_results
+    from analyses.round_to_nearest import check_bits
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing.checkpoint import progress_bar
     from osp_diag.tokens import make_batches
 
     chosen = [bit_widths(entry) for entry in widths] or list(WIDTHS)
+    for bits in chosen:
+        check_bits(*bits)
     _check(run, out, tokens, seq_len)
     own_tokens = _held_out(run, tokens, text, dataset) if held_out else None
     opened = open_checkpoint(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -110,15 +113,15 @@ def run(
             batch_size=batch_size,
             progress=progress,
         )
-    if run is not None:
-        store_results(run, results)
+    # Told before it is stored, so that nothing measured is lost where the run cannot be written.
+    print(
+        json_format.dumps(_as_rows(results), indent=2) if json else _as_text(results, opened.name), flush=True
+    )
     if out is not None:
         results.to_netcdf(out)
-    if json:
-        print(json_format.dumps(_as_rows(results), indent=2))
-    else:
-        print(_as_text(results, opened.name))
-        if run is not None:
+    if run is not None:
+        store_results(run, results)
+        if not json:
             print(f"\nstored in {run}   (osp-diag figure bit_width_sweep {run} --out sweep.png)")
     return 0 if all(math.isfinite(value) for value in results["negative_log_likelihood"].values) else 1
 
