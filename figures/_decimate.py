@@ -9,7 +9,16 @@ from jaxtyping import Float
 
 from osp_diag.max_pooling import bin_starts, max_pool
 
-__all__ = ["bin_starts", "counts_few", "max_pool", "number", "spread"]
+__all__ = ["bin_starts", "counts_few", "max_pool", "number", "spans", "spread"]
+
+
+def spans(size: int, bins: int) -> list[str] | None:
+    """What each bin of ``max_pool`` holds of ``range(size)``: "16 to 17". None where nothing was pooled."""
+    if size <= bins:
+        return None
+    starts = [int(start) for start in bin_starts(size, bins)]
+    ends = [*(start - 1 for start in starts[1:]), size - 1]
+    return [f"{a} to {b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True)]
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:

@@ -229,6 +229,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         texts = [
             shown_token(text, _LONGEST) for text in part["token_text"].values[: values.sizes["key_token"]]
         ]
+        named = [f"{place} \u201c{text}\u201d" for place, text in enumerate(texts)]
         first = float(values.isel(key_token=0).mean())
         panel = canvas.panel(
             row,
@@ -245,8 +246,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             x,
             y[::-1],
             quantity="attention",
-            x_texts=texts,
-            y_texts=texts[::-1],
+            x_texts=named,
+            y_texts=named[::-1],
             **colours,
         )
         if len(texts) <= _NAMED:

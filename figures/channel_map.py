@@ -9,7 +9,7 @@ import xarray as xr
 
 from figures._caption import caption
 from figures._colours import ColourScale
-from figures._decimate import bin_starts, max_pool
+from figures._decimate import bin_starts, max_pool, spans
 from figures._runs import identifier, labels_of, last_step, per_run, statistics
 from figures.backend import Backend, Canvas
 from figures.styles import Style
@@ -122,7 +122,14 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             x_label="channel" if row == runs - 1 else "",
         )
         values = part["value"].sel(layer=layers).values[:, :columns]
-        panel.heat_map(values, centres, layers.astype(float), quantity=dataset.attrs["quantity"], **colours)
+        panel.heat_map(
+            values,
+            centres,
+            layers.astype(float),
+            quantity=dataset.attrs["quantity"],
+            x_texts=spans(channels, columns),
+            **colours,
+        )
         hot = [int(channel) for channel in part["hot_channel"].values if np.isfinite(channel)]
         panel.marks([float(channel) for channel in sorted(hot)], [str(channel) for channel in sorted(hot)])
         panels.append(panel)

@@ -17,7 +17,7 @@ from analyses.channel_comparison import compare_channels
 from analyses.channel_profiles import relative_rms
 from figures._caption import caption
 from figures._colours import ColourScale
-from figures._decimate import bin_starts, max_pool, number
+from figures._decimate import bin_starts, max_pool, number, spans
 from figures._runs import last_step, name_of, per_run, statistics
 from figures.backend import Backend, Canvas, Panel
 from figures.styles import Style
@@ -202,7 +202,8 @@ def _draw_map(part: xr.Dataset, canvas: Canvas, row: int, colours: dict[str, Any
     values = part["value"].transpose("layer", "column").values[:, :columns]
     own = np.isfinite(values).any(axis=1)
     layers = part["layer"].values[own].astype(float)
-    panel.heat_map(values[own], centres, layers, quantity="channel_rms / median", **colours)
+    named = spans(width, columns)
+    panel.heat_map(values[own], centres, layers, quantity="channel_rms / median", x_texts=named, **colours)
     hot = sorted(int(channel) for channel in part["hot_channel"].values if np.isfinite(channel))
     panel.marks([float(channel) for channel in hot], [str(channel) for channel in hot])
     return panel

@@ -85,6 +85,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             np.arange(probed, dtype=float),
             np.arange(layers * heads, dtype=float),
             quantity=dataset.attrs["quantity"],
+            x_texts=[str(step) for step in rate["step"].values],
+            y_texts=[f"{layer}, head {head}" for layer in rate["layer"].values for head in range(heads)],
             **colours,
         )
         emerged = part["emergence_step"].sel(layer=rate["layer"], head=rate["head"])

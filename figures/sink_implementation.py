@@ -133,8 +133,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             title=str(part["kind"].item()),
             x_label=_frequency_label(part["wavelength"].values),
         )
-        _bars(left, part["channel"].values, style.palette[0])
-        _bars(right, values, style.palette[1])
+        _bars(left, part["channel"].values, style.palette[0], "channel")
+        _bars(right, values, style.palette[1], "rotary frequency")
         if not np.isfinite(values).any():
             right.limits("x", 0.0, 1.0)
             right.limits("y", 0.0, 1.0)
@@ -149,7 +149,7 @@ def _frequency_label(wavelength: np.ndarray) -> str:
     return f"rotary frequency, {known[0]:,.0f} to {known[-1]:,.0f} tokens per turn"
 
 
-def _bars(panel: Panel, values: np.ndarray, colour: str) -> None:
+def _bars(panel: Panel, values: np.ndarray, colour: str, what: str) -> None:
     """Bars from 0, and the names of the largest that together carry 90%."""
     values = values[np.isfinite(values)]
     if not values.size:
@@ -163,6 +163,7 @@ def _bars(panel: Panel, values: np.ndarray, colour: str) -> None:
         colour=colour,
         lower=np.minimum(outline, 0.0),
         upper=np.maximum(outline, 0.0),
+        texts=[f"{what} {place}" for place in np.repeat(np.arange(values.size), 2)],
     )
     size = np.abs(values)
     order = np.argsort(-size, kind="stable")

@@ -99,7 +99,7 @@ def test_several_runs_have_a_row_each_and_name_their_own_tokens():
     drawn = next(call for name, call in canvas.panels[1, 0].calls if name == "heat_map")
     assert drawn["values"].shape == (6, 6)
     assert drawn["y"][0] == 5  # queries go downwards
-    assert drawn["y_texts"][-1] == "<s>"
+    assert drawn["y_texts"][-1] == "0 “<s>”"
     subtitle = canvas.panels[0, 0].labels["subtitle"]
     assert subtitle.startswith("layer 4, head 1: ")
     assert subtitle.endswith("% to the first token")

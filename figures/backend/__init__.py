@@ -52,8 +52,12 @@ class Panel(Protocol):
         dash: Dash = "solid",
         lower: Float[np.ndarray, " point"] | None = None,
         upper: Float[np.ndarray, " point"] | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
-        """A line, broken where y is NaN, with a band from ``lower`` to ``upper`` if they are given."""
+        """A line, broken where y is NaN, with a band from ``lower`` to ``upper`` if they are given.
+
+        ``texts`` are what a page calls its points in place of their x.
+        """
 
     def level(self, value: float, text: str) -> None:
         """A thin horizontal line across the panel with its text on it."""
@@ -67,7 +71,7 @@ class Panel(Protocol):
         colour: str,
         texts: Sequence[str] | None = None,
     ) -> None:
-        """Points; ``texts`` are what a page says of them beside their numbers."""
+        """Points; ``texts`` are what a page calls them in place of their x."""
 
     def heat_map(
         self,
@@ -83,7 +87,7 @@ class Panel(Protocol):
     ) -> None:
         """Cells centred on x and y; NaN cells are left empty.
 
-        ``x_texts`` and ``y_texts`` are what a page calls columns and rows beside their numbers.
+        ``x_texts`` and ``y_texts`` are what a page says at the pointer in place of their numbers.
         """
 
     def surface(

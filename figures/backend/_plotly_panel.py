@@ -60,7 +60,7 @@ class Panel:
         self.subtitle = ""
         self.suffix = "" if index == 0 else str(index + 1)
         self.traces: list[Any] = []
-        self._hovers: list[tuple[Any, str, tuple[Sequence[str], Sequence[str]] | None]] = []
+        self._hovers: list[tuple[Any, str, tuple[Sequence[str] | None, Sequence[str] | None]]] = []
         """trace, what its hover says of the value, texts of its columns and rows"""
         self.tick_texts: list[str] = []
         """of the x axis, where they are given"""
@@ -99,6 +99,7 @@ class Panel:
         dash: str = "solid",
         lower: Float[np.ndarray, " point"] | None = None,
         upper: Float[np.ndarray, " point"] | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
         shown = np.where(y > 0, y, np.nan) if self.log_y else y
         mode = "markers" if np.isfinite(shown).sum() == 1 else "lines"
@@ -113,7 +114,7 @@ class Panel:
                 line={"color": colour, "dash": _DASHES[dash], "width": 2.2},
             )
         )
-        self._hovers.append((self.traces[-1], f"%{{y:,.4g}}<extra>{_hovered(label)}</extra>", None))
+        self._hovers.append((self.traces[-1], f"<extra>{_hovered(label)}</extra>", (texts, None)))
         if lower is not None and upper is not None:
             red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
             self._add(
@@ -169,11 +170,9 @@ class Panel:
                 legend=f"legend{self.suffix}",
                 showlegend=bool(label),
                 marker={"color": colour, "size": 6},
-                text=None if texts is None else list(map(plain, texts)),
             )
         )
-        said = f"%{{y:,.4g}}{'' if texts is None else '<br>%{text}'}<extra>{_hovered(label)}</extra>"
-        self._hovers.append((self.traces[-1], said, None))
+        self._hovers.append((self.traces[-1], f"<extra>{_hovered(label)}</extra>", (texts, None)))
 
     def heat_map(
         self,
@@ -199,9 +198,8 @@ class Panel:
                 showscale=False,
             )
         )
-        texts = None if x_texts is None or y_texts is None else (x_texts, y_texts)
         said = f"{plain(quantity)} %{{customdata:,.4g}}<extra></extra>"
-        self._hovers.append((self.traces[-1], said, texts))
+        self._hovers.append((self.traces[-1], said, (x_texts, y_texts)))
         half = [(axis[1] - axis[0]) / 2 if len(axis) > 1 else 0.5 for axis in (x, y)]
         self.range = (float(x[0] - half[0]), float(x[-1] + half[0]))
         self.axis("x", range=list(self.range), showgrid=False, mirror=True)
@@ -209,18 +207,30 @@ class Panel:
 
     def write_hovers(self, x_name: str, y_name: str) -> None:
         """Say at the pointer what is there, by the names of the axes; those of inner panels are elsewhere."""
-        for trace, said, texts in self._hovers:
-            if texts is not None:
-                columns, rows = (
-                    [f"{name} {place:g} “{plain(text)}”" for place, text in zip(places, shown, strict=True)]
-                    for name, places, shown in zip((x_name, y_name), (trace.x, trace.y), texts, strict=True)
-                )
-                trace.text = [[f"{row}<br>{column}" for column in columns] for row in rows]
-                trace.hovertemplate = f"%{{text}}<br>{said}"
-            elif trace.type == "heatmap":
-                trace.hovertemplate = f"{x_name} %{{x}}<br>{y_name} %{{y}}<br>{said}"
-            else:
-                trace.hovertemplate = f"{x_name} %{{x:,.6~g}}<br>{y_name} {said}"
+        x_name, y_name = (name.partition(",")[0] for name in (x_name, y_name))
+        for trace, said, (columns, rows) in self._hovers:
+            at_x, at_y = f"{x_name} %{{x}}", f"{y_name} %{{y}}"
+            if trace.type != "heatmap":
+                number = f"{x_name} %{{x:,.6~g}}"
+                # Where the axis names its places, the value is along x.
+                shown = ["%{y}", number] if self.tick_width else [f"{y_name} %{{y:,.4g}}"]
+                first = "%{text}" if columns is not None else "" if self.tick_width else number
+                trace.text = columns if columns is None else list(map(plain, columns))
+                trace.hovertemplate = "<br>".join(filter(None, [first, *shown])) + said
+                continue
+            if columns is not None and rows is not None:
+                at_x, at_y = "", "%{text}"
+                trace.text = [
+                    [f"{y_name} {plain(row)}<br>{x_name} {plain(column)}" for column in columns]
+                    for row in rows
+                ]
+            elif columns is not None:
+                at_x = f"{x_name} %{{text}}"
+                trace.text = [list(map(plain, columns))] * len(trace.y)
+            elif rows is not None:
+                at_y = f"{y_name} %{{text}}"
+                trace.text = [[plain(row)] * len(trace.x) for row in rows]
+            trace.hovertemplate = "<br>".join(filter(None, [at_y, at_x, said]))
 
     def surface(
         self,
@@ -289,6 +299,8 @@ class Panel:
 
     def limits(self, axis: Literal["x", "y", "z"], low: float, high: float) -> None:
         logarithmic = (axis == "y" and self.log_y) or (axis == "x" and self.log_x)
+        if axis == "x":
+            self.range = (low, high)
         self.axis(axis, range=[float(np.log10(low)), float(np.log10(high))] if logarithmic else [low, high])
 
     def legend(self) -> None:

@@ -15,13 +15,13 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullLocator
 
-from figures._colours import ColourScale, colour_table
+from figures._colours import ColourScale
 from figures._decimate import counts_few, spread
+from figures.backend._matplotlib_colours import colour_map_of, edges_of, norm_of
 from figures.backend._matplotlib_text import file_metadata, fitting, plain, wrapped
 from figures.styles import Style
 
@@ -38,18 +38,6 @@ _SMALL = 2.2
 """inches of a panel, below which an axis has room for three or four ticks"""
 
 
-def _colour_map(name: str) -> Colormap:
-    return ListedColormap(colour_table(name), name=name).with_extremes(bad="#ffffff")
-
-
-def _norm(scale: ColourScale) -> Normalize:
-    if scale.kind == "log":
-        return LogNorm(scale.low, scale.high, clip=True)
-    if scale.kind == "symlog":
-        return SymLogNorm(scale.threshold, vmin=scale.low, vmax=scale.high, clip=True)
-    return Normalize(scale.low, scale.high, clip=True)
-
-
 def _under_style(method: Callable[P, R]) -> Callable[P, R]:
     """The method run with the settings of its object's style, and no trace of them afterwards."""
 
@@ -60,13 +48,6 @@ def _under_style(method: Callable[P, R]) -> Callable[P, R]:
             return method(*values, **options)
 
     return styled
-
-
-def _edges(centres: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " edge"]:
-    if len(centres) == 1:
-        return np.array([centres[0] - 0.5, centres[0] + 0.5])
-    between = (centres[1:] + centres[:-1]) / 2
-    return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
 
 
 class _PlainMinor(LogFormatter):
@@ -114,6 +95,7 @@ class Panel:
         dash: str = "solid",
         lower: Float[np.ndarray, " point"] | None = None,
         upper: Float[np.ndarray, " point"] | None = None,
+        texts: Sequence[str] | None = None,
     ) -> None:
         mark = "o" if np.isfinite(y).sum() == 1 else None
         self.axes.plot(x, y, label=plain(label), color=colour, linestyle=_DASHES[dash], marker=mark)
@@ -162,13 +144,13 @@ class Panel:
         x_texts: Sequence[str] | None = None,
         y_texts: Sequence[str] | None = None,
     ) -> None:
-        left, right = _edges(x)[[0, -1]]
-        bottom, top = _edges(y)[[0, -1]]
+        left, right = edges_of(x)[[0, -1]]
+        bottom, top = edges_of(y)[[0, -1]]
         shown = np.maximum(values, scale.low) if scale.kind == "log" else values
         self.axes.imshow(
             np.ma.masked_invalid(shown),
-            norm=_norm(scale),
-            cmap=_colour_map(colour_map),
+            norm=norm_of(scale),
+            cmap=colour_map_of(colour_map),
             aspect="auto",
             origin="lower",
             extent=(left, right, bottom, top),
@@ -192,7 +174,7 @@ class Panel:
         quantity: str,
     ) -> None:
         corners = [values[:-1, :-1], values[1:, :-1], values[:-1, 1:], values[1:, 1:]]
-        colours = _colour_map(colour_map)(scale.fraction(np.fmax.reduce(corners)))
+        colours = colour_map_of(colour_map)(scale.fraction(np.fmax.reduce(corners)))
         across, along = np.meshgrid(x, y)
         self.axes.plot_surface(
             across,
@@ -363,7 +345,7 @@ class Canvas:
 
     @_under_style
     def colour_bar(self, panels: Sequence[Panel], *, scale: ColourScale, colour_map: str, label: str) -> None:
-        mappable = mpl.cm.ScalarMappable(_norm(scale), _colour_map(colour_map))
+        mappable = mpl.cm.ScalarMappable(norm_of(scale), colour_map_of(colour_map))
         bar = self.figure.colorbar(
             mappable, ax=[panel.axes for panel in panels], aspect=24, pad=0.015, fraction=0.05
         )
