@@ -166,7 +166,7 @@ def test_hostile_names_are_text_everywhere():
     assert "&lt;script&gt;hurt" in outside
     assert "{{ 7 * 7 }}" in outside
     assert html.count("</script>") == html.count("<script")
-    assert page_data(html)["runs"][0]["model"] == HOSTILE_NAME
+    assert page_data(html)["runs"][0]["label"] == HOSTILE_NAME
 
     figures = page_data(html)["figures"]  # plotly reads some markup, too
     assert "<img" not in json.dumps([{**variant, "caption": ""} for one in figures for variant in [one["0"]]])

@@ -5,13 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from analyses.emergence import Emergence, emergence
 from analyses.verdict import Verdict, verdict
@@ -24,21 +19,15 @@ from figures.report.encoding import script_json
 from figures.report.explorer import explorer_data
 from figures.report.heads import Heads, heads_of
 from figures.report.heads import definitions as head_definitions
+from figures.report.page import rendered
 from figures.report.shown_figures import draw_figures
-from figures.report.tables import channel_table, head_table, layer_table, shown
+from figures.report.tables import channel_table, head_table, layer_table
 from osp_diag.errors import OspDiagError, UsageError
 
 __all__ = ["Report", "build_report", "check_out", "write_report"]
 
 PROBES, DRAWS, CHANNEL_PROBES = 96, 20, 24
 """Of the emergence of outliers: probed steps of onsets, bootstrap draws, probed steps of channels."""
-WORDS = {
-    "broken": ("✖", "broken"),
-    "raised": ("▲", "raised"),
-    "clear": ("✓", "clear"),
-    "unknown": ("?", "not measured"),
-}
-SCRIPTS = ("state.js", "plots.js", "explorer.js", "heads.js", "figures.js", "tables.js", "main.js")
 
 
 @dataclass(frozen=True)
@@ -112,10 +101,8 @@ def build_report(runs: Any) -> Report:
     told = [_told(run, label, head) for run, label, head in zip(found, labels, heads, strict=True)]
     verdicts = [one.verdict for one in told]
     drawn = draw_figures(found, labels)
-    several = len(found) > 1
     words = head_definitions()
     tables = [
-        *([key_numbers(verdicts, labels)] if several else []),
         layer_table(found, labels),
         head_table(heads, labels, words),
         channel_table(found, labels, [one.emerged for one in told]),
@@ -123,34 +110,25 @@ def build_report(runs: Any) -> Report:
     left_out = [f"{figure.name}: {reason}" for figure in drawn for reason in dict.fromkeys(figure.left_out)]
     data = {
         "runs": explorer_data(found, labels),
-        "heads": [{"rows": head.rows, "parts": head.parts, "problem": head.problem} for head in heads],
+        "heads": [{"rows": head.rows, "parts": head.parts} for head in heads],
         "head_words": words,
         "figures": [figure.variants for figure in drawn if figure.variants],
         "colours": {"magnitude": sample("batlow", 24), "share": sample("lipari_r", 24)},
     }
-    html = (
-        _environment()
-        .get_template("page.html.jinja")
-        .render(
-            title=f"{', '.join(labels)}: outliers and attention sinks",
-            told=told,
-            words=WORDS,
-            several=several,
-            sentences=sentences(found, verdicts, labels),
-            pairs=compared_pairs(found, labels),
-            others=others(found, labels),
-            numbers=tables.pop(0) if several else None,
-            tables=[table for table in tables if table.rows],
-            figures=[figure for figure in drawn if figure.variants],
-            left_out=left_out,
-            definitions=definitions_of(found),
-            provenance=[_provenance(run) for run in found],
-            labels=labels,
-            data=script_json(data),
-            style=_static("report.css"),
-            plotly=_plotly(),
-            scripts=[_static(name) for name in SCRIPTS],
-        )
+    html = rendered(
+        title=f"{', '.join(labels)}: outliers and attention sinks",
+        labels=labels,
+        told=told,
+        sentences=sentences(found, verdicts, labels),
+        numbers=key_numbers(verdicts, labels) if len(found) > 1 else None,
+        pairs=compared_pairs(found, labels),
+        others=others(found, labels),
+        figures=[figure for figure in drawn if figure.variants],
+        left_out=left_out,
+        tables=[table for table in tables if table.rows],
+        definitions=definitions_of(found),
+        provenance=[_provenance(run) for run in found],
+        data=script_json(data),
     )
     return Report(html, tuple(verdicts), tuple(labels), tuple(left_out))
 
@@ -195,36 +173,3 @@ def _provenance(run: Any) -> list[tuple[str, str]]:
     facts.append(("probed steps", f"{count:,}{span}"))
     facts += [(f"without {site}", why) for site, why in run.absent_sites.items()]
     return facts
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("figures.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["cell"] = shown
-    environment.filters["sorted_by"] = _sort_key
-    environment.filters["count"] = lambda value: f"{value:,}"
-    return environment
-
-
-def _sort_key(value: Any) -> str:
-    """What a cell is sorted by, and saved as: a number in full, or the text."""
-    if value is None or (isinstance(value, float) and not np.isfinite(value)):
-        return ""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _static(name: str) -> Markup:
-    """A file of this package, which goes into the page as it is."""
-    return Markup((files("figures.report") / "static" / name).read_text(encoding="utf-8"))
-
-
-def _plotly() -> Markup:
-    """The plotting library, as the installed package brings it."""
-    from plotly.offline import get_plotlyjs
-
-    return Markup(get_plotlyjs())

@@ -14,7 +14,6 @@ import xarray as xr
 from analyses.summary_numbers import EPSILON
 from analyses.thinned_run import evenly
 from figures._decimate import bin_starts, max_pool
-from figures._runs import name_of
 from figures.report.encoding import packed, packed_log
 from osp_diag.errors import OspDiagError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
@@ -46,8 +45,8 @@ COURSE = 200
 def explorer_data(runs: list[Any], labels: list[str]) -> list[dict[str, Any]]:
     """One dictionary a run, ready for JSON; arrays are packed.
 
-    Each has ``label``, ``model``, ``steps`` (those of the slider), ``step_count``, and ``profiles``,
-    ``channels``, ``sinks``, ``course`` where the run holds them (else they are left out).
+    Each has ``label``, ``steps`` (those of the slider), ``step_count``, and ``profiles``, ``channels``,
+    ``sinks``, ``course`` where the run holds them (else they are left out).
     """
     cells = sum(_cells_per_step(run) for run in runs)
     most = max(FEWEST_STEPS, BUDGET // max(cells, 1))
@@ -86,7 +85,6 @@ def _of_run(run: Any, label: str, most: int) -> dict[str, Any]:
     }
     return {
         "label": label,
-        "model": name_of(run),
         "steps": [int(step) for step in run.steps[kept]],
         "step_count": len(run.steps),
         "profiles": _profiles(run, kept),

@@ -42,7 +42,7 @@ class Table:
 
 def shown(value: Any) -> str:
     """A cell for the eye."""
-    if value is None:
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
         return ""
     return number(value) if isinstance(value, float) else str(value)
 

@@ -85,7 +85,7 @@ const Explorer = {
     const shown = State.shown().filter((place) => DATA.runs[place].channels);
     visible("channels-figure", shown.length > 0);
     if (!shown.length) return;
-    const stratum = State.stratum === "all" ? "all" : "rest";
+    const stratum = State.stratum === "rest" ? "rest" : "all";
     const top = Math.log10(Math.max(10, ...shown.map((place) => this.highest(DATA.runs[place].channels))));
     this.maps("channels-plot", shown, (run) => {
       const map = run.channels, step = stepPlace(run), which = Math.max(map.strata.indexOf(stratum), 0), columns = map.ratio.shape[3];

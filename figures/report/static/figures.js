@@ -1,6 +1,6 @@
 "use strict";
 /* The figures of the registry: the variant of the run that is shown, in the colours of the theme, with the
-   chosen layer marked on every axis that counts layers. */
+   chosen layer marked on every axis that counts layers, and the chosen head where it counts heads too. */
 const Figures = {
   stale: new Set(),
   near: new Set(),
@@ -87,8 +87,10 @@ const Figures = {
     return this.layerAxes(variant.layout).map((one) => {
       const values = variant.data.filter((trace) => (trace[`${one.axis}axis`] ?? one.axis) === one.axis + one.suffix).flatMap((trace) => trace[one.axis]);
       const half = one.axis === "x" ? halfWidth(Math.max(...values) + 1) : 0.5;
-      const [low, high] = one.heads ? [State.layer * one.heads - 0.5, (State.layer + 1) * one.heads - 0.5] : [State.layer - half, State.layer + half];
-      return layerBand(one.axis, one.suffix, low, high);
+      if (!one.heads) return layerBand(one.axis, one.suffix, State.layer - half, State.layer + half);
+      const first = State.layer * one.heads - 0.5;
+      const inside = State.head !== null && State.head < one.heads;
+      return inside ? layerBand(one.axis, one.suffix, first + State.head, first + State.head + 1) : layerBand(one.axis, one.suffix, first, first + one.heads);
     });
   },
 

@@ -16,6 +16,8 @@ const Controls = {
     Object.assign(State, { site: first("site"), statistic: first("statistic"), stratum: first("stratum"), step: this.steps.at(-1) ?? 0 });
     const strongest = DATA.heads.flatMap((heads) => heads.rows.slice(0, 1)).sort((a, b) => (b.sink_rate ?? 0) - (a.sink_rate ?? 0))[0];
     if (strongest && strongest.sink_rate >= 0.5) Object.assign(State, { layer: strongest.layer, head: strongest.head });
+    const all = document.querySelector("[name=run]"); // browsers keep what was chosen before a reload
+    if (all) all.checked = true;
     this.wire();
     this.listen();
     Tables.wire();
@@ -61,7 +63,7 @@ const Controls = {
   listen() {
     State.on(["run"], () => { Tables.followRun(); Figures.all(); Explorer.all(); Heads.draw(); });
     State.on(["layer"], () => { Explorer.all(); Figures.mark(); Tables.followLayer(); });
-    State.on(["head"], () => Explorer.sinks());
+    State.on(["head"], () => { Explorer.sinks(); Figures.mark(); });
     State.on(["layer", "head"], () => Heads.draw());
     State.on(["step"], () => { Explorer.all(); });
     State.on(["site", "statistic"], () => { Explorer.profile(); Explorer.course(); this.definition(); });

@@ -25,12 +25,12 @@ const Tables = {
   value(cell) { return cell.dataset.value === undefined ? cell.textContent : cell.dataset.value === "" ? "" : Number(cell.dataset.value); },
 
   csv(table) {
-    const quoted = (text) => `"${text.replaceAll('"', '""')}"`;
+    // A spreadsheet would take a text that begins like one for a formula.
+    const quoted = (text) => `"${(/^[=+\-@\t\r]/.test(text) ? `'${text}` : text).replaceAll('"', '""')}"`;
     const heads = [...table.querySelectorAll("th button")].map((head) => quoted(head.textContent));
     const rows = [...table.tBodies[0].rows].filter((row) => !row.hidden).map((row) => [...row.cells].map((cell) => {
       const value = this.value(cell);
-      // A spreadsheet would take such text for a formula.
-      return typeof value === "number" ? String(value) : quoted(/^[=+\-@\t]/.test(value) ? `'${value}` : value);
+      return typeof value === "number" ? String(value) : quoted(value);
     }));
     return [heads, ...rows].map((row) => row.join(",")).join("\r\n") + "\r\n";
   },
