@@ -19,6 +19,7 @@ from analyses.in_notebook import in_notebook
 from analyses.summary import EVERYDAY, NEAR_GAUSSIAN, SINKS, Summary, summarise
 from analyses.summary_numbers import EPSILON, QK_CLIP, SINK_HEAD
 from analyses.summary_text import number
+from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.run_display import HIDDEN_STATES
 
 __all__ = ["RULES", "STATES", "Finding", "State", "Verdict", "verdict"]
@@ -185,13 +186,13 @@ def _massive(summary: Summary) -> Finding:
 
 
 def _kurtosis(summary: Summary, run: Any) -> Finding:
-    if summary.osp_kurtosis is None or summary.osp_kurtosis_over_floor is None:
+    if summary.osp_kurtosis is None or summary.osp_kurtosis_over_floor is None or summary.width is None:
         why = summary.note or "the run does not say the model's width"
         return Finding(rule="kurtosis", state="unknown", text=f"OSP kurtosis: {why}.")
     over = summary.osp_kurtosis_over_floor
     text = (
         f"OSP kurtosis {number(summary.osp_kurtosis)}: {number(over)} times its Gaussian floor "
-        f"({number(summary.osp_kurtosis / over) if over else 'unknown'}), "
+        f"({number(gaussian_floor(summary.width))}), "
         f"{summary.osp_kurtosis_of_ceiling or 0:.1%} of its ceiling."
     )
     highest = _highest(run, summary.step)
