@@ -182,8 +182,11 @@ def _weight_lines(data: xr.Dataset) -> Iterator[str]:
             values = data[name]
             a, b = values.max([dim for dim in values.dims if dim != "run"]).values
             yield f"{said}: {_cell(float(a))} (A), {_cell(float(b))} (B)"
-    if "down_projection_row_ratio" in data and "residual_post" in data["site"].values:
-        yield from _rows_behind(data)
+    if "residual_post" in data["site"].values:
+        if "down_projection_row_ratio" in data:
+            yield from _rows_behind(data)
+        if "projection_row_ratio" in data:
+            yield from _writers_behind(data)
 
 
 def _rows_behind(data: xr.Dataset) -> Iterator[str]:
@@ -200,6 +203,30 @@ def _rows_behind(data: xr.Dataset) -> Iterator[str]:
                 f"{_cell(float(rows.sel(output_channel=hot).max()))}, median of all rows "
                 f"{_cell(float(rows.median()))}"
             )
+
+
+def _writers_behind(data: xr.Dataset) -> Iterator[str]:
+    """The rows of each projection that write the hot channels of the residual stream."""
+    for run, letter in enumerate("AB"):
+        mine = (data["hot_site"].values == "residual_post") & (data["hot_layers"].values[run] > 0)
+        for name in data["projection"].values:
+            rows = data["projection_row_ratio"].isel(run=run).sel(projection=name).max("projection_layer")
+            hot = data["hot_channel"].values[mine]
+            hot = hot[np.isin(hot, rows["output_channel"].values)]
+            behind = rows.sel(output_channel=hot)
+            if hot.size and bool(behind.notnull().any()):
+                channel = int(behind["output_channel"].values[int(np.nanargmax(behind.values))])
+                rank = int((rows > behind.max()).sum()) + 1
+                yield (
+                    f"Rows of {name} that write {letter}'s hot channels ({_shown(hot)}): max |W| up to "
+                    f"{_cell(float(behind.max()))} times that of the median row (channel {channel}, the "
+                    f"{_ordinal(rank)} largest of {int(rows.notnull().sum()):,} rows)"
+                )
+
+
+def _ordinal(rank: int) -> str:
+    ending = "th" if rank % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(rank % 10, "th")
+    return f"{rank}{ending}"
 
 
 def _shown(channels: np.ndarray) -> str:

@@ -6,6 +6,8 @@ from typing import Any
 
 import xarray as xr
 
+from osp_diag.errors import OspDiagError
+
 __all__ = ["compared_weights"]
 
 _NORMS, _ROWS, _DOWN = "weights:norm_gain", "weights:embedding_rows", "mlp_down_weight"
@@ -39,8 +41,9 @@ _SAID = {
 def compared_weights(first: Any, second: Any, steps: tuple[int, int]) -> tuple[xr.Dataset, list[str]]:
     """What both runs hold of the weights, side by side on the dimension ``run``; and notes on the rest.
 
-    Layers, norms or rows that one run lacks are NaN. Rows of the output projection of attention are in no
-    run; those of the down projection are where the site ``mlp_down_weight`` was probed.
+    Layers, norms or rows that one run lacks are NaN. Rows of the projections that write into the residual
+    stream are where a checkpoint was probed (``projection_row_ratio``, of the layers that it keeps maps of),
+    those of the down projection also where the site ``mlp_down_weight`` was.
     """
     parts, missing = [], {}
     for group, names in _VARIABLES.items():
@@ -61,6 +64,13 @@ def compared_weights(first: Any, second: Any, steps: tuple[int, int]) -> tuple[x
                 combine_attrs="override",
             )
         )
+    writers = [found for found in map(_writers, (first, second)) if found is not None]
+    if len(writers) == 2:
+        parts.append(
+            xr.concat(
+                writers, "run", join="outer", data_vars="all", coords="minimal", combine_attrs="override"
+            )
+        )
     notes = []
     if missing:
         said = "; ".join(f"{name} ({group})" for name, group in missing.items())
@@ -69,6 +79,33 @@ def compared_weights(first: Any, second: Any, steps: tuple[int, int]) -> tuple[x
             "needs the checkpoints"
         )
     return xr.merge(parts, compat="override", join="outer", combine_attrs="drop"), notes
+
+
+def _writers(run: Any) -> xr.Dataset | None:
+    """Rows of the projections into the residual stream, by projection, layer and channel that they write.
+
+    ``projection_row_ratio`` is the largest |W| of a row over that of the median row of its matrix.
+    """
+    width = run.attrs.get("hidden_size")
+    found = []
+    try:
+        names = list(run.weight_maps)
+    except (OspDiagError, AttributeError):
+        return None
+    for name in names:
+        rows = run.weight_map(name)["row_maximum"]
+        if rows.sizes["output_channel"] != width:
+            continue
+        ratio = (rows / rows.median("output_channel")).load().expand_dims(projection=[name])
+        found.append(ratio.rename({"layer": "projection_layer"}).rename("projection_row_ratio"))
+    if not found:
+        return None
+    joined = xr.concat(found, "projection", join="outer").to_dataset()
+    joined["projection_row_ratio"].attrs = {
+        "units": "1",
+        "definition": "largest |W| of the row that writes a channel, over that of the matrix's median row",
+    }
+    return joined
 
 
 def _group(run: Any, group: str, names: dict[str, str], step: int) -> xr.Dataset | None:

@@ -39,6 +39,7 @@ def channel_run(
     earlier: Mapping[str, np.ndarray] | None = None,
     rest: float = 1.0,
     groups: Mapping[str, xr.Dataset] | None = None,
+    static: Mapping[str, xr.Dataset] | None = None,
     **attrs: Any,
 ) -> Run:
     """A run whose channel_rms at each site is (layer, channel); at step 0 that of ``earlier``, if given.
@@ -50,7 +51,7 @@ def channel_run(
     if earlier is not None:
         steps.insert(0, (0, {name: _site(values, rest) for name, values in earlier.items()}))
     layers = max(len(values) for values in sites.values())
-    return Run.in_memory(steps, {}, {**ATTRS, "number_of_layers": layers, **attrs})
+    return Run.in_memory(steps, static or {}, {**ATTRS, "number_of_layers": layers, **attrs})
 
 
 def grouped_run(

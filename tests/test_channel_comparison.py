@@ -317,6 +317,36 @@ def test_weights_are_compared_where_both_runs_hold_them():
     assert "norm gains" not in note
 
 
+def test_rows_that_write_hot_channels_are_compared_where_checkpoints_were_probed():
+    def maps(height: float) -> dict[str, xr.Dataset]:
+        rows = np.full((2, 20), 0.5)
+        rows[1, 5] = 0.5 * height
+        wrong = xr.Dataset({"row_maximum": (("layer", "output_channel"), np.ones((2, 7)))})
+        kept = xr.Dataset(
+            {"row_maximum": (("layer", "output_channel"), rows)},
+            coords={"layer": [0, 3], "output_channel": np.arange(20)},
+        )
+        return {"weight_map/self_attn.o_proj": kept, "weight_map/mlp.up_proj": wrong}
+
+    sites = {"residual_post": layers(profile(20, {5: 30.0}))}
+    one, two = (
+        channel_run(sites, model_name=name, static=maps(height), hidden_size=20)
+        for name, height in (("one", 6.0), ("two", 1.0))
+    )
+    found = compare_channels(one, two)
+    ratio = found.data["projection_row_ratio"]
+    assert ratio["projection"].values.tolist() == ["self_attn.o_proj"]
+    assert ratio.sel(run="one", projection_layer=3, output_channel=5).item() == 6
+    assert ratio.sel(run="two").max() == 1
+    text = " ".join(found.text().split())
+    assert (
+        "Rows of self_attn.o_proj that write A's hot channels (5): max |W| up to 6 times that of the median "
+        "row (channel 5, the 1st largest of 20 rows)"
+    ) in text
+    assert found.netcdf()
+    assert "projection_row_ratio" not in compare_channels(one, channel_run(sites, model_name="two")).data
+
+
 def test_one_run_in_need_of_a_site_says_its_reason(first):
     bare = channel_run(
         {"residual_post": layers(profile(100), profile(100)), "value": layers(profile(100))}, model_name="two"
