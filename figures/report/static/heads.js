@@ -14,6 +14,7 @@ const Heads = {
     visible("head-figure", any);
     if (!any) return;
     const told = document.getElementById("head-told"), chosen = this.chosen();
+    this.open = told.querySelector("details")?.open ?? false; // stays as the reader left it
     told.replaceChildren();
     const title = chosen.length ? `How layer ${State.layer}, head ${State.head} makes its sink` : "How a head makes its sink";
     document.getElementById("head-title").textContent = title;
@@ -32,7 +33,7 @@ const Heads = {
       line.append(element("dt", name.replaceAll("_", " "), { title: DATA.head_words[name] ?? "" }), element("dd", said(value)));
       list.append(line);
     }
-    const details = document.createElement("details");
+    const details = Object.assign(document.createElement("details"), { open: this.open });
     details.append(element("summary", "Evidence"), list);
     return [element("p", `${DATA.runs[place].label}: ${words}`), details];
   },
