@@ -94,7 +94,7 @@ def why_not_significant(names: Sequence[str]) -> str:
         "not given: a bootstrap over token batches needs the channel sums of groups of batches, which "
         f"{' and '.join(dict.fromkeys(names))} {'does' if len(set(names)) == 1 else 'do'} not keep for these "
         f"tokens; probe again with --token-groups 8 and at least {FEWEST} sequences (of a training run: "
-        "export it and probe the checkpoint)"
+        "export it and probe the checkpoint, or train with probe.token_groups=8)"
     )
 
 

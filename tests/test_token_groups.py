@@ -13,6 +13,8 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.probing.feeding import Feeding
 from osp_diag.tokens import make_batches
 from tests.tiny_checkpoints import VOCABULARY, byte_tokenizer, llama
+from tests.training_runs import minute
+from trainer.loop import train
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,15 @@ def test_there_are_no_more_groups_than_sequences_and_batches_are_made_to_fit():
     one = osp_diag.probe(llama(), tokenizer=byte_tokenizer(), tokens=16, seq_len=16)
     with pytest.raises(StoreError, match="the run has no token groups of 'residual_post'"):
         one.token_groups("residual_post")
+
+
+def test_a_training_run_keeps_groups_if_it_is_asked_to(tmp_path):
+    run = train(minute(steps=3, probe__token_groups=4, checkpoint__every=0), tmp_path / "run.zarr")
+    counts = run.token_groups("residual_post")["token.count"].sel(stratum="all").isel(layer=0)
+    assert counts["step"].values.tolist() == [0, 3]
+    np.testing.assert_array_equal(counts, np.full((2, 4), 256 / 4))
+    with pytest.raises(UsageError, match=r"probe\.token_groups=-1"):
+        minute(probe__token_groups=-1)
 
 
 def test_one_group_is_none():

@@ -254,6 +254,7 @@ class ProbeConfig:
     on : ``held_out`` (default), or ``training`` to measure the training step's own forward passes
     sites, estimators : names or patterns; empty: the default ones
     keep_raw : keep the sums behind the numbers
+    token_groups : groups of held-out batches whose channel sums are kept apart, for significance; 0: none
     """
 
     every: int = 50
@@ -264,10 +265,11 @@ class ProbeConfig:
     sites: tuple[str, ...] = ()
     estimators: tuple[str, ...] = ()
     keep_raw: bool = False
+    token_groups: int = 0
 
     def __post_init__(self) -> None:
         check_types(self, "probe")
-        check_at_least(self, "probe", 0, "every", "dense_until")
+        check_at_least(self, "probe", 0, "every", "dense_until", "token_groups")
         check_at_least(self, "probe", 1, "dense_every", "tokens")
 
 

@@ -69,6 +69,8 @@ class RunProbe:
         self._batches = make_batches(
             data.tokenizer, ids=held_out, vocabulary_size=config.model.vocabulary_size
         )
+        groups = min(config.probe.token_groups, len(self._batches.tokens))
+        self._token_groups = groups if groups > 1 else 0
         self.held_out_loss: Tensor | None = None
         self.probe = Probe(
             model,
@@ -78,6 +80,7 @@ class RunProbe:
             estimators=config.probe.estimators or None,
             delimiter_ids=self._batches.delimiter_ids,
             keep_raw=config.probe.keep_raw,
+            token_groups=self._token_groups,
             attributes={**self._tokens_identity(data), **attributes, "probed_on": config.probe.on},
             beside=beside,
             resume=resume,
@@ -101,8 +104,11 @@ class RunProbe:
         if self.config.probe.on != "held_out" or not self.due(step):
             return False
         with self._autocast(), self._loss_kept():
-            self.probe.measure(step, self._labelled(Feeding(self.model, self._batches)))
+            self.probe.measure(step, self._labelled(self._feeding()))
         return True
+
+    def _feeding(self) -> Feeding:
+        return Feeding(self.model, self._batches, passes=self._token_groups)
 
     def _labelled(self, feeding: Feeding) -> Iterator[Mapping[str, Any]]:
         for arguments in feeding:
