@@ -28,8 +28,10 @@ __all__ = [
 
 Z_SCALES = ("own", "shared")
 _FEW_TICKS = 12
-_NARROW, _NARROWEST = 3.0, 1.6
-"""inches of a panel: below the first it says less, and none is below the second"""
+_NARROW, _SMALLEST, _NARROWEST = 3.0, 2.0, 1.6
+"""inches of a panel: below the first and second it says less, and none is below the third"""
+_LETTERS = 12
+"""of a title to an inch"""
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -104,11 +106,13 @@ def draw_surfaces(dataset: xr.Dataset, axes: Axes, backend: Backend, *, style: S
         said = {axis: axis.replace("_", " ") for axis in (axes.x, axes.y)}
         if narrow:  # "input" and "output" fit under a small panel, and once under a column will do
             said = {axis: axis.partition("_")[0] if row == lowest[column] else "" for axis in said}
+        several = len(runs) > 1 and not run.startswith("layer ")
+        title, subtitle = _heading(run if several else "", shown, part, axes, inches / columns)
         panel = canvas.panel(
             row,
             column,
-            title=f"{run}: {shown}" if len(runs) > 1 and not run.startswith("layer ") else shown,
-            subtitle=_subtitle(part, axes, short=narrow),
+            title=title,
+            subtitle=subtitle,
             x_label=said[axes.x],
             y_label=said[axes.y],
             z_label="" if narrow else axes.quantity,
@@ -128,14 +132,25 @@ def _places(names: int, runs: int, fitting: int) -> dict[tuple[int, int], tuple[
     return {(name, run): (name * rows + run // per_row, run % per_row) for name, run in every}
 
 
-def _subtitle(part: xr.Dataset, axes: Axes, *, short: bool) -> str:
+def _heading(run: str, shown: str, part: xr.Dataset, axes: Axes, inches: float) -> tuple[str, str]:
+    """Title and subtitle that fit over a panel; ``run`` is empty where there is only one."""
+    narrow = inches < _NARROW
     if not np.isfinite(part["peak"]):
-        return "not in this run"
-    said = f"layer {int(part['layer'])}, max {number(float(part['peak']))}"
-    if short:
-        return said
-    where = (f"{axis.partition('_')[0]} {int(part[f'peak_{axis}'])}" for axis in (axes.x, axes.y))
-    return f"{said} at {', '.join(where)}"
+        said = "not in this run"
+    else:
+        layer = f"layer {int(part['layer'])}"
+        # Of several runs in the smallest panels, the caption has to say it.
+        layer = "" if layer in run or (run and inches < _SMALLEST) else f"{layer}, "
+        said = f"{layer}max {number(float(part['peak']))}"
+        if not narrow:
+            places = (f"{axis.partition('_')[0]} {int(part[f'peak_{axis}'])}" for axis in (axes.x, axes.y))
+            said = f"{said} at {', '.join(places)}"
+    if not run:
+        return shown, said
+    letters = int(inches * _LETTERS)
+    if narrow:
+        return shown_token(run, letters), f"{shown}, {said}"
+    return f"{shown_token(run, letters - len(shown) - 2)}: {shown}", said
 
 
 def _draw_one(panel: Panel, part: xr.Dataset, axes: Axes, top: float, style: Style) -> None:

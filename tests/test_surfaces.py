@@ -10,7 +10,7 @@ import xarray as xr
 import figures
 import osp_diag
 from figures._registry import figure_module
-from figures._surfaces import _places, in_block_order, short_name
+from figures._surfaces import Axes, _heading, _places, in_block_order, short_name
 from figures.backend import none
 from figures.styles import load_style
 from osp_diag.capture.snapshots import Snapshots
@@ -74,6 +74,26 @@ def test_names_are_short_and_in_the_order_of_a_block():
         "a",
         "b",
     ]
+
+
+@pytest.mark.parametrize(
+    ("run", "inches", "heading"),
+    [
+        ("", 3.4, ("down_proj", "layer 7, max 5 at channel 41, token 0")),
+        ("", 1.7, ("down_proj", "layer 7, max 5")),
+        ("a model", 3.4, ("a model: down_proj", "layer 7, max 5 at channel 41, token 0")),
+        ("a model", 2.3, ("a model", "down_proj, layer 7, max 5")),
+        ("a model, layer 7", 2.3, ("a model, layer 7", "down_proj, max 5")),
+        ("a model with a long name", 1.7, ("cut", "down_proj, max 5")),
+    ],
+)
+def test_headings_fit_their_panels(run, inches, heading):
+    part = xr.Dataset({"peak": 5.0, "layer": 7.0, "peak_channel": 41.0, "peak_token": 0.0})
+    axes = Axes(values="magnitude", quantity="|x|", row="site", x="channel", y="token")
+    title, subtitle = _heading(run, "down_proj", part, axes, inches)
+    assert subtitle == heading[1]
+    assert len(title) <= 12 * inches
+    assert title == heading[0] or title.endswith("\u2026")
 
 
 # -- activations -----------------------------------------------------------------------------------------
