@@ -12,7 +12,7 @@ import pytest
 
 from figures.report import build_report, write_report
 from figures.report.comparison import alike
-from figures.report.encoding import compacted, packed, packed_log, script_json
+from figures.report.encoding import compacted, factored, packed, packed_log, script_json
 from figures.report.explorer import explorer_data
 from figures.report.shown_figures import ELSEWHERE, Shown, draw_figures
 from osp_diag.cli.report import run as report_verb
@@ -190,10 +190,16 @@ def test_packed_arrays_come_back():
 
 
 def test_numbers_of_figures_are_rounded_and_nan_is_none():
-    assert compacted({"z": [np.float64(1.23456789), float("nan"), 3.0], "n": np.int64(7)}) == {
-        "z": [1.2346, None, 3],
-        "n": 7,
-    }
+    values = [np.float64(1.23456789), float("nan"), 1_234_567.0]
+    assert compacted({"z": values, "n": np.int64(7)}) == {"z": [1.2346, None, 1_234_567], "n": 7}
+
+
+def test_texts_of_cells_are_kept_by_row_and_column():
+    texts = [[f"layer {row}<br>step {column}" for column in range(3)] for row in range(2)]
+    assert factored(texts) == {"rows": ["layer 0", "layer 1"], "columns": ["step 0", "step 1", "step 2"]}
+    texts[1][2] = "else"
+    assert factored(texts) is texts
+    assert factored("one for all") == "one for all"
 
 
 def test_the_channel_of_a_pooled_cell_is_the_hot_one():

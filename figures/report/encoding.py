@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-__all__ = ["compacted", "packed", "packed_log", "script_json"]
+__all__ = ["compacted", "factored", "packed", "packed_log", "script_json"]
 
 _DIGITS = 5
 """Significant digits of the numbers in figures: more than a screen shows."""
@@ -57,6 +57,24 @@ def compacted(value: Any) -> Any:
     if isinstance(value, float):
         if not math.isfinite(value):
             return None
-        rounded = float(f"{value:.{_DIGITS}g}")
+        # Steps and channels are whole numbers, and stay what they are.
+        rounded = value if value.is_integer() else float(f"{value:.{_DIGITS}g}")
         return int(rounded) if rounded.is_integer() and abs(rounded) < 1e15 else rounded
     return value
+
+
+def factored(texts: Any) -> Any:
+    """The texts of a map's cells as those of its rows and columns, if each is one and then the other.
+
+    Cells are long, and there are as many as rows times columns. What is no such table is given back as it is.
+    """
+    if not isinstance(texts, list) or not texts or not all(isinstance(row, list) and row for row in texts):
+        return texts
+    parts = [[str(cell).partition("<br>") for cell in row] for row in texts]
+    rows, columns = [row[0][0] for row in parts], [cell[2] for cell in parts[0]]
+    same = all(
+        len(row) == len(columns) and cell[0] == first and cell[2] == column
+        for row, first in zip(parts, rows, strict=True)
+        for cell, column in zip(row, columns, strict=False)
+    )
+    return {"rows": rows, "columns": columns} if same else texts

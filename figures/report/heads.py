@@ -24,7 +24,7 @@ EVIDENCE = (
 )  # fmt: skip
 """Numbers of a head that the page shows, of those of ``sink_implementation``."""
 WORDS = ("kind", "channel_use", "geometry")
-MOST = 600
+MOST = 200
 """Heads of which the parts of the sink logit are kept, strongest sinks first."""
 
 

@@ -11,7 +11,7 @@ from analyses.thinned_run import thinned_run
 from figures._registry import figure_module, names
 from figures.backend import load_backend
 from figures.report.comparison import alike, pairs_alike
-from figures.report.encoding import compacted
+from figures.report.encoding import compacted, factored
 from figures.styles import load_style
 from osp_diag.errors import OspDiagError
 
@@ -143,5 +143,8 @@ def _draw(shown: Shown, runs: list[Any], found: Drawn, variant: str) -> None:
     canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
     picture = canvas.finish(dataset).to_plotly_json()
     found.variants[variant] = compacted({"data": picture["data"], "layout": picture["layout"]})
+    for trace in found.variants[variant]["data"]:
+        if "text" in trace:
+            trace["text"] = factored(trace["text"])
     found.variants[variant]["caption"] = str(dataset.attrs["caption"])
     found.heading = found.heading or str(dataset.attrs["title"])

@@ -16,7 +16,7 @@ from figures.report.heads import EVIDENCE, WORDS, Heads
 
 __all__ = ["Table", "channel_table", "head_table", "layer_table"]
 
-MOST_ROWS = 600
+MOST_ROWS = 400
 
 
 @dataclass

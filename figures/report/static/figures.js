@@ -40,7 +40,7 @@ const Figures = {
     if (!this.stale.delete(figure) || !variant) return;
     const layout = this.themed(variant.layout);
     layout.shapes = [...(layout.shapes ?? []), ...this.marks(variant)];
-    Plotly.react(plot, this.themed(variant.data), layout, CONFIG);
+    Plotly.react(plot, this.themed(variant.data).map((trace) => this.unfactored(trace)), layout, CONFIG);
     if (!plot.dataset.listens) {
       plot.dataset.listens = "yes";
       plot.on("plotly_click", (event) => this.choose(figure, event.points[0]));
@@ -54,6 +54,12 @@ const Figures = {
       if (!variant || this.stale.has(figure) || !this.layerAxes(variant.layout).length) return;
       Plotly.relayout(figure.querySelector(".plot"), { shapes: [...(this.themed(variant.layout.shapes ?? [])), ...this.marks(variant)] });
     });
+  },
+
+  /* Texts of rows and columns become those of cells. */
+  unfactored(trace) {
+    if (!trace.text?.rows) return trace;
+    return { ...trace, text: trace.text.rows.map((row) => trace.text.columns.map((column) => `${row}<br>${column}`)) };
   },
 
   choose(figure, point) {
