@@ -22,7 +22,12 @@ from figures.styles import Style
 
 __all__ = ["Canvas", "Panel", "canvas"]
 
-_CONFIG = {"displaylogo": False, "responsive": False, "toImageButtonOptions": {"format": "svg"}}
+_CONFIG = {
+    "displaylogo": False,
+    "responsive": False,
+    "showSendToCloud": False,  # a button that would upload the figure to plotly's maker
+    "toImageButtonOptions": {"format": "svg"},
+}
 
 # pixels kept free around a panel
 _LEFT, _RIGHT, _BELOW = 74, 22, 58
