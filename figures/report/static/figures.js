@@ -90,9 +90,11 @@ const Figures = {
 
   marks(variant) {
     if (State.layer === null) return [];
-    return this.layerAxes(variant.layout).map((one) => {
+    return this.layerAxes(variant.layout).flatMap((one) => {
       const values = variant.data.filter((trace) => (trace[`${one.axis}axis`] ?? one.axis) === one.axis + one.suffix).flatMap((trace) => trace[one.axis]);
-      const half = one.axis === "x" ? halfWidth(Math.max(...values) + 1) : 0.5;
+      const layers = Math.floor(Math.max(...values) / (one.heads ?? 1)) + 1;
+      if (State.layer >= layers) return []; // of a deeper model; a mark there would stretch the axis
+      const half = one.axis === "x" ? halfWidth(layers) : 0.5;
       if (!one.heads) return layerBand(one.axis, one.suffix, State.layer - half, State.layer + half);
       const first = State.layer * one.heads - 0.5;
       const inside = State.head !== null && State.head < one.heads;
