@@ -187,16 +187,61 @@ def _weight_lines(data: xr.Dataset) -> Iterator[str]:
             yield from _rows_behind(data)
         if "projection_row_ratio" in data:
             yield from _writers_behind(data)
+        if "channel_gain_ratio" in data:
+            yield from _gains_behind(data)
+        if "channel_embedding_ratio" in data:
+            yield from _embedding_behind(data)
+
+
+def _hot(data: xr.Dataset, run: int, known: np.ndarray) -> np.ndarray:
+    """The hot channels of a run's residual stream, as far as they are ``known``."""
+    mine = (data["hot_site"].values == "residual_post") & (data["hot_layers"].values[run] > 0)
+    hot = data["hot_channel"].values[mine]
+    return hot[np.isin(hot, known)]
+
+
+def _gains_behind(data: xr.Dataset) -> Iterator[str]:
+    """The norms' smallest and largest gain of a hot channel: norms suppress as well as amplify."""
+    for run, letter in enumerate("AB"):
+        ratio = data["channel_gain_ratio"].isel(run=run)
+        hot = _hot(data, run, ratio["weight_channel"].values)
+        flat = ratio.sel(weight_channel=hot).stack(place=ratio.dims).dropna("place")
+        if not flat.size:
+            continue
+        ends = []
+        for place in (flat[int(np.argmin(flat.values))], flat[int(np.argmax(flat.values))]):
+            norm, layer, channel = (
+                place[name].item() for name in ("gain_norm", "gain_layer", "weight_channel")
+            )
+            where = norm if layer < 0 else f"{norm}, layer {layer}"
+            ends.append(f"{_cell(float(place))} ({where}, channel {channel})")
+        yield (
+            f"Norm gains at {letter}'s hot channels ({_shown(hot)}): {ends[0]} to {ends[1]} times that of "
+            "the median channel"
+        )
+
+
+def _embedding_behind(data: xr.Dataset) -> Iterator[str]:
+    for run, letter in enumerate("AB"):
+        ratio = data["channel_embedding_ratio"].isel(run=run)
+        hot = _hot(data, run, ratio["weight_channel"].values)
+        behind = ratio.sel(weight_channel=hot)
+        if hot.size and bool(behind.notnull().any()):
+            place = int(np.nanargmax(behind.values))
+            token = data["channel_embedding_token"].isel(run=run).sel(weight_channel=hot[place])
+            yield (
+                f"Embedding at {letter}'s hot channels ({_shown(hot)}): largest entry up to "
+                f"{_cell(float(behind[place]))} times that of the median channel (channel {hot[place]}, "
+                f"token {int(token)})"
+            )
 
 
 def _rows_behind(data: xr.Dataset) -> Iterator[str]:
     """Whether the down projections write the hot channels of the residual stream with unusual rows."""
     ratio = data["down_projection_row_ratio"].max("weight_layer")
     for run, letter in enumerate("AB"):
-        mine = (data["hot_site"].values == "residual_post") & (data["hot_layers"].values[run] > 0)
-        hot = data["hot_channel"].values[mine]
         rows = ratio.isel(run=run)
-        hot = hot[np.isin(hot, rows["output_channel"].values)]
+        hot = _hot(data, run, rows["output_channel"].values)
         if hot.size:
             yield (
                 f"  of {letter}'s hot channels of residual_post ({_shown(hot)}): largest "
@@ -208,11 +253,9 @@ def _rows_behind(data: xr.Dataset) -> Iterator[str]:
 def _writers_behind(data: xr.Dataset) -> Iterator[str]:
     """The rows of each projection that write the hot channels of the residual stream."""
     for run, letter in enumerate("AB"):
-        mine = (data["hot_site"].values == "residual_post") & (data["hot_layers"].values[run] > 0)
         for name in data["projection"].values:
             rows = data["projection_row_ratio"].isel(run=run).sel(projection=name).max("projection_layer")
-            hot = data["hot_channel"].values[mine]
-            hot = hot[np.isin(hot, rows["output_channel"].values)]
+            hot = _hot(data, run, rows["output_channel"].values)
             behind = rows.sel(output_channel=hot)
             if hot.size and bool(behind.notnull().any()):
                 channel = int(behind["output_channel"].values[int(np.nanargmax(behind.values))])

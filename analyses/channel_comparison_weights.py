@@ -1,4 +1,4 @@
-"""The weights behind hot channels: norm gains, embedding rows, rows of the down projection."""
+"""The weights behind hot channels: norm gains, the embedding, rows of the projections that write them."""
 
 from __future__ import annotations
 
@@ -71,6 +71,14 @@ def compared_weights(first: Any, second: Any, steps: tuple[int, int]) -> tuple[x
                 writers, "run", join="outer", data_vars="all", coords="minimal", combine_attrs="override"
             )
         )
+    by_channel = [_by_channel(run) for run in (first, second)]
+    if all(found.data_vars for found in by_channel):
+        parts.append(
+            xr.concat(
+                by_channel, "run", join="outer", data_vars="all", coords="minimal", combine_attrs="override"
+            )
+        )
+        missing = {said: group for said, group in missing.items() if group == _DOWN}
     notes = []
     if missing:
         said = "; ".join(f"{name} ({group})" for name, group in missing.items())
@@ -106,6 +114,41 @@ def _writers(run: Any) -> xr.Dataset | None:
         "definition": "largest |W| of the row that writes a channel, over that of the matrix's median row",
     }
     return joined
+
+
+def _by_channel(run: Any) -> xr.Dataset:
+    """Gains and embedding entries by channel of the residual stream, over those of the median channel.
+
+    ``channel_gain_ratio`` (gain_norm, gain_layer, weight_channel), norms outside the blocks at layer −1;
+    ``channel_embedding_ratio`` and ``channel_embedding_token`` (weight_channel).
+    """
+    held = getattr(run, "channel_weights", xr.Dataset())
+    named = held.rename(
+        {dim: new for dim, new in (("channel", "weight_channel"),) if dim in held.dims}
+    ).load()
+    found: dict[str, xr.DataArray] = {}
+    gains = []
+    if "norm_gain" in named:
+        gains.append(named["norm_gain"].rename(norm="gain_norm", layer="gain_layer"))
+    if "outside_norm_gain" in named:
+        outside = named["outside_norm_gain"].rename(outside_norm="gain_norm")
+        gains.append(outside.expand_dims(gain_layer=[-1]))
+    if gains:
+        joined = xr.concat([gain.rename("gain") for gain in gains], "gain_norm", join="outer")
+        found["channel_gain_ratio"] = joined / joined.median("weight_channel")
+        found["channel_gain_ratio"].attrs = {
+            "units": "1",
+            "definition": "|gain| of a channel over the median channel's, of the same norm and layer",
+        }
+    if "embedding_maximum" in named:
+        largest = named["embedding_maximum"]
+        found["channel_embedding_ratio"] = largest / largest.median("weight_channel")
+        found["channel_embedding_ratio"].attrs = {
+            "units": "1",
+            "definition": "largest |entry| of the embedding in a channel over that of the median channel",
+        }
+        found["channel_embedding_token"] = named["embedding_token"].astype(float)
+    return xr.Dataset(found)
 
 
 def _group(run: Any, group: str, names: dict[str, str], step: int) -> xr.Dataset | None:

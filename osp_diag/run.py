@@ -32,11 +32,21 @@ TOKEN_UNIT = "token id"
 """The units of variables that name tokens by their ids."""
 
 WEIGHT_MAP = "weight_map"
+CHANNEL_WEIGHTS = "channel_weights"
 """The group that holds maps of |W|, one group a projection."""
 QUANTIZATION = "quantization"
 """The group that holds results at few bits."""
 
-_NOT_SITES = ("raw", "snapshot", "token_groups", "series", VOCABULARY, WEIGHT_MAP, QUANTIZATION)
+_NOT_SITES = (
+    "raw",
+    "snapshot",
+    "token_groups",
+    "series",
+    VOCABULARY,
+    WEIGHT_MAP,
+    CHANNEL_WEIGHTS,
+    QUANTIZATION,
+)
 _SUMMARY = (
     "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
     "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens", "dtype", "device",
@@ -279,6 +289,13 @@ class Run:
                 + _nearest(name, self.weight_maps, "run.weight_maps lists them")
             )
         return self.tree.children[WEIGHT_MAP].children[name].to_dataset(inherit=False)
+
+    @property
+    def channel_weights(self) -> xr.Dataset:
+        """Norm gains and the embedding by channel of the residual stream
+        (:func:`osp_diag.capture.channel_weights.channel_weights`); empty if none were kept."""
+        group = self.tree.children.get(CHANNEL_WEIGHTS)
+        return xr.Dataset() if group is None else group.to_dataset(inherit=False)
 
     @property
     def series(self) -> xr.Dataset:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import xarray as xr
 from torch import nn
 
+from osp_diag.capture.channel_weights import channel_weights
 from osp_diag.capture.weight_maps import weight_maps
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
 from osp_diag.errors import CaptureError, UsageError
@@ -24,7 +25,7 @@ from osp_diag.probing.identity import model_attributes, token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank, on_first_rank
 from osp_diag.probing.saving import check_out
 from osp_diag.probing.session import Probe
-from osp_diag.run import WEIGHT_MAP, Run, open_run
+from osp_diag.run import CHANNEL_WEIGHTS, WEIGHT_MAP, Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
 
@@ -194,9 +195,13 @@ def probe_checkpoint(
 
 def _keep_weights(session: Probe, patterns: Sequence[str] | None) -> None:
     """On every rank, because those that hold a matrix between them have to put it together."""
-    maps, problems = weight_maps(unwrap(session.model), session.site_map, patterns)
+    model = unwrap(session.model)
+    maps, problems = weight_maps(model, session.site_map, patterns)
     session.attributes["notes"] += problems
+    by_channel = channel_weights(model, session.site_map) if maps else xr.Dataset()
     if is_first_rank():
+        if by_channel.data_vars:
+            session.write_static(CHANNEL_WEIGHTS, by_channel)
         for name, dataset in maps.items():
             session.write_static(f"{WEIGHT_MAP}/{name}", dataset)
 
