@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Read when the libraries are imported, which is after this file.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as NumPy, one program after the other
 
 from hypothesis import HealthCheck, settings
+
+# A shell starts background jobs with Ctrl-C ignored, and every process that a test sends it to would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines fail on a busy machine, and first examples pay for compilation.
 settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
