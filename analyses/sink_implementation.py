@@ -22,7 +22,7 @@ from analyses.sink_rules import SinkRules
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.attention_tiles import LogitGrid
 
-__all__ = ["KINDS", "logit_edges", "sink_implementation"]
+__all__ = ["KINDS", "logit_edges", "sink_emergence", "sink_implementation"]
 
 KINDS = ("no sink", "negative infinity", "mixed", "balanced", "learned sink", "unclear", "not measured")
 NEEDED = ("sink_rate", "first_token_attention", "logit_density", "logit_quantile")
@@ -105,11 +105,6 @@ def sink_implementation(
     """
     rules = SinkRules() if rules is None else rules
     chosen = _steps(run, steps)
-    if run.attrs.get("sequence_length") == 1:
-        raise UsageError(
-            f"{_name(run)} was probed under the protocol {run.attrs.get('protocol')}: every token is a "
-            "sequence of its own and attends to itself alone, so there are no sinks; probe real sequences"
-        )
     attention = _attention(run, rules)
     pairs = rotary_pairs(run, chosen[-1])
     parts = []
@@ -120,8 +115,33 @@ def sink_implementation(
             _classified(evidence, rules, at.sizes["head_channel"] if "head_channel" in at.dims else 0)
         )
     found = xr.concat(parts, dim=xr.DataArray(chosen, dims="step", name="step"), combine_attrs="override")
-    found = _with_emergence(found)
+    found = found.assign(_emergence(found["sink_rate"], found["learned_sink_mass"], rules))
     return _labelled(found, run, rules, pairs, rope_theta)
+
+
+def sink_emergence(run: Any, *, rules: SinkRules | None = None) -> xr.Dataset:
+    """When each head becomes a sink: of :func:`sink_implementation` what needs no evidence, in one reading.
+
+    Returns
+    -------
+    ``sink_rate`` (step, layer, head), ``emergence_step`` and ``emergence_after`` (layer, head)
+
+    Raises
+    ------
+    StoreError, UsageError : as :func:`sink_implementation`
+    """
+    rules = SinkRules() if rules is None else rules
+    _steps(run, None)
+    names = ["sink_rate", "extra_sink_mass"]
+    attention = _attention(run, rules)
+    held = attention[[name for name in names if name in attention]].transpose("step", "layer", "head").load()
+    rate = held["sink_rate"]
+    found = xr.Dataset({"sink_rate": rate})
+    learned = held["extra_sink_mass"] if "extra_sink_mass" in held else xr.full_like(rate, np.nan)
+    found = found.assign(_emergence(rate, learned, rules))
+    for name in found.data_vars:
+        found[name].attrs = _attrs(str(name))
+    return found
 
 
 def logit_edges(centres: np.ndarray) -> np.ndarray:
@@ -152,6 +172,11 @@ def _steps(run: Any, steps: Sequence[int] | None) -> list[int]:
 
 def _attention(run: Any, rules: SinkRules) -> xr.Dataset:
     """The attention site's statistics, the sink rate at the rule's ε and at position 0."""
+    if run.attrs.get("sequence_length") == 1:
+        raise UsageError(
+            f"{_name(run)} was probed under the protocol {run.attrs.get('protocol')}: every token is a "
+            "sequence of its own and attends to itself alone, so there are no sinks; probe real sequences"
+        )
     try:
         site = run.at("attention")
     except OspDiagError as reason:
@@ -287,26 +312,31 @@ def _classified(found: xr.Dataset, rules: SinkRules, width: int) -> xr.Dataset:
     )
 
 
-def _with_emergence(found: xr.Dataset) -> xr.Dataset:
-    """The step from which on each head sinks for good, and the probed step before it."""
-    steps = found["step"].values.astype(float)
-    sinks = ~found["kind"].isin(["no sink", "not measured"]).transpose("step", "layer", "head").values
+def _emergence(rate: xr.DataArray, learned: xr.DataArray, rules: SinkRules) -> dict[str, Any]:
+    """The step from which on each head sinks for good, also by a learned logit, and the probed step before."""
+    steps = rate["step"].values.astype(float)
+    either = rate.notnull() & ((rate >= rules.sink_rate) | (learned >= rules.learned))
+    sinks = either.transpose("step", "layer", "head").values
     lasting = np.logical_and.accumulate(sinks[::-1], axis=0)[::-1]
     first = lasting.argmax(axis=0)
     ever = lasting.any(axis=0)
     before = np.where(first > 0, steps[np.maximum(first - 1, 0)], np.nan)
     head = ("layer", "head")
-    return found.assign(
-        emergence_step=(head, np.where(ever, steps[first], np.nan)),
-        emergence_after=(head, np.where(ever, before, np.nan)),
-    )
+    return {
+        "emergence_step": (head, np.where(ever, steps[first], np.nan)),
+        "emergence_after": (head, np.where(ever, before, np.nan)),
+    }
+
+
+def _attrs(name: str) -> dict[str, str]:
+    return {"definition": DEFINITIONS[name], "units": UNITS.get(name, "1")}
 
 
 def _labelled(
     found: xr.Dataset, run: Any, rules: SinkRules, pairs: RotaryPairs, rope_theta: float | None
 ) -> xr.Dataset:
     for name in found.data_vars:
-        found[name].attrs = {"definition": DEFINITIONS[str(name)], "units": UNITS.get(str(name), "1")}
+        found[name].attrs = _attrs(str(name))
     theta = rope_theta or (run.attrs.get("config") or {}).get("model.rope_theta")
     count = len(pairs.first)
     if count and "frequency" in found.dims:

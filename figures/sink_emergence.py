@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.sink_implementation import sink_implementation
+from analyses.sink_implementation import sink_emergence
 from analyses.sink_rules import SinkRules
 from figures._caption import caption
 from figures._colours import ColourScale
@@ -43,7 +43,7 @@ def prepare(runs: list[Any], *, epsilon: float = 0.3, sink_rate: float = 0.5) ->
     for run in runs:
         rate = statistics(run, "attention", ("sink_rate",), "sink_emergence")["sink_rate"]
         identifiers.append(str(rate.attrs.get("estimator", "sink_rate")))
-        found = sink_implementation(run, rules=rules)
+        found = sink_emergence(run, rules=rules)
         part = found[["sink_rate", "emergence_step"]].transpose("layer", "head", "step")
         parts.append(part.rename(step="probed_step"))
         steps.append(last_step(run))
