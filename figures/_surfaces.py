@@ -23,6 +23,7 @@ __all__ = [
     "in_block_order",
     "layers_asked",
     "short_name",
+    "stacked",
     "with_layers",
 ]
 
@@ -54,6 +55,18 @@ def check_z_scale(figure: str, z_scale: str) -> None:
     """Refuse a word that is none."""
     if z_scale not in Z_SCALES:
         raise UsageError(f"{figure}: z_scale is {' or '.join(Z_SCALES)}, not {z_scale!r}")
+
+
+def stacked(surfaces: Sequence[xr.Dataset], dim: str, names: Sequence[str]) -> xr.Dataset:
+    """Surfaces of one run on a new dimension, the smaller ones padded with NaN."""
+    return xr.concat(
+        surfaces,
+        dim=xr.DataArray(list(names), dims=dim, name=dim),
+        join="outer",
+        data_vars="all",
+        coords="minimal",
+        compat="override",
+    )
 
 
 def layers_asked(layer: int | Sequence[int] | None) -> list[int | None]:

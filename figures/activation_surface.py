@@ -25,6 +25,7 @@ from figures._surfaces import (
     in_block_order,
     layers_asked,
     short_name,
+    stacked,
     with_layers,
 )
 from figures.backend import Backend, Canvas
@@ -127,14 +128,7 @@ def _of_run(run: Any, sites: list[str], layer: int | None, channels: int, tokens
         _surface(array.sel(layer=index).values.astype(np.float64), channels, tokens)
         for array in arrays.values()
     ]
-    part = xr.concat(
-        surfaces,
-        dim=xr.DataArray(sites, dims="site", name="site"),
-        join="outer",
-        data_vars="all",
-        coords="minimal",
-        compat="override",
-    )
+    part = stacked(surfaces, "site", sites)
     texts = token_texts(run, next(iter(arrays.values())).sizes["token"])
     starts = part["first_token"].isel(site=0).values
     named = [

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.thinned_run import evenly
 from figures._caption import caption
 from figures._decimate import bin_starts, max_pool
 from figures._runs import labels_of, last_step, name_of, per_run
@@ -23,6 +24,7 @@ from figures._surfaces import (
     in_block_order,
     layers_asked,
     short_name,
+    stacked,
     with_layers,
 )
 from figures.backend import Backend, Canvas
@@ -69,7 +71,8 @@ def prepare(
     chosen = _chosen(runs, [weights] if isinstance(weights, str) else weights)
     asked = layers_asked(layer)
     if layer is None and len(runs) == 1:
-        asked = list(_spread(_shared_layers(runs[0], chosen)))
+        held = _shared_layers(runs[0], chosen)
+        asked = [held[place] for place in evenly(len(held), LAYERS)]
     parts = [_of_run(run, chosen, one, cells) for run in runs for one in asked]
     steps = [last_step(run) for run in runs]
     labels = [label for label in labels_of(runs, steps) for _ in asked]
@@ -122,12 +125,6 @@ def _shared_layers(run: Any, chosen: list[str]) -> list[int]:
     return sorted(set.intersection(*each) or set.union(*each))
 
 
-def _spread(layers: list[int]) -> list[int]:
-    """At most four, evenly from the first to the last."""
-    places = np.linspace(0, len(layers) - 1, min(LAYERS, len(layers))).round().astype(int)
-    return [layers[place] for place in places]
-
-
 def _of_run(run: Any, chosen: list[str], layer: int | None, cells: int) -> xr.Dataset:
     maps = {name: run.weight_map(name).load() for name in chosen}
     held = sorted({int(value) for found in maps.values() for value in found["layer"].values})
@@ -140,15 +137,7 @@ def _of_run(run: Any, chosen: list[str], layer: int | None, cells: int) -> xr.Da
             f"{', '.join(map(str, held))}"
         )
     surfaces = [_surface(found, layer, cells) for found in maps.values()]
-    part = xr.concat(
-        surfaces,
-        dim=xr.DataArray(chosen, dims="projection", name="projection"),
-        join="outer",
-        data_vars="all",
-        coords="minimal",
-        compat="override",
-    )
-    return part.assign(layer=float(layer))
+    return stacked(surfaces, "projection", chosen).assign(layer=float(layer))
 
 
 def _peak(found: xr.Dataset, layer: int) -> float:
