@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from osp_diag.checkpoints import Checkpoint
+    from osp_diag.run import Run
 
 VERB = "quantize"
 HELP = "measure a checkpoint's perplexity at few bits, and keep it in its run"
@@ -81,16 +82,18 @@ def run(
     from analyses.round_to_nearest import check_bits
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing.checkpoint import progress_bar
+    from osp_diag.run import open_run
     from osp_diag.tokens import make_batches
 
     chosen = [bit_widths(entry) for entry in widths] or list(WIDTHS)
     for bits in chosen:
         check_bits(*bits)
-    _check(run, out, tokens, seq_len)
-    own_tokens = _held_out(run, tokens, text, dataset) if held_out else None
+    _check(out, tokens, seq_len)
+    holder = None if run is None else open_run(run)
+    own_tokens = _held_out(holder, tokens, text, dataset) if held_out else None
     opened = open_checkpoint(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    if run is not None:
-        _check_same_model(run, opened)
+    if holder is not None:
+        _check_same_model(holder, opened)
     batches = make_batches(
         opened.tokenizer,
         text=text,
@@ -126,58 +129,53 @@ def run(
     return 0 if all(math.isfinite(value) for value in results["negative_log_likelihood"].values) else 1
 
 
-def _check(run: Path | None, out: Path | None, tokens: int, seq_len: int | None) -> None:
+def _check(out: Path | None, tokens: int, seq_len: int | None) -> None:
     """Refuse what cannot be meant before a model is opened."""
     for name, value, least in (("--tokens", tokens, 2), ("--seq-len", seq_len, 2)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value}: give {least} or more, so that a token can be predicted")
     if out is not None and (out.suffix != ".nc" or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: give a file ending in .nc in a folder that exists")
-    if run is not None:
-        from osp_diag.run import open_run
-
-        open_run(run)
 
 
-def _held_out(run: Path | None, tokens: int, text: Path | None, dataset: str | None) -> np.ndarray[Any, Any]:
+def _held_out(run: Run | None, tokens: int, text: Path | None, dataset: str | None) -> np.ndarray[Any, Any]:
     """What the training that wrote a run held out."""
     from osp_diag.cli.train_ablation import held_out_tokens
-    from osp_diag.run import open_run
 
     if run is None or text is not None or dataset is not None:
         raise UsageError(
             "--held-out takes the tokens of --run's training: give --run, and no --text or --dataset"
         )
-    config = open_run(run).attrs.get("config")
+    config = run.attrs.get("config")
     if not config:
-        raise UsageError(f"--held-out: {run} was not written by `osp-diag train`; give --text or --dataset")
+        raise UsageError(
+            f"--held-out: {run.path} was not written by `osp-diag train`; give --text or --dataset"
+        )
     from trainer.config import from_dictionary
 
     return held_out_tokens(from_dictionary(dict(config)), tokens)
 
 
-def _check_same_model(run: Path, checkpoint: Checkpoint) -> None:
+def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
     """Refuse results of one model in the run of another.
 
     A run of a training holds no fingerprint of what was exported from it; there, depth and width have to do.
     """
-    from osp_diag.run import open_run
-
-    attributes = open_run(run).attrs
+    attributes = run.attrs
     known = attributes.get("model_fingerprint")
     if known is not None:
         if known != checkpoint.fingerprint:
             raise UsageError(
-                f"{run} is the run of {attributes.get('model_name', 'another model')}, whose weights are not "
-                f"those of {checkpoint.name}; give the run that was probed from this checkpoint"
+                f"{run.path} is the run of {attributes.get('model_name', 'another model')}, whose weights are "
+                f"not those of {checkpoint.name}; give the run that was probed from this checkpoint"
             )
         return
     for name, field in (("number_of_layers", "num_hidden_layers"), ("hidden_size", "hidden_size")):
         found = getattr(checkpoint.config, field, None)
         if found is not None and found != attributes.get(name):
             raise UsageError(
-                f"{run} is the run of a model with {name.replace('_', ' ')} {attributes.get(name)}, and "
-                f"{checkpoint.name} has {found}; give what `osp-diag export {run}` writes"
+                f"{run.path} is the run of a model with {name.replace('_', ' ')} {attributes.get(name)}, and "
+                f"{checkpoint.name} has {found}; give what `osp-diag export {run.path}` writes"
             )
 
 
