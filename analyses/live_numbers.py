@@ -5,16 +5,15 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
+from analyses.summary_numbers import EPSILON
 from osp_diag.errors import StoreError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.run_display import HIDDEN_STATES
 from osp_diag.run_following import FollowedRun
 
-__all__ = ["KURTOSIS", "SINK_EPSILON", "hidden_state_kurtosis", "sink_rates"]
+__all__ = ["KURTOSIS", "hidden_state_kurtosis", "sink_rates"]
 
 KURTOSIS = "osp_excess_kurtosis"
-SINK_EPSILON = 0.3
-"""of the sink rate: Gu et al. 2025"""
 
 
 def hidden_state_kurtosis(run: FollowedRun) -> xr.DataArray | None:
@@ -61,7 +60,7 @@ def sink_rates(run: FollowedRun) -> xr.DataArray | None:
     if "sink_rate" not in run.statistics_at("attention"):
         return None
     try:
-        rates = run.values("attention", "sink_rate", {"epsilon": SINK_EPSILON, "sink_position": 0}, ("head",))
+        rates = run.values("attention", "sink_rate", {"epsilon": EPSILON, "sink_position": 0}, ("head",))
     except StoreError:  # probed with other thresholds
         return None
-    return rates.transpose("layer", "step").assign_attrs(epsilon=SINK_EPSILON)
+    return rates.transpose("layer", "step").assign_attrs(epsilon=EPSILON)
