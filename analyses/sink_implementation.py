@@ -313,7 +313,7 @@ def _classified(found: xr.Dataset, rules: SinkRules, width: int) -> xr.Dataset:
 
 
 def _emergence(rate: xr.DataArray, learned: xr.DataArray, rules: SinkRules) -> dict[str, Any]:
-    """The step from which on each head sinks for good, also by a learned logit, and the probed step before."""
+    """The step from which on each head sinks for good, also by a learned logit, and the probe before it."""
     steps = rate["step"].values.astype(float)
     either = rate.notnull() & ((rate >= rules.sink_rate) | (learned >= rules.learned))
     sinks = either.transpose("step", "layer", "head").values

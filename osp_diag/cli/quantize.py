@@ -166,8 +166,8 @@ def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
     if known is not None:
         if known != checkpoint.fingerprint:
             raise UsageError(
-                f"{run.path} is the run of {attributes.get('model_name', 'another model')}, whose weights are "
-                f"not those of {checkpoint.name}; give the run that was probed from this checkpoint"
+                f"{run.path} is the run of {attributes.get('model_name', 'another model')}, whose weights "
+                f"are not those of {checkpoint.name}; give the run that was probed from this checkpoint"
             )
         return
     for name, field in (("number_of_layers", "num_hidden_layers"), ("hidden_size", "hidden_size")):
