@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from osp_diag.errors import TokenError, UsageError
-from osp_diag.text.sources import Text, text_source
+from osp_diag.text.sources import GIVEN_TEXT, Text, text_source
 from osp_diag.text.tokenizer import DELIMITERS, decode, delimiter_ids_of, encode, opening_tokens
 
 if TYPE_CHECKING:
@@ -250,10 +250,10 @@ def _cut_stream(
     if len(found) == 0:
         raise TokenError(f"{stream.description} is empty: it has no tokens")
     if len(found) < body:
+        mistaken = ", or the path of a file: none is named so" if stream.description == GIVEN_TEXT else ""
         raise TokenError(
             f"{stream.description} has {len(found)} tokens, fewer than one sequence of {length}; give a "
-            "longer text, "
-            f"or --seq-len {len(found) + len(opening)}"
+            f"longer text, or --seq-len {len(found) + len(opening)}{mistaken}"
         )
     made = len(found) // body
     notes: tuple[str, ...] = ()

@@ -23,7 +23,7 @@ CheckpointName = Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
 def run(
     checkpoint: CheckpointName,
     *,
-    text: Path | None = None,
+    text: str | None = None,
     dataset: str | None = None,
     tokens: int = 8192,
     seq_len: int | None = None,
@@ -57,7 +57,8 @@ def run(
 
     Args:
         checkpoint: what to probe.
-        text: a UTF-8 file to read; without it and --dataset, a built-in public-domain text.
+        text: a UTF-8 file to read, or the text itself; without it and --dataset, a built-in public-domain
+            text.
         dataset: a Hugging Face dataset, by hub id or local path.
         tokens: how many tokens to run.
         seq_len: tokens a sequence; by default 512, or the model's maximum if that is less.

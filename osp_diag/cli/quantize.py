@@ -30,7 +30,7 @@ def run(
     *,
     run: Path | None = None,
     widths: tuple[str, ...] = (),
-    text: Path | None = None,
+    text: str | None = None,
     dataset: str | None = None,
     held_out: bool = False,
     tokens: int = 8192,
@@ -58,7 +58,8 @@ def run(
         run: the run to add the results to.
         widths: settings such as W4A4 or W8A16, 16 for "as it is"; by default weights from 8 to 3 bits,
             activations from 8 to 4, and W8A8, W4A8, W4A4.
-        text: a UTF-8 file to read; without it and --dataset, the built-in public-domain text.
+        text: a UTF-8 file to read, or the text itself; without it and --dataset, the built-in public-domain
+            text.
         dataset: a Hugging Face dataset, by hub id or local path.
         held_out: the tokens that the training which wrote --run held out, in its sequences.
         tokens: how many tokens to run, under every setting.
@@ -138,7 +139,7 @@ def _check(out: Path | None, tokens: int, seq_len: int | None) -> None:
         raise UsageError(f"--out {out}: give a file ending in .nc in a folder that exists")
 
 
-def _held_out(run: Run | None, tokens: int, text: Path | None, dataset: str | None) -> np.ndarray[Any, Any]:
+def _held_out(run: Run | None, tokens: int, text: str | None, dataset: str | None) -> np.ndarray[Any, Any]:
     """What the training that wrote a run held out."""
     from osp_diag.cli.train_ablation import held_out_tokens
 

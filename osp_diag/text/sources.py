@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -13,7 +15,19 @@ from typing import Any, Protocol
 from osp_diag.errors import TokenError
 from osp_diag.text import builtin_text
 
-__all__ = ["DatasetText", "PlainText", "Text", "dataset_errors", "open_dataset", "text_column", "text_source"]
+__all__ = [
+    "GIVEN_TEXT",
+    "DatasetText",
+    "PlainText",
+    "Text",
+    "dataset_errors",
+    "open_dataset",
+    "text_column",
+    "text_source",
+]
+
+GIVEN_TEXT = "text given as a string"
+"""How a text is described that is no file's."""
 
 BETWEEN_DOCUMENTS = "\n\n"
 """What joins the documents of a data set: a blank line, as in the released OSP script."""
@@ -107,7 +121,8 @@ def text_source(
 ) -> Text:
     """The text meant by ``text`` (a file's path, or the text itself) or ``dataset``; built in if neither.
 
-    A string names a file if that file exists, or if it has no blank in it and looks like a path.
+    A string names a file if that file exists, or if it has no blank in it and looks like a path; one that is
+    too long to be a file's name is a text.
 
     Raises
     ------
@@ -122,7 +137,7 @@ def text_source(
         path = Path(text).expanduser()
         content, description = _read(path), f"file {path.name}"
     else:
-        content, description = text, "text given as a string"
+        content, description = text, GIVEN_TEXT
     if not content.strip():
         raise TokenError(f"{description} is empty: there is no text to run the model on")
     return PlainText(content, description)
@@ -131,7 +146,14 @@ def text_source(
 def _names_a_file(text: str) -> bool:
     if not text or len(text) > 1024 or "\n" in text:
         return False
-    if Path(text).expanduser().is_file():
+    try:
+        os.stat(Path(text).expanduser())
+    except (ValueError, RuntimeError):  # a null character; "~" before what is no user's name
+        return False
+    except OSError as problem:
+        if problem.errno == errno.ENAMETOOLONG:
+            return False
+    else:
         return True
     return not re.search(r"\s", text) and (
         "/" in text or Path(text).suffix.lower() in {".txt", ".md", ".text"}
@@ -139,15 +161,11 @@ def _names_a_file(text: str) -> bool:
 
 
 def _read(path: Path) -> str:
-    if path.is_dir():
-        raise TokenError(f"{path} is a directory; give one text file, or a data set's path as dataset")
-    if not path.is_file():
-        near = path.parent.is_dir() and difflib.get_close_matches(
-            path.name, [entry.name for entry in path.parent.iterdir()], n=1
-        )
-        advice = f"; did you mean {near[0]}?" if near else "; check the path"
-        raise TokenError(f"there is no text file {path}{advice}")
     try:
+        if path.is_dir():
+            raise TokenError(f"{path} is a directory; give one text file, or a data set's path as dataset")
+        if not path.is_file():
+            raise TokenError(f"there is no text file {path}{_meant_instead(path)}")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TokenError(
@@ -156,6 +174,13 @@ def _read(path: Path) -> str:
         ) from None
     except OSError as error:
         raise TokenError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _meant_instead(path: Path) -> str:
+    near = path.parent.is_dir() and difflib.get_close_matches(
+        path.name, [entry.name for entry in path.parent.iterdir()], n=1
+    )
+    return f"; did you mean {near[0]}?" if near else "; check the path"
 
 
 def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
