@@ -49,7 +49,7 @@ STEP = "step"
 SERIES = "series"
 SERIES_STEP = "logged_step"
 
-CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
+CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks", "divergence")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
 VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites")
 
@@ -66,7 +66,7 @@ class RunWriter:
     path : a folder, by custom ``*.zarr``; made with its parents if it does not exist
     attributes : everything that determines a number (NumPy scalars, sets, paths and dates are converted)
     resume : continue the run that is there (or begin one). The attributes must be equal, save
-        ``created, command, versions, device, ranks``, which are appended to the attribute ``resumed``.
+        those of ``CIRCUMSTANCES``, which are appended to the attribute ``resumed``.
     overwrite : delete the run that is there. Nothing but a run is ever deleted.
     block : commit every so many probed steps; until then they are in memory. 1 loses at most the step
         being written when the process is killed; larger blocks write less.
