@@ -1,12 +1,13 @@
-"""Several training runs as processes: where each is put."""
+"""Several training runs as processes: where each is put, and what is said of one that fails."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
+from osp_diag.errors import TrainingError
 from trainer import ablation as processes
 from trainer.ablation import train_all, visible_gpus
 from trainer.presets import ablation, tiny
@@ -16,14 +17,30 @@ class Finished:
     """A process that notes its environment and is over after a few looks."""
 
     started: list[dict[str, str]]
+    code = 0
+    says = b""
 
-    def __init__(self, command: list[str], *, env: dict[str, str], **_: Any) -> None:
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: BinaryIO, **_: Any) -> None:
         type(self).started.append(env)
-        self.looks, self.returncode = 3, 0
+        self.looks, self.returncode = 3, type(self).code
+        stdout.write(self.says)
 
     def poll(self) -> int | None:
         self.looks -= 1
-        return None if self.looks > 0 else 0
+        return None if self.looks > 0 else self.returncode
+
+    def terminate(self) -> None:
+        pass
+
+    def wait(self) -> int:
+        return self.returncode
+
+
+def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are not started."""
+    monkeypatch.setattr(processes, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(Finished, "started", [], raising=False)
+    monkeypatch.setattr(processes.subprocess, "Popen", Finished)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +57,7 @@ def test_runs_are_spread_over_the_gpus(
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.setattr(processes, "visible_gpus", lambda: gpus)
-    monkeypatch.setattr(processes, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(Finished, "started", [], raising=False)
-    monkeypatch.setattr(processes.subprocess, "Popen", Finished)
+    pretended(monkeypatch)
     paths = train_all(ablation(tiny()), tmp_path / "out", at_a_time=4)
     assert list(paths) == ["adam", "muon_only", "muon", "muon_ssnorm", "muon_embproj", "osp"]
     assert [env.get("CUDA_VISIBLE_DEVICES") for env in Finished.started] == expected
@@ -60,3 +75,33 @@ def test_gpus_are_named_as_the_environment_names_them(
     else:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
     assert visible_gpus() == found
+
+
+FRAMES = "\n".join(f"  frame #{number}: in native code" for number in range(30))
+
+
+@pytest.mark.parametrize(
+    ("log", "told", "left_out"),
+    [
+        (
+            f"step 7\nosp-diag: unexpected RuntimeError: CUDA error\n{FRAMES}",
+            ["osp-diag: unexpected", "frame #13"],
+            "frame #14",
+        ),
+        (f"step 7\n{FRAMES}\nKilled", ["  Killed", "frame #16"], "frame #15"),
+    ],
+    ids=["it says what", "it says nothing"],
+)
+def test_a_run_that_fails_is_told_by_its_own_words(
+    log: str, told: list[str], left_out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretended(monkeypatch)
+    monkeypatch.setattr(Finished, "code", -6)
+    monkeypatch.setattr(Finished, "says", log.encode())
+    with pytest.raises(TrainingError) as raised:
+        train_all({"adam": tiny()}, tmp_path / "out")
+    message = str(raised.value)
+    assert f"the run adam failed with exit code -6; from {tmp_path}" in message
+    assert all(part in message for part in told)
+    assert left_out not in message and "step 7" not in message
+    assert message.endswith("the same command with --resume goes on from there.")

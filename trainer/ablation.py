@@ -79,11 +79,11 @@ def train_all(
 
     Each run has one GPU where there are any, the one with the fewest runs. What a run prints goes to
     ``out/name.log``. With ``resume`` finished runs are left as they are and unfinished ones go on. If one
-    fails the others are stopped (and can be resumed).
+    fails the others are stopped, saved, and can be resumed.
 
     Raises
     ------
-    TrainingError : a run failed, with the end of its log
+    TrainingError : a run failed, with what its log says of it
     """
     out.mkdir(parents=True, exist_ok=True)
     number = at_a_time or concurrent_runs(configs)
@@ -143,8 +143,15 @@ def _start(
 def _check(entry: _Process) -> None:
     if entry.process.returncode == 0:
         return
-    lines = entry.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
+    lines = entry.log.read_text(encoding="utf-8", errors="replace").splitlines()
     raise TrainingError(
-        f"the run {entry.name} failed with exit code {entry.process.returncode}; the end of {entry.log}:\n"
-        + "\n".join(f"  {line}" for line in lines)
+        f"the run {entry.name} failed with exit code {entry.process.returncode}; from {entry.log}:\n"
+        + "\n".join(f"  {line}" for line in _telling(lines))
+        + "\nThe other runs are saved where they were: the same command with --resume goes on from there."
     )
+
+
+def _telling(lines: list[str]) -> list[str]:
+    """The lines from where the run says what happened; native code may print a long trace after it."""
+    said = [number for number, line in enumerate(lines) if line.startswith("osp-diag:")]
+    return lines[said[-1] :][:LAST_LINES] if said else lines[-LAST_LINES:]

@@ -63,6 +63,7 @@ def small() -> TrainConfig:
         # Sinks grow on a token that is always first.
         data=DataConfig(sequence_length=512, bos="sequence"),
         probe=ProbeConfig(every=100, dense_until=400, dense_every=25, tokens=16_384),
+        checkpoint=CheckpointConfig(every=500),
     )
 
 

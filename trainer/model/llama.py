@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -171,6 +172,8 @@ class Llama(nn.Module):
 
     def compile_parts(self) -> None:
         """Compile each block, all of which share one graph, and the loss."""
+        # Inductor suggests TF32. Under autocast the products are bfloat16; the float32 that is left is meant.
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
         for part in (*self.blocks, self.cross_entropy):
             part.compile()
 
