@@ -103,5 +103,6 @@ def test_a_run_that_fails_is_told_by_its_own_words(
     message = str(raised.value)
     assert f"the run adam failed with exit code -6; from {tmp_path}" in message
     assert all(part in message for part in told)
-    assert left_out not in message and "step 7" not in message
+    assert left_out not in message
+    assert "step 7" not in message
     assert message.endswith("the same command with --resume goes on from there.")
