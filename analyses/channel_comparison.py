@@ -22,6 +22,7 @@ from analyses.channel_comparison_data import (
 from analyses.channel_comparison_weights import compared_weights
 from analyses.channel_significance import Grouped, grouped, why_not_significant, with_significance
 from analyses.in_notebook import in_notebook
+from analyses.run_labels import labels_of, run_name
 from osp_diag.errors import StoreError, UsageError
 
 __all__ = ["ChannelComparison", "chosen_step", "compare_channels", "matched_layers"]
@@ -122,17 +123,17 @@ def compare_channels(
         parts.append(part)
     if not parts:
         raise StoreError(
-            f"the runs of {_name(first)} and {_name(second)} have no layer in common at any site; probe both "
-            "at the same layers"
+            f"the runs of {run_name(first)} and {run_name(second)} have no layer in common at any site; "
+            "probe both at the same layers"
         )
-    labels = _labels((first, second), steps)
+    labels = labels_of((first, second), steps)
     data = xr.concat(parts, "site", join="outer", data_vars="all", coords="minimal", combine_attrs="override")
     notes += _width_notes(data)
     weights, about_weights = compared_weights(first, second, steps)
-    data = data.merge(hot_channel_table(data)).merge(weights).assign_coords(run=list(labels))
+    data = data.merge(hot_channel_table(data)).merge(weights).assign_coords(run=labels)
     data.attrs = {
         "title": f"Channels of {labels[0]} and {labels[1]}, {stratum} tokens",
-        "models": [_name(first), _name(second)],
+        "models": [run_name(first), run_name(second)],
         "steps": list(steps),
         "stratum": stratum,
         "significance": _significance(resampled, first, second),
@@ -152,7 +153,7 @@ def _same_tokens(first: Any, second: Any, one: Grouped, other: Grouped) -> bool:
 def _significance(resampled: dict[str, tuple[int, int, bool]], first: Any, second: Any) -> str:
     """How it was found, or why not."""
     if not resampled:
-        return why_not_significant([_name(first), _name(second)])
+        return why_not_significant([run_name(first), run_name(second)])
     a, b, paired = next(iter(resampled.values()))
     how = (
         f"over {a} groups of batches, resampled together: both were fed the same tokens"
@@ -175,11 +176,11 @@ def chosen_step(run: Any, step: int | None) -> int:
     """
     steps = np.asarray(run.steps)
     if not steps.size:
-        raise StoreError(f"the run of {_name(run)} holds no probed step; probe first")
+        raise StoreError(f"the run of {run_name(run)} holds no probed step; probe first")
     if step is not None and step not in steps:
         near = sorted(sorted(steps.tolist(), key=lambda known: abs(known - step))[:3])
         raise UsageError(
-            f"the run of {_name(run)} has no step {step}; the nearest are {', '.join(map(str, near))}"
+            f"the run of {run_name(run)} has no step {step}; the nearest are {', '.join(map(str, near))}"
         )
     return int(steps[-1] if step is None else step)
 
@@ -216,7 +217,7 @@ def _same_protocol(first: Any, second: Any) -> None:
     protocols = [str(run.attrs.get("protocol", "unknown")) for run in (first, second)]
     if protocols[0] != protocols[1]:
         raise UsageError(
-            f"the runs of {_name(first)} and {_name(second)} were probed under different protocols, "
+            f"the runs of {run_name(first)} and {run_name(second)} were probed under different protocols, "
             f"{protocols[0]} and {protocols[1]}: their channels differ whatever the models; probe both under "
             "one protocol"
         )
@@ -264,19 +265,21 @@ def _shared_sites(first: Any, second: Any, wanted: Sequence[str] | None, notes: 
             if site not in found:
                 reason = run.absent_sites.get(site)
                 raise UsageError(
-                    f"the run of {_name(run)} has no channel_rms at {site!r}"
+                    f"the run of {run_name(run)} has no channel_rms at {site!r}"
                     + (f" ({reason})" if reason else f"; it has {', '.join(found) or 'it nowhere'}")
                 )
     for run, mine, other in ((second, *have), (first, *have[::-1])):
         for site in mine if not wanted else ():
             if site not in other:
                 reason = run.absent_sites.get(site, "it was not probed with channel_moments")
-                notes.append(f"{site} is not compared: the run of {_name(run)} does not hold it ({reason})")
+                notes.append(
+                    f"{site} is not compared: the run of {run_name(run)} does not hold it ({reason})"
+                )
     shared = [site for site in have[0] if site in have[1] and (not wanted or site in wanted)]
     if not shared:
         raise StoreError(
-            f"the runs of {_name(first)} and {_name(second)} have no site in common with channel_rms; probe "
-            "both with the estimator channel_moments"
+            f"the runs of {run_name(first)} and {run_name(second)} have no site in common with channel_rms; "
+            "probe both with the estimator channel_moments"
         )
     return shared
 
@@ -320,17 +323,3 @@ def _width_notes(data: xr.Dataset) -> list[str]:
 def _depth(run: Any) -> int | None:
     depth = run.attrs.get("number_of_layers")
     return None if depth is None else int(depth)
-
-
-def _name(run: Any) -> str:
-    return str(run.attrs.get("model_name", "unnamed model"))
-
-
-def _labels(runs: tuple[Any, Any], steps: tuple[int, int]) -> tuple[str, str]:
-    """Names that tell the two apart: the model, its step where that differs, or first and second."""
-    names = (_name(runs[0]), _name(runs[1]))
-    if names[0] != names[1]:
-        return names
-    if steps[0] != steps[1]:
-        return (f"{names[0]}, step {steps[0]}", f"{names[1]}, step {steps[1]}")
-    return (f"{names[0]}, first", f"{names[1]}, second")

@@ -16,6 +16,7 @@ from analyses.in_notebook import in_notebook
 from analyses.network_order import network_order
 from analyses.onset import DEPARTURE, FEWEST_PROBES, Emerged, when_it_emerges
 from analyses.outlier_writers import outlier_writers
+from analyses.run_labels import run_name
 from analyses.thinned_run import evenly, thinned_run
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
@@ -159,7 +160,7 @@ def onsets(
     steps = np.asarray(run.steps, dtype=np.float64)
     if len(steps) < FEWEST_PROBES:
         raise StoreError(
-            f"onsets: the run of {_name(run)} holds {len(steps)} probed steps, and a change over training "
+            f"onsets: the run of {run_name(run)} holds {len(steps)} probed steps, and a change over training "
             f"takes {FEWEST_PROBES}; probe more often, or let it train on"
         )
     values = log_kurtosis(run, sites=sites)
@@ -191,14 +192,10 @@ def onsets(
         "draws": draws,
         "first_probe": float(steps[0]),
         "last_probe": float(steps[-1]),
-        "model": _name(run),
+        "model": run_name(run),
         "change_points": "ruptures KernelCPD (linear kernel), penalty 3 σ² ln n",
     }
     return dataset
-
-
-def _name(run: Any) -> str:
-    return str(run.attrs.get("model_name", "unnamed model"))
 
 
 def log_kurtosis(run: Any, *, sites: Sequence[str] | None = None) -> xr.DataArray:
@@ -217,12 +214,12 @@ def log_kurtosis(run: Any, *, sites: Sequence[str] | None = None) -> xr.DataArra
         except (OspDiagError, KeyError):
             if sites is not None:
                 raise StoreError(
-                    f"onsets: the run of {_name(run)} holds no {STATISTIC} at {site!r}; it has the sites "
+                    f"onsets: the run of {run_name(run)} holds no {STATISTIC} at {site!r}; it has the sites "
                     f"{', '.join(run.sites)}"
                 ) from None
     if not parts:
         raise StoreError(
-            f"onsets: the run of {_name(run)} holds {STATISTIC} at none of {', '.join(SITES)}; probe "
+            f"onsets: the run of {run_name(run)} holds {STATISTIC} at none of {', '.join(SITES)}; probe "
             "with the estimator and one of these sites"
         )
     return xr.concat(

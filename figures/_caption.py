@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from analyses.run_labels import run_name
 
 __all__ = ["caption"]
 
@@ -17,10 +20,17 @@ def _tokens(attrs: Mapping[str, Any]) -> str:
     return f"{said} of {source}" if source else said
 
 
+def _model(run: Any) -> str:
+    """The name in the panels, and the model's own where it says more."""
+    name, model = run_name(run), str(run.attrs.get("model_name", ""))
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
+    return name if model in ("", name, plain) else f"{name} ({model})"
+
+
 def _facts(run: Any, step: int) -> dict[str, str]:
     attrs = run.attrs
     return {
-        "model": str(attrs.get("model_name", "unnamed model")),
+        "model": _model(run),
         "protocol": f"{attrs.get('protocol', 'unknown')} protocol, BOS {attrs.get('bos', 'unknown')}",
         "tokens": _tokens(attrs),
         "step": f"step {step:,}",

@@ -14,7 +14,6 @@ from osp_diag.errors import OspDiagError, StoreError, UsageError
 __all__ = [
     "at_step",
     "identifier",
-    "labels_of",
     "last_step",
     "name_of",
     "opened",
@@ -138,21 +137,6 @@ def token_texts(run: Any, count: int) -> list[str]:
     except (OspDiagError, KeyError, TypeError):
         texts = []
     return texts + [str(position) for position in range(len(texts), count)]
-
-
-def labels_of(runs: list[Any], steps: list[int]) -> list[str]:
-    """Short names that tell the runs apart: the model, then the protocol or the step where models repeat."""
-    names = [name_of(run) for run in runs]
-    for extra in (
-        [str(run.attrs.get("protocol", "?")) for run in runs],
-        [f"step {step}" for step in steps],
-        [f"run {index + 1}" for index in range(len(runs))],
-    ):
-        if len(set(names)) == len(names):
-            break
-        if len(set(extra)) > 1:
-            names = [f"{name}, {part}" for name, part in zip(names, extra, strict=True)]
-    return names
 
 
 def per_run(parts: list[xr.Dataset], labels: list[str]) -> xr.Dataset:

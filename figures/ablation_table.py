@@ -12,12 +12,12 @@ import xarray as xr
 
 from analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
 from analyses.recipes import PAPER_ORDER
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import ColourScale
 from figures._decimate import number
 from figures._few_bits import results_and_remark
 from figures._hidden_states import KURTOSIS, kurtosis_by_step
-from figures._recipe_labels import recipes_or_models
 from figures._runs import last_step
 from figures.backend import Backend, Canvas
 from figures.styles import Style
@@ -56,7 +56,7 @@ def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
         for run, found in zip(runs, results, strict=True)
     ]
     columns = ["OSP kurtosis", *(f"perplexity {notation(*bits)}" for bits in settings)]
-    labels = recipes_or_models(runs, steps)
+    labels = labels_of(runs, steps)
     dataset = xr.Dataset(
         {"value": (("run", "column"), np.array(rows))}, coords={"run": labels, "column": columns}
     ).dropna("column", how="all")

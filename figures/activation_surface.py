@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._decimate import bin_starts, max_pool
-from figures._runs import labels_of, last_step, name_of, per_run, snapshot, snapshot_sites, token_texts
+from figures._runs import last_step, name_of, per_run, snapshot, snapshot_sites, token_texts
 from figures._surfaces import (
     Axes,
     check_z_scale,

@@ -14,9 +14,10 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import KINDS, ColourScale
-from figures._runs import labels_of, name_of, shown_token, snapshot, token_texts
+from figures._runs import name_of, shown_token, snapshot, token_texts
 from figures._sink_heads import heads_by_sink
 from figures.backend import Backend, Canvas
 from figures.styles import Style

@@ -12,10 +12,10 @@ import numpy as np
 import xarray as xr
 
 from analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, perplexity_at
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import sample
 from figures._few_bits import results_and_remark
-from figures._recipe_labels import recipes_or_models
 from figures._runs import last_step
 from figures.backend import Backend, Canvas, Dash
 from figures.styles import Style
@@ -64,7 +64,7 @@ def prepare(runs: list[Any], *, relative: bool = False, scheme: str = ROUND_TO_N
         values = values / values[:, :1, :1]
     dataset = xr.Dataset(
         {"perplexity": (("run", "sweep", "bits"), values)},
-        coords={"run": recipes_or_models(runs, steps), "sweep": list(SWEEPS), "bits": bits},
+        coords={"run": labels_of(runs, steps), "sweep": list(SWEEPS), "bits": bits},
     )
     label = "perplexity / that at 16 bits" if relative else "perplexity"
     title = f"{label.capitalize()}, by bits of weights and of activations"

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import ColourScale
 from figures._decimate import bin_starts, max_pool, spans
-from figures._runs import identifier, labels_of, last_step, per_run, statistics
+from figures._runs import identifier, last_step, per_run, statistics
 from figures.backend import Backend, Canvas
 from figures.styles import Style
 from osp_diag.errors import UsageError

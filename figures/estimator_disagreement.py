@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.run_labels import labels_of
 from figures._bounds import bound
 from figures._caption import caption
 from figures._colours import sample
-from figures._runs import labels_of, last_step, name_of, per_run
+from figures._runs import last_step, name_of, per_run
 from figures.backend import Backend, Canvas, Dash, Panel
 from figures.styles import Style
 from osp_diag.errors import StoreError, UsageError

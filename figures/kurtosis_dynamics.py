@@ -13,11 +13,11 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import sample, tint
 from figures._decimate import number
 from figures._hidden_states import KURTOSIS, kurtosis_by_step
-from figures._recipe_labels import recipes_or_models
 from figures._runs import last_step, name_of
 from figures.backend import Backend, Canvas, Dash, Panel
 from figures.styles import Style
@@ -74,7 +74,7 @@ def prepare(
             "tokens_per_step": ("run", per_step),
         },
         coords={
-            "run": recipes_or_models(runs, steps),
+            "run": labels_of(runs, steps),
             "loss_step": (("run", "record"), _padded([step for step, _ in losses])),
             "kurtosis_step": (("run", "probe"), _padded([step for step, _ in kurtoses])),
         },

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.run_labels import labels_of
 from analyses.sink_implementation import logit_edges
 from figures._caption import caption
-from figures._runs import labels_of, last_step, name_of, per_run, statistics
+from figures._runs import last_step, name_of, per_run, statistics
 from figures.backend import Backend, Canvas
 from figures.styles import Style
 from osp_diag.errors import StoreError, UsageError

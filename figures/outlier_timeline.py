@@ -9,10 +9,10 @@ import xarray as xr
 
 from analyses.emergence import log_kurtosis, onsets
 from analyses.onset import DEPARTURE, FEWEST_PROBES
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import ColourScale
 from figures._decimate import bin_starts, max_pool
-from figures._recipe_labels import recipes_or_models
 from figures._runs import last_step
 from figures.backend import Backend, Canvas, Panel
 from figures.styles import Style
@@ -53,7 +53,7 @@ def prepare(
         raise UsageError(f"outlier_timeline: pixels must be at least 1, not {pixels}")
     steps = [last_step(run) for run in runs]
     parts, short, estimators = [], [], []
-    labels = recipes_or_models(runs, steps)
+    labels = labels_of(runs, steps)
     for run, label in zip(runs, labels, strict=True):
         ratio = log_kurtosis(run, sites=[site]).sel(site=site)
         known = [str(name) for name in ratio["stratum"].values]

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import KINDS, ColourScale
 from figures._decimate import max_pool
-from figures._runs import labels_of, last_step, name_of, per_run, snapshot
+from figures._runs import last_step, name_of, per_run, snapshot
 from figures._sink_heads import heads_by_sink
 from figures.backend import Backend, Canvas
 from figures.styles import Style

@@ -12,11 +12,11 @@ import numpy as np
 import xarray as xr
 
 from analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
+from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import sample
 from figures._few_bits import results_and_remark
 from figures._hidden_states import KURTOSIS, kurtosis_by_step
-from figures._recipe_labels import recipes_or_models
 from figures._runs import last_step, name_of
 from figures.backend import AxisScale, Backend, Canvas
 from figures.styles import Style
@@ -72,7 +72,7 @@ def prepare(
     else:
         full = [_tokens(run, step) for run, step in zip(runs, steps, strict=True)]
     dataset = xr.Dataset(
-        {"full": ("run", full), "few_bits": ("run", few)}, coords={"run": recipes_or_models(runs, steps)}
+        {"full": ("run", full), "few_bits": ("run", few)}, coords={"run": labels_of(runs, steps)}
     )
     title = f"Perplexity at {bits} against {LABELS[against].partition(chr(10))[0]}"
     estimators = ["perplexity", *([KURTOSIS] if against == "kurtosis" else [])]

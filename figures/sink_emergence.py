@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.run_labels import labels_of
 from analyses.sink_implementation import sink_emergence
 from analyses.sink_rules import SinkRules
 from figures._caption import caption
 from figures._colours import ColourScale
-from figures._runs import labels_of, last_step, per_run, statistics
+from figures._runs import last_step, per_run, statistics
 from figures.backend import Backend, Canvas, Panel
 from figures.styles import Style
 

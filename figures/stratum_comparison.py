@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.run_labels import labels_of
 from figures._bounds import bound, draw_bounds, log_range
 from figures._caption import caption
-from figures._runs import identifier, labels_of, last_step, per_run, statistics
+from figures._runs import identifier, last_step, per_run, statistics
 from figures.backend import Backend, Canvas, Dash, Panel
 from figures.styles import Style
 from osp_diag.errors import UsageError

@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from analyses.run_labels import labels_of
 from analyses.thinned_run import evenly
 from figures._caption import caption
 from figures._decimate import bin_starts, max_pool
-from figures._runs import labels_of, last_step, name_of, per_run
+from figures._runs import last_step, name_of, per_run
 from figures._surfaces import (
     Axes,
     check_z_scale,

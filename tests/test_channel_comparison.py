@@ -145,7 +145,7 @@ def test_a_run_equals_itself(first):
     for name in DISTANCES:
         np.testing.assert_array_equal(found.data[name], np.zeros((1, 2)))
     assert float(np.abs(found.data["difference"]).max()) == 0.0
-    assert list(found.data["run"].values) == ["one, first", "one, second"]
+    assert list(found.data["run"].values) == ["one, run 1", "one, run 2"]
     assert set(found.data["hot_kind"].values) == {"shared"}
     assert "The channels are equal everywhere." in found.text()
     assert not any("unrelated" in note for note in found.notes)

@@ -112,7 +112,7 @@ def test_six_recipes_keep_their_names_and_get_colours_of_their_own():
     assert len({call["colour"] for call in drawn}) == 6
     seeds = data([training_run("OSP", OSP), training_run("OSP", OSP, seed=1)])
     assert seeds["run"].values.tolist() == ["OSP, seed 0", "OSP, seed 1"]
-    assert data([six[0], synthetic_run()])["run"].values.tolist() == ["llama", "made-up-60M"]
+    assert data([six[0], synthetic_run()])["run"].values.tolist() == ["Adam", "made-up-60M"]
 
 
 @given(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from analyses.live import Standing
+from analyses.run_labels import labels_of
 from figures.live._data import LARGEST, MEAN, Choice, chosen, floor_of, offered
 from figures.live._pictures import Shown
 from osp_diag.run_following import FollowedRun
@@ -46,18 +47,6 @@ _STRATA = {
     "delimiter": "delimiters",
     "rest": "other tokens",
 }
-
-
-def labels_of(runs: Sequence[FollowedRun]) -> list[str]:
-    """What to call each run: its model, with its folder's name where that is another or models repeat."""
-    models = [str(run.attrs.get("model_name", run.path.stem)) for run in runs]
-    labels = [
-        model if models.count(model) == 1 else f"{model} ({run.path.name})"
-        for model, run in zip(models, runs, strict=True)
-    ]
-    if len(set(labels)) < len(labels):
-        labels = [f"{model} ({run.path})" for model, run in zip(models, runs, strict=True)]
-    return labels
 
 
 def layout(runs: Sequence[FollowedRun], every: float) -> Any:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from analyses.emergence import Emergence, emergence
+from analyses.run_labels import labels_of
 from analyses.verdict import Verdict, verdict
 from figures._colours import sample
-from figures._recipe_labels import recipes_or_models
-from figures._runs import last_step, name_of, opened
+from figures._runs import last_step, opened
 from figures.report.comparison import compared_pairs, key_numbers, others, sentences
 from figures.report.definitions import definitions_of
 from figures.report.encoding import script_json
@@ -96,7 +95,7 @@ def build_report(runs: Any) -> Report:
     """As :func:`write_report`, without writing it."""
     found = opened(runs)
     steps = [last_step(run) for run in found]
-    labels = _labels(found, steps)
+    labels = labels_of(found, steps)
     heads = [heads_of(run) for run in found]
     told = [_told(run, label, head) for run, label, head in zip(found, labels, heads, strict=True)]
     verdicts = [one.verdict for one in told]
@@ -131,16 +130,6 @@ def build_report(runs: Any) -> Report:
         data=script_json(data),
     )
     return Report(html, tuple(verdicts), tuple(labels), tuple(left_out))
-
-
-def _labels(runs: Sequence[Any], steps: Sequence[int]) -> list[str]:
-    """Recipes of trainings, models of others; those that are the same are numbered."""
-    trained = [place for place, run in enumerate(runs) if run.attrs.get("config")]
-    recipes = recipes_or_models([runs[place] for place in trained], [steps[place] for place in trained])
-    known = dict(zip(trained, recipes, strict=True))
-    labels = [known.get(place, name_of(run)) for place, run in enumerate(runs)]
-    repeated = {label for label in labels if labels.count(label) > 1}
-    return [f"{label} ({place})" if label in repeated else label for place, label in enumerate(labels, 1)]
 
 
 def _told(run: Any, label: str, head: Heads) -> _Told:

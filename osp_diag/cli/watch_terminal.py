@@ -40,11 +40,15 @@ def show(runs: Sequence[FollowedRun], *, every: float | None) -> int:
     On a terminal the picture is renewed in place; elsewhere it is printed again when something changed.
     """
     from analyses.live import standing
+    from analyses.run_labels import labels_of
+
+    def picture(found: Sequence[Standing]) -> RenderableType:
+        return _picture(found, labels_of(runs), console)
 
     console = Console(highlight=False)
     found = [standing(run) for run in runs]
     if every is None:
-        console.print(_picture(found, console))
+        console.print(picture(found))
         return _code(found)
     try:
         if console.is_terminal:
@@ -52,18 +56,18 @@ def show(runs: Sequence[FollowedRun], *, every: float | None) -> int:
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
                     found = [standing(run) for run in runs]
-                    live.update(_picture(found, console), refresh=True)
+                    live.update(picture(found), refresh=True)
                     time.sleep(every)
                     _look(runs)
-        console.print(_picture(found, console))
+        console.print(picture(found))
         while True:
             time.sleep(every)
             if _look(runs):
                 found = [standing(run) for run in runs]
-                console.print(_picture(found, console))
+                console.print(picture(found))
     except KeyboardInterrupt:  # how one stops watching
         if console.is_terminal:
-            console.print(_picture(found, console))
+            console.print(picture(found))
     return _code(found)
 
 
@@ -76,12 +80,12 @@ def _code(found: Sequence[Standing]) -> int:
     return int(any(one.bad for one in found))
 
 
-def _picture(found: Sequence[Standing], console: Console) -> RenderableType:
+def _picture(found: Sequence[Standing], labels: Sequence[str], console: Console) -> RenderableType:
     ratios = [over_floor(one.kurtosis) for one in found if one.kurtosis is not None]
     tops = [ratio[np.isfinite(ratio)].max(initial=LEAST_TOP) for ratio in ratios]
     height = console.height // max(1, len(found)) - _OTHER_ROWS if console.is_terminal else 96
     parts = []
-    for one in found:
+    for one, label in zip(found, labels, strict=True):
         text = standing_as_text(
             one,
             width=console.width - 4,
@@ -89,7 +93,7 @@ def _picture(found: Sequence[Standing], console: Console) -> RenderableType:
             top=float(max(tops, default=LEAST_TOP)),
             bars=BARS if console.encoding.lower().startswith("utf") else DIGITS,
         )
-        parts.append(Panel(text, title=Text(_printable(one.name), style="bold"), title_align="left"))
+        parts.append(Panel(text, title=Text(_printable(label), style="bold"), title_align="left"))
     return Group(*parts)
 
 

@@ -1,0 +1,75 @@
+"""What to call runs that are shown together: one rule for figures, pages, texts and the terminal."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from analyses.recipes import config_of, recipe_of
+from osp_diag.errors import StoreError
+
+__all__ = ["labels_of", "run_name"]
+
+
+def run_name(run: Any) -> str:
+    """The recipe of a training by its published name; else the model's name, or that of the run's folder."""
+    try:
+        return recipe_of(config_of(run))
+    except StoreError:
+        return str(run.attrs.get("model_name") or (_file(run) or "unnamed model"))
+
+
+def labels_of(runs: Sequence[Any], steps: Sequence[int] | None = None) -> list[str]:
+    """:func:`run_name` of each run; those that share one are told apart by the first of these that does so.
+
+    The seeds of trainings of one recipe; the protocols; the names of the runs' folders, or their paths where
+    folders have the same name; the steps; numbers from 1.
+
+    Parameters
+    ----------
+    runs : open ones, or ones that are followed
+    steps : which step of each is shown
+    """
+    labels = [run_name(run) for run in runs]
+    files = Counter((label, _file(run)) for label, run in zip(labels, runs, strict=True))
+
+    def file(place: int) -> str:
+        run = runs[place]
+        path = _file(run) if files[run_name(run), _file(run)] == 1 else str(run.path or "")
+        return f" ({path})" if path else ""
+
+    def seed(place: int) -> str:
+        config = runs[place].attrs.get("config")
+        return f", seed {config['seed']}" if isinstance(config, dict) and "seed" in config else ""
+
+    told: list[Callable[[int], str]] = [
+        seed,
+        lambda place: f", {runs[place].attrs.get('protocol', '?')}",
+        file,
+        lambda place: "" if steps is None else f", step {steps[place]}",
+        lambda place: f", run {place + 1}",
+    ]
+    for detail in told:
+        labels = _told_apart(labels, detail)
+    return labels
+
+
+def _told_apart(labels: Sequence[str], detail: Callable[[int], str]) -> list[str]:
+    """The labels, with the detail where some share a label and differ in it."""
+    places = defaultdict(list)
+    for place, label in enumerate(labels):
+        places[label].append(place)
+    longer = list(labels)
+    for label, group in places.items():
+        details = [detail(place) for place in group]
+        if len(set(details)) > 1:
+            for place, more in zip(group, details, strict=True):
+                longer[place] = label + more
+    return longer
+
+
+def _file(run: Any) -> str:
+    """The name of a run's folder without .zarr; empty for one in memory."""
+    return "" if run.path is None else Path(run.path).name.removesuffix(".zarr")
