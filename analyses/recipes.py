@@ -31,7 +31,8 @@ def config_of(run: Any) -> dict[str, Any]:
     ------
     StoreError : the run says nothing of a recipe: it was probed from a checkpoint, or in another loop
     """
-    config = dict(run.attrs.get("config") or {})
+    config = run.attrs.get("config")
+    config = dict(config) if isinstance(config, Mapping) else {}
     missing = [key for key in _KEYS if key not in config]
     if missing:
         raise StoreError(

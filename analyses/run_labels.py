@@ -24,21 +24,23 @@ def run_name(run: Any) -> str:
 def labels_of(runs: Sequence[Any], steps: Sequence[int] | None = None) -> list[str]:
     """:func:`run_name` of each run; those that share one are told apart by the first of these that does so.
 
-    The seeds of trainings of one recipe; the protocols; the names of the runs' folders, or their paths where
-    folders have the same name; the steps; numbers from 1.
+    The seeds of trainings of one recipe; the protocols; the names of the runs' folders, with those of the
+    folders around them where they are the same; the steps; numbers from 1.
 
     Parameters
     ----------
     runs : open ones, or ones that are followed
-    steps : which step of each is shown
+    steps : which step of each is shown; None for runs that are followed, which are told apart by whole paths:
+        their view stays on this machine, where figures are sent to others
     """
     labels = [run_name(run) for run in runs]
     files = Counter((label, _file(run)) for label, run in zip(labels, runs, strict=True))
 
     def file(place: int) -> str:
-        run = runs[place]
-        path = _file(run) if files[run_name(run), _file(run)] == 1 else str(run.path or "")
-        return f" ({path})" if path else ""
+        run, name = runs[place], _file(runs[place])
+        if name and files[run_name(run), name] > 1:
+            name = str(run.path) if steps is None else f"{Path(run.path).absolute().parent.name}/{name}"
+        return f" ({name})" if name else ""
 
     def seed(place: int) -> str:
         config = runs[place].attrs.get("config")

@@ -31,6 +31,7 @@ def test_a_training_is_called_by_its_recipe_and_others_by_their_model():
     assert run_name(run(model_name="llama", config={"steps": 9})) == "llama"
     assert run_name(run("runs/mine.zarr", model_name="")) == "mine"
     assert run_name(run()) == "unnamed model"
+    assert run_name(run(model_name="odd", config="no table")) == "odd"
     assert labels_of([trained("OSP"), run(model_name="llama"), trained("Adam")]) == ["OSP", "llama", "Adam"]
 
 
@@ -42,13 +43,18 @@ def test_a_training_is_called_by_its_recipe_and_others_by_their_model():
             [trained("OSP", "a/low.zarr"), trained("OSP", "a/high.zarr"), trained("Adam", "a/b.zarr")],
             ["OSP (low)", "OSP (high)", "Adam"],
         ),
-        ([trained("OSP", "a/x.zarr"), trained("OSP", "b/x.zarr")], ["OSP (a/x.zarr)", "OSP (b/x.zarr)"]),
+        ([trained("OSP", "/c/a/x.zarr"), trained("OSP", "/c/b/x.zarr")], ["OSP (a/x)", "OSP (b/x)"]),
         ([run(model_name="m", protocol="one"), run(model_name="m", protocol="two")], ["m, one", "m, two"]),
         ([run("x.zarr", model_name="m"), run("x.zarr", model_name="m")], ["m, step 1", "m, step 2"]),
     ],
 )
 def test_what_shares_a_name_is_told_apart_by_what_differs(runs, labels):
     assert labels_of(runs, list(range(1, len(runs) + 1))) == labels
+
+
+def test_a_view_on_this_machine_gives_whole_paths():
+    followed = [trained("OSP", "/c/a/x.zarr"), trained("OSP", "/c/b/x.zarr")]
+    assert labels_of(followed) == ["OSP (/c/a/x.zarr)", "OSP (/c/b/x.zarr)"]
 
 
 def test_runs_alike_in_everything_are_numbered():
