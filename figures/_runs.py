@@ -21,6 +21,7 @@ __all__ = [
     "shown_token",
     "snapshot",
     "snapshot_sites",
+    "snapshot_step",
     "statistics",
     "token_texts",
 ]
@@ -120,6 +121,12 @@ def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:
             f"{figure} draws raw activations, and the run of {name_of(run)} holds no snapshot of {site!r}"
             f"{_why(run, site)}; probe again and let it keep snapshots of that site"
         ) from None
+
+
+def snapshot_step(run: Any) -> int:
+    """The step of the raw activations: a run keeps those of its first probe."""
+    last_step(run)  # refuses a run without any
+    return int(run.steps[0])
 
 
 def snapshot_sites(run: Any) -> list[str]:

@@ -18,7 +18,7 @@ import xarray as xr
 from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._decimate import bin_starts, max_pool
-from figures._runs import last_step, name_of, per_run, snapshot, snapshot_sites, token_texts
+from figures._runs import name_of, per_run, snapshot, snapshot_sites, snapshot_step, token_texts
 from figures._surfaces import (
     Axes,
     check_z_scale,
@@ -70,7 +70,7 @@ def prepare(
     chosen = _expanded(runs, [sites] if isinstance(sites, str) else list(sites))
     asked = layers_asked(layer)
     parts = [_of_run(run, chosen, one, channels, tokens) for run in runs for one in asked]
-    steps = [last_step(run) for run in runs]
+    steps = [snapshot_step(run) for run in runs]
     labels = [label for label in labels_of(runs, steps) for _ in asked]
     dataset = per_run(parts, with_layers(labels, [int(part["layer"]) for part in parts]))
     title = f"|activation| over channel and token: {', '.join(map(short_name, chosen))}"

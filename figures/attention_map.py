@@ -17,7 +17,7 @@ from jaxtyping import Float
 from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import KINDS, ColourScale
-from figures._runs import name_of, shown_token, snapshot, token_texts
+from figures._runs import name_of, shown_token, snapshot, snapshot_step, token_texts
 from figures._sink_heads import heads_by_sink
 from figures.backend import Backend, Canvas
 from figures.styles import Style
@@ -69,7 +69,7 @@ def prepare(
         raise UsageError(f"attention_map: tokens is 2 or more, not {tokens}")
     asked = None if heads is None else _asked([heads] if isinstance(heads, str) else heads)
     # Snapshots are of the first probed step.
-    steps = [int(run.steps[0]) for run in runs]
+    steps = [snapshot_step(run) for run in runs]
     kept = [_Kept(run) for run in runs]
     sinks = 3 if len(runs) == 1 else 1
     chosen = [asked or one.default_heads(sinks, step) for one, step in zip(kept, steps, strict=True)]

@@ -15,7 +15,7 @@ from analyses.run_labels import labels_of
 from figures._caption import caption
 from figures._colours import KINDS, ColourScale
 from figures._decimate import max_pool
-from figures._runs import last_step, name_of, per_run, snapshot
+from figures._runs import name_of, per_run, snapshot, snapshot_step
 from figures._sink_heads import heads_by_sink
 from figures.backend import Backend, Canvas
 from figures.styles import Style
@@ -57,7 +57,7 @@ def prepare(
     if colours not in KINDS:
         raise UsageError(f"qk_magnitude: colours is one of {', '.join(KINDS)}, not {colours!r}")
     parts = [_of_run(run, layer, head, rope, tokens) for run in runs]
-    steps = [last_step(run) for run in runs]
+    steps = [snapshot_step(run) for run in runs]
     dataset = per_run(parts, labels_of(runs, steps))
     title = f"|q| and |k| by token and channel of one head, {rope}-RoPE"
     which = (

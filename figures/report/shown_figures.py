@@ -32,19 +32,21 @@ class Shown:
     """Longer runs are thinned evenly to so many steps, where the figure takes its time for each."""
     pairs: bool = False
     """drawn of two runs, and so of every pair"""
+    kept: bool = False
+    """drawn of raw activations, which a run keeps once, of its first probed step"""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
 FIGURES = (
     Shown("kurtosis_dynamics", "How loss and kurtosis went in training", steps=2),
     Shown("outlier_timeline", "When outliers appeared, layer by layer", steps=2, options={"draws": 20}),
-    Shown("activation_surface", "What the activations of the hottest layer look like"),
+    Shown("activation_surface", "What the activations of the hottest layer look like", kept=True),
     Shown("depth_profile", "Where magnitudes grow"),
     Shown("concentration_curves", "How few channels hold the energy"),
     Shown("channel_map_comparison", "How the channels of two models differ", pairs=True),
     Shown("sink_emergence", "When heads became sinks", steps=2, most=12),
-    Shown("attention_map", "Where the strongest sink looks"),
-    Shown("qk_magnitude", "Queries and keys of the strongest sink"),
+    Shown("attention_map", "Where the strongest sink looks", kept=True),
+    Shown("qk_magnitude", "Queries and keys of the strongest sink", kept=True),
     Shown("logit_densities", "Attention logits of the sink key and of others"),
     Shown("estimator_disagreement", "What other definitions of kurtosis say"),
     Shown("weight_surface", "The weights that write the outliers"),
@@ -146,5 +148,15 @@ def _draw(shown: Shown, runs: list[Any], found: Drawn, variant: str) -> None:
     for trace in found.variants[variant]["data"]:
         if "text" in trace:
             trace["text"] = factored(trace["text"])
-    found.variants[variant]["caption"] = str(dataset.attrs["caption"])
+    found.variants[variant]["caption"] = _step_shown(shown, runs) + str(dataset.attrs["caption"])
     found.heading = found.heading or str(dataset.attrs["title"])
+
+
+def _step_shown(shown: Shown, runs: Sequence[Any]) -> str:
+    """What step a figure is of that neither runs over the steps nor follows the page's slider."""
+    if shown.steps > 1 or all(len(run.steps) == 1 for run in runs):
+        return ""
+    which, place = ("first", 0) if shown.kept else ("last", -1)
+    steps = [f"{int(run.steps[place]):,}" for run in runs]
+    said = f" ({steps[0]})" if len(set(steps)) == 1 else f" of each run ({', '.join(steps)})"
+    return f"Of the {which} probed step{said}, wherever the step slider stands. "
