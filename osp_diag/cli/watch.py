@@ -11,6 +11,7 @@ import tyro
 from osp_diag.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
+    from osp_diag.cli.watch_alerts import AlertFile
     from osp_diag.run_following import FollowedRun
 
 VERB = "watch"
@@ -28,6 +29,7 @@ def run(
     serve: bool = False,
     host: str = "127.0.0.1",
     port: int = 8050,
+    out: Path | None = None,
     json: bool = False,
 ) -> int:
     """Watch runs while they are written: kurtosis against its floor, sinks, loss, speed, and what to mind.
@@ -43,13 +45,17 @@ def run(
         serve: serve a page instead.
         host: of the page; any other than 127.0.0.1 lets other machines see it.
         port: of the page.
+        out: write a line of JSON to this file (.jsonl) for every alert, when it is found: time, run, rule,
+            severity, text, step and value; a file that is there is replaced. Not with --serve.
         json: print the numbers once as JSON and stop.
 
     Examples:
         osp-diag watch runs/osp.zarr
         osp-diag watch adam.zarr osp.zarr --serve
         osp-diag watch osp.zarr --once --json
+        osp-diag watch adam.zarr osp.zarr --out alerts.jsonl
     """
+    from osp_diag.cli.watch_alerts import AlertFile
     from osp_diag.run_following import FollowedRun
 
     if not runs:
@@ -58,6 +64,10 @@ def run(
         raise UsageError(f"watch: --every is a number of seconds from 0.1 to 3600, not {every:g}")
     if serve and (once or json):
         raise UsageError("watch: --serve shows a page; leave --once and --json out")
+    if serve and out is not None:
+        raise UsageError(
+            "watch: --serve writes no file; leave --out out, or run `osp-diag watch` with --out beside it"
+        )
     followed = [FollowedRun(path) for path in dict.fromkeys(runs)]
     for one in followed:
         _check(one, must_exist=once or json)
@@ -65,17 +75,20 @@ def run(
         from figures.live import serve_page
 
         return serve_page(followed, host=host, port=port, every=every)
+    alerts = None if out is None else AlertFile(out)
     if json:
-        return _as_json(followed)
+        return _as_json(followed, alerts)
     from osp_diag.cli.watch_terminal import show
 
-    return show(followed, every=None if once else every)
+    return show(followed, every=None if once else every, alerts=alerts)
 
 
-def _as_json(followed: list[FollowedRun]) -> int:
+def _as_json(followed: list[FollowedRun], alerts: AlertFile | None) -> int:
     from analyses.live import standing
 
     found = [standing(one) for one in followed]
+    if alerts is not None:
+        alerts.add(found)
     print(json_format.dumps({"runs": [one.as_dict() for one in found]}, indent=2))
     return int(any(one.bad for one in found))
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from analyses.live import Standing
+    from osp_diag.cli.watch_alerts import AlertFile
     from osp_diag.run_following import FollowedRun
 
 __all__ = ["show", "standing_as_text"]
@@ -34,19 +35,26 @@ _WIDEST = 4
 """characters a step, while there are few"""
 
 
-def show(runs: Sequence[FollowedRun], *, every: float | None) -> int:
+def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile | None = None) -> int:
     """Show the runs, once if ``every`` is None, else until interrupted; returns the exit code.
 
     On a terminal the picture is renewed in place; elsewhere it is printed again when something changed.
+    Alerts also go into ``alerts`` as they are found.
     """
     from analyses.live import standing
     from analyses.run_labels import labels_of
+
+    def judged() -> list[Standing]:
+        found = [standing(run) for run in runs]
+        if alerts is not None:
+            alerts.add(found)
+        return found
 
     def picture(found: Sequence[Standing]) -> RenderableType:
         return _picture(found, labels_of(runs), console)
 
     console = Console(highlight=False)
-    found = [standing(run) for run in runs]
+    found = judged()
     if every is None:
         console.print(picture(found))
         return _code(found)
@@ -55,7 +63,7 @@ def show(runs: Sequence[FollowedRun], *, every: float | None) -> int:
             # The last picture stays in the terminal, below what was there before.
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
-                    found = [standing(run) for run in runs]
+                    found = judged()
                     live.update(picture(found), refresh=True)
                     time.sleep(every)
                     _look(runs)
@@ -63,7 +71,7 @@ def show(runs: Sequence[FollowedRun], *, every: float | None) -> int:
         while True:
             time.sleep(every)
             if _look(runs):
-                found = [standing(run) for run in runs]
+                found = judged()
                 console.print(picture(found))
     except KeyboardInterrupt:  # how one stops watching
         if console.is_terminal:

@@ -1,0 +1,61 @@
+"""What ``osp-diag watch --out`` writes: alerts, a line of JSON each."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from osp_diag.errors import UsageError
+
+if TYPE_CHECKING:
+    from analyses.live import Standing
+
+__all__ = ["AlertFile"]
+
+
+class AlertFile:
+    """A file that gets a line when an alert is first found; one that is found at every look is told once.
+
+    Raises
+    ------
+    UsageError : the name does not end in .jsonl, or the file cannot be written
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.suffix != ".jsonl":
+            raise UsageError(f"watch: --out {path}: alerts are lines of JSON; let the name end in .jsonl")
+        if not path.parent.is_dir():
+            raise UsageError(f"watch: --out {path}: the folder {path.parent} does not exist; make it first")
+        self.path = path
+        self._found: set[tuple[str, str, int, int]] = set()
+        self._write("w", "")
+
+    def add(self, standings: Sequence[Standing]) -> None:
+        """Write the alerts that the last look had not found: time, run, and the alert's own fields."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        lines, found = [], set()
+        for one in standings:
+            alike: Counter[tuple[str, int]] = Counter()
+            for alert in one.alerts:
+                key = (one.path, alert.rule, alert.step, alike[alert.rule, alert.step])
+                alike[alert.rule, alert.step] += 1
+                found.add(key)
+                if key not in self._found:
+                    lines.append(json.dumps({"time": now, "run": one.path} | alert.as_dict()) + "\n")
+        self._found = found
+        if lines:
+            self._write("a", "".join(lines))
+
+    def _write(self, mode: str, text: str) -> None:
+        try:
+            with self.path.open(mode, encoding="utf-8") as file:
+                file.write(text)
+        except OSError as problem:
+            raise UsageError(
+                f"watch: cannot write {self.path}: {problem.strerror or problem}; write elsewhere or make "
+                "room"
+            ) from problem
