@@ -51,7 +51,7 @@ def test_two_trainings_are_compared(trained, tmp_path, capsys):
     out = tmp_path / "compared.nc"
     assert main(["compare", *trained, "--stratum", "rest", "--out", str(out)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("Channels of osp (A, step 2) and adam (B, step 2), rest tokens\n")
+    assert text.startswith("Channels of OSP (A, step 2) and Adam (B, step 2), rest tokens\n")
     assert "residual_post" in text
     assert "widths differ (embedding 32 and 16, " in text
     assert "Norm gains of blocks, largest over median: 1 (A), " in text
@@ -63,7 +63,7 @@ def test_two_trainings_are_compared(trained, tmp_path, capsys):
     assert found["profile_distance"].dims == ("site", "layer")
     assert (found["profile_distance"].sel(site="residual_post") > 0).all()
     rms = open_run(trained[0]).at("residual_post")["channel_rms"].sel(step=2, stratum="rest").values
-    relative = found["relative_rms"].sel(site="residual_post", run="osp").values[:, :32]
+    relative = found["relative_rms"].sel(site="residual_post", run="OSP").values[:, :32]
     np.testing.assert_allclose(relative, rms / np.sort(rms, axis=1)[:, 15:16], rtol=1e-6)
     assert "significance" in found.attrs
     assert "widths differ" in found.attrs["notes"]
@@ -85,7 +85,7 @@ def test_two_steps_of_one_training(trained, capsys):
     capsys.readouterr()
     assert main(["compare", trained[0], "--step", "0", "--other-step", "2"]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("Channels of osp, step 0 (A, step 0) and osp, step 2 (B, step 2), all tokens")
+    assert text.startswith("Channels of OSP, step 0 (A, step 0) and OSP, step 2 (B, step 2), all tokens")
     assert "unrelated" not in text
 
 
