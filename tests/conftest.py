@@ -7,6 +7,8 @@ import signal
 
 # Read when the libraries are imported, which is after this file.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Compiling takes longer than what is compiled: the same passes over the graph, none over the machine code.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

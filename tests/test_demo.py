@@ -9,51 +9,56 @@ import pytest
 
 import osp_diag
 from osp_diag.checkpoints import wheel
-from osp_diag.cli.demo import PICTURES, TRAINED
+from osp_diag.cli.demo import PICTURES, RUNS, TRAINED
 from osp_diag.cli.main import main
 from tests.tiny_checkpoints import bert, byte_tokenizer, llama, save
+from trainer import presets
+from trainer.config_values import with_changes
+from trainer.presets import tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("make", [llama, bert])
-def test_the_demo(make, tmp_path, capfd):
-    model, out = save(make(), tmp_path / make.__name__, byte_tokenizer()), tmp_path / "demo"
-    words = ["demo", str(model), "--out", str(out), "--tokens", "128", "--train-steps", "0"]
-    assert main(words) == 0
-    shown = capfd.readouterr()
-    assert shown.err == ""
-    assert "Verdict: " in shown.out
-    assert "OSP kurtosis by protocol: " in shown.out
-    for name in PICTURES:
-        assert f"  {name}" in shown.out
-        assert (out / name).stat().st_size > 10_000
-    assert "not drawn" not in shown.out
-    assert f"The page to begin with: {out / 'report.html'}" in shown.out
-    assert (out / "report.html").stat().st_size > 10_000
-    assert f'osp_diag.open_run("{out / "sequence.zarr"}")' in shown.out
-    sequence, published = (osp_diag.open_run(out / f"{name}.zarr") for name in ("sequence", "osp-published"))
-    assert (sequence.attrs["protocol"], published.attrs["protocol"]) == ("sequence", "osp-published")
-    assert "residual_post" in published.sites
-    assert sequence.attrs["tokens"] == published.attrs["tokens"] == 128
-
-
-@pytest.mark.slow
-def test_an_earlier_demo_is_replaced_and_nothing_else(tmp_path, capfd):
-    model, out = save(llama(), tmp_path / "tiny", byte_tokenizer()), tmp_path / "demo"
+def test_the_demo_replaces_an_earlier_one_and_nothing_else(tmp_path, capfd):
+    out = tmp_path / "demo"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    for tokens in (64, 128):
-        assert (
-            main(["demo", str(model), "--out", str(out), "--tokens", str(tokens), "--train-steps", "0"]) == 0
-        )
-    assert osp_diag.open_run(out / "sequence.zarr").attrs["tokens"] == 128
+    for make, tokens in ((llama, 64), (bert, 128)):
+        model = save(make(), tmp_path / make.__name__, byte_tokenizer())
+        words = ["demo", str(model), "--out", str(out), "--tokens", str(tokens), "--train-steps", "0"]
+        assert main(words) == 0
+        check(out, capfd.readouterr(), model.name, tokens)
     assert (out / "notes.txt").read_text() == "mine"
 
 
+def check(out: Path, shown, name: str, tokens: int) -> None:
+    """The demo said and wrote everything, of this model."""
+    assert shown.err == ""
+    assert "Verdict: " in shown.out
+    assert "OSP kurtosis by protocol: " in shown.out
+    for picture in PICTURES:
+        assert f"  {picture}" in shown.out
+        assert (out / picture).stat().st_size > 10_000
+    assert "not drawn" not in shown.out
+    assert f"The page to begin with: {out / 'report.html'}" in shown.out
+    assert name in before_the_scripts(out / "report.html")
+    assert f'osp_diag.open_run("{out / "sequence.zarr"}")' in shown.out
+    sequence, published = (osp_diag.open_run(out / f"{protocol}.zarr") for protocol in RUNS)
+    assert (sequence.attrs["protocol"], published.attrs["protocol"]) == ("sequence", "osp-published")
+    assert "residual_post" in sequence.sites
+    assert "residual_post" in published.sites
+    assert sequence.attrs["tokens"] == published.attrs["tokens"] == tokens
+
+
+def before_the_scripts(page: Path) -> str:
+    return page.read_text(encoding="utf-8").partition("plotly.js v")[0]
+
+
 @pytest.mark.slow
-def test_two_trainings_join_the_page(tmp_path, capfd):
+def test_two_trainings_join_the_page(tmp_path, capfd, monkeypatch):
+    small = {"batch_size": 2, "data.sequence_length": 32, "probe.tokens": 64}
+    monkeypatch.setattr(presets, "tiny", lambda: with_changes(tiny(), small))
     model, out = save(llama(), tmp_path / "tiny", byte_tokenizer()), tmp_path / "demo"
-    assert main(["demo", str(model), "--out", str(out), "--tokens", "128", "--train-steps", "8"]) == 0
+    assert main(["demo", str(model), "--out", str(out), "--tokens", "64", "--train-steps", "8"]) == 0
     shown = capfd.readouterr().out
     assert "Two models of 2M parameters, 8 steps: OSP kurtosis " in shown
     for recipe in TRAINED:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -17,18 +16,14 @@ import torch.multiprocessing
 import xarray as xr
 
 import osp_diag
+from osp_diag.cli.main import main
 from osp_diag.estimators.base import Layout, Suite
 from osp_diag.estimators.registry import get_estimator
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, on_first_rank
+from tests.rank_processes import Ranks, free_port
 from tests.tiny_checkpoints import byte_tokenizer, llama, save
 
 ROOT = Path(__file__).parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _joined(rank: int, ranks: int, port: int, body, *arguments) -> None:
@@ -43,6 +38,18 @@ def _joined(rank: int, ranks: int, port: int, body, *arguments) -> None:
 def in_processes(ranks: int, body, *arguments) -> None:
     """Run ``body(rank, ranks, *arguments)`` in that many gloo processes; what one raises is raised here."""
     torch.multiprocessing.spawn(_joined, (ranks, free_port(), body, *arguments), nprocs=ranks)
+
+
+@pytest.fixture(scope="module")
+def two():
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def four():
+    with Ranks(4) as ranks:
+        yield ranks
 
 
 def same(left: osp_diag.Run, right: osp_diag.Run, *, rtol: float = 1e-6) -> None:
@@ -113,10 +120,13 @@ def _merging(rank: int, ranks: int) -> None:
     assert is_first_rank() == (rank == 0)
 
 
+def test_states_of_unlike_ranks_are_merged_by_two(two):
+    two.run(_merging)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_states_of_unlike_ranks_are_merged(ranks):
-    in_processes(ranks, _merging)
+def test_states_of_unlike_ranks_are_merged_by_four(four):
+    four.run(_merging)
 
 
 def test_one_process_is_not_distributed():
@@ -139,8 +149,8 @@ def _refused() -> None:
 
 
 @pytest.mark.slow
-def test_what_fails_on_the_first_rank_fails_on_all():
-    in_processes(2, _failing)
+def test_what_fails_on_the_first_rank_fails_on_all(two):
+    two.run(_failing)
 
 
 # Training loops
@@ -197,8 +207,8 @@ def alone(out: Path) -> osp_diag.Run:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("wrap", ["ddp", "fsdp"])
-def test_a_probe_in_a_distributed_loop_measures_all_tokens(tmp_path, wrap):
-    in_processes(2, _training, str(tmp_path / "two.zarr"), wrap)
+def test_a_probe_in_a_distributed_loop_measures_all_tokens(tmp_path, two, wrap):
+    two.run(_training, str(tmp_path / "two.zarr"), wrap)
     # Gradients are averaged in another order, so the weights of step 2 differ in their last bits.
     same(osp_diag.open_run(tmp_path / "two.zarr"), alone(tmp_path / "one.zarr"), rtol=2e-5)
 
@@ -216,8 +226,8 @@ def _probing_a_sharded_model(rank: int, ranks: int, out: str) -> None:
 
 
 @pytest.mark.slow
-def test_a_sharded_model_is_probed_whole(tmp_path):
-    in_processes(2, _probing_a_sharded_model, str(tmp_path / "two.zarr"))
+def test_a_sharded_model_is_probed_whole(tmp_path, two):
+    two.run(_probing_a_sharded_model, str(tmp_path / "two.zarr"))
     one = osp_diag.probe(llama(), tokenizer=byte_tokenizer(), tokens=96, seq_len=16)
     same(osp_diag.open_run(tmp_path / "two.zarr"), one)
 
@@ -234,31 +244,47 @@ def torchrun(ranks: int, *words: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_torchrun_shards_the_tokens_and_writes_one_run(tmp_path, ranks):
-    path, out = save(llama(), tmp_path / "tiny", byte_tokenizer()), tmp_path / "ranks.zarr"
-    # Five sequences: ranks run unlike numbers of them.
-    words = ["probe", path, "--tokens", "80", "--seq-len", "16", "--single-protocol"]
-    done = torchrun(ranks, *words, "--out", out, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["tokens"] == 80
+# Five sequences of 16 tokens: ranks run unlike numbers of them.
+WORDS = ("--tokens", "80", "--seq-len", "16", "--single-protocol")
+
+
+def assert_whole(out: Path, path: Path, ranks: int) -> None:
+    """The run of several ranks is that of one process."""
     run, one = osp_diag.open_run(out), osp_diag.probe(path, tokens=80, seq_len=16)
     assert run.attrs["ranks"] == ranks
     assert run.attrs["token_fingerprint"] == one.attrs["token_fingerprint"]
     same(run, one)
     xr.testing.assert_allclose(run.snapshot("residual_post"), one.snapshot("residual_post"))
-    again = torchrun(ranks, *words, "--out", out)
+
+
+@pytest.mark.slow
+def test_torchrun_shards_the_tokens_and_writes_one_run(tmp_path):
+    path, out = save(llama(), tmp_path / "tiny", byte_tokenizer()), tmp_path / "ranks.zarr"
+    done = torchrun(2, "probe", path, *WORDS, "--out", out, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 80
+    assert_whole(out, path, 2)
+    again = torchrun(2, "probe", path, *WORDS, "--out", out)
     assert again.returncode != 0
     assert "already holds a run; pass --overwrite" in again.stderr
 
 
+def _probing_by_command(rank: int, ranks: int, *words: str) -> None:
+    assert main(["probe", *words]) == 0
+
+
 @pytest.mark.slow
-def test_more_ranks_than_sequences(tmp_path):
-    path = save(llama(), tmp_path / "tiny", byte_tokenizer())
-    done = torchrun(2, "probe", path, "--tokens", "16", "--seq-len", "16", "--out", tmp_path / "r.zarr")
-    assert done.returncode == 0, done.stderr
-    same(osp_diag.open_run(tmp_path / "r.zarr"), osp_diag.probe(path, tokens=16, seq_len=16))
+def test_four_ranks_shard_the_tokens_and_write_one_run(tmp_path, four):
+    path, out = save(llama(), tmp_path / "tiny", byte_tokenizer()), tmp_path / "ranks.zarr"
+    four.run(_probing_by_command, str(path), *WORDS, "--out", str(out))
+    assert_whole(out, path, 4)
+
+
+@pytest.mark.slow
+def test_more_ranks_than_sequences(tmp_path, two):
+    path, out = save(llama(), tmp_path / "tiny", byte_tokenizer()), tmp_path / "ranks.zarr"
+    two.run(_probing_by_command, str(path), "--tokens", "16", "--seq-len", "16", "--out", str(out))
+    same(osp_diag.open_run(out), osp_diag.probe(path, tokens=16, seq_len=16))
 
 
 # Device maps

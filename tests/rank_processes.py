@@ -1,0 +1,74 @@
+"""Gloo processes that stay for several tests: to start them takes longer than what most tests do in them."""
+
+from __future__ import annotations
+
+import socket
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Ranks:
+    """That many processes in one group; ``run`` may be called again and again."""
+
+    def __init__(self, ranks: int) -> None:
+        self.ranks, port = ranks, free_port()
+        context = torch.multiprocessing.get_context("spawn")
+        self.pipes, self.processes = [], []
+        for rank in range(ranks):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, ranks, port, theirs), daemon=True)
+            process.start()
+            theirs.close()  # else the end of a process that dies is never read
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def run(self, body: Any, *arguments: Any) -> None:
+        """Call ``body(rank, ranks, *arguments)`` in every process; what one raises is raised here."""
+        for pipe in self.pipes:
+            pipe.send((body, arguments))
+        waiting = list(self.pipes)
+        while waiting:
+            for pipe in wait(waiting):
+                waiting.remove(pipe)
+                try:
+                    problem = pipe.recv()
+                except EOFError:
+                    problem = "it died"
+                if problem is not None:  # the others may wait for it for ever
+                    self.end()
+                    raise AssertionError(f"rank {self.pipes.index(pipe)} of {self.ranks}: {problem}")
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+    while True:
+        body, arguments = pipe.recv()
+        try:
+            body(rank, ranks, *arguments)
+        except BaseException:
+            pipe.send(traceback.format_exc())
+        else:
+            pipe.send(None)
