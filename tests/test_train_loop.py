@@ -139,12 +139,14 @@ def test_only_the_last_checkpoints_are_kept(whole):
 
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_difference(whole):
+    changed = minute(optimizer__lr=1e-3, model__norm="rmsnorm", divergence__window=50)
     with pytest.raises(TrainingError) as caught:
-        train(minute(optimizer__lr=1e-3, model__norm="rmsnorm"), whole, resume=True)
+        train(changed, whole, resume=True)
     message = str(caught.value)
     assert "cannot be resumed under this one" in message
     assert "optimizer.lr: 0.004 → 0.001" in message
     assert "model.norm: 'ssnorm' → 'rmsnorm'" in message
+    assert "divergence.window: 100 → 50" in message  # a ring of so many losses is part of the state
     assert list(open_run(whole).steps) == [0, 3, 6]
 
 

@@ -45,7 +45,8 @@ FREE = (
     "activation_checkpointing",
     "micro_batch_size",
     "log_every",
-    "divergence.",
+    "divergence.policy",
+    "divergence.spike",
 )
 """Keys that a resumed run may change: how the work is done, not what is computed."""
 
