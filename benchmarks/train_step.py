@@ -7,6 +7,11 @@ that fits, repeated, and one update. Run it with
     python benchmarks/train_step.py                                # the shape that suits the machine
     python benchmarks/train_step.py --shape llama-1.4b --rounds 8 --out step.json
 
+A probe's statistics are finished and written while a GPU goes on training. What training pays for a probe is
+therefore timed as a probe with forward and backward passes after it, as many as outlast that work (those of
+half a step), less the same passes alone; both in the same round. Beside it stands the probe alone, until it
+is on disk, in which nothing overlaps. On a CPU nothing is put off, and one pass is enough.
+
 The peer is transformers' own Llama of the same shape with fused AdamW, which most trainers are built around.
 """
 
@@ -59,6 +64,8 @@ class Timed:
 
     name: str
     action: Callable[[], None]
+    after: Callable[[], None] | None = None
+    """What has to be over before the next is timed, off the clock."""
     seconds: list[float] = field(default_factory=list)
 
     @property
@@ -101,6 +108,8 @@ class Bench:
         self._synchronise()
         if keep:
             timed.seconds.append(time.perf_counter() - started)
+        if timed.after is not None:
+            timed.after()
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
@@ -189,19 +198,38 @@ def peer(bench: Bench, *, compiled: bool) -> Timed:
     return Timed("transformers Llama + fused AdamW, one whole step", step)
 
 
-def probed(bench: Bench, folder: Path) -> Timed:
+def probed(bench: Bench, folder: Path, step_passes: int) -> dict[str, Timed]:
     """Every default estimator at every default site, on held-out tokens as many as a micro-batch."""
     probe = Probe(bench.model, out=folder / "run.zarr", keep_raw=False)
+    passes = max(1, step_passes // 2) if probe.deferred else 1
     steps = iter(range(10**9))
 
     def measure() -> None:
         with torch.autocast(bench.device.type, torch.bfloat16, enabled=bench.low):
             probe.measure(next(steps), [{"input_ids": bench.ids[:, :-1]}])
 
-    return Timed("probe of one micro-batch, written", measure)
+    def train() -> None:
+        for _ in range(passes):
+            bench.forward_and_backward()
+
+    def measure_and_train() -> None:
+        measure()
+        train()
+
+    def measure_and_wait() -> None:
+        measure()
+        probe.flush()
+
+    return {
+        "passes": Timed(f"{passes} forward and backward passes", train),
+        "probe_and_passes": Timed("probe, then as many passes", measure_and_train, after=probe.flush),
+        "probe_alone": Timed("probe of one micro-batch alone, waited for", measure_and_wait),
+    }
 
 
-def measure(bench: Bench, rounds: int, *, compiled: bool, with_peer: bool, folder: Path) -> dict[str, Any]:
+def measure(
+    bench: Bench, rounds: int, *, compiled: bool, with_peer: bool, folder: Path, step_tokens: int
+) -> dict[str, Any]:
     """Time everything, interleaved."""
     ours, our_bytes = our_optimizer(bench, "muon")
     adam, adam_bytes = our_optimizer(bench, "adamw")
@@ -211,7 +239,7 @@ def measure(bench: Bench, rounds: int, *, compiled: bool, with_peer: bool, folde
         "muon": Timed("our Muon (OSP's routing)", ours),
         "torch_muon": Timed("torch.optim.Muon (the same routing)", theirs),
         "adam": Timed("AdamW, fused", adam),
-        "probe": probed(bench, folder),
+        **probed(bench, folder, passes_of(bench.tokens, step_tokens)),
     }
     if with_peer:
         timed["peer"] = peer(bench, compiled=compiled)
@@ -222,6 +250,9 @@ def measure(bench: Bench, rounds: int, *, compiled: bool, with_peer: bool, folde
         for entry in timed.values():
             bench.time(entry)
     memory = {"muon": our_bytes(), "adam": adam_bytes(), "torch_muon": their_bytes()}
+    paid = zip(timed["probe_and_passes"].seconds, timed["passes"].seconds, strict=True)
+    timed["probe"] = Timed("probe of one micro-batch, as training pays for it", lambda: None)
+    timed["probe"].seconds = [both - passes for both, passes in paid]
     return {
         "seconds": {name: entry.median for name, entry in timed.items()},
         "names": {name: entry.name for name, entry in timed.items()},
@@ -232,10 +263,15 @@ def measure(bench: Bench, rounds: int, *, compiled: bool, with_peer: bool, folde
     }
 
 
+def passes_of(tokens: int, step_tokens: int) -> int:
+    """Forward and backward passes of a whole step."""
+    return max(1, round(step_tokens / tokens))
+
+
 def report(found: dict[str, Any], step_tokens: int, device: torch.device) -> None:
     """Print what the numbers say."""
     seconds, tokens = found["seconds"], found["tokens"]
-    passes = max(1, round(step_tokens / tokens))
+    passes = passes_of(tokens, step_tokens)
     print("| what | ms |\n|---|---|")
     for name, value in seconds.items():
         print(f"| {found['names'][name]} | {value * 1e3:.2f} |")
@@ -256,8 +292,10 @@ def report(found: dict[str, Any], step_tokens: int, device: torch.device) -> Non
         f"optimizer state: Muon {memory['muon'] / 2**20:,.1f} MiB, AdamW {memory['adam'] / 2**20:,.1f} MiB, "
         f"{memory['muon'] / memory['adam'] - 1:+.1%}"
     )
-    share = seconds["probe"] / (EVERY * step["muon"])
-    print(f"a probe of {tokens:,} tokens every {EVERY} steps: {share:.2%} of the time")
+    share, alone = (seconds[name] / (EVERY * step["muon"]) for name in ("probe", "probe_alone"))
+    print(
+        f"a probe of {tokens:,} tokens every {EVERY} steps: {share:.2%} of the time, waited for {alone:.2%}"
+    )
     if "peer" in seconds:
         ours = seconds["pass"] + seconds["adam"]
         print(f"peer: {seconds['peer'] / ours:.2f} × our step with AdamW on the same batch")
@@ -282,7 +320,12 @@ def main() -> None:
     bench = Bench(options.shape, options.device, compiled=options.compile, micro=options.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(
-            bench, options.rounds, compiled=options.compile, with_peer=options.peer, folder=Path(folder)
+            bench,
+            options.rounds,
+            compiled=options.compile,
+            with_peer=options.peer,
+            folder=Path(folder),
+            step_tokens=options.step_tokens,
         )
     print(
         f"{machine(bench.device)}; {options.shape}, batch {tuple(bench.ids[:, 1:].shape)}; "

@@ -184,9 +184,13 @@ class GrowingAxis:
         def write_one(path: str) -> None:
             self.arrays[path].write(root / path, start, [row.get(path) for row in self.pending])
 
-        with ThreadPoolExecutor(_THREADS) as threads:
-            for _ in threads.map(write_one, self.arrays):
-                pass
+        try:
+            with ThreadPoolExecutor(_THREADS) as threads:
+                for _ in threads.map(write_one, self.arrays):
+                    pass
+        except RuntimeError:  # Python is ending and starts no more threads
+            for path in self.arrays:
+                write_one(path)
 
     def settle(self) -> None:
         """The root now commits the pending rows."""

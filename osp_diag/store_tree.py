@@ -120,13 +120,15 @@ class Tree:
         coordinates: set[str] = set()
         for name, dataset in groups.items():
             group = group_path(name)
-            for key, variable in dataset.data_vars.items():
+            # Not `data_vars` and `coords`, which make a labelled array of each of hundreds.
+            for key, variable in dataset.variables.items():
                 path = f"{group}/{key}"
-                wrong += self._row_differences(path, variable)
-                rows[path] = np.array(variable.values)
-            for key, coordinate in dataset.coords.items():
-                coordinates.add(f"{group}/{key}")
-                wrong += self._coordinate_differences(f"{group}/{key}", coordinate)
+                if key in dataset.coords:
+                    coordinates.add(path)
+                    wrong += self._coordinate_differences(path, variable)
+                else:
+                    wrong += self._row_differences(path, variable)
+                    rows[path] = np.array(variable.values)
         stepped = {path.rpartition("/")[0] for path in self.growing}
         expected = [*self.growing, *(path for path in self.static if path.rpartition("/")[0] in stepped)]
         wrong = [
@@ -142,7 +144,7 @@ class Tree:
             )
         return rows
 
-    def _row_differences(self, path: str, variable: xr.DataArray) -> list[str]:
+    def _row_differences(self, path: str, variable: xr.Variable) -> list[str]:
         known = self.growing.get(path)
         if known is None:
             return [f"{path} is new"]
@@ -155,7 +157,7 @@ class Tree:
             found.append(f"{path} has type {variable.dtype.name}, before {known.dtype}")
         return found
 
-    def _coordinate_differences(self, path: str, coordinate: xr.DataArray) -> list[str]:
+    def _coordinate_differences(self, path: str, coordinate: xr.Variable | xr.DataArray) -> list[str]:
         if path not in self.static:
             return [f"coordinate {path} is new"]
         before, now = self._static_values(path), _plain_values(coordinate)
@@ -278,7 +280,7 @@ class Tree:
         return plan.static[path][1] if path in plan.static else self._static_values(path)
 
 
-def _plain_values(variable: xr.DataArray) -> np.ndarray:
+def _plain_values(variable: xr.Variable | xr.DataArray) -> np.ndarray:
     values = np.array(variable.values)
     if values.dtype.kind not in "UTO":
         return values

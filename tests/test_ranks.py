@@ -166,7 +166,7 @@ def _training(rank: int, ranks: int, out: str, wrap: str) -> None:
     mine = sequences()[rank::ranks]
     optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
     with osp_diag.Probe(wrapped, every=2, out=out, snapshot_tokens=3) as probe:
-        assert (probe._writer is not None) == (rank == 0)
+        assert (probe._records.writer is not None) == (rank == 0)
         for step in range(3):
             with probe.step(step):
                 loss = wrapped(mine, labels=mine).loss

@@ -18,14 +18,25 @@ from trainer.loop import train
 
 KILLS = 8
 
+DEFERRED = """
+import sys
+from functools import partial
+import trainer.probing
+from osp_diag.cli.main import main
+trainer.probing.Probe = partial(trainer.probing.Probe, deferred=True)
+sys.exit(main(sys.argv[1:]))
+"""
+"""The command line with probes finished behind the loop, as on a GPU."""
+
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path):
+@pytest.mark.parametrize("words", [("-m", "osp_diag"), ("-c", DEFERRED)], ids=["at once", "deferred"])
+def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path, words):
     config = minute(steps=40, checkpoint__every=3, probe__every=4, probe__sites=("residual_post",))
     train(config, tmp_path / "whole.zarr")
     described, out = tmp_path / "config.json", tmp_path / "killed.zarr"
     described.write_text(json.dumps(as_dictionary(config)))
-    command = [sys.executable, "-m", "osp_diag", "train", "--config", str(described), "--out", str(out)]
+    command = [sys.executable, *words, "train", "--config", str(described), "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     dice = random.Random(0)
     kills = 0

@@ -83,7 +83,8 @@ def assert_same_runs(left: osp_diag.Run, right: osp_diag.Run, *, exact: bool = T
 
 
 def scalars(run: osp_diag.Run) -> xr.Dataset:
-    return run.series.drop_vars("probe_seconds").load()
+    clocks = ("probe_seconds", "probe_background_seconds")
+    return run.series.drop_vars(clocks, errors="ignore").load()
 
 
 def assert_untouched(model: nn.Module) -> None:

@@ -8,9 +8,11 @@ import numpy as np
 import xarray as xr
 
 from osp_diag import run_display
+from osp_diag.probing.session import Probe
 from osp_diag.run import Run
+from trainer.loggers import Logger
 
-__all__ = ["PREFIX", "headline"]
+__all__ = ["PREFIX", "ProbeTold", "headline"]
 
 PREFIX = "osp_diag/"
 
@@ -86,3 +88,31 @@ def _reduced(values: xr.DataArray | None, how: object) -> float | None:
         return None
     known = values.values[~np.isnan(values.values)]
     return float(how(known)) if known.size else None  # type: ignore[operator]
+
+
+class ProbeTold:
+    """Tells a logger the headline of each probed step, without waiting for a step that is deferred.
+
+    Parameters
+    ----------
+    probe : which has measured the steps
+    logger : who is told, or None
+    """
+
+    def __init__(self, probe: Probe, logger: Logger | None) -> None:
+        self._probe, self._logger = probe, logger
+        self._held: tuple[int, dict[str, float]] | None = None
+
+    def after(self, step: int, values: Mapping[str, float] | None = None) -> None:
+        """The probe has measured ``step``; ``values`` are told beside its headline."""
+        self._held = (step, dict(values or {}))
+        if not self._probe.deferred:
+            self.now()
+
+    def now(self) -> None:
+        """Tell what is still to be told: before the next probe, and before anything of a later step."""
+        if self._held is None:
+            return
+        (step, values), self._held = self._held, None
+        if self._logger is not None:
+            self._logger.log(step, values | headline(self._probe.latest))

@@ -32,7 +32,7 @@ from trainer.data import Batch, Prefetched, TrainingData, open_data
 from trainer.data.batch import IGNORED
 from trainer.devices import device_of, memory_told
 from trainer.divergence import Watch, first_bad_tensor
-from trainer.headline import headline
+from trainer.headline import ProbeTold
 from trainer.identity import announcement, run_attributes
 from trainer.interruption import Interruption
 from trainer.loggers import open_loggers
@@ -159,6 +159,7 @@ class Training:
             resumed_after=self.step if saved is not None else None,
         )
         stack.callback(self.logger.close)
+        self.told = ProbeTold(self.probe.probe, self.logger if loggers and self.rank == 0 else None)
         self._rehearse()
         self.data_states: deque[tuple[int, dict[str, Any]]] = deque(
             [(self.step, self.data.state_dict())], maxlen=8
@@ -328,6 +329,7 @@ class Training:
         if used is not None:
             values["model_flops_utilisation"] = used
         self.probe.probe.append_series(step, values)
+        self.told.now()
         self.logger.log(step, values)
         if self.progress is not None and is_first_rank():
             self.progress(step, self.config.steps, values)
@@ -336,7 +338,7 @@ class Training:
         if self.probe.after_step(step) and self.probe.held_out_loss is not None:
             values = {"held_out_loss": float(self.probe.held_out_loss)}
             self.probe.probe.append_series(step, values)
-            self.logger.log(step, values | headline(self.probe.probe.latest))
+            self.told.after(step, values)
 
     def _save(self, step: int) -> None:
         self.checkpoints.poll()
@@ -346,6 +348,7 @@ class Training:
 
     def _save_now(self, step: int, *, background: bool | None = False) -> None:
         self.probe.probe.flush()
+        self.told.now()
         data = dict(self.data_states)[step]
         self.checkpoints.save(step, self._tensors(), data, self.config, background=background)
         if background is False:

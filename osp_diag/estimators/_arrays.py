@@ -102,9 +102,8 @@ def _is_compiling(xp: Namespace) -> bool:
 def quotient(numerator: Array, denominator: Array) -> Array:
     """numerator / denominator, NaN where the denominator is 0 (nothing was counted), without warnings."""
     xp = namespace_of(denominator)
-    empty = denominator == 0
-    ones = xp.ones_like(denominator)
-    return xp.where(empty, xp.nan * ones, numerator / xp.where(empty, ones, denominator))
+    # The denominator is often far smaller, a count to be shared by all channels: the NaN goes there.
+    return numerator / xp.where(denominator == 0, xp.nan * xp.ones_like(denominator), denominator)
 
 
 def positions(xp: Namespace, count: int, like: Array) -> Array:

@@ -170,7 +170,8 @@ def probe_checkpoint(
         "batch_size": feeding.batch_size,
         "ranks": dist.get_world_size() if is_distributed() else 1,
     }
-    options = {"delimiter_ids": batches.delimiter_ids, "tokenizer": checkpoint.tokenizer, **options}
+    known = {"delimiter_ids": batches.delimiter_ids, "tokenizer": checkpoint.tokenizer}
+    options = {**known, "deferred": False, **options}  # no loop goes on meanwhile
     session = Probe(checkpoint.model, attributes=attributes, token_groups=token_groups, **options)
     session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
     _keep_weights(session, () if weights is None and options.get("sites") is not None else weights)

@@ -27,15 +27,14 @@ from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.identity import circumstances, delimiter_fingerprint, estimator_parameters
 from osp_diag.probing.labelling import labelled_groups, token_group_states
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, rank_of_all
-from osp_diag.probing.saving import write_run
+from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.versions import library_versions
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
-from osp_diag.run import Run, open_run
+from osp_diag.run import Run
 from osp_diag.sites import SITES, find_sites, matches
 from osp_diag.sites.names import ATTENTION, HEAD_SITES, LINEAR_INPUT
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
-from osp_diag.store import RunWriter
 
 __all__ = ["Probe"]
 
@@ -57,6 +56,8 @@ class Probe:
     snapshot_tokens : raw activations of so many tokens of one sequence are kept for pictures
     token_groups : so many groups of forward passes whose channel sums are kept apart, for significance
     attributes : what else determines the numbers (token source, protocol …), recorded in the run
+    deferred : finish a step's statistics and write them in a thread while the caller's loop goes on; "auto"
+        does so on CUDA. What fails in the thread is raised by the next call, :meth:`close` at the latest
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
     resume, overwrite : what to do with a run that is already at ``out``
@@ -92,6 +93,7 @@ class Probe:
         snapshot_tokens: int = 0,
         token_groups: int = 0,
         attributes: Mapping[str, Any] | None = None,
+        deferred: bool | str = "auto",
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
@@ -108,21 +110,21 @@ class Probe:
         self.vocabulary = vocabulary_size_of(unwrap(model))
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if compile == "auto" else bool(compile)
+        self.deferred = on_accelerator if deferred == "auto" else bool(deferred)
         self.keep_raw = keep_raw
         self.snapshot_tokens = snapshot_tokens
         self.token_groups = checked_token_groups(token_groups)
         self.named_sites = tuple(named_sites or ())
         self.absent = {site: why for site, why in self.site_map.absent.items() if self.wanted(site)}
         self.attributes = {**self._identity(), **(attributes or {})}
-        self._writer: RunWriter | None = None
-        self._path = Path(out) if out is not None else None
-        if self._path is not None and is_first_rank():
-            self._writer = RunWriter(self._path, self.attributes, resume=resume, overwrite=overwrite)
-        self.latest: dict[str, xr.Dataset] = {}
-        """The datasets recorded last, by group and without the step; on every rank."""
-        self._memory: list[tuple[int, dict[str, xr.Dataset]]] = []
-        self._static: dict[str, xr.Dataset] = {}
-        self._series: dict[str, dict[int, float]] = {}
+        self._records = Records(
+            Path(out) if out is not None else None,
+            self.attributes,
+            resume=resume,
+            overwrite=overwrite,
+            deferred=self.deferred,
+        )
+        self._vocabulary_settled = tokenizer is None or not self.vocabulary or not is_first_rank()
 
     # What is measured
 
@@ -192,7 +194,7 @@ class Probe:
         started = time.perf_counter()
         with self.collect() as collector:
             yield True
-        self._record(step, collector, time.perf_counter() - started)
+        self._record(step, collector, started)
 
     def measure(self, step: int, batches: Iterable[Mapping[str, Any]]) -> None:
         """Run the model on held-out batches of keyword arguments, in evaluation mode without gradients.
@@ -218,7 +220,7 @@ class Probe:
         # Ranks that Ctrl-C reached at different moments would wait for one another for ever.
         kept = interruption is None or (collector.forward_passes > 0 and not is_distributed())
         if kept:
-            self._record(step, collector, time.perf_counter() - started)
+            self._record(step, collector, started)
         if interruption is not None:
             raise interruption
 
@@ -230,7 +232,9 @@ class Probe:
             yield collector
 
     def _collector(self) -> Collector:
-        first = self.snapshot_tokens > 0 and not any(group.startswith("snapshot/") for group in self._static)
+        first = self.snapshot_tokens > 0 and not any(
+            group.startswith("snapshot/") for group in self._records.static
+        )
         linear_inputs = [site for site in self.site_map.sites if site.startswith(LINEAR_INPUT)]
         kept = tuple(filter(self.wanted, (*SNAPSHOT_SITES, *linear_inputs)))
         snapshots = Snapshots(self.snapshot_tokens, sites=kept) if first else None
@@ -286,7 +290,7 @@ class Probe:
 
     # Keeping
 
-    def _record(self, step: int, collector: Collector, seconds: float) -> None:
+    def _record(self, step: int, collector: Collector, started: float) -> None:
         if collector.forward_passes == 0 and not is_distributed():
             raise CaptureError(
                 f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing "
@@ -297,23 +301,18 @@ class Probe:
                 f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
                 "that bypasses hooks, probe the original module"
             )
-        groups = self._labelled(collector)
-        if self.beside is not None:
-            groups |= self.beside()
-        self.latest = groups
+        labelled = self._labelled(collector)
+        given = self.beside() if self.beside is not None else {}
+        # What is deferred must not change with what it was made from.
+        beside = {group: dataset.copy(deep=self.deferred) for group, dataset in given.items()}
         self.absent |= collector.skipped
-        if self._writer is not None:
-            self._writer.append(step, groups)
-            if collector.skipped:
-                self._writer.note_absent_sites(collector.skipped)
-        elif self._path is None:
-            self._memory.append((step, groups))
-        self.append_series(step, {"probe_seconds": seconds})
+        self._records.step(step, lambda: labelled() | beside, collector.skipped.copy())
         self._keep_snapshots(collector)
-        self._keep_vocabulary(groups)
+        self._keep_vocabulary()
+        self.append_series(step, {"probe_seconds": time.perf_counter() - started})
 
-    def _labelled(self, collector: Collector) -> dict[str, xr.Dataset]:
-        """What all ranks measured, as datasets; on every rank."""
+    def _labelled(self, collector: Collector) -> Callable[[], dict[str, xr.Dataset]]:
+        """Bring what all ranks measured to the host; what is returned makes datasets of it, on every rank."""
         apart = {} if collector.groups is None else collector.groups.states
         states, layouts = {**collector.states, **apart}, dict(collector.layouts)
         if is_distributed():
@@ -324,12 +323,19 @@ class Probe:
             layouts |= {key: layouts[key[:3]] for key in apart}
             states, layouts = merge_over_ranks(states, layouts, fields)
         held = to_host(states)
-        whole = {key: state for key, state in held.items() if len(key) == 3}
-        groups = labelled_groups(collector.suites_at, whole, layouts, keep_raw=self.keep_raw)
-        if self.token_groups:
-            apart = {key: state for key, state in held.items() if len(key) == 4}
-            groups |= token_group_states(collector.suites_at, apart, layouts, self.token_groups)
-        return groups
+        # Not the collector itself, which holds the device's memory.
+        suites = {key[0]: collector.suites_at(key[0]) for key in held}
+        keep_raw, token_groups = self.keep_raw, self.token_groups
+
+        def labelled() -> dict[str, xr.Dataset]:
+            whole = {key: state for key, state in held.items() if len(key) == 3}
+            groups = labelled_groups(suites.__getitem__, whole, layouts, keep_raw=keep_raw)
+            if token_groups:
+                apart = {key: state for key, state in held.items() if len(key) == 4}
+                groups |= token_group_states(suites.__getitem__, apart, layouts, token_groups)
+            return groups
+
+        return labelled
 
     def _keep_snapshots(self, collector: Collector) -> None:
         if collector.snapshots is None or not is_first_rank():
@@ -340,55 +346,50 @@ class Probe:
             places = ", ".join(f"{site} of layer {layer}" for site, layer in dropped)
             self.attributes["notes"].append(f"raw activations too large to keep for pictures: {places}")
 
-    def _keep_vocabulary(self, groups: Mapping[str, xr.Dataset]) -> None:
-        """The texts of all token ids, once, where some statistic names tokens and a tokenizer is known."""
-        kept = VOCABULARY in self._static or (self._writer is not None and VOCABULARY in self._writer)
-        if self.tokenizer is None or not self.vocabulary or kept or not is_first_rank():
+    def _keep_vocabulary(self) -> None:
+        """The texts of all token ids, where some statistic of the first step names tokens."""
+        if self._vocabulary_settled:
             return
-        if name_tokens(groups.values()):
-            self.write_static(VOCABULARY, vocabulary_dataset(self.tokenizer, self.vocabulary))
+        # Here and not behind the caller: the loop may be using the same tokenizer.
+        if VOCABULARY not in self._records and name_tokens(self.latest.values()):
+            self.write_static(VOCABULARY, vocabulary_dataset(self.tokenizer, self.vocabulary or 0))
+        self._vocabulary_settled = True
+
+    # What was recorded: all but append_series wait for a deferred step, and all raise what failed in it
+
+    @property
+    def latest(self) -> dict[str, xr.Dataset]:
+        """The datasets recorded last, by group and without the step; on every rank."""
+        return self._records.latest
 
     def write_static(self, group: str, dataset: xr.Dataset) -> None:
         """Keep a dataset that does not depend on the step, as a snapshot; a resumed run keeps its own."""
-        self._static[group] = dataset
-        if self._writer is not None and group not in self._writer:
-            self._writer.write_static(group, dataset)
+        self._records.write_static(group, dataset)
 
     def append_series(self, step: int, values: Mapping[str, float]) -> None:
         """Keep scalars of a step (loss, learning rate …) beside the probes."""
-        if self._writer is not None:
-            self._writer.append_series(step, dict(values))
-        elif self._path is None:
-            for name, value in values.items():
-                self._series.setdefault(name, {})[step] = float(value)
+        self._records.append_series(step, values)
 
     def flush(self) -> None:
         """Commit what was recorded: a training loop does so before it saves a checkpoint."""
-        if self._writer is not None:
-            self._writer.flush()
+        self._records.flush()
 
     def truncate_after(self, step: int) -> None:
         """Drop what was recorded after ``step``: a training loop that resumes from a checkpoint does so."""
-        if self._writer is not None:
-            self._writer.truncate_after(step)
+        self._records.truncate_after(step)
 
     @property
     def run(self) -> Run:
         """What was measured so far."""
-        if self._path is not None:
-            if self._writer is not None:
-                self._writer.flush()
-            return open_run(self._path)
-        return Run.in_memory(self._memory, self._static, self.attributes, self._series)
+        return self._records.run()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write what was measured in memory as a run."""
-        write_run(Path(path), self._memory, self._static, self.attributes, self._series, overwrite=overwrite)
+        self._records.save(Path(path), overwrite=overwrite)
 
     def close(self) -> None:
         """Write what is buffered and release the run."""
-        if self._writer is not None:
-            self._writer.close()
+        self._records.close()
 
     def __enter__(self) -> Probe:
         return self

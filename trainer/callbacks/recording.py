@@ -23,7 +23,7 @@ from osp_diag.run import Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
 from trainer.config import ProbeConfig
-from trainer.headline import headline
+from trainer.headline import ProbeTold
 from trainer.loggers import Logger, open_loggers
 from trainer.probe_schedule import due_steps
 
@@ -45,6 +45,7 @@ class Options(TypedDict, total=False):
     tokenizer: Any
     keep_raw: bool
     attributes: Mapping[str, Any] | None
+    deferred: bool | str
     loggers: Sequence[str] | Logger
     run_name: str | None
     overwrite: bool
@@ -67,10 +68,11 @@ class Recording:
     every : as for :class:`osp_diag.Probe`; None: every 10 steps up to 100, then every 50, and the last one
     on : measure the held-out tokens in evaluation mode, or the training steps' own forward passes
     batch_size : held-out sequences of a forward pass; None: about 1,024 tokens, 8,192 on a GPU
-    sites, estimators, keep_raw, attributes : see :class:`osp_diag.Probe`
+    sites, estimators, keep_raw, attributes, deferred : see :class:`osp_diag.Probe`
     tokenizer : tells delimiters, and makes the built-in text into tokens; None: the loop's, if it has one
     loggers : names (``"trackio"``, ``"wandb"``, ``"tensorboard"``), or one object of yours, which you close:
-        told the headline (:func:`trainer.headline.headline`) of every probe
+        told the headline (:func:`trainer.headline.headline`) of every probe; of a deferred one with the next
+        scalars, checkpoint or probe
     run_name : on those dashboards; None: the stem of ``out``
     overwrite : replace the run at ``out`` when training begins from step 0
     """
@@ -88,6 +90,7 @@ class Recording:
         tokenizer: Any = None,
         keep_raw: bool = False,
         attributes: Mapping[str, Any] | None = None,
+        deferred: bool | str = "auto",
         loggers: Sequence[str] | Logger = (),
         run_name: str | None = None,
         overwrite: bool = False,
@@ -99,7 +102,7 @@ class Recording:
         self.held_out, self.out, self.every, self.on = held_out, out, every, on
         self.batch_size, self.tokenizer = batch_size, tokenizer
         self.sites, self.estimators, self.keep_raw = sites, estimators, keep_raw
-        self.attributes = dict(attributes or {})
+        self.attributes, self.deferred = dict(attributes or {}), deferred
         self.loggers, self.run_name, self.overwrite = loggers, run_name, overwrite
         self.probe: Probe | None = None
         """The one that measures now; None before training and after it."""
@@ -152,6 +155,7 @@ class Recording:
                 estimators=self.estimators,
                 keep_raw=self.keep_raw,
                 attributes=attributes | self.attributes,
+                deferred=self.deferred,
                 resume=resumed and self.out is not None,
                 overwrite=self.overwrite and not resumed,
                 **options,
@@ -160,7 +164,8 @@ class Recording:
             if resumed:
                 probe.truncate_after(step)
             self._resumed_after = step if resumed else None
-            self._logger = self._opened_logger(config or {}, stack)
+            logger = self._opened_logger(config or {}, stack)
+            self._told = ProbeTold(probe, logger if self.loggers and is_first_rank() else None)
             # A loop that raises tells nobody: what is buffered is written when this object, or Python, ends.
             self._release = weakref.finalize(self, stack.pop_all().close)
         self.probe, self._autocast, self._eager = probe, autocast, eager
@@ -173,6 +178,7 @@ class Recording:
         """Update number ``step`` is about to be made; its first forward pass comes next."""
         if self.probe is None or self.on != "training" or self._open is not None or not self.probe.due(step):
             return
+        self._told.now()
         with ExitStack() as stack:
             if self._eager:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -186,16 +192,17 @@ class Recording:
         (step, stack), self._open = self._open, None
         stack.close()
         self._begin_row(step)
-        self._tell(step)
+        self._told.after(step)
 
     def after_step(self, step: int) -> None:
         """Update number ``step`` has been made."""
         if self.probe is None or self.on != "held_out" or not self.probe.due(step):
             return
+        self._told.now()
         with self._autocast():
             self.probe.measure(step, Feeding(self.probe.model, self._batches, batch_size=self.batch_size))
         self._begin_row(step)
-        self._tell(step)
+        self._told.after(step)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Keep numbers of ``step``. What a step has already, and what the resumed run has, stays as it is."""
@@ -209,11 +216,13 @@ class Recording:
         known.update(fresh)
         if fresh:
             self.probe.append_series(step, fresh)
+            self._told.now()
 
     def flush(self) -> None:
         """Commit what was recorded. A checkpoint must not be newer than the run that it belongs to."""
         if self.probe is not None:
             self.probe.flush()
+            self._told.now()
 
     def end(self) -> None:
         """Let go of the model and of the run, in whatever state training is. Ending twice does nothing."""
@@ -224,7 +233,10 @@ class Recording:
             # As if the step had raised: it is not whole, so nothing of it is recorded.
             stack.__exit__(RuntimeError, RuntimeError("training ended within a step"), None)
         self._in_memory, self.probe = self.probe if self.out is None else None, None
-        self._release()
+        try:
+            self._told.now()
+        finally:
+            self._release()
 
     @property
     def run(self) -> Run:
@@ -279,10 +291,6 @@ class Recording:
     def _begin_row(self, step: int) -> None:
         if step != self._row[0]:
             self._row = (step, set())
-
-    def _tell(self, step: int) -> None:
-        if self.loggers and self.probe is not None and is_first_rank():
-            self._logger.log(step, headline(self.probe.latest))
 
 
 def _nothing() -> None:

@@ -1,0 +1,153 @@
+"""What a probe has recorded, in memory or in a run that it writes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import xarray as xr
+
+from osp_diag.probing.deferred import HostWork
+from osp_diag.probing.ranks import is_first_rank
+from osp_diag.probing.saving import write_run
+from osp_diag.run import Run, open_run
+from osp_diag.store import RunWriter
+from osp_diag.store_tree import scalar
+
+__all__ = ["Records"]
+
+SERIES_ATTRIBUTES = {
+    "probe_seconds": {
+        "units": "s",
+        "long_name": "time a probe took from the loop",
+        "definition": "wall-clock time from the start of a probed block, with its forward passes, until the "
+        "loop went on",
+    },
+    "probe_background_seconds": {
+        "units": "s",
+        "long_name": "time of a probe behind the loop",
+        "definition": "wall-clock time in which a thread finished a probe's statistics and wrote them while "
+        "the loop went on; not in probe_seconds",
+    },
+}
+
+
+class Records:
+    """Keeps what is measured, in order, and all of it through one :class:`HostWork`.
+
+    Parameters
+    ----------
+    path : the run to write; None keeps everything in memory. Only the first rank writes
+    attributes : of the run
+    resume, overwrite : what to do with a run that is already there
+    deferred : whether steps are finished and written by a thread while the caller goes on
+
+    Raises
+    ------
+    StoreError : ``path`` holds another run
+    """
+
+    def __init__(
+        self, path: Path | None, attributes: dict[str, Any], *, resume: bool, overwrite: bool, deferred: bool
+    ) -> None:
+        self._path, self._attributes = path, attributes
+        self.writer: RunWriter | None = None
+        if path is not None and is_first_rank():
+            self.writer = RunWriter(path, attributes, resume=resume, overwrite=overwrite)
+        self.static: dict[str, xr.Dataset] = {}
+        """What this process was given that does not grow, by group."""
+        self._latest: dict[str, xr.Dataset] = {}
+        self._memory: list[tuple[int, dict[str, xr.Dataset]]] = []
+        self._series: dict[str, dict[int, float]] = {}
+        self._deferred = deferred
+        self._work = HostWork(deferred)
+
+    @property
+    def latest(self) -> dict[str, xr.Dataset]:
+        """The datasets of the last step."""
+        self._work.wait()
+        return self._latest
+
+    def __contains__(self, group: str) -> bool:
+        """Whether a group that does not grow is kept already, by this process or in the run it resumed."""
+        self._work.wait()
+        return group in self.static or (self.writer is not None and group in self.writer)
+
+    def step(
+        self, step: int, finished: Callable[[], dict[str, xr.Dataset]], absent: Mapping[str, str]
+    ) -> None:
+        """Record one step. If it is deferred, the step before has to be done first: memory holds one.
+
+        Parameters
+        ----------
+        finished : makes the datasets, from what is on the host already
+        absent : sites that turned out not to be there, and why
+        """
+
+        def record() -> None:
+            started = time.perf_counter()
+            groups = finished()
+            self._latest = groups
+            if self.writer is not None:
+                self.writer.append(step, groups)
+                if absent:
+                    self.writer.note_absent_sites(absent)
+            elif self._path is None:
+                self._memory.append((step, groups))
+            if self._deferred:
+                self._add(step, {"probe_background_seconds": time.perf_counter() - started})
+
+        self._work.wait()
+        self._work.later(record)
+
+    def append_series(self, step: int, values: Mapping[str, float]) -> None:
+        """Keep scalars of a step."""
+        # Now, as the values are: a tensor could be another by the time that they are written.
+        numbers = {name: float(scalar(name, value)) for name, value in values.items()}
+        self._work.later(lambda: self._add(step, numbers))
+
+    def _add(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self.writer is not None:
+            self.writer.append_series(step, numbers, SERIES_ATTRIBUTES)
+        elif self._path is None:
+            for name, number in numbers.items():
+                self._series.setdefault(name, {})[step] = number
+
+    def write_static(self, group: str, dataset: xr.Dataset) -> None:
+        """Keep what does not depend on the step; a resumed run keeps its own."""
+        self._work.wait()
+        self.static[group] = dataset
+        if self.writer is not None and group not in self.writer:
+            self.writer.write_static(group, dataset)
+
+    def flush(self) -> None:
+        """Commit everything."""
+        self._work.wait()
+        if self.writer is not None:
+            self.writer.flush()
+
+    def truncate_after(self, step: int) -> None:
+        """Drop what is later than ``step``."""
+        self._work.wait()
+        if self.writer is not None:
+            self.writer.truncate_after(step)
+
+    def run(self) -> Run:
+        """Everything so far, committed."""
+        self._work.wait()
+        if self._path is None:
+            return Run.in_memory(self._memory, self.static, self._attributes, self._series)
+        if self.writer is not None:
+            self.writer.flush()
+        return open_run(self._path)
+
+    def save(self, path: Path, *, overwrite: bool) -> None:
+        """Write what is in memory as a run."""
+        self._work.wait()
+        write_run(path, self._memory, self.static, self._attributes, self._series, overwrite=overwrite)
+
+    def close(self) -> None:
+        """Write what is buffered, and let other writers in, also where something failed before."""
+        self._work.close(None if self.writer is None else self.writer.close)
