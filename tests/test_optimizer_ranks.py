@@ -15,10 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from osp_diag.errors import TrainingError
+from tests.rank_processes import Ranks
 from tests.test_muon import parameters, set_gradients
 from tests.test_optimizer_routing import configured
 from tests.test_optimizers import train
-from tests.test_ranks import in_processes
 from trainer.config import TrainConfig
 from trainer.model import Llama
 from trainer.optimizers import Muon, Optimizers, build_optimizer, optimizer_evidence, route
@@ -194,7 +194,8 @@ def _over_ranks(rank: int, ranks: int, folder: str) -> None:
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_several_ranks_do_what_one_process_does(tmp_path, ranks):
-    in_processes(ranks, _over_ranks, str(tmp_path))
+    with Ranks(ranks) as processes:
+        processes.run(_over_ranks, str(tmp_path))
     for saved in sorted(tmp_path.iterdir()):
         # A state saved by several ranks goes on in one.
         config = recipe(int(saved.name[-1]))
