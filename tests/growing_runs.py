@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.run_following import FollowedRun
 from osp_diag.store import RunWriter
 from tests.synthetic_runs import STRATA
 
@@ -99,3 +100,17 @@ def grown_run(path: Path, steps: Iterable[int] = range(0, 60, 10), **attributes:
     with RunWriter(path, ATTRIBUTES | attributes) as writer:
         record(writer, steps)
     return path
+
+
+def followed(path: Path) -> FollowedRun:
+    run = FollowedRun(path)
+    run.refresh()
+    return run
+
+
+def written(path: Path, courses: Any, **changes: Any) -> FollowedRun:
+    """A run whose layers take these courses, as multiples of the floor; (layer, step)."""
+    with RunWriter(path, ATTRIBUTES | changes.pop("attributes", {}), block=1000) as writer:
+        for step, over in enumerate(np.asarray(courses, float).T):
+            writer.append(step, groups(over, **changes))
+    return followed(path)

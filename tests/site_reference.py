@@ -152,3 +152,12 @@ class FusedEncoder(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.encoder(self.words(ids))
+
+
+def captured(name: str, **options: Any) -> Captured:
+    return capture_sites(built(name), FAMILIES[name].inputs(**options), sites_of(name))
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> None:
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=tolerance * max(scale, 1e-3))

@@ -1,0 +1,102 @@
+"""Alerts on a growing run: what is told, and what is not."""
+
+import numpy as np
+import pytest
+
+from analyses.alerts import AlertRules, alerts, growth, share_rising
+from analyses.live_numbers import hidden_state_kurtosis
+from osp_diag.errors import UsageError
+from osp_diag.store import RunWriter
+from tests.growing_runs import ATTRIBUTES, followed, record, scalars, written
+
+
+def test_growth_is_that_of_an_exponential_and_one_odd_probe_does_not_turn_it():
+    course = 1.2 ** np.arange(6.0)
+    assert growth(course) == pytest.approx(1.2**5)
+    course[3] *= 40
+    assert growth(course) == pytest.approx(1.2**5, rel=0.25)
+    assert growth(np.full(6, 7.0)) == pytest.approx(1.0)
+    assert np.isnan(growth(np.array([np.nan, 0.0, 3.0])))
+
+
+@pytest.mark.parametrize(
+    ("course", "told"),
+    [
+        pytest.param([12.0] * 12, False, id="high, and no more"),
+        pytest.param(1.2 ** np.arange(12), False, id="grows, and is low"),
+        pytest.param(12 * 1.2 ** np.arange(12), True, id="high and growing"),
+        pytest.param(50 * 0.8 ** np.arange(12), False, id="high and falling"),
+        pytest.param(12 * 1.2 ** np.arange(9), False, id="too few probes"),
+        pytest.param(50 + 20.0 * (np.arange(12) > 5), False, id="a step up, not steadily"),
+    ],
+)
+def test_high_and_growing_kurtosis_is_told(tmp_path, course, told):
+    found = alerts(written(tmp_path / "run.zarr", [np.ones(len(course)), course]))
+    assert [alert.rule for alert in found] == (["growing_kurtosis"] if told else [])
+    if told:
+        (alert,) = found
+        assert (alert.severity, alert.step) == ("watch", 11)
+        assert alert.value == pytest.approx(12 * 1.2**11)
+        assert alert.text == (
+            "OSP kurtosis of layer 1 is 89 times its floor, having grown 5.16-fold over the last 10 probes"
+        )
+
+
+def test_a_wobbling_plateau_is_not_told(tmp_path):
+    wobble = np.exp(0.1 * np.random.default_rng(0).standard_normal((24, 60)))
+    run = written(tmp_path / "run.zarr", 100 * wobble)
+    kurtosis = hidden_state_kurtosis(run).values[1:25]
+    rules = AlertRules()
+    windows = [kurtosis[:, at : at + rules.window] for at in range(50)]
+    told = sum(
+        growth(w) >= rules.growth and share_rising(w) >= rules.rising for part in windows for w in part
+    )
+    assert told == 0, "of 1,200 windows"
+
+
+def test_the_first_nonfinite_activation_is_placed(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, [0, 10])
+        record(writer, [20], bad_layer=2)
+        record(writer, [30], bad_layer=0)
+    (alert,) = alerts(followed(path))
+    assert (alert.rule, alert.severity, alert.step) == ("nonfinite_activations", "bad", 20)
+    assert alert.text == (
+        "NaN or Inf in activations of 2 probed steps, first at step 20 (residual_post, layer 2)"
+    )
+
+
+def test_a_scalar_that_was_not_recorded_is_not_nan(tmp_path):
+    """Step 0 has no loss; steps that are not probed have no held-out loss; the last row is not complete."""
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES, series_block=1) as writer:
+        record(writer, [0, 10])
+        for step in (11, 12):
+            writer.append_series(step, scalars(step))
+        writer.append_series(13, {"probe_seconds": 1.0})
+        assert alerts(followed(path)) == []
+        writer.append_series(13, {"held_out_loss": 5.0})
+        writer.append_series(14, scalars(14) | {"gradient_norm": np.inf})
+        writer.append_series(15, scalars(15) | {"loss": np.nan})
+        writer.append_series(16, scalars(16) | {"loss": np.nan})
+        found = alerts(followed(path))
+    assert [alert.text for alert in found] == [
+        "loss is nan at step 15 and 1 later step",
+        "gradient_norm is inf at step 14",
+    ]
+
+
+def test_steps_that_the_trainer_passed_over_are_told(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        for step in range(1, 6):
+            bad = {"skipped_step": 1.0} if step in (2, 4) else {}
+            writer.append_series(step, scalars(step) | bad)
+    (alert,) = alerts(followed(path))
+    assert alert.text == "the trainer passed over 2 diverged steps, the last is 4"
+
+
+def test_rules_that_cannot_be_meant_are_refused():
+    with pytest.raises(UsageError, match=r"window at least 2, rising a share; got 1, 1\.25, 10 and 0\.9$"):
+        AlertRules(times_floor=1)
