@@ -120,6 +120,7 @@ def _merging(rank: int, ranks: int) -> None:
     assert is_first_rank() == (rank == 0)
 
 
+@pytest.mark.slow
 def test_states_of_unlike_ranks_are_merged_by_two(two):
     two.run(_merging)
 
