@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import pytest
 
 from osp_diag.errors import TrainingError
+from osp_diag.run import open_run
+from tests.training_runs import minute
 from trainer import ablation as processes
 from trainer.ablation import train_all, visible_gpus
+from trainer.checkpoint import folder_of, latest
 from trainer.presets import ablation, tiny
 
 
@@ -17,12 +22,15 @@ class Finished:
     """A process that notes its environment and is over after a few looks."""
 
     started: list[dict[str, str]]
-    code = 0
+    commands: list[list[str]]
+    codes: list[int]
     says = b""
 
     def __init__(self, command: list[str], *, env: dict[str, str], stdout: BinaryIO, **_: Any) -> None:
         type(self).started.append(env)
-        self.looks, self.returncode = 3, type(self).code
+        type(self).commands.append(command)
+        self.looks = 3
+        self.returncode = self.codes.pop(0) if self.codes else 0
         stdout.write(self.says)
 
     def poll(self) -> int | None:
@@ -36,10 +44,13 @@ class Finished:
         return self.returncode
 
 
-def pretended(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs are not started."""
+def pretended(monkeypatch: pytest.MonkeyPatch, codes: Sequence[int] = (), says: str = "") -> None:
+    """Runs are not started: each says this and ends with the next code, with 0 once there is none."""
     monkeypatch.setattr(processes, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(Finished, "started", [], raising=False)
+    monkeypatch.setattr(Finished, "commands", [], raising=False)
+    monkeypatch.setattr(Finished, "codes", list(codes), raising=False)
+    monkeypatch.setattr(Finished, "says", says.encode())
     monkeypatch.setattr(processes.subprocess, "Popen", Finished)
 
 
@@ -95,14 +106,52 @@ FRAMES = "\n".join(f"  frame #{number}: in native code" for number in range(30))
 def test_a_run_that_fails_is_told_by_its_own_words(
     log: str, told: list[str], left_out: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    pretended(monkeypatch)
-    monkeypatch.setattr(Finished, "code", -6)
-    monkeypatch.setattr(Finished, "says", log.encode())
+    pretended(monkeypatch, [2], log)
     with pytest.raises(TrainingError) as raised:
         train_all({"adam": tiny()}, tmp_path / "out")
     message = str(raised.value)
-    assert f"the run adam failed with exit code -6; from {tmp_path}" in message
+    assert f"the run adam failed with exit code 2; from {tmp_path}" in message
     assert all(part in message for part in told)
     assert left_out not in message
     assert "step 7" not in message
     assert message.endswith("the same command with --resume goes on from there.")
+
+
+def test_a_run_that_crashes_is_taken_up_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretended(monkeypatch, [-6, -11, 0], "osp-diag: unexpected RuntimeError: CUDA error\n")
+    told: list[str] = []
+    train_all({"osp": tiny()}, tmp_path / "out", announce=told.append)
+    assert [command[-1] for command in Finished.commands] == ["--overwrite", "--resume", "--resume"]
+    assert len([line for line in told if line.endswith("osp goes on from its last checkpoint")]) == 2
+    assert "the run osp failed with exit code -11" in told[2]
+    assert "CUDA error" in told[2]
+    assert (tmp_path / "out" / "osp.log").read_text().count("CUDA error") == 3
+
+
+def test_a_run_that_crashes_again_and_again_has_failed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretended(monkeypatch, [-6, -6, -6])
+    with pytest.raises(TrainingError, match="the run osp failed with exit code -6"):
+        train_all({"osp": tiny()}, tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_crashed_process_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    start, config = processes._start, minute(steps=6, checkpoint__every=2)
+    crashed: list[int] = []
+
+    def start_and_crash(name: str, *arguments: Any) -> Any:
+        entry = start(name, *arguments)
+        while not crashed:
+            saved = latest(folder_of(tmp_path / "osp.zarr"))
+            if saved is not None:
+                crashed.append(saved.step)
+                entry.process.send_signal(signal.SIGSEGV)
+            assert entry.process.poll() in (None, -signal.SIGSEGV), entry.log.read_text()
+        return entry
+
+    monkeypatch.setattr(processes, "_start", start_and_crash)
+    train_all({"osp": config}, tmp_path)
+    assert crashed[0] in (2, 4)
+    assert list(open_run(tmp_path / "osp.zarr").steps) == [0, 3, 6]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,12 @@ __all__ = ["concurrent_runs", "memory_of_a_run", "train_all", "visible_gpus"]
 
 POLL_SECONDS = 0.5
 LAST_LINES = 15
+CRASHES = {
+    -number for number in (signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV)
+}
+"""Exit codes of native code that gave up, as after a fault of the GPU; no error of ours ends so."""
+RESTARTS = 2
+"""How often a run that crashed is taken up again."""
 
 
 @dataclass
@@ -78,8 +86,9 @@ def train_all(
     """Train every configuration into ``out/name.zarr``; returns these paths by name.
 
     Each run has one GPU where there are any, the one with the fewest runs. What a run prints goes to
-    ``out/name.log``. With ``resume`` finished runs are left as they are and unfinished ones go on. If one
-    fails the others are stopped, saved, and can be resumed.
+    ``out/name.log``. With ``resume`` finished runs are left as they are and unfinished ones go on. A run
+    whose process crashes goes on from its last checkpoint, twice at most. If one fails otherwise the others
+    are stopped, saved, and can be resumed.
 
     Raises
     ------
@@ -91,6 +100,7 @@ def train_all(
     running: list[_Process] = []
     gpus = visible_gpus()
     begun = time.monotonic()
+    restarts: Counter[str] = Counter()
     try:
         while waiting or running:
             while waiting and len(running) < number:
@@ -101,6 +111,11 @@ def train_all(
             time.sleep(POLL_SECONDS)
             for entry in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(entry)
+                if entry.process.returncode in CRASHES and restarts[entry.name] < RESTARTS:
+                    restarts[entry.name] += 1
+                    announce(f"{_failure(entry)}\n{entry.name} goes on from its last checkpoint")
+                    running.append(_start(entry.name, configs[entry.name], out, number, True, entry.gpu))
+                    continue
                 _check(entry)
                 announce(f"{entry.name} finished after {time.monotonic() - begun:.0f} s")
     finally:
@@ -127,7 +142,7 @@ def _start(
     # Processes that each take every core slow one another down.
     threads = str(max(1, (os.cpu_count() or 1) // at_a_time))
     log = out / f"{name}.log"
-    with log.open("wb") as file:
+    with log.open("ab" if resume else "wb") as file:
         process = subprocess.Popen(
             command,
             stdout=file,
@@ -141,14 +156,18 @@ def _start(
 
 
 def _check(entry: _Process) -> None:
-    if entry.process.returncode == 0:
-        return
+    if entry.process.returncode != 0:
+        raise TrainingError(
+            f"{_failure(entry)}\n"
+            "The other runs are saved where they were: the same command with --resume goes on from there."
+        )
+
+
+def _failure(entry: _Process) -> str:
+    """That a run failed, and what its log says of it."""
     lines = entry.log.read_text(encoding="utf-8", errors="replace").splitlines()
-    raise TrainingError(
-        f"the run {entry.name} failed with exit code {entry.process.returncode}; from {entry.log}:\n"
-        + "\n".join(f"  {line}" for line in _telling(lines))
-        + "\nThe other runs are saved where they were: the same command with --resume goes on from there."
-    )
+    head = f"the run {entry.name} failed with exit code {entry.process.returncode}; from {entry.log}:"
+    return "\n".join([head, *(f"  {line}" for line in _telling(lines))])
 
 
 def _telling(lines: list[str]) -> list[str]:
