@@ -21,8 +21,6 @@ WRITTEN_WITH = {
     "held_out_loss": ("probe_seconds",),
 }
 """Scalar → those that come with it: NaN without any only means that nothing was recorded at that step."""
-FEWEST_LOSSES = 10
-"""What a standard deviation needs before the trainer judges spikes; all of the window where that is less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +67,8 @@ def alerts(run: FollowedRun, rules: AlertRules = AlertRules()) -> list[Alert]:
     * ``nonfinite_activations``: NaN or Inf in a measured activation of any probed step (bad)
     * ``nonfinite_scalars``: a loss or gradient norm of NaN or Inf (bad)
     * ``diverged_steps``: steps that the trainer passed over because loss or gradient went wrong (bad)
-    * ``loss_spike``: the trainer stopped since a loss lay more than ``divergence.spike`` standard deviations
-      above the mean of the last ``divergence.window`` good ones (bad); both are the run's own
+    * ``loss_spike``: the trainer stopped at a step whose loss and gradient norm are finite, so at a spike of
+      the loss by its own rule, ``divergence.spike`` (bad)
     * ``growing_kurtosis``: the OSP kurtosis of a hidden state is at least ``times_floor`` × its floor and
       grows by ``growth`` over the last ``window`` probes, and steadily (watch)
     """
@@ -158,48 +156,26 @@ def _diverged(run: FollowedRun) -> Alert | None:
 
 
 def _stopped_by_spike(run: FollowedRun) -> Alert | None:
-    """The last step, if the trainer's rule for spikes stopped there; nothing moved in it or since."""
-    rule, loss, skipped = _divergence(run.attrs), run.series("loss"), run.series("skipped_step")
-    good = np.flatnonzero(np.isfinite(loss) & ~(skipped > 0 if skipped.size else np.zeros(len(loss), bool)))
-    if rule is None or not good.size:
+    """Where the trainer stopped; nothing moved in that step or since."""
+    stopped = np.flatnonzero(run.series("stopped_step") > 0)
+    if not stopped.size:
         return None
-    deviations, window = rule
-    last, fewest = good[-1], min(FEWEST_LOSSES, window)
-    norm, rate = run.series("gradient_norm"), run.series("learning_rate")
-    if not norm.size or not np.isfinite(norm[last]):
+    last = stopped[-1]
+    loss, norm, step = run.series("loss"), run.series("gradient_norm"), int(run.series_steps[last])
+    if not np.isfinite(loss[last] + norm[last]):
         return None
-    # Where not every step is recorded, the limit is that of those which are. But a step between them has a
-    # loss and no learning rate only if the trainer stopped at it.
-    steps, before = run.series_steps, good[:-1]
-    recent = before[-max(fewest, int((steps[before] >= steps[last] - window).sum())) :]
-    limit = loss[recent].mean() + deviations * loss[recent].std() if recent.size >= fewest else np.inf
-    if loss[last] <= limit and rate.size and np.isfinite(rate[last]):
-        return None
-    step = int(steps[last])
-    return Alert(
-        "loss_spike",
-        "bad",
-        f"training stopped at step {step:,}: its loss of {loss[last]:.4g} is a spike, more than "
-        f"{deviations:g} standard deviations above the mean of the {window:,} good losses before"
-        + (f" (limit {limit:.4g})" if loss[last] > limit else "")
-        + f". The state after step {step - 1:,} is saved: go on with --resume --set divergence.policy=skip, "
-        "which passes over such steps, or begin again with a lower optimizer.lr",
-        step,
-        float(loss[last]),
+    before = loss[:last][np.isfinite(loss[:last])][-10:]
+    text = f"training stopped at step {step:,}: its loss of {loss[last]:.4g} is a spike"
+    text += (
+        f", the median of the {before.size} recorded before it is {np.median(before):.4g}"
+        if before.size
+        else ""
     )
-
-
-def _divergence(attrs: dict[str, Any]) -> tuple[float, int] | None:
-    """Standard deviations and window of a run that stops at spikes, as it was last resumed."""
-    resumed = attrs.get("resumed")
-    lives = [attrs, *(resumed if isinstance(resumed, list) else [])]
-    told = [life["divergence"] for life in lives if isinstance(life, dict) and "divergence" in life]
-    if not told or not isinstance(told[-1], dict) or told[-1].get("policy") != "stop":
-        return None
-    spike, window = told[-1].get("spike"), told[-1].get("window")
-    if not isinstance(spike, int | float) or not isinstance(window, int) or window < 2:
-        return None
-    return float(spike), window
+    text += (
+        f". The state after step {step - 1:,} is saved: go on with --resume --set divergence.policy=skip, "
+        "which passes over such steps, or begin again with a lower optimizer.lr"
+    )
+    return Alert("loss_spike", "bad", text, step, float(loss[last]))
 
 
 def _growing(run: FollowedRun, rules: AlertRules) -> Alert | None:

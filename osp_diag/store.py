@@ -49,7 +49,7 @@ STEP = "step"
 SERIES = "series"
 SERIES_STEP = "logged_step"
 
-CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks", "divergence")
+CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
 VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -17,10 +16,7 @@ __all__ = ["announcement", "run_attributes"]
 
 
 def run_attributes(config: TrainConfig, data: TrainingData, optimizers: Optimizers) -> dict[str, Any]:
-    """Configuration, data and routing; what only says how the work was done is left to the checkpoints.
-
-    But for the policy of divergence: who watches a run that stopped has to know what it took for a spike.
-    """
+    """Configuration, data and routing; what only says how the work was done is left to the checkpoints."""
     return {
         "model_name": config.name,
         "recipe": config.name,
@@ -31,7 +27,6 @@ def run_attributes(config: TrainConfig, data: TrainingData, optimizers: Optimize
         "autocast": config.dtype,
         "routing": optimizers.routing.table(),
         "ranks": rank_and_ranks()[1],
-        "divergence": asdict(config.divergence),
     }
 
 

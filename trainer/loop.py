@@ -374,7 +374,8 @@ class Training:
         self.step = step - 1
         if self.step:
             self._save_now(self.step)
-        self._write(step, dict(values))  # so that who watches the run sees it; resuming takes it back
+        # So that who watches the run sees it; resuming takes it back.
+        self._write(step, {**values, "stopped_step": 1.0})
         what = f"loss {values['loss']:.4g}, gradient norm {values['gradient_norm']:.4g}"
         kind = "diverged" if not math.isfinite(values["loss"] + values["gradient_norm"]) else "spiked"
         raise DivergenceError(
