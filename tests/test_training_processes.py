@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -10,11 +9,8 @@ from typing import Any, BinaryIO
 import pytest
 
 from osp_diag.errors import TrainingError
-from osp_diag.run import open_run
-from tests.training_runs import minute
 from trainer import ablation as processes
 from trainer.ablation import train_all, visible_gpus
-from trainer.checkpoint import folder_of, latest
 from trainer.presets import ablation, tiny
 
 
@@ -134,24 +130,3 @@ def test_a_run_that_crashes_again_and_again_has_failed(
     pretended(monkeypatch, [-6, -6, -6])
     with pytest.raises(TrainingError, match="the run osp failed with exit code -6"):
         train_all({"osp": tiny()}, tmp_path / "out")
-
-
-@pytest.mark.slow
-def test_a_crashed_process_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    start, config = processes._start, minute(steps=6, checkpoint__every=2)
-    crashed: list[int] = []
-
-    def start_and_crash(name: str, *arguments: Any) -> Any:
-        entry = start(name, *arguments)
-        while not crashed:
-            saved = latest(folder_of(tmp_path / "osp.zarr"))
-            if saved is not None:
-                crashed.append(saved.step)
-                entry.process.send_signal(signal.SIGSEGV)
-            assert entry.process.poll() in (None, -signal.SIGSEGV), entry.log.read_text()
-        return entry
-
-    monkeypatch.setattr(processes, "_start", start_and_crash)
-    train_all({"osp": config}, tmp_path)
-    assert crashed[0] in (2, 4)
-    assert list(open_run(tmp_path / "osp.zarr").steps) == [0, 3, 6]
