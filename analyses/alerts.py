@@ -165,14 +165,12 @@ def _stopped_by_spike(run: FollowedRun) -> Alert | None:
     if not np.isfinite(loss[last] + norm[last]):
         return None
     before = loss[:last][np.isfinite(loss[:last])][-10:]
-    text = f"training stopped at step {step:,}: its loss of {loss[last]:.4g} is a spike"
-    text += (
-        f", the median of the {before.size} recorded before it is {np.median(before):.4g}"
-        if before.size
-        else ""
-    )
-    text += (
-        f". The state after step {step - 1:,} is saved: go on with --resume --set divergence.policy=skip, "
+    usual = ""
+    if before.size:
+        usual = f", the median of the {before.size} recorded before it is {np.median(before):.4g}"
+    text = (
+        f"training stopped at step {step:,}: its loss of {loss[last]:.4g} is a spike{usual}. "
+        f"The state after step {step - 1:,} is saved: go on with --resume --set divergence.policy=skip, "
         "which passes over such steps, or begin again with a lower optimizer.lr"
     )
     return Alert("loss_spike", "bad", text, step, float(loss[last]))

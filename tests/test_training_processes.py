@@ -130,3 +130,13 @@ def test_a_run_that_crashes_again_and_again_has_failed(
     pretended(monkeypatch, [-6, -6, -6])
     with pytest.raises(TrainingError, match="the run osp failed with exit code -6"):
         train_all({"osp": tiny()}, tmp_path / "out")
+
+
+def test_what_an_earlier_life_of_a_run_said_is_not_its_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pretended(monkeypatch, [-9], "Killed\n")
+    (tmp_path / "osp.log").write_text("osp-diag: interrupted; the state after step 5 is saved\n")
+    with pytest.raises(TrainingError, match=r"the run osp failed with exit code -9; from .*\n  Killed\n"):
+        train_all({"osp": tiny()}, tmp_path, resume=True)
+    assert (tmp_path / "osp.log").read_text().endswith("is saved\nKilled\n")

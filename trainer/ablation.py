@@ -38,6 +38,8 @@ class _Process:
     process: subprocess.Popen[bytes]
     log: Path
     gpu: str | None
+    begun_at: int
+    """Bytes of the log that are of earlier lives of the run."""
 
 
 def memory_of_a_run(config: TrainConfig) -> float:
@@ -143,6 +145,7 @@ def _start(
     threads = str(max(1, (os.cpu_count() or 1) // at_a_time))
     log = out / f"{name}.log"
     with log.open("ab" if resume else "wb") as file:
+        begun_at = file.tell()
         process = subprocess.Popen(
             command,
             stdout=file,
@@ -152,7 +155,7 @@ def _start(
             | {"OMP_NUM_THREADS": threads}
             | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
         )
-    return _Process(name, process, log, gpu)
+    return _Process(name, process, log, gpu, begun_at)
 
 
 def _check(entry: _Process) -> None:
@@ -165,7 +168,7 @@ def _check(entry: _Process) -> None:
 
 def _failure(entry: _Process) -> str:
     """That a run failed, and what its log says of it."""
-    lines = entry.log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = entry.log.read_bytes()[entry.begun_at :].decode(errors="replace").splitlines()
     head = f"the run {entry.name} failed with exit code {entry.process.returncode}; from {entry.log}:"
     return "\n".join([head, *(f"  {line}" for line in _telling(lines))])
 
