@@ -13,11 +13,11 @@ import numpy as np
 import torch
 import xarray as xr
 
-from analyses.ablation_text import as_markdown, as_text
-from analyses.bit_width_sweep import bit_width_sweep
-from analyses.quantization_results import HELD_OUT, UNQUANTIZED
-from analyses.recipes import config_of, recipe_labels
-from analyses.summary_numbers import EPSILON, hidden_states
+from osp_diag.analyses.ablation_text import as_markdown, as_text
+from osp_diag.analyses.bit_width_sweep import bit_width_sweep
+from osp_diag.analyses.quantization_results import HELD_OUT, UNQUANTIZED
+from osp_diag.analyses.recipes import config_of, recipe_labels
+from osp_diag.analyses.summary_numbers import EPSILON, hidden_states
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators import STRATA
@@ -102,7 +102,7 @@ def ablation_table(
     tokens : held-out ids of shape (sequence, position)
     device : to measure on, as in :func:`osp_diag.open_checkpoint`
     measured : told the key of each run with a checkpoint, and its results at few bits
-        (:mod:`analyses.quantization_results`), so that they can be stored in the run
+        (:mod:`osp_diag.analyses.quantization_results`), so that they can be stored in the run
 
     Returns
     -------

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.summary_text import number
+from osp_diag.analyses.summary_text import number
 
 __all__ = ["as_markdown", "as_text"]
 
@@ -58,7 +58,7 @@ def as_markdown(table: xr.Dataset) -> str:
 
     Parameters
     ----------
-    table : of :func:`analyses.ablation.ablation_table`
+    table : of :func:`osp_diag.analyses.ablation.ablation_table`
     """
     heads, rows = _cells(table, (*OUTLIERS, *OTHERS))
     lines = [

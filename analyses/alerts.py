@@ -8,7 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from analyses.live_numbers import hidden_state_kurtosis
+from osp_diag.analyses.live_numbers import hidden_state_kurtosis
 from osp_diag.errors import UsageError
 from osp_diag.run_following import FollowedRun
 
@@ -29,7 +29,7 @@ class AlertRules:
 
     times_floor: float = 10.0
     """Kurtosis counts as high from this multiple of what Gaussian noise of that width scores: a decade.
-    The probe's own noise is a few percent of the floor (:mod:`analyses.emergence` departs at 3)."""
+    The probe's own noise is a few percent of the floor (:mod:`osp_diag.analyses.emergence` departs at 3)."""
     window: int = 10
     """Probes over which it has to grow: with fewer one odd probe decides."""
     growth: float = 1.25

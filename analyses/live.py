@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.alerts import Alert, alerts
-from analyses.live_numbers import KURTOSIS, hidden_state_kurtosis, sink_rates
+from osp_diag.analyses.alerts import Alert, alerts
+from osp_diag.analyses.live_numbers import KURTOSIS, hidden_state_kurtosis, sink_rates
 from osp_diag.errors import StoreError
 from osp_diag.run_following import FollowedRun, RunState
 from osp_diag.run_lock import WriterState
@@ -32,7 +32,7 @@ class Standing:
     ----------
     scalars : the last finite value of each; those never recorded are left out
     probing : share of the time so far that probing took
-    kurtosis, sinks : see :mod:`analyses.live_numbers`
+    kurtosis, sinks : see :mod:`osp_diag.analyses.live_numbers`
     """
 
     path: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from analyses.summary_numbers import EPSILON
+from osp_diag.analyses.summary_numbers import EPSILON
 from osp_diag.errors import StoreError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.run_display import HIDDEN_STATES

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from analyses.recipes import config_of, recipe_of
+from osp_diag.analyses.recipes import config_of, recipe_of
 from osp_diag.errors import StoreError
 
 __all__ = ["labels_of", "run_name"]

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.rotary_pairs import RotaryPairs, rotary_pairs
-from analyses.sink_residual import residual_of_sink
-from analyses.sink_rules import SinkRules
+from osp_diag.analyses.rotary_pairs import RotaryPairs, rotary_pairs
+from osp_diag.analyses.sink_residual import residual_of_sink
+from osp_diag.analyses.sink_rules import SinkRules
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.attention_tiles import LogitGrid
 

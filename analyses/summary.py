@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.in_notebook import in_notebook
-from analyses.protocol_comparison import ProtocolComparison, compare_protocols
-from analyses.summary_numbers import (
+from osp_diag.analyses.in_notebook import in_notebook
+from osp_diag.analyses.protocol_comparison import ProtocolComparison, compare_protocols
+from osp_diag.analyses.summary_numbers import (
     by_stratum,
     everyday,
     hidden_states,
@@ -113,7 +113,7 @@ class Summary:
 
     def text(self) -> str:
         """For a reader who has never heard of any of these numbers."""
-        from analyses.summary_text import text_of
+        from osp_diag.analyses.summary_text import text_of
 
         return text_of(self)
 

@@ -1,7 +1,7 @@
 """The numbers of a summary: which layers, heads and strata of a run's statistics it looks at.
 
 Each function takes the run's sites at one step (site → Dataset) and returns fields of
-:class:`analyses.summary.Summary`; a field is left out where the run does not hold its statistic.
+:class:`osp_diag.analyses.summary.Summary`; a field is left out where the run does not hold its statistic.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.network_order import network_order
+from osp_diag.analyses.network_order import network_order
 from osp_diag.estimators.magnitude_outliers import outlier_features
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.run_display import HIDDEN_STATES

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import xarray as xr
 
-from analyses.live import standing
 from benchmarks.machine import machine
-from figures.live._data import Choice
-from figures.live._page import pictures
+from osp_diag.analyses.live import standing
+from osp_diag.figures.live._data import Choice
+from osp_diag.figures.live._page import pictures
 from osp_diag.run_following import FollowedRun
 from osp_diag.store import RunWriter
 from tests.growing_runs import ATTRIBUTES, activation, groups, scalars

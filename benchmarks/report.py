@@ -137,7 +137,7 @@ def measure(paths: list[Path], out: Path) -> dict[str, float]:
 def one(out: Path, paths: list[Path]) -> None:
     """What the fresh process does."""
     begin = time.perf_counter()
-    from figures.report import write_report
+    from osp_diag.figures.report import write_report
     from osp_diag.run import open_run
 
     imported = time.perf_counter()

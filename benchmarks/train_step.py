@@ -32,10 +32,10 @@ from machine import machine
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osp_diag.probing import Probe
-from trainer.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
-from trainer.model import Llama
-from trainer.optimizers import build_optimizer, route
-from trainer.throughput import peak_flops
+from osp_diag.trainer.config import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from osp_diag.trainer.model import Llama
+from osp_diag.trainer.optimizers import build_optimizer, route
+from osp_diag.trainer.throughput import peak_flops
 
 SHAPES: dict[str, dict[str, Any]] = {
     "llama-1.4b": {

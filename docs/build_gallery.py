@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-import figures
-from figures.styles import load_style
+from osp_diag import figures
+from osp_diag.figures.styles import load_style
 
 DOCS = Path(__file__).parent
 PAGE, PICTURES, RESULTS = DOCS / "gallery.md", DOCS / "gallery", DOCS / "gallery" / "data"

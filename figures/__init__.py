@@ -1,6 +1,6 @@
 """Pictures of runs. Each figure is one file: ``prepare`` makes the data, ``draw`` draws it on any backend.
 
->>> import figures
+>>> from osp_diag import figures
 >>> figures.draw("depth_profile", "run.zarr", out="depth.pdf")      # doctest: +SKIP
 >>> data = figures.draw("sink_map", run, backend="none")             # doctest: +SKIP
 
@@ -17,21 +17,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from figures.styles import Style
+    from osp_diag.figures.styles import Style
+
+if __name__ != "osp_diag.figures":
+    raise ImportError(
+        f"{__file__} is osp_diag's own folder, seen because Python was started beside it; write "
+        "osp_diag.figures for ours, or start Python elsewhere for the package that is called figures"
+    )
 
 __all__ = ["aliases", "draw", "names"]
 
 
 def names() -> list[str]:
     """The names of the figures."""
-    from figures._registry import names
+    from osp_diag.figures._registry import names
 
     return names()
 
 
 def aliases() -> dict[str, str]:
     """Other names that figures go by: ``fig1`` to ``fig11`` and ``table2`` are the OSP paper's."""
-    from figures._registry import aliases
+    from osp_diag.figures._registry import aliases
 
     return dict(aliases())
 
@@ -55,7 +61,7 @@ def draw(
         figure (without options, which are in it already)
     out : file to write; .png, .pdf and .svg are drawn by matplotlib, .html (self-contained) by plotly
     backend : ``matplotlib`` (default without ``out``), ``plotly`` or ``none``
-    style : a ``figures.styles.Style``, or the name of one
+    style : a ``osp_diag.figures.styles.Style``, or the name of one
     width : ``one-column`` or ``two-column`` (the names in ``style.widths``); each figure has its default
     options : as the figure's ``prepare`` takes them; ``step`` is the run's last one by default
 
@@ -71,11 +77,11 @@ def draw(
     """
     import xarray as xr
 
-    from figures._registry import canonical, check_options, check_prepared, figure_module
-    from figures._runs import opened
-    from figures.backend import backend_for, load_backend
-    from figures.styles import load_style
     from osp_diag.errors import UsageError
+    from osp_diag.figures._registry import canonical, check_options, check_prepared, figure_module
+    from osp_diag.figures._runs import opened
+    from osp_diag.figures.backend import backend_for, load_backend
+    from osp_diag.figures.styles import load_style
 
     figure = figure_module(name)
     path = None if out is None else Path(out)

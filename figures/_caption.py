@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from analyses.run_labels import run_name
+from osp_diag.analyses.run_labels import run_name
 
 __all__ = ["caption"]
 

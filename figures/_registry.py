@@ -13,10 +13,10 @@ from typing import Any, Protocol, Union, get_args, get_origin, get_type_hints
 
 import xarray as xr
 
-import figures
-from figures.backend import Backend, Canvas
-from figures.styles import Style
+from osp_diag import figures
 from osp_diag.errors import UsageError
+from osp_diag.figures.backend import Backend, Canvas
+from osp_diag.figures.styles import Style
 
 __all__ = [
     "FigureModule",
@@ -54,7 +54,7 @@ def aliases() -> dict[str, str]:
     return {
         alias: name
         for name in names()
-        for alias in getattr(importlib.import_module(f"figures.{name}"), "ALIASES", ())
+        for alias in getattr(importlib.import_module(f"{figures.__name__}.{name}"), "ALIASES", ())
     }
 
 
@@ -70,7 +70,7 @@ def figure_module(name: str) -> Any:
         near = difflib.get_close_matches(name, [*names(), *aliases()], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise UsageError(f"no figure is named {name!r}; {hint}there are {', '.join(names())}")
-    return importlib.import_module(f"figures.{found}")
+    return importlib.import_module(f"{figures.__name__}.{found}")
 
 
 def check_options(name: str, prepare: Callable[..., xr.Dataset], options: dict[str, Any]) -> None:

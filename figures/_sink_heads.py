@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from figures._runs import statistics
+from osp_diag.figures._runs import statistics
 
 __all__ = ["heads_by_sink"]
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from figures._colours import ColourScale
-from figures._decimate import number
-from figures._runs import shown_token
-from figures.backend import Backend, Canvas, Panel
-from figures.styles import Style
 from osp_diag.errors import UsageError
+from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._decimate import number
+from osp_diag.figures._runs import shown_token
+from osp_diag.figures.backend import Backend, Canvas, Panel
+from osp_diag.figures.styles import Style
 
 __all__ = [
     "Z_SCALES",

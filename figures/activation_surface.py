@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from figures._caption import caption
-from figures._decimate import bin_starts, max_pool
-from figures._runs import name_of, per_run, snapshot, snapshot_sites, snapshot_step, token_texts
-from figures._surfaces import (
+from osp_diag.analyses.run_labels import labels_of
+from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._decimate import bin_starts, max_pool
+from osp_diag.figures._runs import name_of, per_run, snapshot, snapshot_sites, snapshot_step, token_texts
+from osp_diag.figures._surfaces import (
     Axes,
     check_z_scale,
     draw_surfaces,
@@ -29,9 +30,8 @@ from figures._surfaces import (
     stacked,
     with_layers,
 )
-from figures.backend import Backend, Canvas
-from figures.styles import Style
-from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures.backend import Backend, Canvas
+from osp_diag.figures.styles import Style
 
 ALIASES = ("fig2", "fig8", "fig9", "surface")
 AXES = Axes(values="magnitude", quantity="|activation|", row="site", x="channel", y="token")

@@ -14,14 +14,14 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from analyses.run_labels import labels_of
-from figures._caption import caption
-from figures._colours import KINDS, ColourScale
-from figures._runs import name_of, shown_token, snapshot, snapshot_step, token_texts
-from figures._sink_heads import heads_by_sink
-from figures.backend import Backend, Canvas
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import OspDiagError, StoreError, UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import KINDS, ColourScale
+from osp_diag.figures._runs import name_of, shown_token, snapshot, snapshot_step, token_texts
+from osp_diag.figures._sink_heads import heads_by_sink
+from osp_diag.figures.backend import Backend, Canvas
+from osp_diag.figures.styles import Style
 
 ALIASES = ("attention",)
 _NAMED = 32

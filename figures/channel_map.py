@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from figures._caption import caption
-from figures._colours import ColourScale
-from figures._decimate import bin_starts, max_pool, spans
-from figures._runs import identifier, last_step, per_run, statistics
-from figures.backend import Backend, Canvas
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._decimate import bin_starts, max_pool, spans
+from osp_diag.figures._runs import identifier, last_step, per_run, statistics
+from osp_diag.figures.backend import Backend, Canvas
+from osp_diag.figures.styles import Style
 
 ALIASES = ("channels",)
 

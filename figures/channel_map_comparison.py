@@ -13,15 +13,15 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from analyses.channel_comparison import compare_channels
-from analyses.channel_profiles import relative_rms
-from figures._caption import caption
-from figures._colours import ColourScale
-from figures._decimate import bin_starts, max_pool, number, spans
-from figures._runs import last_step, name_of, per_run, statistics
-from figures.backend import Backend, Canvas, Panel
-from figures.styles import Style
+from osp_diag.analyses.channel_comparison import compare_channels
+from osp_diag.analyses.channel_profiles import relative_rms
 from osp_diag.errors import UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._decimate import bin_starts, max_pool, number, spans
+from osp_diag.figures._runs import last_step, name_of, per_run, statistics
+from osp_diag.figures.backend import Backend, Canvas, Panel
+from osp_diag.figures.styles import Style
 
 ALIASES = ()
 MATCHES = ("index", "profile")

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from figures._bounds import bound, draw_bounds, log_range
-from figures._caption import caption
-from figures._colours import sample
-from figures._runs import identifier, last_step, per_run, statistics
-from figures.backend import Backend, Canvas, Dash, Panel
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
+from osp_diag.figures._bounds import bound, draw_bounds, log_range
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import sample
+from osp_diag.figures._runs import identifier, last_step, per_run, statistics
+from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
+from osp_diag.figures.styles import Style
 
 ALIASES = ("depth",)
 ARRANGEMENTS = ("side-by-side", "overlaid")

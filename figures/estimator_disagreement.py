@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from figures._bounds import bound
-from figures._caption import caption
-from figures._colours import sample
-from figures._runs import last_step, name_of, per_run
-from figures.backend import Backend, Canvas, Dash, Panel
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._bounds import bound
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import sample
+from osp_diag.figures._runs import last_step, name_of, per_run
+from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
+from osp_diag.figures.styles import Style
 
 ALIASES = ("disagreement",)
 BY = ("layer", "site")

@@ -13,16 +13,16 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from analyses.run_labels import labels_of
-from figures._caption import caption
-from figures._colours import sample, tint
-from figures._decimate import number
-from figures._hidden_states import KURTOSIS, kurtosis_by_step
-from figures._runs import last_step, name_of
-from figures.backend import Backend, Canvas, Dash, Panel
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import sample, tint
+from osp_diag.figures._decimate import number
+from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
+from osp_diag.figures._runs import last_step, name_of
+from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
+from osp_diag.figures.styles import Style
 
 ALIASES = ("fig3", "fig7")
 AXES = ("tokens", "steps")

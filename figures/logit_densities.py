@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from analyses.sink_implementation import logit_edges
-from figures._caption import caption
-from figures._runs import last_step, name_of, per_run, statistics
-from figures.backend import Backend, Canvas
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
+from osp_diag.analyses.sink_implementation import logit_edges
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._runs import last_step, name_of, per_run, statistics
+from osp_diag.figures.backend import Backend, Canvas
+from osp_diag.figures.styles import Style
 
 ALIASES = ("fig6", "logits")
 AXES = ("shared", "own")

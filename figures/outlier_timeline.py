@@ -7,16 +7,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.emergence import log_kurtosis, onsets
-from analyses.onset import DEPARTURE, FEWEST_PROBES
-from analyses.run_labels import labels_of
-from figures._caption import caption
-from figures._colours import ColourScale
-from figures._decimate import bin_starts, max_pool
-from figures._runs import last_step
-from figures.backend import Backend, Canvas, Panel
-from figures.styles import Style
+from osp_diag.analyses.emergence import log_kurtosis, onsets
+from osp_diag.analyses.onset import DEPARTURE, FEWEST_PROBES
+from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._decimate import bin_starts, max_pool
+from osp_diag.figures._runs import last_step
+from osp_diag.figures.backend import Backend, Canvas, Panel
+from osp_diag.figures.styles import Style
 
 ALIASES = ("timeline",)
 _TICKS = 6

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from figures._caption import caption
-from figures._colours import KINDS, ColourScale
-from figures._decimate import max_pool
-from figures._runs import name_of, per_run, snapshot, snapshot_step
-from figures._sink_heads import heads_by_sink
-from figures.backend import Backend, Canvas
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import KINDS, ColourScale
+from osp_diag.figures._decimate import max_pool
+from osp_diag.figures._runs import name_of, per_run, snapshot, snapshot_step
+from osp_diag.figures._sink_heads import heads_by_sink
+from osp_diag.figures.backend import Backend, Canvas
+from osp_diag.figures.styles import Style
 
 ALIASES = ("fig5", "qk")
 ROTATIONS = ("post", "pre")

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
-from analyses.run_labels import labels_of
-from figures._caption import caption
-from figures._colours import sample
-from figures._few_bits import results_and_remark
-from figures._hidden_states import KURTOSIS, kurtosis_by_step
-from figures._runs import last_step, name_of
-from figures.backend import AxisScale, Backend, Canvas
-from figures.styles import Style
+from osp_diag.analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
+from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import sample
+from osp_diag.figures._few_bits import results_and_remark
+from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
+from osp_diag.figures._runs import last_step, name_of
+from osp_diag.figures.backend import AxisScale, Backend, Canvas
+from osp_diag.figures.styles import Style
 
 ALIASES = ("fig1",)
 LABELS = {

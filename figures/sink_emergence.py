@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from analyses.sink_implementation import sink_emergence
-from analyses.sink_rules import SinkRules
-from figures._caption import caption
-from figures._colours import ColourScale
-from figures._runs import last_step, per_run, statistics
-from figures.backend import Backend, Canvas, Panel
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
+from osp_diag.analyses.sink_implementation import sink_emergence
+from osp_diag.analyses.sink_rules import SinkRules
+from osp_diag.figures._caption import caption
+from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._runs import last_step, per_run, statistics
+from osp_diag.figures.backend import Backend, Canvas, Panel
+from osp_diag.figures.styles import Style
 
 ALIASES = ("emergence_of_sinks",)
 MOST_TICKS = 12

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from analyses.sink_implementation import sink_implementation
-from figures._caption import caption
-from figures._runs import last_step, name_of, per_run, statistics
-from figures.backend import Backend, Canvas, Panel
-from figures.styles import Style
+from osp_diag.analyses.run_labels import labels_of
+from osp_diag.analyses.sink_implementation import sink_implementation
 from osp_diag.errors import UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._runs import last_step, name_of, per_run, statistics
+from osp_diag.figures.backend import Backend, Canvas, Panel
+from osp_diag.figures.styles import Style
 
 ALIASES = ("sink_channels",)
 NAMED = 5

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.run_labels import labels_of
-from analyses.thinned_run import evenly
-from figures._caption import caption
-from figures._decimate import bin_starts, max_pool
-from figures._runs import last_step, name_of, per_run
-from figures._surfaces import (
+from osp_diag.analyses.run_labels import labels_of
+from osp_diag.analyses.thinned_run import evenly
+from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._decimate import bin_starts, max_pool
+from osp_diag.figures._runs import last_step, name_of, per_run
+from osp_diag.figures._surfaces import (
     Axes,
     check_z_scale,
     draw_surfaces,
@@ -28,9 +29,8 @@ from figures._surfaces import (
     stacked,
     with_layers,
 )
-from figures.backend import Backend, Canvas
-from figures.styles import Style
-from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures.backend import Backend, Canvas
+from osp_diag.figures.styles import Style
 
 ALIASES = ("fig10", "fig11")
 AXES = Axes(values="magnitude", quantity="|W|", row="projection", x="input_channel", y="output_channel")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
-from analyses.emergence import SITES
+from osp_diag.analyses.emergence import SITES
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.run import Run
 from tests.synthetic_runs import STRATA

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from trainer.config import ModelConfig
-from trainer.model import Llama
+from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.model import Llama
 
 Sites = dict[tuple[str, int], np.ndarray]
 

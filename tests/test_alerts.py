@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from analyses.alerts import AlertRules, alerts, growth, share_rising
-from analyses.live_numbers import hidden_state_kurtosis
+from osp_diag.analyses.alerts import AlertRules, alerts, growth, share_rising
+from osp_diag.analyses.live_numbers import hidden_state_kurtosis
 from osp_diag.errors import UsageError
 from osp_diag.store import RunWriter
 from tests.growing_runs import ATTRIBUTES, followed, record, scalars, written

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-import figures
-from osp_diag import Probe
+from osp_diag import Probe, figures
 from osp_diag.errors import StoreError, UsageError
 from tests.attention_reference import dense_weights, observed
 from tests.families import FAMILIES, TOKENS

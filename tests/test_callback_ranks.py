@@ -10,12 +10,12 @@ import torch.distributed as dist
 from torch import nn
 
 import osp_diag
+from osp_diag.trainer.callbacks import OutlierProbeCallback
+from osp_diag.trainer.callbacks.lightning import OutlierProbe
 from tests import test_lightning_callback as with_lightning
 from tests import test_transformers_callback as with_transformers
 from tests.test_ranks import free_port, in_processes
 from tests.training_loops import WATCHED, assert_same_runs, assert_untouched, held_out
-from trainer.callbacks import OutlierProbeCallback
-from trainer.callbacks.lightning import OutlierProbe
 
 pytestmark = with_lightning.pytestmark
 MODES = ("held_out", "training")

@@ -8,8 +8,8 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analyses.channel_comparison import compare_channels, matched_layers
-from analyses.channel_profiles import (
+from osp_diag.analyses.channel_comparison import compare_channels, matched_layers
+from osp_diag.analyses.channel_profiles import (
     concentration_curve,
     concentration_distance,
     hot_distance,

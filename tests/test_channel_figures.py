@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from figures.backend import none
-from figures.styles import load_style
 from osp_diag.errors import UsageError
+from osp_diag.figures.backend import none
+from osp_diag.figures.styles import load_style
 from tests.channel_runs import channel_run, profile
 
 
 def recording(name: str, runs: list, **options) -> tuple[xr.Dataset, none.Canvas]:
-    from figures._registry import figure_module
+    from osp_diag.figures._registry import figure_module
 
     module = figure_module(name)
     prepared = module.prepare(runs, **options)

@@ -7,13 +7,13 @@ import torch
 import xarray as xr
 
 import osp_diag
-from analyses.channel_comparison import compare_channels
+from osp_diag.analyses.channel_comparison import compare_channels
 from osp_diag.capture.channel_weights import channel_weights
 from osp_diag.sites import find_sites
+from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.model import Llama
 from tests.channel_runs import channel_run, profile
 from tests.tiny_checkpoints import byte_tokenizer, llama, save
-from trainer.config import ModelConfig
-from trainer.model import Llama
 
 
 def test_gains_and_embedding_are_the_models_own():

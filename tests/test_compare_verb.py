@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-import figures
+from osp_diag import figures
 from osp_diag.cli.main import main
 from osp_diag.run import open_run
+from osp_diag.trainer.config_values import as_dictionary
 from tests.synthetic_runs import Plan, write_run
 from tests.training_runs import minute
-from trainer.config_values import as_dictionary
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,14 @@ from osp_diag.probing import session
 from osp_diag.probing.deferred import HostWork
 from osp_diag.run_lock import LOCK_NAME
 from osp_diag.store import RunWriter
+from osp_diag.trainer.callbacks import OutlierProbeCallback
+from osp_diag.trainer.loop import train
 from tests.test_ranks import ROOT
 from tests.test_train_loop import assert_same_run
 from tests.test_transformers_callback import trainer as transformers_trainer
 from tests.tiny_checkpoints import byte_tokenizer, llama
 from tests.training_loops import WATCHED, Kept, assert_same_runs, held_out
 from tests.training_runs import minute
-from trainer.callbacks import OutlierProbeCallback
-from trainer.loop import train
 
 IDS = torch.arange(16)[None]
 
@@ -356,8 +356,8 @@ def test_the_trainer_records_and_tells_the_same(tmp_path, monkeypatch):
     told = []
     for deferred in (False, True):
         told.append(Told())
-        monkeypatch.setattr("trainer.loop.open_loggers", lambda *_, **__: told[-1])
-        monkeypatch.setattr("trainer.probing.Probe", partial(osp_diag.Probe, deferred=deferred))
+        monkeypatch.setattr("osp_diag.trainer.loop.open_loggers", lambda *_, **__: told[-1])
+        monkeypatch.setattr("osp_diag.trainer.probing.Probe", partial(osp_diag.Probe, deferred=deferred))
         train(minute(), tmp_path / f"{deferred}.zarr", loggers=["tensorboard"])
     assert_same_run(tmp_path / "False.zarr", tmp_path / "True.zarr")
     at_once, behind = told
@@ -367,7 +367,7 @@ def test_the_trainer_records_and_tells_the_same(tmp_path, monkeypatch):
 
 
 def test_a_deferred_training_that_is_interrupted_goes_on_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.probing.Probe", partial(osp_diag.Probe, deferred=True))
+    monkeypatch.setattr("osp_diag.trainer.probing.Probe", partial(osp_diag.Probe, deferred=True))
     train(minute(), tmp_path / "whole.zarr")
     out = tmp_path / "run.zarr"
     with pytest.raises(KeyboardInterrupt):

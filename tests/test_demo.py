@@ -11,10 +11,10 @@ import osp_diag
 from osp_diag.checkpoints import wheel
 from osp_diag.cli.demo import PICTURES, RUNS, TRAINED
 from osp_diag.cli.main import main
+from osp_diag.trainer import presets
+from osp_diag.trainer.config_values import with_changes
+from osp_diag.trainer.presets import tiny
 from tests.tiny_checkpoints import bert, byte_tokenizer, llama, save
-from trainer import presets
-from trainer.config_values import with_changes
-from trainer.presets import tiny
 
 
 @pytest.mark.slow

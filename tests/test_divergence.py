@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainer.config import DivergenceConfig
-from trainer.divergence import LEAST, Watch, first_bad_tensor
-from trainer.scalars import Clock, Scalars
+from osp_diag.trainer.config import DivergenceConfig
+from osp_diag.trainer.divergence import LEAST, Watch, first_bad_tensor
+from osp_diag.trainer.scalars import Clock, Scalars
 
 CPU = torch.device("cpu")
 

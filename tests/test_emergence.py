@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from analyses.emergence import emergence, log_kurtosis, onsets
-from analyses.hot_channels import hot_channels
-from analyses.onset import first_rise, when_it_emerges
-from analyses.outlier_writers import outlier_writers
+from osp_diag.analyses.emergence import emergence, log_kurtosis, onsets
+from osp_diag.analyses.hot_channels import hot_channels
+from osp_diag.analyses.onset import first_rise, when_it_emerges
+from osp_diag.analyses.outlier_writers import outlier_writers
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.run import Run, open_run
@@ -248,9 +248,9 @@ def test_refusals(run):
 
 
 def test_a_real_training(tmp_path):
+    from osp_diag.trainer.loop import train
+    from osp_diag.trainer.presets import with_recipe
     from tests.training_runs import minute
-    from trainer.loop import train
-    from trainer.presets import with_recipe
 
     config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0), "adam")
     train(config, tmp_path / "run.zarr")

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from osp_diag import Probe, open_checkpoint
 from osp_diag.errors import TrainingError, UsageError
+from osp_diag.trainer import export as export_module
+from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.export import ExportReport, export
 from tests.llama_reference import Reference, stirred, tiny
 from tests.tiny_checkpoints import byte_tokenizer
-from trainer import export as export_module
-from trainer.config import ModelConfig
-from trainer.export import ExportReport, export
 
 CARD = {
     "recipe": "osp",

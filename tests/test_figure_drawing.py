@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-import figures
-from figures._registry import figure_module
-from figures.backend import load_backend, none
-from figures.styles import load_style
+from osp_diag import figures
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._registry import figure_module
+from osp_diag.figures.backend import load_backend, none
+from osp_diag.figures.styles import load_style
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
 from tests.test_figures import FIGURES
 

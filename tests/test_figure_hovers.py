@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import figures
+from osp_diag import figures
 from tests.browser import visit
 from tests.synthetic_runs import synthetic_run
 

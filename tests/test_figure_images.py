@@ -19,9 +19,9 @@ import xarray as xr
 from matplotlib.testing.compare import compare_images
 from matplotlib.text import Text
 
-from figures._registry import figure_module
-from figures.backend import load_backend
-from figures.styles import Style, load_style
+from osp_diag.figures._registry import figure_module
+from osp_diag.figures.backend import load_backend
+from osp_diag.figures.styles import Style, load_style
 from tests.gallery import gallery
 
 BASELINES = Path(__file__).parent / "baseline_images"
@@ -87,7 +87,7 @@ def test_other_data_are_a_difference(tmp_path):
 
 
 def test_a_style_of_the_users_own_is_a_difference(tmp_path):
-    import figures
+    from osp_diag import figures
 
     paper = load_style("paper")
     own = replace(paper, name="own", palette=("#000000", "#cc3311"), share_map="grayC", widths={"page": 4.0})

@@ -8,14 +8,14 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-import figures
-from figures._colours import ColourScale, colour_table
-from figures._decimate import bin_starts, max_pool, spread
-from figures._runs import shown_token
-from figures.backend import none
-from figures.styles import load_style
+from osp_diag import figures
 from osp_diag.cli.figure import run as figure_verb
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._colours import ColourScale, colour_table
+from osp_diag.figures._decimate import bin_starts, max_pool, spread
+from osp_diag.figures._runs import shown_token
+from osp_diag.figures.backend import none
+from osp_diag.figures.styles import load_style
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
 
 FIGURES = (
@@ -58,7 +58,7 @@ def data(name: str, runs, **options) -> xr.Dataset:
 
 def recording(name: str, runs, **options) -> none.Canvas:
     """What the figure draws, primitive by primitive."""
-    from figures._registry import figure_module
+    from osp_diag.figures._registry import figure_module
 
     module = figure_module(name)
     prepared = module.prepare(runs if isinstance(runs, list) else [runs], **options)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-import figures
+from osp_diag import figures
 from osp_diag.errors import UsageError
 from tests.gallery import gallery
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import figures
-from figures import kurtosis_dynamics
-from figures._colours import tint
-from figures.backend import none
-from figures.styles import load_style
+from osp_diag import figures
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.figures import kurtosis_dynamics
+from osp_diag.figures._colours import tint
+from osp_diag.figures.backend import none
+from osp_diag.figures.styles import load_style
 from tests.recipe_runs import RECIPES, training_run
 from tests.synthetic_runs import synthetic_run, with_attrs, without
 
@@ -59,8 +59,8 @@ def test_it_holds_each_runs_own_numbers_at_its_own_steps(runs):
 
 
 def test_the_kurtosis_is_the_mean_over_the_scripts_hidden_states():
-    """Embedding, outputs of all blocks but the last, final norm: as `analyses.summary` takes it."""
-    from analyses.summary import headline_kurtosis
+    """Embedding, outputs of all blocks but the last, final norm: as `osp_diag.analyses.summary` takes it."""
+    from osp_diag.analyses.summary import headline_kurtosis
 
     run = synthetic_run(steps=(0, 7, 20))
     found = data(run).isel(run=0)

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import osp_diag
 from osp_diag.errors import UsageError
 from osp_diag.store import RunWriter
+from osp_diag.trainer.callbacks.lightning import OutlierProbe
 from tests.training_loops import (
     POSITIONS,
     WATCHED,
@@ -27,7 +28,6 @@ from tests.training_loops import (
     measured,
     token_ids,
 )
-from trainer.callbacks.lightning import OutlierProbe
 
 pytestmark = [
     pytest.mark.filterwarnings(f"ignore:{message}")

@@ -5,9 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from figures.live._data import MOST_BINS, Choice, chosen, curve, extremes, of_layers, offered, sinks
-from figures.live._layout import labels_of
-from figures.live._page import pictures
+from osp_diag.figures.live._data import MOST_BINS, Choice, chosen, curve, extremes, of_layers, offered, sinks
+from osp_diag.figures.live._layout import labels_of
+from osp_diag.figures.live._page import pictures
 from tests.growing_runs import FLOOR, WIDTH, followed, grown_run, written
 
 # -- small enough to send --------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import socket
 
 import pytest
 
-from figures.live._data import Choice
-from figures.live._layout import CONTROLS, GRAPHS
-from figures.live._page import Watched
-from figures.live._server import application, is_loopback
 from osp_diag.cli.main import main
+from osp_diag.figures.live._data import Choice
+from osp_diag.figures.live._layout import CONTROLS, GRAPHS
+from osp_diag.figures.live._page import Watched
+from osp_diag.figures.live._server import application, is_loopback
 from osp_diag.run_following import FollowedRun
 from osp_diag.store import RunWriter
 from tests.growing_runs import ATTRIBUTES, followed, grown_run, record

@@ -15,10 +15,10 @@ import pytest
 
 import osp_diag
 from osp_diag.errors import UsageError
+from osp_diag.trainer.headline import headline
+from osp_diag.trainer.loggers import LOGGERS, Logger, open_loggers
+from osp_diag.trainer.loggers.opening import _Several
 from tests.training_loops import WATCHED, dropping_llama, held_out, logged_scalars
-from trainer.headline import headline
-from trainer.loggers import LOGGERS, Logger, open_loggers
-from trainer.loggers.opening import _Several
 
 CONFIG = {"lr": 0.1, "model": {"layers": 2}}
 LOSSES = [(0, 3.0), (10, 2.5), (20, float("nan"))]
@@ -170,7 +170,7 @@ import json, sys, warnings
 from contextlib import redirect_stdout
 warnings.simplefilter("error")
 from tests.test_loggers import CONFIG, send
-from trainer.loggers import open_loggers
+from osp_diag.trainer.loggers import open_loggers
 import trackio
 from trackio.sqlite_storage import SQLiteStorage
 

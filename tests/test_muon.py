@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from osp_diag.errors import TrainingError
-from trainer.optimizers import Muon
-from trainer.optimizers.muon import update_scale
-from trainer.optimizers.newton_schulz import (
+from osp_diag.trainer.optimizers import Muon
+from osp_diag.trainer.optimizers.muon import update_scale
+from osp_diag.trainer.optimizers.newton_schulz import (
     COEFFICIENTS,
     multiplies_bfloat16,
     newton_schulz,
@@ -139,7 +139,7 @@ def test_the_state_is_torchs():
 def test_chunks_change_nothing(monkeypatch):
     whole, cut = parameters(), parameters()
     walk(Muon(whole, dtype="float32"), whole, 3)
-    monkeypatch.setattr("trainer.optimizers.muon.CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr("osp_diag.trainer.optimizers.muon.CHUNK_ELEMENTS", 1)
     walk(Muon(cut, dtype="float32"), cut, 3)
     for mine, other in zip(cut, whole, strict=True):
         torch.testing.assert_close(mine, other)

@@ -15,9 +15,9 @@ from osp_diag.estimators.base import Layout
 from osp_diag.estimators.registry import get_estimator
 from osp_diag.run import open_run
 from osp_diag.store import RunWriter
+from osp_diag.trainer.optimizers import optimizer_evidence
+from osp_diag.trainer.optimizers.concentration import TOP_ROWS, concentration, orthogonality, row_norms
 from tests.test_optimizers import made, train
-from trainer.optimizers import optimizer_evidence
-from trainer.optimizers.concentration import TOP_ROWS, concentration, orthogonality, row_norms
 
 
 def lower_median(values: np.ndarray) -> float:

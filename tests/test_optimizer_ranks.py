@@ -15,14 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from osp_diag.errors import TrainingError
+from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.model import Llama
+from osp_diag.trainer.optimizers import Muon, Optimizers, build_optimizer, optimizer_evidence, route
+from osp_diag.trainer.optimizers.routing import named_trainable_parameters
 from tests.rank_processes import Ranks
 from tests.test_muon import parameters, set_gradients
 from tests.test_optimizer_routing import configured
 from tests.test_optimizers import train
-from trainer.config import TrainConfig
-from trainer.model import Llama
-from trainer.optimizers import Muon, Optimizers, build_optimizer, optimizer_evidence, route
-from trainer.optimizers.routing import named_trainable_parameters
 
 # Rows that do not divide, fewer rows than ranks, one matrix alone, vectors that leave ranks empty.
 SHAPES = [(8, 8), (7, 5), (7, 5), (3, 9), (3, 9), (3, 9), (12, 4), (6,), (1,), (1,)]

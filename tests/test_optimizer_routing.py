@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from osp_diag.errors import TrainingError, UsageError
-from trainer.config import TrainConfig
-from trainer.config_values import with_changes
-from trainer.model import Llama
-from trainer.optimizers import Routing, route
+from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.config_values import with_changes
+from osp_diag.trainer.model import Llama
+from osp_diag.trainer.optimizers import Routing, route
 
 SMALL = {
     "model.vocabulary_size": 40,

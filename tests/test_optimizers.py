@@ -11,9 +11,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 
 from osp_diag.errors import TrainingError, UsageError
+from osp_diag.trainer.model import Llama
+from osp_diag.trainer.optimizers import Muon, Optimizers, build_optimizer
 from tests.test_optimizer_routing import configured
-from trainer.model import Llama
-from trainer.optimizers import Muon, Optimizers, build_optimizer
 
 NAMES = ["adamw", "muon", "muon_only", "soap", "shampoo"]
 
@@ -127,7 +127,7 @@ def test_not_skipping_is_the_plain_step(name):
 
 
 def test_without_fused_kernels(monkeypatch):
-    monkeypatch.setattr("trainer.optimizers.adamw.FUSED_DEVICES", ())
+    monkeypatch.setattr("osp_diag.trainer.optimizers.adamw.FUSED_DEVICES", ())
     test_a_skipped_step_changes_nothing("adamw")
     test_not_skipping_is_the_plain_step("adamw")
     model, optimizers = made(optimizer__name="adamw")

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import figures
-from figures import outlier_timeline
-from figures.backend import none
-from figures.styles import load_style
+from osp_diag import figures
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures import outlier_timeline
+from osp_diag.figures.backend import none
+from osp_diag.figures.styles import load_style
 from tests.emerging_runs import FLOOR, Course, Training, emerging_run
 from tests.recipe_runs import training_run
 from tests.synthetic_runs import synthetic_run

@@ -20,7 +20,8 @@ import osp_diag
 from osp_diag.errors import OspDiagError
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("osp_diag", "trainer", "analyses", "figures")
+PACKAGES = ("analyses", "cli", "figures", "trainer")
+"""Folders at the top of the repository that are installed as packages within osp_diag."""
 EXTRAS = (
     "jax",
     "jaxlib",
@@ -36,10 +37,10 @@ EXTRAS = (
 
 IMPORT_EVERY_MODULE = """
 import importlib, pkgutil
-def import_every_module(package):
+def import_every_module(package, besides="?"):
     module = importlib.import_module(package)
-    for found in pkgutil.walk_packages(module.__path__, package + "."):
-        if not found.name.endswith("__main__"):
+    for found in pkgutil.walk_packages(module.__path__, package + ".", lambda _: None):
+        if not found.name.endswith("__main__") and not found.name.startswith(besides):
             importlib.import_module(found.name)
 """
 
@@ -84,18 +85,18 @@ def test_importing_every_estimator_loads_neither_torch_nor_jax_nor_the_rest_of_o
 
 
 def test_importing_every_figure_loads_no_model_library():
-    loaded = modules_after(IMPORT_EVERY_MODULE + "import_every_module('figures')")
-    assert not loaded & {"torch", "jax", "transformers", "trainer"}
+    loaded = modules_after(IMPORT_EVERY_MODULE + "import_every_module('osp_diag.figures')")
+    assert not loaded & {"torch", "jax", "transformers", "osp_diag.trainer"}
 
 
 @pytest.mark.slow
 def test_every_module_of_the_core_imports_without_the_extras():
     loaded = modules_after(
-        BLOCK_THE_EXTRAS + IMPORT_EVERY_MODULE + "import_every_module('osp_diag')\n"
-        "import osp_diag\n[getattr(osp_diag, name) for name in osp_diag.__all__]\n"
-        "import_every_module('analyses')\nimport_every_module('figures')\n"
+        BLOCK_THE_EXTRAS
+        + IMPORT_EVERY_MODULE
         # The callbacks are left out: their base classes are of libraries that look for loggers themselves.
-        "import trainer.loop, trainer.ablation, trainer.exporting, trainer.presets"
+        + "import_every_module('osp_diag', besides='osp_diag.trainer.callbacks')\n"
+        "import osp_diag\n[getattr(osp_diag, name) for name in osp_diag.__all__]\n"
     )
     assert "torch" in loaded
     assert not loaded & set(EXTRAS)
@@ -127,9 +128,16 @@ def test_the_installed_version_is_the_one_that_the_package_tells():
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_each_package_is_typed(package):
-    assert (ROOT / package / "__init__.py").is_file()
-    assert (ROOT / package / "py.typed").is_file()
+def test_each_folder_at_the_top_is_a_package_of_osp_diag_and_nothing_else(package):
+    assert (ROOT / "osp_diag" / package).samefile(ROOT / package)
+    alone = [sys.executable, "-c", f"import {package}"]
+    done = subprocess.run(alone, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert f"write osp_diag.{package} for ours, or start Python elsewhere" in done.stderr
+
+
+def test_the_house_is_typed():
+    assert (ROOT / "osp_diag" / "py.typed").is_file()
 
 
 def test_every_requirement_is_pinned_within_its_range():

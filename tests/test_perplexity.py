@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from analyses import perplexity as module
-from analyses.perplexity import Perplexity, perplexity
+from osp_diag.analyses import perplexity as module
+from osp_diag.analyses.perplexity import Perplexity, perplexity
 from osp_diag.errors import TokenError, UsageError
 from tests.tiny_checkpoints import BYTES, bert, gpt2, llama
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import figures
-from analyses.recipes import PAPER_ORDER
-from figures._registry import figure_module
-from figures.backend import none
-from figures.styles import load_style
+from osp_diag import figures
+from osp_diag.analyses.recipes import PAPER_ORDER
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._registry import figure_module
+from osp_diag.figures.backend import none
+from osp_diag.figures.styles import load_style
 from osp_diag.run import Run
 from tests.recipe_runs import training_run
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run, without

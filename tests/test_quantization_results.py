@@ -10,9 +10,10 @@ import pytest
 import torch
 import xarray as xr
 
-from analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
-from analyses.perplexity import perplexity
-from analyses.quantization_results import (
+from osp_diag import open_run
+from osp_diag.analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
+from osp_diag.analyses.perplexity import perplexity
+from osp_diag.analyses.quantization_results import (
     QuantizedResult,
     comparable_results,
     notation,
@@ -21,8 +22,7 @@ from analyses.quantization_results import (
     results_of,
     store_results,
 )
-from analyses.round_to_nearest import round_to_nearest
-from osp_diag import open_run
+from osp_diag.analyses.round_to_nearest import round_to_nearest
 from osp_diag.cli.main import main
 from osp_diag.errors import StoreError, UsageError
 from tests.run_fixtures import write_run

@@ -10,13 +10,13 @@ from html import unescape
 import numpy as np
 import pytest
 
-from figures.report import build_report, write_report
-from figures.report.comparison import alike
-from figures.report.encoding import compacted, factored, packed, packed_log, script_json
-from figures.report.explorer import explorer_data
-from figures.report.shown_figures import ELSEWHERE, Shown, draw_figures
 from osp_diag.cli.report import run as report_verb
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures.report import build_report, write_report
+from osp_diag.figures.report.comparison import alike
+from osp_diag.figures.report.encoding import compacted, factored, packed, packed_log, script_json
+from osp_diag.figures.report.explorer import explorer_data
+from osp_diag.figures.report.shown_figures import ELSEWHERE, Shown, draw_figures
 from tests.report_runs import HOSTILE_NAME, checkpoint, hostile_checkpoint, spiked, trainings
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
 from tests.training_runs import minute
@@ -44,7 +44,7 @@ def before_plotly(html: str) -> str:
 @pytest.fixture
 def without_figures(monkeypatch):
     """For what has nothing to do with them, and sooner done."""
-    from figures.report import shown_figures
+    from osp_diag.figures.report import shown_figures
 
     monkeypatch.setattr(shown_figures, "names", list)
 
@@ -138,7 +138,7 @@ def test_models_alike_are_drawn_side_by_side_and_each_alone(three):
 
 
 def test_every_figure_is_on_the_page_or_shown_by_the_linked_charts():
-    from figures import names
+    from osp_diag.figures import names
 
     drawn = {figure.name for figure in draw_figures([checkpoint(), checkpoint()], ["a", "b"])}
     assert drawn.isdisjoint(ELSEWHERE)
@@ -146,7 +146,7 @@ def test_every_figure_is_on_the_page_or_shown_by_the_linked_charts():
 
 
 def test_a_new_figure_joins_by_itself(monkeypatch):
-    from figures.report import shown_figures
+    from osp_diag.figures.report import shown_figures
 
     monkeypatch.setattr(shown_figures, "FIGURES", (Shown("depth_profile", "Depth"),))
     monkeypatch.setattr(shown_figures, "names", lambda: ["depth_profile", "sink_map", "concentration_curves"])
@@ -213,7 +213,7 @@ def test_the_channel_of_a_pooled_cell_is_the_hot_one():
 
 
 def test_a_spike_between_two_steps_of_the_slider_survives(monkeypatch):
-    from figures.report import explorer
+    from osp_diag.figures.report import explorer
 
     run = synthetic_run(Plan(layers=5, tokens=4, sequences=1, steps=tuple(range(60))))
     run = spiked(run, step=31, layer=1, value=55.0)
@@ -237,8 +237,8 @@ def test_24_layers_and_100_steps_stay_under_10_megabytes():
 
 @pytest.mark.slow
 def test_two_real_trainings_on_one_page(tmp_path):
-    from trainer.loop import train
-    from trainer.presets import with_recipe
+    from osp_diag.trainer.loop import train
+    from osp_diag.trainer.presets import with_recipe
 
     runs = []
     for recipe in ("adam", "osp"):

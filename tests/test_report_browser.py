@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from figures.report import write_report
+from osp_diag.figures.report import write_report
 from tests.browser import visit
 from tests.report_runs import HOSTILE_NAME, hostile_checkpoint, trainings
 from tests.synthetic_runs import without

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as arrays
 from torch import nn
 from torch.nn.utils import parametrize
 
-from analyses.round_to_nearest import round_to_nearest
+from osp_diag.analyses.round_to_nearest import round_to_nearest
 from osp_diag.errors import CheckpointError, UsageError
 from tests.tiny_checkpoints import bert, gpt2, llama
 

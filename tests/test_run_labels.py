@@ -6,12 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
-import figures
-from analyses.channel_comparison import compare_channels
-from analyses.run_labels import labels_of, run_name
-from figures.live._layout import labels_of as live_labels
-from figures.report import build_report
+from osp_diag import figures
+from osp_diag.analyses.channel_comparison import compare_channels
+from osp_diag.analyses.run_labels import labels_of, run_name
 from osp_diag.cli.main import main
+from osp_diag.figures.live._layout import labels_of as live_labels
+from osp_diag.figures.report import build_report
 from tests.growing_runs import grown_run
 from tests.recipe_runs import RECIPES, training_run
 from tests.report_runs import trainings

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.config import ScheduleConfig
-from trainer.optimizers import learning_rate_factor
+from osp_diag.trainer.config import ScheduleConfig
+from osp_diag.trainer.optimizers import learning_rate_factor
 
 
 def factors(steps: int, **options) -> list[float]:

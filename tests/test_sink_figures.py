@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import figures
-from analyses.sink_implementation import logit_edges, sink_implementation
-from figures import logit_densities, sink_emergence
-from figures import sink_implementation as head_figure
-from figures.backend import none
-from figures.styles import load_style
+from osp_diag import figures
+from osp_diag.analyses.sink_implementation import logit_edges, sink_implementation
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures import logit_densities, sink_emergence
+from osp_diag.figures import sink_implementation as head_figure
+from osp_diag.figures.backend import none
+from osp_diag.figures.styles import load_style
 from tests.sink_runs import HOT, WIDTH, sink_run
 from tests.synthetic_runs import without
 

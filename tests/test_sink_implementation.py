@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 import osp_diag
-from analyses.rotary_pairs import rotary_pairs
-from analyses.sink_implementation import DEFINITIONS, KINDS, logit_edges, sink_implementation
-from analyses.sink_rules import SinkRules
-from analyses.sink_statement import sink_statement
+from osp_diag.analyses.rotary_pairs import rotary_pairs
+from osp_diag.analyses.sink_implementation import DEFINITIONS, KINDS, logit_edges, sink_implementation
+from osp_diag.analyses.sink_rules import SinkRules
+from osp_diag.analyses.sink_statement import sink_statement
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.run import Run

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-import figures
 import osp_diag
-from analyses.sink_implementation import sink_implementation
+from osp_diag import figures
+from osp_diag.analyses.sink_implementation import sink_implementation
 from osp_diag.cli.main import main
 from osp_diag.tokens import make_batches
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 import xarray as xr
 
-import figures
 import osp_diag
-from figures._registry import figure_module
-from figures._surfaces import Axes, _heading, _places, in_block_order, short_name
-from figures.backend import none
-from figures.styles import load_style
+from osp_diag import figures
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.figures._registry import figure_module
+from osp_diag.figures._surfaces import Axes, _heading, _places, in_block_order, short_name
+from osp_diag.figures.backend import none
+from osp_diag.figures.styles import load_style
 from osp_diag.run import Run
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run
 from tests.tiny_checkpoints import byte_tokenizer, llama

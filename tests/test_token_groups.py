@@ -12,9 +12,9 @@ from osp_diag.capture.token_groups import GROUPED_FIELDS, GROUPED_SITES
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.probing.feeding import Feeding
 from osp_diag.tokens import make_batches
+from osp_diag.trainer.loop import train
 from tests.tiny_checkpoints import VOCABULARY, byte_tokenizer, llama
 from tests.training_runs import minute
-from trainer.loop import train
 
 
 @pytest.fixture(scope="module")

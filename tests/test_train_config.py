@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from osp_diag.cli.train_config import chosen_config
 from osp_diag.errors import UsageError
-from trainer.config import (
+from osp_diag.trainer.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
@@ -15,9 +15,9 @@ from trainer.config import (
     TrainConfig,
     from_dictionary,
 )
-from trainer.config_values import as_dictionary, differences, with_changes
-from trainer.parallel import check_ranks
-from trainer.presets import PRESETS, RECIPES, ablation, preset, with_recipe
+from osp_diag.trainer.config_values import as_dictionary, differences, with_changes
+from osp_diag.trainer.parallel import check_ranks
+from osp_diag.trainer.presets import PRESETS, RECIPES, ablation, preset, with_recipe
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -149,7 +149,7 @@ def test_ranks_that_do_not_fit_are_refused(config, ranks, message):
 
 
 def test_presets_of_one_s_own(monkeypatch):
-    assert preset("trainer.presets:small") == preset("small")
+    assert preset("osp_diag.trainer.presets:small") == preset("small")
     with pytest.raises(UsageError, match="there is no preset 'tinny'; did you mean 'tiny'"):
         preset("tinny")
     with pytest.raises(UsageError, match="cannot be loaded: No module named 'nowhere'"):

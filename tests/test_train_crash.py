@@ -10,12 +10,12 @@ from functools import partial
 
 import pytest
 
-import trainer.probing
 from osp_diag.cli.main import main
+from osp_diag.trainer import probing
+from osp_diag.trainer.config_values import as_dictionary
+from osp_diag.trainer.loop import train
 from tests.test_train_loop import assert_same_run
 from tests.training_runs import minute
-from trainer.config_values import as_dictionary
-from trainer.loop import train
 
 KILLS = 8
 
@@ -24,14 +24,14 @@ KILLS = 8
 def forking():
     """Forks processes from one that has imported everything: that takes longer than what these train."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.loop", "osp_diag.cli.train", "tests.test_train_loop"])
+    context.set_forkserver_preload(["osp_diag.trainer.loop", "osp_diag.cli.train", "tests.test_train_loop"])
     return context
 
 
 def command_line(words, errors, deferred):
     """``osp-diag`` with these words, in a process of its own."""
     if deferred:  # as on a GPU
-        trainer.probing.Probe = partial(trainer.probing.Probe, deferred=True)
+        probing.Probe = partial(probing.Probe, deferred=True)
     with errors.open("w") as file, redirect_stderr(file):
         sys.exit(main(words))
 

@@ -12,12 +12,12 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from osp_diag.errors import DivergenceError, StoreError, TrainingError, UsageError
 from osp_diag.run import open_run
+from osp_diag.trainer.checkpoint import CheckpointFolder, alone_is_meant, folder_of, latest
+from osp_diag.trainer.config import CheckpointConfig
+from osp_diag.trainer.exporting import trained_model
+from osp_diag.trainer.loop import train
+from osp_diag.trainer.scalars import Scalars
 from tests.training_runs import minute
-from trainer.checkpoint import CheckpointFolder, alone_is_meant, folder_of, latest
-from trainer.config import CheckpointConfig
-from trainer.exporting import trained_model
-from trainer.loop import train
-from trainer.scalars import Scalars
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_the_optimizer_s_evidence_is_beside_the_probes(whole):
 
 
 def test_the_held_out_loss_is_the_model_s_own(whole):
-    from trainer.data import open_data
+    from osp_diag.trainer.data import open_data
 
     config = minute()
     data = open_data(config.data, batch_size=8, vocabulary_size=4096)
@@ -201,7 +201,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
 
 def poisoned(step_of_harm, monkeypatch):
     """Make the loss of one step infinite."""
-    from trainer.loop import Training
+    from osp_diag.trainer.loop import Training
 
     original = Training._loss
 
@@ -228,7 +228,7 @@ def test_divergence_stops_with_the_state_before_it_saved(whole, tmp_path, monkey
 @pytest.fixture
 def lagging(monkeypatch):
     """Numbers reach the host two steps late, as on a GPU."""
-    monkeypatch.setattr("trainer.loop.Scalars", lambda device: Scalars(device, lag=2))
+    monkeypatch.setattr("osp_diag.trainer.loop.Scalars", lambda device: Scalars(device, lag=2))
 
 
 def test_what_is_read_late_is_the_same(whole, lagging, tmp_path):

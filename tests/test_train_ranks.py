@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from osp_diag.run import open_run
+from osp_diag.trainer.checkpoint import folder_of, latest
+from osp_diag.trainer.config_values import as_dictionary
+from osp_diag.trainer.exporting import trained_model
+from osp_diag.trainer.loop import train
 from tests.rank_processes import Ranks, free_port
 from tests.test_ranks import ROOT
 from tests.training_runs import minute
-from trainer.checkpoint import folder_of, latest
-from trainer.config_values import as_dictionary
-from trainer.exporting import trained_model
-from trainer.loop import train
 
 MODES = {
     "ddp": {"parallel__mode": "ddp"},

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from osp_diag.trainer.model import attention as attention_module
+from osp_diag.trainer.model.attention import attend
+from osp_diag.trainer.model.masks import attention_mask, block_mask, document_starts
 from tests.llama_reference import KINDS, dense, tiny
-from trainer.model import attention as attention_module
-from trainer.model.attention import attend
-from trainer.model.masks import attention_mask, block_mask, document_starts
 
 
 def heads_of(seed: int = 0, size: int = 16) -> list[Tensor]:

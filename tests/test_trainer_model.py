@@ -15,13 +15,13 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from osp_diag.errors import UsageError
+from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.model import Llama
+from osp_diag.trainer.model import attention as attention_module
+from osp_diag.trainer.model import llama as llama_module
+from osp_diag.trainer.model.masks import block_mask, document_starts
+from osp_diag.trainer.model.norms import RMSNorm, SRMSNorm, SSNorm
 from tests.llama_reference import KINDS, Reference, stirred, tiny
-from trainer.config import ModelConfig
-from trainer.model import Llama
-from trainer.model import attention as attention_module
-from trainer.model import llama as llama_module
-from trainer.model.masks import block_mask, document_starts
-from trainer.model.norms import RMSNorm, SRMSNorm, SSNorm
 
 BATCH, TOKENS = 3, 21
 

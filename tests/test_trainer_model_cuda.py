@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from osp_diag import Probe
+from osp_diag.trainer.model import Llama
 from tests.llama_reference import KINDS, Reference, stirred, tiny
-from trainer.model import Llama
 
 pytestmark = [
     pytest.mark.slow,

@@ -13,11 +13,11 @@ from torch import Tensor
 from osp_diag import Probe
 from osp_diag.sites import find_sites
 from osp_diag.sites.names import SITES
+from osp_diag.trainer.model import Llama
 from tests.attention_reference import no_trace
 from tests.dense_attention import Case, dense_outputs
 from tests.estimators.activation_oracle import Oracle, fisher
 from tests.llama_reference import KINDS, Reference, sink_logits, stirred, tiny
-from trainer.model import Llama
 
 # torch's compiler means to hide this warning about an input of its own making, but not from "error".
 pytestmark = pytest.mark.filterwarnings(

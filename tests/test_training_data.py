@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from osp_diag.errors import TokenError, TrainingError
 from osp_diag.text import builtin_text
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data import Batch, Prefetched, open_data
 from tests.training_documents import VOCABULARY, numbered, open_documents, rows_of
-from trainer.config import DataConfig
-from trainer.data import Batch, Prefetched, open_data
 
 LENGTHS = st.lists(st.integers(0, 13), min_size=1, max_size=12)
 

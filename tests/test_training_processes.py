@@ -9,9 +9,9 @@ from typing import Any, BinaryIO
 import pytest
 
 from osp_diag.errors import TrainingError
-from trainer import ablation as processes
-from trainer.ablation import train_all, visible_gpus
-from trainer.presets import ablation, tiny
+from osp_diag.trainer import ablation as processes
+from osp_diag.trainer.ablation import train_all, visible_gpus
+from osp_diag.trainer.presets import ablation, tiny
 
 
 class Finished:

@@ -7,9 +7,9 @@ import pytest
 from tokenizers import Tokenizer, models
 
 from osp_diag.errors import TokenError, UsageError
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data import open_data
 from tests.training_documents import word_tokenizer, write_texts
-from trainer.config import DataConfig
-from trainer.data import open_data
 
 
 def refused(message: str, *, kind=TokenError, batch_size=2, vocabulary_size=4096, rank=0, ranks=1, **changes):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from osp_diag.text import builtin_text
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data import open_data
+from osp_diag.trainer.data.make_tokenizer import make_tokenizer
+from osp_diag.trainer.data.sources import builtin_documents
+from osp_diag.trainer.data.tokenizing import builtin_tokenizer
 from tests.training_documents import TEXTS, numbered, rows_of, word_tokenizer, write_texts
-from trainer.config import DataConfig
-from trainer.data import open_data
-from trainer.data.make_tokenizer import make_tokenizer
-from trainer.data.sources import builtin_documents
-from trainer.data.tokenizing import builtin_tokenizer
 
 
 def test_the_built_in_text_needs_nothing():

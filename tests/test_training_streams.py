@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from osp_diag.errors import TokenError, UsageError
-from trainer.config import DataConfig
-from trainer.data import OSP_TOKENIZER, Prefetched, open_data, osp_mixture
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data import OSP_TOKENIZER, Prefetched, open_data, osp_mixture
 
 WORDS = ("the", "of", "and", "to", "in", "a", "that", "is", "was", "he", "for", "it", "with", "as", "his")
 

@@ -12,6 +12,7 @@ import torch
 import osp_diag
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.store import RunWriter
+from osp_diag.trainer.callbacks import OutlierProbeCallback
 from tests.tiny_checkpoints import byte_tokenizer
 from tests.training_loops import (
     POSITIONS,
@@ -29,7 +30,6 @@ from tests.training_loops import (
     token_ids,
     transformers,
 )
-from trainer.callbacks import OutlierProbeCallback
 
 
 class Rows(torch.utils.data.Dataset):

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from analyses.emergence import onsets
-from analyses.sink_implementation import sink_implementation
-from analyses.verdict import RULES, STATES, verdict
+from osp_diag.analyses.emergence import onsets
+from osp_diag.analyses.sink_implementation import sink_implementation
+from osp_diag.analyses.verdict import RULES, STATES, verdict
 from osp_diag.errors import UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.run import Run
@@ -143,7 +143,7 @@ def test_an_unknown_step_is_refused():
 
 
 def test_thinned_runs_keep_ends_and_the_steps_asked_for():
-    from analyses.thinned_run import thinned_run
+    from osp_diag.analyses.thinned_run import thinned_run
 
     run = emerging_run(Training())
     short = thinned_run(run, 5, always=[130])

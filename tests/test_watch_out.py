@@ -7,7 +7,7 @@ from datetime import datetime
 
 import pytest
 
-from analyses.live import standing
+from osp_diag.analyses.live import standing
 from osp_diag.cli.main import main
 from osp_diag.cli.watch_alerts import AlertFile
 from osp_diag.run_following import FollowedRun

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analyses.live import lasted, standing
+from osp_diag.analyses.live import lasted, standing
 from osp_diag.cli.main import main
 from osp_diag.cli.watch_terminal import standing_as_text
 from osp_diag.run_following import FollowedRun

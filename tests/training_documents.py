@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from trainer.config import DataConfig
-from trainer.data import TrainingData, open_data
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data import TrainingData, open_data
 
 VOCABULARY = 100_000
 TEXTS = [f"The {n}th of many documents, each of which has so many words as this one has." for n in range(12)]

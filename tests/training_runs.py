@@ -1,6 +1,6 @@
 """Training runs of a second or two, for the tests."""
 
-from trainer.config import (
+from osp_diag.trainer.config import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -9,7 +9,7 @@ from trainer.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from trainer.config_values import with_changes
+from osp_diag.trainer.config_values import with_changes
 
 
 def minute(**changes):

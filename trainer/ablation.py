@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from osp_diag.errors import TrainingError
-from trainer.checkpoint import folder_of, latest
-from trainer.config import TrainConfig
-from trainer.config_values import as_dictionary
+from osp_diag.trainer.checkpoint import folder_of, latest
+from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.config_values import as_dictionary
 
 __all__ = ["concurrent_runs", "memory_of_a_run", "train_all", "visible_gpus"]
 

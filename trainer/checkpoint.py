@@ -19,8 +19,8 @@ import torch.distributed.checkpoint as dcp
 
 from osp_diag.errors import TrainingError
 from osp_diag.probing.ranks import is_distributed, is_first_rank
-from trainer.config import CheckpointConfig, TrainConfig, from_dictionary
-from trainer.config_values import as_dictionary, differences
+from osp_diag.trainer.config import CheckpointConfig, TrainConfig, from_dictionary
+from osp_diag.trainer.config_values import as_dictionary, differences
 
 __all__ = [
     "CheckpointFolder",

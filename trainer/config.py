@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from osp_diag.errors import UsageError
-from trainer.config_values import check_at_least, check_positive, check_types, with_changes
+from osp_diag.trainer.config_values import check_at_least, check_positive, check_types, with_changes
 
 __all__ = [
     "CheckpointConfig",

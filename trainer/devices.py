@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from osp_diag.errors import TrainingError, UsageError
-from trainer.config import TrainConfig
+from osp_diag.trainer.config import TrainConfig
 
 __all__ = ["device_of", "memory_told"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from osp_diag.sites.trace import unwrap
-from trainer.config import DivergenceConfig
+from osp_diag.trainer.config import DivergenceConfig
 
 __all__ = ["Watch", "first_bad_tensor"]
 

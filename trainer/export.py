@@ -16,11 +16,17 @@ from torch import Tensor, nn
 
 from osp_diag.checkpoints.quiet import quietly
 from osp_diag.errors import TrainingError, UsageError
-from trainer.config import ModelConfig
-from trainer.folding import check_exactness, check_state, folded_weights, stock_architecture, what_was_folded
-from trainer.folding import is_tied as is_exported_tied
-from trainer.model import Llama
-from trainer.model_card import model_card
+from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.folding import (
+    check_exactness,
+    check_state,
+    folded_weights,
+    stock_architecture,
+    what_was_folded,
+)
+from osp_diag.trainer.folding import is_tied as is_exported_tied
+from osp_diag.trainer.model import Llama
+from osp_diag.trainer.model_card import model_card
 
 __all__ = ["ExportReport", "export"]
 
@@ -80,11 +86,11 @@ def export(
 
     Parameters
     ----------
-    state : ``state_dict()`` of a :class:`trainer.model.Llama`
+    state : ``state_dict()`` of a :class:`osp_diag.trainer.model.Llama`
     config : of that model
     out : the directory to make; nothing is there until everything is written and checked
     tokenizer : a Hugging Face tokenizer to write beside the weights, or None
-    card : what the model card tells: see :func:`trainer.model_card.model_card`
+    card : what the model card tells: see :func:`osp_diag.trainer.model_card.model_card`
     dtype : of the weights, "float32" or "bfloat16"
     check : load the directory with plain transformers and compare it, see :class:`ExportReport`
 

@@ -8,12 +8,12 @@ from typing import Any
 from osp_diag.errors import TrainingError
 from osp_diag.run import Run, open_run
 from osp_diag.run_display import headline
-from trainer.checkpoint import Saved, folder_of, latest
-from trainer.config import DataConfig
-from trainer.config_values import as_dictionary
-from trainer.data.tokenizing import open_tokenizer
-from trainer.export import ExportReport, export
-from trainer.model import Llama
+from osp_diag.trainer.checkpoint import Saved, folder_of, latest
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.config_values import as_dictionary
+from osp_diag.trainer.data.tokenizing import open_tokenizer
+from osp_diag.trainer.export import ExportReport, export
+from osp_diag.trainer.model import Llama
 
 __all__ = ["export_run", "trained_model"]
 
@@ -21,7 +21,7 @@ __all__ = ["export_run", "trained_model"]
 def export_run(
     run: str | Path, out: str | Path, *, dtype: str = "float32", check: bool = True
 ) -> ExportReport:
-    """Export the newest checkpoint of a training run; see :func:`trainer.export.export`.
+    """Export the newest checkpoint of a training run; see :func:`osp_diag.trainer.export.export`.
 
     Raises
     ------

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from osp_diag.errors import TrainingError
-from trainer.config import ModelConfig
-from trainer.model import Llama
+from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.model import Llama
 
 __all__ = ["check_exactness", "check_state", "folded_weights", "stock_architecture", "what_was_folded"]
 

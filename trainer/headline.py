@@ -10,7 +10,7 @@ import xarray as xr
 from osp_diag import run_display
 from osp_diag.probing.session import Probe
 from osp_diag.run import Run
-from trainer.loggers import Logger
+from osp_diag.trainer.loggers import Logger
 
 __all__ = ["PREFIX", "ProbeTold", "headline"]
 

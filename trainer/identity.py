@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from trainer.checkpoint import identity_of
-from trainer.config import TrainConfig
-from trainer.data import TrainingData
-from trainer.optimizers import Optimizers
-from trainer.parallel import rank_and_ranks
+from osp_diag.trainer.checkpoint import identity_of
+from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.data import TrainingData
+from osp_diag.trainer.optimizers import Optimizers
+from osp_diag.trainer.parallel import rank_and_ranks
 
 __all__ = ["announcement", "run_attributes"]
 

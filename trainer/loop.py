@@ -18,7 +18,7 @@ from osp_diag.probing.ranks import is_distributed, is_first_rank
 from osp_diag.probing.saving import check_out
 from osp_diag.run import Run, open_run
 from osp_diag.sites.trace import unwrap
-from trainer.checkpoint import (
+from osp_diag.trainer.checkpoint import (
     CheckpointFolder,
     Saved,
     alone_is_meant,
@@ -27,18 +27,18 @@ from trainer.checkpoint import (
     forget,
     latest,
 )
-from trainer.config import TrainConfig
-from trainer.data import Batch, Prefetched, TrainingData, open_data
-from trainer.data.batch import IGNORED
-from trainer.devices import device_of, memory_told
-from trainer.divergence import Watch, first_bad_tensor
-from trainer.headline import ProbeTold
-from trainer.identity import announcement, run_attributes
-from trainer.interruption import Interruption
-from trainer.loggers import open_loggers
-from trainer.model import Llama
-from trainer.optimizers import build_optimizer, learning_rate_factor, optimizer_evidence
-from trainer.parallel import (
+from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
+from osp_diag.trainer.data.batch import IGNORED
+from osp_diag.trainer.devices import device_of, memory_told
+from osp_diag.trainer.divergence import Watch, first_bad_tensor
+from osp_diag.trainer.headline import ProbeTold
+from osp_diag.trainer.identity import announcement, run_attributes
+from osp_diag.trainer.interruption import Interruption
+from osp_diag.trainer.loggers import open_loggers
+from osp_diag.trainer.model import Llama
+from osp_diag.trainer.optimizers import build_optimizer, learning_rate_factor, optimizer_evidence
+from osp_diag.trainer.parallel import (
     accumulating,
     check_ranks,
     distribute,
@@ -47,9 +47,9 @@ from trainer.parallel import (
     summed,
     whole,
 )
-from trainer.probing import RunProbe
-from trainer.scalars import Clock, Scalars
-from trainer.throughput import model_flops_utilisation
+from osp_diag.trainer.probing import RunProbe
+from osp_diag.trainer.scalars import Clock, Scalars
+from osp_diag.trainer.throughput import model_flops_utilisation
 
 __all__ = ["Progress", "train"]
 
@@ -71,7 +71,7 @@ def train(
 
     Parameters
     ----------
-    config : the run; see :mod:`trainer.presets`
+    config : the run; see :mod:`osp_diag.trainer.presets`
     out : the run store to write, a folder ending in .zarr; checkpoints go beside it (``name.checkpoints``)
     resume : go on from the newest checkpoint, or begin where there is none
     overwrite : replace an earlier run and its checkpoints

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trainer.config import ModelConfig
+from osp_diag.trainer.config import ModelConfig
 
 __all__ = ["model_card"]
 

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from osp_diag.errors import UsageError
 from osp_diag.probing.ranks import is_distributed
-from trainer.config import TrainConfig
+from osp_diag.trainer.config import TrainConfig
 
 __all__ = [
     "accumulating",

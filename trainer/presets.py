@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from osp_diag.errors import UsageError
-from trainer.config import (
+from osp_diag.trainer.config import (
     CheckpointConfig,
     DataConfig,
     ModelConfig,
@@ -20,8 +20,8 @@ from trainer.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from trainer.config_values import with_changes
-from trainer.data.mixture import OSP_TOKENIZER, osp_mixture
+from osp_diag.trainer.config_values import with_changes
+from osp_diag.trainer.data.mixture import OSP_TOKENIZER, osp_mixture
 
 __all__ = [
     "PRESETS",

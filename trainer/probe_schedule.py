@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from osp_diag.probing.schedule import Schedule, dense_early
-from trainer.config import ProbeConfig
+from osp_diag.trainer.config import ProbeConfig
 
 __all__ = ["due_steps"]
 

@@ -17,11 +17,11 @@ from osp_diag.probing.identity import token_attributes
 from osp_diag.probing.session import Probe
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import make_batches
-from trainer.config import TrainConfig
-from trainer.data import TrainingData
-from trainer.data.batch import IGNORED
-from trainer.parallel import summed
-from trainer.probe_schedule import due_steps
+from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.data import TrainingData
+from osp_diag.trainer.data.batch import IGNORED
+from osp_diag.trainer.parallel import summed
+from osp_diag.trainer.probe_schedule import due_steps
 
 __all__ = ["RunProbe"]
 

@@ -16,9 +16,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from figures._colours import ColourScale
-from figures.styles import Style
 from osp_diag.errors import UsageError
+from osp_diag.figures._colours import ColourScale
+from osp_diag.figures.styles import Style
 
 Dash = Literal["solid", "dashed", "dotted", "dashdot"]
 AxisScale = Literal["linear", "log"]

@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, SymLogNorm
 
-from figures._colours import ColourScale, colour_table
+from osp_diag.figures._colours import ColourScale, colour_table
 
 __all__ = ["colour_map_of", "edges_of", "norm_of"]
 

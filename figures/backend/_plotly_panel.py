@@ -10,9 +10,9 @@ import numpy as np
 import plotly.graph_objects as go
 from jaxtyping import Float
 
-from figures._colours import ColourScale, colour_table, hexadecimal
-from figures._decimate import counts_few, spread
-from figures.styles import Style
+from osp_diag.figures._colours import ColourScale, colour_table, hexadecimal
+from osp_diag.figures._decimate import counts_few, spread
+from osp_diag.figures.styles import Style
 
 __all__ = ["LEGEND", "MARKS", "Panel", "colour_scale", "plain"]
 

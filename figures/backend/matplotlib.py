@@ -19,11 +19,11 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullLocator
 
-from figures._colours import ColourScale
-from figures._decimate import counts_few, spread
-from figures.backend._matplotlib_colours import colour_map_of, edges_of, norm_of
-from figures.backend._matplotlib_text import file_metadata, fitting, plain, wrapped
-from figures.styles import Style
+from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._decimate import counts_few, spread
+from osp_diag.figures.backend._matplotlib_colours import colour_map_of, edges_of, norm_of
+from osp_diag.figures.backend._matplotlib_text import file_metadata, fitting, plain, wrapped
+from osp_diag.figures.styles import Style
 
 __all__ = ["Canvas", "Panel", "canvas"]
 

@@ -16,9 +16,9 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
-from figures._colours import ColourScale
-from figures.backend._plotly_panel import LEGEND, MARKS, Panel, colour_scale, plain
-from figures.styles import Style
+from osp_diag.figures._colours import ColourScale
+from osp_diag.figures.backend._plotly_panel import LEGEND, MARKS, Panel, colour_scale, plain
+from osp_diag.figures.styles import Style
 
 __all__ = ["Canvas", "Panel", "canvas"]
 

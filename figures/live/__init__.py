@@ -6,6 +6,6 @@ and never writes; Dash, an optional extra, is imported only when a page is made.
 
 from __future__ import annotations
 
-from figures.live._server import serve_page
+from osp_diag.figures.live._server import serve_page
 
 __all__ = ["serve_page"]

@@ -11,9 +11,9 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from analyses.live_numbers import KURTOSIS, sink_rates
-from figures._decimate import bin_starts, max_pool
+from osp_diag.analyses.live_numbers import KURTOSIS, sink_rates
 from osp_diag.errors import StoreError
+from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.run_following import FollowedRun
 
 __all__ = [

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from analyses.live import Standing
-from analyses.run_labels import labels_of
-from figures.live._data import LARGEST, MEAN, Choice, chosen, floor_of, offered
-from figures.live._pictures import Shown
+from osp_diag.analyses.live import Standing
+from osp_diag.analyses.run_labels import labels_of
+from osp_diag.figures.live._data import LARGEST, MEAN, Choice, chosen, floor_of, offered
+from osp_diag.figures.live._pictures import Shown
 from osp_diag.run_following import FollowedRun
 
 __all__ = [

@@ -7,9 +7,9 @@ from contextlib import ExitStack, contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from analyses.live import standing
-from figures.live._data import LARGEST, MEAN, Choice, chosen, scalars, sinks
-from figures.live._layout import (
+from osp_diag.analyses.live import standing
+from osp_diag.figures.live._data import LARGEST, MEAN, Choice, chosen, scalars, sinks
+from osp_diag.figures.live._layout import (
     CONTROLS,
     GRAPHS,
     TITLE,
@@ -20,8 +20,8 @@ from figures.live._layout import (
     layout,
     options,
 )
-from figures.live._look import INDEX
-from figures.live._pictures import Shown, curves, heat_maps, scalar_curves
+from osp_diag.figures.live._look import INDEX
+from osp_diag.figures.live._pictures import Shown, curves, heat_maps, scalar_curves
 from osp_diag.run_following import FollowedRun
 
 if TYPE_CHECKING:

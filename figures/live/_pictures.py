@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from figures._colours import ColourScale, sample
-from figures.live._data import curve, floor_of, of_layers, pooled_steps
-from figures.styles.paper import STYLE
+from osp_diag.figures._colours import ColourScale, sample
+from osp_diag.figures.live._data import curve, floor_of, of_layers, pooled_steps
+from osp_diag.figures.styles.paper import STYLE
 
 __all__ = ["Shown", "curves", "heat_maps", "maps_height", "scalar_curves"]
 

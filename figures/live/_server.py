@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from figures.live._page import make_page
 from osp_diag.errors import UsageError
+from osp_diag.figures.live._page import make_page
 from osp_diag.run_following import FollowedRun
 
 __all__ = ["application", "is_loopback", "serve_page"]
@@ -36,7 +36,7 @@ def serve_page(
     UsageError : the address cannot be had
     ModuleNotFoundError : Dash is not installed
     """
-    from analyses.live import standing
+    from osp_diag.analyses.live import standing
 
     app = application(runs, host=host, every=every)
     from werkzeug.serving import make_server

@@ -1,6 +1,6 @@
 """One self-contained page on a run or several: the verdict first, then what it rests on.
 
->>> from figures.report import write_report
+>>> from osp_diag.figures.report import write_report
 >>> write_report(["adam.zarr", "osp.zarr"], "report.html")           # doctest: +SKIP
 
 The figures on it are those of the registry; ``shown_figures.py`` has their order.
@@ -8,6 +8,6 @@ The figures on it are those of the registry; ``shown_figures.py`` has their orde
 
 from __future__ import annotations
 
-from figures.report.build import Report, build_report, check_out, write_report
+from osp_diag.figures.report.build import Report, build_report, check_out, write_report
 
 __all__ = ["Report", "build_report", "check_out", "write_report"]

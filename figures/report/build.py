@@ -7,21 +7,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from analyses.emergence import Emergence, emergence
-from analyses.run_labels import labels_of
-from analyses.verdict import Verdict, verdict
-from figures._colours import sample
-from figures._runs import last_step, opened
-from figures.report.comparison import compared_pairs, key_numbers, others, sentences
-from figures.report.definitions import definitions_of
-from figures.report.encoding import script_json
-from figures.report.explorer import explorer_data
-from figures.report.heads import Heads, heads_of
-from figures.report.heads import definitions as head_definitions
-from figures.report.page import rendered
-from figures.report.shown_figures import draw_figures
-from figures.report.tables import channel_table, head_table, layer_table
+from osp_diag.analyses.emergence import Emergence, emergence
+from osp_diag.analyses.run_labels import labels_of
+from osp_diag.analyses.verdict import Verdict, verdict
 from osp_diag.errors import OspDiagError, UsageError
+from osp_diag.figures._colours import sample
+from osp_diag.figures._runs import last_step, opened
+from osp_diag.figures.report.comparison import compared_pairs, key_numbers, others, sentences
+from osp_diag.figures.report.definitions import definitions_of
+from osp_diag.figures.report.encoding import script_json
+from osp_diag.figures.report.explorer import explorer_data
+from osp_diag.figures.report.heads import Heads, heads_of
+from osp_diag.figures.report.heads import definitions as head_definitions
+from osp_diag.figures.report.page import rendered
+from osp_diag.figures.report.shown_figures import draw_figures
+from osp_diag.figures.report.tables import channel_table, head_table, layer_table
 
 __all__ = ["Report", "build_report", "check_out", "write_report"]
 

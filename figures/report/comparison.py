@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from analyses.channel_comparison import compare_channels
-from analyses.summary_text import number
-from analyses.verdict import Verdict
-from figures.report.tables import Table
+from osp_diag.analyses.channel_comparison import compare_channels
+from osp_diag.analyses.summary_text import number
+from osp_diag.analyses.verdict import Verdict
 from osp_diag.errors import OspDiagError
+from osp_diag.figures.report.tables import Table
 
 __all__ = ["Pair", "alike", "compared_pairs", "key_numbers", "others", "pairs_alike", "sentences"]
 

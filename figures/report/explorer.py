@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.summary_numbers import EPSILON
-from analyses.thinned_run import evenly
-from figures._decimate import bin_starts, max_pool
-from figures.report.encoding import packed, packed_log
+from osp_diag.analyses.summary_numbers import EPSILON
+from osp_diag.analyses.thinned_run import evenly
 from osp_diag.errors import OspDiagError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.figures._decimate import bin_starts, max_pool
+from osp_diag.figures.report.encoding import packed, packed_log
 
 __all__ = ["STATISTICS", "explorer_data"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from figures.report.tables import shown
+from osp_diag.figures.report.tables import shown
 
 __all__ = ["rendered"]
 
@@ -33,7 +33,7 @@ def rendered(**context: Any) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("figures.report", "templates"),
+        loader=PackageLoader("osp_diag.figures.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -52,7 +52,7 @@ def _in_full(value: float) -> str:
 
 def _static(name: str) -> Markup:
     """A file of this package, which goes into the page as it is."""
-    return Markup((files("figures.report") / "static" / name).read_text(encoding="utf-8"))
+    return Markup((files("osp_diag.figures.report") / "static" / name).read_text(encoding="utf-8"))
 
 
 def _plotly() -> Markup:

@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from analyses.thinned_run import thinned_run
-from figures._registry import figure_module, names
-from figures.backend import load_backend
-from figures.report.comparison import alike, pairs_alike
-from figures.report.encoding import compacted, factored
-from figures.styles import load_style
+from osp_diag.analyses.thinned_run import thinned_run
 from osp_diag.errors import OspDiagError
+from osp_diag.figures._registry import figure_module, names
+from osp_diag.figures.backend import load_backend
+from osp_diag.figures.report.comparison import alike, pairs_alike
+from osp_diag.figures.report.encoding import compacted, factored
+from osp_diag.figures.styles import load_style
 
 __all__ = ["ELSEWHERE", "FIGURES", "Drawn", "Shown", "draw_figures"]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from analyses.hot_channels import TIMES
-from analyses.summary_text import number
-from figures.report.explorer import SITES
-from figures.report.heads import EVIDENCE, WORDS, Heads
+from osp_diag.analyses.hot_channels import TIMES
+from osp_diag.analyses.summary_text import number
+from osp_diag.figures.report.explorer import SITES
+from osp_diag.figures.report.heads import EVIDENCE, WORDS, Heads
 
 __all__ = ["Table", "channel_table", "head_table", "layer_table"]
 
@@ -106,7 +106,7 @@ def _hottest(at: xr.Dataset) -> tuple[list[int | None], list[float | None]]:
 def channel_table(runs: Sequence[Any], labels: Sequence[str], emerged: Sequence[Any]) -> Table:
     """Hot channels of block outputs: where, how hot, and in a training run since when.
 
-    ``emerged`` holds an :class:`analyses.emergence.Emergence` or None for each run.
+    ``emerged`` holds an :class:`osp_diag.analyses.emergence.Emergence` or None for each run.
     """
     columns = [
         ("run", ""),

@@ -1,7 +1,7 @@
 """What figures look like: one :class:`Style` holds the matplotlib settings and their plotly twin.
 
 Swap it with ``figures.draw(..., style=my_style)``, where ``my_style`` is a :class:`Style` (make one
-with ``dataclasses.replace(figures.styles.PAPER, ...)``) or the name of a module of this package.
+with ``dataclasses.replace(osp_diag.figures.styles.PAPER, ...)``) or the name of a module of this package.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from figures._colours import sample
-from figures.styles import Style
+from osp_diag.figures._colours import sample
+from osp_diag.figures.styles import Style
 
 _FONTS = ["DejaVu Sans", "Arial", "Helvetica"]
 _INK = "#262626"

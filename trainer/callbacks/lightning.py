@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from osp_diag.errors import UsageError
 from osp_diag.run import Run
-from trainer.callbacks.recording import HeldOut, Options, Recording
+from osp_diag.trainer.callbacks.recording import HeldOut, Options, Recording
 
 __all__ = ["OutlierProbe"]
 
@@ -29,7 +29,7 @@ class OutlierProbe(Callback):
 
     Parameters
     ----------
-    held_out, options : see :class:`trainer.callbacks.recording.Recording`
+    held_out, options : see :class:`osp_diag.trainer.callbacks.recording.Recording`
     model : the language model's place in the LightningModule ("model", "net.decoder"); "" if it is one itself
 
     Raises

@@ -22,10 +22,10 @@ from osp_diag.probing.session import Probe
 from osp_diag.run import Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
-from trainer.config import ProbeConfig
-from trainer.headline import ProbeTold
-from trainer.loggers import Logger, open_loggers
-from trainer.probe_schedule import due_steps
+from osp_diag.trainer.config import ProbeConfig
+from osp_diag.trainer.headline import ProbeTold
+from osp_diag.trainer.loggers import Logger, open_loggers
+from osp_diag.trainer.probe_schedule import due_steps
 
 __all__ = ["HeldOut", "Options", "Recording"]
 
@@ -71,8 +71,8 @@ class Recording:
     sites, estimators, keep_raw, attributes, deferred : see :class:`osp_diag.Probe`
     tokenizer : tells delimiters, and makes the built-in text into tokens; None: the loop's, if it has one
     loggers : names (``"trackio"``, ``"wandb"``, ``"tensorboard"``), or one object of yours, which you close:
-        told the headline (:func:`trainer.headline.headline`) of every probe; of a deferred one with the next
-        scalars, checkpoint or probe
+        told the headline (:func:`osp_diag.trainer.headline.headline`) of every probe; of a deferred one with
+        the next scalars, checkpoint or probe
     run_name : on those dashboards; None: the stem of ``out``
     overwrite : replace the run at ``out`` when training begins from step 0
     """

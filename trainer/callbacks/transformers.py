@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from osp_diag.run import Run
-from trainer.callbacks.recording import HeldOut, Options, Recording
+from osp_diag.trainer.callbacks.recording import HeldOut, Options, Recording
 
 __all__ = ["OutlierProbeCallback"]
 
@@ -29,7 +29,7 @@ class OutlierProbeCallback(TrainerCallback):
 
     Parameters
     ----------
-    held_out, options : see :class:`trainer.callbacks.recording.Recording`
+    held_out, options : see :class:`osp_diag.trainer.callbacks.recording.Recording`
 
     Examples
     --------

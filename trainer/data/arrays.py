@@ -10,11 +10,11 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from osp_diag.errors import TokenError
-from trainer.config import DataConfig
-from trainer.data.batch import Batch, SequenceForm
-from trainer.data.corpus import Corpus
-from trainer.data.token_stream import tokens_digest
-from trainer.data.training_data import Dealing, TrainingData
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data.batch import Batch, SequenceForm
+from osp_diag.trainer.data.corpus import Corpus
+from osp_diag.trainer.data.token_stream import tokens_digest
+from osp_diag.trainer.data.training_data import Dealing, TrainingData
 
 __all__ = ["ArrayData", "greedy_starts", "sequence_order"]
 

@@ -62,7 +62,7 @@ class SequenceForm:
     Attributes
     ----------
     length : positions T of a sequence
-    bos : ``document``, ``sequence`` or ``none``, as in :class:`trainer.config.DataConfig`
+    bos : ``document``, ``sequence`` or ``none``, as in :class:`osp_diag.trainer.config.DataConfig`
     begin, end : ids of BOS and of what ends a document
     separate : whether documents are kept apart: then no label is of another document than its input, and
         batches bear document ids

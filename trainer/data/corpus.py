@@ -14,10 +14,10 @@ from jaxtyping import Bool, Int64, UInt64
 
 from osp_diag.errors import TokenError
 from osp_diag.probing.checkpoint import progress_bar
-from trainer.data.batch import SequenceForm
-from trainer.data.sources import Document, opened
-from trainer.data.token_stream import TokenStream
-from trainer.data.tokenizing import Encoder
+from osp_diag.trainer.data.batch import SequenceForm
+from osp_diag.trainer.data.sources import Document, opened
+from osp_diag.trainer.data.token_stream import TokenStream
+from osp_diag.trainer.data.tokenizing import Encoder
 
 __all__ = ["Corpus", "encoded", "held_out_share", "read_token_files", "text_key"]
 

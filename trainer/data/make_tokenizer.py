@@ -1,4 +1,4 @@
-"""Makes the tokenizer that comes along: ``python -m trainer.data.make_tokenizer [FILE]``.
+"""Makes the tokenizer that comes along: ``python -m osp_diag.trainer.data.make_tokenizer [FILE]``.
 
 A byte-level BPE, trained on the built-in text, with ``<|endoftext|>`` as id 0. That is all of the text, also
 what training holds out. The same text and release of the library ``tokenizers`` make the same file.
@@ -11,8 +11,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from trainer.data.sources import builtin_documents
-from trainer.data.tokenizing import BUILTIN_FILE, END_OF_TEXT
+from osp_diag.trainer.data.sources import builtin_documents
+from osp_diag.trainer.data.tokenizing import BUILTIN_FILE, END_OF_TEXT
 
 __all__ = ["make_tokenizer"]
 

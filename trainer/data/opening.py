@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from osp_diag.errors import TokenError, UsageError
-from trainer.config import DataConfig
-from trainer.data.arrays import ArrayData
-from trainer.data.batch import SequenceForm
-from trainer.data.corpus import Corpus, encoded, read_token_files
-from trainer.data.sources import builtin_documents, documents_in, files_at
-from trainer.data.streams import StreamData
-from trainer.data.tokenizing import Encoder, check_vocabulary, delimiters_of, open_tokenizer
-from trainer.data.training_data import Dealing, TrainingData
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data.arrays import ArrayData
+from osp_diag.trainer.data.batch import SequenceForm
+from osp_diag.trainer.data.corpus import Corpus, encoded, read_token_files
+from osp_diag.trainer.data.sources import builtin_documents, documents_in, files_at
+from osp_diag.trainer.data.streams import StreamData
+from osp_diag.trainer.data.tokenizing import Encoder, check_vocabulary, delimiters_of, open_tokenizer
+from osp_diag.trainer.data.training_data import Dealing, TrainingData
 
 __all__ = ["open_data"]
 

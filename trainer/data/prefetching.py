@@ -8,8 +8,8 @@ from queue import Full, Queue
 from types import TracebackType
 from typing import Any
 
-from trainer.data.batch import Batch
-from trainer.data.training_data import TrainingData
+from osp_diag.trainer.data.batch import Batch
+from osp_diag.trainer.data.training_data import TrainingData
 
 __all__ = ["Prefetched"]
 

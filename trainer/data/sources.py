@@ -15,7 +15,7 @@ from typing import IO, Any
 from osp_diag.errors import TokenError
 from osp_diag.text import builtin_text
 from osp_diag.text.sources import text_column
-from trainer.data.tokenizing import END_OF_TEXT
+from osp_diag.trainer.data.tokenizing import END_OF_TEXT
 
 __all__ = ["Document", "builtin_documents", "documents_in", "files_at", "opened"]
 

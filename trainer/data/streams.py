@@ -13,12 +13,12 @@ from jaxtyping import Int64
 
 from osp_diag.errors import TokenError
 from osp_diag.probing.identity import tokenizer_fingerprint
-from trainer.config import DataConfig
-from trainer.data.batch import Batch, SequenceForm
-from trainer.data.corpus import held_out_share
-from trainer.data.text_stream import StreamedTexts, TextMixture
-from trainer.data.tokenizing import Encoder
-from trainer.data.training_data import Dealing, TrainingData
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data.batch import Batch, SequenceForm
+from osp_diag.trainer.data.corpus import held_out_share
+from osp_diag.trainer.data.text_stream import StreamedTexts, TextMixture
+from osp_diag.trainer.data.tokenizing import Encoder
+from osp_diag.trainer.data.training_data import Dealing, TrainingData
 
 __all__ = ["StreamData"]
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from osp_diag.errors import TokenError
 from osp_diag.text.sources import dataset_errors, open_dataset, text_column
-from trainer.data.arrays import sequence_order
-from trainer.data.batch import SequenceForm
-from trainer.data.tokenizing import Encoder
+from osp_diag.trainer.data.arrays import sequence_order
+from osp_diag.trainer.data.batch import SequenceForm
+from osp_diag.trainer.data.tokenizing import Encoder
 
 __all__ = ["StreamedTexts", "TextMixture"]
 
@@ -28,7 +28,7 @@ class StreamedTexts:
 
     Parameters
     ----------
-    dataset, split, column : as in :class:`trainer.config.DataConfig`
+    dataset, split, column : as in :class:`osp_diag.trainer.config.DataConfig`
     encoder, form : make documents of texts
     keep : which texts belong to it
     seed : of the order; None leaves it as it is

@@ -72,7 +72,8 @@ def open_tokenizer(name: str | None) -> Any:
 
 
 def builtin_tokenizer() -> Any:
-    """The byte-level BPE of 4,096 entries that comes along, made by :mod:`trainer.data.make_tokenizer`.
+    """The byte-level BPE of 4,096 entries that comes along, made by
+    :mod:`osp_diag.trainer.data.make_tokenizer`.
 
     ``<|endoftext|>``, id 0, ends documents and is BOS; the tokenizer puts it before a text by itself.
     """

@@ -12,8 +12,8 @@ from jaxtyping import Int64
 
 from osp_diag.errors import TokenError, TrainingError, UsageError
 from osp_diag.probing.identity import tokenizer_fingerprint
-from trainer.config import DataConfig
-from trainer.data.batch import Batch, SequenceForm
+from osp_diag.trainer.config import DataConfig
+from osp_diag.trainer.data.batch import Batch, SequenceForm
 
 __all__ = ["Dealing", "TrainingData"]
 

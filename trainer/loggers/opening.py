@@ -90,7 +90,7 @@ def _adapter(name: str) -> Any:
         raise UsageError(
             f"loggers: {name} cannot be imported ({error}); pip install 'osp-diag[loggers]'"
         ) from error
-    return importlib.import_module(f"trainer.loggers.{name}").open_logger
+    return importlib.import_module(f"osp_diag.trainer.loggers.{name}").open_logger
 
 
 class _Several:

@@ -35,7 +35,7 @@ def open_logger(
     directory: str | Path | None,
     resumed_after: int | None,
 ) -> TensorBoardLogger:
-    """Event files in ``directory/run``. See :func:`trainer.loggers.open_loggers`."""
+    """Event files in ``directory/run``. See :func:`osp_diag.trainer.loggers.open_loggers`."""
     from torch.utils.tensorboard import SummaryWriter
 
     folder = Path(directory or "runs") / run

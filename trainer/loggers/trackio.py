@@ -44,7 +44,8 @@ def open_logger(
     directory: str | Path | None,
     resumed_after: int | None,
 ) -> TrackioLogger:
-    """The run that is open in this process, or a new one. See :func:`trainer.loggers.open_loggers`."""
+    """The run that is open in this process, or a new one. See
+    :func:`osp_diag.trainer.loggers.open_loggers`."""
     import trackio
     from trackio import context_vars
 

@@ -42,7 +42,8 @@ def open_logger(
     directory: str | Path | None,
     resumed_after: int | None,
 ) -> WandbLogger:
-    """The run that is open in this process, or a new one. See :func:`trainer.loggers.open_loggers`."""
+    """The run that is open in this process, or a new one. See
+    :func:`osp_diag.trainer.loggers.open_loggers`."""
     import wandb
 
     if wandb.run is not None:

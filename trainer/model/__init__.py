@@ -1,5 +1,5 @@
 """A compact Llama with what OSP and its ablations change in it."""
 
-from trainer.model.llama import Llama, LlamaOutput
+from osp_diag.trainer.model.llama import Llama, LlamaOutput
 
 __all__ = ["Llama", "LlamaOutput"]

@@ -23,10 +23,10 @@ from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from osp_diag.capture.declared import attention_function
-from trainer.config import ModelConfig
-from trainer.model.masks import Mask
-from trainer.model.norms import make_norm
-from trainer.model.rotary import Rotation, rotate
+from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.model.masks import Mask
+from osp_diag.trainer.model.norms import make_norm
+from osp_diag.trainer.model.rotary import Rotation, rotate
 
 __all__ = ["Attention", "attend"]
 
@@ -105,7 +105,7 @@ def attend(
     ----------
     query, key, value : of one dtype; head h reads key-value head h // (heads / key_value_heads)
     sink_logits : of the sink column, or None for none
-    mask : from :func:`trainer.model.masks.attention_mask`
+    mask : from :func:`osp_diag.trainer.model.masks.attention_mask`
     """
     if isinstance(mask, BlockMask):
         return _with_flex(query, key, value, sink_logits, mask)

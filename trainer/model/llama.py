@@ -12,11 +12,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from osp_diag.errors import UsageError
-from trainer.config import ModelConfig
-from trainer.model.attention import Attention
-from trainer.model.masks import Mask, attention_mask, document_starts
-from trainer.model.norms import make_norm
-from trainer.model.rotary import Rotation, rotation
+from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.model.attention import Attention
+from osp_diag.trainer.model.masks import Mask, attention_mask, document_starts
+from osp_diag.trainer.model.norms import make_norm
+from osp_diag.trainer.model.rotary import Rotation, rotation
 
 __all__ = ["Block", "Llama", "LlamaOutput"]
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from trainer.config import ModelConfig
+from osp_diag.trainer.config import ModelConfig
 
 __all__ = ["Mask", "attention_mask", "block_mask", "document_starts"]
 

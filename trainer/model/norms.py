@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trainer.config import Norm
+from osp_diag.trainer.config import Norm
 
 __all__ = ["RMSNorm", "SRMSNorm", "SSNorm", "make_norm"]
 

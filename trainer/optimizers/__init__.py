@@ -1,10 +1,10 @@
 """Which optimizer moves which parameter, Muon over many ranks, schedules, and evidence about all of them."""
 
-from trainer.optimizers.build import Optimizers, build_optimizer
-from trainer.optimizers.evidence import optimizer_evidence
-from trainer.optimizers.muon import Muon
-from trainer.optimizers.routing import Route, Routing, route
-from trainer.optimizers.schedules import learning_rate_factor
+from osp_diag.trainer.optimizers.build import Optimizers, build_optimizer
+from osp_diag.trainer.optimizers.evidence import optimizer_evidence
+from osp_diag.trainer.optimizers.muon import Muon
+from osp_diag.trainer.optimizers.routing import Route, Routing, route
+from osp_diag.trainer.optimizers.schedules import learning_rate_factor
 
 __all__ = [
     "Muon",

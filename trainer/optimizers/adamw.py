@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.optimizers.sharding import local
+from osp_diag.trainer.optimizers.sharding import local
 
 __all__ = ["adamw", "adamw_step", "adamw_update"]
 

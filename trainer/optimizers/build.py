@@ -13,13 +13,13 @@ from torch.distributed.tensor import DTensor
 
 from osp_diag.errors import TrainingError
 from osp_diag.probing.ranks import is_distributed
-from trainer.config import OptimizerConfig, TrainConfig
-from trainer.optimizers.adamw import adamw, adamw_step, adamw_update
-from trainer.optimizers.muon import Muon
-from trainer.optimizers.routing import Route, Routing, named_trainable_parameters, route
-from trainer.optimizers.second_order import SecondOrder
-from trainer.optimizers.sharding import local, placement_of, sum_over_shards
-from trainer.optimizers.squares import SquareSums, of_whole, square_sums
+from osp_diag.trainer.config import OptimizerConfig, TrainConfig
+from osp_diag.trainer.optimizers.adamw import adamw, adamw_step, adamw_update
+from osp_diag.trainer.optimizers.muon import Muon
+from osp_diag.trainer.optimizers.routing import Route, Routing, named_trainable_parameters, route
+from osp_diag.trainer.optimizers.second_order import SecondOrder
+from osp_diag.trainer.optimizers.sharding import local, placement_of, sum_over_shards
+from osp_diag.trainer.optimizers.squares import SquareSums, of_whole, square_sums
 
 __all__ = ["Optimizers", "build_optimizer"]
 

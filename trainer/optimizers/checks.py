@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from osp_diag.errors import TrainingError
-from trainer.config import TrainConfig
-from trainer.optimizers.routing import Route
+from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.optimizers.routing import Route
 
 __all__ = ["check"]
 

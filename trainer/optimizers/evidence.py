@@ -12,8 +12,8 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainer.optimizers.build import Optimizers
-from trainer.optimizers.concentration import (
+from osp_diag.trainer.optimizers.build import Optimizers
+from osp_diag.trainer.optimizers.concentration import (
     CONCENTRATION,
     ORTHOGONALITY,
     ROW_NORMS,
@@ -22,10 +22,10 @@ from trainer.optimizers.concentration import (
     orthogonality,
     row_norms,
 )
-from trainer.optimizers.routing import named_parameters, role_of
-from trainer.optimizers.sharding import local
-from trainer.optimizers.squares import SquareSums, of_parameters, of_whole, sums
-from trainer.parallel import reshard
+from osp_diag.trainer.optimizers.routing import named_parameters, role_of
+from osp_diag.trainer.optimizers.sharding import local
+from osp_diag.trainer.optimizers.squares import SquareSums, of_parameters, of_whole, sums
+from osp_diag.trainer.parallel import reshard
 
 __all__ = ["optimizer_evidence"]
 

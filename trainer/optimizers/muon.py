@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from osp_diag.errors import TrainingError
-from trainer.optimizers.newton_schulz import newton_schulz, newton_schulz_dtype
-from trainer.optimizers.sharding import Placement, Shipment, local, placement_of
-from trainer.optimizers.squares import SquareSums
+from osp_diag.trainer.optimizers.newton_schulz import newton_schulz, newton_schulz_dtype
+from osp_diag.trainer.optimizers.sharding import Placement, Shipment, local, placement_of
+from osp_diag.trainer.optimizers.squares import SquareSums
 
 __all__ = ["Muon", "update_scale"]
 
@@ -68,7 +68,8 @@ class Muon(torch.optim.Optimizer):
 
     Vectors and scalars have no singular vectors; as OSP published it (Park et al. 2025,
     https://arxiv.org/abs/2506.19697) they move by η · 0.2 √n · M / ‖M‖, whatever the form. Which of all these
-    decay is the groups' affair: OSP's code decays vectors, too, :func:`~trainer.optimizers.route` does not.
+    decay is the groups' affair: OSP's code decays vectors, too, :func:`~osp_diag.trainer.optimizers.route`
+    does not.
 
     Several ranks: every matrix is orthogonalised on one of them. Parameters that FSDP2 cut by rows stay cut,
     and their momentum with them; the rows of M are sent to the matrix's owner and the result comes back, both

@@ -10,7 +10,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from osp_diag.errors import UsageError
-from trainer.config import Destination, OptimizerConfig, OptimizerName, TrainConfig
+from osp_diag.trainer.config import Destination, OptimizerConfig, OptimizerName, TrainConfig
 
 __all__ = ["Role", "Route", "Routing", "named_parameters", "named_trainable_parameters", "role_of", "route"]
 
@@ -145,9 +145,10 @@ def route(model: nn.Module, config: TrainConfig) -> Routing:
     Raises
     ------
     UsageError : a pattern of ``optimizer.route`` matches no parameter
-    TrainingError : the outcome is no longer what the recipe says (:func:`~trainer.optimizers.checks.check`)
+    TrainingError : the outcome is no longer what the recipe says
+        (:func:`~osp_diag.trainer.optimizers.checks.check`)
     """
-    from trainer.optimizers.checks import check
+    from osp_diag.trainer.optimizers.checks import check
 
     named = named_parameters(model)
     _check_patterns(config.optimizer, list(named))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainer.config import ScheduleConfig
+from osp_diag.trainer.config import ScheduleConfig
 
 __all__ = ["learning_rate_factor"]
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from osp_diag.errors import TrainingError, UsageError
-from trainer.config import OptimizerConfig
-from trainer.optimizers.squares import SquareSums, square_sums
+from osp_diag.trainer.config import OptimizerConfig
+from osp_diag.trainer.optimizers.squares import SquareSums, square_sums
 
 __all__ = ["SecondOrder"]
 

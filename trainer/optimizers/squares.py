@@ -8,7 +8,7 @@ from typing import NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from trainer.optimizers.sharding import full_rows, local, placement_of, sum_over_shards
+from osp_diag.trainer.optimizers.sharding import full_rows, local, placement_of, sum_over_shards
 
 __all__ = ["SquareSums", "of_parameters", "of_whole", "square_sums", "sums"]
 

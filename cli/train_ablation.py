@@ -13,7 +13,7 @@ from osp_diag.errors import TrainingError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from trainer.config import TrainConfig
+    from osp_diag.trainer.config import TrainConfig
 
 __all__ = ["held_out_tokens", "run_ablation"]
 
@@ -41,11 +41,11 @@ def run_ablation(
     ------
     UsageError : the folder holds something already and neither ``resume`` nor ``overwrite`` is given
     """
-    import figures
-    from analyses.ablation import ablation_table, as_markdown, as_text
-    from analyses.quantization_results import store_results
+    from osp_diag import figures
+    from osp_diag.analyses.ablation import ablation_table, as_markdown, as_text
+    from osp_diag.analyses.quantization_results import store_results
     from osp_diag.run import open_run
-    from trainer.ablation import train_all
+    from osp_diag.trainer.ablation import train_all
 
     if at_a_time is not None and at_a_time < 1:
         raise UsageError(f"--at-a-time {at_a_time}: give 1 or more")
@@ -81,8 +81,8 @@ def run_ablation(
 
 
 def _configs(config: TrainConfig, seeds: tuple[int, ...]) -> dict[str, TrainConfig]:
-    from trainer.config_values import with_changes
-    from trainer.presets import ablation
+    from osp_diag.trainer.config_values import with_changes
+    from osp_diag.trainer.presets import ablation
 
     configs = dict(ablation(config))
     for seed in seeds:
@@ -96,7 +96,7 @@ def held_out_tokens(config: TrainConfig, tokens: int = PERPLEXITY_TOKENS) -> np.
     """Held-out sequences for perplexity; asking for them first shows bad data before hours of training."""
     import numpy as np
 
-    from trainer.data import open_data
+    from osp_diag.trainer.data import open_data
 
     data = open_data(config.data, batch_size=config.batch_size, vocabulary_size=config.model.vocabulary_size)
     batches = data.validation_batches(max(1, tokens // config.data.sequence_length))
@@ -107,7 +107,7 @@ def _exported(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     """Stock checkpoints of the runs that have an exact stock form."""
     import shutil
 
-    from trainer.exporting import export_run
+    from osp_diag.trainer.exporting import export_run
 
     found = {}
     for name, path in paths.items():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from osp_diag.errors import UsageError
 
 if TYPE_CHECKING:
-    from trainer.config import TrainConfig
+    from osp_diag.trainer.config import TrainConfig
 
 __all__ = ["chosen_config"]
 
@@ -24,10 +24,10 @@ def chosen_config(
     ------
     UsageError : neither or both of preset and file, or a change that cannot be read
     """
-    from trainer.config import from_dictionary
-    from trainer.config_values import with_changes
-    from trainer.presets import PRESETS, with_recipe
-    from trainer.presets import preset as named
+    from osp_diag.trainer.config import from_dictionary
+    from osp_diag.trainer.config_values import with_changes
+    from osp_diag.trainer.presets import PRESETS, with_recipe
+    from osp_diag.trainer.presets import preset as named
 
     if (preset is None) == (file is None):
         raise UsageError(

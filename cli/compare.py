@@ -51,7 +51,7 @@ def run(
         osp-diag compare adam.zarr osp.zarr --stratum rest
         osp-diag compare adam.zarr --step 100 --other-step 300 --sites residual_post --out early-late.nc
     """
-    from analyses.channel_comparison import compare_channels
+    from osp_diag.analyses.channel_comparison import compare_channels
     from osp_diag.run import open_run
 
     if len(runs) not in (1, 2):

@@ -75,7 +75,7 @@ def run(
         osp-diag figure fig8 run.zarr --option 'sites=linear_input:*' --option layer=1,7,15,22
         osp-diag figure depth_profile adam.zarr osp.zarr --option arrange=overlaid
     """
-    import figures
+    from osp_diag import figures
 
     options = dict(_parsed(entry) for entry in option)
     if step is not None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from osp_diag.errors import UsageError
 
 if TYPE_CHECKING:
-    from analyses.live import Standing
+    from osp_diag.analyses.live import Standing
 
 __all__ = ["AlertFile"]
 

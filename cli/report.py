@@ -35,7 +35,7 @@ def run(runs: Runs, /, *, out: Path = Path("report.html"), json: bool = False) -
         osp-diag report run.zarr --out report.html
         osp-diag report adam.zarr osp.zarr --out adam-and-osp.html
     """
-    from figures.report import check_out, write_report
+    from osp_diag.figures.report import check_out, write_report
     from osp_diag.run import open_run
 
     if not runs:

@@ -72,7 +72,7 @@ def run(
     for one in followed:
         _check(one, must_exist=once or json)
     if serve:
-        from figures.live import serve_page
+        from osp_diag.figures.live import serve_page
 
         return serve_page(followed, host=host, port=port, every=every)
     alerts = None if out is None else AlertFile(out)
@@ -84,7 +84,7 @@ def run(
 
 
 def _as_json(followed: list[FollowedRun], alerts: AlertFile | None) -> int:
-    from analyses.live import standing
+    from osp_diag.analyses.live import standing
 
     found = [standing(one) for one in followed]
     if alerts is not None:

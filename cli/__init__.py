@@ -9,3 +9,9 @@ A file becomes a verb by defining, at its top level::
 
 ``osp_diag.cli.main`` says how parameters become options.
 """
+
+if __name__ != "osp_diag.cli":
+    raise ImportError(
+        f"{__file__} is osp_diag's own folder, seen because Python was started beside it; write "
+        "osp_diag.cli for ours, or start Python elsewhere for the package that is called cli"
+    )

@@ -11,7 +11,7 @@ import tyro
 from osp_diag.errors import UsageError
 
 if TYPE_CHECKING:
-    from trainer.config import TrainConfig
+    from osp_diag.trainer.config import TrainConfig
 
 VERB = "train"
 HELP = "pre-train a model with the probes on: OSP, Adam, or anything between"
@@ -41,7 +41,8 @@ def run(
     """Pre-train a model, and see at every probed step where outliers and attention sinks emerge.
 
     PRESET is tiny (a laptop's CPU, two minutes), small (one GPU, minutes), osp_1_4b (the paper's own
-    numbers), 3b, 7b, or `module:function` returning a trainer.config.TrainConfig. All of them are full OSP;
+    numbers), 3b, 7b, or `module:function` returning a osp_diag.trainer.config.TrainConfig. All of them are
+    full OSP;
     --recipe gives another row of the paper's ablation, --ablation paper all six and the table that compares
     them. Checkpoints are kept beside the run. Under `torchrun --module osp_diag train ...` the ranks share
     the work.
@@ -90,9 +91,9 @@ def run(
 def _show(config: TrainConfig) -> int:
     import torch
 
-    from trainer.config_values import as_dictionary
-    from trainer.model import Llama
-    from trainer.optimizers import route
+    from osp_diag.trainer.config_values import as_dictionary
+    from osp_diag.trainer.model import Llama
+    from osp_diag.trainer.optimizers import route
 
     for key, value in as_dictionary(config).items():
         print(f"{key} = {value}")
@@ -113,7 +114,7 @@ def _train(
 ) -> int:
     from osp_diag.cli.train_progress import shown_progress
     from osp_diag.probing.ranks import is_first_rank
-    from trainer.loop import train
+    from osp_diag.trainer.loop import train
 
     if out is None:
         out = Path("runs") / f"{config.name}.zarr"

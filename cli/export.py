@@ -41,7 +41,7 @@ def run(
         osp-diag export osp.zarr --out osp-model
         osp-diag probe osp-model --out osp-probed.zarr
     """
-    from trainer.exporting import export_run
+    from osp_diag.trainer.exporting import export_run
 
     report = export_run(
         training_run, out or Path(f"{training_run.stem}-model"), dtype=dtype, check=not skip_check

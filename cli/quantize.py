@@ -78,9 +78,9 @@ def run(
         osp-diag quantize osp-model --run osp.zarr --held-out --widths W16A16 W4A4 --tokens 65536
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
     """
-    from analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
-    from analyses.quantization_results import HELD_OUT, store_results
-    from analyses.round_to_nearest import check_bits
+    from osp_diag.analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
+    from osp_diag.analyses.quantization_results import HELD_OUT, store_results
+    from osp_diag.analyses.round_to_nearest import check_bits
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing.checkpoint import progress_bar
     from osp_diag.run import open_run
@@ -152,7 +152,7 @@ def _held_out(run: Run | None, tokens: int, text: str | None, dataset: str | Non
         raise UsageError(
             f"--held-out: {run.path} was not written by `osp-diag train`; give --text or --dataset"
         )
-    from trainer.config import from_dictionary
+    from osp_diag.trainer.config import from_dictionary
 
     return held_out_tokens(from_dictionary(dict(config)), tokens)
 
@@ -191,7 +191,7 @@ def _as_rows(results: xr.Dataset) -> list[dict[str, object]]:
 
 
 def _as_text(results: xr.Dataset, name: str) -> str:
-    from analyses.quantization_results import UNQUANTIZED, notation, perplexity_at
+    from osp_diag.analyses.quantization_results import UNQUANTIZED, notation, perplexity_at
 
     first = results.isel(setting=0)
     full = perplexity_at(results, UNQUANTIZED, UNQUANTIZED)

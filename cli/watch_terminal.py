@@ -18,7 +18,7 @@ from osp_diag.run_display import number
 if TYPE_CHECKING:
     import xarray as xr
 
-    from analyses.live import Standing
+    from osp_diag.analyses.live import Standing
     from osp_diag.cli.watch_alerts import AlertFile
     from osp_diag.run_following import FollowedRun
 
@@ -41,8 +41,8 @@ def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile 
     On a terminal the picture is renewed in place; elsewhere it is printed again when something changed.
     Alerts also go into ``alerts`` as they are found.
     """
-    from analyses.live import standing
-    from analyses.run_labels import labels_of
+    from osp_diag.analyses.live import standing
+    from osp_diag.analyses.run_labels import labels_of
 
     def judged() -> list[Standing]:
         found = [standing(run) for run in runs]
@@ -183,7 +183,7 @@ def _bar_rows(
     labels: Sequence[str], share: np.ndarray, values: Sequence[str], width: int, rows: int, bars: str
 ) -> list[Text]:
     """A row of bars a label. Layers may share a row, and steps a bar, of which the largest is shown."""
-    from figures._decimate import bin_starts, max_pool
+    from osp_diag.figures._decimate import bin_starts, max_pool
 
     layers = [place for place, label in enumerate(labels) if label.startswith("layer")]
     others = [place for place in range(len(labels)) if place not in layers]

@@ -79,7 +79,7 @@ def run(
         raise UsageError(f"--train-steps {train_steps}: give 1 or more, or 0 to train nothing")
     _check_folder(out)
     runs = _measured(checkpoint, out, tokens, device)
-    from analyses.summary import compare_protocols, summarise
+    from osp_diag.analyses.summary import compare_protocols, summarise
 
     summary = summarise(runs["sequence"])
     print(summary.text())
@@ -145,13 +145,13 @@ def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[s
 
 def _trained(out: Path, steps: int) -> list[Run]:
     """The tiny preset under both recipes, side by side, each in a process of its own."""
-    from analyses.recipes import config_of, recipe_of
-    from analyses.summary import summarise
+    from osp_diag.analyses.recipes import config_of, recipe_of
+    from osp_diag.analyses.summary import summarise
     from osp_diag.probing.checkpoint import working
     from osp_diag.run import open_run
-    from trainer.ablation import train_all
-    from trainer.config_values import with_changes
-    from trainer.presets import tiny, with_recipe
+    from osp_diag.trainer.ablation import train_all
+    from osp_diag.trainer.config_values import with_changes
+    from osp_diag.trainer.presets import tiny, with_recipe
 
     shorter = with_changes(tiny(), {"steps": steps})
     configs = {recipe: with_recipe(shorter, recipe) for recipe in TRAINED}
@@ -164,7 +164,7 @@ def _trained(out: Path, steps: int) -> list[Run]:
 
 
 def _report(runs: list[Run], out: Path) -> None:
-    from figures.report import write_report
+    from osp_diag.figures.report import write_report
     from osp_diag.probing.checkpoint import working
 
     with working("making the page"):
@@ -173,7 +173,7 @@ def _report(runs: list[Run], out: Path) -> None:
 
 def _drawn(run: Run, out: Path) -> dict[str, str]:
     """Draw every picture that the run has the numbers for; file name → what it shows, or why not."""
-    import figures
+    from osp_diag import figures
     from osp_diag.errors import StoreError
     from osp_diag.probing.checkpoint import progress_bar
 

@@ -147,7 +147,7 @@ def run(
 
 
 def _report(runs: Mapping[str, Run], out: Path | None, as_json: bool) -> int:
-    from analyses.summary import compare_protocols, summarise
+    from osp_diag.analyses.summary import compare_protocols, summarise
 
     first = next(iter(runs.values()))
     summary = summarise(first)
