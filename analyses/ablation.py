@@ -14,17 +14,17 @@ import torch
 import xarray as xr
 
 from osp_diag.analyses.ablation_text import as_markdown, as_text
-from osp_diag.analyses.bit_width_sweep import bit_width_sweep
-from osp_diag.analyses.quantization_results import HELD_OUT, UNQUANTIZED
 from osp_diag.analyses.recipes import config_of, recipe_labels
-from osp_diag.analyses.summary_numbers import EPSILON, hidden_states
+from osp_diag.analyses.summary.numbers import EPSILON, hidden_states
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators import STRATA
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.probing.checkpoint import probe_checkpoint
-from osp_diag.run import Run
-from osp_diag.run_display import HIDDEN_STATES
+from osp_diag.quantizing.bit_width_sweep import bit_width_sweep
+from osp_diag.quantizing.results import HELD_OUT, UNQUANTIZED
+from osp_diag.runs.display import HIDDEN_STATES
+from osp_diag.runs.run import Run
 from osp_diag.tokens import PROTOCOLS, make_batches
 
 __all__ = ["ablation_table", "as_markdown", "as_text"]
@@ -102,7 +102,7 @@ def ablation_table(
     tokens : held-out ids of shape (sequence, position)
     device : to measure on, as in :func:`osp_diag.open_checkpoint`
     measured : told the key of each run with a checkpoint, and its results at few bits
-        (:mod:`osp_diag.analyses.quantization_results`), so that they can be stored in the run
+        (:mod:`osp_diag.quantizing.results`), so that they can be stored in the run
 
     Returns
     -------

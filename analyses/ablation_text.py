@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary_text import number
+from osp_diag.analyses.summary.text import number
 
 __all__ = ["as_markdown", "as_text"]
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from osp_diag.analyses.live_numbers import hidden_state_kurtosis
 from osp_diag.errors import UsageError
-from osp_diag.run_following import FollowedRun
+from osp_diag.runs.following import FollowedRun
 
 __all__ = ["Alert", "AlertRules", "alerts", "growth", "share_rising"]
 
@@ -29,7 +29,8 @@ class AlertRules:
 
     times_floor: float = 10.0
     """Kurtosis counts as high from this multiple of what Gaussian noise of that width scores: a decade.
-    The probe's own noise is a few percent of the floor (:mod:`osp_diag.analyses.emergence` departs at 3)."""
+    The probe's own noise is a few percent of the floor (:mod:`osp_diag.analyses.emergence.history` departs at
+    3)."""
     window: int = 10
     """Probes over which it has to grow: with fewer one odd probe decides."""
     growth: float = 1.25

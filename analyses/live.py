@@ -13,8 +13,8 @@ import xarray as xr
 from osp_diag.analyses.alerts import Alert, alerts
 from osp_diag.analyses.live_numbers import KURTOSIS, hidden_state_kurtosis, sink_rates
 from osp_diag.errors import StoreError
-from osp_diag.run_following import FollowedRun, RunState
-from osp_diag.run_lock import WriterState
+from osp_diag.runs.following import FollowedRun, RunState
+from osp_diag.runs.lock import WriterState
 
 __all__ = ["Standing", "lasted", "standing"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary_numbers import EPSILON
+from osp_diag.analyses.summary.numbers import EPSILON
 from osp_diag.errors import StoreError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.run_display import HIDDEN_STATES
-from osp_diag.run_following import FollowedRun
+from osp_diag.runs.display import HIDDEN_STATES
+from osp_diag.runs.following import FollowedRun
 
 __all__ = ["KURTOSIS", "hidden_state_kurtosis", "sink_rates"]
 

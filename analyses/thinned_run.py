@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 
 __all__ = ["evenly", "thinned_run"]
 

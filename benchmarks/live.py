@@ -27,8 +27,8 @@ from benchmarks.machine import machine
 from osp_diag.analyses.live import standing
 from osp_diag.figures.live._data import Choice
 from osp_diag.figures.live._page import pictures
-from osp_diag.run_following import FollowedRun
-from osp_diag.store import RunWriter
+from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, activation, groups, scalars
 
 LAYERS, HEADS = 24, 16

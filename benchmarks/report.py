@@ -101,7 +101,7 @@ def attention(growth: float, rng: np.random.Generator) -> xr.Dataset:
 
 def write(path: Path, steps: int, seed: int = 0) -> None:
     """A run of so many probed steps, one every 10."""
-    from osp_diag.store import RunWriter
+    from osp_diag.runs.writer import RunWriter
 
     attrs = {
         "model_name": f"made-up {LAYERS} × {CHANNELS}",
@@ -138,7 +138,7 @@ def one(out: Path, paths: list[Path]) -> None:
     """What the fresh process does."""
     begin = time.perf_counter()
     from osp_diag.figures.report import write_report
-    from osp_diag.run import open_run
+    from osp_diag.runs.run import open_run
 
     imported = time.perf_counter()
     runs = [open_run(path) for path in paths]

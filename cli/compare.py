@@ -51,8 +51,8 @@ def run(
         osp-diag compare adam.zarr osp.zarr --stratum rest
         osp-diag compare adam.zarr --step 100 --other-step 300 --sites residual_post --out early-late.nc
     """
-    from osp_diag.analyses.channel_comparison import compare_channels
-    from osp_diag.run import open_run
+    from osp_diag.analyses.channels.comparison import compare_channels
+    from osp_diag.runs.run import open_run
 
     if len(runs) not in (1, 2):
         raise UsageError(f"compare takes two runs, or one and --other-step; it was given {len(runs)}")

@@ -11,7 +11,7 @@ import tyro
 from osp_diag.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
-    from osp_diag.run import Run
+    from osp_diag.runs.run import Run
 
 VERB = "demo"
 HELP = "probe a real checkpoint, train a small model with Adam and with OSP, and make a page of it all"
@@ -79,7 +79,7 @@ def run(
         raise UsageError(f"--train-steps {train_steps}: give 1 or more, or 0 to train nothing")
     _check_folder(out)
     runs = _measured(checkpoint, out, tokens, device)
-    from osp_diag.analyses.summary import compare_protocols, summarise
+    from osp_diag.analyses.summary.summary import compare_protocols, summarise
 
     summary = summarise(runs["sequence"])
     print(summary.text())
@@ -106,7 +106,7 @@ def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[s
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.checkpoints.wheel import WHEELS
     from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar, working
-    from osp_diag.run_display import HIDDEN_STATES
+    from osp_diag.runs.display import HIDDEN_STATES
     from osp_diag.tokens import make_batches
 
     try:
@@ -146,9 +146,9 @@ def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[s
 def _trained(out: Path, steps: int) -> list[Run]:
     """The tiny preset under both recipes, side by side, each in a process of its own."""
     from osp_diag.analyses.recipes import config_of, recipe_of
-    from osp_diag.analyses.summary import summarise
+    from osp_diag.analyses.summary.summary import summarise
     from osp_diag.probing.checkpoint import working
-    from osp_diag.run import open_run
+    from osp_diag.runs.run import open_run
     from osp_diag.trainer.ablation import train_all
     from osp_diag.trainer.config_values import with_changes
     from osp_diag.trainer.presets import tiny, with_recipe

@@ -12,7 +12,7 @@ import tyro
 from osp_diag.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
-    from osp_diag.run import Run
+    from osp_diag.runs.run import Run
 
 VERB = "probe"
 HELP = "measure every outlier and sink statistic of a checkpoint"
@@ -147,7 +147,7 @@ def run(
 
 
 def _report(runs: Mapping[str, Run], out: Path | None, as_json: bool) -> int:
-    from osp_diag.analyses.summary import compare_protocols, summarise
+    from osp_diag.analyses.summary.summary import compare_protocols, summarise
 
     first = next(iter(runs.values()))
     summary = summarise(first)

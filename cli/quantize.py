@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
     from osp_diag.checkpoints import Checkpoint
-    from osp_diag.run import Run
+    from osp_diag.runs.run import Run
 
 VERB = "quantize"
 HELP = "measure a checkpoint's perplexity at few bits, and keep it in its run"
@@ -78,12 +78,12 @@ def run(
         osp-diag quantize osp-model --run osp.zarr --held-out --widths W16A16 W4A4 --tokens 65536
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
     """
-    from osp_diag.analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
-    from osp_diag.analyses.quantization_results import HELD_OUT, store_results
-    from osp_diag.analyses.round_to_nearest import check_bits
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing.checkpoint import progress_bar
-    from osp_diag.run import open_run
+    from osp_diag.quantizing.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
+    from osp_diag.quantizing.results import HELD_OUT, store_results
+    from osp_diag.quantizing.round_to_nearest import check_bits
+    from osp_diag.runs.run import open_run
     from osp_diag.tokens import make_batches
 
     chosen = [bit_widths(entry) for entry in widths] or list(WIDTHS)
@@ -191,7 +191,7 @@ def _as_rows(results: xr.Dataset) -> list[dict[str, object]]:
 
 
 def _as_text(results: xr.Dataset, name: str) -> str:
-    from osp_diag.analyses.quantization_results import UNQUANTIZED, notation, perplexity_at
+    from osp_diag.quantizing.results import UNQUANTIZED, notation, perplexity_at
 
     first = results.isel(setting=0)
     full = perplexity_at(results, UNQUANTIZED, UNQUANTIZED)

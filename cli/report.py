@@ -36,7 +36,7 @@ def run(runs: Runs, /, *, out: Path = Path("report.html"), json: bool = False) -
         osp-diag report adam.zarr osp.zarr --out adam-and-osp.html
     """
     from osp_diag.figures.report import check_out, write_report
-    from osp_diag.run import open_run
+    from osp_diag.runs.run import open_run
 
     if not runs:
         raise UsageError("report: give at least one run, the path that `osp-diag probe --out` wrote")

@@ -43,8 +43,8 @@ def run_ablation(
     """
     from osp_diag import figures
     from osp_diag.analyses.ablation import ablation_table, as_markdown, as_text
-    from osp_diag.analyses.quantization_results import store_results
-    from osp_diag.run import open_run
+    from osp_diag.quantizing.results import store_results
+    from osp_diag.runs.run import open_run
     from osp_diag.trainer.ablation import train_all
 
     if at_a_time is not None and at_a_time < 1:

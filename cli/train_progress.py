@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from osp_diag.run_display import headline
+from osp_diag.runs.display import headline
 
 if TYPE_CHECKING:
-    from osp_diag.run import Run
+    from osp_diag.runs.run import Run
 
 __all__ = ["outcome", "shown_progress"]
 

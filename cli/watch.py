@@ -12,7 +12,7 @@ from osp_diag.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
     from osp_diag.cli.watch_alerts import AlertFile
-    from osp_diag.run_following import FollowedRun
+    from osp_diag.runs.following import FollowedRun
 
 VERB = "watch"
 HELP = "watch training runs while they are written, here or in a browser"
@@ -56,7 +56,7 @@ def run(
         osp-diag watch adam.zarr osp.zarr --out alerts.jsonl
     """
     from osp_diag.cli.watch_alerts import AlertFile
-    from osp_diag.run_following import FollowedRun
+    from osp_diag.runs.following import FollowedRun
 
     if not runs:
         raise UsageError("watch: which run? Give the path that `osp-diag train --out` was given")

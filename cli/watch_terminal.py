@@ -13,14 +13,14 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from osp_diag.run_display import number
+from osp_diag.runs.display import number
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from osp_diag.analyses.live import Standing
     from osp_diag.cli.watch_alerts import AlertFile
-    from osp_diag.run_following import FollowedRun
+    from osp_diag.runs.following import FollowedRun
 
 __all__ = ["show", "standing_as_text"]
 

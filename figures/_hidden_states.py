@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary_numbers import hidden_states
+from osp_diag.analyses.summary.numbers import hidden_states
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._runs import name_of
-from osp_diag.run_display import HIDDEN_STATES
+from osp_diag.runs.display import HIDDEN_STATES
 
 __all__ = ["KURTOSIS", "kurtosis_by_step"]
 

@@ -42,7 +42,7 @@ def opened(runs: Any) -> list[Any]:
 
 
 def _open(path: str | Path) -> Any:
-    from osp_diag.run import open_run
+    from osp_diag.runs.run import open_run
 
     return open_run(path)
 

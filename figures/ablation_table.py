@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
 from osp_diag.analyses.recipes import PAPER_ORDER
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.figures._caption import caption
@@ -21,6 +20,7 @@ from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
 from osp_diag.figures._runs import last_step
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
 
 ALIASES = ("table2",)
 SETTINGS = ((UNQUANTIZED, UNQUANTIZED), (8, 8), (4, UNQUANTIZED), (4, 8), (4, 4))

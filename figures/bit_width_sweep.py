@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.quantization_results import ROUND_TO_NEAREST, UNQUANTIZED, perplexity_at
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
@@ -20,6 +19,7 @@ from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures._runs import last_step
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
+from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, perplexity_at
 
 ALIASES = ("fig4",)
 SWEEPS = {"weights": "weight_bits", "activations": "activation_bits"}

@@ -13,8 +13,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from osp_diag.analyses.channel_comparison import compare_channels
-from osp_diag.analyses.channel_profiles import relative_rms
+from osp_diag.analyses.channels.comparison import compare_channels
+from osp_diag.analyses.channels.profiles import relative_rms
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.channel_profiles import concentration_curve
+from osp_diag.analyses.channels.profiles import concentration_curve
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption

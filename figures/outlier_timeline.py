@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.emergence import log_kurtosis, onsets
-from osp_diag.analyses.onset import DEPARTURE, FEWEST_PROBES
+from osp_diag.analyses.emergence.history import log_kurtosis, onsets
+from osp_diag.analyses.emergence.onset import DEPARTURE, FEWEST_PROBES
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption

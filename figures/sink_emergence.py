@@ -12,8 +12,8 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.run_labels import labels_of
-from osp_diag.analyses.sink_implementation import sink_emergence
-from osp_diag.analyses.sink_rules import SinkRules
+from osp_diag.analyses.sinks.implementation import sink_emergence
+from osp_diag.analyses.sinks.rules import SinkRules
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._runs import last_step, per_run, statistics

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.run_labels import labels_of
-from osp_diag.analyses.sink_implementation import sink_implementation
+from osp_diag.analyses.sinks.implementation import sink_implementation
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._runs import last_step, name_of, per_run, statistics

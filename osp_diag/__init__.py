@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from osp_diag.capture.declared import attention_function
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing import Probe, probe
-    from osp_diag.run import Run, open_run
+    from osp_diag.runs.run import Run, open_run
 
 __version__ = "0.1.0"
 
@@ -34,11 +34,11 @@ __all__ = [
 
 _HOME_OF = {
     "Probe": "osp_diag.probing",
-    "Run": "osp_diag.run",
+    "Run": "osp_diag.runs.run",
     "attention_function": "osp_diag.capture.declared",
     "estimators": "osp_diag.estimators",
     "open_checkpoint": "osp_diag.checkpoints",
-    "open_run": "osp_diag.run",
+    "open_run": "osp_diag.runs.run",
     "probe": "osp_diag.probing",
 }
 

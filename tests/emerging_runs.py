@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.emergence import SITES
+from osp_diag.analyses.emergence.history import SITES
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.synthetic_runs import STRATA
 
 WIDTH, LAYERS = 64, 4

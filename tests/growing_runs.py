@@ -10,8 +10,8 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.run_following import FollowedRun
-from osp_diag.store import RunWriter
+from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.writer import RunWriter
 from tests.synthetic_runs import STRATA
 
 WIDTH = 64

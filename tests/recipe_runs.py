@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.synthetic_runs import Plan, synthetic_run
 
 RECIPES: dict[str, dict[str, Any]] = {

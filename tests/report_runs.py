@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.recipe_runs import training_run
 from tests.synthetic_runs import Plan, synthetic_run, with_attrs
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.store import RunWriter
+from osp_diag.runs.writer import RunWriter
 
 STRATA = ["all", "first", "delimiter", "rest"]
 

@@ -12,7 +12,7 @@ from osp_diag.estimators import logits, query_key, sink_implementation, sinks, v
 from osp_diag.estimators.attention import AttentionObservation
 from osp_diag.estimators.base import Suite
 from osp_diag.probing.labelling import label_states
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 
 WIDTH, TOKENS, SEQUENCES = 32, 64, 3
 HOT = 14

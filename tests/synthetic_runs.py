@@ -17,8 +17,8 @@ import xarray as xr
 from scipy.stats import norm
 
 from osp_diag.estimators.attention_tiles import LogitGrid
-from osp_diag.run import Run
-from osp_diag.store import RunWriter
+from osp_diag.runs.run import Run
+from osp_diag.runs.writer import RunWriter
 from tests.synthetic_statics import few_bits, token_texts, weight_maps
 
 STRATA = ("all", "first", "delimiter", "rest")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.bit_width_sweep import WIDTHS
-from osp_diag.analyses.quantization_results import QuantizedResult, results_dataset
+from osp_diag.quantizing.bit_width_sweep import WIDTHS
+from osp_diag.quantizing.results import QuantizedResult, results_dataset
 
 PLACE = (17, 40)
 """Output and input channel of the planted weight."""

@@ -11,11 +11,11 @@ import xarray as xr
 
 from osp_diag import open_checkpoint
 from osp_diag.analyses.ablation import ablation_table, as_markdown, as_text
-from osp_diag.analyses.perplexity import perplexity
 from osp_diag.analyses.recipes import PAPER_ORDER, recipe_labels, recipe_of
-from osp_diag.analyses.round_to_nearest import round_to_nearest
 from osp_diag.errors import StoreError, TokenError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.quantizing.perplexity import perplexity
+from osp_diag.quantizing.round_to_nearest import round_to_nearest
 from tests.recipe_runs import RECIPES, training_run
 from tests.synthetic_runs import synthetic_run, without
 from tests.tiny_checkpoints import BYTES, byte_tokenizer, llama, save

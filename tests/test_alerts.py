@@ -6,7 +6,7 @@ import pytest
 from osp_diag.analyses.alerts import AlertRules, alerts, growth, share_rising
 from osp_diag.analyses.live_numbers import hidden_state_kurtosis
 from osp_diag.errors import UsageError
-from osp_diag.store import RunWriter
+from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, followed, record, scalars, written
 
 

@@ -8,8 +8,8 @@ import xarray as xr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osp_diag.analyses.channel_comparison import compare_channels, matched_layers
-from osp_diag.analyses.channel_profiles import (
+from osp_diag.analyses.channels.comparison import compare_channels, matched_layers
+from osp_diag.analyses.channels.profiles import (
     concentration_curve,
     concentration_distance,
     hot_distance,
@@ -19,7 +19,7 @@ from osp_diag.analyses.channel_profiles import (
     top_profile,
 )
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.channel_runs import channel_run, profile
 from tests.synthetic_runs import without
 

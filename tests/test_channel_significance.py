@@ -9,8 +9,8 @@ import pytest
 from scipy.stats import kstest
 
 import osp_diag
-from osp_diag.analyses.channel_comparison import compare_channels
-from osp_diag.analyses.channel_significance import grouped
+from osp_diag.analyses.channels.comparison import compare_channels
+from osp_diag.analyses.channels.significance import grouped
 from osp_diag.cli.main import main
 from tests.channel_runs import grouped_run, profile
 from tests.tiny_checkpoints import byte_tokenizer, llama
@@ -42,7 +42,7 @@ def test_planted_differences_are_found_and_hardly_any_others():
 
 @pytest.mark.parametrize("paired", [False, True])
 def test_without_a_difference_p_is_uniform_and_little_is_found(paired):
-    from osp_diag.analyses import channel_significance as module
+    from osp_diag.analyses.channels import significance as module
 
     heights = np.stack([profile(600)])
     one, two = pair(1, heights, heights, paired=paired)

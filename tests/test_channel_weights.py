@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 
 import osp_diag
-from osp_diag.analyses.channel_comparison import compare_channels
+from osp_diag.analyses.channels.comparison import compare_channels
 from osp_diag.capture.channel_weights import channel_weights
 from osp_diag.sites import find_sites
 from osp_diag.trainer.config import ModelConfig

@@ -11,7 +11,7 @@ import xarray as xr
 
 from osp_diag import figures
 from osp_diag.cli.main import main
-from osp_diag.run import open_run
+from osp_diag.runs.run import open_run
 from osp_diag.trainer.config_values import as_dictionary
 from tests.synthetic_runs import Plan, write_run
 from tests.training_runs import minute

@@ -22,8 +22,8 @@ import osp_diag
 from osp_diag.errors import StoreError
 from osp_diag.probing import session
 from osp_diag.probing.deferred import HostWork
-from osp_diag.run_lock import LOCK_NAME
-from osp_diag.store import RunWriter
+from osp_diag.runs.lock import LOCK_NAME
+from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer.callbacks import OutlierProbeCallback
 from osp_diag.trainer.loop import train
 from tests.test_ranks import ROOT

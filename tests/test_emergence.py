@@ -7,13 +7,13 @@ import re
 import numpy as np
 import pytest
 
-from osp_diag.analyses.emergence import emergence, log_kurtosis, onsets
-from osp_diag.analyses.hot_channels import hot_channels
-from osp_diag.analyses.onset import first_rise, when_it_emerges
-from osp_diag.analyses.outlier_writers import outlier_writers
+from osp_diag.analyses.channels.hot import hot_channels
+from osp_diag.analyses.emergence.history import emergence, log_kurtosis, onsets
+from osp_diag.analyses.emergence.onset import first_rise, when_it_emerges
+from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.run import Run, open_run
+from osp_diag.runs.run import Run, open_run
 from tests.emerging_runs import FLOOR, HOT, Course, Training, emerging_run
 from tests.synthetic_runs import synthetic_run, without
 

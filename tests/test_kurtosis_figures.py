@@ -8,7 +8,7 @@ import xarray as xr
 
 from osp_diag import Probe
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.families import FAMILIES
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
 from tests.test_figures import data, recording

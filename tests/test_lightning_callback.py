@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import osp_diag
 from osp_diag.errors import UsageError
-from osp_diag.store import RunWriter
+from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer.callbacks.lightning import OutlierProbe
 from tests.training_loops import (
     POSITIONS,

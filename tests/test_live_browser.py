@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from osp_diag.store import RunWriter
+from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer.config_values import as_dictionary
 from tests.browser import visit
 from tests.growing_runs import ATTRIBUTES, groups, grown_run, record

@@ -11,8 +11,8 @@ from osp_diag.figures.live._data import Choice
 from osp_diag.figures.live._layout import CONTROLS, GRAPHS
 from osp_diag.figures.live._page import Watched
 from osp_diag.figures.live._server import application, is_loopback
-from osp_diag.run_following import FollowedRun
-from osp_diag.store import RunWriter
+from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, followed, grown_run, record
 
 # -- what the server answers -----------------------------------------------------------------------------

@@ -9,8 +9,8 @@ import pytest
 from osp_diag.analyses.alerts import alerts
 from osp_diag.cli.main import main
 from osp_diag.errors import DivergenceError
-from osp_diag.run_following import FollowedRun
-from osp_diag.store import RunWriter
+from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer.loop import Training, train
 from tests.growing_runs import ATTRIBUTES, scalars
 from tests.training_runs import minute

@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from osp_diag.analyses.channel_comparison import compare_channels
+from osp_diag.analyses.channels.comparison import compare_channels
 from osp_diag.analyses.in_notebook import in_notebook
-from osp_diag.analyses.summary import summarise
-from osp_diag.analyses.verdict import verdict
+from osp_diag.analyses.summary.summary import summarise
+from osp_diag.analyses.summary.verdict import verdict
 from tests.browser import visit
 from tests.synthetic_runs import synthetic_run, with_attrs, write_run
 
 CELLS = (
     "import osp_diag\nrun = osp_diag.open_run('run.zarr')\nrun",
-    "from osp_diag.analyses.summary import summarise\nsummarise(run)",
-    "from osp_diag.analyses.channel_comparison import compare_channels\ncompare_channels(run, run)",
-    "from osp_diag.analyses.verdict import verdict\nverdict(run)",
+    "from osp_diag.analyses.summary.summary import summarise\nsummarise(run)",
+    "from osp_diag.analyses.channels.comparison import compare_channels\ncompare_channels(run, run)",
+    "from osp_diag.analyses.summary.verdict import verdict\nverdict(run)",
 )
 
 

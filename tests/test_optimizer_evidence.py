@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from osp_diag.estimators.base import Layout
 from osp_diag.estimators.registry import get_estimator
-from osp_diag.run import open_run
-from osp_diag.store import RunWriter
+from osp_diag.runs.run import open_run
+from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer.optimizers import optimizer_evidence
 from osp_diag.trainer.optimizers.concentration import TOP_ROWS, concentration, orthogonality, row_norms
 from tests.test_optimizers import made, train

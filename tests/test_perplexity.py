@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from osp_diag.analyses import perplexity as module
-from osp_diag.analyses.perplexity import Perplexity, perplexity
 from osp_diag.errors import TokenError, UsageError
+from osp_diag.quantizing import perplexity as module
+from osp_diag.quantizing.perplexity import Perplexity, perplexity
 from tests.tiny_checkpoints import BYTES, bert, gpt2, llama
 
 TOKENS = np.random.default_rng(0).integers(0, BYTES, (5, 24))

@@ -11,7 +11,7 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._registry import figure_module
 from osp_diag.figures.backend import none
 from osp_diag.figures.styles import load_style
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.recipe_runs import training_run
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run, without
 from tests.synthetic_statics import FULL, few_bits, loss_at

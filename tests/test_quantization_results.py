@@ -11,9 +11,11 @@ import torch
 import xarray as xr
 
 from osp_diag import open_run
-from osp_diag.analyses.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
-from osp_diag.analyses.perplexity import perplexity
-from osp_diag.analyses.quantization_results import (
+from osp_diag.cli.main import main
+from osp_diag.errors import StoreError, UsageError
+from osp_diag.quantizing.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
+from osp_diag.quantizing.perplexity import perplexity
+from osp_diag.quantizing.results import (
     QuantizedResult,
     comparable_results,
     notation,
@@ -22,9 +24,7 @@ from osp_diag.analyses.quantization_results import (
     results_of,
     store_results,
 )
-from osp_diag.analyses.round_to_nearest import round_to_nearest
-from osp_diag.cli.main import main
-from osp_diag.errors import StoreError, UsageError
+from osp_diag.quantizing.round_to_nearest import round_to_nearest
 from tests.run_fixtures import write_run
 from tests.tiny_checkpoints import BYTES, byte_tokenizer, llama, save
 
@@ -213,7 +213,7 @@ def test_only_a_training_holds_tokens_out(tmp_path, capsys):
 
 def test_a_training_run_takes_only_a_model_of_its_size(tmp_path, capsys):
     model = save(llama(), tmp_path / "model", byte_tokenizer())
-    from osp_diag.store import RunWriter
+    from osp_diag.runs.writer import RunWriter
     from tests.run_fixtures import ATTRIBUTES, groups
 
     attributes = {name: value for name, value in ATTRIBUTES.items() if name != "model_fingerprint"}

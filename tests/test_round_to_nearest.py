@@ -13,8 +13,8 @@ from hypothesis.extra import numpy as arrays
 from torch import nn
 from torch.nn.utils import parametrize
 
-from osp_diag.analyses.round_to_nearest import round_to_nearest
 from osp_diag.errors import CheckpointError, UsageError
+from osp_diag.quantizing.round_to_nearest import round_to_nearest
 from tests.tiny_checkpoints import bert, gpt2, llama
 
 BITS = (2, 3, 4, 8)

@@ -15,9 +15,9 @@ import xarray as xr
 import zarr
 
 from osp_diag.errors import StoreError
-from osp_diag.run import Run, open_run
-from osp_diag.run_display import headline, number
-from osp_diag.store import RunWriter
+from osp_diag.runs.display import headline, number
+from osp_diag.runs.run import Run, open_run
+from osp_diag.runs.writer import RunWriter
 from tests.run_fixtures import ATTRIBUTES, groups, site, snapshot, write_run
 
 

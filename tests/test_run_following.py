@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from osp_diag.errors import StoreError
-from osp_diag.run import open_run
-from osp_diag.run_following import FollowedRun
-from osp_diag.run_lock import LOCK_NAME, writer_state
-from osp_diag.store import RunWriter
+from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.lock import LOCK_NAME, writer_state
+from osp_diag.runs.run import open_run
+from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, FLOOR, groups, grown_run, record, scalars
 
 ROOT = Path(__file__).parents[1]
@@ -238,7 +238,7 @@ def test_asking_for_the_writer_does_not_take_its_lock_away(tmp_path):
     path = tmp_path / "run.zarr"
     with RunWriter(path, ATTRIBUTES):
         assert writer_state(path) == "writing"
-        code = f"from osp_diag.store import RunWriter; RunWriter({str(path)!r}, {{}}, resume=True)"
+        code = f"from osp_diag.runs.writer import RunWriter; RunWriter({str(path)!r}, {{}}, resume=True)"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
         assert "is being written by process" in done.stderr
     assert writer_state(path) == "closed"
@@ -247,7 +247,7 @@ def test_asking_for_the_writer_does_not_take_its_lock_away(tmp_path):
 def test_a_writer_that_was_killed_is_told_from_one_that_closed(tmp_path):
     path = tmp_path / "run.zarr"
     code = (
-        "import time; from osp_diag.store import RunWriter; from tests.growing_runs import *\n"
+        "import time; from osp_diag.runs.writer import RunWriter; from tests.growing_runs import *\n"
         f"writer = RunWriter({str(path)!r}, ATTRIBUTES); record(writer, [0]); print('ready', flush=True)\n"
         "time.sleep(60)"
     )

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from osp_diag import figures
-from osp_diag.analyses.channel_comparison import compare_channels
+from osp_diag.analyses.channels.comparison import compare_channels
 from osp_diag.analyses.run_labels import labels_of, run_name
 from osp_diag.cli.main import main
 from osp_diag.figures.live._layout import labels_of as live_labels

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from osp_diag import figures
-from osp_diag.analyses.sink_implementation import logit_edges, sink_implementation
+from osp_diag.analyses.sinks.implementation import logit_edges, sink_implementation
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures import logit_densities, sink_emergence
 from osp_diag.figures import sink_implementation as head_figure

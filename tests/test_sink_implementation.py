@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import osp_diag
-from osp_diag.analyses.rotary_pairs import rotary_pairs
-from osp_diag.analyses.sink_implementation import DEFINITIONS, KINDS, logit_edges, sink_implementation
-from osp_diag.analyses.sink_rules import SinkRules
-from osp_diag.analyses.sink_statement import sink_statement
+from osp_diag.analyses.sinks.implementation import DEFINITIONS, KINDS, logit_edges, sink_implementation
+from osp_diag.analyses.sinks.rotary_pairs import rotary_pairs
+from osp_diag.analyses.sinks.rules import SinkRules
+from osp_diag.analyses.sinks.statement import sink_statement
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.attention_tiles import LogitGrid
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.sink_runs import HOT, PLANTED, SPIKE, TOKENS, WIDTH, channel_norms, label_norms, rotated, sink_run
 from tests.synthetic_runs import with_attrs, without
 from tests.tiny_checkpoints import byte_tokenizer, llama

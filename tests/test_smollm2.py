@@ -12,7 +12,7 @@ import torch
 
 import osp_diag
 from osp_diag import figures
-from osp_diag.analyses.sink_implementation import sink_implementation
+from osp_diag.analyses.sinks.implementation import sink_implementation
 from osp_diag.cli.main import main
 from osp_diag.tokens import make_batches
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osp_diag.errors import StoreError
-from osp_diag.run_lock import LOCK_NAME
-from osp_diag.store import RunWriter
-from osp_diag.store_format import jsonable
+from osp_diag.runs.format import jsonable
+from osp_diag.runs.lock import LOCK_NAME
+from osp_diag.runs.writer import RunWriter
 from tests.run_fixtures import ATTRIBUTES, check_run, groups, site, snapshot, write_run
 
 
@@ -113,7 +113,7 @@ class TestOnDisk:
     def test_units_that_look_like_time_stay_numbers(self, path: Path) -> None:
         with begun(path) as writer:
             writer.append_series(0, {"probe_seconds": 1.5}, {"probe_seconds": {"units": "seconds"}})
-        from osp_diag.run import open_run
+        from osp_diag.runs.run import open_run
 
         assert open_run(path).series["probe_seconds"].values.tolist() == [1.5]
 

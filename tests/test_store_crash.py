@@ -17,8 +17,8 @@ import xarray as xr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from osp_diag.run_lock import LOCK_NAME, WriterLock
-from osp_diag.store import RunWriter
+from osp_diag.runs.lock import LOCK_NAME, WriterLock
+from osp_diag.runs.writer import RunWriter
 from tests.run_fixtures import ATTRIBUTES, check_run, groups, snapshot
 
 
@@ -173,7 +173,7 @@ _NURSERY = """
 import os, random, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
-from osp_diag.store import RunWriter
+from osp_diag.runs.writer import RunWriter
 from tests.run_fixtures import ATTRIBUTES, groups, snapshot
 
 def life(seed, journal):

@@ -17,8 +17,8 @@ import xarray as xr
 import zarr
 
 from osp_diag.errors import StoreError
-from osp_diag.run_lock import LOCK_NAME
-from osp_diag.store import RunWriter, check_destination
+from osp_diag.runs.lock import LOCK_NAME
+from osp_diag.runs.writer import RunWriter, check_destination
 from tests.run_fixtures import ATTRIBUTES, check_run, groups, site, write_run
 
 
@@ -197,7 +197,7 @@ class TestOneWriter:
         begun(path, resume=True).close()
 
     def test_another_process(self, path: Path) -> None:
-        code = f"from osp_diag.store import RunWriter; RunWriter({str(path)!r}, {{}}, resume=True)"
+        code = f"from osp_diag.runs.writer import RunWriter; RunWriter({str(path)!r}, {{}}, resume=True)"
         with RunWriter(path, {}):
             found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
         assert found.returncode != 0
@@ -235,7 +235,7 @@ class TestOneWriter:
             begun(path).close()
 
     def test_a_system_without_locks_is_refused(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("osp_diag.run_lock.fcntl", None)
+        monkeypatch.setattr("osp_diag.runs.lock.fcntl", None)
         with pytest.raises(StoreError, match="this system has no POSIX file locks"):
             begun(path)
 

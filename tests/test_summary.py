@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from osp_diag.analyses.network_order import network_order
-from osp_diag.analyses.summary import compare_protocols, headline_kurtosis, summarise
+from osp_diag.analyses.summary.summary import compare_protocols, headline_kurtosis, summarise
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without
 
 PLAN = Plan()

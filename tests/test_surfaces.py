@@ -15,7 +15,7 @@ from osp_diag.figures._registry import figure_module
 from osp_diag.figures._surfaces import Axes, _heading, _places, in_block_order, short_name
 from osp_diag.figures.backend import none
 from osp_diag.figures.styles import load_style
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run
 from tests.tiny_checkpoints import byte_tokenizer, llama
 

@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader
 
 from osp_diag.errors import DivergenceError, StoreError, TrainingError, UsageError
-from osp_diag.run import open_run
+from osp_diag.runs.run import open_run
 from osp_diag.trainer.checkpoint import CheckpointFolder, alone_is_meant, folder_of, latest
 from osp_diag.trainer.config import CheckpointConfig
 from osp_diag.trainer.exporting import trained_model

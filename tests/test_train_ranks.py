@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from osp_diag.run import open_run
+from osp_diag.runs.run import open_run
 from osp_diag.trainer.checkpoint import folder_of, latest
 from osp_diag.trainer.config_values import as_dictionary
 from osp_diag.trainer.exporting import trained_model

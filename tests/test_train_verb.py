@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osp_diag import figures
 from osp_diag.cli.main import main
-from osp_diag.run import open_run
+from osp_diag.runs.run import open_run
 from osp_diag.trainer.config_values import as_dictionary
 from tests.training_runs import minute
 

@@ -11,7 +11,7 @@ import torch
 
 import osp_diag
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.store import RunWriter
+from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer.callbacks import OutlierProbeCallback
 from tests.tiny_checkpoints import byte_tokenizer
 from tests.training_loops import (

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from osp_diag.analyses.emergence import onsets
-from osp_diag.analyses.sink_implementation import sink_implementation
-from osp_diag.analyses.verdict import RULES, STATES, verdict
+from osp_diag.analyses.emergence.history import onsets
+from osp_diag.analyses.sinks.implementation import sink_implementation
+from osp_diag.analyses.summary.verdict import RULES, STATES, verdict
 from osp_diag.errors import UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from tests.emerging_runs import Course, Training, emerging_run
 from tests.sink_runs import sink_run
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without

@@ -10,8 +10,8 @@ import pytest
 from osp_diag.analyses.live import standing
 from osp_diag.cli.main import main
 from osp_diag.cli.watch_alerts import AlertFile
-from osp_diag.run_following import FollowedRun
-from osp_diag.store import RunWriter
+from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, grown_run, record, scalars
 
 NAN = float("nan")

@@ -16,8 +16,8 @@ import pytest
 from osp_diag.analyses.live import lasted, standing
 from osp_diag.cli.main import main
 from osp_diag.cli.watch_terminal import standing_as_text
-from osp_diag.run_following import FollowedRun
-from osp_diag.store import RunWriter
+from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, groups, grown_run, record, scalars
 
 ROOT = Path(__file__).parents[1]

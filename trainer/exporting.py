@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from osp_diag.errors import TrainingError
-from osp_diag.run import Run, open_run
-from osp_diag.run_display import headline
+from osp_diag.runs.display import headline
+from osp_diag.runs.run import Run, open_run
 from osp_diag.trainer.checkpoint import Saved, folder_of, latest
 from osp_diag.trainer.config import DataConfig
 from osp_diag.trainer.config_values import as_dictionary

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import numpy as np
 import xarray as xr
 
-from osp_diag import run_display
 from osp_diag.probing.session import Probe
-from osp_diag.run import Run
+from osp_diag.runs import display as run_display
+from osp_diag.runs.run import Run
 from osp_diag.trainer.loggers import Logger
 
 __all__ = ["PREFIX", "ProbeTold", "headline"]

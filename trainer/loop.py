@@ -16,7 +16,7 @@ from osp_diag.errors import DivergenceError
 from osp_diag.probing.checkpoint import joined_ranks
 from osp_diag.probing.ranks import is_distributed, is_first_rank
 from osp_diag.probing.saving import check_out
-from osp_diag.run import Run, open_run
+from osp_diag.runs.run import Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.trainer.checkpoint import (
     CheckpointFolder,

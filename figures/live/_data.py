@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from osp_diag.analyses.live_numbers import KURTOSIS, sink_rates
 from osp_diag.errors import StoreError
 from osp_diag.figures._decimate import bin_starts, max_pool
-from osp_diag.run_following import FollowedRun
+from osp_diag.runs.following import FollowedRun
 
 __all__ = [
     "Choice",

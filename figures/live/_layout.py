@@ -11,7 +11,7 @@ from osp_diag.analyses.live import Standing
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.figures.live._data import LARGEST, MEAN, Choice, chosen, floor_of, offered
 from osp_diag.figures.live._pictures import Shown
-from osp_diag.run_following import FollowedRun
+from osp_diag.runs.following import FollowedRun
 
 __all__ = [
     "CONTROLS",

@@ -22,7 +22,7 @@ from osp_diag.figures.live._layout import (
 )
 from osp_diag.figures.live._look import INDEX
 from osp_diag.figures.live._pictures import Shown, curves, heat_maps, scalar_curves
-from osp_diag.run_following import FollowedRun
+from osp_diag.runs.following import FollowedRun
 
 if TYPE_CHECKING:
     from dash import Dash

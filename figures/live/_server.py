@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from osp_diag.errors import UsageError
 from osp_diag.figures.live._page import make_page
-from osp_diag.run_following import FollowedRun
+from osp_diag.runs.following import FollowedRun
 
 __all__ = ["application", "is_loopback", "serve_page"]
 

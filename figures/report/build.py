@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from osp_diag.analyses.emergence import Emergence, emergence
+from osp_diag.analyses.emergence.history import Emergence, emergence
 from osp_diag.analyses.run_labels import labels_of
-from osp_diag.analyses.verdict import Verdict, verdict
+from osp_diag.analyses.summary.verdict import Verdict, verdict
 from osp_diag.errors import OspDiagError, UsageError
 from osp_diag.figures._colours import sample
 from osp_diag.figures._runs import last_step, opened

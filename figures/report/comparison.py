@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from osp_diag.analyses.channel_comparison import compare_channels
-from osp_diag.analyses.summary_text import number
-from osp_diag.analyses.verdict import Verdict
+from osp_diag.analyses.channels.comparison import compare_channels
+from osp_diag.analyses.summary.text import number
+from osp_diag.analyses.summary.verdict import Verdict
 from osp_diag.errors import OspDiagError
 from osp_diag.figures.report.tables import Table
 

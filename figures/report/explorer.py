@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary_numbers import EPSILON
+from osp_diag.analyses.summary.numbers import EPSILON
 from osp_diag.analyses.thinned_run import evenly
 from osp_diag.errors import OspDiagError
 from osp_diag.estimators.token_kurtosis import gaussian_floor

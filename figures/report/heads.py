@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.sink_implementation import DEFINITIONS, sink_implementation
-from osp_diag.analyses.sink_statement import sink_statement
+from osp_diag.analyses.sinks.implementation import DEFINITIONS, sink_implementation
+from osp_diag.analyses.sinks.statement import sink_statement
 from osp_diag.analyses.thinned_run import thinned_run
 from osp_diag.errors import OspDiagError
 from osp_diag.figures.report.encoding import packed

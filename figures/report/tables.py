@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.hot_channels import TIMES
-from osp_diag.analyses.summary_text import number
+from osp_diag.analyses.channels.hot import TIMES
+from osp_diag.analyses.summary.text import number
 from osp_diag.figures.report.explorer import SITES
 from osp_diag.figures.report.heads import EVIDENCE, WORDS, Heads
 
@@ -106,7 +106,7 @@ def _hottest(at: xr.Dataset) -> tuple[list[int | None], list[float | None]]:
 def channel_table(runs: Sequence[Any], labels: Sequence[str], emerged: Sequence[Any]) -> Table:
     """Hot channels of block outputs: where, how hot, and in a training run since when.
 
-    ``emerged`` holds an :class:`osp_diag.analyses.emergence.Emergence` or None for each run.
+    ``emerged`` holds an :class:`osp_diag.analyses.emergence.history.Emergence` or None for each run.
     """
     columns = [
         ("run", ""),

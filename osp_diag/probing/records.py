@@ -12,9 +12,9 @@ import xarray as xr
 from osp_diag.probing.deferred import HostWork
 from osp_diag.probing.ranks import is_first_rank
 from osp_diag.probing.saving import write_run
-from osp_diag.run import Run, open_run
-from osp_diag.store import RunWriter
-from osp_diag.store_tree import scalar
+from osp_diag.runs.run import Run, open_run
+from osp_diag.runs.tree import scalar
+from osp_diag.runs.writer import RunWriter
 
 __all__ = ["Records"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import xarray as xr
 
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.store import RunWriter, check_destination
+from osp_diag.runs.writer import RunWriter, check_destination
 
 __all__ = ["check_out", "write_run"]
 
@@ -74,7 +74,7 @@ def write_run(
 
 
 def _holds_a_step(path: Path) -> bool:
-    from osp_diag.run import open_run
+    from osp_diag.runs.run import open_run
 
     with suppress(StoreError):
         return len(open_run(path).steps) > 0

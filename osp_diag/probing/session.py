@@ -31,7 +31,7 @@ from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.versions import library_versions
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from osp_diag.sites import SITES, find_sites, matches
 from osp_diag.sites.names import ATTENTION, HEAD_SITES, LINEAR_INPUT
 from osp_diag.sites.trace import is_compiled, unfused, unwrap

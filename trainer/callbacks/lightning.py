@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from osp_diag.errors import UsageError
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from osp_diag.trainer.callbacks.recording import HeldOut, Options, Recording
 
 __all__ = ["OutlierProbe"]

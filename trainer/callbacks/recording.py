@@ -19,7 +19,7 @@ from osp_diag.probing.identity import token_attributes
 from osp_diag.probing.ranks import is_first_rank
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.session import Probe
-from osp_diag.run import Run, open_run
+from osp_diag.runs.run import Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
 from osp_diag.trainer.config import ProbeConfig

@@ -6,7 +6,7 @@ from typing import Any, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 from osp_diag.trainer.callbacks.recording import HeldOut, Options, Recording
 
 __all__ = ["OutlierProbeCallback"]

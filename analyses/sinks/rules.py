@@ -11,7 +11,8 @@ __all__ = ["SinkRules"]
 
 @dataclass(frozen=True, kw_only=True)
 class SinkRules:
-    """The thresholds of :func:`osp_diag.analyses.sink_implementation.sink_implementation`; all are shares."""
+    """The thresholds of :func:`osp_diag.analyses.sinks.implementation.sink_implementation`; all are
+    shares."""
 
     epsilon: float = 0.3
     """of the sink rate: Gu et al. 2025. The run has to hold it."""

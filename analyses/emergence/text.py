@@ -1,4 +1,4 @@
-"""What :mod:`osp_diag.analyses.emergence` found, in a few sentences."""
+"""What :mod:`osp_diag.analyses.emergence.history` found, in a few sentences."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary_text import number
+from osp_diag.analyses.summary.text import number
 
 if TYPE_CHECKING:
-    from osp_diag.analyses.emergence import Emergence
+    from osp_diag.analyses.emergence.history import Emergence
 
 __all__ = ["text_of"]
 

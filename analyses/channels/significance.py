@@ -21,7 +21,7 @@ import xarray as xr
 from jaxtyping import Float
 from scipy.stats import false_discovery_control, t
 
-from osp_diag.analyses.channel_profiles import decades, relative_rms
+from osp_diag.analyses.channels.profiles import decades, relative_rms
 from osp_diag.errors import OspDiagError
 
 __all__ = ["LEVEL", "Grouped", "grouped", "why_not_significant", "with_significance"]
@@ -105,7 +105,7 @@ def with_significance(
 
     Parameters
     ----------
-    data : the site, of :func:`osp_diag.analyses.channel_comparison_data.compared_site`
+    data : the site, of :func:`osp_diag.analyses.channels.comparison_data.compared_site`
     first, second : the sums by group of both runs
     pairs : the matched layers
     paired : whether both were fed the same tokens in the same groups

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 if TYPE_CHECKING:
-    from osp_diag.run import Run
+    from osp_diag.runs.run import Run
 
 __all__ = ["headline", "run_as_html", "run_as_text"]
 

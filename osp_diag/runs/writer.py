@@ -1,6 +1,6 @@
 """Writing a run: an append-only, crash-consistent Zarr v3 hierarchy.
 
-What is on disk (``osp_diag.run`` reads it, and so does ``xarray.open_datatree(path, engine="zarr")``):
+What is on disk (``osp_diag.runs.run`` reads it, and so does ``xarray.open_datatree(path, engine="zarr")``):
 
 * the root holds ``step`` and the attributes that determine the numbers;
 * one group per site, variables (step, layer, …); ``raw/<site>`` the same for raw sums;
@@ -28,9 +28,8 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.run_lock import WriterLock
-from osp_diag.store_axis import GrowingAxis
-from osp_diag.store_folder import (
+from osp_diag.runs.axis import GrowingAxis
+from osp_diag.runs.folder import (
     FORMAT_KEY,
     FORMAT_VERSION,
     check_destination,
@@ -40,8 +39,9 @@ from osp_diag.store_folder import (
     survey,
     sweep,
 )
-from osp_diag.store_format import METADATA, ArrayLayout, group_metadata, jsonable, replace_file, root_document
-from osp_diag.store_tree import Plan, Tree, group_path, scalar, step_label
+from osp_diag.runs.format import METADATA, ArrayLayout, group_metadata, jsonable, replace_file, root_document
+from osp_diag.runs.lock import WriterLock
+from osp_diag.runs.tree import Plan, Tree, group_path, scalar, step_label
 
 __all__ = ["RunWriter", "check_destination"]
 

@@ -12,7 +12,7 @@ import textwrap
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary_text import number
+from osp_diag.analyses.summary.text import number
 from osp_diag.errors import UsageError
 
 __all__ = ["sink_statement"]

@@ -1,8 +1,8 @@
 """What is wrong with a model and where, by stated rules; or that nothing is.
 
 Each rule compares one number of the run with a threshold and gives a :class:`Finding`: its state, a
-sentence, and the place it speaks of. The numbers are those of :mod:`osp_diag.analyses.summary`, the onset
-that of :mod:`osp_diag.analyses.emergence`.
+sentence, and the place it speaks of. The numbers are those of :mod:`osp_diag.analyses.summary.summary`, the
+onset that of :mod:`osp_diag.analyses.emergence.history`.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.hot_channels import TIMES
+from osp_diag.analyses.channels.hot import TIMES
 from osp_diag.analyses.in_notebook import in_notebook
-from osp_diag.analyses.summary import EVERYDAY, NEAR_GAUSSIAN, SINKS, Summary, summarise
-from osp_diag.analyses.summary_numbers import EPSILON, QK_CLIP, SINK_HEAD
-from osp_diag.analyses.summary_text import number
+from osp_diag.analyses.summary.numbers import EPSILON, QK_CLIP, SINK_HEAD
+from osp_diag.analyses.summary.summary import EVERYDAY, NEAR_GAUSSIAN, SINKS, Summary, summarise
+from osp_diag.analyses.summary.text import number
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.run_display import HIDDEN_STATES
+from osp_diag.runs.display import HIDDEN_STATES
 
 __all__ = ["RULES", "STATES", "Finding", "State", "Verdict", "verdict"]
 
@@ -113,13 +113,14 @@ def verdict(
 
     Parameters
     ----------
-    onsets : what :func:`osp_diag.analyses.emergence.onsets` returned; without it nothing is said of emergence
-    sinks : what :func:`osp_diag.analyses.sink_implementation.sink_implementation` returned; without it
+    onsets : what :func:`osp_diag.analyses.emergence.history.onsets` returned; without it nothing is said of
+        emergence
+    sinks : what :func:`osp_diag.analyses.sinks.implementation.sink_implementation` returned; without it
         nothing is said of how heads make their sinks
 
     Raises
     ------
-    UsageError, StoreError : as :func:`osp_diag.analyses.summary.summarise`
+    UsageError, StoreError : as :func:`osp_diag.analyses.summary.summary.summarise`
     """
     summary = summarise(run, step=step)
     found = [

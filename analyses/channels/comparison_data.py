@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from osp_diag.analyses.channel_profiles import (
+from osp_diag.analyses.channels.profiles import (
     HOT,
     SMALLEST,
     concentration_curve,

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.channel_profiles import HOT
-from osp_diag.analyses.channel_significance_text import SIGNIFICANCE_NUMBERS, significance_lines
-from osp_diag.analyses.summary_text import number
+from osp_diag.analyses.channels.profiles import HOT
+from osp_diag.analyses.channels.significance_text import SIGNIFICANCE_NUMBERS, significance_lines
+from osp_diag.analyses.summary.text import number
 
 if TYPE_CHECKING:
-    from osp_diag.analyses.channel_comparison import ChannelComparison
+    from osp_diag.analyses.channels.comparison import ChannelComparison
 
 __all__ = ["plain_values", "text_of"]
 

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.emergence_text import text_of
-from osp_diag.analyses.hot_channels import TIMES, TOP, hot_channels
+from osp_diag.analyses.channels.hot import TIMES, TOP, hot_channels
+from osp_diag.analyses.emergence.onset import DEPARTURE, FEWEST_PROBES, Emerged, when_it_emerges
+from osp_diag.analyses.emergence.text import text_of
+from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.analyses.network_order import network_order
-from osp_diag.analyses.onset import DEPARTURE, FEWEST_PROBES, Emerged, when_it_emerges
-from osp_diag.analyses.outlier_writers import outlier_writers
 from osp_diag.analyses.run_labels import run_name
 from osp_diag.analyses.thinned_run import evenly, thinned_run
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.run import Run
+from osp_diag.runs.run import Run
 
 __all__ = ["SITES", "STATISTIC", "Emergence", "emergence", "log_kurtosis", "onsets"]
 
@@ -49,9 +49,9 @@ class Emergence:
     first: xr.Dataset
     """by stratum: the first site and layer to depart"""
     channels: xr.Dataset | None
-    """see :func:`osp_diag.analyses.hot_channels.hot_channels`; None: the run holds no channel statistics"""
+    """see :func:`osp_diag.analyses.channels.hot.hot_channels`; None: the run holds no channel statistics"""
     writers: xr.Dataset | None
-    """see :func:`osp_diag.analyses.outlier_writers.outlier_writers`"""
+    """see :func:`osp_diag.analyses.emergence.writers.outlier_writers`"""
     notes: tuple[str, ...] = ()
     """what could not be answered, and why"""
 
@@ -80,7 +80,7 @@ def emergence(
     Parameters
     ----------
     sites, strata, departure, draws, probes : see :func:`onsets`
-    top, times : see :func:`osp_diag.analyses.hot_channels.hot_channels`
+    top, times : see :func:`osp_diag.analyses.channels.hot.hot_channels`
     channel_probes : channels and their writers are looked at in so many probed steps at most, evenly
         spaced, and at the onsets of block outputs; all by default
 
@@ -126,8 +126,8 @@ def onsets(
 ) -> xr.Dataset:
     """Onset, doubling time and plateau of the OSP kurtosis at every site, layer and stratum.
 
-    :mod:`osp_diag.analyses.onset` defines them, for y = max(ln(κ / noise), 0). The noise is the estimator's
-    floor
+    :mod:`osp_diag.analyses.emergence.onset` defines them, for y = max(ln(κ / noise), 0). The noise is the
+    estimator's floor
     (Gaussian noise of that width); at ``mlp_hidden``, a product that is not Gaussian even untrained, the
     value at step 0 if that is larger.
 

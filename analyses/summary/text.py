@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from osp_diag.analyses.summary import Summary
+    from osp_diag.analyses.summary.summary import Summary
 
 __all__ = ["number", "text_of"]
 

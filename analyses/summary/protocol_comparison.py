@@ -31,7 +31,7 @@ class ProtocolComparison:
 
     def text(self) -> str:
         """Both numbers, and one line that says why they differ."""
-        from osp_diag.analyses.summary_text import number
+        from osp_diag.analyses.summary.text import number
 
         length = f" of {self.sequence_length:,} tokens" if self.sequence_length else ""
         return (
@@ -51,7 +51,7 @@ def compare_protocols(sequence_run: Any, published_run: Any) -> ProtocolComparis
     UsageError : the runs are not of these protocols, or not of one model
     StoreError : a run lacks the OSP kurtosis of a hidden state
     """
-    from osp_diag.analyses.summary import headline_kurtosis
+    from osp_diag.analyses.summary.summary import headline_kurtosis
 
     for run, protocol in ((sequence_run, "sequence"), (published_run, "osp-published")):
         if run.attrs.get("protocol") != protocol:

@@ -1,6 +1,6 @@
 """Following a run that is being written: each look reads what was committed since the last one.
 
-:class:`osp_diag.run.Run` opens a run as it is now. A view that looks every second for days would read
+:class:`osp_diag.runs.run.Run` opens a run as it is now. A view that looks every second for days would read
 ten thousand steps again each time; here rows that were read once are kept, and only new ones are read.
 """
 
@@ -19,9 +19,9 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.run_lock import LOCK_NAME, WriterState, writer_state
-from osp_diag.store_folder import read_root
-from osp_diag.store_format import METADATA, PARTIAL, ArrayLayout
+from osp_diag.runs.folder import read_root
+from osp_diag.runs.format import METADATA, PARTIAL, ArrayLayout
+from osp_diag.runs.lock import LOCK_NAME, WriterState, writer_state
 
 __all__ = ["FollowedRun", "RunState"]
 
@@ -166,7 +166,7 @@ class FollowedRun:
 
     def sites_with(self, statistic: str) -> list[str]:
         """The sites at which a statistic is recorded by step."""
-        from osp_diag.run import SITE_ORDER
+        from osp_diag.runs.run import SITE_ORDER
 
         found = [group for group, names in self._recorded.items() if statistic in names]
         sites = [group.replace("/", ":", 1) for group in found if group.split("/")[0] not in _NOT_SITES]

@@ -1,4 +1,4 @@
-"""Reading a run: labelled arrays, lazily, from the Zarr hierarchy that :mod:`osp_diag.store` writes."""
+"""Reading a run: labelled arrays, lazily, from the Zarr hierarchy that :mod:`osp_diag.runs.writer` writes."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.run_display import run_as_html, run_as_text
-from osp_diag.store_folder import FORMAT_KEY, FORMAT_VERSION, read_root
-from osp_diag.store_format import jsonable
-from osp_diag.store_tree import group_path
+from osp_diag.runs.display import run_as_html, run_as_text
+from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, read_root
+from osp_diag.runs.format import jsonable
+from osp_diag.runs.tree import group_path
 
 __all__ = ["Run", "open_run"]
 

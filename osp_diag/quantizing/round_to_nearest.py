@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from osp_diag.analyses.quantization_results import UNQUANTIZED
 from osp_diag.errors import CheckpointError, UsageError
+from osp_diag.quantizing.results import UNQUANTIZED
 from osp_diag.sites import find_sites
 from osp_diag.sites.stack import is_linear
 from osp_diag.sites.trace import unwrap

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from osp_diag.store_format import METADATA, ArrayLayout, replace_file
+from osp_diag.runs.format import METADATA, ArrayLayout, replace_file
 
 __all__ = ["GrowingArray", "GrowingAxis", "Row"]
 

@@ -1,7 +1,8 @@
 """The numbers of a summary: which layers, heads and strata of a run's statistics it looks at.
 
 Each function takes the run's sites at one step (site → Dataset) and returns fields of
-:class:`osp_diag.analyses.summary.Summary`; a field is left out where the run does not hold its statistic.
+:class:`osp_diag.analyses.summary.summary.Summary`; a field is left out where the run does not hold its
+statistic.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import xarray as xr
 from osp_diag.analyses.network_order import network_order
 from osp_diag.estimators.magnitude_outliers import outlier_features
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.run_display import HIDDEN_STATES
+from osp_diag.runs.display import HIDDEN_STATES
 
 EPSILON = 0.3
 """of the sink rate: Gu et al. 2025"""

@@ -10,10 +10,10 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from osp_diag.analyses.perplexity import perplexity
-from osp_diag.analyses.quantization_results import UNQUANTIZED, QuantizedResult, results_dataset
-from osp_diag.analyses.round_to_nearest import check_bits, round_to_nearest
 from osp_diag.errors import UsageError
+from osp_diag.quantizing.perplexity import perplexity
+from osp_diag.quantizing.results import UNQUANTIZED, QuantizedResult, results_dataset
+from osp_diag.quantizing.round_to_nearest import check_bits, round_to_nearest
 from osp_diag.tokens import make_batches
 
 __all__ = ["WIDTHS", "bit_width_sweep", "bit_widths"]
@@ -61,21 +61,21 @@ def bit_width_sweep(
     tokens : ids of shape (sequence, position), without padding
     widths : (bits of weights, bits of activations), each 2 to 8, or 16 for "as they are"
     token_source, model_fingerprint : recorded with the results
-    blocks, batch_size : as :func:`~osp_diag.analyses.round_to_nearest.round_to_nearest` and
-        :func:`~osp_diag.analyses.perplexity.perplexity` take them
+    blocks, batch_size : as :func:`~osp_diag.quantizing.round_to_nearest.round_to_nearest` and
+        :func:`~osp_diag.quantizing.perplexity.perplexity` take them
     progress : told (settings done, settings in all)
 
     Returns
     -------
     A Dataset with the dimension ``setting``, in the order given and each once; see
-    :mod:`osp_diag.analyses.quantization_results`.
+    :mod:`osp_diag.quantizing.results`.
 
     Raises
     ------
     UsageError : no setting, bits that have no meaning, or ``compressed-tensors`` is not installed; before
         any work
-    TokenError, CheckpointError, SiteError : what :func:`~osp_diag.analyses.perplexity.perplexity` and
-        :func:`~osp_diag.analyses.round_to_nearest.round_to_nearest` refuse
+    TokenError, CheckpointError, SiteError : what :func:`~osp_diag.quantizing.perplexity.perplexity` and
+        :func:`~osp_diag.quantizing.round_to_nearest.round_to_nearest` refuse
     """
     chosen = list(dict.fromkeys(widths))
     if not chosen:

@@ -19,7 +19,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.run import QUANTIZATION, open_run
+from osp_diag.runs.run import QUANTIZATION, open_run
 
 __all__ = [
     "HELD_OUT",
@@ -126,7 +126,7 @@ def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
     ------
     StoreError : no run is there, or another process writes it
     """
-    from osp_diag.store import RunWriter
+    from osp_diag.runs.writer import RunWriter
 
     run = open_run(path)
     if QUANTIZATION in run.tree.children:

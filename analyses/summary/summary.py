@@ -16,8 +16,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.in_notebook import in_notebook
-from osp_diag.analyses.protocol_comparison import ProtocolComparison, compare_protocols
-from osp_diag.analyses.summary_numbers import (
+from osp_diag.analyses.summary.numbers import (
     by_stratum,
     everyday,
     hidden_states,
@@ -27,6 +26,7 @@ from osp_diag.analyses.summary_numbers import (
     nonfinite,
     sinks,
 )
+from osp_diag.analyses.summary.protocol_comparison import ProtocolComparison, compare_protocols
 from osp_diag.errors import StoreError, UsageError
 
 __all__ = ["ProtocolComparison", "Summary", "compare_protocols", "headline_kurtosis", "summarise"]
@@ -113,7 +113,7 @@ class Summary:
 
     def text(self) -> str:
         """For a reader who has never heard of any of these numbers."""
-        from osp_diag.analyses.summary_text import text_of
+        from osp_diag.analyses.summary.text import text_of
 
         return text_of(self)
 

@@ -2,7 +2,7 @@
 
 For two runs, two checkpoints, or two steps of one run. Every number is made from ``channel_rms``, the RMS
 of each channel over the tokens of a stratum, relative to the median channel of its layer, so that widths
-and scales may differ (:mod:`osp_diag.analyses.channel_profiles`).
+and scales may differ (:mod:`osp_diag.analyses.channels.profiles`).
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.channel_comparison_data import (
+from osp_diag.analyses.channels.comparison_data import (
     SiteProfiles,
     compared_site,
     hot_channel_table,
 )
-from osp_diag.analyses.channel_comparison_weights import compared_weights
-from osp_diag.analyses.channel_significance import Grouped, grouped, why_not_significant, with_significance
+from osp_diag.analyses.channels.comparison_weights import compared_weights
+from osp_diag.analyses.channels.significance import Grouped, grouped, why_not_significant, with_significance
 from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.analyses.run_labels import labels_of, run_name
 from osp_diag.errors import StoreError, UsageError
@@ -41,7 +41,7 @@ class ChannelComparison:
 
     def text(self) -> str:
         """A table of the sites, the hot channels of the residual stream, and the notes."""
-        from osp_diag.analyses.channel_comparison_text import text_of
+        from osp_diag.analyses.channels.comparison_text import text_of
 
         return text_of(self)
 
@@ -65,7 +65,7 @@ class ChannelComparison:
 
     def as_dict(self) -> dict[str, Any]:
         """The distances and hot channels as plain values that JSON knows; maps and curves are left out."""
-        from osp_diag.analyses.channel_comparison_text import plain_values
+        from osp_diag.analyses.channels.comparison_text import plain_values
 
         return plain_values(self)
 

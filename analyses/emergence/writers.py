@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.hot_channels import TOP, of_site
+from osp_diag.analyses.channels.hot import TOP, of_site
 from osp_diag.errors import StoreError
 
 __all__ = ["CLEAR", "WRITERS", "outlier_writers"]

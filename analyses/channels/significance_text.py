@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.channel_significance import LEVEL
-from osp_diag.analyses.summary_text import number
+from osp_diag.analyses.channels.significance import LEVEL
+from osp_diag.analyses.summary.text import number
 
 __all__ = ["SIGNIFICANCE_NUMBERS", "significance_lines"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from osp_diag.errors import StoreError
-from osp_diag.run_lock import LOCK_NAME
-from osp_diag.store_format import METADATA, PARTIAL
+from osp_diag.runs.format import METADATA, PARTIAL
+from osp_diag.runs.lock import LOCK_NAME
 
 __all__ = [
     "FORMAT_KEY",

@@ -14,7 +14,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.store_format import METADATA, ArrayLayout, jsonable
+from osp_diag.runs.format import METADATA, ArrayLayout, jsonable
 
 __all__ = ["Plan", "Tree", "group_path", "scalar", "step_label"]
 

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.rotary_pairs import RotaryPairs, rotary_pairs
-from osp_diag.analyses.sink_residual import residual_of_sink
-from osp_diag.analyses.sink_rules import SinkRules
+from osp_diag.analyses.sinks.residual import residual_of_sink
+from osp_diag.analyses.sinks.rotary_pairs import RotaryPairs, rotary_pairs
+from osp_diag.analyses.sinks.rules import SinkRules
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.attention_tiles import LogitGrid
 

@@ -1,0 +1,1 @@
+"""When, where and by whom outliers are written while a model trains."""

@@ -1,0 +1,1 @@
+"""How heads make their attention sinks, in words and by head."""
