@@ -147,7 +147,8 @@ def run(
 
 
 def _report(runs: Mapping[str, Run], out: Path | None, as_json: bool) -> int:
-    from osp_diag.analyses.summary.summary import compare_protocols, summarise
+    from osp_diag.analyses.summary.protocol_comparison import compare_protocols
+    from osp_diag.analyses.summary.summary import summarise
 
     first = next(iter(runs.values()))
     summary = summarise(first)

@@ -7,8 +7,8 @@ from typing import Any
 
 from osp_diag.checkpoints import Checkpoint
 from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar
-from osp_diag.runs.display import HIDDEN_STATES
 from osp_diag.runs.run import Run
+from osp_diag.schema import HIDDEN_STATES
 from osp_diag.tokens import make_batches
 
 __all__ = ["measure"]

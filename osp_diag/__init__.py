@@ -13,10 +13,10 @@ from osp_diag.errors import OspDiagError
 
 if TYPE_CHECKING:
     from osp_diag import estimators
-    from osp_diag.capture.declared import attention_function
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing import Probe, probe
     from osp_diag.runs.run import Run, open_run
+    from osp_diag.seams.declared import attention_function
 
 __version__ = "0.1.0"
 
@@ -35,7 +35,7 @@ __all__ = [
 _HOME_OF = {
     "Probe": "osp_diag.probing",
     "Run": "osp_diag.runs.run",
-    "attention_function": "osp_diag.capture.declared",
+    "attention_function": "osp_diag.seams.declared",
     "estimators": "osp_diag.estimators",
     "open_checkpoint": "osp_diag.checkpoints",
     "open_run": "osp_diag.runs.run",

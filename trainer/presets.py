@@ -5,7 +5,6 @@ All presets are full OSP: Muon with decoupled embeddings, single-scale RMSNorm, 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -22,6 +21,7 @@ from osp_diag.trainer.config import (
 )
 from osp_diag.trainer.config_values import with_changes
 from osp_diag.trainer.data.mixture import OSP_TOKENIZER, osp_mixture
+from osp_diag.wording import did_you_mean
 
 __all__ = [
     "PRESETS",
@@ -145,9 +145,8 @@ def preset(name: str) -> TrainConfig:
     if ":" in name:
         return _from_function(name)
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
-        raise UsageError(f"there is no preset {name!r}; {advice}, or give module:function")
+        advice = did_you_mean(name, PRESETS, "or give module:function")
+        raise UsageError(f"there is no preset {name!r}; {advice}")
     return PRESETS[name]()
 
 

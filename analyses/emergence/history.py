@@ -10,17 +10,18 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.channels.hot import TIMES, TOP, hot_channels
+from osp_diag.analyses.channels.hot import TOP, hot_channels
+from osp_diag.analyses.channels.profiles import HOT
 from osp_diag.analyses.emergence.onset import DEPARTURE, FEWEST_PROBES, Emerged, when_it_emerges
 from osp_diag.analyses.emergence.text import text_of
 from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.analyses.in_notebook import in_notebook
-from osp_diag.analyses.network_order import network_order
 from osp_diag.analyses.run_labels import run_name
 from osp_diag.analyses.thinned_run import evenly, thinned_run
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.runs.run import Run
+from osp_diag.schema import network_order
 
 __all__ = ["SITES", "STATISTIC", "Emergence", "emergence", "log_kurtosis", "onsets"]
 
@@ -71,7 +72,7 @@ def emergence(
     departure: float = DEPARTURE,
     draws: int = 100,
     top: int = TOP,
-    times: float = TIMES,
+    times: float = HOT,
     probes: int = MOST_PROBES,
     channel_probes: int | None = None,
 ) -> Emergence:

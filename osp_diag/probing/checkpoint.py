@@ -25,7 +25,8 @@ from osp_diag.probing.identity import model_attributes, token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank, on_first_rank
 from osp_diag.probing.saving import check_out
 from osp_diag.probing.session import Probe
-from osp_diag.runs.run import CHANNEL_WEIGHTS, WEIGHT_MAP, Run, open_run
+from osp_diag.runs.run import Run, open_run
+from osp_diag.schema import CHANNEL_WEIGHTS, WEIGHT_MAP
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
 
