@@ -303,15 +303,14 @@ class TestDisplay:
         lines = repr(run).splitlines()
         assert lines == [
             "<osp_diag.Run>",
-            "  model                tiny (LlamaForCausalLM, 3 layers, 5 channels)",
-            "  protocol             sequence (BOS no, sequences of 16)",
-            "  tokens               1,024 from built-in text (float32)",
-            "  steps                3: 0 to 20",
-            "  sites                2: residual_post, linear_input:mlp.down_proj",
-            "  absent               query_post_rope (no rotary embedding)",
-            f"  path                 {path}",
-            "  largest |x|          4,040 (residual_post, layer 2)",
-            "  OSP excess kurtosis  2,010 (mean over 3 hidden states)",
+            "  model        tiny (LlamaForCausalLM, 3 layers, 5 channels)",
+            "  protocol     sequence (BOS no, sequences of 16)",
+            "  tokens       1,024 from built-in text (float32)",
+            "  steps        3: 0 to 20",
+            "  sites        2: residual_post, linear_input:mlp.down_proj",
+            "  absent       query_post_rope (no rotary embedding)",
+            f"  path         {path}",
+            "  largest |x|  4,040 (residual_post, layer 2)",
         ]
 
     def test_hidden_states_are_those_of_the_osp_script(self, tmp_path: Path) -> None:

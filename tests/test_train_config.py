@@ -183,6 +183,7 @@ def test_the_options_of_the_verb(tmp_path):
 def test_a_recipe_is_a_file_of_the_package():
     assert [(one.name, one.row) for one in recipes().values()][0::5] == [("adam", 1), ("osp", 6)]
     assert all(one.help.endswith(".") for one in recipes().values())
-    assert recipe("adam").changes(preset("tiny"))["optimizer.lr"] == preset("tiny").optimizer.embedding_lr
+    large = preset("osp_1_4b")
+    assert recipe("adam").changes(large)["optimizer.lr"] == large.optimizer.embedding_lr == 5e-3
     with pytest.raises(UsageError, match=r"^there is no recipe 'muon_ssnrm'; did you mean muon_ssnorm"):
         recipe("muon_ssnrm")
