@@ -15,15 +15,17 @@ if TYPE_CHECKING:
     from osp_diag import estimators
     from osp_diag.capture.declared import attention_function
     from osp_diag.checkpoints import open_checkpoint
-    from osp_diag.probing import Probe, probe
+    from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe
     from osp_diag.runs.run import Run, open_run
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "MeasurementSettings",
     "OspDiagError",
     "Probe",
     "Run",
+    "TokenSettings",
     "__version__",
     "attention_function",
     "estimators",
@@ -33,8 +35,10 @@ __all__ = [
 ]
 
 _HOME_OF = {
+    "MeasurementSettings": "osp_diag.probing",
     "Probe": "osp_diag.probing",
     "Run": "osp_diag.runs.run",
+    "TokenSettings": "osp_diag.probing",
     "attention_function": "osp_diag.capture.declared",
     "estimators": "osp_diag.estimators",
     "open_checkpoint": "osp_diag.checkpoints",

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int64
@@ -20,10 +20,13 @@ if TYPE_CHECKING:
 
 __all__ = ["DELIMITERS", "PROTOCOLS", "TokenBatches", "delimiter_ids_of", "make_batches"]
 
-PROTOCOLS = ("sequence", "osp-published")
+Protocol = Literal["sequence", "osp-published"]
 """``sequence``: sequences as they are. ``osp-published``: every token its own sequence of length one."""
 
-BOS_CHOICES = ("auto", "yes", "no")
+PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+
+BeginningOfSequence = Literal["auto", "yes", "no"]
+BOS_CHOICES: tuple[str, ...] = get_args(BeginningOfSequence)
 
 DEFAULT_TOKENS = 8192
 DEFAULT_LENGTH = 512
