@@ -14,6 +14,7 @@ from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
+    from osp_diag.tokens import Protocol
 
 VERB = "probe"
 HELP = "measure every outlier and sink statistic of a checkpoint"
@@ -135,7 +136,7 @@ def run(
     return _report(runs, out, json)
 
 
-def _report(runs: Mapping[str, Run], out: Path | None, as_json: bool) -> int:
+def _report(runs: Mapping[Protocol, Run], out: Path | None, as_json: bool) -> int:
     from osp_diag.analyses.summary.summary import compare_protocols, summarise
 
     first = next(iter(runs.values()))

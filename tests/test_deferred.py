@@ -371,6 +371,14 @@ def test_the_trainer_records_and_tells_the_same(tmp_path, monkeypatch):
     assert behind.order == sorted(behind.order) == at_once.order
 
 
+def test_loggers_get_the_headline_of_training_steps_that_are_probed(tmp_path, monkeypatch):
+    logger = Told()
+    monkeypatch.setattr("osp_diag.trainer.recording.open_loggers", lambda *_, **__: logger)
+    train(minute(steps=3, probe__on="training"), tmp_path / "run.zarr", loggers=["tensorboard"])
+    probed = [step for step, values in logger.told.items() if "osp_diag/osp_excess_kurtosis" in values]
+    assert (probed, logger.order) == ([3], sorted(logger.order))
+
+
 def test_a_deferred_training_that_is_interrupted_goes_on_exactly(tmp_path, monkeypatch):
     monkeypatch.setattr("osp_diag.trainer.recording.Probe", probe_that(deferred=True))
     train(minute(), tmp_path / "whole.zarr")

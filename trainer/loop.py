@@ -23,16 +23,16 @@ from osp_diag.tokens import TokenBatches
 from osp_diag.trainer.checkpoint import (
     CheckpointFolder,
     Saved,
-    alone_is_meant,
     check_beside,
     folder_of,
     forget,
     latest,
+    without_single_process_warnings,
 )
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
-from osp_diag.trainer.devices import device_of, memory_told
+from osp_diag.trainer.devices import device_of, memory_advice
 from osp_diag.trainer.divergence import Watch, first_bad_tensor
 from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.identity import announcement, run_attributes
@@ -94,7 +94,7 @@ def train(
     if not resume:
         check_out(out, overwrite=overwrite)
     check_beside(out, resume=resume, overwrite=overwrite)
-    with joined_ranks(), alone_is_meant(), ExitStack() as stack:
+    with joined_ranks(), without_single_process_warnings(), ExitStack() as stack:
         training = Training(config, out, stack, resume=resume, overwrite=overwrite, loggers=loggers)
         training.progress = progress
         if announce is not None and is_first_rank():
@@ -233,7 +233,7 @@ class Training:
         if self.device.type != "cuda":
             return
         state = self.data.state_dict()
-        with memory_told(self.config, self.device, self.ranks):
+        with memory_advice(self.config, self.device, self.ranks):
             self._gradients(self.data.next_batch())
         self.optimizers.zero_grad()
         self.data.load_state_dict(state)
@@ -248,7 +248,7 @@ class Training:
             while self.step < self.config.steps:
                 if self.recording.measures_passes_of(self.step + 1):
                     self._record(wait=True)  # it records while the step runs, and rows come in order
-                with memory_told(self.config, self.device, self.ranks):
+                with memory_advice(self.config, self.device, self.ranks):
                     self._train_step(self.step + 1)
                 self.step += 1
                 self._record(wait=self._wants_host(self.step))

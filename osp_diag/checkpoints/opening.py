@@ -206,14 +206,14 @@ def _device(device: str | torch.device) -> torch.device:
             torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % seen) if seen else torch.device("cpu")
         )
     try:
-        found = torch.device(device)
+        place = torch.device(device)
     except RuntimeError:
         raise UsageError(f"{str(device)!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and (found.index or 0) >= seen:
+    if place.type == "cuda" and (place.index or 0) >= seen:
         raise CheckpointError(
             f"device {str(device)!r} was asked for, but this PyTorch ({torch.__version__}) sees "
             f"{seen or 'no'} CUDA device{'s' * (seen > 1)}; use device='cpu', or install PyTorch with CUDA "
             "and check "
             "nvidia-smi"
         )
-    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
+    return torch.device("cuda", torch.cuda.current_device()) if str(place) == "cuda" else place
