@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary.text import number
+from osp_diag.wording import number
 
 __all__ = ["as_markdown", "as_text"]
 
@@ -94,9 +94,7 @@ def _said(value: Any) -> str:
 
 
 def _number(value: float) -> str:
-    if np.isnan(value):
-        return NONE
-    return number(float(value)) if abs(value) >= 0.001 else f"{value:.2g}"
+    return NONE if np.isnan(value) else number(float(value))
 
 
 def _markdown_line(cells: Sequence[str]) -> str:

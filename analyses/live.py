@@ -11,12 +11,14 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.alerts import Alert, alerts
-from osp_diag.analyses.live_numbers import KURTOSIS, hidden_state_kurtosis, sink_rates
+from osp_diag.analyses.live_numbers import hidden_state_kurtosis, sink_rates
 from osp_diag.errors import StoreError
 from osp_diag.runs.following import FollowedRun, RunState
 from osp_diag.runs.lock import WriterState
+from osp_diag.schema import KURTOSIS
+from osp_diag.wording import duration
 
-__all__ = ["Standing", "lasted", "standing"]
+__all__ = ["Standing", "standing"]
 
 SCALARS = (
     "loss", "held_out_loss", "gradient_norm", "learning_rate", "tokens_per_second",
@@ -63,7 +65,7 @@ class Standing:
             return "nothing is there yet; waiting for a writer"
         if self.state == "unreadable":
             return "cannot be read"
-        ago = "" if self.age is None else f", last written {lasted(self.age)} ago"
+        ago = "" if self.age is None else f", last written {duration(self.age)} ago"
         complete = self.planned_steps is not None and (self.last_step or 0) >= self.planned_steps
         words = {
             "writing": "being written",
@@ -136,14 +138,6 @@ def standing(run: FollowedRun) -> Standing:
             probes=probes,
             **numbers,
         )
-
-
-def lasted(seconds: float) -> str:
-    """A time that a person can read: 4 s, 12 min, 3.5 h, 2.1 days."""
-    for unit, size in (("days", 86400.0), ("h", 3600.0)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _description(attrs: dict[str, Any]) -> str:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary.numbers import EPSILON
 from osp_diag.errors import StoreError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.runs.display import HIDDEN_STATES
 from osp_diag.runs.following import FollowedRun
+from osp_diag.schema import HIDDEN_STATES, KURTOSIS, SINK_EPSILON, SINK_POSITION
 
-__all__ = ["KURTOSIS", "hidden_state_kurtosis", "sink_rates"]
-
-KURTOSIS = "osp_excess_kurtosis"
+__all__ = ["hidden_state_kurtosis", "sink_rates"]
 
 
 def hidden_state_kurtosis(run: FollowedRun) -> xr.DataArray | None:
@@ -60,7 +57,9 @@ def sink_rates(run: FollowedRun) -> xr.DataArray | None:
     if "sink_rate" not in run.statistics_at("attention"):
         return None
     try:
-        rates = run.values("attention", "sink_rate", {"epsilon": EPSILON, "sink_position": 0}, ("head",))
+        rates = run.values(
+            "attention", "sink_rate", {"epsilon": SINK_EPSILON, "sink_position": SINK_POSITION}, ("head",)
+        )
     except StoreError:  # probed with other thresholds
         return None
-    return rates.transpose("layer", "step").assign_attrs(epsilon=EPSILON)
+    return rates.transpose("layer", "step").assign_attrs(epsilon=SINK_EPSILON)

@@ -12,7 +12,7 @@ from osp_diag.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
-    from osp_diag.tokens import Protocol
+    from osp_diag.schema import Protocol
 
 VERB = "demo"
 HELP = "probe a real checkpoint, train a small model with Adam and with OSP, and make a page of it all"
@@ -80,7 +80,8 @@ def run(
         raise UsageError(f"--train-steps {train_steps}: give 1 or more, or 0 to train nothing")
     _check_folder(out)
     runs = _measured(checkpoint, out, tokens, device)
-    from osp_diag.analyses.summary.summary import compare_protocols, summarise
+    from osp_diag.analyses.summary.protocol_comparison import compare_protocols
+    from osp_diag.analyses.summary.summary import summarise
 
     summary = summarise(runs["sequence"])
     print(summary.text())
@@ -108,7 +109,7 @@ def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[s
     from osp_diag.checkpoints.wheel import WHEELS
     from osp_diag.probing import MeasurementSettings, TokenSettings
     from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar, working
-    from osp_diag.runs.display import HIDDEN_STATES
+    from osp_diag.schema import HIDDEN_STATES
 
     try:
         with working(f"opening {checkpoint}"):

@@ -14,7 +14,7 @@ from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
-    from osp_diag.tokens import Protocol
+    from osp_diag.schema import Protocol
 
 VERB = "probe"
 HELP = "measure every outlier and sink statistic of a checkpoint"
@@ -137,7 +137,8 @@ def run(
 
 
 def _report(runs: Mapping[Protocol, Run], out: Path | None, as_json: bool) -> int:
-    from osp_diag.analyses.summary.summary import compare_protocols, summarise
+    from osp_diag.analyses.summary.protocol_comparison import compare_protocols
+    from osp_diag.analyses.summary.summary import summarise
 
     first = next(iter(runs.values()))
     summary = summarise(first)

@@ -9,9 +9,8 @@ from pathlib import Path
 from osp_diag.checkpoints import Checkpoint
 from osp_diag.probing import MeasurementSettings, TokenSettings
 from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar
-from osp_diag.runs.display import HIDDEN_STATES
 from osp_diag.runs.run import Run
-from osp_diag.tokens import Protocol
+from osp_diag.schema import HIDDEN_STATES, Protocol
 
 __all__ = ["measure"]
 

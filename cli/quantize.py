@@ -191,7 +191,8 @@ def _as_rows(results: xr.Dataset) -> list[dict[str, object]]:
 
 
 def _as_text(results: xr.Dataset, name: str) -> str:
-    from osp_diag.quantizing.results import UNQUANTIZED, notation, perplexity_at
+    from osp_diag.analyses.few_bits import perplexity_at
+    from osp_diag.quantizing.results import UNQUANTIZED, notation
 
     first = results.isel(setting=0)
     full = perplexity_at(results, UNQUANTIZED, UNQUANTIZED)

@@ -43,6 +43,7 @@ def run_ablation(
     """
     from osp_diag import figures
     from osp_diag.analyses.ablation import ablation_table, as_markdown, as_text
+    from osp_diag.quantizing.exported import measure_checkpoint
     from osp_diag.quantizing.results import store_results
     from osp_diag.runs.run import open_run
     from osp_diag.trainer.ablation import train_all
@@ -61,13 +62,12 @@ def run_ablation(
         announce=lambda line: print(line, file=sys.stderr),
     )
     print("comparing: export, both protocols, perplexity at 16 and 4 bits", file=sys.stderr)
-    models = _exported(paths, folder / "models")
-    table = ablation_table(
-        {name: open_run(path) for name, path in paths.items()},
-        models,
-        tokens,
-        measured=lambda name, results: store_results(paths[name], results),
-    )
+    checkpoints = {}
+    for name, model in _exported(paths, folder / "models").items():
+        checkpoints[name] = measure_checkpoint(model, tokens)
+        store_results(paths[name], checkpoints[name].few_bits)
+    runs = {name: open_run(path) for name, path in paths.items()}
+    table = ablation_table(runs, checkpoints, int(tokens.size))
     table.to_netcdf(folder / "table.nc")
     (folder / "table.md").write_text(as_markdown(table) + "\n", encoding="utf-8")
     pictured = [path for name, path in paths.items() if name in configs and "seed" not in name]

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from osp_diag.runs.display import number
+from osp_diag.wording import number
 
 if TYPE_CHECKING:
     import xarray as xr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -17,6 +16,7 @@ from osp_diag import figures
 from osp_diag.errors import UsageError
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.wording import did_you_mean
 
 __all__ = [
     "FigureModule",
@@ -67,9 +67,8 @@ def figure_module(name: str) -> Any:
     """The module of a figure by its name or alias; an unknown one is answered with the nearest names."""
     found = canonical(name)
     if found not in names():
-        near = difflib.get_close_matches(name, [*names(), *aliases()], n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise UsageError(f"no figure is named {name!r}; {hint}there are {', '.join(names())}")
+        hint = did_you_mean(name, [*names(), *aliases()], "`osp-diag figure --help` lists them")
+        raise UsageError(f"no figure is named {name!r}; {hint}")
     return importlib.import_module(f"{figures.__name__}.{found}")
 
 
@@ -79,9 +78,7 @@ def check_options(name: str, prepare: Callable[..., xr.Dataset], options: dict[s
     hints = get_type_hints(prepare)
     for option, value in options.items():
         if option not in known:
-            near = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise UsageError(f"the figure {name} has no option {option!r}; {hint}it has {', '.join(known)}")
+            raise UsageError(f"the figure {name} has no option {option!r}; {did_you_mean(option, known)}")
         if not _fits(value, hints[option]):
             raise UsageError(f"the figure {name} takes for {option} {_said(hints[option])}, not {value!r}")
 

@@ -6,15 +6,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from osp_diag.errors import OspDiagError, StoreError, UsageError
+from osp_diag.runs.steps import at_step, step_of
 
 __all__ = [
-    "at_step",
     "identifier",
-    "last_step",
     "name_of",
     "opened",
     "per_run",
@@ -51,28 +49,6 @@ def name_of(run: Any) -> str:
     return str(run.attrs.get("model_name", "unnamed model"))
 
 
-def last_step(run: Any, step: int | None = None) -> int:
-    """The step asked for, or the run's last one."""
-    steps = np.asarray(run.steps)
-    if not steps.size:
-        raise StoreError(
-            f"the run of {name_of(run)} holds no step yet; wait until the first probe is written"
-        )
-    if step is None:
-        return int(steps[-1])
-    if step not in steps:
-        near = sorted(steps.tolist(), key=lambda known: abs(known - step))[:3]
-        raise UsageError(
-            f"the run of {name_of(run)} has no step {step}; the nearest are "
-            f"{', '.join(map(str, sorted(near)))}"
-        )
-    return int(step)
-
-
-def at_step(dataset: xr.Dataset, run: Any, step: int | None) -> xr.Dataset:
-    return dataset.sel(step=last_step(run, step)) if "step" in dataset.dims else dataset
-
-
 def _why(run: Any, site: str) -> str:
     """The reason that the run itself gives for a site's absence."""
     reason = run.absent_sites.get(site)
@@ -103,7 +79,7 @@ def statistics(
             f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {name_of(run)} does not "
             f"hold; probe again with the estimator among --estimators"
         )
-    return at_step(dataset[wanted], run, step).load()
+    return at_step(dataset[wanted], step_of(run, step)).load()
 
 
 def identifier(values: xr.DataArray) -> str:
@@ -125,7 +101,7 @@ def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:
 
 def snapshot_step(run: Any) -> int:
     """The step of the raw activations: a run keeps those of its first probe."""
-    last_step(run)  # refuses a run without any
+    step_of(run)  # refuses a run without any
     return int(run.steps[0])
 
 

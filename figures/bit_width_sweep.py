@@ -11,15 +11,16 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
 from osp_diag.figures._few_bits import results_and_remark
-from osp_diag.figures._runs import last_step
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
-from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, perplexity_at
+from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig4",)
 SWEEPS = {"weights": "weight_bits", "activations": "activation_bits"}
@@ -44,7 +45,7 @@ def prepare(runs: list[Any], *, relative: bool = False, scheme: str = ROUND_TO_N
     way round; from 16 bits down, NaN where it was not measured.
     """
     results, remark = results_and_remark(runs, scheme)
-    steps = [last_step(run) for run in runs]
+    steps = [step_of(run) for run in runs]
     bits = sorted({int(b) for found in results for name in SWEEPS.values() for b in found[name].values})[::-1]
     values = np.array(
         [

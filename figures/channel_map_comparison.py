@@ -18,10 +18,12 @@ from osp_diag.analyses.channels.profiles import relative_rms
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._decimate import bin_starts, max_pool, number, spans
-from osp_diag.figures._runs import last_step, name_of, per_run, statistics
+from osp_diag.figures._decimate import bin_starts, max_pool, spans
+from osp_diag.figures._runs import name_of, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
+from osp_diag.wording import number
 
 ALIASES = ()
 MATCHES = ("index", "profile")
@@ -98,10 +100,10 @@ def _two(runs: list[Any], step: int | None, other_step: int | None) -> tuple[lis
         raise UsageError(f"channel_map_comparison takes two runs, or one; it was given {len(runs)}")
     if len(runs) == 2:
         later = step if other_step is None else other_step
-        return runs, [last_step(runs[0], step), last_step(runs[1], later)]
+        return runs, [step_of(runs[0], step), step_of(runs[1], later)]
     run = runs[0]
-    last = last_step(run, other_step)
-    first = int(run.steps[0]) if step is None else last_step(run, step)
+    last = step_of(run, other_step)
+    first = int(run.steps[0]) if step is None else step_of(run, step)
     if first == last:
         raise UsageError(
             f"channel_map_comparison needs two runs, or two steps of one; of the run of {name_of(run)} there "

@@ -12,9 +12,10 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
-from osp_diag.figures._runs import identifier, last_step, per_run, statistics
+from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("concentration",)
 POINTS = 150
@@ -50,7 +51,7 @@ def prepare(
         identifiers.append(identifier(rms))
         rms = rms.sel(stratum=stratum, drop=True).transpose("layer", "channel")
         parts.append(_curves(rms))
-        steps.append(last_step(run, step))
+        steps.append(step_of(run, step))
     dataset = per_run(parts, labels_of(runs, steps))
     title = f"Share of the energy of {site} in the largest channels, by layer, {stratum} tokens"
     remark = "Channels are sorted anew in each layer; dashed: all channels equally large"

@@ -17,9 +17,10 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._bounds import bound, draw_bounds, log_range
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
-from osp_diag.figures._runs import identifier, last_step, per_run, statistics
+from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("depth",)
 ARRANGEMENTS = ("side-by-side", "overlaid")
@@ -72,7 +73,7 @@ def prepare(
             }
         )
         parts.append(part)
-        steps.append(last_step(run, step))
+        steps.append(step_of(run, step))
     dataset = per_run(parts, labels_of(runs, steps))
     title = f"Magnitude and kurtosis of {site} by layer"
     dataset.attrs = {

@@ -16,9 +16,10 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._bounds import bound
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
-from osp_diag.figures._runs import last_step, name_of, per_run
+from osp_diag.figures._runs import name_of, per_run
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("disagreement",)
 BY = ("layer", "site")
@@ -59,7 +60,7 @@ def prepare(
     """
     if by not in BY:
         raise UsageError(f"estimator_disagreement: by is {' or '.join(BY)}, not {by!r}")
-    steps = [last_step(run, step) for run in runs]
+    steps = [step_of(run, step) for run in runs]
     parts = [_of_run(run, at, site, stratum, by) for run, at in zip(runs, steps, strict=True)]
     dataset = per_run(parts, labels_of(runs, steps))
     # Joined runs come sorted by name; the order of the first run's places is that of the network.

@@ -18,11 +18,12 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample, tint
-from osp_diag.figures._decimate import number
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._runs import last_step, name_of
+from osp_diag.figures._runs import name_of
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
+from osp_diag.wording import number
 
 ALIASES = ("fig3", "fig7")
 AXES = ("tokens", "steps")
@@ -52,7 +53,7 @@ def prepare(
         raise UsageError(f"kurtosis_dynamics: against is {' or '.join(AXES)}, not {against!r}")
     if not 0 <= smoothing < 1:
         raise UsageError(f"kurtosis_dynamics: smoothing is a share from 0 to below 1, not {smoothing}")
-    steps = [last_step(run) for run in runs]
+    steps = [step_of(run) for run in runs]
     losses = [_loss(run) for run in runs]
     kurtoses = [kurtosis_by_step(run, "kurtosis_dynamics", stratum) for run in runs]
     per_step = np.array([_tokens_per_step(run) for run in runs])

@@ -16,9 +16,10 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.sinks.implementation import logit_edges
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._runs import last_step, name_of, per_run, statistics
+from osp_diag.figures._runs import name_of, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig6", "logits")
 AXES = ("shared", "own")
@@ -67,7 +68,7 @@ def prepare(
             "logit_densities: the runs have different bins of logits; probe them with the same parameters of "
             "logit_distribution"
         )
-    steps = [last_step(run, step) for run in runs]
+    steps = [step_of(run, step) for run in runs]
     dataset = per_run(parts, labels_of(runs, steps))
     if axes == "shared":
         dataset["low"][:], dataset["high"][:] = dataset["low"].min(), dataset["high"].max()

@@ -14,9 +14,9 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._decimate import bin_starts, max_pool
-from osp_diag.figures._runs import last_step
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("timeline",)
 _TICKS = 6
@@ -51,7 +51,7 @@ def prepare(
     """
     if pixels < 1:
         raise UsageError(f"outlier_timeline: pixels must be at least 1, not {pixels}")
-    steps = [last_step(run) for run in runs]
+    steps = [step_of(run) for run in runs]
     parts, short, estimators = [], [], []
     labels = labels_of(runs, steps)
     for run, label in zip(runs, labels, strict=True):

@@ -11,16 +11,18 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
 from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._runs import last_step, name_of
+from osp_diag.figures._runs import name_of
 from osp_diag.figures.backend import AxisScale, Backend, Canvas
 from osp_diag.figures.styles import Style
-from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
+from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig1",)
 LABELS = {
@@ -58,7 +60,7 @@ def prepare(
     if against not in LABELS:
         raise UsageError(f"quantization_scatter: against is {', '.join(LABELS)}, not {against!r}")
     results, remark = results_and_remark(runs, scheme)
-    steps = [last_step(run) for run in runs]
+    steps = [step_of(run) for run in runs]
     bits = notation(weight_bits, activation_bits)
     few = [
         _measured(run, found, weight_bits, activation_bits) for run, found in zip(runs, results, strict=True)

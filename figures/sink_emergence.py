@@ -16,9 +16,10 @@ from osp_diag.analyses.sinks.implementation import sink_emergence
 from osp_diag.analyses.sinks.rules import SinkRules
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._runs import last_step, per_run, statistics
+from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("emergence_of_sinks",)
 MOST_TICKS = 12
@@ -47,7 +48,7 @@ def prepare(runs: list[Any], *, epsilon: float = 0.3, sink_rate: float = 0.5) ->
         found = sink_emergence(run, rules=rules)
         part = found[["sink_rate", "emergence_step"]].transpose("layer", "head", "step")
         parts.append(part.rename(step="probed_step"))
-        steps.append(last_step(run))
+        steps.append(step_of(run))
     dataset = per_run(parts, labels_of(runs, steps)).rename(probed_step="step").sortby("step")
     title = "Emergence of attention sinks by head"
     length = ", ".join(dict.fromkeys(str(run.attrs.get("sequence_length", "unknown")) for run in runs))

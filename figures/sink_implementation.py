@@ -15,9 +15,10 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.sinks.implementation import sink_implementation
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._runs import last_step, name_of, per_run, statistics
+from osp_diag.figures._runs import name_of, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("sink_channels",)
 NAMED = 5
@@ -52,7 +53,7 @@ def prepare(
     parts, steps = [], []
     identifiers = []
     for run in runs:
-        steps.append(last_step(run, step))
+        steps.append(step_of(run, step))
         needed = statistics(run, "attention", ("sink_logit_contribution",), "sink_implementation", step)
         identifiers += [needed["sink_logit_contribution"].attrs.get("estimator", ""), "sink_rate/1"]
         found = sink_implementation(run, steps=steps[-1:], rope_theta=rope_theta).isel(step=0, drop=True)

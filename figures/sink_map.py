@@ -11,9 +11,10 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._runs import identifier, last_step, name_of, per_run, statistics
+from osp_diag.figures._runs import identifier, name_of, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("sinks",)
 
@@ -47,7 +48,7 @@ def prepare(
         received = found["first_token_attention"].sel(stratum=stratum, drop=True)
         parts.append(xr.Dataset({"sink_rate": rate, "first_token_attention": received}))
         identifiers += [identifier(found[name]) for name in found]
-        steps.append(last_step(run, step))
+        steps.append(step_of(run, step))
     dataset = per_run(parts, labels_of(runs, steps))
     title = "Attention sinks by layer and head"
     lengths = ", ".join(dict.fromkeys(str(run.attrs.get("sequence_length", "unknown")) for run in runs))

@@ -18,7 +18,7 @@ from osp_diag.analyses.thinned_run import evenly
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._decimate import bin_starts, max_pool
-from osp_diag.figures._runs import last_step, name_of, per_run
+from osp_diag.figures._runs import name_of, per_run
 from osp_diag.figures._surfaces import (
     Axes,
     check_z_scale,
@@ -31,6 +31,7 @@ from osp_diag.figures._surfaces import (
 )
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig10", "fig11")
 AXES = Axes(values="magnitude", quantity="|W|", row="projection", x="input_channel", y="output_channel")
@@ -75,7 +76,7 @@ def prepare(
         held = _shared_layers(runs[0], chosen)
         asked = [held[place] for place in evenly(len(held), LAYERS)]
     parts = [_of_run(run, chosen, one, cells) for run in runs for one in asked]
-    steps = [last_step(run) for run in runs]
+    steps = [step_of(run) for run in runs]
     labels = [label for label in labels_of(runs, steps) for _ in asked]
     dataset = per_run(parts, with_layers(labels, [int(part["layer"]) for part in parts]))
     title = f"|W| over input and output channel: {', '.join(map(short_name, chosen))}"

@@ -12,18 +12,14 @@ import numpy as np
 from jaxtyping import Int64
 
 from osp_diag.errors import TokenError, UsageError
+from osp_diag.schema import PROTOCOLS
 from osp_diag.text.sources import GIVEN_TEXT, Text, text_source
 from osp_diag.text.tokenizer import DELIMITERS, decode, delimiter_ids_of, encode, opening_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DELIMITERS", "PROTOCOLS", "TokenBatches", "delimiter_ids_of", "make_batches"]
-
-Protocol = Literal["sequence", "osp-published"]
-"""``sequence``: sequences as they are. ``osp-published``: every token its own sequence of length one."""
-
-PROTOCOLS: tuple[str, ...] = get_args(Protocol)
+__all__ = ["DELIMITERS", "TokenBatches", "delimiter_ids_of", "make_batches"]
 
 BeginningOfSequence = Literal["auto", "yes", "no"]
 BOS_CHOICES: tuple[str, ...] = get_args(BeginningOfSequence)

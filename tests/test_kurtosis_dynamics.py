@@ -61,7 +61,7 @@ def test_it_holds_each_runs_own_numbers_at_its_own_steps(runs):
 def test_the_kurtosis_is_the_mean_over_the_scripts_hidden_states():
     """Embedding, outputs of all blocks but the last, final norm: as `osp_diag.analyses.summary.summary` takes
     it."""
-    from osp_diag.analyses.summary.summary import headline_kurtosis
+    from osp_diag.runs.headline import headline_kurtosis
 
     run = synthetic_run(steps=(0, 7, 20))
     found = data(run).isel(run=0)

@@ -15,9 +15,10 @@ import xarray as xr
 import zarr
 
 from osp_diag.errors import StoreError
-from osp_diag.runs.display import headline, number
+from osp_diag.runs.headline import headline
 from osp_diag.runs.run import Run, open_run
 from osp_diag.runs.writer import RunWriter
+from osp_diag.wording import number
 from tests.run_fixtures import ATTRIBUTES, groups, site, snapshot, write_run
 
 

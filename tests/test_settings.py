@@ -65,9 +65,9 @@ def test_help_lists_every_option_with_its_default(function, defaults):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: osp_diag.probe(None, seqlen=3), r"probe\(\) takes no 'seqlen'; did you mean 'seq_len'\?"),
-        (lambda: osp_diag.Probe(None, site=()), r"Probe\(\) takes no 'site'; did you mean 'sites'\?"),
-        (lambda: osp_diag.Probe(None, qqq=1), r"Probe\(\) takes no 'qqq'; it takes .*every, out, "),
+        (lambda: osp_diag.probe(None, seqlen=3), r"probe\(\) takes no 'seqlen'; did you mean seq_len\?"),
+        (lambda: osp_diag.Probe(None, site=()), r"Probe\(\) takes no 'site'; did you mean sites"),
+        (lambda: osp_diag.Probe(None, qqq=1), r"Probe\(\) takes no 'qqq'; there are model, every, out, "),
         (lambda: OutlierProbeCallback(weights=()), r"OutlierProbeCallback\(\) takes no 'weights'"),
     ],
 )

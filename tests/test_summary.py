@@ -7,10 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from osp_diag.analyses.network_order import network_order
-from osp_diag.analyses.summary.summary import compare_protocols, headline_kurtosis, summarise
+from osp_diag.analyses.summary.protocol_comparison import compare_protocols
+from osp_diag.analyses.summary.summary import summarise
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.runs.headline import headline_kurtosis
 from osp_diag.runs.run import Run
+from osp_diag.schema import network_order
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without
 
 PLAN = Plan()

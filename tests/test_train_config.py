@@ -17,7 +17,8 @@ from osp_diag.trainer.config import (
 )
 from osp_diag.trainer.config_values import as_dictionary, differences, with_changes
 from osp_diag.trainer.parallel import check_ranks
-from osp_diag.trainer.presets import PRESETS, RECIPES, ablation, preset, with_recipe
+from osp_diag.trainer.presets import PRESETS, ablation, preset, with_recipe
+from osp_diag.trainer.recipes import recipe, recipes
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -47,7 +48,7 @@ def test_the_six_rows_differ_in_the_recipe_alone():
         "ssnorm",
         False,
     )
-    assert len({str(as_dictionary(config)) for config in rows.values()}) == len(RECIPES)
+    assert len({str(as_dictionary(config)) for config in rows.values()}) == len(recipes()) == 6
 
 
 @given(
@@ -177,3 +178,11 @@ def test_the_options_of_the_verb(tmp_path):
     file.write_text("[1]")
     with pytest.raises(UsageError, match="has to be an object of dotted keys"):
         chosen_config(None, file, None, [])
+
+
+def test_a_recipe_is_a_file_of_the_package():
+    assert [(one.name, one.row) for one in recipes().values()][0::5] == [("adam", 1), ("osp", 6)]
+    assert all(one.help.endswith(".") for one in recipes().values())
+    assert recipe("adam").changes(preset("tiny"))["optimizer.lr"] == preset("tiny").optimizer.embedding_lr
+    with pytest.raises(UsageError, match=r"^there is no recipe 'muon_ssnrm'; did you mean muon_ssnorm"):
+        recipe("muon_ssnrm")

@@ -17,8 +17,8 @@ from osp_diag.analyses.channels.profiles import (
     concentration_curve,
     concentration_distance,
     decades,
-    hot_channels,
     hot_distance,
+    is_hot,
     peak_distance,
     profile_distance,
     relative_rms,
@@ -58,7 +58,7 @@ _NOTES: dict[str, tuple[str, str]] = {
         "decades",
         "mean |log10 r_A(k) − log10 r_B(k)| of the k-th largest relative_rms, over ranks hot in either",
     ),
-    "hot_count": ("channels", f"channels with relative_rms above {HOT:g}"),
+    "hot_count": ("channels", f"channels with relative_rms of at least {HOT:g}"),
     "shared_hot_count": ("channels", "channels that are hot in both, by index; NaN where widths differ"),
     "expected_shared_hot_count": (
         "channels",
@@ -160,7 +160,7 @@ def _distances(first: SiteProfiles, second: SiteProfiles) -> dict[str, Any]:
 
 def _hot(first: SiteProfiles, second: SiteProfiles) -> dict[str, Any]:
     """How many channels are hot, and how many in both."""
-    hot = [hot_channels(side.relative) for side in (first, second)]
+    hot = [is_hot(side.relative) for side in (first, second)]
     counts = np.stack([side.sum(axis=-1) for side in hot]).astype(float)
     unknown = np.stack([np.isnan(side.relative).any(axis=-1) for side in (first, second)])
     counts[unknown] = np.nan
@@ -191,7 +191,7 @@ def hot_channel_table(data: xr.Dataset) -> xr.Dataset:
         part = data.sel(site=site)
         relative = part["relative_rms"].transpose("run", "layer", "channel").values.astype(float)
         highest = np.nanmax(np.where(np.isnan(relative), 0.0, relative), axis=1)
-        layers = hot_channels(relative).sum(axis=1)
+        layers = is_hot(relative).sum(axis=1)
         for kind, shown in _kinds(layers > 0, same_width=bool(part["width"][0] == part["width"][1])).items():
             for channel in np.flatnonzero(shown):
                 lone = {ONLY_FIRST: 0, ONLY_SECOND: 1}.get(kind)
@@ -231,7 +231,7 @@ def _hot_table(columns: dict[str, list[Any]]) -> xr.Dataset:
             "hot_layers": (
                 ("run", "hot"),
                 layers[order].T,
-                {"units": "layers", "definition": f"layers with relative_rms above {HOT:g}"},
+                {"units": "layers", "definition": f"layers with relative_rms of at least {HOT:g}"},
             ),
         }
     )

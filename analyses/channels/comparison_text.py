@@ -12,7 +12,7 @@ import xarray as xr
 
 from osp_diag.analyses.channels.profiles import HOT
 from osp_diag.analyses.channels.significance_text import SIGNIFICANCE_NUMBERS, significance_lines
-from osp_diag.analyses.summary.text import number
+from osp_diag.wording import number
 
 if TYPE_CHECKING:
     from osp_diag.analyses.channels.comparison import ChannelComparison
@@ -115,7 +115,7 @@ def _table(data: xr.Dataset) -> list[str]:
     return [
         *lines,
         "Largest over layers: peak (largest channel over the median one), energy in the largest channel.",
-        f"Summed over layers: hot channels (above {HOT:g} medians), those shared by index, and what chance",
+        f"Summed over layers: hot channels ({HOT:g} medians or more), those shared by index, and what chance",
         "gives. Mean over layers: distances of sorted profiles and of peaks (decades), of concentration",
         "curves (share of energy).",
     ]

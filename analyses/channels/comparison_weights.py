@@ -6,6 +6,7 @@ from typing import Any
 
 import xarray as xr
 
+from osp_diag.analyses.channels.profiles import over_median
 from osp_diag.errors import OspDiagError
 
 __all__ = ["compared_weights"]
@@ -14,22 +15,22 @@ _NORMS, _ROWS, _DOWN = "weights:norm_gain", "weights:embedding_rows", "mlp_down_
 
 _VARIABLES: dict[str, dict[str, str]] = {
     _NORMS: {
-        "gain_max": "norm_gain_max",
-        "max_median_ratio": "norm_gain_max_median_ratio",
-        "top_share": "norm_gain_top_share",
-        "outside_gain_max": "outside_norm_gain_max",
-        "outside_max_median_ratio": "outside_norm_gain_max_median_ratio",
-        "outside_top_share": "outside_norm_gain_top_share",
+        "norm_gain_max": "gain_max",
+        "norm_gain_max_median_ratio": "max_median_ratio",
+        "norm_gain_top_share": "top_share",
+        "outside_norm_gain_max": "outside_gain_max",
+        "outside_norm_gain_max_median_ratio": "outside_max_median_ratio",
+        "outside_norm_gain_top_share": "outside_top_share",
     },
     _ROWS: {
-        "norm_max": "embedding_row_norm_max",
-        "norm_max_median_ratio": "embedding_row_norm_max_median_ratio",
-        "top_row": "embedding_top_row",
-        "top_row_norm": "embedding_top_row_norm",
+        "embedding_row_norm_max": "norm_max",
+        "embedding_row_norm_max_median_ratio": "norm_max_median_ratio",
+        "embedding_top_row": "top_row",
+        "embedding_top_row_norm": "top_row_norm",
     },
-    _DOWN: {"weight_outlier_row_ratio": "down_projection_row_ratio"},
+    _DOWN: {"down_projection_row_ratio": "weight_outlier_row_ratio"},
 }
-"""What is taken of each group, and its name in a comparison."""
+"""What is taken of each group: its name, in a comparison and in runs, and the one that older runs give it."""
 _DIMS = {"layer": "weight_layer", "rank": "row_rank", "matrix": "embedding_matrix"}
 _SAID = {
     _NORMS: "norm gains",
@@ -104,7 +105,7 @@ def _writers(run: Any) -> xr.Dataset | None:
         rows = run.weight_map(name)["row_maximum"]
         if rows.sizes["output_channel"] != width:
             continue
-        ratio = (rows / rows.median("output_channel")).load().expand_dims(projection=[name])
+        ratio = over_median(rows.load(), "output_channel").expand_dims(projection=[name])
         found.append(ratio.rename({"layer": "projection_layer"}).rename("projection_row_ratio"))
     if not found:
         return None
@@ -135,14 +136,14 @@ def _by_channel(run: Any) -> xr.Dataset:
         gains.append(outside.expand_dims(gain_layer=[-1]))
     if gains:
         joined = xr.concat([gain.rename("gain") for gain in gains], "gain_norm", join="outer")
-        found["channel_gain_ratio"] = joined / joined.median("weight_channel")
+        found["channel_gain_ratio"] = over_median(joined, "weight_channel")
         found["channel_gain_ratio"].attrs = {
             "units": "1",
             "definition": "|gain| of a channel over the median channel's, of the same norm and layer",
         }
     if "embedding_maximum" in named:
         largest = named["embedding_maximum"]
-        found["channel_embedding_ratio"] = largest / largest.median("weight_channel")
+        found["channel_embedding_ratio"] = over_median(largest, "weight_channel")
         found["channel_embedding_ratio"].attrs = {
             "units": "1",
             "definition": "largest |entry| of the embedding in a channel over that of the median channel",
@@ -152,10 +153,10 @@ def _by_channel(run: Any) -> xr.Dataset:
 
 
 def _group(run: Any, group: str, names: dict[str, str], step: int) -> xr.Dataset | None:
-    if group not in run.sites:
+    if group not in (*run.sites, *run.beside):
         return None
-    dataset = run.at(group)
-    held = {name: new for name, new in names.items() if name in dataset}
+    dataset = run[group]
+    held = {old if old in dataset else new: new for new, old in names.items() if {old, new} & set(dataset)}
     if not held:
         return None
     chosen = dataset[list(held)].sel(step=step, drop=True).load().rename(held)

@@ -8,14 +8,13 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
+from osp_diag.analyses.channels.profiles import HOT, relative_rms
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 
-__all__ = ["TIMES", "TOP", "hot_channels", "of_site"]
+__all__ = ["TOP", "hot_channels", "of_site"]
 
 TOP = 4
 """Channels in the sets that are compared between steps."""
-TIMES = 5.0
-"""How many times the median channel's RMS a hot channel has."""
 
 
 def of_site(run: Any, site: str, variable: str, wants: str) -> xr.DataArray:
@@ -41,9 +40,7 @@ def of_site(run: Any, site: str, variable: str, wants: str) -> xr.DataArray:
     return dataset[variable]
 
 
-def hot_channels(
-    run: Any, *, site: str = "residual_post", top: int = TOP, times: float = TIMES
-) -> xr.Dataset:
+def hot_channels(run: Any, *, site: str = "residual_post", top: int = TOP, times: float = HOT) -> xr.Dataset:
     """Identity of the hot channels of a site over training.
 
     A channel is hot at a step if its RMS over tokens is at least ``times`` the median channel's, of the same
@@ -90,8 +87,7 @@ def hot_channels(
 def _of_layer(rms: xr.DataArray, top: int, times: float) -> xr.Dataset:
     values = rms.values.astype(np.float64)
     steps = rms["step"].values.astype(float)
-    median = np.median(values, axis=-1, keepdims=True)
-    ratio = np.divide(values, median, out=np.zeros_like(values), where=median > 0)
+    ratio = np.nan_to_num(relative_rms(values))
     hot = ratio >= times
     ever = hot.any(axis=0)
     last = len(steps) - 1 - hot[::-1].argmax(axis=0)

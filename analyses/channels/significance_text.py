@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.channels.significance import LEVEL
-from osp_diag.analyses.summary.text import number
+from osp_diag.wording import number
 
 __all__ = ["SIGNIFICANCE_NUMBERS", "significance_lines"]
 

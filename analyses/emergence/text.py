@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary.text import number
+from osp_diag.schema import STRATUM_WORDS
+from osp_diag.wording import number
 
 if TYPE_CHECKING:
     from osp_diag.analyses.emergence.history import Emergence
 
 __all__ = ["text_of"]
 
-_STRATA = {"first": "first token", "delimiter": "delimiters", "rest": "other tokens", "all": "all tokens"}
 _WIDTH = 100
 
 
@@ -30,7 +30,7 @@ def text_of(found: Emergence) -> str:
         f"is a kurtosis above {found.onsets.attrs['departure']:g} times the noise; intervals hold "
         f"{found.onsets.attrs['level']:.0%} of {found.onsets.attrs['draws']} bootstrap draws."
     ]
-    lines += [f"On {_STRATA.get(name, name)}: {' '.join(_of_stratum(found, name))}" for name in chosen]
+    lines += [f"On {STRATUM_WORDS.get(name, name)}: {' '.join(_of_stratum(found, name))}" for name in chosen]
     lines += [f"Not answered: {note}." for note in found.notes]
     return "\n".join(
         textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

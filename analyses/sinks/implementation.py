@@ -21,6 +21,7 @@ from osp_diag.analyses.sinks.rotary_pairs import RotaryPairs, rotary_pairs
 from osp_diag.analyses.sinks.rules import SinkRules
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.attention_tiles import LogitGrid
+from osp_diag.runs.steps import step_of
 
 __all__ = ["KINDS", "logit_edges", "sink_emergence", "sink_implementation"]
 
@@ -156,18 +157,12 @@ def _name(run: Any) -> str:
 
 
 def _steps(run: Any, steps: Sequence[int] | None) -> list[int]:
-    known = [int(step) for step in run.steps]
-    if not known:
-        raise StoreError(f"{_name(run)} holds no step yet; wait until the first probe is written")
-    foreign = [step for step in steps or () if step not in known]
-    if foreign or (steps is not None and not len(steps)):
-        near = sorted(known, key=lambda step: abs(step - foreign[0]))[:3] if foreign else known[:3]
-        raise UsageError(
-            f"{_name(run)} has no step {foreign[0]}; the nearest are {', '.join(map(str, sorted(near)))}"
-            if foreign
-            else "sink_implementation: steps is empty; leave it out for all"
-        )
-    return known if steps is None else sorted(int(step) for step in steps)
+    step_of(run)  # refuses a run without any
+    if steps is None:
+        return [int(step) for step in run.steps]
+    if not len(steps):
+        raise UsageError("sink_implementation: steps is empty; leave it out for all")
+    return sorted(step_of(run, int(step)) for step in steps)
 
 
 def _attention(run: Any, rules: SinkRules) -> xr.Dataset:

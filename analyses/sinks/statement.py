@@ -12,8 +12,8 @@ import textwrap
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary.text import number
 from osp_diag.errors import UsageError
+from osp_diag.wording import number
 
 __all__ = ["sink_statement"]
 

@@ -8,27 +8,22 @@ statistic.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.network_order import network_order
+from osp_diag.analyses.summary.rules import QK_CLIP, SINK_HEAD
 from osp_diag.estimators.magnitude_outliers import outlier_features
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.runs.display import HIDDEN_STATES
+from osp_diag.runs.headline import hidden_states, mean_by_stratum
+from osp_diag.schema import SINK_EPSILON, SINK_POSITION, network_order
 
-EPSILON = 0.3
-"""of the sink rate: Gu et al. 2025"""
-SINK_HEAD = 0.5
-"""A head is called a sink head if it sinks in at least this share of the sequences."""
-QK_CLIP = 100.0
-"""Largest pre-softmax logit that Kimi K2's QK-Clip lets pass."""
 JUMP = 5.0
 """Factor between the largest |x| of two consecutive blocks from which on it is called a jump."""
 
-__all__ = ["by_stratum", "everyday", "hidden_states", "kurtosis", "largest", "massive", "nonfinite", "sinks"]
+__all__ = ["everyday", "kurtosis", "largest", "massive", "nonfinite", "sink_rate_at", "sinks"]
 
 
 def _finite(value: float) -> float | None:
@@ -38,48 +33,12 @@ def _finite(value: float) -> float | None:
 # -- kurtosis --------------------------------------------------------------------------------------------
 
 
-def hidden_states(sites: Mapping[str, xr.Dataset]) -> tuple[list[xr.DataArray], str]:
-    """The tensors that ``output_hidden_states`` returns, as the OSP script averages them; or none, and why.
-
-    Embedding, outputs of the blocks but the last, and the state after the final norm, which the last
-    block's output has been replaced by. A model without a final norm ends with that output itself.
-    """
-    name = "osp_excess_kurtosis"
-    have = {site: sites[site][name] for site in HIDDEN_STATES if site in sites and name in sites[site]}
-    missing = [site for site in ("embedding", "residual_post") if site not in have]
-    if missing:
-        return [], f"{name} was not measured at {' and '.join(missing)}, so there is no headline number"
-    blocks = have["residual_post"]
-    if "final_norm" not in have:
-        return [
-            have["embedding"].isel(layer=0),
-            *_layers(blocks),
-        ], "there is no final norm: last block's output taken"
-    return [have["embedding"].isel(layer=0), *_layers(blocks)[:-1], have["final_norm"].isel(layer=0)], ""
-
-
-def _layers(values: xr.DataArray) -> list[xr.DataArray]:
-    ordered = values.sortby("layer")
-    return [ordered.isel(layer=index) for index in range(ordered.sizes["layer"])]
-
-
-def by_stratum(states: Iterable[xr.DataArray]) -> dict[str, float]:
-    """Mean over hidden states; a stratum that no token belongs to is left out."""
-    parts = [state.drop_vars(["layer", "step"], errors="ignore").load() for state in states]
-    if not parts:
-        return {}
-    mean = xr.concat(parts, dim="hidden_state").mean("hidden_state", skipna=True)
-    return {
-        str(name): float(mean.sel(stratum=name))
-        for name in mean["stratum"].values
-        if math.isfinite(float(mean.sel(stratum=name)))
-    }
-
-
-def kurtosis(sites: Mapping[str, xr.Dataset], width: int | None) -> dict[str, Any]:
+def kurtosis(
+    sites: Mapping[str, xr.Dataset], width: int | None, absent: Mapping[str, str] | None
+) -> dict[str, Any]:
     """The headline number, its normalised forms and its parts by stratum."""
-    states, note = hidden_states(sites)
-    parts = by_stratum(states)
+    states, note = hidden_states(sites, absent)
+    parts = mean_by_stratum(states)
     headline = parts.get("all")
     found: dict[str, Any] = {
         "width": width,
@@ -202,17 +161,14 @@ def sinks(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {}
     if "sink_rate" in attention:
-        rate = attention["sink_rate"]
-        nearest = int(np.argmin(np.abs(rate["epsilon"].values - EPSILON)))
-        if abs(float(rate["epsilon"].values[nearest]) - EPSILON) < 1e-9:
-            values = rate.isel(epsilon=nearest).sel(sink_position=0).values
-            known = np.isfinite(values)
-            if known.any():
-                found |= {
-                    "sink_rate": float(values[known].mean()),
-                    "sink_heads": int((values[known] >= SINK_HEAD).sum()),
-                    "heads": int(known.sum()),
-                }
+        rate = sink_rate_at(attention["sink_rate"])
+        if rate is not None and np.isfinite(rate.values).any():
+            values = rate.values[np.isfinite(rate.values)]
+            found |= {
+                "sink_rate": float(values.mean()),
+                "sink_heads": int((values >= SINK_HEAD).sum()),
+                "heads": int(values.size),
+            }
     if "first_token_attention" in attention:
         found["first_token_attention"] = _finite(
             float(attention["first_token_attention"].sel(stratum="all").mean(skipna=True))
@@ -230,6 +186,23 @@ def sinks(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     return found
 
 
+def sink_rate_at(
+    rates: xr.DataArray, epsilon: float = SINK_EPSILON, position: int = SINK_POSITION
+) -> xr.DataArray | None:
+    """The sink rate at one threshold and position, without these dimensions; None: it was not measured
+    there."""
+    if "sink_position" in rates.dims:
+        if position not in rates["sink_position"].values:
+            return None
+        rates = rates.sel(sink_position=position, drop=True)
+    if "epsilon" in rates.dims:
+        near = np.flatnonzero(np.isclose(rates["epsilon"].values, epsilon, rtol=0, atol=1e-9))
+        if not near.size:
+            return None
+        rates = rates.isel(epsilon=int(near[0]), drop=True)
+    return rates
+
+
 def _masked(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.nan)
 
@@ -240,14 +213,17 @@ def _masked(values: np.ndarray) -> np.ndarray:
 def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     """The first site in network order that holds a NaN or Inf."""
     counts: dict[tuple[str, int], float] = {}
+    counted = False
     for site, dataset in sites.items():
         name = "nonfinite_query_key_tokens" if site == "attention" else "nonfinite_token_count"
         if name in dataset:
+            counted = True
             counts |= {(site, layer): value for layer, value in _of_all(dataset[name]) if value > 0}
     if not counts:
-        return {}
+        return {"nonfinite_counted": counted}
     site, layer = network_order(counts)[0]
     found: dict[str, Any] = {
+        "nonfinite_counted": True,
         "nonfinite_tokens": int(max(counts.values())),
         "nonfinite_site": site,
         "nonfinite_layer": layer,

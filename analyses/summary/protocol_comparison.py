@@ -7,6 +7,7 @@ from typing import Any
 
 from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.runs.headline import headline_kurtosis
 
 __all__ = ["ProtocolComparison", "compare_protocols"]
 
@@ -31,7 +32,7 @@ class ProtocolComparison:
 
     def text(self) -> str:
         """Both numbers, and one line that says why they differ."""
-        from osp_diag.analyses.summary.text import number
+        from osp_diag.wording import number
 
         length = f" of {self.sequence_length:,} tokens" if self.sequence_length else ""
         return (
@@ -51,7 +52,6 @@ def compare_protocols(sequence_run: Any, published_run: Any) -> ProtocolComparis
     UsageError : the runs are not of these protocols, or not of one model
     StoreError : a run lacks the OSP kurtosis of a hidden state
     """
-    from osp_diag.analyses.summary.summary import headline_kurtosis
 
     for run, protocol in ((sequence_run, "sequence"), (published_run, "osp-published")):
         if run.attrs.get("protocol") != protocol:

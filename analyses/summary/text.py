@@ -6,20 +6,15 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from osp_diag.schema import STRATUM_WORDS
+from osp_diag.wording import number
+
 if TYPE_CHECKING:
     from osp_diag.analyses.summary.summary import Summary
 
-__all__ = ["number", "text_of"]
+__all__ = ["text_of"]
 
 _WIDTH = 100
-_STRATA = {"first": "first token", "delimiter": "delimiters", "rest": "other tokens"}
-
-
-def number(value: float) -> str:
-    """25,805 · 83.5 · 0.042"""
-    if abs(value) >= 1000:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
 
 
 def text_of(summary: Summary) -> str:
@@ -77,9 +72,9 @@ def _kurtosis(summary: Summary) -> Iterator[str]:
             f"scores"
         )
     strata = [
-        f"{said} {number(summary.osp_kurtosis_by_stratum[name])}"
-        for name, said in _STRATA.items()
-        if name in summary.osp_kurtosis_by_stratum
+        f"{words} {number(summary.osp_kurtosis_by_stratum[name])}"
+        for name, words in STRATUM_WORDS.items()
+        if name != "all" and name in summary.osp_kurtosis_by_stratum
     ]
     if strata:
         yield f"  {', '.join(strata)}"

@@ -11,10 +11,11 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from osp_diag.analyses.live_numbers import KURTOSIS, sink_rates
+from osp_diag.analyses.live_numbers import sink_rates
 from osp_diag.errors import StoreError
 from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.runs.following import FollowedRun
+from osp_diag.schema import KURTOSIS
 
 __all__ = [
     "Choice",

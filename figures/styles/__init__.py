@@ -6,7 +6,6 @@ with ``dataclasses.replace(osp_diag.figures.styles.PAPER, ...)``) or the name of
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from osp_diag.errors import UsageError
+from osp_diag.wording import did_you_mean
 
 __all__ = ["Style", "load_style"]
 
@@ -50,7 +50,6 @@ def load_style(style: Style | str) -> Style:
         return style
     known = sorted(module.name for module in pkgutil.iter_modules(__path__))
     if style not in known:
-        near = difflib.get_close_matches(style, known, n=3) or known
-        raise UsageError(f"no figure style is named {style!r}; there is: {', '.join(near)}")
+        raise UsageError(f"no figure style is named {style!r}; {did_you_mean(style, known)}")
     loaded: Style = importlib.import_module(f"{__name__}.{style}").STYLE
     return loaded

@@ -13,7 +13,7 @@ from osp_diag.estimators.attention_tiles import AttentionReductions, SoftmaxStat
 from osp_diag.estimators.base import Layout, State, Suite
 
 if TYPE_CHECKING:
-    from osp_diag.capture.attention import AttentionCall
+    from osp_diag.seams.attention import AttentionCall
 
 __all__ = ["mask_of", "measure_attention"]
 

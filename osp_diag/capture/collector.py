@@ -23,11 +23,12 @@ from osp_diag.estimators.attention import TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
-from osp_diag.sites.names import ATTENTION, DOWN_WEIGHT, HEAD_SITES, Tap, matches
+from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES
+from osp_diag.sites.names import Tap, matches
 
 if TYPE_CHECKING:
-    from osp_diag.capture.attention import AttentionCall
     from osp_diag.capture.fused import FusedFolding
+    from osp_diag.seams.attention import AttentionCall
 
 __all__ = ["Collector", "Key", "suites_of"]
 

@@ -12,7 +12,7 @@ from osp_diag.capture.attention_measuring import mask_of
 from osp_diag.estimators.attention_mask import QueryRows, index_range
 
 if TYPE_CHECKING:
-    from osp_diag.capture.attention import AttentionCall
+    from osp_diag.seams.attention import AttentionCall
 
 __all__ = ["SNAPSHOT_SITES", "LogitRule", "Snapshots"]
 

@@ -11,10 +11,7 @@ from torch import Tensor
 
 from osp_diag.errors import CaptureError
 
-__all__ = ["STRATA", "strata_of"]
-
-STRATA = ("all", "first", "delimiter", "rest")
-"""The order of the first axis of what :func:`strata_of` returns."""
+__all__ = ["strata_of"]
 
 
 def strata_of(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -15,6 +14,7 @@ from osp_diag.errors import UsageError
 from osp_diag.max_pooling import bin_starts, max_pool
 from osp_diag.sites.names import SiteMap
 from osp_diag.sites.stack import is_linear
+from osp_diag.wording import did_you_mean
 
 __all__ = ["MAP_SIDE", "weight_maps"]
 
@@ -104,12 +104,9 @@ def _matching(
         hits = {key for key, forms in names.items() if any(fnmatchcase(form, pattern) for form in forms)}
         if not hits:
             every = list(dict.fromkeys(form for forms in names.values() for form in reversed(forms)))
-            near = get_close_matches(pattern, every, n=3, cutoff=0.5) or list(
-                dict.fromkeys(n for n, _ in known)
-            )
             raise UsageError(
-                f"weights={pattern!r} matches no projection of the blocks; the nearest are "
-                f"{', '.join(near[:8])} ('*' stands for anything)"
+                f"weights={pattern!r} matches no projection of the blocks; "
+                + did_you_mean(pattern, every, "'*' stands for anything")
             )
         chosen |= hits
     return chosen

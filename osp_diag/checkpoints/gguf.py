@@ -15,9 +15,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from osp_diag.checkpoints.quiet import quietly
 from osp_diag.checkpoints.weight_files import find_weights
 from osp_diag.errors import CheckpointError
+from osp_diag.quiet import quietly
 
 __all__ = ["GgufHeader", "cache_directory", "converted", "read_header"]
 

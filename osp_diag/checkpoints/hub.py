@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from osp_diag.checkpoints.quiet import quietly
+from osp_diag.checkpoints.near_names import near_names
 from osp_diag.errors import CheckpointError
+from osp_diag.quiet import quietly
 
 __all__ = ["reach"]
 
@@ -54,7 +55,5 @@ def reach(identifier: str) -> bool:
 
 
 def _near(identifier: str) -> str:
-    from osp_diag.checkpoints.opening import near_names
-
     advice = near_names(Path.cwd() / identifier)
-    return f" ({advice.removeprefix('. ').removesuffix('?')}?)" if "did you mean" in advice else ""
+    return f" ({advice.removeprefix('; ')})" if "did you mean" in advice else ""

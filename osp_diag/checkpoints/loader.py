@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import importlib.util
 import sys
@@ -12,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from osp_diag.errors import CheckpointError
+from osp_diag.wording import did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -106,10 +106,9 @@ def _function(module: ModuleType, function_name: str, name: str) -> Callable[[],
             "arguments"
         )
     functions = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-    nearest = difflib.get_close_matches(function_name, functions, n=1) or functions[:5]
-    advice = f"; it has {', '.join(nearest)}" if nearest else ""
     raise CheckpointError(
-        f"the loader {name} does not exist: {module.__name__} has no {function_name!r}{advice}"
+        f"the loader {name} does not exist: {module.__name__} has no function {function_name!r}; "
+        + did_you_mean(function_name, functions)
     )
 
 

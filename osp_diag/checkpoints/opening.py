@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
+from osp_diag.checkpoints.near_names import near_names
 from osp_diag.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -175,18 +175,6 @@ def _kind_of_file(path: Path) -> str:
         "directory "
         "with config.json and safetensors, or a file .gguf, .safetensors, .bin or .pt"
     )
-
-
-def near_names(path: Path) -> str:
-    """Advice for a path that does not exist: what in its directory is spelled nearly so."""
-    parent = next((p for p in path.parents if p.is_dir()), None)
-    if parent is None:
-        return ""
-    missing = path.relative_to(parent).parts[0]
-    nearest = difflib.get_close_matches(missing, [entry.name for entry in parent.iterdir()], n=3, cutoff=0.6)
-    if nearest:
-        return f". In {parent} there is {' and '.join(nearest)}: did you mean that?"
-    return f" (in {parent}, nothing is named like {missing!r})"
 
 
 def _dtype(dtype: str | torch.dtype) -> str:

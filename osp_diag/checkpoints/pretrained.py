@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
 from osp_diag.checkpoints.hub import reach
-from osp_diag.checkpoints.quiet import quietly
 from osp_diag.checkpoints.weight_files import check_pickle, check_safetensors, find_weights, read_json
 from osp_diag.errors import CheckpointError
+from osp_diag.quiet import quietly
 
 if TYPE_CHECKING:
     import torch

@@ -15,7 +15,7 @@ from osp_diag.estimators._arrays import (
     once,
     runs_on_host,
 )
-from osp_diag.estimators.base import STRATA, Layout
+from osp_diag.estimators.base import Layout
 from osp_diag.estimators.reductions import (
     GENERIC,
     ChannelSums,
@@ -29,6 +29,7 @@ from osp_diag.estimators.reductions import (
     sequence_moments,
     token_extent,
 )
+from osp_diag.schema import STRATA
 
 __all__ = [
     "GENERIC",

@@ -36,7 +36,8 @@ from osp_diag.estimators.attention_tiles import (
     SoftmaxStatistics,
     pick_sink,
 )
-from osp_diag.estimators.base import STRATA, Layout
+from osp_diag.estimators.base import Layout
+from osp_diag.schema import STRATA
 
 __all__ = [
     "GENERIC_ATTENTION",

@@ -22,17 +22,14 @@ import numpy as np
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, namespace_of
+from osp_diag.schema import STRATA
 
 Combine = Literal["sum", "maximum", "minimum"]
 Observes = Literal["activation", "heads", "attention", "weight"]
 """What an estimator looks at: activations of a site, the same by head, attention, or a weight matrix."""
 State = dict[str, Array]
 
-STRATA = ("all", "first", "delimiter", "rest")
-"""Which tokens a number speaks of. ``all`` is the union of the other three, which do not overlap."""
-
 __all__ = [
-    "STRATA",
     "Estimator",
     "Field",
     "Layout",

@@ -11,7 +11,8 @@ from jaxtyping import Float
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, namespace_of, once, quotient
 from osp_diag.estimators.attention import finite_tokens, wide
-from osp_diag.estimators.base import STRATA, Estimator, Field, Layout, Measurement, Output, Source
+from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
+from osp_diag.schema import STRATA
 
 __all__ = ["HeadChannelNorm", "HeadsObservation", "MassiveValues"]
 

@@ -11,7 +11,6 @@ import importlib
 import inspect
 import pkgutil
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import lru_cache
 from importlib.metadata import entry_points
@@ -22,6 +21,7 @@ import numpy as np
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators.base import Estimator, Layout, Observes, Output, Suite
+from osp_diag.wording import did_you_mean
 
 __all__ = [
     "all_estimators",
@@ -95,9 +95,8 @@ def _find(name: str) -> type[Estimator]:
     if versions:
         return max(versions, key=lambda cls: cls.version)
     names = sorted({cls.name for cls in known.values()} | set(known))
-    near = get_close_matches(name, names, n=3, cutoff=0.4) or [n for n in names if name and name in n][:3]
-    hint = f"the nearest are {', '.join(near)}" if near else "no name is near it"
-    raise EstimatorError(f"no estimator is named {name!r}; {hint}. `osp-diag estimators` lists all")
+    hint = did_you_mean(name, names, "`osp-diag estimators` lists all")
+    raise EstimatorError(f"no estimator is named {name!r}; {hint}")
 
 
 def estimator_parameters(cls: type[Estimator]) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, namespace_of, quotient
 from osp_diag.estimators.attention import AttentionObservation
-from osp_diag.estimators.base import STRATA, Estimator, Field, Layout, Measurement, Output, Source
+from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
+from osp_diag.schema import STRATA
 
 __all__ = [
     "ExtraSinkMass",

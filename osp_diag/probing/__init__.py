@@ -5,8 +5,9 @@ The names load what they need on first use, so that the options can be read with
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from osp_diag.lazy import lazy_names
 
 if TYPE_CHECKING:
     from osp_diag.probing.checkpoint import probe
@@ -17,20 +18,14 @@ if TYPE_CHECKING:
 
 __all__ = ["MeasurementSettings", "Probe", "TokenSettings", "dense_early", "probe", "relabel"]
 
-_HOME_OF = {
-    "MeasurementSettings": "settings",
-    "Probe": "session",
-    "TokenSettings": "settings",
-    "dense_early": "schedule",
-    "probe": "checkpoint",
-    "relabel": "labelling",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562)."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOME_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "MeasurementSettings": "osp_diag.probing.settings",
+        "Probe": "osp_diag.probing.session",
+        "TokenSettings": "osp_diag.probing.settings",
+        "dense_early": "osp_diag.probing.schedule",
+        "probe": "osp_diag.probing.checkpoint",
+        "relabel": "osp_diag.probing.labelling",
+    },
+)

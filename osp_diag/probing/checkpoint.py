@@ -31,7 +31,8 @@ from osp_diag.probing.settings import (
     TokenSettings,
     keyword_form,
 )
-from osp_diag.runs.run import CHANNEL_WEIGHTS, WEIGHT_MAP, Run, open_run
+from osp_diag.runs.run import Run, open_run
+from osp_diag.schema import CHANNEL_WEIGHTS, WEIGHT_MAP
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
 

@@ -11,7 +11,7 @@ import xarray as xr
 from osp_diag.capture.collector import Key
 from osp_diag.capture.snapshots import LogitRule, Snapshots
 from osp_diag.estimators.base import State
-from osp_diag.sites import SITES
+from osp_diag.schema import SITES
 
 __all__ = ["snapshot_datasets", "to_host"]
 

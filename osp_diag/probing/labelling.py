@@ -12,8 +12,9 @@ import xarray as xr
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators import get_estimator
-from osp_diag.estimators.base import STRATA, Estimator, Layout, Output, State, Suite
+from osp_diag.estimators.base import Estimator, Layout, Output, State, Suite
 from osp_diag.runs.run import Run
+from osp_diag.schema import STRATA
 
 __all__ = ["label_states", "labelled_groups", "raw_states", "relabel", "token_group_states"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
@@ -13,7 +12,6 @@ import torch
 import xarray as xr
 from torch import nn
 
-from osp_diag.capture.attention import AttentionCapture
 from osp_diag.capture.collector import Collector, suites_of
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
@@ -32,10 +30,12 @@ from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, k
 from osp_diag.probing.versions import library_versions
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.runs.run import Run
-from osp_diag.sites import SITES, find_sites, matches
-from osp_diag.sites.names import ATTENTION, HEAD_SITES, LINEAR_INPUT
+from osp_diag.schema import ATTENTION, HEAD_SITES, LINEAR_INPUT, SITES
+from osp_diag.seams.attention import AttentionCapture
+from osp_diag.sites import find_sites, matches
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.tokens import delimiter_ids_of
+from osp_diag.wording import did_you_mean
 
 __all__ = ["Probe"]
 
@@ -127,12 +127,10 @@ class Probe:
         sites = (*self.site_map.sites, *(self.settings.named_sites or ()))
         for pattern in self.patterns or ():
             if not any(matches(site, (pattern,)) for site in sites):
-                near = get_close_matches(pattern, sites, n=3, cutoff=0.5)
                 reason = self.site_map.absent.get(pattern)
                 raise SiteError(
                     f"site {pattern!r} is not in this model"
-                    + (f": {reason}" if reason else f"; the nearest are {', '.join(near)}" if near else "")
-                    + ("" if reason or near else f"; it has {', '.join(sites[:20])}")
+                    + (f": {reason}" if reason else f"; {did_you_mean(pattern, sites)}")
                 )
 
     def _identity(self) -> dict[str, Any]:

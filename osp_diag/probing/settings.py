@@ -12,14 +12,15 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, cast
 
 from osp_diag.errors import UsageError
 from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator
-from osp_diag.tokens import BeginningOfSequence, Protocol, TokenBatches, make_batches
+from osp_diag.schema import Protocol
+from osp_diag.tokens import BeginningOfSequence, TokenBatches, make_batches
+from osp_diag.wording import did_you_mean
 
 if TYPE_CHECKING:
     from osp_diag.checkpoints import Checkpoint
@@ -211,11 +212,8 @@ def keyword_form(*sources: Settings | Callable[..., Any]) -> Callable[[Function]
         def checked(*arguments: Any, **options: Any) -> Any:
             for name in options:
                 if name not in parameters:
-                    near = get_close_matches(name, parameters, n=1)
-                    raise TypeError(
-                        f"{function.__qualname__.removesuffix('.__init__')}() takes no {name!r}"
-                        + (f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(parameters)}")
-                    )
+                    owner = function.__qualname__.removesuffix(".__init__")
+                    raise TypeError(f"{owner}() takes no {name!r}; {did_you_mean(name, parameters)}")
             return function(*arguments, **options)
 
         checked.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]

@@ -19,16 +19,18 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.runs.run import QUANTIZATION, open_run
+from osp_diag.runs.run import open_run
+from osp_diag.schema import QUANTIZATION
 
 __all__ = [
+    "FEW_BITS",
     "HELD_OUT",
+    "HOW",
+    "MAXIMUM_SITES",
     "ROUND_TO_NEAREST",
     "UNQUANTIZED",
     "QuantizedResult",
-    "comparable_results",
     "notation",
-    "perplexity_at",
     "results_dataset",
     "results_of",
     "store_results",
@@ -40,6 +42,10 @@ ROUND_TO_NEAREST = "round-to-nearest"
 HELD_OUT = "held-out tokens of the training"
 """What the tokens are called that a training of ours did not see."""
 
+FEW_BITS = (4, 4)
+"""Bits of weights and activations in the paper's Table 2."""
+MAXIMUM_SITES = ("residual_post", "mlp_hidden")
+"""Where the ablation looks for the largest activation."""
 HOW = "measure with `osp-diag quantize CHECKPOINT --run RUN`"
 
 
@@ -149,51 +155,3 @@ def _rows(results: xr.Dataset) -> list[QuantizedResult]:
 
 def _key(row: QuantizedResult) -> tuple[Any, ...]:
     return tuple(asdict(row)[name] for name in _SAME)
-
-
-def comparable_results(runs: Sequence[Any], scheme: str = ROUND_TO_NEAREST) -> list[xr.Dataset]:
-    """Of each run the results under one scheme, all on the same tokens.
-
-    Where the runs share several sets of tokens it is the one on which most settings were measured; of
-    equals the one measured last.
-
-    Raises
-    ------
-    StoreError : a run holds no results, none of this scheme, or none on tokens that all the others share
-    """
-    every = []
-    for run in runs:
-        results = results_of(run)
-        chosen = results.isel(setting=results["scheme"].values == scheme)
-        if not chosen.sizes["setting"]:
-            known = ", ".join(dict.fromkeys(map(str, results["scheme"].values)))
-            raise StoreError(
-                f"the run of {run.attrs.get('model_name', 'unnamed model')} holds no results of the scheme "
-                f"{scheme!r}; it has {known}"
-            )
-        every.append(chosen)
-    counts: dict[str, int] = {}
-    for results in every:
-        for fingerprint in results["token_fingerprint"].values[::-1]:
-            counts[str(fingerprint)] = counts.get(str(fingerprint), 0) + 1
-    shared = [f for f in counts if all(f in results["token_fingerprint"].values for results in every)]
-    if not shared:
-        sources = dict.fromkeys(str(results["token_source"].values[-1]) for results in every)
-        raise StoreError(
-            f"the runs' results at few bits are on different tokens ({' / '.join(sources)}); {HOW}, with the "
-            "same text and tokenizer for all"
-        )
-    best = max(shared, key=counts.__getitem__)
-    return [results.isel(setting=results["token_fingerprint"].values == best) for results in every]
-
-
-def perplexity_at(
-    results: xr.Dataset, weight_bits: int, activation_bits: int, key_value_bits: int = UNQUANTIZED
-) -> float:
-    """The perplexity of one setting; NaN where it was not measured."""
-    at = (
-        (results["weight_bits"].values == weight_bits)
-        & (results["activation_bits"].values == activation_bits)
-        & (results["key_value_bits"].values == key_value_bits)
-    )
-    return float(results["perplexity"].values[at][-1]) if at.any() else math.nan

@@ -22,6 +22,7 @@ from osp_diag.errors import StoreError
 from osp_diag.runs.folder import read_root
 from osp_diag.runs.format import METADATA, PARTIAL, ArrayLayout
 from osp_diag.runs.lock import LOCK_NAME, WriterState, writer_state
+from osp_diag.schema import in_site_order, is_site, site_of_path
 
 __all__ = ["FollowedRun", "RunState"]
 
@@ -30,7 +31,6 @@ RunState = Literal["absent", "empty", "recording", "unreadable"]
 MOST_COLUMNS = 96
 """How many arrays are kept up to date; those asked for least recently are read again when wanted."""
 _AGAIN = 3
-_NOT_SITES = ("raw", "snapshot", "series", "vocabulary", "optimizer", "weights")
 
 
 class FollowedRun:
@@ -166,12 +166,10 @@ class FollowedRun:
 
     def sites_with(self, statistic: str) -> list[str]:
         """The sites at which a statistic is recorded by step."""
-        from osp_diag.runs.run import SITE_ORDER
 
-        found = [group for group, names in self._recorded.items() if statistic in names]
-        sites = [group.replace("/", ":", 1) for group in found if group.split("/")[0] not in _NOT_SITES]
-        known = {site: order for order, site in enumerate(SITE_ORDER)}
-        return sorted(sites, key=lambda site: (known.get(site, len(known)), site))
+        declared = self.attrs.get("sites") or ()
+        groups = [site_of_path(path) for path, names in self._recorded.items() if statistic in names]
+        return in_site_order(group for group in groups if is_site(group, declared))
 
     def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
         """What is recorded by step at a site: name → dimensions without the step."""

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from osp_diag.schema import SITES
 from osp_diag.sites.blocks import Block, is_inside, output_tap
-from osp_diag.sites.names import SITES
 from osp_diag.sites.projections import distinct_heads, pre_rope_tap
 from osp_diag.sites.stack import is_linear
 from osp_diag.sites.trace import Event

@@ -12,10 +12,11 @@ import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
+from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, SITES
 from osp_diag.sites.attention_sites import attention_event, attention_sites, is_causal
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
-from osp_diag.sites.names import ATTENTION, DOWN_WEIGHT, HEAD_SITES, SITES, SiteMap, Tap
+from osp_diag.sites.names import SiteMap, Tap
 from osp_diag.sites.stack import find_stack, is_linear, is_norm
 from osp_diag.sites.trace import TOKENS, Event, Trace, fused_encoder_layers, trace_forward, unwrap
 

@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
-
-if TYPE_CHECKING:
-    from osp_diag.capture.attention import AttentionCall
+from osp_diag.seams.attention import AttentionCall, AttentionCapture
 
 __all__ = [
     "Event",
@@ -199,8 +197,6 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
     ------
     SiteError : the model cannot be called on token ids alone; an example batch is needed.
     """
-    from osp_diag.capture.attention import AttentionCapture
-
     trace = Trace()
     open_events: list[Event] = []
 

@@ -228,7 +228,7 @@ def dataset_errors(dataset: str, *, quiet: bool = True) -> Iterator[None]:
 
     Quiet means a change of the process's standard error: not for threads beside others.
     """
-    from osp_diag.checkpoints.quiet import quietly
+    from osp_diag.quiet import quietly
 
     try:
         with quietly() if quiet else nullcontext():

@@ -65,7 +65,7 @@ def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     """The ids of a text, with the tokenizer's special tokens around it or without."""
     if not callable(tokenizer):  # a bare tokenizers.Tokenizer
         return list(tokenizer.encode(text, add_special_tokens=special).ids)
-    from osp_diag.checkpoints.quiet import quietly
+    from osp_diag.quiet import quietly
 
     with quietly():  # it would warn that the stream is longer than the model's maximum
         encoded = tokenizer(text, add_special_tokens=special, verbose=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from osp_diag.capture._attention_call import AttentionCall, SkipReason, add_bias
+from osp_diag.seams.call import AttentionCall, SkipReason, add_bias
 
 __all__ = ["describe_multihead", "takes_fused_path"]
 

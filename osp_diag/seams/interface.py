@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osp_diag.capture._attention_call import AttentionCall, MaskFunction, add_bias
 from osp_diag.errors import CaptureError
+from osp_diag.seams.call import AttentionCall, MaskFunction, add_bias
 
 __all__ = ["InterfaceSwitch", "ObservedName"]
 

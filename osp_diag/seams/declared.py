@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from osp_diag.capture._attention_call import AttentionCall
 from osp_diag.errors import CaptureError
+from osp_diag.seams.call import AttentionCall
 
 __all__ = ["attention_function", "describe_declared", "is_declared"]
 
@@ -34,7 +34,7 @@ def attention_function(**constant: Any) -> Callable[[Function], Function]:
 
     Parameters
     ----------
-    constant : what holds of every call, by the names of :class:`~osp_diag.capture.attention.AttentionCall`
+    constant : what holds of every call, by the names of :class:`~osp_diag.seams.attention.AttentionCall`
 
     The function's own parameters are read by those names too: it needs ``query``, ``key`` and ``value``,
     each (batch, head, token, channel), and may have ``scale``, ``causal``, ``window``, ``mask``,

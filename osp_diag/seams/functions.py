@@ -20,8 +20,8 @@ from torch.overrides import (
     _push_mode,
 )
 
-from osp_diag.capture._attention_call import AttentionCall, SkipReason
-from osp_diag.capture.declared import is_declared
+from osp_diag.seams.call import AttentionCall, SkipReason
+from osp_diag.seams.declared import is_declared
 
 __all__ = [
     "AttentionFunctionMode",
