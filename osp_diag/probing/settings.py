@@ -213,7 +213,8 @@ def keyword_form(*sources: Settings | Callable[..., Any]) -> Callable[[Function]
             for name in options:
                 if name not in parameters:
                     owner = function.__qualname__.removesuffix(".__init__")
-                    raise TypeError(f"{owner}() takes no {name!r}; {did_you_mean(name, parameters)}")
+                    names = [parameter for parameter in parameters if parameter != "self"]
+                    raise TypeError(f"{owner}() takes no {name!r}; {did_you_mean(name, names)}")
             return function(*arguments, **options)
 
         checked.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
