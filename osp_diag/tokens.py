@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int64
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DELIMITERS", "TokenBatches", "delimiter_ids_of", "make_batches"]
 
-
-BOS_CHOICES = ("auto", "yes", "no")
+BeginningOfSequence = Literal["auto", "yes", "no"]
+BOS_CHOICES: tuple[str, ...] = get_args(BeginningOfSequence)
 
 DEFAULT_TOKENS = 8192
 DEFAULT_LENGTH = 512
@@ -166,12 +166,12 @@ def make_batches(
         made = _Made(present, np.ones_like(present), (), made.source, made.notes)
     if vocabulary_size is not None:
         _check_vocabulary(made.tokens, vocabulary_size, tokenizer)
-    given = ids is not None and not made.opening and protocol == "sequence"
+    as_given = ids is not None and not made.opening and protocol == "sequence"
     return TokenBatches(
         tokens=made.tokens,
         attention_mask=made.mask,
         protocol=protocol,
-        bos="yes" if made.opening else "as given" if given else "no",
+        bos="yes" if made.opening else "as given" if as_given else "no",
         bos_ids=made.opening,
         sequence_length=made.tokens.shape[1],
         source=made.source,
@@ -223,9 +223,9 @@ class _Stream:
         characters = CHARACTERS_PER_TOKEN * (count + MARGIN)
         while True:
             text, exhausted = self._text.prefix(characters)
-            found = encode(self._tokenizer, text, special=False)
-            if exhausted or len(found) >= count + MARGIN:
-                return np.asarray(found[:count], dtype=np.int64)
+            ids = encode(self._tokenizer, text, special=False)
+            if exhausted or len(ids) >= count + MARGIN:
+                return np.asarray(ids[:count], dtype=np.int64)
             characters *= 2
 
 
@@ -245,20 +245,20 @@ def _cut_stream(
             f"seq_len={length} leaves no room beside the opening tokens; pass {len(opening) + 1} or more"
         )
     rows = max(1, wanted // length)
-    found = stream.take(rows * body)
-    if len(found) == 0:
+    stream_ids = stream.take(rows * body)
+    if len(stream_ids) == 0:
         raise TokenError(f"{stream.description} is empty: it has no tokens")
-    if len(found) < body:
+    if len(stream_ids) < body:
         mistaken = ", or the path of a file: none is named so" if stream.description == GIVEN_TEXT else ""
         raise TokenError(
-            f"{stream.description} has {len(found)} tokens, fewer than one sequence of {length}; give a "
-            f"longer text, or --seq-len {len(found) + len(opening)}{mistaken}"
+            f"{stream.description} has {len(stream_ids)} tokens, fewer than one sequence of {length}; give a "
+            f"longer text, or --seq-len {len(stream_ids) + len(opening)}{mistaken}"
         )
-    made = len(found) // body
+    made = len(stream_ids) // body
     notes: tuple[str, ...] = ()
     if made < rows:
         notes = (f"{stream.description} gives {made} sequences of {length}; {rows} were asked for.",)
-    sequences = found[: made * body].reshape(made, body)
+    sequences = stream_ids[: made * body].reshape(made, body)
     prefix = np.tile(np.asarray(opening, dtype=np.int64), (made, 1))
     ids = np.concatenate([prefix, sequences], axis=1)
     return _Made(ids, np.ones_like(ids), opening, stream.description, notes)

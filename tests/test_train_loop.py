@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from osp_diag.errors import DivergenceError, StoreError, TrainingError, UsageError
 from osp_diag.runs.run import open_run
 from osp_diag.schema import SITES
-from osp_diag.trainer.checkpoint import CheckpointFolder, alone_is_meant, folder_of, latest
+from osp_diag.trainer.checkpoint import CheckpointFolder, folder_of, latest, without_single_process_warnings
 from osp_diag.trainer.config import CheckpointConfig
 from osp_diag.trainer.exporting import trained_model
 from osp_diag.trainer.loop import train
@@ -296,7 +296,7 @@ def state_of(folder):
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
-    with alone_is_meant():
+    with without_single_process_warnings():
         dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 
