@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from osp_diag.errors import StoreError
 from osp_diag.runs.following import FollowedRun
@@ -33,9 +34,14 @@ def assert_as_opened(run, path):
     rates = opened.at("attention")["sink_rate"].sel(epsilon=0.3, sink_position=0).mean("head")
     found = run.values("attention", "sink_rate", {"epsilon": 0.3, "sink_position": 0}, ("head",))
     np.testing.assert_allclose(found.values, rates.values)
-    np.testing.assert_array_equal(run.series_steps, opened.series["step"].values)
-    for name in run.series_names:
-        np.testing.assert_array_equal(run.series(name), opened.series[name].values)
+    xr.testing.assert_identical(run.series, opened.series.load())
+
+
+def changed(run):
+    """Whether a look shows anything else."""
+    before = run.version
+    assert run.refresh() is run
+    return run.version != before
 
 
 # -- growing ---------------------------------------------------------------------------------------------
@@ -47,7 +53,7 @@ def test_a_followed_run_is_the_opened_one_at_every_moment(tmp_path):
     with RunWriter(path, ATTRIBUTES, chunk_steps=4) as writer:
         for step in range(0, 110, 10):
             record(writer, [step])
-            assert run.refresh()
+            assert changed(run)
             writer.flush()
             run.refresh()
             assert_as_opened(run, path)
@@ -71,7 +77,7 @@ def test_only_chunks_with_new_steps_are_read(tmp_path, monkeypatch):
         expected = [f"residual_post/osp_excess_kurtosis/c.{index}.0.0" for index in (24, 25)]
         assert [name for name in names if name.startswith("residual_post/osp")] == expected
         read.clear()
-        assert not run.refresh()
+        assert not changed(run)
         assert not read
 
 
@@ -82,14 +88,14 @@ def test_a_scalar_that_begins_later_is_nan_before(tmp_path):
         for step in range(1, 5):
             writer.append_series(step, {"loss": step} | ({"skipped_step": 1.0} if step == 4 else {}))
             run.refresh()
-            assert len(run.series("loss")) == step
-        np.testing.assert_array_equal(run.series("skipped_step"), [np.nan, np.nan, np.nan, 1.0])
-        assert not run.series("never").size
+            assert len(run.series["loss"]) == step
+        np.testing.assert_array_equal(run.series["skipped_step"], [np.nan, np.nan, np.nan, 1.0])
+        assert "never" not in run.series
         # The last row may be completed after it was seen; nothing is read anew for that.
         before = run.generation
         writer.append_series(4, {"held_out_loss": 9.0})
         run.refresh()
-        assert run.series("held_out_loss")[-1] == 9.0
+        assert run.series["held_out_loss"][-1] == 9.0
         assert run.generation == before
 
 
@@ -99,7 +105,7 @@ def test_a_scalar_that_begins_later_is_nan_before(tmp_path):
 def test_a_run_that_does_not_exist_yet_is_awaited(tmp_path):
     path = tmp_path / "run.zarr"
     run = FollowedRun(path)
-    assert not run.refresh()
+    assert not changed(run)
     assert (run.state, run.problem, run.age) == ("absent", "", None)
     path.mkdir()
     (path / LOCK_NAME).touch()
@@ -110,7 +116,7 @@ def test_a_run_that_does_not_exist_yet_is_awaited(tmp_path):
         run.refresh()
         assert (run.state, run.writer) == ("empty", "writing")
         record(writer, [0])
-        assert run.refresh()
+        assert changed(run)
         assert run.state == "recording"
     run.refresh()
     assert run.writer == "closed"
@@ -129,7 +135,7 @@ def test_steps_that_were_taken_back_and_trained_again_are_read_again(tmp_path):
         for step in range(30, 90, 10):
             writer.append(step, groups([7.0, 7.0, 7.0 + step]))
             writer.append_series(step, scalars(step) | {"loss": 1.0})
-    assert run.refresh()
+    assert changed(run)
     assert run.generation == before + 1
     assert_as_opened(run, path)
 
@@ -167,7 +173,7 @@ def test_a_run_deleted_and_begun_anew_is_another_one(tmp_path):
     run.refresh()
     kurtosis(run)
     shutil.rmtree(path)
-    assert run.refresh()
+    assert changed(run)
     assert run.state == "absent"
     assert not run.steps.size
     grown_run(path, range(0, 100, 5), created="2026-02-02T00:00:00+00:00")
@@ -260,7 +266,7 @@ def test_a_writer_that_was_killed_is_told_from_one_that_closed(tmp_path):
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-    assert run.refresh()
+    assert changed(run)
     assert run.writer == "died"
 
 
