@@ -28,6 +28,10 @@ if __name__ != "osp_diag.figures":
 __all__ = ["aliases", "draw", "names"]
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def names() -> list[str]:
     """The names of the figures."""
     from osp_diag.figures._registry import names

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from osp_diag.analyses.channels.hot import hot_channels
-from osp_diag.analyses.emergence.history import emergence, log_kurtosis, onsets
+from osp_diag.analyses.emergence.history import log_kurtosis, onsets, trace_emergence
 from osp_diag.analyses.emergence.onset import first_rise, when_it_emerges
 from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.errors import StoreError, UsageError
@@ -25,7 +25,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def found(run):
-    return emergence(run, draws=50)
+    return trace_emergence(run, draws=50)
 
 
 # -- one series ------------------------------------------------------------------------------------------
@@ -140,7 +140,9 @@ def test_the_first_place_to_depart(found):
 
 def test_a_tie_goes_by_the_way_of_the_data_and_names_the_rivals():
     courses = {("mlp_contribution", 1): Course(100, 10), ("residual_post", 1): Course(100, 10)}
-    first = emergence(emerging_run(Training(courses=courses, wobble=0.0)), draws=10).first.sel(stratum="all")
+    first = trace_emergence(emerging_run(Training(courses=courses, wobble=0.0)), draws=10).first.sel(
+        stratum="all"
+    )
     assert (first["site"].item(), first["rivals"].item()) == ("mlp_contribution", "residual_post 1")
 
 
@@ -158,14 +160,14 @@ def test_who_wrote_them(share, writer, method):
 
 def test_where_it_cannot_be_told_it_says_so(run):
     blind = emerging_run(Training(sites=("residual_post",)))
-    found = emergence(blind, draws=0)
+    found = trace_emergence(blind, draws=0)
     assert set(np.unique(found.writers["writer"])) == {""}
     assert "whether attention or the MLP wrote them can't be told: the run holds neither both of" in str(
         found.notes
     )
     assert "Not answered: whether attention" in found.as_text()
     no_channels = without(blind, ["residual_post/channel_rms"])
-    assert emergence(no_channels, draws=0).channels is None
+    assert trace_emergence(no_channels, draws=0).channels is None
     with pytest.raises(StoreError, match="hot_channels needs channel_rms by step at 'residual_post'"):
         hot_channels(no_channels)
 
@@ -204,7 +206,7 @@ def test_in_words(found):
     assert re.search(r"The fastest, layer 1, doubles every (19|20|21)[.\d]* \(", said)
     assert "the MLP wrote its 4 largest channels (90% of what the block added there)" in said
     assert "4 channels are hot at some step and layer, 3 at the last probe (hottest: 51, 33, 9)" in said
-    quiet = emergence(emerging_run(Training(courses={})), draws=0).as_text()
+    quiet = trace_emergence(emerging_run(Training(courses={})), draws=0).as_text()
     assert "On other tokens: no site leaves the noise." in " ".join(quiet.split())
 
 
@@ -230,7 +232,7 @@ def test_thinned_runs_are_answered_in_their_own_steps():
 def test_refusals(run):
     short = synthetic_run(steps=(0, 10, 20))
     with pytest.raises(StoreError, match="holds 3 probed steps, and a change over training takes 5"):
-        emergence(short)
+        trace_emergence(short)
     with pytest.raises(UsageError, match=r"departure is above 1, level between 0 and 1.*got 0\.5"):
         onsets(run, departure=0.5)
     with pytest.raises(UsageError, match="there is no stratum bos; there are all, first"):
@@ -255,7 +257,7 @@ def test_a_real_training(tmp_path):
     config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0), "adam")
     train(config, tmp_path / "run.zarr")
     run = open_run(tmp_path / "run.zarr")
-    found = emergence(run, draws=10)
+    found = trace_emergence(run, draws=10)
     assert found.onsets.sizes == {"site": 6, "layer": 2, "stratum": 4}
     assert set(found.onsets["state"].sel(site="residual_post").values.ravel()) <= {
         "noise",

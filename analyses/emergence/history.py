@@ -21,11 +21,10 @@ from osp_diag.analyses.thinned_run import evenly, thinned_run
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.runs.run import Run
-from osp_diag.schema import network_order
+from osp_diag.schema import KURTOSIS, network_order
 
-__all__ = ["SITES", "STATISTIC", "Emergence", "emergence", "log_kurtosis", "onsets"]
+__all__ = ["KURTOSIS", "SITES", "Emergence", "log_kurtosis", "onsets"]
 
-STATISTIC = "osp_excess_kurtosis"
 SITES = (
     "embedding", "attention_contribution", "residual_mid", "mlp_contribution", "residual_post", "final_norm",
 )  # fmt: skip
@@ -64,7 +63,7 @@ class Emergence:
         return in_notebook(self.as_text())
 
 
-def emergence(
+def trace_emergence(
     run: Any,
     *,
     sites: Sequence[str] | None = None,
@@ -216,12 +215,12 @@ def log_kurtosis(run: Any, *, sites: Sequence[str] | None = None) -> xr.DataArra
         except (OspDiagError, KeyError):
             if sites is not None:
                 raise StoreError(
-                    f"onsets: the run of {run_name(run)} holds no {STATISTIC} at {site!r}; it has the sites "
+                    f"onsets: the run of {run_name(run)} holds no {KURTOSIS} at {site!r}; it has the sites "
                     f"{', '.join(run.sites)}"
                 ) from None
     if not parts:
         raise StoreError(
-            f"onsets: the run of {run_name(run)} holds {STATISTIC} at none of {', '.join(SITES)}; probe "
+            f"onsets: the run of {run_name(run)} holds {KURTOSIS} at none of {', '.join(SITES)}; probe "
             "with the estimator and one of these sites"
         )
     return xr.concat(
@@ -230,7 +229,7 @@ def log_kurtosis(run: Any, *, sites: Sequence[str] | None = None) -> xr.DataArra
 
 
 def _of_site(run: Any, site: str) -> xr.DataArray:
-    kurtosis = run.at(site)[STATISTIC].transpose("step", "layer", "stratum").load()
+    kurtosis = run.at(site)[KURTOSIS].transpose("step", "layer", "stratum").load()
     floor = kurtosis.attrs.get("floor") or gaussian_floor(int(run.attrs["hidden_size"]))
     noise = np.full(kurtosis.sizes["layer"], float(floor))
     if site == "mlp_hidden" and kurtosis["step"].values[0] == 0:
@@ -248,7 +247,7 @@ def _of_site(run: Any, site: str) -> xr.DataArray:
             "noise": (("site", "layer"), noise[None]),
         },
         attrs={
-            "estimator": kurtosis.attrs.get("estimator", STATISTIC),
+            "estimator": kurtosis.attrs.get("estimator", KURTOSIS),
             "units": "1",
             "definition": "ln(κ / noise)",
         },

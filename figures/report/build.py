@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from osp_diag.analyses.emergence.history import Emergence, emergence
+from osp_diag.analyses.emergence.history import Emergence, trace_emergence
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.summary.verdict import Verdict, verdict
 from osp_diag.errors import OspDiagError, UsageError
@@ -136,7 +136,7 @@ def build_report(runs: Any) -> Report:
 def _told(run: Any, label: str, head: Heads) -> _Told:
     emerged, problem = None, ""
     try:
-        emerged = emergence(
+        emerged = trace_emergence(
             run, strata=_strata(run), draws=DRAWS, probes=PROBES, channel_probes=CHANNEL_PROBES
         )
     except OspDiagError as reason:

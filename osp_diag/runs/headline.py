@@ -131,7 +131,7 @@ def _largest(sites: Sites) -> dict[str, Any]:
             peak = {
                 "absolute_maximum": largest,
                 "absolute_maximum_site": site,
-                "absolute_maximum_layer": int(values["layer"].values[int(values.argmax())]),
+                "absolute_maximum_layer": int(values["layer"].values[int(np.nanargmax(values.values))]),
             }
     return peak
 

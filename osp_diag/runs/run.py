@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import xarray as xr
 
-from osp_diag.errors import StoreError
+from osp_diag.errors import MissingError, StoreError
 from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, read_root
 from osp_diag.runs.format import jsonable
@@ -32,6 +33,10 @@ from osp_diag.schema import (
     site_of_path,
 )
 from osp_diag.wording import did_you_mean
+
+if TYPE_CHECKING:
+    from osp_diag.analyses.summary.summary import Summary
+    from osp_diag.analyses.summary.verdict import Verdict
 
 __all__ = ["Run", "open_run", "open_tree"]
 
@@ -223,7 +228,7 @@ class Run:
             return _stacked(self._of_one_estimator(name, parts))
         if name in (*self.sites, *self.beside) or name in self.tree.children:
             return self._dataset(name)
-        raise StoreError(
+        raise MissingError(
             f"{self._where} has no statistic {name!r}; "
             + did_you_mean(name, self.statistics, "run.statistics lists them")
         )
@@ -321,7 +326,7 @@ class Run:
         """
         recorded = self.statistics_at(site)
         if statistic not in recorded:
-            raise StoreError(f"{self._where} has no {statistic!r} at {site!r} by step")
+            raise MissingError(f"{self._where} has no {statistic!r} at {site!r} by step")
         places = tuple((dim, self._place(site, dim, label)) for dim, label in (select or {}).items())
         reduction = Reduction(("step", *recorded[statistic]), places, tuple(mean))
         rows, attributes = self._reduced(site, statistic, reduction)
@@ -344,7 +349,7 @@ class Run:
         labels = self.labels(site, dimension).tolist()
         places = [place for place, other in enumerate(labels) if _alike(other, label)]
         if not places:
-            raise StoreError(
+            raise MissingError(
                 f"{self._where} has no {dimension} {label!r} at {site!r}; it has "
                 f"{', '.join(map(str, labels)) or 'none'}"
             )
@@ -383,7 +388,7 @@ class Run:
         """|W| of a projection: ``weight`` (layer, output_cell, input_cell), maxima of cells, and of every
         row and column exactly (:func:`osp_diag.capture.weight_maps.weight_maps`)."""
         if name not in self.weight_maps:
-            raise StoreError(
+            raise MissingError(
                 f"{self._where} has no map of the weights {name!r}; "
                 + did_you_mean(name, self.weight_maps, "run.weight_maps lists them")
             )
@@ -409,6 +414,20 @@ class Run:
         extra = [key for key in array.coords if key not in array.dims]
         return array.drop_vars(extra).to_dataframe(name).dropna().reset_index()
 
+    # -- what it says ----------------------------------------------------------------------------------
+
+    def summary(self, *, step: int | None = None) -> Summary:
+        """The numbers to know and the verdict in words: :func:`osp_diag.analyses.summarise`."""
+        return cast("Summary", _offered("analyses", "summarise")(self, step=step))
+
+    def verdict(self, *, step: int | None = None) -> Verdict:
+        """What is wrong and where, by stated rules: :func:`osp_diag.analyses.verdict`."""
+        return cast("Verdict", _offered("analyses", "verdict")(self, step=step))
+
+    def draw(self, name: str, **options: Any) -> Any:
+        """A figure of this run (:func:`osp_diag.figures.draw`): ``run.draw("sink_map", out="sinks.pdf")``."""
+        return _offered("figures", "draw")(name, self, **options)
+
     def refresh(self) -> Run:
         """Look again at a run that is still growing; returns itself."""
         if self.path is not None:
@@ -428,10 +447,10 @@ class Run:
                 return group.to_dataset()
         reason = self.absent_sites.get(site)
         if reason is not None:
-            raise StoreError(f"{self._where} has no {what} {site!r}: {reason}")
+            raise MissingError(f"{self._where} has no {what} {site!r}: {reason}")
         paths = {node.path.strip("/") for node in self.tree.subtree}
         present = [known for known in self.sites if prefix + known.replace(":", "/") in paths]
-        raise StoreError(
+        raise MissingError(
             f"{self._where} has no {what} {site!r}; " + did_you_mean(site, present, "run.sites lists them")
         )
 
@@ -447,6 +466,11 @@ class Run:
 
     def _repr_html_(self) -> str:
         return run_as_html(self)
+
+
+def _offered(package: str, name: str) -> Callable[..., Any]:
+    """A function of a floor above, looked up when a user calls it: a run imports nothing of what reads it."""
+    return cast("Callable[..., Any]", getattr(importlib.import_module(f"osp_diag.{package}"), name))
 
 
 def _alike(label: Any, other: Any) -> bool:
