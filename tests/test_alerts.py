@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from osp_diag.analyses.alerts import AlertRules, alerts, growth, share_rising
-from osp_diag.analyses.live_numbers import hidden_state_kurtosis
+from osp_diag.analyses.summary.numbers import hidden_state_kurtosis
 from osp_diag.errors import UsageError
 from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, followed, record, scalars, written

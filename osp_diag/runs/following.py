@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
@@ -146,13 +145,6 @@ class FollowedRun(Run):
         return int(self._nodes[path]["shape"][0]) if path in self._nodes else 0
 
     # -- asking ----------------------------------------------------------------------------------------
-
-    @property
-    def age(self) -> float | None:
-        """Seconds since the run was last written; None where there is none."""
-        with suppress(OSError):
-            return max(0.0, time.time() - os.stat(self.path / METADATA).st_mtime)
-        return None
 
     @property
     def attrs(self) -> dict[Hashable, Any]:

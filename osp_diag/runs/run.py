@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import math
 import os
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -15,7 +16,7 @@ import xarray as xr
 from osp_diag.errors import MissingError, StoreError
 from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, read_root
-from osp_diag.runs.format import jsonable
+from osp_diag.runs.format import METADATA, jsonable
 from osp_diag.runs.reduction import Reduction
 from osp_diag.runs.tree import group_path
 from osp_diag.schema import (
@@ -190,6 +191,13 @@ class Run:
         noted = {**(self.attrs.get("sites") or {}), **(self.declared_absent or {})}
         present = set(self.sites)
         return {site: str(note) for site, note in noted.items() if site not in present}
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the run was last written; None of one that is in memory, or is not there."""
+        if self.path is None or not (self.path / METADATA).exists():
+            return None
+        return max(0.0, time.time() - os.stat(self.path / METADATA).st_mtime)
 
     @property
     def layers(self) -> np.ndarray:
