@@ -12,11 +12,14 @@ import pytest
 import xarray as xr
 
 from osp_diag.errors import StoreError
+from osp_diag.runs import following
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.lock import LOCK_NAME, writer_state
-from osp_diag.runs.run import open_run
+from osp_diag.runs.run import open_run, open_tree
 from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, FLOOR, groups, grown_run, record, scalars
+from tests.run_fixtures import groups as site_groups
+from tests.run_fixtures import write_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -268,6 +271,86 @@ def test_a_writer_that_was_killed_is_told_from_one_that_closed(tmp_path):
             process.wait()
     assert changed(run)
     assert run.writer == "died"
+
+
+# -- as any run ------------------------------------------------------------------------------------------
+
+ASKED = [
+    ("residual_post", "osp_excess_kurtosis", {"stratum": "all"}, ()),
+    ("residual_post", "osp_excess_kurtosis", {}, ("layer",)),
+    ("residual_post", "token_count", {"layer": 2}, ()),
+    ("linear_input:mlp.down_proj", "channel_rms", {}, ("layer", "channel")),
+]
+
+
+def assert_the_same_run(one, other):
+    assert (one.sites, one.beside, one.attrs) == (other.sites, other.beside, other.attrs)
+    assert (one.absent_sites, one.declared_absent) == (other.absent_sites, other.declared_absent)
+    for site in one.sites:
+        xr.testing.assert_identical(one.at(site).load(), other.at(site).load())
+        assert one.statistics_at(site) == other.statistics_at(site)
+        assert one.labels(site, "layer").tolist() == other.labels(site, "layer").tolist()
+    xr.testing.assert_identical(one.snapshot("residual_post").load(), other.snapshot("residual_post").load())
+    xr.testing.assert_identical(one["token_count"].load(), other["token_count"].load())
+    xr.testing.assert_identical(one.series.load(), other.series.load())
+    assert one.sites_with("token_count") == other.sites_with("token_count")
+    for asked in ASKED:
+        xr.testing.assert_identical(one.values(*asked), other.values(*asked))
+
+
+def test_a_followed_run_answers_as_the_opened_one(tmp_path):
+    path = write_run(tmp_path / "run.zarr")
+    run = FollowedRun(path).refresh()
+    assert_the_same_run(run, open_run(path))
+    with RunWriter(path, resume=True, attributes=dict(open_run(path).attrs)) as writer:
+        writer.append(30, site_groups(30))
+        writer.append_series(30, {"loss": 2.0})
+        assert run.at("residual_post").sizes["step"] == 3  # the moment that was looked at
+    assert_the_same_run(run.refresh(), open_run(path))
+
+
+def test_a_run_is_opened_once_a_look_and_only_when_asked(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(following, "open_tree", lambda path: (opened.append(path), open_tree(path))[1])
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, [0, 10])
+        run = FollowedRun(path).refresh()
+        assert run.sites == ["embedding", "attention", "residual_post", "final_norm"]
+        kurtosis(run), run.series, run.refresh()
+        assert opened == []
+        run.at("attention"), run.at("residual_post"), run.refresh(), run["sink_rate"]
+        assert len(opened) == 1
+        record(writer, [20])
+        assert run.at("attention").sizes["step"] == 2
+        writer.flush()
+        assert run.refresh().at("attention").sizes["step"] == 3
+        assert len(opened) == 2
+
+
+def test_steps_that_came_after_the_look_are_not_shown(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, [0, 10])
+        run, second = FollowedRun(path).refresh(), FollowedRun(path).refresh()
+        second.steps  # noqa: B018 - read, as a page does
+        record(writer, [20])
+        writer.flush()
+        assert run.at("residual_post")["step"].values.tolist() == run.steps.tolist() == [0, 10]
+        writer.truncate_after(0)
+    with pytest.raises(StoreError, match=r"was begun anew while it was read; look again$"):
+        second.at("residual_post")
+
+
+def test_where_there_is_no_run_it_holds_nothing(tmp_path):
+    run = FollowedRun(tmp_path / "run.zarr").refresh()
+    assert (run.sites, run.beside, run.attrs, run.series.sizes["step"]) == ([], [], {}, 0)
+    assert repr(run) == f"<osp_diag.FollowedRun {run.path}: absent>"
+    with pytest.raises(StoreError, match="has no site 'attention'; there are none"):
+        run.at("attention")
+    (tmp_path / "run.zarr").touch()
+    with pytest.raises(StoreError, match="is a file; a run is a folder"):
+        run.refresh().at("attention")
 
 
 # -- asking ----------------------------------------------------------------------------------------------

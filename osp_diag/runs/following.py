@@ -129,6 +129,8 @@ class FollowedRun(Run):
         else:
             # What was read stays on view.
             self.state, self.problem = "unreadable", str(error)
+            if not self._nodes:
+                self._close()
 
     def _forget(self) -> None:
         self.generation += 1
