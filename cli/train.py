@@ -41,17 +41,17 @@ def run(
     """Pre-train a model, and see at every probed step where outliers and attention sinks emerge.
 
     PRESET is tiny (a laptop's CPU, two minutes), small (one GPU, minutes), osp_1_4b (the paper's own
-    numbers), 3b, 7b, or `module:function` returning a osp_diag.trainer.config.TrainConfig. All of them are
-    full OSP;
-    --recipe gives another row of the paper's ablation, --ablation paper all six and the table that compares
-    them. Checkpoints are kept beside the run. Under `torchrun --module osp_diag train ...` the ranks share
-    the work.
+    numbers), 3b, 7b, or `module:function` returning a TrainConfig. All of them are full OSP; --recipe gives
+    another row of the paper's ablation, --ablation paper all six and the table that compares them.
+    Checkpoints are kept beside the run. Under `torchrun --module osp_diag train ...` the ranks share the
+    work.
 
     Args:
         name: the run to begin from.
         preset: the same, as an option.
         config: a JSON file of dotted keys and values, instead of a preset.
-        recipe: adam, muon_only, muon, muon_ssnorm, muon_embproj or osp.
+        recipe: adam, muon_only, muon, muon_ssnorm, muon_embproj, osp, or another file of
+            osp_diag/trainer/recipes.
         ablation: train all six recipes and compare them; --out is then a folder.
         seeds: with --ablation, further seeds of adam and osp.
         at_a_time: with --ablation, how many runs at once; by default what memory (or cores) allow.

@@ -116,7 +116,7 @@ def test_colour_maps_are_read_without_matplotlib_and_can_be_cut_and_reversed():
     assert whole.shape == (256, 3)
     np.testing.assert_array_equal(colour_table("batlow_r"), whole[::-1])
     np.testing.assert_array_equal(colour_table("batlow:0.5:1"), whole[128:])
-    with pytest.raises(UsageError, match=r"no colour map is named 'batlo'; near it: batlow"):
+    with pytest.raises(UsageError, match=r"no colour map is named 'batlo'; did you mean batlow"):
         colour_table("batlo")
     with pytest.raises(UsageError, match=r"linear, log, symlog, not 'cubic'"):
         ColourScale(0, 1, "cubic")  # type: ignore[arg-type]
@@ -167,7 +167,7 @@ def test_depth_profile_draws_floor_ceiling_and_the_estimators_name(run):
     assert "top_magnitude/1" in canvas.panels[0, 0].labels["y_label"]
     assert canvas.panels[0, 0].labels["y_scale"] == "log"
     levels = [call["text"] for name, call in kurtosis.calls if name == "level"]
-    assert levels == ["Gaussian floor 0.24", "ceiling 61.0"]
+    assert levels == ["Gaussian floor 0.244", "ceiling 61"]
     strata = [call["label"] for name, call in kurtosis.calls if name == "line"]
     assert strata == ["all tokens", "first", "delimiter", "rest"]
 

@@ -94,7 +94,7 @@ def _find(name: str) -> type[Estimator]:
     versions = [cls for cls in known.values() if cls.name == name]
     if versions:
         return max(versions, key=lambda cls: cls.version)
-    names = sorted({cls.name for cls in known.values()} | set(known))
+    names = sorted(known) if "/" in name else sorted({cls.name for cls in known.values()})
     hint = did_you_mean(name, names, "`osp-diag estimators` lists all")
     raise EstimatorError(f"no estimator is named {name!r}; {hint}")
 
