@@ -15,7 +15,6 @@ from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._colours import sample
 from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
@@ -85,9 +84,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     canvas = backend.canvas(rows, columns, width=inches, height=2.35 * rows, style=style, share_y=not stacked)
     known = dataset["perplexity"].values[np.isfinite(dataset["perplexity"].values)]
     wide = bool(known.size) and known.max() > _WIDE_RANGE * known.min()
-    colours = style.palette
-    if dataset.sizes["run"] > len(colours):
-        colours = tuple(sample("batlow", dataset.sizes["run"], 0.02, 0.78))
+    colours = style.colours_of_runs(dataset.sizes["run"])
     panels = []
     for index, sweep in enumerate(dataset["sweep"].values):
         other = "activations" if sweep == "weights" else "weights"

@@ -16,7 +16,6 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._bounds import bound, draw_bounds, log_range
 from osp_diag.figures._caption import caption
-from osp_diag.figures._colours import sample
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
@@ -161,8 +160,7 @@ def _single(dataset: xr.Dataset, magnitude: Panel, kurtosis: Panel, style: Style
 
 
 def _overlaid(dataset: xr.Dataset, magnitude: Panel, kurtosis: Panel, style: Style) -> None:
-    runs = dataset.sizes["run"]
-    colours = style.palette if runs <= len(style.palette) else sample("batlow", runs, 0.02, 0.85)
+    colours = style.colours_of_runs(dataset.sizes["run"])
     layers = dataset["layer"].values.astype(float)
     for index, run in enumerate(dataset["run"].values):
         part = dataset.isel(run=index)

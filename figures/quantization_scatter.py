@@ -15,7 +15,6 @@ from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._colours import sample
 from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
 from osp_diag.figures._runs import name_of
@@ -125,7 +124,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         x_scale=x_scale,
         y_scale=y_scale,
     )
-    colours = sample("batlow", max(2, len(x)), 0.02, 0.78)
+    colours = style.colours_of_runs(len(x))
     for name, across, up, colour in zip(dataset["run"].values, x, y, colours, strict=False):
         panel.scatter(np.array([across]), np.array([up]), label=str(name), colour=colour, texts=[str(name)])
     ends = {"x": _limits(x, x_scale), "y": _limits(y, y_scale)}
