@@ -47,7 +47,7 @@ class FusedObservation(ActivationObservation):
         self.elements, self.raw_strata, self.found = x, strata, found
         self.significant_bits, self.reductions = significant_bits, GENERIC
         self.layout = Layout(channels=found.sums.shape[-1], tokens=strata.shape[-1])
-        self._kept: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
         self.finite_token = found.rows[9] == 0
         self._counted = self.finite_token & (strata[0] > 0)
         self._rows = torch.where(self._counted, found.rows, 0.0)
