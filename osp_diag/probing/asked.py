@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from osp_diag.capture.collector import Chosen
+from osp_diag.capture.collector import EstimatorChoice
 from osp_diag.errors import UsageError
 from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator
@@ -16,7 +16,7 @@ Asked = Sequence[str | Estimator] | Mapping[str, Sequence[str | Estimator]]
 """Estimators by name or instance, for every site or by pattern of sites."""
 
 
-def instances(estimators: Asked | None) -> Chosen:
+def instances(estimators: Asked | None) -> EstimatorChoice:
     """Estimators from names or instances; None stays None, which stands for the default ones."""
     if estimators is None:
         return None
