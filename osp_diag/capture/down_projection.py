@@ -66,7 +66,7 @@ def _expert_down_projection(module: nn.Module, matrices: dict[str, nn.Parameter]
     _, left, right = whole.shape
     if width not in (left, right):
         return f"its experts' weights of shape {tuple(whole.shape)} do not give {width} channels"
-    transposed = left != width
+    transposed: object = left != width
     if left == right:
         transposed = getattr(module, "is_transposed", None)
         if not isinstance(transposed, bool):
