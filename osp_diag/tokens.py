@@ -325,8 +325,7 @@ def _check_vocabulary(tokens: np.ndarray, vocabulary_size: int, tokenizer: Any |
     )
     raise TokenError(
         f"token id {tokens[sequence, position]} at position {position} of sequence {sequence} is outside the "
-        "model's "
-        f"vocabulary of {vocabulary_size} ({len(bad)} such tokens): {advice}"
+        f"model's vocabulary of {vocabulary_size} ({len(bad)} such tokens): {advice}"
     )
 
 

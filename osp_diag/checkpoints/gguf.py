@@ -99,14 +99,13 @@ def _refuse_unsupported(path: Path, header: GgufHeader) -> None:
         known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer", "tokenizer_config"})
         raise CheckpointError(
             f"{path} has the GGUF architecture {header.architecture!r}, which transformers "
-            f"{transformers.__version__} "
-            f"cannot convert; it knows {', '.join(known)}. Use the model's safetensors instead"
+            f"{transformers.__version__} cannot convert; it knows {', '.join(known)}. Use the model's "
+            "safetensors instead"
         )
     if header.metadata.get("split.count", 0) > 1:
         raise CheckpointError(
             f"{path} is one of {header.metadata['split.count']} parts. Join them with `llama-gguf-split "
-            "--merge` and pass "
-            "the whole file"
+            "--merge` and pass the whole file"
         )
 
 
@@ -124,8 +123,7 @@ def _convert(path: Path, header: GgufHeader, copy: Path) -> None:
     except OSError as error:
         raise CheckpointError(
             f"the dequantised copy of {path.name} cannot be kept in {copy.parent}: {error}. Set "
-            "OSP_DIAG_CACHE to a "
-            "directory that can be written"
+            "OSP_DIAG_CACHE to a directory that can be written"
         ) from error
     try:
         _dequantise(path, header, partial)
@@ -140,8 +138,7 @@ def _convert(path: Path, header: GgufHeader, copy: Path) -> None:
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be converted: {type(error).__name__}: {error}. If its quantisation is not "
-            "supported, use "
-            "another GGUF file of the model or its safetensors"
+            "supported, use another GGUF file of the model or its safetensors"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -192,8 +189,8 @@ def _refuse_other_size(path: Path, header: GgufHeader, config: Any) -> None:
     if described > 1.5 * header.parameters:
         raise CheckpointError(
             f"{path} cannot be converted: its metadata describe a model of {described:,} parameters, and its "
-            "tensors "
-            f"hold {header.parameters:,}. Its metadata are incomplete; use another GGUF file of the model"
+            f"tensors hold {header.parameters:,}. Its metadata are incomplete; use another GGUF file of the "
+            "model"
         )
 
 

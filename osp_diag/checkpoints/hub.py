@@ -32,14 +32,12 @@ def reach(identifier: str) -> bool:
     except GatedRepoError as error:
         raise CheckpointError(
             f"{identifier} is a gated model. Accept its terms at https://huggingface.co/{identifier}, then "
-            "log in with "
-            "`hf auth login` or set HF_TOKEN"
+            "log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
             f"{identifier} is neither a path here nor a model on the Hugging Face Hub{_near(identifier)}. If "
-            "it is "
-            "private, log in with `hf auth login` or set HF_TOKEN"
+            "it is private, log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except Exception as error:
         if isinstance(try_to_load_from_cache(identifier, "config.json"), str):
@@ -47,10 +45,8 @@ def reach(identifier: str) -> bool:
         raise CheckpointError(
             f"{identifier} is not a path here{_near(identifier)}, and the Hugging Face Hub cannot be reached "
             f"({type(error).__name__}: {str(error).strip() or 'no answer'}). On a machine with a connection, "
-            "run "
-            f"`hf download {identifier} --local-dir {identifier.rpartition('/')[2]}`, copy that directory "
-            "here and pass "
-            "its path; or `osp-diag demo` for a model from the package registry"
+            f"run `hf download {identifier} --local-dir {identifier.rpartition('/')[2]}`, copy that "
+            "directory here and pass its path; or `osp-diag demo` for a model from the package registry"
         ) from error
 
 

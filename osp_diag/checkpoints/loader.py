@@ -65,8 +65,7 @@ def _module(module_name: str, name: str) -> ModuleType:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise CheckpointError(
                 f"the loader {name} cannot be used: there is no module {error.name!r} here or among the "
-                "installed "
-                "packages. A loader is module:function, importable from the current directory"
+                "installed packages. A loader is module:function, importable from the current directory"
             ) from error
         raise CheckpointError(
             f"the loader {name} cannot be used: {module_name} itself imports {error.name!r}, which is not "

@@ -160,8 +160,7 @@ def _kind_of_file(path: Path) -> str:
         return "weights"
     raise CheckpointError(
         f"{path} is not a checkpoint: its type {path.suffix or '(no suffix)'!r} is not supported. Pass a "
-        "directory "
-        "with config.json and safetensors, or a file .gguf, .safetensors, .bin or .pt"
+        "directory with config.json and safetensors, or a file .gguf, .safetensors, .bin or .pt"
     )
 
 
@@ -189,7 +188,6 @@ def _device(device: str | torch.device) -> torch.device:
         raise CheckpointError(
             f"device {str(device)!r} was asked for, but this PyTorch ({torch.__version__}) sees "
             f"{seen or 'no'} CUDA device{'s' * (seen > 1)}; use device='cpu', or install PyTorch with CUDA "
-            "and check "
-            "nvidia-smi"
+            "and check nvidia-smi"
         )
     return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found

@@ -66,8 +66,7 @@ def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoin
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"{path} holds weights, but not the model they belong to: there is no config.json beside it. Put "
-            "the "
-            "model's config.json there, or give a loader module:function"
+            "the model's config.json there, or give a loader module:function"
         )
     index = directory / "model.safetensors.index.json"
     if path.name.startswith("model-") and index.is_file():
@@ -112,8 +111,7 @@ def _check_configuration(directory: Path) -> None:
         base = read_json(directory / "adapter_config.json").get("base_model_name_or_path", "its base model")
         raise CheckpointError(
             f"{directory} is an adapter, not a model. Merge it into {base} (peft: merge_and_unload, "
-            "save_pretrained) "
-            "and pass the result"
+            "save_pretrained) and pass the result"
         )
     inside = sorted(entry.parent.name for entry in directory.glob("*/config.json"))
     advice = (
@@ -139,8 +137,7 @@ def _config(location: str, loading: Loading, **where: Any) -> Any:
         elif "model_type" in text or "model type" in text or "Unrecognized model" in text:
             advice = (
                 f"transformers {transformers.__version__} does not know its architecture: "
-                f"{_first_line(error)} Update "
-                "transformers, or give a loader module:function"
+                f"{_first_line(error)} Update transformers, or give a loader module:function"
             )
         else:
             advice = f"its configuration cannot be read: {_first_line(error)}"
@@ -190,15 +187,14 @@ def _load(
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} tensors of {type(model).__name__}, the first {missing[0]!r}: the "
-            "weights do not "
-            "belong to this config.json. Random numbers would stand in for them, so it is not opened"
+            "weights do not belong to this config.json. Random numbers would stand in for them, so it is "
+            "not opened"
         )
     if report["mismatched_keys"]:
         key, found, expected = min(report["mismatched_keys"], key=str)
         raise CheckpointError(
             f"{name} does not fit its config.json: {key!r} has shape {tuple(found)}, and the configuration "
-            "asks for "
-            f"{tuple(expected)}"
+            f"asks for {tuple(expected)}"
         )
     unused = sorted(report["unexpected_keys"])
     if unused and not notes and not all("head" in key or "predictions" in key for key in unused):
@@ -235,8 +231,7 @@ def _load_error(name: str, error: Exception) -> CheckpointError:
     if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in str(error):
         return CheckpointError(
             f"{name} is refused: its pickle holds more than tensors ({_forbidden(error)}), and reading that "
-            "would run "
-            "code that came with the file. Ask its author for safetensors"
+            "would run code that came with the file. Ask its author for safetensors"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return CheckpointError(
@@ -294,8 +289,7 @@ def _auto_tokenizer(location: str, loading: Loading, **where: Any) -> Any:
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer of {location} cannot be opened: {type(error).__name__}: {_first_line(error)}. "
-            "Mend its "
-            "files, remove them to measure on token ids, or pass tokenizer="
+            "Mend its files, remove them to measure on token ids, or pass tokenizer="
         ) from error
 
 
