@@ -31,7 +31,7 @@ class Call(NamedTuple):
     """The arguments to call a verb's function with."""
 
     positional: tuple[Any, ...]
-    named: dict[str, Any]
+    keywords: dict[str, Any]
 
 
 def call_described_by(words: Sequence[str], function: Callable[..., Any], command: str) -> Call:
@@ -46,9 +46,9 @@ def call_described_by(words: Sequence[str], function: Callable[..., Any], comman
     # error of the verb itself apart from those of the parser.
     recorded = Call((), {})
 
-    def record(*positional: Any, **named: Any) -> None:
+    def record(*positional: Any, **keywords: Any) -> None:
         nonlocal recorded
-        recorded = Call(positional, named)
+        recorded = Call(positional, keywords)
 
     record.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     record.__annotations__ = inspect.get_annotations(function, eval_str=True)
@@ -95,8 +95,8 @@ def _registry() -> ConstructorRegistry:
         members = get_args(info.type)
         if get_origin(info.type) not in (Union, types.UnionType) or type(None) not in members:
             return None
-        given: Any = functools.reduce(operator.or_, (m for m in members if m is not type(None)))
-        inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given, info.markers))
+        member_type: Any = functools.reduce(operator.or_, (m for m in members if m is not type(None)))
+        inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(member_type, info.markers))
         if isinstance(inner, UnsupportedTypeAnnotationError):
             return inner
         return dataclasses.replace(

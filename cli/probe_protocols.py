@@ -25,11 +25,12 @@ def measure(
 ) -> dict[str, Run]:
     """Probe under ``protocol`` and, if ``compare``, measure the OSP kurtosis alone under the other one too.
 
-    Returns the runs by protocol, the one that was asked for first.
+    Returns the runs by protocol, ``protocol`` first.
     """
+    # Two protocols are two runs side by side: docs/decisions.md, Runs.
     runs: dict[str, Run] = {}
-    other = "osp-published" if protocol == "sequence" else "sequence"
-    for name in (protocol, other) if compare else (protocol,):
+    second_protocol = "osp-published" if protocol == "sequence" else "sequence"
+    for name in (protocol, second_protocol) if compare else (protocol,):
         present = [site for site in HIDDEN_STATES if not runs or site in runs[protocol].sites]
         if name != protocol:
             if not present:
@@ -43,14 +44,14 @@ def measure(
             vocabulary_size=checkpoint.vocabulary_size,
             **tokens,
         )
-        chosen = dict(options)
+        arguments = dict(options)
         if name == protocol:
-            chosen |= main
+            arguments |= main
         else:
-            chosen |= {"sites": present, "estimators": ("osp_excess_kurtosis",), "snapshot_tokens": 0}
+            arguments |= {"sites": present, "estimators": ("osp_excess_kurtosis",), "snapshot_tokens": 0}
         try:
             with progress_bar(f"{checkpoint.name}, {name}") as progress:
-                runs[name] = probe_checkpoint(checkpoint, batches, progress=progress, **chosen)
+                runs[name] = probe_checkpoint(checkpoint, batches, progress=progress, **arguments)
         except KeyboardInterrupt as interruption:
             if runs and main.get("out") is not None:
                 interruption.__notes__ = [
