@@ -32,7 +32,7 @@ class Call(NamedTuple):
     """The arguments to call a verb's function with."""
 
     positional: tuple[Any, ...]
-    named: dict[str, Any]
+    keywords: dict[str, Any]
 
 
 def call_described_by(words: Sequence[str], function: Callable[..., Any], command: str) -> Call:
@@ -47,9 +47,9 @@ def call_described_by(words: Sequence[str], function: Callable[..., Any], comman
     # error of the verb itself apart from those of the parser.
     recorded = Call((), {})
 
-    def record(*positional: Any, **named: Any) -> None:
+    def record(*positional: Any, **keywords: Any) -> None:
         nonlocal recorded
-        recorded = Call(positional, named)
+        recorded = Call(positional, keywords)
 
     record.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     record.__annotations__ = inspect.get_annotations(function, eval_str=True)

@@ -27,7 +27,7 @@ def measure(
 ) -> dict[Protocol, Run]:
     """Probe as asked and, if ``compare``, measure the OSP kurtosis alone under the other protocol too.
 
-    Returns the runs by protocol, the one that was asked for first.
+    Returns the runs by protocol, ``protocol`` first.
     """
     protocol, batch_size = token_settings.protocol, token_settings.batch_size
     with progress_bar(f"{checkpoint.name}, {protocol}") as progress:

@@ -19,9 +19,10 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._decimate import bin_starts, max_pool, spans
-from osp_diag.figures._runs import name_of, per_run, statistics
+from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
@@ -106,8 +107,9 @@ def _two(runs: list[Any], step: int | None, other_step: int | None) -> tuple[lis
     first = int(run.steps[0]) if step is None else step_of(run, step)
     if first == last:
         raise UsageError(
-            f"channel_map_comparison needs two runs, or two steps of one; of the run of {name_of(run)} there "
-            f"is only step {last} to draw: give a second run, or step and other_step"
+            "channel_map_comparison needs two runs, or two steps of one; of the run of "
+            f"{model_name(run.attrs)} there is only step {last} to draw: give a second run, or step and "
+            "other_step"
         )
     return [run, run], [first, last]
 

@@ -20,9 +20,9 @@ from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import tint
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._runs import name_of
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
@@ -60,7 +60,7 @@ def prepare(
     per_step = np.array([_tokens_per_step(run) for run in runs])
     if against is None:
         against = "tokens" if np.isfinite(per_step).all() else "steps"
-    lacking = [name_of(run) for run, count in zip(runs, per_step, strict=True) if np.isnan(count)]
+    lacking = [model_name(run.attrs) for run, count in zip(runs, per_step, strict=True) if np.isnan(count)]
     if against == "tokens" and lacking:
         raise StoreError(
             f"kurtosis_dynamics: the run of {', '.join(lacking)} does not say how many tokens a step takes; "
@@ -98,8 +98,8 @@ def _loss(run: Any) -> tuple[np.ndarray, np.ndarray]:
     series = run.series
     if "loss" not in series:
         raise StoreError(
-            f"kurtosis_dynamics needs the series `loss`, which the run of {name_of(run)} does not hold; draw "
-            "a run that a training wrote"
+            f"kurtosis_dynamics needs the series `loss`, which the run of {model_name(run.attrs)} does not "
+            "hold; draw a run that a training wrote"
         )
     return series["step"].values.astype(float), series["loss"].values.astype(float)
 

@@ -16,9 +16,10 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.sinks.implementation import logit_edges
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._runs import name_of, per_run, statistics
+from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig6", "logits")
@@ -98,15 +99,15 @@ def _of_run(
         known = density[said].values
         if wanted is not None and wanted not in known:
             raise UsageError(
-                f"logit_densities: the run of {name_of(run)} has no {said} {wanted}; it has "
+                f"logit_densities: the run of {model_name(run.attrs)} has no {said} {wanted}; it has "
                 f"{', '.join(map(str, known))}"
             )
     measured = np.isfinite(density.values).all(axis=(2, 3))
     chosen, heads = _heads(found, measured, layer, head)
     if not chosen.any():
         raise StoreError(
-            f"logit_densities: the run of {name_of(run)} has no logits in {heads}; sequences of one token "
-            "have none but of the sink key, so probe real sequences"
+            f"logit_densities: the run of {model_name(run.attrs)} has no logits in {heads}; sequences of one "
+            "token have none but of the sink key, so probe real sequences"
         )
     mean = density.values[chosen].mean(axis=0)
     identifiers = [str(found[name].attrs.get("estimator", name)) for name in ("logit_density", "sink_rate")]

@@ -15,9 +15,10 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.sinks.implementation import sink_implementation
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._runs import name_of, per_run, statistics
+from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("sink_channels",)
@@ -81,7 +82,7 @@ def _of_run(found: xr.Dataset, run: Any, layer: int | None, head: int | None) ->
             continue
         if wanted not in known:
             raise UsageError(
-                f"sink_implementation: the run of {name_of(run)} has no {said} {wanted}; it has "
+                f"sink_implementation: the run of {model_name(run.attrs)} has no {said} {wanted}; it has "
                 f"{', '.join(map(str, known))}"
             )
         allowed &= np.expand_dims(known == wanted, 1 - axis)

@@ -14,6 +14,7 @@ from typing import Any
 from osp_diag.errors import StoreError
 from osp_diag.runs.format import METADATA, PARTIAL
 from osp_diag.runs.lock import LOCK_NAME
+from osp_diag.runs.naming import model_name
 
 __all__ = [
     "FORMAT_KEY",
@@ -101,7 +102,7 @@ def _describe(root: Mapping[str, Any]) -> str:
     attributes = root["attributes"]
     step = root["consolidated_metadata"]["metadata"].get("step", {})
     count = step.get("shape", [0])[0]
-    model = attributes.get("model_name", "unnamed model")
+    model = model_name(attributes)
     return f"{model}, {count} step{'' if count == 1 else 's'}, created {attributes.get('created', 'unknown')}"
 
 
