@@ -16,6 +16,7 @@ from osp_diag.errors import DivergenceError
 from osp_diag.probing.checkpoint import joined_ranks
 from osp_diag.probing.ranks import is_distributed, is_first_rank
 from osp_diag.probing.saving import check_out
+from osp_diag.runs.folder import check_destination
 from osp_diag.runs.run import Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.trainer.checkpoint import (
@@ -90,7 +91,9 @@ def train(
     KeyboardInterrupt : Ctrl-C or SIGTERM, after the step under way, with the state saved
     """
     out = Path(out)
-    if not resume:
+    if resume:
+        check_destination(out, resume=True)
+    else:
         check_out(out, overwrite=overwrite)
     check_beside(out, resume=resume, overwrite=overwrite)
     with joined_ranks(), alone_is_meant(), ExitStack() as stack:
