@@ -102,11 +102,8 @@ class TestReading:
         file = pack(path)
         drawn = [figures.draw("depth_profile", str(run), backend="none") for run in (path, file)]
         xr.testing.assert_identical(*drawn)
-        compared = []
-        for run in (path, file):
-            assert main(["compare", str(run), str(run), "--json"]) == 0
-            compared.append(capsys.readouterr().out)
-        assert compared[0] == compared[1]
+        assert main(["compare", str(path), str(file)]) == 0
+        assert "run" in capsys.readouterr().out
 
     @pytest.mark.parametrize(
         "make", [lambda path: path.write_text("x"), lambda path: zipfile.ZipFile(path, "w").close()]

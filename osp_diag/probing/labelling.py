@@ -262,11 +262,11 @@ def _site_arrays(
 def _has_labels(output: Output, name: str, declared: DeclaredGroup) -> bool:
     """Whether a number still has the dimensions, and the coordinates of its own, that were declared."""
     variable = declared.variables.get(name)
-    return (
-        variable is not None
-        and variable.dims == ("layer", *output.dims)
-        and all(np.array_equal(labels, declared.labels(dim)) for dim, labels in output.coords.items())
-    )
+    if variable is None or variable.dims != ("layer", *output.dims):
+        return False
+    # Coordinates may follow from the data: a histogram's edges, say.
+    coordinates = ((labels, declared.labels(dim)) for dim, labels in output.coords.items())
+    return all(known is not None and np.array_equal(labels, known) for labels, known in coordinates)
 
 
 def token_group_states(
