@@ -17,6 +17,7 @@ from osp_diag.probing.checkpoint import joined_ranks
 from osp_diag.probing.identity import token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank
 from osp_diag.probing.saving import check_out
+from osp_diag.runs.folder import check_destination
 from osp_diag.runs.run import Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
@@ -91,7 +92,9 @@ def train(
     KeyboardInterrupt : Ctrl-C or SIGTERM, after the step under way, with the state saved
     """
     out = Path(out)
-    if not resume:
+    if resume:
+        check_destination(out, resume=True)
+    else:
         check_out(out, overwrite=overwrite)
     check_beside(out, resume=resume, overwrite=overwrite)
     with joined_ranks(), without_single_process_warnings(), ExitStack() as stack:

@@ -22,13 +22,14 @@ from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators.base import Estimator, Field, Layout
 from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.identity import circumstances, delimiter_fingerprint, estimator_parameters
-from osp_diag.probing.labelling import labelled_groups, token_group_states
+from osp_diag.probing.labelling import StepLabels, labelled_groups, token_group_states
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, rank_of_all
 from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, keyword_form
 from osp_diag.probing.versions import library_versions
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
+from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
 from osp_diag.schema import ATTENTION, HEAD_SITES, LINEAR_INPUT, SITES
 from osp_diag.seams.attention import AttentionCapture
@@ -108,6 +109,7 @@ class Probe:
         self.deferred = on_accelerator if deferred == "auto" else bool(deferred)
         self.absent = {site: why for site, why in self.site_map.absent.items() if self.wanted(site)}
         self.attributes = {**self._identity(), **(attributes or {})}
+        self._labels = StepLabels()
         self._records = Records(
             Path(out) if out is not None else None,
             self.attributes,
@@ -303,8 +305,8 @@ class Probe:
         self._keep_vocabulary()
         self.append_series(step, {"probe_seconds": time.perf_counter() - started})
 
-    def _labelled(self, collector: Collector) -> Callable[[], dict[str, xr.Dataset]]:
-        """Bring what all ranks measured to the host; what is returned makes datasets of it, on every rank."""
+    def _labelled(self, collector: Collector) -> Callable[[], ProbedStep]:
+        """Bring what all ranks measured to the host; what is returned makes a step of it, on every rank."""
         apart = {} if collector.groups is None else collector.groups.states
         states, layouts = {**collector.states, **apart}, dict(collector.layouts)
         if is_distributed():
@@ -317,11 +319,11 @@ class Probe:
         on_host = to_host(states)
         # Not the collector itself, which holds the device's memory.
         suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
-        keep_raw, token_groups = self.settings.keep_raw, self.settings.token_groups
+        keep_raw, token_groups, labels = self.settings.keep_raw, self.settings.token_groups, self._labels
 
-        def labelled() -> dict[str, xr.Dataset]:
+        def labelled() -> ProbedStep:
             whole = {key: state for key, state in on_host.items() if len(key) == 3}
-            groups = labelled_groups(suites.__getitem__, whole, layouts, keep_raw=keep_raw)
+            groups = labelled_groups(suites.__getitem__, whole, layouts, keep_raw=keep_raw, labels=labels)
             if token_groups:
                 apart = {key: state for key, state in on_host.items() if len(key) == 4}
                 groups |= token_group_states(suites.__getitem__, apart, layouts, token_groups)
@@ -350,7 +352,7 @@ class Probe:
     # What was recorded: all but append_series wait for a deferred step, and all raise what failed in it
 
     @property
-    def latest(self) -> dict[str, xr.Dataset]:
+    def latest(self) -> Mapping[str, xr.Dataset]:
         """The datasets recorded last, by group and without the step; on every rank."""
         return self._records.latest
 
