@@ -17,15 +17,18 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._bounds import bound, draw_bounds, log_range
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import identifier, last_step, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
 
 ALIASES = ("depth",)
+REPORT = InReport("Where magnitudes grow", place=40)
+GALLERY = InGallery(SMOLLM2, "Outliers appear in one layer and stay.", place=90)
 ARRANGEMENTS = ("side-by-side", "overlaid")
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "dashdot")
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
