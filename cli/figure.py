@@ -36,28 +36,27 @@ def run(
 ) -> int:
     """Draw a figure of one run or several, which `osp-diag probe` or a training run wrote.
 
-        The figures, with other names that they go by (fig1 to fig11 and table2 are the OSP paper's):
-    {figures}
+    The figures, with other names that they go by (fig1 to fig11 and table2 are the OSP paper's):
+      {figures}
 
-        The suffix of --out decides the format: .png, .pdf and .svg for a paper, .html for a page that turns
-        and zooms and needs no network.
+    The suffix of --out decides the format: .png, .pdf and .svg for a paper, .html for a page that turns
+    and zooms and needs no network.
 
-        Args:
-            name: which figure.
-            runs: the runs to draw, side by side.
-            out: the file to write; by default NAME.png in the current folder.
-            option: an option of the figure, such as layer=20; may be given several times.
-            step: of training; the last one by default.
-            width: of the paper's column.
-            style: fonts and colours.
-            json: print what was drawn as JSON.
+    Args:
+        name: which figure.
+        runs: the runs to draw, side by side.
+        out: the file to write; by default NAME.png in the current folder.
+        option: an option of the figure, such as layer=20; may be given several times.
+        step: of training; the last one by default.
+        width: of the paper's column.
+        style: fonts and colours.
+        json: print what was drawn as JSON.
 
-        Examples:
-            osp-diag figure depth_profile run.zarr --out depth.pdf
-            osp-diag figure fig2 adam.zarr osp.zarr --option layer=20 --out surface.html
-            osp-diag figure fig8 run.zarr --option 'sites=linear_input:*' --option layer=1,7,15,22
-            osp-diag figure depth_profile adam.zarr osp.zarr --option arrange=overlaid
-    """
+    Examples:
+        osp-diag figure depth_profile run.zarr --out depth.pdf
+        osp-diag figure fig2 adam.zarr osp.zarr --option layer=20 --out surface.html
+        osp-diag figure fig8 run.zarr --option 'sites=linear_input:*' --option layer=1,7,15,22
+        osp-diag figure depth_profile adam.zarr osp.zarr --option arrange=overlaid"""
     options = dict(_parsed(entry) for entry in option)
     if step is not None:
         options["step"] = step
@@ -78,8 +77,8 @@ def _figures() -> str:
     """The figures as lines of the help, from what their files say of themselves."""
     from osp_diag.figures._registry import summaries
 
-    return "\n".join(
-        f"      {', '.join((name, *summary.aliases))}\n          {summary.line}"
+    return "\n      ".join(
+        f"{', '.join((name, *summary.aliases))}\n          {summary.line}"
         for name, summary in summaries().items()
     )
 
