@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,10 @@ OUTPUT = {
 }
 """Blocks that show what a command prints, by how they begin."""
 SMALLER = {
-    ("README.md", "tokens=8192"): "tokens=128",
+    ("README.md", "tokens=8192"): "tokens=64, sites=['residual_post']",
+    ("README.md", "every=50"): "every=50, sites=['residual_post']",
 }
-"""Numbers of the text that would take long, and what the test takes instead."""
+"""What would take long in the text, and what the test takes instead."""
 ONLY_READ = {
     "demo": "trains two models",
     "export": "needs a training run and its checkpoint",
@@ -73,7 +75,11 @@ def probed(tmp_path_factory) -> Path:
     )
     path = tmp_path_factory.mktemp("probed") / "run.zarr"
     model = transformers.LlamaForCausalLM(config).eval()
-    options: dict[str, Any] = {"sites": ["residual_post", "attention"], "snapshot_tokens": 8}
+    options: dict[str, Any] = {
+        "sites": ["residual_post", "attention"],
+        "estimators": ["osp_excess_kurtosis", "channel_moments", "channel_concentration", "sink_rate"],
+        "snapshot_tokens": 8,
+    }
     with osp_diag.Probe(model, **options, out=path) as probe, probe.step(0):
         model(torch.arange(32).reshape(2, 16))
     return path
@@ -184,7 +190,7 @@ def training(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     from tests.training_loops import dropping_llama, transformers
     from tests.training_runs import minute
 
-    monkeypatch.setattr(presets, "tiny", lambda: minute(steps=2, checkpoint__every=0))
+    monkeypatch.setattr(presets, "tiny", lambda: minute(steps=2, checkpoint__every=0, probe__tokens=64, probe__sites=("residual_post",)))
     yield {}
     shutil.rmtree("run.zarr")
     arguments = transformers.TrainingArguments(
@@ -289,10 +295,9 @@ def test_the_estimator_of_the_page_agrees_with_its_oracle_on_hostile_inputs(plac
 
 def test_the_figure_of_the_page_is_drawn_as_the_package_draws_its_own(place):
     save(place, blocks_of(ROOT / "docs/add_a_figure.md"))
-    runs = [synthetic_run(every_estimator=True), synthetic_run(OUTLIER_FREE, every_estimator=True)]
     assert "effective_channels" in figures.names()
     for suffix in ("png", "html"):
-        figures.draw("effective_channels", runs, out=place / f"figure.{suffix}")
+        figures.draw("effective_channels", _made_up(), out=place / f"figure.{suffix}")
         assert (place / f"figure.{suffix}").stat().st_size > 5000
 
 
@@ -342,19 +347,22 @@ def _check_verb(words: list[str], synthetic: dict[str, Path]) -> None:
     assert function(*call.positional, **call.named) in (None, 0)
 
 
+@cache
+def _made_up() -> list[osp_diag.Run]:
+    """Two models, one with outliers and one without, of which every figure can be drawn."""
+    return [synthetic_run(plan, steps=(0, 10), every_estimator=True) for plan in (Plan(), OUTLIER_FREE)]
+
+
 def _cheap_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Let the verbs prepare what they would draw, from made-up runs, and draw nothing: other tests do."""
     from osp_diag.figures.backend import backend_for
     from osp_diag.figures.report import shown_figures
 
     drawn: list[str] = []
-    runs: list[Any] = []
     draw = figures.draw
 
     def prepare(name: str, paths: Any, *, out: Path, style: str, width: str | None, **options: Any) -> Any:
-        if not runs:
-            plans = (Plan(), OUTLIER_FREE)
-            runs.extend(synthetic_run(plan, steps=(0, 10), every_estimator=True) for plan in plans)
+        runs = _made_up()
         backend_for(out, None)
         drawn.append(name)
         chosen = runs if len(paths) > 1 else runs[:1]
