@@ -190,7 +190,8 @@ def training(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     from tests.training_loops import dropping_llama, transformers
     from tests.training_runs import minute
 
-    monkeypatch.setattr(presets, "tiny", lambda: minute(steps=2, checkpoint__every=0, probe__tokens=64, probe__sites=("residual_post",)))
+    less = {"steps": 2, "checkpoint__every": 0, "probe__tokens": 64, "probe__sites": ("residual_post",)}
+    monkeypatch.setattr(presets, "tiny", lambda: minute(**less))
     yield {}
     shutil.rmtree("run.zarr")
     arguments = transformers.TrainingArguments(
