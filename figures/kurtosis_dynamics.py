@@ -20,6 +20,7 @@ from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import tint
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
+from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -27,11 +28,15 @@ from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
 ALIASES = ("fig3", "fig7")
+REPORT = InReport("How loss and kurtosis went in training", place=10, fewest_steps=2)
+GALLERY = InGallery(
+    SIX_RECIPES, "Adam's kurtosis climbs as the loss falls, OSP's stays at the noise.", place=30
+)
 AXES = ("tokens", "steps")
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dashdot")
 _UNITS = ((1e12, " (trillions)"), (1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"))
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
