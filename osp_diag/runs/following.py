@@ -150,7 +150,7 @@ class FollowedRun(Run):
 
     @property
     def attrs(self) -> dict[Hashable, Any]:
-        return dict(self._attributes)
+        return {**self._attributes}
 
     @property
     def tree(self) -> xr.DataTree:
@@ -227,7 +227,7 @@ class FollowedRun(Run):
         self, site: str, statistic: str, reduction: Reduction
     ) -> tuple[np.ndarray, dict[Hashable, Any]]:
         path = f"{group_path(site)}/{statistic}"
-        rows = self._rows((path, reduction), path, reduction, np.float64)
+        rows = self._rows((path, reduction), path, reduction.__call__, np.float64)
         return rows[: len(self.steps)], dict(self._nodes[path]["attributes"])
 
     def __repr__(self) -> str:
