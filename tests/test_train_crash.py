@@ -17,7 +17,7 @@ from tests.test_train_loop import assert_same_run
 from tests.training_runs import minute
 from tests.warm_processes import forking
 
-KILLS = 8
+KILLS = 5
 
 
 def command_line(words, errors, deferred):
