@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from osp_diag.analyses.ablation_text import as_markdown, as_text
+from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.recipes import config_of, recipe_labels
-from osp_diag.analyses.summary.numbers import EPSILON, hidden_states
-from osp_diag.checkpoints import Checkpoint, open_checkpoint
+from osp_diag.analyses.summary.numbers import sink_rate_at
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.estimators import STRATA
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.probing.checkpoint import probe_checkpoint
-from osp_diag.quantizing.bit_width_sweep import bit_width_sweep
-from osp_diag.quantizing.results import HELD_OUT, UNQUANTIZED
-from osp_diag.runs.display import HIDDEN_STATES
+from osp_diag.quantizing.results import FEW_BITS, MAXIMUM_SITES, UNQUANTIZED, notation
+from osp_diag.runs.headline import hidden_states
 from osp_diag.runs.run import Run
-from osp_diag.tokens import PROTOCOLS, make_batches
+from osp_diag.schema import HIDDEN_STATES, PROTOCOLS, SINK_EPSILON, SINK_POSITION, STRATA
+
+if TYPE_CHECKING:
+    from osp_diag.quantizing.exported import CheckpointMeasurements
 
 __all__ = ["ablation_table", "as_markdown", "as_text"]
 
-MAXIMUM_SITES = ("residual_post", "mlp_hidden")
-WEIGHT_BITS = ACTIVATION_BITS = 4
-SINK_POSITION = 0
-LAST = 0.02
+FINAL_SHARE = 0.02
 """Share of the recorded losses whose mean is the final one: a single batch is too noisy."""
 
 EXPORTED, LAST_PROBE = "exported checkpoint", "last probe of the run"
@@ -42,7 +36,7 @@ _COORDINATES: dict[str, tuple[str, ...]] = {
     "stratum": STRATA,
     "reduction": ("mean", "largest"),
     "site": MAXIMUM_SITES,
-    "precision": ("full", f"W{WEIGHT_BITS}A{ACTIVATION_BITS}"),
+    "precision": ("full", notation(*FEW_BITS)),
 }
 _COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "osp_kurtosis": (
@@ -64,7 +58,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
         ("reduction",),
         "share of sequences and heads whose first token gets more than ε of all attention (Gu et al. 2025)",
     ),
-    "loss": ((), f"training loss, mean of the last {LAST:.0%} of its records, nats"),
+    "loss": ((), f"training loss, mean of the last {FINAL_SHARE:.0%} of its records, nats"),
     "held_out_loss": ((), "loss of the run's own held-out tokens, its last record, nats"),
     "perplexity": (("precision",), "of the held-out tokens, by the exported checkpoint"),
     "tokens_per_second": ((), "of training, median of its records"),
@@ -73,7 +67,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
 
 @dataclass
 class _Row:
-    """One recipe: what was found, and why the rest was not."""
+    """One recipe: its values, and why others are absent."""
 
     values: dict[str, Any] = field(default_factory=dict)
     coordinates: dict[str, Any] = field(default_factory=dict)
@@ -81,28 +75,21 @@ class _Row:
 
 
 def ablation_table(
-    runs: Mapping[str, Run],
-    checkpoints: Mapping[str, str | os.PathLike[str]],
-    tokens: Any,
-    *,
-    device: str | torch.device = "auto",
-    measured: Callable[[str, xr.Dataset], None] | None = None,
+    runs: Mapping[str, Run], checkpoints: Mapping[str, CheckpointMeasurements], tokens: int
 ) -> xr.Dataset:
     """What recipes did to outliers, sinks, loss and 4-bit perplexity, a row a recipe.
 
-    Activations are measured on the exported checkpoint, in float32, on ``tokens``: as the sequences that
-    they are, and as the released OSP script feeds them (protocol ``osp-published``: every token a sequence
-    of its own, opening tokens left out). A run without an export gives its last probe instead, and lacks
-    what only a checkpoint can tell. Which of the two it was is in the coordinate ``measured_on``.
+    Activations are those of the exported checkpoint where it was measured: on real sequences, and as the
+    released OSP script feeds them (protocol ``osp-published``). A run without one gives its last probe
+    instead, and lacks what only a checkpoint can tell. Which of the two it was is in the coordinate
+    ``measured_on``.
 
     Parameters
     ----------
     runs : any key → the run of a finished training, whose attribute ``config`` says the recipe
-    checkpoints : the same keys → the exported Hugging Face directory; keys may be missing
-    tokens : held-out ids of shape (sequence, position)
-    device : to measure on, as in :func:`osp_diag.open_checkpoint`
-    measured : told the key of each run with a checkpoint, and its results at few bits
-        (:mod:`osp_diag.quantizing.results`), so that they can be stored in the run
+    checkpoints : the same keys → what :func:`osp_diag.quantizing.exported.measure_checkpoint` measured on the
+        same tokens for all; keys may be missing
+    tokens : how many tokens those were
 
     Returns
     -------
@@ -114,7 +101,6 @@ def ablation_table(
     ------
     UsageError : no run, or a checkpoint of no run
     StoreError : a run that does not say its recipe
-    CheckpointError, TokenError : a checkpoint cannot be opened, or ``tokens`` are not for it
     """
     foreign = [key for key in checkpoints if key not in runs]
     if not runs or foreign:
@@ -125,41 +111,31 @@ def ablation_table(
         )
     configs = {key: config_of(run) for key, run in runs.items()}
     labels = recipe_labels(configs)
-    rows = {
-        label: _row(
-            runs[key], configs[key], checkpoints.get(key), tokens, device, measured and partial(measured, key)
-        )
-        for key, label in labels.items()
-    }
-    return _table(rows, list(labels), np.asarray(tokens))
+    rows = {label: _row(runs[key], configs[key], checkpoints.get(key)) for key, label in labels.items()}
+    return _table(rows, list(labels), tokens)
 
 
-def _row(
-    run: Run,
-    config: Mapping[str, Any],
-    path: str | os.PathLike[str] | None,
-    tokens: Any,
-    device: str | torch.device,
-    measured: Callable[[xr.Dataset], None] | None,
-) -> _Row:
+def _row(run: Run, config: Mapping[str, Any], checkpoint: CheckpointMeasurements | None) -> _Row:
     row = _Row()
     _training(row, run, config)
-    if path is None:
+    if checkpoint is None:
         attention = str(config.get("model.attention", "softmax"))
-        why = (
+        reason = (
             "no exported checkpoint was given"
             if attention == "softmax"
             else f"attention with {attention.replace('_', ' ')} cannot be exported to a Hugging Face Llama"
         )
-        row.absent.append(f"{why}, so perplexity and the osp-published protocol were not measured")
+        row.absent.append(f"{reason}, so perplexity and the osp-published protocol were not measured")
         _activations(row, run)
         row.coordinates["measured_on"] = LAST_PROBE
-    else:
-        checkpoint = open_checkpoint(path, dtype="float32", device=device)
-        row.coordinates["measured_on"] = EXPORTED
-        few_bits = _checkpoint(row, checkpoint, tokens)
-        if measured is not None:
-            measured(few_bits)
+        return row
+    row.coordinates["measured_on"] = EXPORTED
+    _activations(row, checkpoint.sequence)
+    _kurtosis(row, checkpoint.published)
+    perplexities = [
+        perplexity_at(checkpoint.few_bits, *bits) for bits in ((UNQUANTIZED, UNQUANTIZED), FEW_BITS)
+    ]
+    row.values["perplexity"] = xr.DataArray(perplexities, {"precision": list(_COORDINATES["precision"])})
     return row
 
 
@@ -168,58 +144,25 @@ def _row(
 
 def _training(row: _Row, run: Run, config: Mapping[str, Any]) -> None:
     series = run.series
-    found = {}
+    records = {}
     for name in ("loss", "held_out_loss", "tokens_per_second"):
         values = series[name].values if name in series else np.empty(0)
-        known = values[~np.isnan(values)]
-        if known.size:
-            found[name] = known
+        finite = values[~np.isnan(values)]
+        if finite.size:
+            records[name] = finite
         elif name != "held_out_loss":
             row.absent.append(f"the run holds no series {name}")
-    if "loss" in found:
-        row.values["loss"] = float(found["loss"][-math.ceil(LAST * found["loss"].size) :].mean())
-    if "held_out_loss" in found:
-        row.values["held_out_loss"] = float(found["held_out_loss"][-1])
-    if "tokens_per_second" in found:
-        row.values["tokens_per_second"] = float(np.median(found["tokens_per_second"]))
+    if "loss" in records:
+        row.values["loss"] = float(records["loss"][-math.ceil(FINAL_SHARE * records["loss"].size) :].mean())
+    if "held_out_loss" in records:
+        row.values["held_out_loss"] = float(records["held_out_loss"][-1])
+    if "tokens_per_second" in records:
+        row.values["tokens_per_second"] = float(np.median(records["tokens_per_second"]))
     steps = [int(part[-1]) for part in (run.steps, series["step"].values) if len(part)]
     row.coordinates |= {"seed": int(config.get("seed", -1)), "step": max(steps, default=0)}
 
 
 # -- activations -----------------------------------------------------------------------------------------
-
-
-def _checkpoint(row: _Row, checkpoint: Checkpoint, tokens: Any) -> xr.Dataset:
-    """Everything that an exported checkpoint tells; returned is what it told at few bits."""
-    chosen: dict[str, Any] = {
-        "sites": (*HIDDEN_STATES, *MAXIMUM_SITES, "attention"),
-        "estimators": ("osp_excess_kurtosis", "max_median_ratio", "token_scale", "sink_rate"),
-        "keep_raw": False,
-        "snapshot_tokens": 0,
-    }
-    limits: dict[str, Any] = {
-        "max_length": checkpoint.max_length,
-        "vocabulary_size": checkpoint.vocabulary_size,
-    }
-    batches = make_batches(checkpoint.tokenizer, ids=tokens, **limits)
-    _activations(row, probe_checkpoint(checkpoint, batches, **chosen))
-    opening = getattr(checkpoint.tokenizer, "bos_token_id", None)
-    without = None if opening is None else np.asarray(tokens) != opening
-    alone = make_batches(
-        checkpoint.tokenizer, ids=tokens, attention_mask=without, protocol="osp-published", **limits
-    )
-    chosen |= {"sites": HIDDEN_STATES, "estimators": ("osp_excess_kurtosis",)}
-    _kurtosis(row, probe_checkpoint(checkpoint, alone, **chosen))
-    few_bits = bit_width_sweep(
-        checkpoint.model,
-        np.asarray(tokens),
-        [(UNQUANTIZED, UNQUANTIZED), (WEIGHT_BITS, ACTIVATION_BITS)],
-        token_source=HELD_OUT,
-        model_fingerprint=checkpoint.fingerprint,
-    )
-    precisions = {"precision": list(_COORDINATES["precision"])}
-    row.values["perplexity"] = xr.DataArray(few_bits["perplexity"].values, precisions)
-    return few_bits
 
 
 def _activations(row: _Row, run: Run) -> None:
@@ -239,23 +182,28 @@ def _activations(row: _Row, run: Run) -> None:
         row.values["absolute_maximum"] = xr.concat(parts, "site")
     sinks = _at(row, run, "attention", "sink_rate")
     if sinks is not None:
-        at = {"epsilon": EPSILON, "sink_position": SINK_POSITION}
-        rate = sinks.sel(at, method="nearest", tolerance=1e-9).drop_vars(list(at))
-        row.values["sink_rate"] = _reduced(rate.mean("head"), "layer")
+        rate = sink_rate_at(sinks)
+        if rate is None:
+            row.absent.append(f"the sink rate was not measured at ε = {SINK_EPSILON:g}")
+        else:
+            row.values["sink_rate"] = _reduced(rate.mean("head"), "layer")
 
 
 def _kurtosis(row: _Row, run: Run) -> None:
     protocol, width = str(run.attrs.get("protocol")), int(run.attrs["hidden_size"])
     sites = {site: run.at(site).isel(step=-1) for site in HIDDEN_STATES if site in run.sites}
-    states, problem = hidden_states(sites)
+    states, problem = hidden_states(sites, run.declared_absent)
+    # Why a mean with a part missing is none: docs/decisions.md, The house.
     if not states:
         row.absent.append(problem)
         return
     parts = [state.drop_vars(["layer", "step"], errors="ignore").load() for state in states]
-    found = _reduced(xr.concat(parts, "state"), "state").assign_coords(protocol=protocol)
-    known = row.values.get("osp_kurtosis")
+    kurtosis = _reduced(xr.concat(parts, "state"), "state").assign_coords(protocol=protocol)
+    other_protocols = row.values.get("osp_kurtosis")
     row.values["osp_kurtosis"] = (
-        found.expand_dims("protocol") if known is None else xr.concat([known, found], "protocol")
+        kurtosis.expand_dims("protocol")
+        if other_protocols is None
+        else xr.concat([other_protocols, kurtosis], "protocol")
     )
     floor = gaussian_floor(width)
     row.values["osp_kurtosis_over_floor"] = row.values["osp_kurtosis"] / floor
@@ -283,7 +231,7 @@ def _reduced(values: xr.DataArray, dim: str) -> xr.DataArray:
 # -- the table -------------------------------------------------------------------------------------------
 
 
-def _table(rows: Mapping[str, _Row], keys: list[str], tokens: np.ndarray) -> xr.Dataset:
+def _table(rows: Mapping[str, _Row], keys: list[str], tokens: int) -> xr.Dataset:
     coordinates = {name: list(labels) for name, labels in _COORDINATES.items()}
     variables = {}
     for name, (dims, definition) in _COLUMNS.items():
@@ -292,16 +240,16 @@ def _table(rows: Mapping[str, _Row], keys: list[str], tokens: np.ndarray) -> xr.
         variables[name] = xr.concat(cells, "recipe").assign_attrs(definition=definition)
     table = xr.Dataset(variables, coords={"recipe": list(rows), "run": ("recipe", keys)})
     for name in ("seed", "step", "sequence_length", "measured_on"):
-        found = [row.coordinates.get(name) for row in rows.values()]
-        table = table.assign_coords({name: ("recipe", found)})
+        entries = [row.coordinates.get(name) for row in rows.values()]
+        table = table.assign_coords({name: ("recipe", entries)})
     table = table.assign_coords(absent=("recipe", ["; ".join(row.absent) for row in rows.values()]))
-    table = table.assign_coords(epsilon=EPSILON, sink_position=SINK_POSITION)
+    table = table.assign_coords(epsilon=SINK_EPSILON, sink_position=SINK_POSITION)
     table.attrs = {
         "title": "Ablation of Outlier-Safe Pre-Training",
         "source": "Park et al. 2025, Outlier-Safe Pre-Training, Table 2; https://arxiv.org/abs/2506.19697",
-        "tokens": int(tokens.size),
+        "tokens": tokens,
         "quantization": (
-            f"W{WEIGHT_BITS}A{ACTIVATION_BITS}: round to nearest, every Linear of the blocks; weights "
+            f"{notation(*FEW_BITS)}: round to nearest, every Linear of the blocks; weights "
             "symmetric per output channel, activations asymmetric per token, ranges from minimum and maximum"
         ),
     }

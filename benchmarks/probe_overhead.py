@@ -252,9 +252,9 @@ def building(name: str, skipped: dict[str, str]) -> Iterator[None]:
 
 def check(device: torch.device) -> None:
     """Compare the kernels with the generic definitions on this device; raises AssertionError."""
-    from osp_diag.capture.attention import AttentionCall
     from osp_diag.capture.attention_measuring import measure_attention
     from osp_diag.capture.fused import FusedObservation, part_of_tokens, site_statistics
+    from osp_diag.seams.attention import AttentionCall
 
     generator = torch.Generator(device).manual_seed(0)
     strata = torch.zeros(4, 2, 512, device=device)

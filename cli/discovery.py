@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
 from osp_diag.errors import UsageError
+from osp_diag.wording import did_you_mean
 
-__all__ = ["Verb", "find_verbs", "named_verb"]
+__all__ = ["Verb", "find_verbs", "verb_by_name"]
 
 PACKAGE = "osp_diag.cli"
 
@@ -31,11 +31,11 @@ def find_verbs(package: str = PACKAGE) -> dict[str, Verb]:
     The files are parsed, not imported: a verb may import torch at its top and still cost the others
     nothing.
     """
-    found = (_verb_in(entry, package) for entry in files(package).iterdir() if entry.name.endswith(".py"))
-    return {verb.name: verb for verb in sorted(filter(None, found), key=lambda verb: verb.name)}
+    verbs = (_verb_in(entry, package) for entry in files(package).iterdir() if entry.name.endswith(".py"))
+    return {verb.name: verb for verb in sorted(filter(None, verbs), key=lambda verb: verb.name)}
 
 
-def named_verb(name: str, verbs: Mapping[str, Verb]) -> Verb:
+def verb_by_name(name: str, verbs: Mapping[str, Verb]) -> Verb:
     """The verb called ``name``.
 
     Raises
@@ -45,9 +45,9 @@ def named_verb(name: str, verbs: Mapping[str, Verb]) -> Verb:
     """
     if name in verbs:
         return verbs[name]
-    nearest = difflib.get_close_matches(name, verbs, n=1, cutoff=0.5)
-    advice = f"did you mean {nearest[0]!r}?" if nearest else f"the verbs are: {', '.join(verbs)}."
-    raise UsageError(f"there is no verb {name!r}; {advice} `osp-diag --help` lists them.")
+    raise UsageError(
+        f"there is no verb {name!r}; {did_you_mean(name, verbs, '`osp-diag --help` lists them')}"
+    )
 
 
 def _verb_in(source: Traversable, package: str) -> Verb | None:

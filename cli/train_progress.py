@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from osp_diag.runs.display import headline
+from osp_diag.runs.headline import headline
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from osp_diag.runs.display import number
+from osp_diag.wording import number
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -80,8 +80,9 @@ def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile 
 
 
 def _look(runs: Sequence[FollowedRun]) -> bool:
-    different = [run.refresh() for run in runs]  # all of them, also after the first
-    return any(different)
+    """Whether anything is different since the last look."""
+    before = [run.version for run in runs]
+    return [run.refresh().version for run in runs] != before
 
 
 def _code(found: Sequence[Standing]) -> int:

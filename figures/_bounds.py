@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from osp_diag.figures._decimate import number
 from osp_diag.figures.backend import Panel
+from osp_diag.wording import number
 
 __all__ = ["bound", "draw_bounds", "log_range"]
 

@@ -6,7 +6,6 @@ from the table that ``cmcrameri`` ships, so that matplotlib and plotly show the 
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from osp_diag.errors import UsageError
+from osp_diag.wording import did_you_mean
 
 Kind = Literal["linear", "log", "symlog"]
 KINDS: tuple[Kind, ...] = ("linear", "log", "symlog")
@@ -47,9 +47,8 @@ def colour_table(name: str) -> Float[np.ndarray, "entry 3"]:
     path = _directory() / f"{stem}.txt"
     if not path.is_file():
         known = sorted(file.stem for file in _directory().glob("*.txt"))
-        near = difflib.get_close_matches(stem, known, n=3) or known[:5]
         raise UsageError(
-            f"no colour map is named {name!r}; near it: {', '.join(near)} (add _r to reverse one)"
+            f"no colour map is named {name!r}; {did_you_mean(stem, known, 'add _r to reverse one')}"
         )
     table = np.loadtxt(path)
     return table[::-1] if reverse else table

@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from osp_diag.max_pooling import bin_starts, max_pool
 
-__all__ = ["bin_starts", "counts_few", "max_pool", "number", "spans", "spread"]
+__all__ = ["bin_starts", "counts_few", "max_pool", "spans", "spread"]
 
 
 def spans(size: int, bins: int) -> list[str] | None:
@@ -53,14 +53,3 @@ def counts_few(places: Float[np.ndarray, " place"]) -> bool:
     """Whether these are a few whole numbers, such as layers, between which an axis needs no ticks."""
     known = places[np.isfinite(places)]
     return bool(known.size) and bool((known == np.round(known)).all()) and float(np.ptp(known)) <= 10
-
-
-def number(value: float) -> str:
-    """A number as a reader wants it: 25,805 · 83.5 · 0.042."""
-    if not np.isfinite(value):
-        return str(value)
-    if abs(value) >= 100:
-        return f"{value:,.0f}"
-    if abs(value) >= 10:
-        return f"{value:.1f}"
-    return f"{value:.2g}" if abs(value) < 1 else f"{value:.3g}"

@@ -6,7 +6,7 @@ from typing import Any
 
 import xarray as xr
 
-from osp_diag.quantizing.results import comparable_results
+from osp_diag.analyses.few_bits import comparable_results
 
 __all__ = ["results_and_remark"]
 

@@ -6,16 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import xarray as xr
 
 from osp_diag.errors import OspDiagError, StoreError, UsageError
+from osp_diag.runs.naming import model_name
+from osp_diag.runs.steps import at_step, step_of
 
 __all__ = [
-    "at_step",
     "identifier",
-    "last_step",
-    "name_of",
     "opened",
     "per_run",
     "shown_token",
@@ -47,32 +45,6 @@ def _open(path: str | Path) -> Any:
     return open_run(path)
 
 
-def name_of(run: Any) -> str:
-    return str(run.attrs.get("model_name", "unnamed model"))
-
-
-def last_step(run: Any, step: int | None = None) -> int:
-    """The step asked for, or the run's last one."""
-    steps = np.asarray(run.steps)
-    if not steps.size:
-        raise StoreError(
-            f"the run of {name_of(run)} holds no step yet; wait until the first probe is written"
-        )
-    if step is None:
-        return int(steps[-1])
-    if step not in steps:
-        near = sorted(steps.tolist(), key=lambda known: abs(known - step))[:3]
-        raise UsageError(
-            f"the run of {name_of(run)} has no step {step}; the nearest are "
-            f"{', '.join(map(str, sorted(near)))}"
-        )
-    return int(step)
-
-
-def at_step(dataset: xr.Dataset, run: Any, step: int | None) -> xr.Dataset:
-    return dataset.sel(step=last_step(run, step)) if "step" in dataset.dims else dataset
-
-
 def _why(run: Any, site: str) -> str:
     """The reason that the run itself gives for a site's absence."""
     reason = run.absent_sites.get(site)
@@ -94,16 +66,16 @@ def statistics(
         dataset = run.at(site)
     except (OspDiagError, KeyError):
         raise StoreError(
-            f"{figure} needs the site {site!r}, which the run of {name_of(run)} does not hold"
+            f"{figure} needs the site {site!r}, which the run of {model_name(run.attrs)} does not hold"
             f"{_why(run, site)}; if the model has it, probe again with it among --sites"
         ) from None
     missing = [name for name in wanted if name not in dataset]
     if missing:
         raise StoreError(
-            f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {name_of(run)} does not "
-            f"hold; probe again with the estimator among --estimators"
+            f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {model_name(run.attrs)} does "
+            "not hold; probe again with the estimator among --estimators"
         )
-    return at_step(dataset[wanted], run, step).load()
+    return at_step(dataset[wanted], step_of(run, step)).load()
 
 
 def identifier(values: xr.DataArray) -> str:
@@ -118,14 +90,14 @@ def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:
         return run.snapshot(site)["activation"].load()
     except (OspDiagError, KeyError):
         raise StoreError(
-            f"{figure} draws raw activations, and the run of {name_of(run)} holds no snapshot of {site!r}"
-            f"{_why(run, site)}; probe again and let it keep snapshots of that site"
+            f"{figure} draws raw activations, and the run of {model_name(run.attrs)} holds no snapshot of "
+            f"{site!r}{_why(run, site)}; probe again and let it keep snapshots of that site"
         ) from None
 
 
 def snapshot_step(run: Any) -> int:
     """The step of the raw activations: a run keeps those of its first probe."""
-    last_step(run)  # refuses a run without any
+    step_of(run)  # refuses a run without any
     return int(run.steps[0])
 
 

@@ -7,7 +7,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from osp_diag.analyses.summary.numbers import sink_rate_at
+from osp_diag.errors import StoreError
 from osp_diag.figures._runs import statistics
+from osp_diag.runs.naming import model_name
+from osp_diag.schema import SINK_EPSILON, SINK_POSITION
 
 __all__ = ["heads_by_sink"]
 
@@ -29,11 +33,13 @@ def heads_by_sink(
     is a multiple of 1 / sequences; attention to the first token decides among equals.
     """
     found = statistics(run, "attention", ("sink_rate", "first_token_attention"), figure, step)
-    rate = found["sink_rate"]
-    if "sink_position" in rate.dims:
-        rate = rate.sel(sink_position=0, drop=True)
-    if "epsilon" in rate.dims:
-        rate = rate.isel(epsilon=int(np.argmin(np.abs(rate["epsilon"].values - 0.3))), drop=True)
+    rate = sink_rate_at(found["sink_rate"])
+    if rate is None:
+        raise StoreError(
+            f"{figure} orders heads by their sink rate at ε = {SINK_EPSILON:g} and position {SINK_POSITION}, "
+            f"which the run of {model_name(run.attrs)} does not hold; probe again with the estimator's own "
+            "thresholds"
+        )
     rate = rate.sel(layer=[layer for layer in layers if layer in rate["layer"].values])
     rate = rate.transpose("layer", "head")
     mass = found["first_token_attention"].sel(stratum="all", drop=True).sel(layer=rate["layer"])

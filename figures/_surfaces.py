@@ -10,10 +10,10 @@ import xarray as xr
 
 from osp_diag.errors import UsageError
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._decimate import number
 from osp_diag.figures._runs import shown_token
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.wording import number
 
 __all__ = [
     "Z_SCALES",

@@ -10,25 +10,30 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.recipes import PAPER_ORDER
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._decimate import number
 from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._runs import last_step
+from osp_diag.figures._placement import SIX_RECIPES, InGallery
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
-from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation, perplexity_at
+from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
+from osp_diag.runs.steps import step_of
+from osp_diag.wording import number
 
 ALIASES = ("table2",)
+GALLERY = InGallery(
+    SIX_RECIPES, "Kurtosis and perplexity of every recipe, as Table 2 of the paper.", place=80
+)
 SETTINGS = ((UNQUANTIZED, UNQUANTIZED), (8, 8), (4, UNQUANTIZED), (4, 8), (4, 4))
 """Columns of perplexity, where any run holds them."""
 LIGHTEST = 3.0
 """A column fills the lightest third of the colour map, on which dark text can be read."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "draw", "prepare"]
 
 
 def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
@@ -44,7 +49,7 @@ def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
     mean OSP kurtosis of the hidden states at the run's last probe and the perplexity of each setting.
     """
     results, remark = results_and_remark(runs, scheme)
-    steps = [last_step(run) for run in runs]
+    steps = [step_of(run) for run in runs]
     settings = [
         bits for bits in SETTINGS if any(np.isfinite(perplexity_at(found, *bits)) for found in results)
     ]

@@ -12,13 +12,17 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._decimate import bin_starts, max_pool, spans
-from osp_diag.figures._runs import identifier, last_step, per_run, statistics
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("channels",)
+REPORT = InReport(linked_charts=True)
+GALLERY = InGallery(SMOLLM2, "Which channels are hot, layer by layer.", place=120)
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -64,7 +68,7 @@ def prepare(
         identifiers.append(identifier(found))
         values = np.abs(found.transpose("layer", "channel").values.astype(np.float64))
         parts.append(_pooled(values, found["layer"].values, pixels, hot))
-        steps.append(last_step(run, step))
+        steps.append(step_of(run, step))
     dataset = per_run(parts, labels_of(runs, steps))
     title = f"{statistic} of {site} by layer and channel, {stratum} tokens"
     remark = f"Columns are the maximum over neighbouring channels where there are more than {pixels}"

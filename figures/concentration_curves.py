@@ -12,17 +12,21 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
-from osp_diag.figures._runs import identifier, last_step, per_run, statistics
+from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
+from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.steps import step_of
 
 ALIASES = ("concentration",)
+REPORT = InReport("How few channels hold the energy", place=50)
+GALLERY = InGallery(ADAM_AND_OSP, "How much energy sits in how few channels.", place=140)
 POINTS = 150
 """Numbers of channels at which a curve is drawn at most; a curve is concave, so none is a spike."""
 _COLUMNS = 3
 _NAMED = 6
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -50,7 +54,7 @@ def prepare(
         identifiers.append(identifier(rms))
         rms = rms.sel(stratum=stratum, drop=True).transpose("layer", "channel")
         parts.append(_curves(rms))
-        steps.append(last_step(run, step))
+        steps.append(step_of(run, step))
     dataset = per_run(parts, labels_of(runs, steps))
     title = f"Share of the energy of {site} in the largest channels, by layer, {stratum} tokens"
     remark = "Channels are sorted anew in each layer; dashed: all channels equally large"

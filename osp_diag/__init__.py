@@ -6,52 +6,51 @@ neither torch nor JAX nor xarray is imported until something asks for it.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from osp_diag.errors import OspDiagError
+from osp_diag.lazy import lazy_names
+from osp_diag.version import __version__
 
 if TYPE_CHECKING:
-    from osp_diag import estimators
-    from osp_diag.capture.declared import attention_function
+    from osp_diag import analyses, estimators, figures, trainer
     from osp_diag.checkpoints import open_checkpoint
-    from osp_diag.probing import Probe, probe
+    from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe
     from osp_diag.runs.run import Run, open_run
-
-__version__ = "0.1.0"
+    from osp_diag.seams.declared import attention_function
 
 __all__ = [
+    "MeasurementSettings",
     "OspDiagError",
     "Probe",
     "Run",
+    "TokenSettings",
     "__version__",
+    "analyses",
     "attention_function",
     "estimators",
+    "figures",
     "open_checkpoint",
     "open_run",
     "probe",
+    "trainer",
 ]
 
-_HOME_OF = {
-    "Probe": "osp_diag.probing",
-    "Run": "osp_diag.runs.run",
-    "attention_function": "osp_diag.capture.declared",
-    "estimators": "osp_diag.estimators",
-    "open_checkpoint": "osp_diag.checkpoints",
-    "open_run": "osp_diag.runs.run",
-    "probe": "osp_diag.probing",
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import a public name on first use (PEP 562)."""
-    if name not in _HOME_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = importlib.import_module(_HOME_OF[name])
-    value = module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "MeasurementSettings": "osp_diag.probing",
+        "Probe": "osp_diag.probing",
+        "Run": "osp_diag.runs.run",
+        "TokenSettings": "osp_diag.probing",
+        "analyses": "osp_diag.analyses",
+        "attention_function": "osp_diag.seams.declared",
+        "estimators": "osp_diag.estimators",
+        "figures": "osp_diag.figures",
+        "open_checkpoint": "osp_diag.checkpoints",
+        "open_run": "osp_diag.runs.run",
+        "probe": "osp_diag.probing",
+        "trainer": "osp_diag.trainer",
+    },
+    beside=("OspDiagError", "__version__"),
+)

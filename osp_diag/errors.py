@@ -7,6 +7,7 @@ __all__ = [
     "CheckpointError",
     "DivergenceError",
     "EstimatorError",
+    "MissingError",
     "NonFiniteError",
     "OspDiagError",
     "SiteError",
@@ -26,7 +27,7 @@ class OspDiagError(Exception):
     exit_code = 2
 
 
-class UsageError(OspDiagError):
+class UsageError(OspDiagError, ValueError):
     """An option or argument has a value that cannot be meant."""
 
 
@@ -56,6 +57,13 @@ class NonFiniteError(OspDiagError):
 
 class StoreError(OspDiagError):
     """A run cannot be opened, or does not match what would be appended to it."""
+
+
+class MissingError(StoreError, KeyError):
+    """A run does not hold what is asked of it by name: a site, a statistic, a step's raw sums."""
+
+    # KeyError shows its argument's repr; a message is to be read.
+    __str__ = Exception.__str__
 
 
 class TrainingError(OspDiagError):

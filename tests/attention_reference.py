@@ -12,7 +12,7 @@ from torch.overrides import _get_current_function_mode_stack
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from osp_diag.capture.attention import AttentionCall, AttentionCapture
+from osp_diag.seams.attention import AttentionCall, AttentionCapture
 
 
 def dense_weights(call: AttentionCall) -> Tensor:

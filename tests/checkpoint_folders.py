@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from osp_diag.checkpoints import open_checkpoint
-from osp_diag.checkpoints.quiet import quietly
 from osp_diag.errors import CheckpointError
+from osp_diag.quiet import quietly
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

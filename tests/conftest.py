@@ -16,6 +16,10 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as NumPy, one prog
 
 from hypothesis import HealthCheck, settings
 
+from tests.new_figures import new_figure
+
+__all__ = ["new_figure"]
+
 # A shell starts background jobs with Ctrl-C ignored, which the processes that tests send it to would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from osp_diag.capture.attention import AttentionCall, AttentionCapture
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import ForwardPass, SiteCapture, heads_first
+from osp_diag.seams.attention import AttentionCall, AttentionCapture
 from osp_diag.sites import SiteMap, Tap, find_sites
 from tests.families import FAMILIES
 

@@ -14,6 +14,7 @@ from osp_diag.analyses.ablation import ablation_table, as_markdown, as_text
 from osp_diag.analyses.recipes import PAPER_ORDER, recipe_labels, recipe_of
 from osp_diag.errors import StoreError, TokenError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.quantizing.exported import measure_checkpoint
 from osp_diag.quantizing.perplexity import perplexity
 from osp_diag.quantizing.round_to_nearest import round_to_nearest
 from tests.recipe_runs import RECIPES, training_run
@@ -60,7 +61,8 @@ def table(checkpoints):
         if recipe not in ("Adam", "OSP")
     }
     runs["sink"] = training_run("OSP", [0.2], **{"model.attention": "learned_sink"})
-    return ablation_table(runs, checkpoints, TOKENS)
+    measured = {key: measure_checkpoint(path, TOKENS) for key, path in checkpoints.items()}
+    return ablation_table(runs, measured, TOKENS.size)
 
 
 def osp(x: np.ndarray) -> np.ndarray:
@@ -158,12 +160,12 @@ def test_what_a_run_alone_tells(table):
 
 def test_training_gives_loss_and_speed():
     run = training_run("Adam", [0.1] * 21)  # 201 records
-    row = ablation_table({"x": run}, {}, TOKENS).isel(recipe=0)
+    row = ablation_table({"x": run}, {}, TOKENS.size).isel(recipe=0)
     losses = run.series["loss"].values
     assert row["loss"].item() == pytest.approx(losses[-5:].mean())
     assert row["tokens_per_second"].item() == 1100.0
     assert row["held_out_loss"].item() == 3.25
-    table = ablation_table({"x": without(run, ["series", "attention", "mlp_hidden"])}, {}, TOKENS)
+    table = ablation_table({"x": without(run, ["series", "attention", "mlp_hidden"])}, {}, TOKENS.size)
     assert np.isnan(table["loss"]).all()
     assert np.isnan(table["sink_rate"]).all()
     assert np.isnan(table["absolute_maximum"].sel(site="mlp_hidden")).all()
@@ -171,7 +173,7 @@ def test_training_gives_loss_and_speed():
     for part in ("holds no series loss", "no site 'attention'", "no site 'mlp_hidden'"):
         assert part in said
     assert "Adam" in as_text(table)
-    bare = ablation_table({"x": without(run, ["embedding"])}, {}, TOKENS)
+    bare = ablation_table({"x": without(run, ["embedding"])}, {}, TOKENS.size)
     assert "osp_excess_kurtosis was not measured at embedding" in bare["absent"].item()
 
 
@@ -226,12 +228,12 @@ def test_the_dataset_is_labelled_and_is_plain_data(table, tmp_path):
 def test_what_is_refused(checkpoints):
     run = training_run("OSP", [0.1])
     with pytest.raises(UsageError, match=r"^ablation_table needs at least one run$"):
-        ablation_table({}, {}, TOKENS)
+        ablation_table({}, {}, TOKENS.size)
     with pytest.raises(UsageError, match=r"there is no run named a; the runs are o$"):
-        ablation_table({"o": run}, checkpoints, TOKENS)
+        ablation_table({"o": run}, checkpoints, TOKENS.size)
     with pytest.raises(
         StoreError, match=r"made-up-60M does not say its recipe \(its attribute `config` lacks"
     ):
-        ablation_table({"o": synthetic_run()}, {}, TOKENS)
+        ablation_table({"o": synthetic_run()}, {}, TOKENS.size)
     with pytest.raises(TokenError, match="outside the model's vocabulary"):
-        ablation_table({"o": run}, {"o": checkpoints["o"]}, TOKENS + 100)
+        measure_checkpoint(checkpoints["o"], TOKENS + 100)

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
 
-from osp_diag.capture._interface import ObservedName
-from osp_diag.capture.attention import AttentionCall, AttentionCapture, SkipReason
 from osp_diag.errors import CaptureError
+from osp_diag.seams.attention import AttentionCall, AttentionCapture, SkipReason
+from osp_diag.seams.interface import ObservedName
 from tests.attention_reference import dense_weights, no_trace, observed
 from tests.families import FAMILIES, Family
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from osp_diag.capture.attention import AttentionCall, AttentionCapture, SkipReason
+from osp_diag.seams.attention import AttentionCall, AttentionCapture, SkipReason
 from tests.attention_reference import dense_weights, no_trace, observed
 from tests.families import BATCH, FAMILIES, TOKENS
 

@@ -44,9 +44,7 @@ def weights(path: Path) -> Path:
 
 
 def test_a_wrong_path_names_what_is_near(tiny, capfd):
-    message = (
-        r"there is no checkpoint at .*tinny: the path does not exist.*there is tiny: did you mean that\?"
-    )
+    message = r"there is no checkpoint at .*tinny: the path does not exist.*did you mean tiny\?"
     refused(capfd, ["probe", f"{tiny.parent}/tinny"], message)
 
 
@@ -122,11 +120,11 @@ def test_a_model_without_blocks(tmp_path, capfd):
         (["--device", "nonsense"], r"'nonsense' is not a device"),
         (
             ["--estimators", "osp_kurtosis"],
-            r"no estimator is named 'osp_kurtosis'; the nearest are .*osp_excess_kurt",
+            r"no estimator is named 'osp_kurtosis'; did you mean .*osp_excess_kurt",
         ),
         (
             ["--sites", "residual_pots"],
-            r"site 'residual_pots' is not in this model; the nearest are residual_post",
+            r"site 'residual_pots' is not in this model; did you mean residual_post",
         ),
         (["--name-site", "gate"], r"--name-site 'gate': write SITE=MODULE_PATTERN"),
         (

@@ -366,6 +366,11 @@ class Told(Kept):
         super().log(step, values)
 
 
+def probe_that(*, deferred: bool):
+    """A probe that is deferred or not, whatever it is asked for."""
+    return lambda model, **options: osp_diag.Probe(model, **options | {"deferred": deferred})
+
+
 def without_clocks(told: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
     clocks = ("step_seconds", "tokens_per_second")
     return {step: {k: v for k, v in values.items() if k not in clocks} for step, values in told.items()}
@@ -375,8 +380,8 @@ def test_the_trainer_records_and_tells_the_same(tmp_path, monkeypatch):
     told = []
     for deferred in (False, True):
         told.append(Told())
-        monkeypatch.setattr("osp_diag.trainer.loop.open_loggers", lambda *_, **__: told[-1])
-        monkeypatch.setattr("osp_diag.trainer.probing.Probe", partial(osp_diag.Probe, deferred=deferred))
+        monkeypatch.setattr("osp_diag.trainer.recording.open_loggers", lambda *_, **__: told[-1])
+        monkeypatch.setattr("osp_diag.trainer.recording.Probe", probe_that(deferred=deferred))
         train(minute(), tmp_path / f"{deferred}.zarr", loggers=["tensorboard"])
     assert_same_run(tmp_path / "False.zarr", tmp_path / "True.zarr")
     at_once, behind = told
@@ -385,8 +390,16 @@ def test_the_trainer_records_and_tells_the_same(tmp_path, monkeypatch):
     assert behind.order == sorted(behind.order) == at_once.order
 
 
+def test_loggers_get_the_headline_of_training_steps_that_are_probed(tmp_path, monkeypatch):
+    logger = Told()
+    monkeypatch.setattr("osp_diag.trainer.recording.open_loggers", lambda *_, **__: logger)
+    train(minute(steps=3, probe__on="training"), tmp_path / "run.zarr", loggers=["tensorboard"])
+    probed = [step for step, values in logger.told.items() if "osp_diag/osp_excess_kurtosis" in values]
+    assert (probed, logger.order) == ([3], sorted(logger.order))
+
+
 def test_a_deferred_training_that_is_interrupted_goes_on_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr("osp_diag.trainer.probing.Probe", partial(osp_diag.Probe, deferred=True))
+    monkeypatch.setattr("osp_diag.trainer.recording.Probe", probe_that(deferred=True))
     train(minute(), tmp_path / "whole.zarr")
     out = tmp_path / "run.zarr"
     with pytest.raises(KeyboardInterrupt):

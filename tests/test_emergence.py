@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from osp_diag.analyses.channels.hot import hot_channels
-from osp_diag.analyses.emergence.history import emergence, log_kurtosis, onsets
-from osp_diag.analyses.emergence.onset import first_rise, when_it_emerges
+from osp_diag.analyses.emergence.history import log_kurtosis, onsets, trace_emergence
+from osp_diag.analyses.emergence.onset import emergence_of_series, first_rise
 from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
@@ -25,7 +25,7 @@ def run():
 
 @pytest.fixture(scope="module")
 def found(run):
-    return emergence(run, draws=50)
+    return trace_emergence(run, draws=50)
 
 
 # -- one series ------------------------------------------------------------------------------------------
@@ -44,7 +44,7 @@ def test_the_intervals_hold_what_was_planted(onset, doubling):
     """90% intervals over ten series. An onset has to be seen, which takes half a doubling."""
     hits = []
     for seed in range(10):
-        result = when_it_emerges(STEPS, series(onset, doubling, seed=seed), draws=60, seed=seed)
+        result = emergence_of_series(STEPS, series(onset, doubling, seed=seed), draws=60, seed=seed)
         assert result.state == "onset"
         assert result.raised_at_end
         assert result.onset[0] == pytest.approx(onset, abs=doubling + 10)
@@ -64,7 +64,7 @@ def test_the_intervals_hold_what_was_planted(onset, doubling):
 
 
 def test_a_plateau_ends_growth():
-    result = when_it_emerges(STEPS, series(100, 20, 64), draws=60)
+    result = emergence_of_series(STEPS, series(100, 20, 64), draws=60)
     assert np.exp(result.plateau[0]) == pytest.approx(64, rel=0.1)
     assert np.exp(result.plateau[1]) < 66
     assert np.exp(result.plateau[2]) > 62
@@ -75,23 +75,23 @@ def test_a_plateau_ends_growth():
 def test_noise_has_no_onset():
     for seed in range(20):
         noise = np.maximum(0.3 * np.random.default_rng(seed).standard_normal(len(STEPS)), 0)
-        assert when_it_emerges(STEPS, noise, draws=0).state == "noise"
+        assert emergence_of_series(STEPS, noise, draws=0).state == "noise"
 
 
 def test_a_single_probe_is_no_onset_and_a_bump_ends():
     spike = np.zeros(50)
     spike[20] = 4
-    assert when_it_emerges(STEPS, spike).state == "noise"
+    assert emergence_of_series(STEPS, spike).state == "noise"
     bump = np.zeros(50)
     bump[20:30] = 4
-    result = when_it_emerges(STEPS, bump, draws=10)
+    result = emergence_of_series(STEPS, bump, draws=10)
     assert result.onset[0] == 200
     assert not result.raised_at_end
     assert np.isnan(result.doubling[0])
 
 
 def test_what_was_there_before_the_first_probe():
-    result = when_it_emerges(STEPS, np.full(50, 3.0), draws=10)
+    result = emergence_of_series(STEPS, np.full(50, 3.0), draws=10)
     assert result.state == "from the start"
     assert result.onset == (0, 0, 0)
 
@@ -99,14 +99,14 @@ def test_what_was_there_before_the_first_probe():
 def test_onsets_do_not_depend_on_even_probes_and_gaps_are_left_out():
     steps = np.array([0.0, 10, 20, 30, 40, 60, 80, 100, 120, 160, 200, 240, 280, 320, 400])
     y = np.maximum((steps - 90) / 40 * np.log(2), 0)
-    result = when_it_emerges(steps, y, draws=30)
+    result = emergence_of_series(steps, y, draws=30)
     assert result.onset[0] in (100, 120)
     assert result.onset[1] < result.onset[0] <= result.onset[2]
     assert result.doubling[0] == pytest.approx(40, rel=0.02)
     holes = np.insert(y, 4, np.nan)
-    again = when_it_emerges(np.insert(steps, 4, 35.0), holes, draws=30)
+    again = emergence_of_series(np.insert(steps, 4, 35.0), holes, draws=30)
     assert again.onset[0] == result.onset[0]
-    assert when_it_emerges(steps[:4], y[:4]).state == "unknown"
+    assert emergence_of_series(steps[:4], y[:4]).state == "unknown"
 
 
 def test_the_rise_begins_where_the_segments_leave_the_noise():
@@ -140,7 +140,9 @@ def test_the_first_place_to_depart(found):
 
 def test_a_tie_goes_by_the_way_of_the_data_and_names_the_rivals():
     courses = {("mlp_contribution", 1): Course(100, 10), ("residual_post", 1): Course(100, 10)}
-    first = emergence(emerging_run(Training(courses=courses, wobble=0.0)), draws=10).first.sel(stratum="all")
+    first = trace_emergence(emerging_run(Training(courses=courses, wobble=0.0)), draws=10).first.sel(
+        stratum="all"
+    )
     assert (first["site"].item(), first["rivals"].item()) == ("mlp_contribution", "residual_post 1")
 
 
@@ -158,14 +160,14 @@ def test_who_wrote_them(share, writer, method):
 
 def test_where_it_cannot_be_told_it_says_so(run):
     blind = emerging_run(Training(sites=("residual_post",)))
-    found = emergence(blind, draws=0)
+    found = trace_emergence(blind, draws=0)
     assert set(np.unique(found.writers["writer"])) == {""}
     assert "whether attention or the MLP wrote them can't be told: the run holds neither both of" in str(
         found.notes
     )
     assert "Not answered: whether attention" in found.as_text()
     no_channels = without(blind, ["residual_post/channel_rms"])
-    assert emergence(no_channels, draws=0).channels is None
+    assert trace_emergence(no_channels, draws=0).channels is None
     with pytest.raises(StoreError, match="hot_channels needs channel_rms by step at 'residual_post'"):
         hot_channels(no_channels)
 
@@ -204,7 +206,7 @@ def test_in_words(found):
     assert re.search(r"The fastest, layer 1, doubles every (19|20|21)[.\d]* \(", said)
     assert "the MLP wrote its 4 largest channels (90% of what the block added there)" in said
     assert "4 channels are hot at some step and layer, 3 at the last probe (hottest: 51, 33, 9)" in said
-    quiet = emergence(emerging_run(Training(courses={})), draws=0).as_text()
+    quiet = trace_emergence(emerging_run(Training(courses={})), draws=0).as_text()
     assert "On other tokens: no site leaves the noise." in " ".join(quiet.split())
 
 
@@ -230,7 +232,7 @@ def test_thinned_runs_are_answered_in_their_own_steps():
 def test_refusals(run):
     short = synthetic_run(steps=(0, 10, 20))
     with pytest.raises(StoreError, match="holds 3 probed steps, and a change over training takes 5"):
-        emergence(short)
+        trace_emergence(short)
     with pytest.raises(UsageError, match=r"departure is above 1, level between 0 and 1.*got 0\.5"):
         onsets(run, departure=0.5)
     with pytest.raises(UsageError, match="there is no stratum bos; there are all, first"):
@@ -255,7 +257,7 @@ def test_a_real_training(tmp_path):
     config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0, probe__sites=()), "adam")
     train(config, tmp_path / "run.zarr")
     run = open_run(tmp_path / "run.zarr")
-    found = emergence(run, draws=10)
+    found = trace_emergence(run, draws=10)
     assert found.onsets.sizes == {"site": 6, "layer": 2, "stratum": 4}
     assert set(found.onsets["state"].sel(site="residual_post").values.ravel()) <= {
         "noise",

@@ -13,11 +13,11 @@ import torch
 from torch.nn.attention.flex_attention import AuxOutput
 
 from osp_diag.capture import attention_measuring, flex
-from osp_diag.capture.attention import AttentionCall
 from osp_diag.capture.flex import FlexStatistics, is_expressible
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.attention import AttentionMask, AttentionObservation, TokenIds
 from osp_diag.estimators.base import Suite
+from osp_diag.seams.attention import AttentionCall
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 48, 16
 

@@ -61,7 +61,7 @@ def test_it_holds_each_runs_own_numbers_at_its_own_steps(runs):
 def test_the_kurtosis_is_the_mean_over_the_scripts_hidden_states():
     """Embedding, outputs of all blocks but the last, final norm: as `osp_diag.analyses.summary.summary` takes
     it."""
-    from osp_diag.analyses.summary.summary import headline_kurtosis
+    from osp_diag.runs.headline import headline_kurtosis
 
     run = synthetic_run(steps=(0, 7, 20))
     found = data(run).isel(run=0)
@@ -74,7 +74,7 @@ def test_it_draws_two_panels_with_one_legend_and_the_floor(runs):
     assert canvas.shape == (1, 2)
     loss, kurtosis = canvas.panels[0, 0], canvas.panels[0, 1]
     assert kurtosis.labels["y_scale"] == "log"
-    assert kurtosis.labels["subtitle"] == "dotted: Gaussian noise, 0.14"
+    assert kurtosis.labels["subtitle"] == "dotted: Gaussian noise, 0.141"
     assert [call["value"] for name, call in kurtosis.calls if name == "level"] == [gaussian_floor(128)]
     assert [call["label"] for call in lines(loss)] == ["", "", "Adam", "OSP"]
     assert [call["label"] for call in lines(kurtosis)] == ["Adam", "OSP"]

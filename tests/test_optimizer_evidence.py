@@ -88,8 +88,8 @@ def test_a_singular_projection_has_a_large_condition_number():
 def test_row_norms():
     squares = torch.tensor([4.0, 1.0, 0.25, 9.0])
     found = row_norms(squares, top=6)
-    assert found["norm_mean"] == pytest.approx(1.625)
-    assert found["norm_max_median_ratio"] == 3
+    assert found["row_norm_mean"] == pytest.approx(1.625)
+    assert found["row_norm_max_median_ratio"] == 3
     assert found["top_row"][:4].tolist() == [3, 0, 1, 2]
     assert found["top_row_norm"][4:].isnan().all()
 
@@ -111,25 +111,27 @@ def test_evidence_of_muon():
     at = found["optimizer/update"].sel(layer=1, matrix="mlp.up_proj")
     for axis, side in ((1, "row"), (0, "column")):
         for name, expected in by_hand((update.double() ** 2).mean(axis).numpy()).items():
-            assert at[name].sel(side=side).item() == pytest.approx(expected, rel=5e-3)
+            assert at[f"update_{name}"].sel(side=side).item() == pytest.approx(expected, rel=5e-3)
 
     assert optimizers.adamw is not None
     head = optimizers.adamw.state[model.lm_head.weight]["exp_avg_sq"].double()
     at = found["optimizer/second_moment"].sel(outside_matrix="lm_head")
     for name, expected in by_hand(head.mean(0).numpy()).items():
-        assert at[f"outside_{name}"].sel(side="column").item() == pytest.approx(expected, rel=1e-4)
+        assert at[f"outside_second_moment_{name}"].sel(side="column").item() == pytest.approx(
+            expected, rel=1e-4
+        )
 
     gain = model.model.layers[0].input_layernorm.weight.detach()
     at = found["weights/norm_gain"].sel(layer=0, norm="input_layernorm")
-    assert at.gain_max.item() == pytest.approx(gain.abs().max().item())
-    assert at.participation_ratio.item() == pytest.approx(
+    assert at.norm_gain_max.item() == pytest.approx(gain.abs().max().item())
+    assert at.norm_gain_participation_ratio.item() == pytest.approx(
         by_hand(gain.numpy() ** 2)["participation_ratio"], rel=1e-5
     )
 
     norms = model.model.embed_tokens.weight.detach().norm(dim=1)
     at = found["weights/embedding_rows"].sel(matrix="embed_tokens")
-    assert at.norm_mean.item() == pytest.approx(norms.mean().item(), rel=1e-5)
-    assert at.top_row.values.tolist() == norms.topk(TOP_ROWS).indices.tolist()
+    assert at.embedding_row_norm_mean.item() == pytest.approx(norms.mean().item(), rel=1e-5)
+    assert at.embedding_top_row.values.tolist() == norms.topk(TOP_ROWS).indices.tolist()
     assert set(found["weights/embedding_projection"].matrix.values) == {
         "embedding_projection",
         "unembedding_projection",
@@ -160,11 +162,11 @@ def test_every_step_has_the_same_structure_and_fits_a_run(tmp_path, name):
             if "share" in value.name
         )
         if "optimizer/second_moment" in recorded[step]:
-            share = recorded[step]["optimizer/second_moment"].outside_top_share
+            share = recorded[step]["optimizer/second_moment"].outside_second_moment_top_share
             assert np.isfinite(share).all() == (step > 0)
     run = open_run(tmp_path / "run.zarr")
     xr.testing.assert_equal(
-        run.at("weights/embedding_rows").isel(step=2, drop=True).load(), recorded[2]["weights/embedding_rows"]
+        run["weights:embedding_rows"].isel(step=2, drop=True).load(), recorded[2]["weights/embedding_rows"]
     )
 
 

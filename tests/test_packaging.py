@@ -74,14 +74,21 @@ def project() -> dict:
 def test_importing_osp_diag_is_cheap_and_quiet():
     loaded = modules_after("import warnings; warnings.simplefilter('error')\nimport osp_diag")
     assert not loaded & {"torch", "jax", "xarray", "numpy", "transformers", "matplotlib"}
-    assert {name for name in loaded if name.startswith("osp_diag")} == {"osp_diag", "osp_diag.errors"}
+    ours = {name for name in loaded if name.startswith("osp_diag")}
+    assert ours == {"osp_diag", "osp_diag.errors", "osp_diag.lazy", "osp_diag.version"}
+
+
+def test_the_names_of_sites_load_no_framework():
+    loaded = modules_after("import osp_diag.sites.names, osp_diag.schema")
+    assert not loaded & {"torch", "jax", "xarray", "numpy"}
 
 
 def test_importing_every_estimator_loads_neither_torch_nor_jax_nor_the_rest_of_osp_diag():
     loaded = modules_after(IMPORT_EVERY_MODULE + "import_every_module('osp_diag.estimators')")
     assert not loaded & {"torch", "jax", "transformers", "xarray"}
     ours = {name for name in loaded if name.startswith("osp_diag") and "estimators" not in name}
-    assert ours == {"osp_diag", "osp_diag.errors"}
+    vocabulary = {f"osp_diag.{name}" for name in ("errors", "lazy", "schema", "version", "wording")}
+    assert ours == {"osp_diag", *vocabulary}
 
 
 def test_importing_every_figure_loads_no_model_library():
@@ -103,7 +110,9 @@ def test_every_module_of_the_core_imports_without_the_extras():
 
 
 def test_public_names_are_listed_and_load_on_first_use():
-    assert set(osp_diag.__all__) <= set(dir(osp_diag))
+    for package in (osp_diag, osp_diag.analyses, osp_diag.figures, osp_diag.trainer):
+        assert dir(package) == sorted(package.__all__)
+        assert all(getattr(package, name) is not None for name in package.__all__)
     assert osp_diag.OspDiagError is OspDiagError
     assert osp_diag.estimators is sys.modules["osp_diag.estimators"]
     assert callable(osp_diag.open_run)
@@ -162,6 +171,11 @@ def test_pins_name_released_versions_only():
         if name == "cwevals" or name.startswith("opentelemetry-"):
             released += r"(b[0-9]+)?"
         assert re.fullmatch(released, version), f"{name}=={version}"
+
+
+def test_what_formats_a_commit_is_the_ruff_that_was_tested():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"ruff==[0-9.]+", hooks)) == {f"ruff=={pins()['ruff']}"}
 
 
 def test_make_says_what_to_do_where_no_python_will_do(tmp_path):

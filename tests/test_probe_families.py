@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from osp_diag import Probe
-from osp_diag.capture.attention import AttentionCall
+from osp_diag.seams.attention import AttentionCall
 from tests.attention_reference import dense_weights, observed
 from tests.estimators.activation_oracle import Oracle
 from tests.families import FAMILIES, Family

@@ -11,19 +11,12 @@ import torch
 import xarray as xr
 
 from osp_diag import open_run
+from osp_diag.analyses.few_bits import comparable_results, perplexity_at
 from osp_diag.cli.main import main
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.quantizing.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
 from osp_diag.quantizing.perplexity import perplexity
-from osp_diag.quantizing.results import (
-    QuantizedResult,
-    comparable_results,
-    notation,
-    perplexity_at,
-    results_dataset,
-    results_of,
-    store_results,
-)
+from osp_diag.quantizing.results import QuantizedResult, notation, results_dataset, results_of, store_results
 from osp_diag.quantizing.round_to_nearest import round_to_nearest
 from tests.run_fixtures import write_run
 from tests.tiny_checkpoints import BYTES, byte_tokenizer, llama, save

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osp_diag.sites import DEFAULT_SITES, find_sites
+from osp_diag.schema import DEFAULT_SITES
+from osp_diag.sites import find_sites
 from tests.attention_reference import dense_weights, no_trace
 from tests.families import FAMILIES, Family
 from tests.site_reference import built, capture_sites, captured, close, odd_model, sites_of

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osp_diag.capture.strata import STRATA, strata_of
+from osp_diag.capture.strata import strata_of
 from osp_diag.errors import CaptureError
+from osp_diag.schema import STRATA
 
 
 def named(strata: torch.Tensor) -> dict[str, list]:

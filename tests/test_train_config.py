@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osp_diag.cli.train_config import chosen_config
+from osp_diag.cli.train_config import training_config
 from osp_diag.errors import UsageError
 from osp_diag.trainer.config import (
     DataConfig,
@@ -17,7 +17,8 @@ from osp_diag.trainer.config import (
 )
 from osp_diag.trainer.config_values import as_dictionary, differences, with_changes
 from osp_diag.trainer.parallel import check_ranks
-from osp_diag.trainer.presets import PRESETS, RECIPES, ablation, preset, with_recipe
+from osp_diag.trainer.presets import PRESETS, ablation, preset, with_recipe
+from osp_diag.trainer.recipes import recipe, recipes
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -47,7 +48,7 @@ def test_the_six_rows_differ_in_the_recipe_alone():
         "ssnorm",
         False,
     )
-    assert len({str(as_dictionary(config)) for config in rows.values()}) == len(RECIPES)
+    assert len({str(as_dictionary(config)) for config in rows.values()}) == len(recipes()) == 6
 
 
 @given(
@@ -82,7 +83,7 @@ def test_values_that_fit_only_one_another_are_changed_together():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer.lrr": "1"}, "no 'optimizer.lrr' in the configuration; did you mean 'optimizer.lr'"),
+        ({"optimizer.lrr": "1"}, "no 'optimizer.lrr' in the configuration; did you mean optimizer.lr?"),
         ({"model.norm.x": "1"}, "no 'model.norm.x' in the configuration"),
         ({"model": "x"}, "model is a group of values; set one of them"),
         ({"optimizer.lr": "fast"}, "optimizer.lr='fast': give a number"),
@@ -150,7 +151,7 @@ def test_ranks_that_do_not_fit_are_refused(config, ranks, message):
 
 def test_presets_of_one_s_own(monkeypatch):
     assert preset("osp_diag.trainer.presets:small") == preset("small")
-    with pytest.raises(UsageError, match="there is no preset 'tinny'; did you mean 'tiny'"):
+    with pytest.raises(UsageError, match=r"there is no preset 'tinny'; did you mean tiny\?"):
         preset("tinny")
     with pytest.raises(UsageError, match="cannot be loaded: No module named 'nowhere'"):
         preset("nowhere:f")
@@ -163,7 +164,7 @@ def test_presets_of_one_s_own(monkeypatch):
 def test_the_options_of_the_verb(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"steps": 7, "optimizer.lr": 0.5}))
-    assert chosen_config(None, file, "muon", ["steps=9"]) == with_changes(
+    assert training_config(None, file, "muon", ["steps=9"]) == with_changes(
         with_recipe(TrainConfig(), "muon"), {"steps": 9, "optimizer.lr": 0.5}
     )
     for arguments, message in [
@@ -173,7 +174,16 @@ def test_the_options_of_the_verb(tmp_path):
         ((None, tmp_path / "absent.json", None, []), "cannot be read: No such file"),
     ]:
         with pytest.raises(UsageError, match=message):
-            chosen_config(*arguments)
+            training_config(*arguments)
     file.write_text("[1]")
     with pytest.raises(UsageError, match="has to be an object of dotted keys"):
-        chosen_config(None, file, None, [])
+        training_config(None, file, None, [])
+
+
+def test_a_recipe_is_a_file_of_the_package():
+    assert [(one.name, one.row) for one in recipes().values()][0::5] == [("adam", 1), ("osp", 6)]
+    assert all(one.help.endswith(".") for one in recipes().values())
+    large = preset("osp_1_4b")
+    assert recipe("adam").changes(large)["optimizer.lr"] == large.optimizer.embedding_lr == 5e-3
+    with pytest.raises(UsageError, match=r"^there is no recipe 'muon_ssnrm'; did you mean muon_ssnorm"):
+        recipe("muon_ssnrm")

@@ -12,7 +12,8 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from osp_diag.errors import DivergenceError, StoreError, TrainingError, UsageError
 from osp_diag.runs.run import open_run
-from osp_diag.trainer.checkpoint import CheckpointFolder, alone_is_meant, folder_of, latest
+from osp_diag.schema import SITES
+from osp_diag.trainer.checkpoint import CheckpointFolder, folder_of, latest, without_single_process_warnings
 from osp_diag.trainer.config import CheckpointConfig
 from osp_diag.trainer.exporting import trained_model
 from osp_diag.trainer.loop import train
@@ -76,6 +77,24 @@ def test_the_optimizer_s_evidence_is_beside_the_probes(whole):
     run = open_run(whole)
     groups = {path.lstrip("/") for path in run.tree.groups}
     assert {"optimizer/update", "weights/embedding_rows", "weights/embedding_projection"} <= groups
+    assert "optimizer:update" in run.beside
+
+
+def test_no_two_variables_of_a_run_share_a_name_and_not_the_definition(whole):
+    run = open_run(whole)
+    assert all(site in SITES for site in run.sites)
+    ratio = run["max_median_ratio"]
+    assert (ratio.attrs["estimator"], ratio.dims) == (
+        "max_median_ratio/1",
+        ("site", "step", "layer", "stratum"),
+    )
+    definitions: dict[str, set[str]] = {}
+    for node in run.tree.subtree:
+        if node.path.startswith("/snapshot/"):
+            continue  # the same variable at every site, which its definition names
+        for name, variable in node.data_vars.items():
+            definitions.setdefault(str(name), set()).add(str(variable.attrs.get("definition")))
+    assert {name: texts for name, texts in definitions.items() if len(texts) > 1} == {}
 
 
 def test_the_held_out_loss_is_the_model_s_own(whole):
@@ -280,7 +299,7 @@ def state_of(folder):
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
-    with alone_is_meant():
+    with without_single_process_warnings():
         dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from osp_diag import Probe
+from osp_diag.schema import SITES
 from osp_diag.sites import find_sites
-from osp_diag.sites.names import SITES
 from osp_diag.trainer.model import Llama
 from tests.attention_reference import no_trace
 from tests.dense_attention import Case, dense_outputs

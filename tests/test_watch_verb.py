@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from osp_diag.analyses.live import lasted, standing
+from osp_diag.analyses.live import standing
 from osp_diag.cli.main import main
 from osp_diag.cli.watch_terminal import standing_as_text
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
+from osp_diag.wording import duration
 from tests.growing_runs import ATTRIBUTES, groups, grown_run, record, scalars
 
 ROOT = Path(__file__).parents[1]
@@ -119,7 +120,7 @@ def test_json_is_for_machines(tmp_path, capsys):
 
 
 def test_times_are_told_as_people_do():
-    told = [lasted(seconds) for seconds in (3.2, 119, 120, 7199, 7200, 172800)]
+    told = [duration(seconds) for seconds in (3.2, 119, 120, 7199, 7200, 172800)]
     assert told == ["3 s", "119 s", "2 min", "120 min", "2.0 h", "2.0 days"]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from osp_diag.checkpoints.quiet import quietly
+from osp_diag.quiet import quietly
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -10,7 +10,7 @@ import xarray as xr
 from torch import nn
 
 import osp_diag
-from osp_diag.checkpoints.quiet import quietly
+from osp_diag.quiet import quietly
 from tests.tiny_checkpoints import LENGTH, VOCABULARY
 
 with quietly():

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from osp_diag.errors import UsageError
+from osp_diag.wording import did_you_mean
 
 __all__ = [
     "as_dictionary",
@@ -123,9 +123,8 @@ def _changed(config: Any, changes: dict[str, Any], prefix: str) -> Any:
         head, _, rest = key.partition(".")
         full = dotted(prefix, key)
         if head not in hints or (rest and not dataclasses.is_dataclass(hints[head])):
-            raise UsageError(
-                f"there is no {full!r} in the configuration{_nearest(full, as_dictionary(config, prefix))}"
-            )
+            meant = did_you_mean(full, as_dictionary(config, prefix))
+            raise UsageError(f"there is no {full!r} in the configuration; {meant}")
         if rest:
             nested.setdefault(head, {})[rest] = value
         elif dataclasses.is_dataclass(hints[head]) and isinstance(value, str):
@@ -141,11 +140,6 @@ def _changed(config: Any, changes: dict[str, Any], prefix: str) -> Any:
 
 def _first(kind: Any) -> str:
     return dataclasses.fields(kind)[0].name
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _read(text: str, hint: Any, key: str) -> Any:

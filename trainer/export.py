@@ -14,8 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from osp_diag.checkpoints.quiet import quietly
 from osp_diag.errors import TrainingError, UsageError
+from osp_diag.quiet import quietly
 from osp_diag.trainer.config import ModelConfig
 from osp_diag.trainer.folding import (
     check_exactness,

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from osp_diag.errors import TrainingError
-from osp_diag.runs.display import headline
+from osp_diag.runs.headline import headline
 from osp_diag.runs.run import Run, open_run
 from osp_diag.trainer.checkpoint import Saved, folder_of, latest
 from osp_diag.trainer.config import DataConfig

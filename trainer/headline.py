@@ -8,26 +8,23 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.probing.session import Probe
-from osp_diag.runs import display as run_display
-from osp_diag.runs.run import Run
+from osp_diag.runs.headline import headline_of
+from osp_diag.schema import KURTOSIS, SINK_EPSILON, SINK_POSITION
 from osp_diag.trainer.loggers import Logger
 
-__all__ = ["PREFIX", "ProbeTold", "headline"]
+__all__ = ["PREFIX", "HeadlineLog", "headline"]
 
 PREFIX = "osp_diag/"
 
-SINK_EPSILON = 0.3
-"""The threshold at which sink rates are usually told (Gu et al. 2024, arXiv:2410.10781)."""
-
 _LARGEST_OF_LAYERS = (
-    ("largest_osp_excess_kurtosis", "residual_post", "osp_excess_kurtosis"),
+    (f"largest_{KURTOSIS}", "residual_post", KURTOSIS),
     ("largest_max_median_ratio", "residual_post", "max_median_ratio"),
     ("largest_down_projection_input", "mlp_hidden", "absolute_maximum"),
 )
 """Name, site and statistic, of which the largest layer is told."""
 
 
-def headline(groups: Mapping[str, xr.Dataset]) -> dict[str, float]:
+def headline(groups: Mapping[str, xr.Dataset], absent: Mapping[str, str] | None = None) -> dict[str, float]:
     """What to watch while a model trains: one number each, over all tokens; those not measured are left out.
 
     * ``osp_diag/osp_excess_kurtosis``: the mean over the hidden states that the OSP script measures;
@@ -41,29 +38,18 @@ def headline(groups: Mapping[str, xr.Dataset]) -> dict[str, float]:
     Parameters
     ----------
     groups : site → statistics of one step, without the dimension ``step``: :attr:`osp_diag.Probe.latest`
+    absent : sites that the model was found not to have: :attr:`osp_diag.Probe.absent`
     """
-    found = _residual_stream(groups)
+    residual = headline_of(groups, absent)
+    found: dict[str, float | None] = {
+        KURTOSIS: residual.get(KURTOSIS),
+        "largest_activation": residual.get("absolute_maximum"),
+    }
     for name, site, statistic in _LARGEST_OF_LAYERS:
         found[name] = _reduced(_values(groups, site, statistic), np.max)
     found["sink_rate"] = _reduced(_sink_rate(groups), np.mean)
     found["first_token_attention"] = _reduced(_values(groups, "attention", "first_token_attention"), np.mean)
     return {PREFIX + name: value for name, value in found.items() if value is not None}
-
-
-def _residual_stream(groups: Mapping[str, xr.Dataset]) -> dict[str, float | None]:
-    """What a run's own display tells first, from the sites that this needs."""
-    needed: dict[str, xr.Dataset] = {}
-    for site in dict.fromkeys((*run_display.RESIDUAL_SITES, *run_display.HIDDEN_STATES)):
-        names = [name for name in ("absolute_maximum", "osp_excess_kurtosis") if name in groups.get(site, ())]
-        if names:
-            needed[site] = groups[site][names]
-    if not needed:
-        return {}
-    told = run_display.headline(Run.in_memory([(0, needed)], {}, {}))
-    return {
-        "osp_excess_kurtosis": told.get("osp_excess_kurtosis"),
-        "largest_activation": told.get("absolute_maximum"),
-    }
 
 
 def _values(groups: Mapping[str, xr.Dataset], site: str, statistic: str) -> xr.DataArray | None:
@@ -77,9 +63,8 @@ def _sink_rate(groups: Mapping[str, xr.Dataset]) -> xr.DataArray | None:
     rates = _values(groups, "attention", "sink_rate")
     if rates is None:
         return None
-    return rates.isel(
-        epsilon=np.isclose(rates["epsilon"], SINK_EPSILON), sink_position=rates["sink_position"] == 0
-    )
+    near = np.isclose(rates["epsilon"], SINK_EPSILON)
+    return rates.isel(epsilon=near, sink_position=rates["sink_position"] == SINK_POSITION)
 
 
 def _reduced(values: xr.DataArray | None, how: object) -> float | None:
@@ -90,29 +75,29 @@ def _reduced(values: xr.DataArray | None, how: object) -> float | None:
     return float(how(known)) if known.size else None  # type: ignore[operator]
 
 
-class ProbeTold:
-    """Tells a logger the headline of each probed step, without waiting for a step that is deferred.
+class HeadlineLog:
+    """Sends a logger the headline of each probed step, without waiting for a step that is deferred.
 
     Parameters
     ----------
     probe : which has measured the steps
-    logger : who is told, or None
+    logger : where to, or None
     """
 
     def __init__(self, probe: Probe, logger: Logger | None) -> None:
         self._probe, self._logger = probe, logger
-        self._held: tuple[int, dict[str, float]] | None = None
+        self._pending: tuple[int, dict[str, float]] | None = None
 
-    def after(self, step: int, values: Mapping[str, float] | None = None) -> None:
-        """The probe has measured ``step``; ``values`` are told beside its headline."""
-        self._held = (step, dict(values or {}))
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """The probe has measured ``step``; ``values`` go beside its headline."""
+        self._pending = (step, dict(values))
         if not self._probe.deferred:
-            self.now()
+            self.write()
 
-    def now(self) -> None:
-        """Tell what is still to be told: before the next probe, and before anything of a later step."""
-        if self._held is None:
+    def write(self) -> None:
+        """Send what is pending: before the next probe, and before anything of a later step."""
+        if self._pending is None:
             return
-        (step, values), self._held = self._held, None
+        (step, values), self._pending = self._pending, None
         if self._logger is not None:
-            self._logger.log(step, values | headline(self._probe.latest))
+            self._logger.log(step, values | headline(self._probe.latest, self._probe.absent))

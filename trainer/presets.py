@@ -5,10 +5,8 @@ All presets are full OSP: Muon with decoupled embeddings, single-scale RMSNorm, 
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from osp_diag.errors import UsageError
 from osp_diag.trainer.config import (
@@ -22,10 +20,11 @@ from osp_diag.trainer.config import (
 )
 from osp_diag.trainer.config_values import with_changes
 from osp_diag.trainer.data.mixture import OSP_TOKENIZER, osp_mixture
+from osp_diag.trainer.recipes import recipe, recipes
+from osp_diag.wording import did_you_mean
 
 __all__ = [
     "PRESETS",
-    "RECIPES",
     "ablation",
     "osp_1_4b",
     "osp_3b",
@@ -122,18 +121,6 @@ PRESETS: dict[str, Callable[[], TrainConfig]] = {
 }
 """Name → what it is."""
 
-_STOCK = {"model.norm": "rmsnorm", "model.embedding_projection": False}
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "adam": {**_STOCK, "optimizer.name": "adamw"},
-    "muon_only": {**_STOCK, "optimizer.name": "muon_only"},
-    "muon": {**_STOCK, "optimizer.name": "muon"},
-    "muon_ssnorm": {**_STOCK, "optimizer.name": "muon", "model.norm": "ssnorm"},
-    "muon_embproj": {**_STOCK, "optimizer.name": "muon", "model.embedding_projection": True},
-    "osp": {"optimizer.name": "muon", "model.norm": "ssnorm", "model.embedding_projection": True},
-}
-"""Rows of OSP's Table 2, in its order → what they change in a preset."""
-
 
 def preset(name: str) -> TrainConfig:
     """A preset by name, or what ``module:function`` returns.
@@ -145,9 +132,8 @@ def preset(name: str) -> TrainConfig:
     if ":" in name:
         return _from_function(name)
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.4)
-        advice = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(PRESETS)}"
-        raise UsageError(f"there is no preset {name!r}; {advice}, or give module:function")
+        advice = did_you_mean(name, PRESETS, "or give module:function")
+        raise UsageError(f"there is no preset {name!r}; {advice}")
     return PRESETS[name]()
 
 
@@ -162,23 +148,16 @@ def _from_function(name: str) -> TrainConfig:
     return config
 
 
-def with_recipe(config: TrainConfig, recipe: str) -> TrainConfig:
-    """The same run under one recipe of Table 2.
-
-    ``adam`` takes the learning rate that the preset gives Adam (``optimizer.embedding_lr``) where it has one.
+def with_recipe(config: TrainConfig, name: str) -> TrainConfig:
+    """The same run under another recipe (:mod:`osp_diag.trainer.recipes`).
 
     Raises
     ------
     UsageError : there is no such recipe
     """
-    if recipe not in RECIPES:
-        raise UsageError(f"there is no recipe {recipe!r}; there are {', '.join(RECIPES)}")
-    changes: dict[str, Any] = {"name": recipe, **RECIPES[recipe]}
-    if recipe == "adam" and config.optimizer.embedding_lr is not None:
-        changes["optimizer.lr"] = config.optimizer.embedding_lr
-    return with_changes(config, changes)
+    return with_changes(config, {"name": name, **recipe(name).changes(config)})
 
 
 def ablation(config: TrainConfig) -> Mapping[str, TrainConfig]:
-    """The six rows of Table 2, derived from one run."""
-    return {recipe: with_recipe(config, recipe) for recipe in RECIPES}
+    """The rows of Table 2 of the OSP paper, derived from one run."""
+    return {name: with_recipe(config, name) for name, row in recipes().items() if row.row is not None}

@@ -7,6 +7,7 @@ divided by the lower median channel of its layer, and channels are counted in sh
 from __future__ import annotations
 
 import numpy as np
+import xarray as xr
 from jaxtyping import Bool, Float
 from scipy.stats import wasserstein_distance
 
@@ -18,8 +19,10 @@ __all__ = [
     "concentration_curve",
     "concentration_distance",
     "decades",
-    "hot_channels",
     "hot_distance",
+    "is_hot",
+    "lower_median",
+    "over_median",
     "peak_distance",
     "profile_distance",
     "relative_rms",
@@ -27,9 +30,24 @@ __all__ = [
 ]
 
 HOT = 5.0
-"""A channel is hot where its RMS exceeds so many times the median channel of its layer."""
+"""A channel is hot where its RMS is at least so many times that of its layer's median channel."""
 SMALLEST = 1e-6
 """Channels below this share of the median count as so large: a dead channel has no logarithm."""
+
+
+def lower_median(
+    values: Float[np.ndarray, "*layers channel"],
+) -> Float[np.ndarray, "*layers 1"]:
+    """The lower of the two middle values along the last axis, as everywhere here: an element of the data."""
+    # Why the lower median: docs/decisions.md, Estimators.
+    return np.asarray(np.sort(values, axis=-1)[..., (values.shape[-1] - 1) // 2, None])
+
+
+def over_median(values: xr.DataArray, dim: str) -> xr.DataArray:
+    """Values over their lower median along ``dim``; not finite where that is 0."""
+    last = values.transpose(..., dim)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return (last / lower_median(last.values)).transpose(*values.dims)
 
 
 def relative_rms(rms: Float[np.ndarray, "*layers channel"]) -> Float[np.ndarray, "*layers channel"]:
@@ -37,9 +55,9 @@ def relative_rms(rms: Float[np.ndarray, "*layers channel"]) -> Float[np.ndarray,
 
     NaN throughout a layer whose median is 0, or in which a channel is NaN or infinite.
     """
-    median = np.sort(rms, axis=-1)[..., (rms.shape[-1] - 1) // 2, None]
-    fine = np.isfinite(rms).all(axis=-1, keepdims=True) & (median > 0)
-    return np.divide(rms, median, out=np.full_like(rms, np.nan, dtype=np.float64), where=fine)
+    median = lower_median(rms)
+    valid = np.isfinite(rms).all(axis=-1, keepdims=True) & (median > 0)
+    return np.divide(rms, median, out=np.full_like(rms, np.nan, dtype=np.float64), where=valid)
 
 
 def decades(relative: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
@@ -47,9 +65,9 @@ def decades(relative: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
     return np.log10(np.maximum(relative, SMALLEST))
 
 
-def hot_channels(relative: Float[np.ndarray, "*any"]) -> Bool[np.ndarray, "*any"]:
-    """Which channels exceed ``HOT`` times the median channel of their layer."""
-    return relative > HOT
+def is_hot(relative: Float[np.ndarray, "*any"]) -> Bool[np.ndarray, "*any"]:
+    """Which channels are hot, from their :func:`relative_rms`; where that is NaN none is."""
+    return relative >= HOT
 
 
 def profile_distance(first: Float[np.ndarray, " a"], second: Float[np.ndarray, " b"]) -> float:
@@ -80,7 +98,7 @@ def hot_distance(first: Float[np.ndarray, " a"], second: Float[np.ndarray, " b"]
     """
     if np.isnan(first).any() or np.isnan(second).any():
         return float("nan")
-    count = max(int(hot_channels(first).sum()), int(hot_channels(second).sum()))
+    count = max(int(is_hot(first).sum()), int(is_hot(second).sum()))
     count = min(count, len(first), len(second))
     if not count:
         return 0.0
@@ -92,6 +110,7 @@ def concentration_curve(
     rms: Float[np.ndarray, "*layers channel"],
 ) -> Float[np.ndarray, "*layers count"]:
     """C(k), the share of Σ_j s_j² in the k largest channels, for k = 0 … d; k/d if every channel is 0."""
+    # relative_energy is s_j² over its mean (1 if all are 0), so over the width it is the share of the sum.
     share = np.asarray(relative_energy(rms**2)) / rms.shape[-1]
     total = np.cumsum(np.sort(share, axis=-1)[..., ::-1], axis=-1)
     curve = np.concatenate([np.zeros_like(total[..., :1]), total], axis=-1)
@@ -105,8 +124,9 @@ def concentration_distance(first: Float[np.ndarray, " a"], second: Float[np.ndar
     channel of one of the two. In [0, 1]; concentration curves of :func:`concentration_curve` go in.
     """
     shares = [np.linspace(0, 1, len(curve)) for curve in (first, second)]
-    every = np.union1d(*shares)
-    difference = np.interp(every, shares[0], first) - np.interp(every, shares[1], second)
+    # Both curves at the whole channels of either.
+    places = np.union1d(*shares)
+    difference = np.interp(places, shares[0], first) - np.interp(places, shares[1], second)
     return float(np.abs(difference).max())
 
 

@@ -1,34 +1,43 @@
 """The numbers of a summary: which layers, heads and strata of a run's statistics it looks at.
 
-Each function takes the run's sites at one step (site → Dataset) and returns fields of
+Most functions take the run's sites at one step (site → Dataset) and return fields of
 :class:`osp_diag.analyses.summary.summary.Summary`; a field is left out where the run does not hold its
-statistic.
+statistic. :func:`hidden_state_kurtosis` and :func:`sink_rates` take a run, and go over its steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.network_order import network_order
+from osp_diag.analyses.summary.rules import QK_CLIP, SINK_HEAD
+from osp_diag.errors import MissingError
 from osp_diag.estimators.magnitude_outliers import outlier_features
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.runs.display import HIDDEN_STATES
+from osp_diag.runs.headline import hidden_states, mean_by_stratum
+from osp_diag.schema import HIDDEN_STATES, KURTOSIS, SINK_EPSILON, SINK_POSITION, network_order
 
-EPSILON = 0.3
-"""of the sink rate: Gu et al. 2025"""
-SINK_HEAD = 0.5
-"""A head is called a sink head if it sinks in at least this share of the sequences."""
-QK_CLIP = 100.0
-"""Largest pre-softmax logit that Kimi K2's QK-Clip lets pass."""
+if TYPE_CHECKING:
+    from osp_diag.runs.run import Run
+
 JUMP = 5.0
 """Factor between the largest |x| of two consecutive blocks from which on it is called a jump."""
 
-__all__ = ["by_stratum", "everyday", "hidden_states", "kurtosis", "largest", "massive", "nonfinite", "sinks"]
+__all__ = [
+    "everyday",
+    "hidden_state_kurtosis",
+    "kurtosis",
+    "largest",
+    "massive",
+    "nonfinite",
+    "sink_rate_at",
+    "sink_rates",
+    "sinks",
+]
 
 
 def _finite(value: float) -> float | None:
@@ -38,50 +47,15 @@ def _finite(value: float) -> float | None:
 # -- kurtosis --------------------------------------------------------------------------------------------
 
 
-def hidden_states(sites: Mapping[str, xr.Dataset]) -> tuple[list[xr.DataArray], str]:
-    """The tensors that ``output_hidden_states`` returns, as the OSP script averages them; or none, and why.
-
-    Embedding, outputs of the blocks but the last, and the state after the final norm, which the last
-    block's output has been replaced by. A model without a final norm ends with that output itself.
-    """
-    name = "osp_excess_kurtosis"
-    have = {site: sites[site][name] for site in HIDDEN_STATES if site in sites and name in sites[site]}
-    missing = [site for site in ("embedding", "residual_post") if site not in have]
-    if missing:
-        return [], f"{name} was not measured at {' and '.join(missing)}, so there is no headline number"
-    blocks = have["residual_post"]
-    if "final_norm" not in have:
-        return [
-            have["embedding"].isel(layer=0),
-            *_layers(blocks),
-        ], "there is no final norm: last block's output taken"
-    return [have["embedding"].isel(layer=0), *_layers(blocks)[:-1], have["final_norm"].isel(layer=0)], ""
-
-
-def _layers(values: xr.DataArray) -> list[xr.DataArray]:
-    ordered = values.sortby("layer")
-    return [ordered.isel(layer=index) for index in range(ordered.sizes["layer"])]
-
-
-def by_stratum(states: Iterable[xr.DataArray]) -> dict[str, float]:
-    """Mean over hidden states; a stratum that no token belongs to is left out."""
-    parts = [state.drop_vars(["layer", "step"], errors="ignore").load() for state in states]
-    if not parts:
-        return {}
-    mean = xr.concat(parts, dim="hidden_state").mean("hidden_state", skipna=True)
-    return {
-        str(name): float(mean.sel(stratum=name))
-        for name in mean["stratum"].values
-        if math.isfinite(float(mean.sel(stratum=name)))
-    }
-
-
-def kurtosis(sites: Mapping[str, xr.Dataset], width: int | None) -> dict[str, Any]:
+def kurtosis(
+    sites: Mapping[str, xr.Dataset], width: int | None, absent: Mapping[str, str] | None
+) -> dict[str, Any]:
     """The headline number, its normalised forms and its parts by stratum."""
-    states, note = hidden_states(sites)
-    parts = by_stratum(states)
+    # Why a mean with a part missing is none: docs/decisions.md, The house.
+    states, note = hidden_states(sites, absent)
+    parts = mean_by_stratum(states)
     headline = parts.get("all")
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "width": width,
         "hidden_states": len(states),
         "osp_kurtosis": headline,
@@ -92,9 +66,52 @@ def kurtosis(sites: Mapping[str, xr.Dataset], width: int | None) -> dict[str, An
         "note": note,
     }
     if headline is not None and width is not None and width > 3:
-        found["osp_kurtosis_of_ceiling"] = headline / (width - 3)
-        found["osp_kurtosis_over_floor"] = headline / gaussian_floor(width)
-    return found
+        fields["osp_kurtosis_of_ceiling"] = headline / (width - 3)
+        fields["osp_kurtosis_over_floor"] = headline / gaussian_floor(width)
+    return fields
+
+
+def hidden_state_kurtosis(run: Run) -> xr.DataArray | None:
+    """The OSP kurtosis of every hidden state by step, over all tokens; None where there is none.
+
+    These are the states of which the headline number is the mean
+    (:func:`osp_diag.runs.headline.hidden_states`) and the last block's output, in place of which the OSP
+    script takes the final norm's: where it goes wrong, a training goes wrong. One that was not measured is
+    left out.
+
+    Returns
+    -------
+    (hidden_state, step), with ``site``, ``layer`` and ``floor`` (what Gaussian noise of that width scores)
+    along hidden_state: the embedding, the output of every block, the final norm
+    """
+    width = run.attrs.get("hidden_size")
+    states: list[np.ndarray] = []
+    places: list[tuple[str, str, int, float]] = []
+    for site in HIDDEN_STATES:
+        if KURTOSIS not in run.statistics_at(site):
+            continue
+        values = run.values(site, KURTOSIS, {"stratum": "all"})
+        floor = values.attrs.get("floor") or (gaussian_floor(int(width)) if width else np.nan)
+        for index, layer in enumerate(values["layer"].values):
+            label = f"layer {layer}" if site == "residual_post" else site.replace("_", " ")
+            places.append((label, site, int(layer), float(floor)))
+            states.append(values.values[:, index])
+    if not states:
+        return None
+    shortest = min(len(state) for state in states)  # of a run with a damaged chunk
+    labels, sites, layers, floors = (list(part) for part in zip(*places, strict=True))
+    return xr.DataArray(
+        np.stack([state[:shortest] for state in states]),
+        dims=("hidden_state", "step"),
+        coords={
+            "hidden_state": labels,
+            "step": run.steps[:shortest],
+            "site": ("hidden_state", sites),
+            "layer": ("hidden_state", layers),
+            "floor": ("hidden_state", floors),
+        },
+        attrs={"units": "1", "estimator": "osp_excess_kurtosis/1", "definition": "mean over all tokens"},
+    )
 
 
 # -- magnitudes ------------------------------------------------------------------------------------------
@@ -105,31 +122,31 @@ def massive(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     blocks = sites.get("residual_post")
     if blocks is None:
         return {}
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if "massive_activation_count" in blocks:
         count = blocks["massive_activation_count"].sortby("layer").load()
         everywhere = np.nan_to_num(count.sel(stratum="all").values)
         present = np.flatnonzero(everywhere > 0)
-        found["massive_per_sequence"] = float(everywhere.max(initial=0.0))
+        fields["massive_per_sequence"] = float(everywhere.max(initial=0.0))
         if present.size:
-            found["massive_emergence_layer"] = int(count["layer"].values[present[0]])
-            found["massive_last_layer"] = int(count["layer"].values[present[-1]])
-            # a count is a mean per sequence, and every sequence has one first token
+            fields["massive_emergence_layer"] = int(count["layer"].values[present[0]])
+            fields["massive_last_layer"] = int(count["layer"].values[present[-1]])
+            # A count is a mean per sequence, and every sequence has one first token.
             on_first = np.nan_to_num(count.sel(stratum="first").values)[present].sum()
-            found["massive_on_first"] = float(min(on_first / everywhere[present].sum(), 1.0))
-            found["massive_channels"] = _massive_channels(blocks)
+            fields["massive_on_first"] = float(min(on_first / everywhere[present].sum(), 1.0))
+            fields["massive_channels"] = _massive_channels(blocks)
     if "top_magnitude" in blocks:
         top = blocks["top_magnitude"].sel(rank=1).sortby("layer").load()
-        found |= _jump(top.sel(stratum="all") if "stratum" in top.dims else top)
-    return found
+        fields |= _jump(top.sel(stratum="all") if "stratum" in top.dims else top)
+    return fields
 
 
-def _massive_channels(blocks: xr.Dataset, most: int = 8) -> tuple[int, ...]:
+def _massive_channels(blocks: xr.Dataset, limit: int = 8) -> tuple[int, ...]:
     """Channels with massive activations, most frequent first."""
     if "massive_activation_channel_count" not in blocks:
         return ()
     per_channel = blocks["massive_activation_channel_count"].sum("layer").values
-    order = np.argsort(-per_channel, kind="stable")[:most]
+    order = np.argsort(-per_channel, kind="stable")[:limit]
     return tuple(int(channel) for channel in order if per_channel[channel] > 0)
 
 
@@ -157,25 +174,26 @@ def largest(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         return {}
     highest = max(peaks.values())
     site, layer = next(place for place in network_order(peaks) if peaks[place] == highest)
-    found: dict[str, Any] = {"largest_magnitude": highest, "largest_site": site, "largest_layer": layer}
+    fields: dict[str, Any] = {"largest_magnitude": highest, "largest_site": site, "largest_layer": layer}
     if "channel_absolute_maximum" in sites[site]:
         channels = sites[site]["channel_absolute_maximum"].sel(layer=layer, stratum="all").values
         if np.isfinite(channels).any():
-            found["largest_channel"] = int(np.nanargmax(channels))
-    return found
+            fields["largest_channel"] = int(np.nanargmax(channels))
+    return fields
 
 
 def _of_all(values: xr.DataArray) -> list[tuple[int, float]]:
-    chosen = (values.sel(stratum="all") if "stratum" in values.dims else values).load()
+    by_layer = (values.sel(stratum="all") if "stratum" in values.dims else values).load()
     return [
-        (int(layer), float(value)) for layer, value in zip(chosen["layer"].values, chosen.values, strict=True)
+        (int(layer), float(value))
+        for layer, value in zip(by_layer["layer"].values, by_layer.values, strict=True)
     ]
 
 
-def everyday(sites: Mapping[str, xr.Dataset], found: Mapping[str, Any]) -> dict[str, Any]:
+def everyday(sites: Mapping[str, xr.Dataset], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Outliers on ordinary tokens; on all tokens where every token is a first one."""
     stratum = (
-        "rest" if found["everyday_kurtosis"] is not None or not found["osp_kurtosis_by_stratum"] else "all"
+        "rest" if fields["everyday_kurtosis"] is not None or not fields["osp_kurtosis_by_stratum"] else "all"
     )
     features = {}
     for site in ("attention_input", "mlp_input"):
@@ -200,34 +218,61 @@ def sinks(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     attention = sites.get("attention")
     if attention is None:
         return {}
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if "sink_rate" in attention:
-        rate = attention["sink_rate"]
-        nearest = int(np.argmin(np.abs(rate["epsilon"].values - EPSILON)))
-        if abs(float(rate["epsilon"].values[nearest]) - EPSILON) < 1e-9:
-            values = rate.isel(epsilon=nearest).sel(sink_position=0).values
-            known = np.isfinite(values)
-            if known.any():
-                found |= {
-                    "sink_rate": float(values[known].mean()),
-                    "sink_heads": int((values[known] >= SINK_HEAD).sum()),
-                    "heads": int(known.sum()),
-                }
+        rate = sink_rate_at(attention["sink_rate"])
+        if rate is not None and np.isfinite(rate.values).any():
+            values = rate.values[np.isfinite(rate.values)]
+            fields |= {
+                "sink_rate": float(values.mean()),
+                "sink_heads": int((values >= SINK_HEAD).sum()),
+                "heads": int(values.size),
+            }
     if "first_token_attention" in attention:
-        found["first_token_attention"] = _finite(
+        fields["first_token_attention"] = _finite(
             float(attention["first_token_attention"].sel(stratum="all").mean(skipna=True))
         )
     if "max_logit" in attention:
         logits = attention["max_logit"].transpose("layer", "head").load()
         if np.isfinite(logits.values).any():
             row, head = np.unravel_index(int(np.nanargmax(_masked(logits.values))), logits.shape)
-            found |= {
+            fields |= {
                 "largest_logit": float(logits.values[row, head]),
                 "largest_logit_layer": int(logits["layer"].values[row]),
                 "largest_logit_head": int(head),
                 "heads_above_qk_clip": int((logits.values > QK_CLIP).sum()),
             }
-    return found
+    return fields
+
+
+def sink_rate_at(
+    rates: xr.DataArray, epsilon: float = SINK_EPSILON, position: int = SINK_POSITION
+) -> xr.DataArray | None:
+    """The sink rate at one threshold and position, without these dimensions; None: not measured there."""
+    if "sink_position" in rates.dims:
+        if position not in rates["sink_position"].values:
+            return None
+        rates = rates.sel(sink_position=position, drop=True)
+    if "epsilon" in rates.dims:
+        places = np.flatnonzero(np.isclose(rates["epsilon"].values, epsilon, rtol=0, atol=1e-9))
+        if not places.size:
+            return None
+        rates = rates.isel(epsilon=int(places[0]), drop=True)
+    return rates
+
+
+def sink_rates(run: Run) -> xr.DataArray | None:
+    """:func:`sink_rate_at` over the steps (layer, step), mean over heads; None where there is none."""
+    dims = run.statistics_at("attention").get("sink_rate")
+    if dims is None:
+        return None
+    at = {"epsilon": SINK_EPSILON, "sink_position": SINK_POSITION}
+    try:
+        select = {dim: label for dim, label in at.items() if dim in dims}
+        rates = run.values("attention", "sink_rate", select, ("head",))
+    except MissingError:  # probed with other thresholds
+        return None
+    return rates.transpose("layer", "step").assign_attrs(epsilon=SINK_EPSILON)
 
 
 def _masked(values: np.ndarray) -> np.ndarray:
@@ -239,15 +284,19 @@ def _masked(values: np.ndarray) -> np.ndarray:
 
 def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     """The first site in network order that holds a NaN or Inf."""
+    # Such tokens are in no average, so they are counted: docs/decisions.md, Estimators.
     counts: dict[tuple[str, int], float] = {}
+    counted = False
     for site, dataset in sites.items():
         name = "nonfinite_query_key_tokens" if site == "attention" else "nonfinite_token_count"
         if name in dataset:
+            counted = True
             counts |= {(site, layer): value for layer, value in _of_all(dataset[name]) if value > 0}
     if not counts:
-        return {}
+        return {"nonfinite_counted": counted}
     site, layer = network_order(counts)[0]
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
+        "nonfinite_counted": True,
         "nonfinite_tokens": int(max(counts.values())),
         "nonfinite_site": site,
         "nonfinite_layer": layer,
@@ -258,5 +307,5 @@ def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     ):
         if name in sites[site]:
             value = float(sites[site][name].sel(layer=layer))
-            found[key] = int(value) if math.isfinite(value) else None
-    return found
+            fields[key] = int(value) if math.isfinite(value) else None
+    return fields

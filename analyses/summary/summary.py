@@ -1,7 +1,7 @@
 """What a run says, in a few numbers and one verdict.
 
 Every number is taken from the run under its estimator's own definition; what is added here is only
-which layers, heads and strata are looked at, and that is said at each field. A statistic that the run
+which layers, heads and strata are looked at; each field says which. A statistic that the run
 does not hold is None, and the text leaves it out.
 """
 
@@ -12,31 +12,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import numpy as np
-import xarray as xr
-
 from osp_diag.analyses.in_notebook import in_notebook
-from osp_diag.analyses.summary.numbers import (
-    by_stratum,
-    everyday,
-    hidden_states,
-    kurtosis,
-    largest,
-    massive,
-    nonfinite,
-    sinks,
-)
-from osp_diag.analyses.summary.protocol_comparison import ProtocolComparison, compare_protocols
-from osp_diag.errors import StoreError, UsageError
+from osp_diag.analyses.summary.numbers import everyday, kurtosis, largest, massive, nonfinite, sinks
+from osp_diag.analyses.summary.rules import judged, verdict_words
+from osp_diag.errors import StoreError
+from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
+from osp_diag.runs.steps import at_step, step_of
 
-__all__ = ["ProtocolComparison", "Summary", "compare_protocols", "headline_kurtosis", "summarise"]
-
-NEAR_GAUSSIAN = 3.0
-"""Kurtosis up to so many times the Gaussian floor is called outlier-free."""
-EVERYDAY = 1.0
-"""Excess kurtosis of the tokens that are neither first nor delimiters from which on channels are outliers."""
-SINKS = 0.1
-"""Sink rate from which on the verdict speaks of attention sinks."""
+__all__ = ["Summary", "summarise"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +82,7 @@ class Summary:
     largest_logit_head: int | None = None
     heads_above_qk_clip: int | None = None
 
+    nonfinite_counted: bool = False
     nonfinite_tokens: int = 0
     """tokens with a NaN or Inf at the site that has most"""
     nonfinite_site: str = ""
@@ -129,7 +114,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summarise(run: Any, *, step: int | None = None) -> Summary:
+def summarise(run: Run, *, step: int | None = None) -> Summary:
     """The summary of a run at ``step``, the last one by default.
 
     Raises
@@ -137,53 +122,29 @@ def summarise(run: Any, *, step: int | None = None) -> Summary:
     UsageError : the run has no such step
     StoreError : the run holds no site
     """
-    chosen = _step(run, step)
-    sites = {site: _at(run, site, chosen) for site in run.sites}
+    probed = step_of(run, step)
+    sites = {site: at_step(run.at(site), probed) for site in run.sites}
     if not sites:
         raise StoreError(
             "the run holds no statistics; probe again without restricting --sites to absent ones"
         )
     attrs = run.attrs
-    found: dict[str, Any] = {
-        "model": str(attrs.get("model_name", "unnamed model")),
+    fields: dict[str, Any] = {
+        "model": model_name(attrs),
         "protocol": str(attrs.get("protocol", "unknown")),
         "bos": str(attrs.get("bos", "unknown")),
         "tokens": _integer(attrs.get("tokens")),
         "sequence_length": _integer(attrs.get("sequence_length")),
         "token_source": str(attrs.get("token_source", "")),
         "dtype": str(attrs.get("dtype", "unknown")),
-        "step": chosen,
+        "step": probed,
     }
-    found |= kurtosis(sites, _integer(attrs.get("hidden_size")))
-    found |= massive(sites) | largest(sites) | everyday(sites, found)
-    if found["sequence_length"] != 1:  # one token attends to nothing but itself
-        found |= sinks(sites)
-    found |= nonfinite(sites)
-    return Summary(**found, verdict=_verdict(found))
-
-
-def headline_kurtosis(run: Any, *, step: int | None = None) -> dict[str, float]:
-    """osp_excess_kurtosis by stratum, mean over the hidden states that the OSP script measures.
-
-    Empty if the run lacks one of them.
-    """
-    chosen = _step(run, step)
-    return by_stratum(hidden_states({site: _at(run, site, chosen) for site in run.sites})[0])
-
-
-def _step(run: Any, step: int | None) -> int:
-    steps = np.asarray(run.steps)
-    if not steps.size:
-        raise StoreError("the run holds no step yet; wait until the first probe is written")
-    if step is not None and step not in steps:
-        near = sorted(sorted(steps.tolist(), key=lambda known: abs(known - step))[:3])
-        raise UsageError(f"the run has no step {step}; the nearest are {', '.join(map(str, near))}")
-    return int(steps[-1] if step is None else step)
-
-
-def _at(run: Any, site: str, step: int) -> xr.Dataset:
-    dataset: xr.Dataset = run.at(site)
-    return dataset.sel(step=step) if "step" in dataset.dims else dataset
+    fields |= kurtosis(sites, _integer(attrs.get("hidden_size")), run.declared_absent)
+    fields |= massive(sites) | largest(sites) | everyday(sites, fields)
+    if fields["sequence_length"] != 1:  # one token attends to nothing but itself
+        fields |= sinks(sites)
+    fields |= nonfinite(sites)
+    return Summary(**fields, verdict=verdict_words(judged(fields).values()))
 
 
 def _integer(value: Any) -> int | None:
@@ -191,24 +152,3 @@ def _integer(value: Any) -> int | None:
         return int(value)
     except (TypeError, ValueError):
         return None
-
-
-def _verdict(found: Mapping[str, Any]) -> str:
-    """What is wrong, worst first; or that nothing is."""
-    said = []
-    if found.get("nonfinite_site"):
-        said.append("NaN or Inf in the activations")
-    if found.get("massive_emergence_layer") is not None:
-        first = found["massive_on_first"] >= 0.5
-        said.append("massive activations on the first token" if first else "massive activations")
-    everyday, over_floor = found["everyday_kurtosis"], found["osp_kurtosis_over_floor"]
-    if everyday is not None and everyday >= EVERYDAY:
-        said.append("everyday channel outliers")
-    elif not said and over_floor is not None and over_floor <= NEAR_GAUSSIAN:
-        said.append("outlier-free")
-    elif not said and over_floor is not None:
-        on_first = found["osp_kurtosis_by_stratum"].get("first", 0.0) >= EVERYDAY
-        said.append("outliers on the first token only" if on_first else "mild heavy tails, no outliers")
-    if (found.get("sink_rate") or 0.0) >= SINKS:
-        said.append("attention sinks")
-    return "; ".join(said) or "not enough was measured for a verdict"

@@ -9,37 +9,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.channels.hot import TIMES
+from osp_diag.analyses.channels.profiles import HOT, relative_rms
 from osp_diag.analyses.in_notebook import in_notebook
-from osp_diag.analyses.summary.numbers import EPSILON, QK_CLIP, SINK_HEAD
-from osp_diag.analyses.summary.summary import EVERYDAY, NEAR_GAUSSIAN, SINKS, Summary, summarise
-from osp_diag.analyses.summary.text import number
+from osp_diag.analyses.summary.rules import QK_CLIP, RULES, SINK_HEAD, STATES, State, judged
+from osp_diag.analyses.summary.summary import Summary, summarise
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.runs.display import HIDDEN_STATES
+from osp_diag.runs.run import Run
+from osp_diag.schema import HIDDEN_STATES, SINK_EPSILON, STRATUM_WORDS
+from osp_diag.wording import number
 
-__all__ = ["RULES", "STATES", "Finding", "State", "Verdict", "verdict"]
-
-State = Literal["broken", "raised", "clear", "unknown"]
-STATES: tuple[State, ...] = ("broken", "raised", "clear", "unknown")
-"""Worst first: no number can be trusted; above the rule's threshold; below it; not measured."""
-
-RULES = {
-    "nonfinite": "no token has a NaN or Inf in its activations",
-    "massive": "no |x| at block outputs is above 100 and 1,000 times the median of its sequence",
-    "kurtosis": f"OSP kurtosis, mean over hidden states: at most {NEAR_GAUSSIAN:g} times its Gaussian floor",
-    "everyday": f"OSP kurtosis of tokens that are neither first nor delimiters: below {EVERYDAY:g}",
-    "sinks": f"sink rate at ε = {EPSILON:g}, mean over heads: below {SINKS:.0%}",
-    "logits": f"largest attention logit before the softmax: at most {QK_CLIP:g}, where QK-Clip would act",
-    "emergence": "no block output leaves the noise for good while the model trains",
-}
-"""What each rule asks for, worst first."""
-
-_STRATA = {"first": "the first token", "delimiter": "delimiters", "rest": "other tokens", "all": "all tokens"}
+__all__ = ["Finding", "Verdict", "verdict"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +34,6 @@ class Finding:
     state: State
     text: str
     """a sentence with the numbers"""
-    title: str = ""
-    """a few words for the headline; empty if there is nothing to say there"""
     value: float | None = None
     site: str = ""
     layer: int | None = None
@@ -76,17 +58,13 @@ class Verdict:
     @property
     def state(self) -> State:
         """The worst of the findings'."""
-        found = {finding.state for finding in self.findings}
-        return next((state for state in STATES if state in found), "unknown")
+        states = {finding.state for finding in self.findings}
+        return next((state for state in STATES if state in states), "unknown")
 
     @property
     def headline(self) -> str:
-        """The summary's verdict, and what other rules found."""
-        extra = [finding.title for finding in self.findings if finding.title and finding.state == "raised"]
-        words = [self.summary.verdict, *extra]
-        if extra and self.summary.verdict.startswith("not enough"):
-            words = extra
-        return "; ".join(words)
+        """The same words as on the terminal."""
+        return self.summary.verdict
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values that JSON knows."""
@@ -103,7 +81,7 @@ class Verdict:
 
 
 def verdict(
-    run: Any,
+    run: Run,
     *,
     step: int | None = None,
     onsets: xr.Dataset | None = None,
@@ -123,43 +101,43 @@ def verdict(
     UsageError, StoreError : as :func:`osp_diag.analyses.summary.summary.summarise`
     """
     summary = summarise(run, step=step)
-    found = [
-        _nonfinite(summary, run),
-        _massive(summary),
-        _kurtosis(summary, run),
-        _everyday(summary, run),
-        _sinks(summary, sinks),
-        _logits(summary),
+    states = {rule: judgement.state for rule, judgement in judged(asdict(summary)).items()}
+    findings = [
+        _nonfinite(summary, states["nonfinite"]),
+        _massive(summary, states["massive"]),
+        _kurtosis(summary, states["kurtosis"], run),
+        _everyday(summary, states["everyday"], run),
+        _sinks(summary, states["sinks"], sinks),
+        _logits(summary, states["logits"]),
     ]
     if onsets is not None:
-        found.append(_emergence(onsets))
-    return Verdict(summary, tuple(sorted(found, key=lambda finding: STATES.index(finding.state))))
+        findings.append(_emergence(onsets))
+    return Verdict(summary, tuple(sorted(findings, key=lambda finding: STATES.index(finding.state))))
 
 
-def _nonfinite(summary: Summary, run: Any) -> Finding:
+def _nonfinite(summary: Summary, state: State) -> Finding:
     if summary.nonfinite_site:
-        where = f"{summary.nonfinite_site}, layer {summary.nonfinite_layer}"
+        location = f"{summary.nonfinite_site}, layer {summary.nonfinite_layer}"
         if summary.nonfinite_token is not None:
-            where += f", token {summary.nonfinite_token}, channel {summary.nonfinite_channel}"
+            location += f", token {summary.nonfinite_token}, channel {summary.nonfinite_channel}"
         return Finding(
             rule="nonfinite",
-            state="broken",
-            text=f"NaN or Inf in {summary.nonfinite_tokens:,} tokens, beginning at {where}; they are left "
+            state=state,
+            text=f"NaN or Inf in {summary.nonfinite_tokens:,} tokens, beginning at {location}; they are left "
             "out of every number here.",
             value=float(summary.nonfinite_tokens),
             site=summary.nonfinite_site,
             layer=summary.nonfinite_layer,
             channel=summary.nonfinite_channel,
         )
-    counted = any(name in run for name in ("nonfinite_token_count", "nonfinite_query_key_tokens"))
-    if not counted:
-        return Finding(rule="nonfinite", state="unknown", text="NaN and Inf were not counted.")
-    return Finding(rule="nonfinite", state="clear", text="All activations are finite.", value=0.0)
+    if state == "unknown":
+        return Finding(rule="nonfinite", state=state, text="NaN and Inf were not counted.")
+    return Finding(rule="nonfinite", state=state, text="All activations are finite.", value=0.0)
 
 
-def _massive(summary: Summary) -> Finding:
-    if summary.massive_per_sequence is None:
-        return Finding(rule="massive", state="unknown", text="Massive activations were not counted.")
+def _massive(summary: Summary, state: State) -> Finding:
+    if state == "unknown":
+        return Finding(rule="massive", state=state, text="Massive activations were not counted.")
     peak = ""
     if summary.largest_magnitude is not None:
         channel = f", channel {summary.largest_channel}" if summary.largest_channel is not None else ""
@@ -174,22 +152,23 @@ def _massive(summary: Summary) -> Finding:
     }
     if summary.massive_emergence_layer is None:
         text = f"No massive activations. {peak}".strip()
-        return Finding(rule="massive", state="clear", text=text, value=0.0, **place)
+        return Finding(rule="massive", state=state, text=text, value=0.0, **place)
     channels = ", ".join(map(str, summary.massive_channels))
-    named = f", channel{'s' * (len(summary.massive_channels) > 1)} {channels}" if channels else ""
+    channel_words = f", channel{'s' * (len(summary.massive_channels) > 1)} {channels}" if channels else ""
     first, last = summary.massive_emergence_layer, summary.massive_last_layer
     text = (
-        f"Massive activations in layers {first} to {last}{named}: {number(summary.massive_per_sequence)} a "
-        f"sequence, {summary.massive_on_first or 0:.0%} of them on the first token. {peak}"
+        f"Massive activations in layers {first} to {last}{channel_words}: "
+        f"{number(summary.massive_per_sequence or 0)} a sequence, {summary.massive_on_first or 0:.0%} of "
+        f"them on the first token. {peak}"
     ).strip()
     place["stratum"] = "first" if (summary.massive_on_first or 0) >= 0.5 else "all"
-    return Finding(rule="massive", state="raised", text=text, value=summary.massive_per_sequence, **place)
+    return Finding(rule="massive", state=state, text=text, value=summary.massive_per_sequence, **place)
 
 
-def _kurtosis(summary: Summary, run: Any) -> Finding:
+def _kurtosis(summary: Summary, state: State, run: Run) -> Finding:
     if summary.osp_kurtosis is None or summary.osp_kurtosis_over_floor is None or summary.width is None:
-        why = summary.note or "the run does not say the model's width"
-        return Finding(rule="kurtosis", state="unknown", text=f"OSP kurtosis: {why}.")
+        reason = summary.note or "the run does not say the model's width"
+        return Finding(rule="kurtosis", state=state, text=f"OSP kurtosis: {reason}.")
     over = summary.osp_kurtosis_over_floor
     text = (
         f"OSP kurtosis {number(summary.osp_kurtosis)}: {number(over)} times its Gaussian floor "
@@ -201,32 +180,36 @@ def _kurtosis(summary: Summary, run: Any) -> Finding:
     if highest is not None:
         value, site, layer, stratum = highest
         place = {"site": site, "layer": layer, "stratum": stratum}
-        text += f" Highest at {site}, layer {layer}, on {_STRATA.get(stratum, stratum)}: {number(value)}."
-    raised = over > NEAR_GAUSSIAN
-    return Finding(rule="kurtosis", state="raised" if raised else "clear", text=text, value=over, **place)
+        text += f" Highest at {site}, layer {layer}, on {_tokens(stratum)}: {number(value)}."
+    return Finding(rule="kurtosis", state=state, text=text, value=over, **place)
 
 
-def _highest(run: Any, step: int) -> tuple[float, str, int, str] | None:
+def _tokens(stratum: str) -> str:
+    """A stratum within a sentence."""
+    return "the first token" if stratum == "first" else STRATUM_WORDS.get(stratum, stratum)
+
+
+def _highest(run: Run, step: int) -> tuple[float, str, int, str] | None:
     """The largest kurtosis of the hidden states: value, site, layer, stratum."""
-    found = []
+    peaks = []
     for site in HIDDEN_STATES:
         if site not in run.sites or "osp_excess_kurtosis" not in run.at(site):
             continue
         values = run.at(site)["osp_excess_kurtosis"].sel(step=step).load()
-        # What is largest over all tokens is told of the stratum that makes it so.
-        own = values.sel(stratum=[name for name in values["stratum"].values if name != "all"])
-        if bool(np.isfinite(own).any()):
-            at = own.isel(own.argmax(...))
-            found.append((float(at), site, int(at["layer"]), str(at["stratum"].item())))
-    return max(found, default=None)
+        # What is largest over all tokens is reported for the stratum that makes it so.
+        by_stratum = values.sel(stratum=[name for name in values["stratum"].values if name != "all"])
+        if bool(np.isfinite(by_stratum).any()):
+            at = by_stratum.isel(by_stratum.argmax(...))
+            peaks.append((float(at), site, int(at["layer"]), str(at["stratum"].item())))
+    return max(peaks, default=None)
 
 
-def _everyday(summary: Summary, run: Any) -> Finding:
+def _everyday(summary: Summary, state: State, run: Run) -> Finding:
     if summary.everyday_kurtosis is None:
         text = (
             "There are no tokens that are neither first nor delimiters, or their kurtosis was not measured."
         )
-        return Finding(rule="everyday", state="unknown", text=text)
+        return Finding(rule="everyday", state=state, text=text)
     value = number(summary.everyday_kurtosis)
     text = f"On tokens that are neither first nor delimiters, OSP kurtosis is {value}"
     if summary.everyday_max_median_ratio is not None:
@@ -236,46 +219,42 @@ def _everyday(summary: Summary, run: Any) -> Finding:
     if hottest is not None:
         ratio, layer, channel = hottest
         place |= {"site": "residual_post", "layer": layer, "channel": channel}
-        hot = "hottest" if ratio >= TIMES else "largest, though not hot"
+        hot = "hottest" if ratio >= HOT else "largest, though not hot"
         text += f"; {hot}: channel {channel} of layer {layer}, {number(ratio)} times the median channel"
-    raised = summary.everyday_kurtosis >= EVERYDAY
     return Finding(
         rule="everyday",
-        state="raised" if raised else "clear",
+        state=state,
         text=f"{text}.",
         value=summary.everyday_kurtosis,
         **place,
     )
 
 
-def _hottest(run: Any, step: int) -> tuple[float, int, int] | None:
+def _hottest(run: Run, step: int) -> tuple[float, int, int] | None:
     """The channel of block outputs of largest RMS on ordinary tokens, over its layer's median channel."""
     if "residual_post" not in run.sites or "channel_rms" not in run.at("residual_post"):
         return None
     rms = run.at("residual_post")["channel_rms"].sel(step=step, stratum="rest").transpose("layer", "channel")
-    values = rms.values.astype(np.float64)
-    median = np.nanmedian(np.where(np.isfinite(values), values, 0.0), axis=1, keepdims=True)
-    ratio = np.divide(values, median, out=np.full_like(values, np.nan), where=median > 0)
+    ratio = relative_rms(rms.values.astype(np.float64))
     if not np.isfinite(ratio).any():
         return None
     row, channel = np.unravel_index(int(np.nanargmax(ratio)), ratio.shape)
     return float(ratio[row, channel]), int(rms["layer"].values[row]), int(rms["channel"].values[channel])
 
 
-def _sinks(summary: Summary, sinks: xr.Dataset | None) -> Finding:
+def _sinks(summary: Summary, state: State, sinks: xr.Dataset | None) -> Finding:
     if summary.sequence_length == 1:
         text = "Sequences of one token attend to nothing but themselves, so there are no sinks to speak of."
-        return Finding(rule="sinks", state="unknown", text=text)
+        return Finding(rule="sinks", state=state, text=text)
     if summary.sink_rate is None:
-        return Finding(rule="sinks", state="unknown", text="Attention sinks were not measured.")
+        return Finding(rule="sinks", state=state, text="Attention sinks were not measured.")
     text = (
         f"Sink rate {summary.sink_rate:.1%}: {summary.sink_heads} of {summary.heads} heads give the first "
-        f"token more than {EPSILON:g} of their attention in at least {SINK_HEAD:.0%} of the sequences"
+        f"token more than {SINK_EPSILON:g} of their attention in at least {SINK_HEAD:.0%} of the sequences"
     )
     if summary.first_token_attention is not None:
         text += f"; it receives {summary.first_token_attention:.1%} of all attention"
     text += _kinds(summary.step, sinks)
-    state: State = "raised" if summary.sink_rate >= SINKS else "clear"
     return Finding(rule="sinks", state=state, text=f"{text}.", value=summary.sink_rate, site="attention")
 
 
@@ -284,14 +263,20 @@ def _kinds(step: int, sinks: xr.Dataset | None) -> str:
     if sinks is None or step not in sinks["step"].values:
         return ""
     kinds, counts = np.unique(sinks["kind"].sel(step=step).values, return_counts=True)
-    made = [(int(count), str(kind)) for kind, count in zip(kinds, counts, strict=True)]
-    made = [pair for pair in sorted(made, reverse=True) if pair[1] not in ("no sink", "not measured")]
-    return f". Their logits: {', '.join(f'{kind} {count}' for count, kind in made)}" if made else ""
+    frequencies = [(int(count), str(kind)) for kind, count in zip(kinds, counts, strict=True)]
+    frequencies = [
+        pair for pair in sorted(frequencies, reverse=True) if pair[1] not in ("no sink", "not measured")
+    ]
+    return (
+        f". Their logits: {', '.join(f'{kind} {count}' for count, kind in frequencies)}"
+        if frequencies
+        else ""
+    )
 
 
-def _logits(summary: Summary) -> Finding:
+def _logits(summary: Summary, state: State) -> Finding:
     if summary.largest_logit is None:
-        return Finding(rule="logits", state="unknown", text="Attention logits were not measured.")
+        return Finding(rule="logits", state=state, text="Attention logits were not measured.")
     above = summary.heads_above_qk_clip or 0
     text = (
         f"Largest attention logit {number(summary.largest_logit)}, layer {summary.largest_logit_layer}, head "
@@ -300,8 +285,7 @@ def _logits(summary: Summary) -> Finding:
     text += f"; {above} head{'s' * (above != 1)} above {QK_CLIP:g}." if above else f"; below {QK_CLIP:g}."
     return Finding(
         rule="logits",
-        state="raised" if above else "clear",
-        title=f"attention logits above {QK_CLIP:g}",
+        state=state,
         text=text,
         value=summary.largest_logit,
         site="attention",
@@ -318,9 +302,9 @@ def _emergence(onsets: xr.Dataset) -> Finding:
     strata = [str(name) for name in part["stratum"].values if name != "all"]
     part = part.sel(stratum=strata).transpose("layer", "stratum")
     onset = np.where(part["raised_at_end"].values, part["onset"].values, np.nan)
-    measured = int((part["state"] != "").any("stratum").sum())
+    outputs = int((part["state"] != "").any("stratum").sum())
     if not np.isfinite(onset).any():
-        text = f"None of {measured} block outputs leaves the noise for good while the model trains."
+        text = f"None of {outputs} block outputs leaves the noise for good while the model trains."
         return Finding(rule="emergence", state="clear", text=text)
     row, column = np.unravel_index(int(np.nanargmin(onset)), onset.shape)
     at = part.isel(layer=int(row), stratum=int(column))
@@ -329,7 +313,7 @@ def _emergence(onsets: xr.Dataset) -> Finding:
     departed = int(np.isfinite(onset).any(axis=1).sum())
     text = (
         f"Outliers emerge at step {onset[row, column]:,.0f} ({low:,.0f} to {high:,.0f}), first at the output "
-        f"of layer {layer} on {_STRATA.get(stratum, stratum)}; {departed} of {measured} block outputs leave "
+        f"of layer {layer} on {_tokens(stratum)}; {departed} of {outputs} block outputs leave "
         "the noise for good"
     )
     doubling = float(at["doubling_time"])

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from osp_diag.analyses.emergence.history import Emergence, emergence
+from osp_diag.analyses.emergence.history import Emergence, trace_emergence
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.summary.verdict import Verdict, verdict
 from osp_diag.errors import OspDiagError, UsageError
 from osp_diag.figures._colours import sample
-from osp_diag.figures._runs import last_step, opened
+from osp_diag.figures._runs import opened
 from osp_diag.figures.report.comparison import compared_pairs, key_numbers, others, sentences
 from osp_diag.figures.report.definitions import definitions_of
 from osp_diag.figures.report.encoding import script_json
@@ -22,6 +22,8 @@ from osp_diag.figures.report.heads import definitions as head_definitions
 from osp_diag.figures.report.page import rendered
 from osp_diag.figures.report.shown_figures import draw_figures
 from osp_diag.figures.report.tables import channel_table, head_table, layer_table
+from osp_diag.figures.styles import RUN_COLOURS
+from osp_diag.runs.steps import step_of
 
 __all__ = ["Report", "build_report", "check_out", "write_report"]
 
@@ -94,7 +96,7 @@ def check_out(path: Path) -> None:
 def build_report(runs: Any) -> Report:
     """As :func:`write_report`, without writing it."""
     found = opened(runs)
-    steps = [last_step(run) for run in found]
+    steps = [step_of(run) for run in found]
     labels = labels_of(found, steps)
     heads = [heads_of(run) for run in found]
     told = [_told(run, label, head) for run, label, head in zip(found, labels, heads, strict=True)]
@@ -112,7 +114,11 @@ def build_report(runs: Any) -> Report:
         "heads": [{"rows": head.rows, "parts": head.parts} for head in heads],
         "head_words": words,
         "figures": [figure.variants for figure in drawn if figure.variants],
-        "colours": {"magnitude": sample("batlow", 24), "share": sample("lipari_r", 24)},
+        "colours": {
+            "magnitude": sample("batlow", 24),
+            "share": sample("lipari_r", 24),
+            "runs": RUN_COLOURS,
+        },
     }
     html = rendered(
         title=f"{', '.join(labels)}: outliers and attention sinks",
@@ -135,7 +141,7 @@ def build_report(runs: Any) -> Report:
 def _told(run: Any, label: str, head: Heads) -> _Told:
     emerged, problem = None, ""
     try:
-        emerged = emergence(
+        emerged = trace_emergence(
             run, strata=_strata(run), draws=DRAWS, probes=PROBES, channel_probes=CHANNEL_PROBES
         )
     except OspDiagError as reason:

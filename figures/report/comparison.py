@@ -8,10 +8,10 @@ from itertools import combinations
 from typing import Any
 
 from osp_diag.analyses.channels.comparison import compare_channels
-from osp_diag.analyses.summary.text import number
 from osp_diag.analyses.summary.verdict import Verdict
 from osp_diag.errors import OspDiagError
 from osp_diag.figures.report.tables import Table
+from osp_diag.wording import number
 
 __all__ = ["Pair", "alike", "compared_pairs", "key_numbers", "others", "pairs_alike", "sentences"]
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary.numbers import EPSILON
+from osp_diag.analyses.channels.profiles import relative_rms
+from osp_diag.analyses.summary.numbers import sink_rate_at
 from osp_diag.analyses.thinned_run import evenly
 from osp_diag.errors import OspDiagError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.figures.report.encoding import packed, packed_log
+from osp_diag.schema import SINK_EPSILON
 
 __all__ = ["STATISTICS", "explorer_data"]
 
@@ -161,10 +163,7 @@ def _columns(width: int) -> int:
 
 def _pooled(rms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(stratum, layer, channel) → the largest ratio of each bin of channels, and its channel."""
-    values = np.abs(rms.astype(np.float64))
-    with np.errstate(all="ignore"):
-        median = np.median(values, axis=-1, keepdims=True)
-        ratio = np.where(median > 0, values / median, np.nan)
+    ratio = relative_rms(np.abs(rms.astype(np.float64)))
     width = ratio.shape[-1]
     starts = bin_starts(width, _columns(width))
     pooled = max_pool(ratio, ratio.ndim - 1, _columns(width))
@@ -179,18 +178,17 @@ def _sinks(run: Any, kept: np.ndarray) -> dict[str, Any] | None:
     """Sink rates by head at the first position."""
     if "attention" not in run.sites or "sink_rate" not in run.at("attention"):
         return None
-    rate = run.at("attention")["sink_rate"]
-    near = int(np.abs(rate["epsilon"].values - EPSILON).argmin())
-    if abs(float(rate["epsilon"].values[near]) - EPSILON) > 1e-9 or 0 not in rate["sink_position"].values:
+    rate = sink_rate_at(run.at("attention")["sink_rate"])
+    if rate is None:
         return None
-    rate = rate.isel(epsilon=near).sel(sink_position=0).transpose("step", "layer", "head")
+    rate = rate.transpose("step", "layer", "head")
     values = rate.isel(step=kept).values
     if not np.isfinite(values).any():
         return None
     return {
         "layers": [int(layer) for layer in rate["layer"].values],
         "heads": rate.sizes["head"],
-        "epsilon": EPSILON,
+        "epsilon": SINK_EPSILON,
         "rate": packed(values),
     }
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.channels.hot import TIMES
-from osp_diag.analyses.summary.text import number
+from osp_diag.analyses.channels.profiles import HOT, is_hot, relative_rms
 from osp_diag.figures.report.explorer import SITES
 from osp_diag.figures.report.heads import EVIDENCE, WORDS, Heads
+from osp_diag.wording import number
 
 __all__ = ["Table", "channel_table", "head_table", "layer_table"]
 
@@ -95,11 +95,10 @@ def _hottest(at: xr.Dataset) -> tuple[list[int | None], list[float | None]]:
     values = rms.transpose("layer", "channel").values.astype(np.float64)
     channels: list[int | None] = []
     ratios: list[float | None] = []
-    for row in values:
-        median = np.median(row)
-        known = np.isfinite(row).all() and median > 0
-        channels.append(int(rms["channel"].values[row.argmax()]) if known else None)
-        ratios.append(float(row.max() / median) if known else None)
+    for row in relative_rms(values):
+        measured = not np.isnan(row).any()
+        channels.append(int(rms["channel"].values[row.argmax()]) if measured else None)
+        ratios.append(float(row.max()) if measured else None)
     return channels, ratios
 
 
@@ -110,7 +109,7 @@ def channel_table(runs: Sequence[Any], labels: Sequence[str], emerged: Sequence[
     """
     columns = [
         ("run", ""),
-        ("channel", f"of residual_post, with an RMS of at least {TIMES:g} times the median channel's"),
+        ("channel", f"of residual_post, with an RMS of at least {HOT:g} times the median channel's"),
         ("stratum", "of which tokens"),
         ("layers", "in how many layers it is hot"),
         ("hottest in layer", ""),
@@ -127,15 +126,15 @@ def channel_table(runs: Sequence[Any], labels: Sequence[str], emerged: Sequence[
             if stratum not in rms["stratum"].values:
                 continue
             values = rms.sel(stratum=stratum).transpose("layer", "channel").values.astype(np.float64)
-            with np.errstate(all="ignore"):
-                ratio = np.nan_to_num(values / np.median(values, axis=1, keepdims=True), posinf=0.0)
-            for channel in np.flatnonzero((ratio >= TIMES).any(axis=0)):
+            ratio = np.nan_to_num(relative_rms(values))
+            hot = is_hot(ratio)
+            for channel in np.flatnonzero(hot.any(axis=0)):
                 layer = int(ratio[:, channel].argmax())
                 cells = [
                     labels[place],
                     int(rms["channel"].values[channel]),
                     stratum,
-                    int((ratio[:, channel] >= TIMES).sum()),
+                    int(hot[:, channel].sum()),
                     int(rms["layer"].values[layer]),
                     float(ratio[layer, channel]),
                     _birth(emerged[place], stratum, int(channel)),

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from osp_diag.estimators.activation import GENERIC, ActivationObservation, Reductions
 from osp_diag.estimators.base import (
-    STRATA,
     Estimator,
     Field,
     Layout,
@@ -68,6 +67,7 @@ from osp_diag.estimators.token_kurtosis import (
     gaussian_floor,
 )
 from osp_diag.estimators.token_scale import GluSpikeRatio, TokenScale, TweoPenalty
+from osp_diag.schema import STRATA
 
 __all__ = [
     "GENERIC",

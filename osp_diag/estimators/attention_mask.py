@@ -119,6 +119,7 @@ class AttentionMask:
 
     def span(self, start: int, stop: int, tokens: int, like: Array) -> QueryRows:
         """Queries start … stop − 1 with the keys that causality and the window leave in sight."""
+        # The first query of the rows sees furthest back, the last one furthest on.
         first = 0 if self.window is None else max(0, start - self.window + 1)
         last = stop if self.causal else tokens
         return QueryRows(index_range(start, stop, like), (start, stop), (first, last))

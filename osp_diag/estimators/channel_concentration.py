@@ -82,8 +82,10 @@ class ChannelConcentration(Estimator):
         # NaN (no tokens) sorts last on every backend and spreads through the sums.
         tops = [xp.sum(ascending[..., max(d - top, 0) :], axis=-1) for top in self.tops]
         place = xp.astype(positions(xp, d, share), share.dtype)
+        # Gini of ascending p with Σ p = 1, ranks from 0: Σ_i (2i − (d − 1)) p_i / d.
         gini = xp.sum((2 * place - (d - 1)) * ascending, axis=-1) / d
         positive = share > 0
+        # p log p → 0 as p → 0; 0.0 * share keeps the NaN of a stratum without tokens.
         logarithm = xp.log(xp.where(positive, share, xp.ones_like(share)))
         entropy = -xp.sum(xp.where(positive, share * logarithm, 0.0 * share), axis=-1)
         rms = xp.sqrt(energy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -13,6 +12,7 @@ import xarray as xr
 
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.runs.writer import RunWriter, check_destination
+from osp_diag.wording import did_you_mean, nearest
 
 __all__ = ["check_out", "write_run"]
 
@@ -40,8 +40,9 @@ def check_out(out: str | Path, *, overwrite: bool = False) -> None:
 
 def _did_you_mean(missing: Path) -> str:
     beside = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
-    near = difflib.get_close_matches(missing.name, beside, n=1)
-    return f"; did you mean {near[0]}?" if near else f"; make it first (mkdir -p {missing})"
+    if nearest(missing.name, beside):
+        return f"; {did_you_mean(missing.name, beside)}"
+    return f"; make it first (mkdir -p {missing})"
 
 
 def write_run(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-import osp_diag
+from osp_diag.version import __version__
 
 __all__ = ["library_versions"]
 
@@ -15,7 +15,7 @@ LIBRARIES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "xarr
 def library_versions() -> dict[str, str]:
     """Installed library → version, Python's and our own included."""
     # Our own is not asked of the installer: a clone need not be installed.
-    found = {"osp-diag": osp_diag.__version__, "python": platform.python_version()}
+    found = {"osp-diag": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:
             found[name] = version(name)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.runs.run import TOKEN_UNIT, VOCABULARY
+from osp_diag.schema import TOKEN_UNIT, VOCABULARY
 from osp_diag.text.tokenizer import decode_each
 
 __all__ = ["VOCABULARY", "name_tokens", "vocabulary_dataset"]

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import xarray as xr
+
+from osp_diag.runs.headline import headline, of_all_tokens
+from osp_diag.wording import listed, number
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
 
-__all__ = ["headline", "run_as_html", "run_as_text"]
-
-HIDDEN_STATES = ("embedding", "residual_post", "final_norm")
-"""Where the released OSP script measures: Hugging Face's ``hidden_states`` are the embedding, the outputs
-of all blocks but the last, and the state after the final norm."""
-
-RESIDUAL_SITES = ("embedding", "residual_pre", "residual_mid", "residual_post")
+__all__ = ["run_as_html", "run_as_text"]
 
 _COLUMNS = (
     ("OSP excess kurtosis, mean", "osp_excess_kurtosis", "mean"),
@@ -29,36 +25,6 @@ _COLUMNS = (
 """Header, statistic and how it is taken over layers, all for the stratum ``all`` at the last step."""
 
 
-def headline(run: Run) -> dict[str, Any]:
-    """The numbers to know first, at the last step and over all tokens; those that are not there are left out.
-
-    ``absolute_maximum`` with ``absolute_maximum_site`` and ``absolute_maximum_layer`` (residual stream),
-    ``osp_excess_kurtosis`` with ``osp_excess_kurtosis_tensors``: the mean over the hidden states as the
-    OSP script has them, and how many those were.
-    """
-    found: dict[str, Any] = {}
-    for site in RESIDUAL_SITES:
-        values = _last(run, site, "absolute_maximum")
-        if values is None or not np.isfinite(values).any():
-            continue
-        largest = float(values.max())
-        if largest > found.get("absolute_maximum", -np.inf):
-            found["absolute_maximum"] = largest
-            found["absolute_maximum_site"] = site
-            found["absolute_maximum_layer"] = int(values["layer"].values[int(np.argmax(values.values))])
-    kurtosis = []
-    for site in HIDDEN_STATES:
-        values = _last(run, site, "osp_excess_kurtosis")
-        if values is not None:
-            last_block = site == "residual_post" and "final_norm" in run.sites and values.sizes["layer"] > 1
-            kurtosis.append(values.values[:-1] if last_block else values.values)
-    if kurtosis:
-        tensors = np.concatenate(kurtosis)
-        found["osp_excess_kurtosis"] = float(tensors.mean())
-        found["osp_excess_kurtosis_tensors"] = len(tensors)
-    return found
-
-
 def _last(run: Run, site: str, name: str) -> xr.DataArray | None:
     """A statistic by layer at the last step, stratum ``all``; None if the run has it not."""
     if site not in run.sites or not len(run.steps):
@@ -66,19 +32,8 @@ def _last(run: Run, site: str, name: str) -> xr.DataArray | None:
     dataset = run.at(site)
     if name not in dataset.data_vars:
         return None
-    values = dataset[name].isel(step=-1)
-    if "stratum" in values.dims:
-        values = values.sel(stratum="all") if "stratum" in values.coords else values.isel(stratum=0)
+    values = of_all_tokens(dataset[name].isel(step=-1))
     return values.load() if values.dims == ("layer",) else None
-
-
-def number(value: float) -> str:
-    """Three or four digits that a person can read."""
-    if not np.isfinite(value):
-        return str(value)
-    if value == 0 or 1e-3 <= abs(value) < 1e6:
-        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return f"{value:.2e}"
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
@@ -98,9 +53,9 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     steps = run.steps
     span = f": {steps[0]} to {steps[-1]}" if len(steps) > 1 else f": {steps[0]}" if len(steps) else ""
     facts.append(("steps", f"{len(steps)}{span}"))
-    facts.append(("sites", f"{len(run.sites)}: {_listed(run.sites)}"))
+    facts.append(("sites", f"{len(run.sites)}: {listed(run.sites, 8)}"))
     if run.absent_sites:
-        facts.append(("absent", _listed([f"{site} ({why})" for site, why in run.absent_sites.items()], 4)))
+        facts.append(("absent", listed([f"{site} ({why})" for site, why in run.absent_sites.items()], 4)))
     if run.path is not None:
         facts.append(("path", str(run.path)))
     return facts
@@ -113,19 +68,15 @@ def _with(text: str, details: list[str]) -> str:
     return f"{text} ({', '.join(details)})" if details else text
 
 
-def _listed(names: list[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def _headlines(run: Run) -> list[tuple[str, str]]:
-    found = headline(run)
+    numbers = headline(run)
     lines = []
-    if "absolute_maximum" in found:
-        place = f"{found['absolute_maximum_site']}, layer {found['absolute_maximum_layer']}"
-        lines.append(("largest |x|", f"{number(found['absolute_maximum'])} ({place})"))
-    if "osp_excess_kurtosis" in found:
-        over = f"mean over {found['osp_excess_kurtosis_tensors']} hidden states"
-        lines.append(("OSP excess kurtosis", f"{number(found['osp_excess_kurtosis'])} ({over})"))
+    if "absolute_maximum" in numbers:
+        place = f"{numbers['absolute_maximum_site']}, layer {numbers['absolute_maximum_layer']}"
+        lines.append(("largest |x|", f"{number(numbers['absolute_maximum'])} ({place})"))
+    if "osp_excess_kurtosis" in numbers:
+        over = f"mean over {numbers['osp_excess_kurtosis_tensors']} hidden states"
+        lines.append(("OSP excess kurtosis", f"{number(numbers['osp_excess_kurtosis'])} ({over})"))
     return lines
 
 

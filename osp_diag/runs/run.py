@@ -2,51 +2,45 @@
 
 from __future__ import annotations
 
-import difflib
+import importlib
+import math
 import os
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import xarray as xr
 
-from osp_diag.errors import StoreError
+from osp_diag.errors import MissingError, StoreError
 from osp_diag.runs.display import run_as_html, run_as_text
-from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, read_root
-from osp_diag.runs.format import jsonable
+from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
+from osp_diag.runs.format import METADATA, jsonable
+from osp_diag.runs.reduction import Reduction
 from osp_diag.runs.tree import group_path
-
-__all__ = ["Run", "open_run"]
-
-SITE_ORDER = (
-    "embedding", "residual_pre", "attention_input", "query_pre_rope", "key_pre_rope", "query_post_rope",
-    "key_post_rope", "value", "attention", "attention_output", "attention_contribution", "residual_mid",
-    "mlp_input", "mlp_hidden", "mlp_down_weight", "mlp_contribution", "residual_post", "final_norm",
-)  # fmt: skip
-"""Sites in the order in which a token passes them; others follow by name."""
-
-VOCABULARY = "vocabulary"
-"""The group that holds the texts of token ids."""
-TOKEN_UNIT = "token id"
-"""The units of variables that name tokens by their ids."""
-
-WEIGHT_MAP = "weight_map"
-CHANNEL_WEIGHTS = "channel_weights"
-"""The group that holds maps of |W|, one group a projection."""
-QUANTIZATION = "quantization"
-"""The group that holds results at few bits."""
-
-_NOT_SITES = (
-    "raw",
-    "snapshot",
-    "token_groups",
-    "series",
+from osp_diag.schema import (
+    CHANNEL_WEIGHTS,
+    LOGGED_STEP,
+    RAW,
+    SERIES,
+    SNAPSHOT,
+    TOKEN_GROUPS,
+    TOKEN_UNIT,
     VOCABULARY,
     WEIGHT_MAP,
-    CHANNEL_WEIGHTS,
-    QUANTIZATION,
+    in_site_order,
+    is_site,
+    site_of_path,
 )
+from osp_diag.wording import did_you_mean
+
+if TYPE_CHECKING:
+    from osp_diag.analyses.summary.summary import Summary
+    from osp_diag.analyses.summary.verdict import Verdict
+
+__all__ = ["Run", "open_run", "open_tree"]
+
 _SUMMARY = (
     "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
     "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens", "dtype", "device",
@@ -55,7 +49,7 @@ _SUMMARY = (
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open the run at ``path``, also while it is still being written.
+    """Open the run at ``path``, also while it is still being written, or packed (``osp-diag pack``).
 
     Only metadata and coordinates are read; numbers are when they are used. What is seen are the steps
     committed so far; :meth:`Run.refresh` looks again.
@@ -64,13 +58,15 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     ------
     StoreError : nothing is there, it is no run, a newer format wrote it, it is damaged, or it is empty
     """
-    return Run(_open_tree(Path(path)), Path(path))
+    return Run(open_tree(Path(path)), Path(path))
 
 
-def _open_tree(path: Path) -> xr.DataTree:
-    root = read_root(path)
+def open_tree(path: Path) -> xr.DataTree:
+    """Everything in the run at ``path``, read when it is used; raises as :func:`open_run`."""
+    packed = is_packed(path)
+    root = read_packed_root(path) if packed else read_root(path)
     nodes = root["consolidated_metadata"]["metadata"]
-    labels = (nodes.get("step"), nodes.get("series/logged_step"))
+    labels = (nodes.get("step"), nodes.get(f"{SERIES}/{LOGGED_STEP}"))
     if not any(entry["shape"][0] for entry in labels if entry):
         raise StoreError(
             f"the run at {path} is empty: no step is recorded yet; probe first, or wait for its writer"
@@ -78,10 +74,20 @@ def _open_tree(path: Path) -> xr.DataTree:
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
         return xr.open_datatree(
-            path, engine="zarr", consolidated=True, decode_times=False, decode_timedelta=False
+            _zip_store(path) if packed else path,
+            engine="zarr",
+            consolidated=True,
+            decode_times=False,
+            decode_timedelta=False,
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise StoreError(f"the run at {path} is damaged ({error}); restore it from a copy") from error
+
+
+def _zip_store(path: Path) -> Any:
+    from zarr.storage import ZipStore  # only here: xarray imports zarr when a tree is opened
+
+    return ZipStore(path, mode="r")
 
 
 class Run:
@@ -92,7 +98,7 @@ class Run:
     """
 
     def __init__(self, tree: xr.DataTree, path: Path | None = None) -> None:
-        self.tree = tree
+        self._tree: xr.DataTree | None = tree
         self.path = path
         """Where the run is on disk; None if it is in memory."""
         self._texts: dict[str, dict[str, xr.DataArray]] = {}
@@ -136,13 +142,21 @@ class Run:
         if series:
             logged = sorted({step for values in series.values() for step in values})
             columns = {
-                name: ("logged_step", [float(values.get(step, np.nan)) for step in logged])
+                name: (LOGGED_STEP, [float(values.get(step, np.nan)) for step in logged])
                 for name, values in series.items()
             }
-            nodes["/series"] = xr.Dataset(columns, coords={"logged_step": np.asarray(logged, dtype=np.int64)})
+            nodes[f"/{SERIES}"] = xr.Dataset(
+                columns, coords={LOGGED_STEP: np.asarray(logged, dtype=np.int64)}
+            )
         return cls(xr.DataTree.from_dict(nodes))
 
     # -- what is there ---------------------------------------------------------------------------------
+
+    @property
+    def tree(self) -> xr.DataTree:
+        """The whole run."""
+        assert self._tree is not None  # of a run that is followed alone
+        return self._tree
 
     @property
     def attrs(self) -> dict[Hashable, Any]:
@@ -152,7 +166,8 @@ class Run:
     @property
     def summary_attributes(self) -> dict[str, Any]:
         """The attributes that say in a few lines what was measured, in reading order."""
-        return {key: self.tree.attrs[key] for key in _SUMMARY if key in self.tree.attrs}
+        attrs = self.attrs
+        return {key: attrs[key] for key in _SUMMARY if key in attrs}
 
     @property
     def steps(self) -> np.ndarray:
@@ -162,20 +177,38 @@ class Run:
     @property
     def sites(self) -> list[str]:
         """The sites observed, in the order in which a token passes them."""
-        found = []
-        for node in self.tree.subtree:
-            path = node.path.strip("/")
-            if path and path.split("/")[0] not in _NOT_SITES and node.data_vars:
-                found.append(path.replace("/", ":", 1))
-        known = {site: order for order, site in enumerate(SITE_ORDER)}
-        return sorted(found, key=lambda site: (known.get(site, len(known)), site))
+        declared = self.attrs.get("sites") or ()
+        return in_site_order(name for name in self._groups if is_site(name, declared))
+
+    @property
+    def beside(self) -> list[str]:
+        """Groups that are no sites, such as ``series`` or ``optimizer:update``; ``run[name]`` gives each."""
+        sites = set(self.sites)
+        return sorted(name for name in self._groups if name not in sites)
+
+    @property
+    def _groups(self) -> list[str]:
+        return [site_of_path(node.path) for node in self.tree.subtree if node.path != "/" and node.data_vars]
+
+    @property
+    def declared_absent(self) -> dict[str, str] | None:
+        """The sites that the model was found not to have, with the reason; None: the run does not say."""
+        absent = self.attrs.get("absent_sites")
+        return None if absent is None else {str(site): str(why) for site, why in absent.items()}
 
     @property
     def absent_sites(self) -> dict[str, str]:
         """Sites that were looked for and not observed, with the reason."""
-        noted = {**(self.tree.attrs.get("sites") or {}), **(self.tree.attrs.get("absent_sites") or {})}
+        noted = {**(self.attrs.get("sites") or {}), **(self.declared_absent or {})}
         present = set(self.sites)
         return {site: str(note) for site, note in noted.items() if site not in present}
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the run was last written; None of one that is in memory, or is not there."""
+        if self.path is None or not (self.path / METADATA).exists():
+            return None
+        return max(0.0, time.time() - os.stat(self.path / METADATA).st_mtime)
 
     @property
     def layers(self) -> np.ndarray:
@@ -186,7 +219,7 @@ class Run:
     @property
     def estimators(self) -> list[str]:
         """Identifiers of the estimators that were run ("osp_excess_kurtosis/1")."""
-        return list(self.tree.attrs.get("estimators", []))
+        return list(self.attrs.get("estimators", []))
 
     @property
     def statistics(self) -> list[str]:
@@ -202,16 +235,34 @@ class Run:
         Layers, channels, heads that a site lacks are NaN there. ``floor`` and ``ceiling`` are
         coordinates along ``site`` where they depend on the site's width. The name of a site or group
         gives its Dataset instead, as :meth:`at` does.
+
+        Raises
+        ------
+        StoreError : there is no such statistic, or sites hold it under different estimators, whose numbers
+            do not belong into one array
         """
-        parts = {site: self.at(site)[name] for site in self.sites if name in self.at(site).data_vars}
+        datasets = {site: self.at(site) for site in self.sites}
+        parts = {site: dataset[name] for site, dataset in datasets.items() if name in dataset.data_vars}
         if parts:
-            return _stacked(parts)
-        if name in self.sites or (name in _NOT_SITES and name in self.tree.children):
+            return _stacked(self._of_one_estimator(name, parts))
+        if name in (*self.sites, *self.beside) or name in self.tree.children:
             return self._dataset(name)
-        raise StoreError(
+        raise MissingError(
             f"{self._where} has no statistic {name!r}; "
-            + _nearest(name, self.statistics, "run.statistics lists them")
+            + did_you_mean(name, self.statistics, "run.statistics lists them")
         )
+
+    def _of_one_estimator(self, name: str, parts: Mapping[str, xr.DataArray]) -> Mapping[str, xr.DataArray]:
+        sites_of: dict[str, list[str]] = {}
+        for site, values in parts.items():
+            sites_of.setdefault(str(values.attrs.get("estimator", "no estimator")), []).append(site)
+        if len(sites_of) > 1:
+            origins = "; ".join(f"{origin} at {', '.join(sites)}" for origin, sites in sites_of.items())
+            raise StoreError(
+                f"{self._where} holds {name!r} under different estimators ({origins}); read one site with "
+                f"run.at(site)[{name!r}]"
+            )
+        return parts
 
     def __contains__(self, name: object) -> bool:
         return name in self.statistics
@@ -253,21 +304,93 @@ class Run:
             )
         return found
 
+    # -- one statistic over the steps ------------------------------------------------------------------
+    # What a view of a growing run asks every second; see osp_diag.runs.following.
+
+    def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
+        """What is recorded by step at a site: name → dimensions without the step; empty if nothing is."""
+        if site not in self.sites:
+            return {}
+        variables = self.at(site).data_vars.items()
+        return {
+            str(name): tuple(str(dim) for dim in values.dims[1:])
+            for name, values in variables
+            if values.dims[:1] == ("step",)
+        }
+
+    def sites_with(self, statistic: str) -> list[str]:
+        """The sites at which a statistic is recorded by step."""
+        return [site for site in self.sites if statistic in self.statistics_at(site)]
+
+    def labels(self, site: str, dimension: str) -> np.ndarray:
+        """The labels along a dimension of a site, such as its strata; empty if there are none."""
+        if site not in self.sites:
+            return np.empty(0)
+        dataset = self.at(site)
+        return dataset[dimension].values if dimension in dataset.coords else np.empty(0)
+
+    def values(
+        self, site: str, statistic: str, select: Mapping[str, Any] | None = None, mean: Sequence[str] = ()
+    ) -> xr.DataArray:
+        """A statistic over all steps, as a DataArray (step, …).
+
+        Parameters
+        ----------
+        select : dimension → label that is taken of it (``{"stratum": "all"}``)
+        mean : dimensions over which the mean of what is finite is taken
+
+        Raises
+        ------
+        StoreError : the run does not hold that statistic there, or the label
+        """
+        recorded = self.statistics_at(site)
+        if statistic not in recorded:
+            raise MissingError(f"{self._where} has no {statistic!r} at {site!r} by step")
+        places = tuple((dim, self._place(site, dim, label)) for dim, label in (select or {}).items())
+        reduction = Reduction(("step", *recorded[statistic]), places, tuple(mean))
+        rows, attributes = self._reduced(site, statistic, reduction)
+        labels = {dim: self.labels(site, dim) for dim in reduction.left[1:]}
+        return xr.DataArray(
+            rows,
+            dims=reduction.left,
+            coords={"step": self.steps[: len(rows)]} | {dim: of for dim, of in labels.items() if len(of)},
+            attrs=attributes,
+        )
+
+    def _reduced(
+        self, site: str, statistic: str, reduction: Reduction
+    ) -> tuple[np.ndarray, dict[Hashable, Any]]:
+        """The numbers of :meth:`values`, and what the statistic says of itself."""
+        values = self.at(site)[statistic]
+        return reduction(values.values), values.attrs
+
+    def _place(self, site: str, dimension: str, label: Any) -> int:
+        labels = self.labels(site, dimension).tolist()
+        places = [place for place, other in enumerate(labels) if _alike(other, label)]
+        if not places:
+            raise MissingError(
+                f"{self._where} has no {dimension} {label!r} at {site!r}; it has "
+                f"{', '.join(map(str, labels)) or 'none'}"
+            )
+        return places[0]
+
+    # -- what stands beside the sites ------------------------------------------------------------------
+
     def raw(self, site: str) -> xr.Dataset:
         """The raw sums of one site, named "measurement.field", from which statistics can be computed anew."""
-        return self._find("raw/", site, "raw sums of")
+        return self._find(f"{RAW}/", site, "raw sums of")
 
     def token_groups(self, site: str) -> xr.Dataset:
         """Some of the raw sums of one site by group of batches (dimension ``token_group``).
 
         Together the groups are the whole; how much they differ tells what is significant.
         """
-        return self._find("token_groups/", site, "token groups of")
+        return self._find(f"{TOKEN_GROUPS}/", site, "token groups of")
 
     def snapshot(self, site: str) -> xr.Dataset:
         """Raw activations of the first sequence at one site, with ``token_text`` and ``token_id``."""
-        dataset = self._find("snapshot/", site, "snapshot of")
-        tokens = self.tree.children["snapshot"].to_dataset()
+        dataset = self._find(f"{SNAPSHOT}/", site, "snapshot of")
+        tokens = self.tree.children[SNAPSHOT].to_dataset()
         known = {key: tokens[key] for key in ("token_text", "token_id") if key in tokens}
         fitting = {
             key: value for key, value in known.items() if value.sizes["token"] == dataset.sizes.get("token")
@@ -284,9 +407,9 @@ class Run:
         """|W| of a projection: ``weight`` (layer, output_cell, input_cell), maxima of cells, and of every
         row and column exactly (:func:`osp_diag.capture.weight_maps.weight_maps`)."""
         if name not in self.weight_maps:
-            raise StoreError(
+            raise MissingError(
                 f"{self._where} has no map of the weights {name!r}; "
-                + _nearest(name, self.weight_maps, "run.weight_maps lists them")
+                + did_you_mean(name, self.weight_maps, "run.weight_maps lists them")
             )
         return self.tree.children[WEIGHT_MAP].children[name].to_dataset(inherit=False)
 
@@ -300,9 +423,9 @@ class Run:
     @property
     def series(self) -> xr.Dataset:
         """Scalars by training step (loss, learning_rate, probe_seconds …); empty if none were recorded."""
-        if "series" not in self.tree.children:
+        if SERIES not in self.tree.children:
             return xr.Dataset(coords={"step": np.empty(0, np.int64)})
-        return self.tree.children["series"].to_dataset(inherit=False).rename(logged_step="step")
+        return self.tree.children[SERIES].to_dataset(inherit=False).rename({LOGGED_STEP: "step"})
 
     def to_frame(self, name: str) -> Any:
         """One statistic as a long :class:`pandas.DataFrame`: a row per site, step, layer …"""
@@ -310,10 +433,24 @@ class Run:
         extra = [key for key in array.coords if key not in array.dims]
         return array.drop_vars(extra).to_dataframe(name).dropna().reset_index()
 
+    # -- what it says ----------------------------------------------------------------------------------
+
+    def summary(self, *, step: int | None = None) -> Summary:
+        """The numbers to know and the verdict in words: :func:`osp_diag.analyses.summarise`."""
+        return cast("Summary", _offered("analyses", "summarise")(self, step=step))
+
+    def verdict(self, *, step: int | None = None) -> Verdict:
+        """What is wrong and where, by stated rules: :func:`osp_diag.analyses.verdict`."""
+        return cast("Verdict", _offered("analyses", "verdict")(self, step=step))
+
+    def draw(self, name: str, **options: Any) -> Any:
+        """A figure of this run (:func:`osp_diag.figures.draw`): ``run.draw("sink_map", out="sinks.pdf")``."""
+        return _offered("figures", "draw")(name, self, **options)
+
     def refresh(self) -> Run:
         """Look again at a run that is still growing; returns itself."""
         if self.path is not None:
-            self.tree = _open_tree(self.path)
+            self._tree = open_tree(self.path)
             self._texts = {}
         return self
 
@@ -325,15 +462,15 @@ class Run:
                 break
             group = group.children[part]
         else:
-            if group.data_vars and (prefix or path.split("/")[0] not in _NOT_SITES):
+            if group.data_vars:
                 return group.to_dataset()
         reason = self.absent_sites.get(site)
         if reason is not None:
-            raise StoreError(f"{self._where} has no {what} {site!r}: {reason}")
+            raise MissingError(f"{self._where} has no {what} {site!r}: {reason}")
         paths = {node.path.strip("/") for node in self.tree.subtree}
         present = [known for known in self.sites if prefix + known.replace(":", "/") in paths]
-        raise StoreError(
-            f"{self._where} has no {what} {site!r}; " + _nearest(site, present, "run.sites lists them")
+        raise MissingError(
+            f"{self._where} has no {what} {site!r}; " + did_you_mean(site, present, "run.sites lists them")
         )
 
     def _dataset(self, name: str) -> xr.Dataset:
@@ -350,12 +487,16 @@ class Run:
         return run_as_html(self)
 
 
-def _nearest(name: str, known: Sequence[str], otherwise: str) -> str:
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    close = close or [other for other in known if name in other][:3]
-    if close:
-        return f"the nearest names are {', '.join(close)} ({otherwise})"
-    return f"there are {', '.join(known[:6])}{', …' if len(known) > 6 else ''}" if known else "there are none"
+def _offered(package: str, name: str) -> Callable[..., Any]:
+    """A function of a floor above, looked up when a user calls it: a run imports nothing of what reads it."""
+    return cast("Callable[..., Any]", getattr(importlib.import_module(f"osp_diag.{package}"), name))
+
+
+def _alike(label: Any, other: Any) -> bool:
+    """Whether two labels are the same; those of real numbers may be rounded."""
+    if isinstance(label, float) and isinstance(other, int | float):
+        return math.isclose(label, other, rel_tol=1e-5, abs_tol=1e-8)
+    return bool(label == other)
 
 
 def _stacked(parts: Mapping[str, xr.DataArray]) -> xr.DataArray:

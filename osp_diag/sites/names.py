@@ -1,51 +1,13 @@
-"""The vocabulary of sites: the same names in every model and framework."""
+"""Where the sites of one model are read, and which of them are asked for."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-__all__ = [
-    "ATTENTION",
-    "DEFAULT_SITES",
-    "DOWN_WEIGHT",
-    "HEAD_SITES",
-    "LINEAR_INPUT",
-    "SITES",
-    "SiteMap",
-    "Tap",
-    "matches",
-]
+from osp_diag.schema import ATTENTION, DEFAULT_SITES, SITES
 
-SITES: dict[str, str] = {
-    "embedding": "the state that enters the first block (token embedding and whatever is added to it)",
-    "residual_pre": "residual stream before attention; equals residual_post of the block before",
-    "attention_input": "what the attention module receives, after its norm",
-    "query_pre_rope": "queries as projected (and QK-normed), before rotary embedding",
-    "key_pre_rope": "keys as projected (and QK-normed), before rotary embedding",
-    "query_post_rope": "queries as they enter the product with the keys",
-    "key_post_rope": "keys as they enter the product with the queries",
-    "value": "values as attention averages them",
-    "attention_output": "heads' outputs concatenated: the input of the output projection",
-    "attention_contribution": "what attention adds to the residual stream",
-    "residual_mid": "residual stream between attention and MLP",
-    "mlp_input": "what the MLP receives, after its norm",
-    "mlp_hidden": "the input of the MLP's down projection",
-    "mlp_down_weight": "the weights of the MLP's down projection: statistics of a matrix, not of tokens",
-    "mlp_contribution": "what the MLP adds to the residual stream",
-    "residual_post": "residual stream after the block",
-    "final_norm": "the state after the last norm",
-    "attention": "attention probabilities and logits: statistics only, no activation is kept",
-}
-"""Site → meaning, in the order in which a forward pass meets them."""
-
-ATTENTION = "attention"
-DOWN_WEIGHT = "mlp_down_weight"
-LINEAR_INPUT = "linear_input:"
-"""How the sites begin that are the input of one projection, by its path within the block."""
-HEAD_SITES = ("query_pre_rope", "key_pre_rope", "query_post_rope", "key_post_rope", "value")
-DEFAULT_SITES = tuple(site for site in SITES if site != "residual_pre")
-"""Every site but ``residual_pre``, which repeats ``embedding`` and ``residual_post``."""
+__all__ = ["SiteMap", "Tap", "matches"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +67,8 @@ class SiteMap:
         if self.attention_layers:
             at_the_call = {"query_post_rope", "key_post_rope", "value"}
             present |= {ATTENTION, *(at_the_call - set(self.absent))}
-        known = [site for site in SITES if site in present]
-        return (*known, *sorted(present - set(known)))
+        in_order = [site for site in SITES if site in present]
+        return (*in_order, *sorted(present - set(in_order)))
 
     def describe(self) -> str:
         """What was found, a line a site, for ``osp-diag probe M --list-sites``."""

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from osp_diag.checkpoints.quiet import quietly
 from osp_diag.errors import TokenError
+from osp_diag.quiet import quietly
 from osp_diag.text.tokenizer import encode
 
 __all__ = [

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
-from osp_diag.capture.declared import attention_function
+from osp_diag.seams.declared import attention_function
 from osp_diag.trainer.config import ModelConfig
 from osp_diag.trainer.model.masks import Mask
 from osp_diag.trainer.model.norms import make_norm

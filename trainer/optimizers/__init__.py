@@ -3,7 +3,8 @@
 from osp_diag.trainer.optimizers.build import Optimizers, build_optimizer
 from osp_diag.trainer.optimizers.evidence import optimizer_evidence
 from osp_diag.trainer.optimizers.muon import Muon
-from osp_diag.trainer.optimizers.routing import Route, Routing, route
+from osp_diag.trainer.optimizers.routes import Route, Routing
+from osp_diag.trainer.optimizers.routing import route
 from osp_diag.trainer.optimizers.schedules import learning_rate_factor
 
 __all__ = [

@@ -16,7 +16,8 @@ from osp_diag.probing.ranks import is_distributed
 from osp_diag.trainer.config import OptimizerConfig, TrainConfig
 from osp_diag.trainer.optimizers.adamw import adamw, adamw_step, adamw_update
 from osp_diag.trainer.optimizers.muon import Muon
-from osp_diag.trainer.optimizers.routing import Route, Routing, named_trainable_parameters, route
+from osp_diag.trainer.optimizers.routes import Route, Routing
+from osp_diag.trainer.optimizers.routing import named_trainable_parameters, route
 from osp_diag.trainer.optimizers.second_order import SecondOrder
 from osp_diag.trainer.optimizers.sharding import local, placement_of, sum_over_shards
 from osp_diag.trainer.optimizers.squares import SquareSums, of_whole, square_sums

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from osp_diag.errors import TrainingError
 from osp_diag.trainer.config import TrainConfig
-from osp_diag.trainer.optimizers.routing import Route
+from osp_diag.trainer.optimizers.routes import Route
 
 __all__ = ["check"]
 

@@ -24,9 +24,9 @@ ORTHOGONALITY = {
 }
 
 ROW_NORMS = {
-    "norm_mean": ("1", "mean over rows of ‖w_i‖"),
-    "norm_max": ("1", "max over rows of ‖w_i‖"),
-    "norm_max_median_ratio": ("1", "max over rows of ‖w_i‖ / their lower median"),
+    "row_norm_mean": ("1", "mean over rows of ‖w_i‖"),
+    "row_norm_max": ("1", "max over rows of ‖w_i‖"),
+    "row_norm_max_median_ratio": ("1", "max over rows of ‖w_i‖ / their lower median"),
     "top_row": ("row", "numbers of the rows with the largest norms, largest first"),
     "top_row_norm": ("1", "their norms"),
 }
@@ -91,9 +91,9 @@ def row_norms(squares: Float[Tensor, " row"], top: int = TOP_ROWS) -> dict[str, 
     largest, rows = norms.topk(min(top, norms.shape[0]))
     missing = (0, top - largest.shape[0])
     return {
-        "norm_mean": norms.mean(),
-        "norm_max": norms.amax(),
-        "norm_max_median_ratio": norms.amax() / norms.median(),
+        "row_norm_mean": norms.mean(),
+        "row_norm_max": norms.amax(),
+        "row_norm_max_median_ratio": norms.amax() / norms.median(),
         "top_row": torch.nn.functional.pad(rows.to(norms.dtype), missing, value=torch.nan),
         "top_row_norm": torch.nn.functional.pad(largest, missing, value=torch.nan),
     }

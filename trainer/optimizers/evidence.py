@@ -39,8 +39,8 @@ SIDE = (
 )
 
 GAIN = {
-    "gain_mean": ("1", "mean of the gains"),
-    "gain_max": ("1", "largest magnitude of the gains"),
+    "mean": ("1", "mean of the gains"),
+    "max": ("1", "largest magnitude of the gains"),
 }
 
 Definitions = Mapping[str, tuple[str, str]]
@@ -64,8 +64,9 @@ def optimizer_evidence(model: nn.Module, optimizers: Optimizers) -> dict[str, xr
     ``weights/embedding_projection``
         distance of the projections from orthogonal matrices
 
-    In the first three, parameters of blocks have the dimensions ``layer`` and ``matrix`` (or ``norm``), those
-    outside ``outside_matrix`` (or ``outside_norm``) in variables named ``outside_…``. Groups, variables and
+    Variables are called by the group and the statistic (``update_top_share``). In the first three,
+    parameters of blocks have the dimensions ``layer`` and ``matrix`` (or ``norm``), those outside
+    ``outside_matrix`` (or ``outside_norm``) in variables named ``outside_…``. Groups, variables and
     shapes depend on the model and its routing alone, not on the step: before the first step, moments and
     updates are NaN.
 
@@ -94,7 +95,14 @@ def _second_moment(optimizers: Optimizers, matrices: Mapping[str, Tensor]) -> xr
     held = {name: sums(local(state["exp_avg_sq"])) for name, state in states.items()}
     seen = {name: state["step"] > 0 for name, state in states.items()}
     statistics = _sides(of_whole(held, matrices), lambda name: seen[name])
-    return _dataset(statistics, "matrix", CONCENTRATION, {"side": SIDES}, f"of AdamW's second moment; {SIDE}")
+    return _dataset(
+        statistics,
+        "second_moment",
+        "matrix",
+        CONCENTRATION,
+        {"side": SIDES},
+        f"of AdamW's second moment; {SIDE}",
+    )
 
 
 def _updates(optimizers: Optimizers, matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
@@ -108,7 +116,12 @@ def _updates(optimizers: Optimizers, matrices: Mapping[str, Tensor]) -> xr.Datas
         lambda name: torch.tensor(name in squares),
     )
     return _dataset(
-        statistics, "matrix", CONCENTRATION, {"side": SIDES}, f"of the last step's update, squared; {SIDE}"
+        statistics,
+        "update",
+        "matrix",
+        CONCENTRATION,
+        {"side": SIDES},
+        f"of the last step's update, squared; {SIDE}",
     )
 
 
@@ -144,10 +157,12 @@ def _gains(named: Mapping[str, Tensor]) -> xr.Dataset | None:
         if value.ndim < 2 and name.removesuffix(".weight").endswith("norm"):
             gains = _whole(value).flatten().to(torch.float32)
             statistics[name] = concentration(gains.square()) | {
-                "gain_mean": gains.mean(),
-                "gain_max": gains.abs().amax(),
+                "mean": gains.mean(),
+                "max": gains.abs().amax(),
             }
-    return _dataset(statistics, "norm", CONCENTRATION | GAIN, {}, "of the gains of a norm; e_j = γ_j²")
+    return _dataset(
+        statistics, "norm_gain", "norm", CONCENTRATION | GAIN, {}, "of the gains of a norm; e_j = γ_j²"
+    )
 
 
 def _embedding_rows(matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
@@ -156,7 +171,7 @@ def _embedding_rows(matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
     }
     statistics = {name: row_norms(energy.row) for name, energy in of_parameters(wanted).items()}
     ranks = {"rank": tuple(range(TOP_ROWS))}
-    return _dataset(statistics, "matrix", ROW_NORMS, ranks, "of vocabulary entries", outside="")
+    return _dataset(statistics, "embedding", "matrix", ROW_NORMS, ranks, "of vocabulary entries", outside="")
 
 
 def _projections(matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
@@ -165,7 +180,15 @@ def _projections(matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
         for name, value in matrices.items()
         if role_of(name, value) == "embedding_projection"
     }
-    return _dataset(statistics, "matrix", ORTHOGONALITY, {}, "of an embedding projection P", outside="")
+    return _dataset(
+        statistics,
+        "embedding_projection",
+        "matrix",
+        ORTHOGONALITY,
+        {},
+        "of an embedding projection P",
+        outside="",
+    )
 
 
 def _whole(value: Tensor) -> Tensor:
@@ -174,6 +197,7 @@ def _whole(value: Tensor) -> Tensor:
 
 def _dataset(
     statistics: Statistics,
+    subject: str,
     kind: str,
     definitions: Definitions,
     inner: Mapping[str, tuple[Any, ...]],
@@ -183,6 +207,7 @@ def _dataset(
 ) -> xr.Dataset | None:
     """Statistics of parameters in arrays over layers, and over what is outside the blocks.
 
+    ``subject`` begins the names of the variables, so that no two in a run share a name and not a definition;
     ``kind`` is the dimension that tells parameters of a layer apart; ``inner`` are coordinates of the
     dimensions that variables have of their own; ``outside`` begins the names of what is not in a block.
     """
@@ -202,10 +227,10 @@ def _dataset(
             array = np.full((len(layers), len(kinds), *shape), np.nan)
             for name, match in inside.items():
                 array[layers.index(int(match[1])), kinds.index(match[2])] = values[name][variable]
-            dataset[variable] = (("layer", kind, *own), array, attributes)
+            dataset[f"{subject}_{variable}"] = (("layer", kind, *own), array, attributes)
         if beyond:
             array = np.stack([values[name][variable] for name in beyond])
-            dataset[f"{outside}{variable}"] = ((f"{outside}{kind}", *own), array, attributes)
+            dataset[f"{outside}{subject}_{variable}"] = ((f"{outside}{kind}", *own), array, attributes)
     if inside:
         dataset = dataset.assign_coords({"layer": layers, kind: kinds})
     if beyond:

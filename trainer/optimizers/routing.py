@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
 
 from torch import Tensor, nn
 
 from osp_diag.errors import UsageError
 from osp_diag.trainer.config import Destination, OptimizerConfig, OptimizerName, TrainConfig
+from osp_diag.trainer.optimizers.checks import check
+from osp_diag.trainer.optimizers.routes import Role, Route, Routing, folded
 
-__all__ = ["Role", "Route", "Routing", "named_parameters", "named_trainable_parameters", "role_of", "route"]
-
-Role = Literal["hidden", "embedding_projection", "embedding", "head", "vector"]
+__all__ = ["named_parameters", "named_trainable_parameters", "role_of", "route"]
 
 WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 """What DDP, torch.compile and activation checkpointing put into names."""
@@ -30,76 +28,6 @@ HIDDEN: dict[OptimizerName, Destination] = {
 
 OUTER: dict[OptimizerName, Destination] = {**dict.fromkeys(HIDDEN, "adamw"), "muon_only": "muon"}
 """Where embedding and head go; tied, they are one parameter, the embedding."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """One parameter's way.
-
-    Attributes
-    ----------
-    name : as ``named_parameters`` has it, without what wrappers add
-    shape : whole, also where it is sharded
-    role : ``hidden`` matrix, ``embedding_projection`` (both of them), ``embedding`` (tied: the head, too),
-        ``head``, or ``vector`` for norm gains, sinks and all else without two dimensions
-    optimizer, lr, weight_decay : who moves it, the peak learning rate, and the decay multiplied by it
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    role: Role
-    optimizer: Destination
-    lr: float
-    weight_decay: float
-
-    @property
-    def group(self) -> str:
-        """``optimizer.role``: the parameters whose updates are summed up together."""
-        return f"{self.optimizer}.{self.role}"
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Where every trainable parameter goes.
-
-    Attributes
-    ----------
-    routes : in the model's order
-    frozen : names of the parameters that need no gradient, which nothing moves
-    warnings : what is no mistake, but no OSP either: sentences to show
-    """
-
-    routes: tuple[Route, ...]
-    frozen: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
-
-    def of(self, name: str) -> Route:
-        """The route of a parameter; KeyError if there is none."""
-        for found in self.routes:
-            if found.name == name:
-                return found
-        raise KeyError(name)
-
-    def table(self) -> str:
-        """The routes as aligned text; parameters that differ by their layer alone share a line."""
-        rows: dict[tuple[str, ...], int] = {}
-        for found in self.routes:
-            shape = " × ".join(map(str, found.shape)) or "scalar"
-            key = (folded(found.name), shape, found.optimizer, f"{found.lr:g}", f"{found.weight_decay:g}")
-            rows[key] = rows.get(key, 0) + 1
-        lines = [["parameter", "shape", "count", "optimizer", "lr", "weight decay"]]
-        lines += [[name, shape, f"×{count}", *rest] for (name, shape, *rest), count in rows.items()]
-        lines += [[name, "", "×1", "frozen", "", ""] for name in self.frozen]
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in lines
-        )
-
-
-def folded(name: str) -> str:
-    """``model.layers.3.mlp.up_proj.weight`` → ``model.layers.*.mlp.up_proj.weight``."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 def named_trainable_parameters(model: nn.Module) -> dict[str, Tensor]:
@@ -148,8 +76,6 @@ def route(model: nn.Module, config: TrainConfig) -> Routing:
     TrainingError : the outcome is no longer what the recipe says
         (:func:`~osp_diag.trainer.optimizers.checks.check`)
     """
-    from osp_diag.trainer.optimizers.checks import check
-
     named = named_parameters(model)
     _check_patterns(config.optimizer, list(named))
     routes = [_route(name, value, config.optimizer) for name, value in named.items() if value.requires_grad]

@@ -2,10 +2,9 @@
 
 Five seams, tried at once in every observed forward and never counted twice: transformers' attention
 interface, ``scaled_dot_product_attention`` anywhere else, ``nn.MultiheadAttention``, functions declared by
-:func:`~osp_diag.capture.declared.attention_function`, and the softmax of attention written out by hand.
-Everything is put in place when an observed forward of the model starts and
-taken away when it ends, so that other forwards, the recomputation of activation checkpointing and compiled
-code see nothing of it.
+:func:`~osp_diag.seams.declared.attention_function`, and the softmax of attention written out by hand.
+Everything is put in place when an observed forward of the model starts and taken away when it ends, so that
+other forwards, the recomputation of activation checkpointing and compiled code see nothing of it.
 """
 
 from __future__ import annotations
@@ -19,8 +18,10 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from osp_diag.capture._attention_call import AttentionCall, SkipReason
-from osp_diag.capture._functions import (
+from osp_diag.errors import CaptureError
+from osp_diag.seams.call import AttentionCall, SkipReason
+from osp_diag.seams.declared import describe_declared
+from osp_diag.seams.functions import (
     AttentionFunctionMode,
     Frame,
     describe_scaled_dot_product,
@@ -28,10 +29,8 @@ from osp_diag.capture._functions import (
     remove_mode,
     suspended,
 )
-from osp_diag.capture._interface import InterfaceSwitch
-from osp_diag.capture._multihead import describe_multihead, takes_fused_path
-from osp_diag.capture.declared import describe_declared
-from osp_diag.errors import CaptureError
+from osp_diag.seams.interface import InterfaceSwitch
+from osp_diag.seams.multihead import describe_multihead, takes_fused_path
 
 __all__ = ["AttentionCall", "AttentionCapture", "SkipReason"]
 
@@ -127,11 +126,13 @@ class AttentionCapture:
             return
         self.forwards += 1
         running = self._running = ExitStack()
+        # Why compiled code is not recompiled with hooks inside: docs/decisions.md, Capture.
         if any(_is_compiled(submodule) for submodule in self.model.modules()):
             running.enter_context(torch.compiler.set_stance("force_eager"))
         fused = self._hook_modules(running)
         running.callback(self._switch.exit)
         self._switch.enter()
+        # Last in, first out: the mode goes before the configs and the hooks.
         if not fused:
             running.callback(remove_mode, self._mode)
             self._mode.__enter__()

@@ -15,8 +15,8 @@ from typing import Any, TypeVar
 import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
-from osp_diag.capture._attention_call import AttentionCall
 from osp_diag.errors import CaptureError
+from osp_diag.seams.call import AttentionCall
 
 __all__ = ["attention_function", "describe_declared", "is_declared"]
 
@@ -25,6 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _FIELDS = {field.name for field in fields(AttentionCall)} - {"seam", "module", "logits"}
 
 
+# Why a declaration and not more recognising: docs/decisions.md, Training.
 def attention_function(**constant: Any) -> Callable[[Function], Function]:
     """Let probes see the calls of an attention function of your own.
 
@@ -34,7 +35,7 @@ def attention_function(**constant: Any) -> Callable[[Function], Function]:
 
     Parameters
     ----------
-    constant : what holds of every call, by the names of :class:`~osp_diag.capture.attention.AttentionCall`
+    constant : what holds of every call, by the names of :class:`~osp_diag.seams.attention.AttentionCall`
 
     The function's own parameters are read by those names too: it needs ``query``, ``key`` and ``value``,
     each (batch, head, token, channel), and may have ``scale``, ``causal``, ``window``, ``mask``,
@@ -91,10 +92,10 @@ def describe_declared(
     signature, constant = function.__attention__
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    given = {name: value for name, value in bound.arguments.items() if name in _FIELDS} | constant
-    block_mask = given.get("mask")
+    arguments = {name: value for name, value in bound.arguments.items() if name in _FIELDS} | constant
+    block_mask = arguments.get("mask")
     if hasattr(block_mask, "mask_mod"):
-        given |= {"mask": None, "mask_function": block_mask.mask_mod}
-    if given.get("scale") is None:
-        given["scale"] = given["query"].shape[-1] ** -0.5
-    return AttentionCall(**given, seam="declared function", module=module)
+        arguments |= {"mask": None, "mask_function": block_mask.mask_mod}
+    if arguments.get("scale") is None:
+        arguments["scale"] = arguments["query"].shape[-1] ** -0.5
+    return AttentionCall(**arguments, seam="declared function", module=module)

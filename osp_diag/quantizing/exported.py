@@ -1,0 +1,79 @@
+"""What a training's checkpoint is worth: its outliers under both protocols, its perplexity at 4 bits."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+
+from osp_diag.checkpoints import open_checkpoint
+from osp_diag.probing.checkpoint import probe_checkpoint
+from osp_diag.quantizing.bit_width_sweep import bit_width_sweep
+from osp_diag.quantizing.results import FEW_BITS, HELD_OUT, MAXIMUM_SITES, UNQUANTIZED
+from osp_diag.runs.run import Run
+from osp_diag.schema import ATTENTION, HIDDEN_STATES, KURTOSIS
+from osp_diag.tokens import make_batches
+
+__all__ = ["CheckpointMeasurements", "measure_checkpoint"]
+
+
+@dataclass(frozen=True)
+class CheckpointMeasurements:
+    """All that is measured of one checkpoint on the same held-out tokens."""
+
+    sequence: Run
+    """probed on real sequences: kurtosis, max/median, magnitudes, sinks"""
+    published: Run
+    """the kurtosis as the released OSP script takes it: every token a sequence of its own"""
+    few_bits: xr.Dataset
+    """perplexity without rounding and at :data:`FEW_BITS`: see :mod:`osp_diag.quantizing.results`"""
+
+
+def measure_checkpoint(
+    path: str | os.PathLike[str], tokens: Any, *, device: str | torch.device = "auto"
+) -> CheckpointMeasurements:
+    """Measure a Hugging Face directory in float32.
+
+    Parameters
+    ----------
+    tokens : held-out ids of shape (sequence, position); under the protocol ``osp-published`` opening tokens
+        are left out
+    device : as in :func:`osp_diag.open_checkpoint`
+
+    Raises
+    ------
+    CheckpointError, TokenError : it cannot be opened, or ``tokens`` are not for it
+    """
+    checkpoint = open_checkpoint(path, dtype="float32", device=device)
+    limits: dict[str, Any] = {
+        "max_length": checkpoint.max_length,
+        "vocabulary_size": checkpoint.vocabulary_size,
+    }
+    light: dict[str, Any] = {"keep_raw": False, "snapshot_tokens": 0}
+    sequence = probe_checkpoint(
+        checkpoint,
+        make_batches(checkpoint.tokenizer, ids=tokens, **limits),
+        sites=(*HIDDEN_STATES, *MAXIMUM_SITES, ATTENTION),
+        estimators=(KURTOSIS, "max_median_ratio", "token_scale", "sink_rate"),
+        **light,
+    )
+    opening = getattr(checkpoint.tokenizer, "bos_token_id", None)
+    mask = None if opening is None else np.asarray(tokens) != opening
+    single_tokens = make_batches(
+        checkpoint.tokenizer, ids=tokens, attention_mask=mask, protocol="osp-published", **limits
+    )
+    published = probe_checkpoint(
+        checkpoint, single_tokens, sites=HIDDEN_STATES, estimators=(KURTOSIS,), **light
+    )
+    few_bits = bit_width_sweep(
+        checkpoint.model,
+        np.asarray(tokens),
+        [(UNQUANTIZED, UNQUANTIZED), FEW_BITS],
+        token_source=HELD_OUT,
+        model_fingerprint=checkpoint.fingerprint,
+    )
+    return CheckpointMeasurements(sequence, published, few_bits)

@@ -1,0 +1,180 @@
+"""What a run is made of: its groups, the sites in their order, the strata of tokens, and words for them.
+
+Every part of the house reads these names here, and this module imports nothing, so that estimators, readers
+of runs and captures in any framework can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Literal, get_args
+
+__all__ = [
+    "ATTENTION",
+    "BESIDE",
+    "CHANNEL_WEIGHTS",
+    "DEFAULT_SITES",
+    "DOWN_WEIGHT",
+    "HEAD_SITES",
+    "HIDDEN_STATES",
+    "KURTOSIS",
+    "LINEAR_INPUT",
+    "LOGGED_STEP",
+    "OPTIMIZER",
+    "PROTOCOLS",
+    "QUANTIZATION",
+    "RAW",
+    "RESIDUAL_SITES",
+    "SERIES",
+    "SINK_EPSILON",
+    "SINK_POSITION",
+    "SITES",
+    "SNAPSHOT",
+    "STRATA",
+    "STRATUM_WORDS",
+    "TOKEN_GROUPS",
+    "TOKEN_UNIT",
+    "VOCABULARY",
+    "WEIGHTS",
+    "WEIGHT_MAP",
+    "Protocol",
+    "group_path",
+    "in_site_order",
+    "is_site",
+    "network_order",
+    "site_of_path",
+]
+
+# -- sites -----------------------------------------------------------------------------------------------
+
+SITES: dict[str, str] = {
+    "embedding": "the state that enters the first block (token embedding and whatever is added to it)",
+    "residual_pre": "residual stream before attention; equals residual_post of the block before",
+    "attention_input": "what the attention module receives, after its norm",
+    "query_pre_rope": "queries as projected (and QK-normed), before rotary embedding",
+    "key_pre_rope": "keys as projected (and QK-normed), before rotary embedding",
+    "query_post_rope": "queries as they enter the product with the keys",
+    "key_post_rope": "keys as they enter the product with the queries",
+    "value": "values as attention averages them",
+    "attention": "attention probabilities and logits: statistics only, no activation is kept",
+    "attention_output": "heads' outputs concatenated: the input of the output projection",
+    "attention_contribution": "what attention adds to the residual stream",
+    "residual_mid": "residual stream between attention and MLP",
+    "mlp_input": "what the MLP receives, after its norm",
+    "mlp_hidden": "the input of the MLP's down projection",
+    "mlp_down_weight": "the weights of the MLP's down projection: statistics of a matrix, not of tokens",
+    "mlp_contribution": "what the MLP adds to the residual stream",
+    "residual_post": "residual stream after the block",
+    "final_norm": "the state after the last norm",
+}
+"""Site → meaning, in the order in which a token passes them."""
+
+ATTENTION = "attention"
+DOWN_WEIGHT = "mlp_down_weight"
+LINEAR_INPUT = "linear_input:"
+"""How the sites begin that are the input of one projection, by its path within the block."""
+HEAD_SITES = ("query_pre_rope", "key_pre_rope", "query_post_rope", "key_post_rope", "value")
+RESIDUAL_SITES = ("embedding", "residual_pre", "residual_mid", "residual_post")
+DEFAULT_SITES = tuple(site for site in SITES if site != "residual_pre")
+"""Every site but ``residual_pre``, which repeats ``embedding`` and ``residual_post``."""
+HIDDEN_STATES = ("embedding", "residual_post", "final_norm")
+"""Where the released OSP script measures: Hugging Face's ``hidden_states`` are the embedding, the outputs of
+all blocks but the last, and the state after the final norm."""
+
+KURTOSIS = "osp_excess_kurtosis"
+"""The statistic whose mean over the hidden states is a run's headline number."""
+SINK_EPSILON = 0.3
+"""The threshold of the sink rates that are quoted (Gu et al. 2025, arXiv:2410.10781) …"""
+SINK_POSITION = 0
+"""… and the position of the key: the first token."""
+
+# -- strata ----------------------------------------------------------------------------------------------
+
+Protocol = Literal["sequence", "osp-published"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+"""How tokens are fed: as real sequences, or each as a sequence of its own, as the released OSP script
+does."""
+STRATA = ("all", "first", "delimiter", "rest")
+"""Token strata: every valid token, the first of each sequence, other delimiters, everything else."""
+STRATUM_WORDS = {
+    "all": "all tokens",
+    "first": "first token",
+    "delimiter": "delimiters",
+    "rest": "other tokens",
+}
+
+# -- groups ----------------------------------------------------------------------------------------------
+
+RAW = "raw"
+SNAPSHOT = "snapshot"
+TOKEN_GROUPS = "token_groups"
+SERIES = "series"
+LOGGED_STEP = "logged_step"
+"""The dimension of the scalars in the group ``series``."""
+VOCABULARY = "vocabulary"
+WEIGHT_MAP = "weight_map"
+CHANNEL_WEIGHTS = "channel_weights"
+QUANTIZATION = "quantization"
+OPTIMIZER = "optimizer"
+WEIGHTS = "weights"
+
+BESIDE: dict[str, str] = {
+    RAW: "the sums from which statistics can be computed anew, a group a site",
+    SNAPSHOT: "raw activations of the first sequence, a group a site",
+    TOKEN_GROUPS: "some of the raw sums by group of batches, a group a site",
+    SERIES: "scalars by training step",
+    VOCABULARY: "the texts of token ids",
+    WEIGHT_MAP: "maps of |W|, a group a projection",
+    CHANNEL_WEIGHTS: "norm gains and the embedding, by channel of the residual stream",
+    QUANTIZATION: "results at few bits",
+    OPTIMIZER: "what the optimizers hold, and their last update",
+    WEIGHTS: "statistics of the weights while they are trained",
+}
+"""Group → what it holds, of those that stand beside the sites."""
+
+TOKEN_UNIT = "token id"
+"""The units of variables that name tokens by their ids."""
+
+
+def is_site(name: str, declared: Collection[str] = ()) -> bool:
+    """Whether a group is a site: of the vocabulary, the input of a projection, or ``declared`` by its run.
+
+    Parameters
+    ----------
+    declared : the sites that a user named, as the attribute ``sites`` of a run lists them
+    """
+    return name in SITES or name.startswith(LINEAR_INPUT) or name in declared
+
+
+def group_path(site: str) -> str:
+    """The path of a site's group: ``linear_input:mlp.up_proj`` is ``linear_input/mlp.up_proj``."""
+    return site.replace(":", "/")
+
+
+def site_of_path(path: str) -> str:
+    """The site that is kept at a path; the other way round."""
+    return path.strip("/").replace("/", ":", 1)
+
+
+def in_site_order(sites: Iterable[str]) -> list[str]:
+    """Sites in the order in which a token passes them; those without a place follow by name."""
+    rank = {site: place for place, site in enumerate(SITES)}
+    return sorted(sites, key=lambda site: (rank.get(site, len(rank)), site))
+
+
+def network_order(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """(site, layer) pairs sorted by the way of the data: embedding, the blocks one by one, the final norm.
+
+    Sites without a place of their own (``linear_input:…``) come last within their layer.
+    """
+    rank = {site: place for place, site in enumerate(SITES)}
+
+    def key(place: tuple[str, int]) -> tuple[float, int, str]:
+        site, layer = place
+        if site == "embedding":
+            return (float("-inf"), 0, site)
+        if site == "final_norm":
+            return (float("inf"), 0, site)
+        return (float(layer), rank.get(site, len(rank)), site)
+
+    return sorted(places, key=key)

@@ -1,0 +1,64 @@
+"""How this project writes a number, a near miss, a list and a time; one home for each, imported by all
+pages."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+
+__all__ = ["did_you_mean", "duration", "listed", "nearest", "number"]
+
+
+def number(value: float) -> str:
+    """Three digits that a person can read, and whole thousands: 25,805 · 83.5 · 0.042 · 2.1e-07."""
+    if not math.isfinite(value):
+        return str(float(value))
+    if abs(value) >= 1e7 or 0 < abs(value) < 1e-4:
+        return f"{value:.2e}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
+    """The names that somebody who wrote ``name`` may have meant: alike, or containing it; the likeliest
+    first."""
+    there = list(names)
+    alike = difflib.get_close_matches(name, there, n=most, cutoff=0.5)
+    if alike:
+        # Beside a slip of one letter, a name that shares half of them is no help.
+        likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in alike}
+        alike = [other for other in alike if likeness[other] >= likeness[alike[0]] - 0.2]
+    return alike or [other for other in there if name and name.lower() in other.lower()][:most]
+
+
+def did_you_mean(name: str, names: Iterable[str], where: str = "") -> str:
+    """The second half of a message about an unknown name: what was meant, or else what there is.
+
+    Parameters
+    ----------
+    where : how to list all names ("run.statistics lists them")
+    """
+    there = list(names)
+    meant = nearest(name, there)
+    if meant:
+        text = f"did you mean {' or '.join(meant)}?"
+    elif there:
+        text = f"there are {listed(there)}" if len(there) > 1 else f"there is only {there[0]}"
+    else:
+        text = "there are none"
+    return f"{text} ({where})" if where and there else text
+
+
+def listed(words: Sequence[str], most: int = 12) -> str:
+    """Words with commas between them, the rest counted: ``a, b, … (7 more)``."""
+    if len(words) <= most:
+        return ", ".join(words)
+    return f"{', '.join(words[:most])}, … ({len(words) - most} more)"
+
+
+def duration(seconds: float) -> str:
+    """A time that a person can read: 4 s, 12 min, 3.5 h, 2.1 days."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
