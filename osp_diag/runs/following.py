@@ -61,7 +61,7 @@ class FollowedRun(Run):
         self.writer: WriterState = "closed"
         self.lock = threading.RLock()
         self._signature: tuple[int, ...] | None = None
-        self._attributes: dict[str, Any] = {}
+        self._attributes: dict[Hashable, Any] = {}
         self._nodes: dict[str, Any] = {}
         self._recorded: dict[str, dict[str, tuple[str, ...]]] = {}
         """Group → what it records by step → dimensions without the step."""
@@ -150,7 +150,7 @@ class FollowedRun(Run):
 
     @property
     def attrs(self) -> dict[Hashable, Any]:
-        return {**self._attributes}
+        return dict(self._attributes)
 
     @property
     def tree(self) -> xr.DataTree:
@@ -339,7 +339,7 @@ def _groups_of(nodes: Mapping[str, Any]) -> list[str]:
     return list(groups)
 
 
-def _lives(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
+def _lives(attrs: Mapping[Any, Any]) -> tuple[Any, ...]:
     """What differs when a run was begun anew or resumed."""
     return (attrs.get("created"), attrs.get("command"), len(attrs.get("resumed") or ()))
 
