@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from osp_diag.capture.attention_measuring import mask_of
-from osp_diag.estimators.attention_mask import QueryRows, index_range
+from osp_diag.estimators._arrays import index_range
+from osp_diag.estimators.attention_mask import QueryRows
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall

@@ -22,9 +22,9 @@ __all__ = [
     "Array",
     "Namespace",
     "accumulator_dtype",
-    "array_namespace",
     "counts_by_bin",
     "float32_matmul",
+    "index_range",
     "is_jax_namespace",
     "is_numpy_namespace",
     "is_torch_namespace",
@@ -32,7 +32,6 @@ __all__ = [
     "kth_of_few",
     "namespace_of",
     "once",
-    "positions",
     "quotient",
     "row_blocks",
     "running_sum",
@@ -107,11 +106,11 @@ def quotient(numerator: Array, denominator: Array) -> Array:
     return numerator / xp.where(denominator == 0, xp.nan * xp.ones_like(denominator), denominator)
 
 
-def positions(xp: Namespace, count: int, like: Array) -> Array:
-    """0 … count − 1 as integers, where ``like`` lives."""
-    if is_torch_namespace(xp):
-        return xp.arange(count, device=like.device)
-    return xp.arange(count)
+def index_range(start: int, stop: int, like: Array) -> Array:
+    """start, …, stop − 1 as integers on ``like``'s device, without a copy from the host."""
+    xp = namespace_of(like)
+    device = {"device": like.device} if is_torch_namespace(xp) else {}
+    return xp.arange(start, stop, **device)
 
 
 def float32_matmul(first: Array, second: Array) -> Array:

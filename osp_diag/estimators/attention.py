@@ -14,6 +14,7 @@ from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import (
     Array,
     accumulator_dtype,
+    index_range,
     is_jax_namespace,
     namespace_of,
     once,
@@ -22,7 +23,6 @@ from osp_diag.estimators._arrays import (
 from osp_diag.estimators.attention_mask import (
     AttentionMask,
     QueryRows,
-    index_range,
     sampled_rows,
     take_rows,
 )

@@ -22,6 +22,7 @@ from osp_diag.estimators._arrays import (
     accumulator_dtype,
     counts_by_bin,
     float32_matmul,
+    index_range,
     is_jax_namespace,
     is_torch_namespace,
     namespace_of,
@@ -29,7 +30,6 @@ from osp_diag.estimators._arrays import (
 from osp_diag.estimators.attention_mask import (
     AttentionMask,
     QueryRows,
-    index_range,
     is_fill,
     take_rows,
 )

@@ -11,8 +11,8 @@ from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import (
     Array,
     accumulator_dtype,
+    index_range,
     namespace_of,
-    positions,
     quotient,
     top_entries,
     top_values,
@@ -51,7 +51,7 @@ def _largest_elements(observation: ActivationObservation, ranks: int) -> Array:
     # Tokens outside of the stratum get a peak of −1, below every magnitude.
     missing = -xp.ones_like(parts)
     peaks, token = top_entries(xp.where(parts > 0, observation.peak[None, ...], missing), ranks)
-    rows = token + positions(xp, batch, x)[None, :, None] * length
+    rows = token + index_range(0, batch, x)[None, :, None] * length
     magnitudes = xp.take(xp.reshape(x, (batch * length, d)), xp.reshape(rows, (-1,)), axis=0)
     magnitudes = xp.reshape(xp.abs(magnitudes), (strata, batch, peaks.shape[-1], d))
     magnitudes = xp.where(peaks[..., None] >= 0, magnitudes, xp.zeros_like(magnitudes))

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, accumulator_dtype, namespace_of, take_along_last
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Observes, Output, Source
+from osp_diag.estimators.counts import maximum_or_nan
 
 __all__ = ["ColumnRatios", "WeightObservation", "WeightOutliers"]
 
@@ -177,9 +178,6 @@ class WeightOutliers(Estimator):
         is_defined = largest > -xp.inf
         missing = xp.nan * xp.ones_like(largest)
 
-        def or_nan(values: Array) -> Array:
-            return xp.where(values > -xp.inf, values, xp.nan * xp.ones_like(values))
-
         def index_of_largest(values: Array) -> Array:
             index = xp.astype(xp.argmax(values, axis=-1), column.dtype)
             return xp.where(is_defined, index, missing)
@@ -188,20 +186,24 @@ class WeightOutliers(Estimator):
         rows = float(layout.output_channels)
         return {
             "weight_outlier_ratio": Output(
-                or_nan(column),
+                maximum_or_nan(column),
                 ("channel",),
                 definition=f"{self.formula}, the largest over experts",
                 floor=1.0,
                 ceiling=rows,
             ),
             "weight_outlier_row_ratio": Output(
-                or_nan(row),
+                maximum_or_nan(row),
                 ("output_channel",),
                 definition="max_j |W_ij| / mean_i |W_ij| of row i, the largest over experts",
                 ceiling=rows,
             ),
             "weight_outlier_ratio_max": Output(
-                or_nan(largest), (), definition="the largest ratio of a column", floor=1.0, ceiling=rows
+                maximum_or_nan(largest),
+                (),
+                definition="the largest ratio of a column",
+                floor=1.0,
+                ceiling=rows,
             ),
             "weight_outlier_ratio_median": Output(
                 _lower_median(column),
