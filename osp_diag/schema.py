@@ -152,7 +152,7 @@ def group_path(site: str) -> str:
 
 
 def site_of_path(path: str) -> str:
-    """The site that is kept at a path; the other way round."""
+    """The site whose group is at a path: the inverse of :func:`group_path`."""
     return path.strip("/").replace("/", ":", 1)
 
 
@@ -169,7 +169,7 @@ def network_order(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     """
     rank = {site: place for place, site in enumerate(SITES)}
 
-    def key(place: tuple[str, int]) -> tuple[float, int, str]:
+    def position(place: tuple[str, int]) -> tuple[float, int, str]:
         site, layer = place
         if site == "embedding":
             return (float("-inf"), 0, site)
@@ -177,4 +177,4 @@ def network_order(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
             return (float("inf"), 0, site)
         return (float(layer), rank.get(site, len(rank)), site)
 
-    return sorted(places, key=key)
+    return sorted(places, key=position)
