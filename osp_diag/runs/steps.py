@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import xarray as xr
@@ -10,10 +10,13 @@ import xarray as xr
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.runs.naming import model_name
 
+if TYPE_CHECKING:
+    from osp_diag.runs.run import Run
+
 __all__ = ["at_step", "step_of"]
 
 
-def step_of(run: Any, step: int | None = None) -> int:
+def step_of(run: Run, step: int | None = None) -> int:
     """The probed step that was asked for, or the run's last one.
 
     Raises
@@ -28,8 +31,10 @@ def step_of(run: Any, step: int | None = None) -> int:
     if step is None:
         return int(steps[-1])
     if step not in steps:
-        near = sorted(sorted(steps.tolist(), key=lambda other: abs(other - step))[:3])
-        raise UsageError(f"the run of {name} has no step {step}; the nearest are {', '.join(map(str, near))}")
+        nearest = sorted(sorted(steps.tolist(), key=lambda probed: abs(probed - step))[:3])
+        raise UsageError(
+            f"the run of {name} has no step {step}; the nearest are {', '.join(map(str, nearest))}"
+        )
     return int(step)
 
 

@@ -10,7 +10,8 @@ What is on disk (``osp_diag.runs.run`` reads it, and so does ``xarray.open_datat
 **Commit.** Chunks are written first; then the root's ``zarr.json``, which consolidates the metadata of
 all arrays with their lengths, is replaced atomically and synced. That file is the commit pointer: a
 reader sees committed steps only, all of them whole. A killed writer loses at most what was appended
-after the last commit; a resumed one forgets what lies beyond it.
+after the last commit; a resumed one forgets what lies beyond it. Why a writer of our own, and why that
+file stays whole: docs/decisions.md, Runs.
 """
 
 from __future__ import annotations
@@ -206,10 +207,10 @@ class RunWriter:
         label = step_label(step)
         with self._disk_errors():
             if axis.pending and label == axis.last:
-                again = [path.removeprefix(f"{SERIES}/") for path in paths if path in axis.pending[-1]]
-                if again:
+                repeated = [path.removeprefix(f"{SERIES}/") for path in paths if path in axis.pending[-1]]
+                if repeated:
                     raise StoreError(
-                        f"series {', '.join(again)} of step {label} is already recorded in {self.path}; "
+                        f"series {', '.join(repeated)} of step {label} is already recorded in {self.path}; "
                         "record each name once per step"
                     )
                 self._declare_series(values, attributes or {})
@@ -223,15 +224,15 @@ class RunWriter:
 
     def _declare_series(self, names: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
         axis = self._series
-        new = {}
+        layouts = {}
         for name in names:
             path = f"{SERIES}/{name}"
             if path not in axis.arrays:
                 described = jsonable(dict(attributes.get(name, {})), f"attributes of {path}")
-                new[path] = ArrayLayout((), "float64", (), described)
-        if new:
+                layouts[path] = ArrayLayout((), "float64", (), described)
+        if layouts:
             self._tree.add_group(SERIES)
-            axis.declare(new, _SERIES_CHUNK, _CHUNK_BYTES)
+            axis.declare(layouts, _SERIES_CHUNK, _CHUNK_BYTES)
 
     def write_static(self, group: str, dataset: xr.Dataset, *, replace: bool = False) -> None:
         """Write and commit what does not grow: snapshots, the probe's tokens.
@@ -259,9 +260,9 @@ class RunWriter:
     def note_absent_sites(self, reasons: Mapping[str, str]) -> None:
         """Keep why sites are not there (site → reason) when that shows only once the model runs."""
         self._require_open()
-        known = self._attributes.get("absent_sites", {})
-        if reasons.items() - known.items():
-            self._attributes["absent_sites"] = known | jsonable(dict(reasons), "absent_sites")
+        noted = self._attributes.get("absent_sites", {})
+        if reasons.items() - noted.items():
+            self._attributes["absent_sites"] = noted | jsonable(dict(reasons), "absent_sites")
             with self._disk_errors():
                 self._commit()
 
@@ -346,14 +347,14 @@ class RunWriter:
 
         def alive(node: str, name: str) -> bool:
             if name == METADATA:
-                return node in self._on_disk and node in known
+                return node in self._on_disk and node in nodes
             for axis in (self._axis, self._series):
                 if node in axis.arrays:
                     return axis.holds_chunk(node, name)
             return node in self._tree.static
 
-        known = {"", *self._tree.groups, *self._tree.static, *self._axis.arrays, *self._series.arrays}
-        self._on_disk &= known
+        nodes = {"", *self._tree.groups, *self._tree.static, *self._axis.arrays, *self._series.arrays}
+        self._on_disk &= nodes
         self._on_disk.add("")
         sweep(self.path, alive)
 
@@ -361,8 +362,8 @@ class RunWriter:
 
     def _resume(self) -> None:
         root = read_root(self.path)
-        stored = root["attributes"]
-        differences = identity_differences(stored, self._attributes, VOLATILE)
+        attributes = root["attributes"]
+        differences = identity_differences(attributes, self._attributes, VOLATILE)
         if differences:
             raise StoreError(
                 f"{self.path} cannot be resumed: it was written under other conditions\n  "
@@ -383,9 +384,9 @@ class RunWriter:
             {path: array.layout for path, array in self._axis.arrays.items() if path != STEP}
         )
         self._on_disk = {"", *nodes}
-        now = {key: self._attributes[key] for key in CIRCUMSTANCES if key in self._attributes}
-        history = [*stored.get("resumed", []), now | {"after_step": self.last_step}]
-        self._attributes = stored | {"resumed": history}
+        circumstances = {key: self._attributes[key] for key in CIRCUMSTANCES if key in self._attributes}
+        history = [*attributes.get("resumed", []), circumstances | {"after_step": self.last_step}]
+        self._attributes = attributes | {"resumed": history}
 
     # -- refusing --------------------------------------------------------------------------------------
 
