@@ -40,7 +40,7 @@ class GrowingArray:
     def __post_init__(self) -> None:
         text = compact(self.layout.metadata(()) | {"shape": json.loads(_SHAPE)})
         before, after = text.split(_SHAPE, 1)
-        # Only the length changes from commit to commit; as each writes the metadata of all arrays, the text of
+        # Only the length changes from commit to commit; as each writes all metadata, the text of
         # the rest is made once (docs/decisions.md, Runs).
         self._before = f"{before}["
         self._after = "".join(f",{size}" for size in self.row_shape) + f"]{after}"
