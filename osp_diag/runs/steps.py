@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -10,13 +10,10 @@ import xarray as xr
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.runs.naming import model_name
 
-if TYPE_CHECKING:
-    from osp_diag.runs.run import Run
-
 __all__ = ["at_step", "step_of"]
 
 
-def step_of(run: Run, step: int | None = None) -> int:
+def step_of(run: Any, step: int | None = None) -> int:
     """The probed step that was asked for, or the run's last one.
 
     Raises
