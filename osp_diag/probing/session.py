@@ -111,7 +111,9 @@ class Probe:
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if settings.compile == "auto" else bool(settings.compile)
         self.deferred = on_accelerator if deferred == "auto" else bool(deferred)
-        self.absent = {site: reason for site, reason in self.site_map.absent.items() if self.wanted(site)}
+        self.absent = {
+            site: reason for site, reason in self.site_map.absent.items() if self.measures_site(site)
+        }
         self.attributes = {**self._identity(), **(attributes or {})}
         self._labels = StepLabels()
         self._records = Records(
@@ -125,7 +127,7 @@ class Probe:
 
     # What is measured
 
-    def wanted(self, site: str) -> bool:
+    def measures_site(self, site: str) -> bool:
         named_sites = self.settings.named_sites or ()
         return matches(site, self.patterns) or (self.patterns is None and site in named_sites)
 
@@ -144,7 +146,7 @@ class Probe:
         model = unwrap(self.model)
         estimators: dict[str, Estimator] = {}
         for site in self.site_map.sites:
-            if self.wanted(site):
+            if self.measures_site(site):
                 for suite in suites_of(site, self.estimators).values():
                     estimators |= {estimator.identifier: estimator for estimator in suite.estimators}
         parameter = next(model.parameters())
@@ -159,7 +161,7 @@ class Probe:
             "sites": {
                 site: SITES.get(site, "input of this projection")
                 for site in self.site_map.sites
-                if self.wanted(site)
+                if self.measures_site(site)
             },
             "absent_sites": self.absent,
             "notes": list(self.site_map.notes),
@@ -232,11 +234,11 @@ class Probe:
             group.startswith("snapshot/") for group in self._records.static
         )
         linear_inputs = [site for site in self.site_map.sites if site.startswith(LINEAR_INPUT)]
-        pictured = tuple(filter(self.wanted, (*SNAPSHOT_SITES, *linear_inputs)))
+        pictured = tuple(filter(self.measures_site, (*SNAPSHOT_SITES, *linear_inputs)))
         snapshots = Snapshots(settings.snapshot_tokens, sites=pictured) if takes_snapshots else None
         rank, ranks = rank_of_all()
         return Collector(
-            self.wanted,
+            self.measures_site,
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
             causal_layers=self.site_map.causal_layers,
@@ -267,9 +269,9 @@ class Probe:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unfused(unwrap(self.model)))
             stack.enter_context(capture)
-            if self.site_map.expert_layers and self.wanted("mlp_hidden"):
+            if self.site_map.expert_layers and self.measures_site("mlp_hidden"):
                 stack.enter_context(self._experts(collector, capture))
-            if self.site_map.attention_layers and any(self.wanted(site) for site in heads):
+            if self.site_map.attention_layers and any(self.measures_site(site) for site in heads):
 
                 def on_call(call: Any) -> None:
                     collector.on_attention(call, capture.current.layer if capture.current else None)

@@ -180,7 +180,7 @@ class Optimizers:
         # RMS = √(Σ u² / entries): each rank sums the rows that it holds, then the ranks their sums.
         squares, totals, placements = self._local_squares(), [], []
         members = [
-            (group, name) for group, named in self.groups.items() for name, _ in named if name in squares
+            (group, name) for group, pairs in self.groups.items() for name, _ in pairs if name in squares
         ]
         for _, name in members:
             totals.append(squares[name].row.sum())
