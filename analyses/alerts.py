@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
-from osp_diag.analyses.live_numbers import hidden_state_kurtosis
+from osp_diag.analyses.summary.numbers import hidden_state_kurtosis
 from osp_diag.errors import UsageError
-from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.run import Run
 
-__all__ = ["Alert", "AlertRules", "alerts", "growth", "share_rising"]
+__all__ = ["Alert", "AlertRules", "alerts", "growth", "scalar", "share_rising"]
 
 Severity = Literal["bad", "watch"]
 WRITTEN_WITH = {
@@ -20,7 +20,7 @@ WRITTEN_WITH = {
     "gradient_norm": ("learning_rate", "step_seconds"),
     "held_out_loss": ("probe_seconds",),
 }
-"""Scalar → those that come with it: NaN without any only means that nothing was recorded at that step."""
+"""Scalar → those that come with it: NaN beside NaN only means that nothing was recorded at that step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Alert:
         return asdict(self) | {"value": self.value if np.isfinite(self.value) else str(self.value)}
 
 
-def alerts(run: FollowedRun, rules: AlertRules = AlertRules()) -> list[Alert]:
+def alerts(run: Run, rules: AlertRules = AlertRules()) -> list[Alert]:
     """What the rules find in a run as it was last looked at, worst first.
 
     * ``nonfinite_activations``: NaN or Inf in a measured activation of any probed step (bad)
@@ -81,6 +81,12 @@ def alerts(run: FollowedRun, rules: AlertRules = AlertRules()) -> list[Alert]:
         _growing(run, rules),
     ]
     return [alert for alert in found if alert is not None]
+
+
+def scalar(run: Run, name: str) -> Float[np.ndarray, " row"]:
+    """A scalar at the steps of ``run.series``: NaN where it was not recorded, everywhere if it never was."""
+    series = run.series
+    return series[name].values if name in series else np.full(series.sizes["step"], np.nan)
 
 
 def growth(values: Float[np.ndarray, " probe"]) -> float:
@@ -103,7 +109,7 @@ def share_rising(values: Float[np.ndarray, " probe"]) -> float:
     return float((values[second] > values[first]).mean()) if len(first) else 0.0
 
 
-def _nonfinite_activations(run: FollowedRun) -> Alert | None:
+def _nonfinite_activations(run: Run) -> Alert | None:
     name = "nonfinite_token_count"
     found: dict[str, np.ndarray] = {}
     for site in run.sites_with(name):
@@ -127,17 +133,13 @@ def _nonfinite_activations(run: FollowedRun) -> Alert | None:
     )
 
 
-def _nonfinite_scalars(run: FollowedRun) -> list[Alert]:
-    steps, found = run.series_steps, []
-    for name, others in WRITTEN_WITH.items():
-        values = run.series(name)
-        recorded = np.zeros(len(values), bool)
-        for beside in map(run.series, others):
-            if beside.size:
-                recorded |= np.isfinite(beside)
-        missing = np.isnan(values) & recorded
-        missing[-1:] &= name != "held_out_loss"  # which comes a moment later than what it comes with
-        bad = np.flatnonzero(np.isinf(values) | missing)
+def _nonfinite_scalars(run: Run) -> list[Alert]:
+    steps, found = run.series["step"].values, []
+    for name in WRITTEN_WITH:
+        if name not in run.series:
+            continue
+        values = scalar(run, name)
+        bad = np.flatnonzero(np.isinf(values) | _recorded_as_nan(run, name))
         if bad.size:
             step = int(steps[bad[0]])
             text = f"{name} is {values[bad[0]]} at step {step:,}" + (
@@ -147,22 +149,48 @@ def _nonfinite_scalars(run: FollowedRun) -> list[Alert]:
     return found
 
 
-def _diverged(run: FollowedRun) -> Alert | None:
-    bad = np.flatnonzero(run.series("skipped_step") > 0)
+def _recorded_as_nan(run: Run, name: str) -> Bool[np.ndarray, " row"]:
+    """Where a scalar was recorded and is NaN, which it is as well where it was not recorded.
+
+    Our trainer records it together with others, which tell. A loop of somebody else's may record each when it
+    likes. There, NaN are taken as recorded at the end alone, where nothing but NaN has come in its rows for
+    longer than ever before between two numbers.
+    """
+    values = scalar(run, name)
+    rows = np.zeros(len(values), bool)
+    for other in WRITTEN_WITH[name]:
+        rows |= np.isfinite(scalar(run, other))
+    if isinstance(run.attrs.get("config"), dict):
+        missing = np.isnan(values) & rows
+        missing[-1:] &= name != "held_out_loss"  # which comes a moment later than what it comes with
+        return missing
+    # Of a row in which there is no number at all something was recorded, and as NaN.
+    rows |= ~np.any([np.isfinite(scalar(run, str(other))) for other in run.series], axis=0)
+    rows |= np.isfinite(values)
+    numbers = np.flatnonzero(np.isfinite(values[rows]))
+    longest = (np.diff(numbers) - 1).max(initial=0)
+    missing = np.zeros(len(values), bool)
+    if len(numbers) > 1 and rows.sum() - 1 - numbers[-1] > longest:
+        missing[np.flatnonzero(rows)[numbers[-1] + 1 :]] = True
+    return missing & np.isnan(values)
+
+
+def _diverged(run: Run) -> Alert | None:
+    bad = np.flatnonzero(scalar(run, "skipped_step") > 0)
     if not bad.size:
         return None
-    steps = run.series_steps[bad]
+    steps = run.series["step"].values[bad]
     text = f"the trainer passed over {_count(bad.size, 'diverged step')}, the last is {int(steps[-1]):,}"
     return Alert("diverged_steps", "bad", text, int(steps[-1]), float(bad.size))
 
 
-def _stopped_by_spike(run: FollowedRun) -> Alert | None:
+def _stopped_by_spike(run: Run) -> Alert | None:
     """Where the trainer stopped; nothing moved in that step or since."""
-    stopped = np.flatnonzero(run.series("stopped_step") > 0)
+    stopped = np.flatnonzero(scalar(run, "stopped_step") > 0)
     if not stopped.size:
         return None
     last = stopped[-1]
-    loss, norm, step = run.series("loss"), run.series("gradient_norm"), int(run.series_steps[last])
+    loss, norm, step = scalar(run, "loss"), scalar(run, "gradient_norm"), int(run.series["step"][last])
     if not np.isfinite(loss[last] + norm[last]):
         return None
     before = loss[:last][np.isfinite(loss[:last])][-10:]
@@ -177,7 +205,7 @@ def _stopped_by_spike(run: FollowedRun) -> Alert | None:
     return Alert("loss_spike", "bad", text, step, float(loss[last]))
 
 
-def _growing(run: FollowedRun, rules: AlertRules) -> Alert | None:
+def _growing(run: Run, rules: AlertRules) -> Alert | None:
     kurtosis = hidden_state_kurtosis(run)
     if kurtosis is None or kurtosis.sizes["step"] < rules.window:
         return None

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from collections.abc import Hashable, Mapping
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.alerts import Alert, alerts
-from osp_diag.analyses.live_numbers import hidden_state_kurtosis, sink_rates
+from osp_diag.analyses.alerts import Alert, alerts, scalar
+from osp_diag.analyses.summary.numbers import hidden_state_kurtosis, sink_rates
 from osp_diag.errors import StoreError
 from osp_diag.runs.following import FollowedRun, RunState
-from osp_diag.runs.lock import WriterState
+from osp_diag.runs.lock import WriterState, writer_state
+from osp_diag.runs.run import Run
 from osp_diag.schema import KURTOSIS
 from osp_diag.wording import duration
 
@@ -34,7 +36,7 @@ class Standing:
     ----------
     scalars : the last finite value of each; those never recorded are left out
     probing : share of the time so far that probing took
-    kurtosis, sinks : see :mod:`osp_diag.analyses.live_numbers`
+    kurtosis, sinks : see :mod:`osp_diag.analyses.summary.numbers`
     """
 
     path: str
@@ -105,9 +107,10 @@ class Standing:
         return found | {"alerts": [alert.as_dict() for alert in self.alerts]}
 
 
-def standing(run: FollowedRun) -> Standing:
+def standing(run: Run) -> Standing:
     """Where the run stands, as it was last looked at; call ``run.refresh()`` before."""
-    with run.lock:
+    followed = run if isinstance(run, FollowedRun) else None
+    with followed.lock if followed else nullcontext():
         numbers: dict[str, Any] = {
             "scalars": {},
             "probing": None,
@@ -117,7 +120,7 @@ def standing(run: FollowedRun) -> Standing:
         }
         last, probes = None, 0
         with suppress(StoreError):  # of a damaged file; the run's own ``problem`` says so
-            ends = [int(found[-1]) for found in (run.steps, run.series_steps) if len(found)]
+            ends = [int(steps[-1]) for steps in (run.steps, run.series["step"].values) if len(steps)]
             last, probes = max(ends, default=None), len(run.steps)
             numbers["scalars"], numbers["probing"] = _scalars(run), _share_of_time_probing(run)
             numbers["kurtosis"], numbers["sinks"] = hidden_state_kurtosis(run), sink_rates(run)
@@ -126,13 +129,13 @@ def standing(run: FollowedRun) -> Standing:
         config = attrs.get("config")
         planned = config.get("steps") if isinstance(config, dict) else None
         return Standing(
-            path=str(run.path),
-            name=str(attrs.get("model_name", run.path.name)),
+            path="" if run.path is None else str(run.path),
+            name=str(attrs.get("model_name") or (run.path.name if run.path else "unnamed model")),
             description=_description(attrs),
-            state=run.state,
-            problem=run.problem,
-            writer=run.writer,
-            age=run.age if run.state != "absent" else None,
+            state=followed.state if followed else "recording",
+            problem=followed.problem if followed else "",
+            writer=followed.writer if followed else _writer(run),
+            age=run.age,
             last_step=last,
             planned_steps=planned if isinstance(planned, int) else None,
             probes=probes,
@@ -140,29 +143,33 @@ def standing(run: FollowedRun) -> Standing:
         )
 
 
-def _description(attrs: dict[str, Any]) -> str:
+def _writer(run: Run) -> WriterState:
+    return "closed" if run.path is None else writer_state(run.path)
+
+
+def _description(attrs: Mapping[Hashable, Any]) -> str:
     parts = [str(attrs[key]) for key in ("architecture",) if key in attrs]
     sizes = (("number_of_layers", "layers"), ("hidden_size", "channels"))
     return ", ".join(parts + [f"{attrs[key]} {unit}" for key, unit in sizes if key in attrs])
 
 
-def _scalars(run: FollowedRun) -> dict[str, float]:
-    found = {}
+def _scalars(run: Run) -> dict[str, float]:
+    last = {}
     for name in SCALARS:
-        values = run.series(name)
-        known = np.flatnonzero(np.isfinite(values))
-        if known.size:
-            found[name] = float(values[known[-1]])
-    return found
+        values = scalar(run, name)
+        finite = np.flatnonzero(np.isfinite(values))
+        if finite.size:
+            last[name] = float(values[finite[-1]])
+    return last
 
 
-def _share_of_time_probing(run: FollowedRun) -> float | None:
-    probe, step = run.series("probe_seconds"), run.series("step_seconds")
+def _share_of_time_probing(run: Run) -> float | None:
+    probe, step = scalar(run, "probe_seconds"), scalar(run, "step_seconds")
     if not (np.isfinite(probe).any() and np.isfinite(step).any()):
         return None
     probing = float(np.nansum(probe))
     # Steps between two that were recorded took as long as these.
-    training = float(np.nanmean(step)) * int(run.series_steps[-1])
+    training = float(np.nanmean(step)) * int(run.series["step"][-1])
     return probing / (probing + training) if probing + training else None
 
 

@@ -78,5 +78,5 @@ def _disambiguated(labels: Sequence[str], detail: Callable[[int], str]) -> list[
 
 
 def _file(run: Run | FollowedRun) -> str:
-    """The name of a run's folder without .zarr; empty for one in memory."""
-    return "" if run.path is None else Path(run.path).name.removesuffix(".zarr")
+    """The name of a run's folder (or file, if packed) without .zarr; empty for one in memory."""
+    return "" if run.path is None else Path(run.path).name.removesuffix(".zip").removesuffix(".zarr")

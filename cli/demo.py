@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,6 +12,7 @@ from osp_diag.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
+    from osp_diag.schema import Protocol
 
 VERB = "demo"
 HELP = "probe a real checkpoint, train a small model with Adam and with OSP, and make a page of it all"
@@ -37,7 +38,7 @@ TRAINED = {
 }
 """Recipe, and so name of the run → what it is."""
 
-RUNS = {
+RUNS: dict[Protocol, str] = {
     "sequence": "every statistic of every layer, on real sequences",
     "osp-published": "the hidden states alone, every token fed as the released OSP script does",
 }
@@ -106,9 +107,9 @@ def _check_folder(out: Path) -> None:
 def _probe(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[str, Run]:
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.checkpoints.wheel import WHEELS
+    from osp_diag.probing import MeasurementSettings, TokenSettings
     from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar, working
     from osp_diag.schema import HIDDEN_STATES
-    from osp_diag.tokens import make_batches
 
     try:
         with working(f"opening {checkpoint}"):
@@ -119,27 +120,21 @@ def _probe(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[str,
         raise
     runs: dict[str, Run] = {}
     for protocol in RUNS:
-        batches = make_batches(
-            opened.tokenizer,
-            tokens=tokens,
-            protocol=protocol,
-            max_length=opened.max_length,
-            vocabulary_size=opened.vocabulary_size,
-        )
+        batches = TokenSettings(tokens=tokens, protocol=protocol).batches(opened)
         # Sequences of one token have no attention to speak of, and elsewhere the comparison suffices.
-        extent: dict[str, Any] = {"snapshot_tokens": 64}
+        settings = MeasurementSettings(snapshot_tokens=64)
         if protocol == "osp-published":
             sites = [site for site in HIDDEN_STATES if site in runs["sequence"].sites]
-            extent = {"snapshot_tokens": 0, "sites": sites}
+            settings = MeasurementSettings(sites=sites)
         label = "real sequences" if protocol == "sequence" else "token by token, as the OSP script does"
         with progress_bar(f"probing {opened.name}: {label}") as progress:
             runs[protocol] = probe_checkpoint(
                 opened,
                 batches,
+                settings,
                 progress=progress,
                 out=out / f"{protocol}.zarr",
                 overwrite=True,
-                **extent,
             )
     return runs
 

@@ -83,6 +83,7 @@ def run(
     from osp_diag.quantizing.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
     from osp_diag.quantizing.results import HELD_OUT, store_results
     from osp_diag.quantizing.round_to_nearest import check_bits
+    from osp_diag.runs.folder import check_destination
     from osp_diag.runs.run import open_run
     from osp_diag.tokens import make_batches
 
@@ -91,6 +92,8 @@ def run(
         check_bits(*bits)
     _check(out, tokens, seq_len)
     holder = None if run is None else open_run(run)
+    if run is not None:
+        check_destination(run, resume=True)
     training_tokens = _held_out_tokens(holder, tokens, text, dataset) if held_out else None
     opened = open_checkpoint(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if holder is not None:

@@ -80,8 +80,9 @@ def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile 
 
 
 def _look(runs: Sequence[FollowedRun]) -> bool:
-    different = [run.refresh() for run in runs]  # all of them, also after the first
-    return any(different)
+    """Whether anything is different since the last look."""
+    before = [run.version for run in runs]
+    return [run.refresh().version for run in runs] != before
 
 
 def _code(found: Sequence[Standing]) -> int:

@@ -19,6 +19,7 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._decimate import bin_starts, max_pool
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import per_run, snapshot, snapshot_sites, snapshot_step, token_texts
 from osp_diag.figures._surfaces import (
     Axes,
@@ -35,9 +36,13 @@ from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
 
 ALIASES = ("fig2", "fig8", "fig9", "surface")
+REPORT = InReport("What the activations of the hottest layer look like", place=30, raw_activations=True)
+GALLERY = InGallery(
+    SMOLLM2, "A spike of one channel on the first token; a channel hot on all others.", place=20
+)
 AXES = Axes(values="magnitude", quantity="|activation|", row="site", x="channel", y="token")
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

@@ -18,6 +18,7 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import KINDS, ColourScale
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import shown_token, snapshot, snapshot_step, token_texts
 from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
@@ -25,6 +26,8 @@ from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
 
 ALIASES = ("attention",)
+REPORT = InReport("Where the strongest sink looks", place=80, raw_activations=True)
+GALLERY = InGallery(SMOLLM2, "Where the queries of sink heads look.", place=190)
 _NAMED = 32
 """Tokens that an axis can name."""
 _LONGEST = 8
@@ -32,7 +35,7 @@ _LONGEST = 8
 _SMALLEST = 1e-4
 """Foot of logarithmic colours."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

@@ -15,20 +15,27 @@ from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._colours import sample
 from osp_diag.figures._few_bits import results_and_remark
+from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
 from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig4",)
+REPORT = InReport("What quantization costs", place=130)
+GALLERY = InGallery(
+    SIX_RECIPES,
+    "What each bit taken from weights, or from activations, costs; without the option, the perplexity.",
+    place=40,
+    options={"relative": True},
+)
 SWEEPS = {"weights": "weight_bits", "activations": "activation_bits"}
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dashdot")
 _WIDE_RANGE = 10.0
 """A perplexity that grows by more than this factor is drawn on a logarithmic axis."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(runs: list[Any], *, relative: bool = False, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
@@ -85,9 +92,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     canvas = backend.canvas(rows, columns, width=inches, height=2.35 * rows, style=style, share_y=not stacked)
     known = dataset["perplexity"].values[np.isfinite(dataset["perplexity"].values)]
     wide = bool(known.size) and known.max() > _WIDE_RANGE * known.min()
-    colours = style.palette
-    if dataset.sizes["run"] > len(colours):
-        colours = tuple(sample("batlow", dataset.sizes["run"], 0.02, 0.78))
+    colours = style.colours_of_runs(dataset.sizes["run"])
     panels = []
     for index, sweep in enumerate(dataset["sweep"].values):
         other = "activations" if sweep == "weights" else "weights"

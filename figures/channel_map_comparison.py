@@ -19,6 +19,7 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._decimate import bin_starts, max_pool, spans
+from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
 from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
@@ -27,10 +28,12 @@ from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
 ALIASES = ()
+REPORT = InReport("How the channels of two models differ", place=60, pairs=True)
+GALLERY = InGallery(ADAM_AND_OSP, "Adam's hot channels, OSP's even ones, and their difference.", place=130)
 MATCHES = ("index", "profile")
 DIFFERENCE_MAP = "vik"
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

@@ -16,6 +16,7 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._bounds import bound
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import per_run
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
@@ -23,11 +24,13 @@ from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("disagreement",)
+REPORT = InReport("What other definitions of kurtosis say", place=110)
+GALLERY = InGallery(SMOLLM2, "One model under every number that is called kurtosis.", place=110)
 BY = ("layer", "site")
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "dashdot", "dotted", "dashed", "dashdot")
 """One solid line, the undermost: what lies over it lets it through."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

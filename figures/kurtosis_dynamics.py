@@ -7,6 +7,7 @@ floor). Any number of runs, each with its own steps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.figures._caption import caption
-from osp_diag.figures._colours import sample, tint
+from osp_diag.figures._colours import tint
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
+from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -26,11 +28,15 @@ from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
 ALIASES = ("fig3", "fig7")
+REPORT = InReport("How loss and kurtosis went in training", place=10, fewest_steps=2)
+GALLERY = InGallery(
+    SIX_RECIPES, "Adam's kurtosis climbs as the loss falls, OSP's stays at the noise.", place=30
+)
 AXES = ("tokens", "steps")
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dashdot")
 _UNITS = ((1e12, " (trillions)"), (1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"))
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -142,7 +148,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         y_label="OSP kurtosis\nosp_excess_kurtosis/1",
         y_scale="log",
     )
-    colours = _colours(dataset.sizes["run"], style)
+    colours = style.colours_of_runs(dataset.sizes["run"])
     if dataset.attrs["smoothing"]:
         for index, colour in enumerate(colours):
             part = dataset.isel(run=index)
@@ -158,7 +164,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     return canvas
 
 
-def _draw_kurtosis(dataset: xr.Dataset, panel: Panel, colours: list[str], unit: float) -> None:
+def _draw_kurtosis(dataset: xr.Dataset, panel: Panel, colours: Sequence[str], unit: float) -> None:
     """One line a run over the floor. The formula can be 0, which is drawn at the foot."""
     values, floors = dataset["kurtosis"].values, dataset["floor"].values
     foot = float(floors.min()) / 3 if floors.min() > 0 else 1e-3
@@ -180,10 +186,6 @@ def _draw_kurtosis(dataset: xr.Dataset, panel: Panel, colours: list[str], unit: 
 def _floors(dataset: xr.Dataset) -> list[float]:
     """One for each width that the runs have."""
     return sorted({float(value) for value in dataset["floor"].values if value > 0})
-
-
-def _colours(runs: int, style: Style) -> list[str]:
-    return list(style.palette[:runs]) if runs <= len(style.palette) else sample("batlow", runs, 0.02, 0.78)
 
 
 def _factor(part: xr.Dataset, unit: float) -> float:

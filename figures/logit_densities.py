@@ -16,6 +16,7 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.sinks.implementation import logit_edges
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
@@ -23,6 +24,8 @@ from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig6", "logits")
+REPORT = InReport("Attention logits of the sink key and of others", place=100)
+GALLERY = InGallery(SMOLLM2, "The sink key's logits stand clear of all others.", place=60)
 AXES = ("shared", "own")
 CLASSES = {"sink": "sink key (Pos.)", "other": "other keys (Neg.)"}
 MOST_COLUMNS = 2
@@ -31,7 +34,7 @@ POINTS = 120
 SINKS = 0.5
 """Share of sequences in which a sink head sinks, at ε = 0.3 and position 0."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

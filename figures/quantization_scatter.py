@@ -15,9 +15,9 @@ from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._colours import sample
 from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
+from osp_diag.figures._placement import SIX_RECIPES, InGallery
 from osp_diag.figures.backend import AxisScale, Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
@@ -25,6 +25,12 @@ from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig1",)
+GALLERY = InGallery(
+    SIX_RECIPES,
+    "Models that lose nothing at 4 bits lie on the diagonal, as models this small nearly do.",
+    place=10,
+    width="one-column",
+)
 LABELS = {
     "perplexity": "perplexity at full precision",
     "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
@@ -33,7 +39,7 @@ LABELS = {
 _WIDE_RANGE = 10.0
 """Values that differ by more than this factor are drawn on a logarithmic axis."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "draw", "prepare"]
 
 
 def prepare(
@@ -125,7 +131,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         x_scale=x_scale,
         y_scale=y_scale,
     )
-    colours = sample("batlow", max(2, len(x)), 0.02, 0.78)
+    colours = style.colours_of_runs(len(x))
     for name, across, up, colour in zip(dataset["run"].values, x, y, colours, strict=False):
         panel.scatter(np.array([across]), np.array([up]), label=str(name), colour=colour, texts=[str(name)])
     ends = {"x": _limits(x, x_scale), "y": _limits(y, y_scale)}

@@ -11,6 +11,7 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
@@ -18,8 +19,10 @@ from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("sinks",)
+REPORT = InReport(linked_charts=True)
+GALLERY = InGallery(SMOLLM2, "Which heads attend to the first token.", place=160)
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

@@ -18,6 +18,7 @@ from osp_diag.analyses.thinned_run import evenly
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._decimate import bin_starts, max_pool
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import per_run
 from osp_diag.figures._surfaces import (
     Axes,
@@ -35,11 +36,13 @@ from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig10", "fig11")
+REPORT = InReport("The weights that write the outliers", place=120)
+GALLERY = InGallery(SMOLLM2, "Single weights of the matrices that write into the residual stream.", place=70)
 AXES = Axes(values="magnitude", quantity="|W|", row="projection", x="input_channel", y="output_channel")
 LAYERS = 4
 """Columns that one run gets by default, as in the paper."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int64
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DELIMITERS", "TokenBatches", "delimiter_ids_of", "make_batches"]
 
-
-BOS_CHOICES = ("auto", "yes", "no")
+BeginningOfSequence = Literal["auto", "yes", "no"]
+BOS_CHOICES: tuple[str, ...] = get_args(BeginningOfSequence)
 
 DEFAULT_TOKENS = 8192
 DEFAULT_LENGTH = 512

@@ -24,6 +24,10 @@ def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
     first."""
     there = list(names)
     alike = difflib.get_close_matches(name, there, n=most, cutoff=0.5)
+    if alike:
+        # Beside a slip of one letter, a name that shares half of them is no help.
+        likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in alike}
+        alike = [other for other in alike if likeness[other] >= likeness[alike[0]] - 0.2]
     return alike or [other for other in there if name and name.lower() in other.lower()][:most]
 
 

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from osp_diag.analyses.alerts import AlertRules, alerts, growth, share_rising
-from osp_diag.analyses.live_numbers import hidden_state_kurtosis
+from osp_diag.analyses.summary.numbers import hidden_state_kurtosis, sink_rate_at, sink_rates
 from osp_diag.errors import UsageError
+from osp_diag.runs.headline import headline_kurtosis
+from osp_diag.runs.run import open_run
 from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, followed, record, scalars, written
 
@@ -85,6 +88,52 @@ def test_a_scalar_that_was_not_recorded_is_not_nan(tmp_path):
         "loss is nan at step 15 and 1 later step",
         "gradient_norm is inf at step 14",
     ]
+
+
+def loop_of_a_user(path, rows):
+    """What is told of a run of which nothing says what its loop records when."""
+    attributes = {key: value for key, value in ATTRIBUTES.items() if key != "config"}
+    with RunWriter(path, attributes) as writer:
+        for step, values in enumerate(rows):
+            writer.append_series(step, values)
+    texts, opened = ([alert.text for alert in alerts(run)] for run in (followed(path), open_run(path)))
+    assert texts == opened
+    return texts
+
+
+LOSS, NORM, RATE, BAD = {"loss": 3.0}, {"gradient_norm": 1.0}, {"learning_rate": 0.1}, {"loss": float("nan")}
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        pytest.param([LOSS] * 4, [], id="loss alone"),
+        pytest.param([LOSS | NORM] * 4, [], id="two of them"),
+        pytest.param([{"probe_seconds": 0.1}] * 4, [], id="none, and a probe"),
+        pytest.param([LOSS | RATE, RATE, RATE] * 3, [], id="now and then"),
+        pytest.param(
+            [LOSS] * 3 + [BAD] * 2, ["loss is nan at step 3 and 1 later step"], id="NaN from a step on"
+        ),
+        pytest.param([LOSS | RATE] * 3 + [BAD | RATE], ["loss is nan at step 3"], id="NaN beside a number"),
+        pytest.param([LOSS, {"loss": float("inf")}, LOSS], ["loss is inf at step 1"], id="Inf"),
+    ],
+)
+def test_what_a_loop_of_ones_own_records_is_judged_as_such(tmp_path, rows, told):
+    assert loop_of_a_user(tmp_path / "run.zarr", rows) == told
+
+
+def test_kurtosis_and_sinks_by_step_are_those_of_the_summary(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, [0, 10, 20])
+    run, opened = followed(path), open_run(path)
+    xr.testing.assert_identical(hidden_state_kurtosis(run), hidden_state_kurtosis(opened))
+    xr.testing.assert_identical(sink_rates(run), sink_rates(opened))
+    rates = sink_rate_at(opened.at("attention")["sink_rate"])
+    np.testing.assert_allclose(sink_rates(run).T, rates.mean("head"))
+    # The headline is their mean without the last block's output.
+    states = hidden_state_kurtosis(run).drop_sel(hidden_state="layer 2")
+    assert states.isel(step=-1).mean().item() == pytest.approx(headline_kurtosis(opened)["all"])
 
 
 def test_steps_that_the_trainer_passed_over_are_told(tmp_path):

@@ -24,11 +24,11 @@ def llama(tmp_path) -> Path:
 
 
 def test_paths_that_do_not_exist(llama, tmp_path, monkeypatch):
-    refused(tmp_path / "tiny-lama", "the path does not exist", "there is tiny-llama: did you mean that?")
+    refused(tmp_path / "tiny-lama", "the path does not exist", "did you mean tiny-llama?")
     refused(tmp_path / "qqqq", "the path does not exist", "nothing is named like 'qqqq'")
     monkeypatch.chdir(tmp_path)
     refused("./tiny-lama", "did you mean")
-    refused("tiny-llama/modell.safetensors", "there is model.safetensors: did you mean that?")
+    refused("tiny-llama/modell.safetensors", "did you mean model.safetensors?")
     refused("", "empty", kind=UsageError)
     refused(7, "not a int", kind=UsageError)
 

@@ -226,7 +226,7 @@ def test_a_hub_id_that_cannot_be_reached(monkeypatch, tmp_path, llama, capfd):
         "hf download org/model",
         "osp-diag demo",
     )
-    refused("tiny-lama", "there is tiny-llama: did you mean that?", "cannot be reached")
+    refused("tiny-lama", "did you mean tiny-llama?", "cannot be reached")
     assert time.monotonic() - start < 5
     assert capfd.readouterr().err == ""
 

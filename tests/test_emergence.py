@@ -254,7 +254,7 @@ def test_a_real_training(tmp_path):
     from osp_diag.trainer.presets import with_recipe
     from tests.training_runs import minute
 
-    config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0), "adam")
+    config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0, probe__sites=()), "adam")
     train(config, tmp_path / "run.zarr")
     run = open_run(tmp_path / "run.zarr")
     found = trace_emergence(run, draws=10)

@@ -90,7 +90,9 @@ def test_a_style_of_the_users_own_is_a_difference(tmp_path):
     from osp_diag import figures
 
     paper = load_style("paper")
-    own = replace(paper, name="own", palette=("#000000", "#cc3311"), share_map="grayC", widths={"page": 4.0})
+    own = replace(
+        paper, name="own", run_colours=("#000000", "#cc3311"), share_map="grayC", widths={"page": 4.0}
+    )
     data = gallery().load("sink_map")
     figure = figures.draw("sink_map", data, style=own, width="page", out=tmp_path / "own.png")
     assert figure.get_figwidth() == 4.0

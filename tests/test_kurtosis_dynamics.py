@@ -74,7 +74,7 @@ def test_it_draws_two_panels_with_one_legend_and_the_floor(runs):
     assert canvas.shape == (1, 2)
     loss, kurtosis = canvas.panels[0, 0], canvas.panels[0, 1]
     assert kurtosis.labels["y_scale"] == "log"
-    assert kurtosis.labels["subtitle"] == "dotted: Gaussian noise, 0.14"
+    assert kurtosis.labels["subtitle"] == "dotted: Gaussian noise, 0.141"
     assert [call["value"] for name, call in kurtosis.calls if name == "level"] == [gaussian_floor(128)]
     assert [call["label"] for call in lines(loss)] == ["", "", "Adam", "OSP"]
     assert [call["label"] for call in lines(kurtosis)] == ["Adam", "OSP"]

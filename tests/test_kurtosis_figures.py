@@ -67,7 +67,7 @@ def test_strata_of_one_run_stand_beside_each_other_of_several_above(run):
         "delimiter",
         "rest",
     ]
-    assert [call["text"] for call in calls(one.panels[0, 0], "level")] == ["floor 0.24", "ceiling 61.0"]
+    assert [call["text"] for call in calls(one.panels[0, 0], "level")] == ["floor 0.244", "ceiling 61"]
     several = recording("stratum_comparison", [run, synthetic_run(OUTLIER_FREE)])
     assert several.shape == (2, 2)
     assert several.panels[0, 1].labels["title"] == "made-up-osp-60M"

@@ -88,8 +88,8 @@ def test_a_singular_projection_has_a_large_condition_number():
 def test_row_norms():
     squares = torch.tensor([4.0, 1.0, 0.25, 9.0])
     found = row_norms(squares, top=6)
-    assert found["norm_mean"] == pytest.approx(1.625)
-    assert found["norm_max_median_ratio"] == 3
+    assert found["row_norm_mean"] == pytest.approx(1.625)
+    assert found["row_norm_max_median_ratio"] == 3
     assert found["top_row"][:4].tolist() == [3, 0, 1, 2]
     assert found["top_row_norm"][4:].isnan().all()
 

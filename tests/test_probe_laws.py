@@ -443,7 +443,7 @@ def test_tensors_that_hold_no_token_each_are_said_to_be_absent() -> None:
     with torch.no_grad(), probe.step(0):
         model(torch.arange(20).reshape(2, 10))
     assert "does not hold one vector a token (2 × 10)" in probe.absent["linear_input:pooled"]
-    with pytest.raises(SiteError, match=r"site 'residual_elsewhere' is not in this model; the nearest"):
+    with pytest.raises(SiteError, match=r"site 'residual_elsewhere' is not in this model; did you mean"):
         Probe(model, sites=["residual_elsewhere"])
 
 

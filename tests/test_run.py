@@ -163,9 +163,7 @@ class TestStatistics:
         assert "channel_rms" in run["residual_post"]
 
     def test_a_name_with_a_typing_error(self, run: Run) -> None:
-        with pytest.raises(
-            StoreError, match=r"has no statistic 'osp_kurtosis'; the nearest names are osp_excess_k"
-        ):
+        with pytest.raises(StoreError, match=r"has no statistic 'osp_kurtosis'; did you mean osp_excess_k"):
             run["osp_kurtosis"]
         with pytest.raises(
             StoreError, match=r"has no statistic 'zzz'; there are absolute_maximum, channel_rms"
@@ -203,17 +201,17 @@ class TestSites:
     @pytest.mark.parametrize(
         ("call", "name", "message"),
         [
-            ("at", "residual_past", "has no site 'residual_past'; the nearest names are residual_post"),
+            ("at", "residual_past", "has no site 'residual_past'; did you mean residual_post"),
             ("at", "query_post_rope", "has no site 'query_post_rope': no rotary embedding"),
-            ("at", "down_proj", "the nearest names are linear_input:mlp.down_proj"),
+            ("at", "down_proj", "did you mean linear_input:mlp.down_proj"),
             ("at", "raw", "has no site 'raw'"),
             ("at", "linear_input", "has no site 'linear_input'"),
             (
                 "raw",
                 "linear_input:mlp.down_proj",
-                "has no raw sums of 'linear_input:mlp.down_proj'; there are resid",
+                "has no raw sums of 'linear_input:mlp.down_proj'; there is only resid",
             ),
-            ("snapshot", "value", "has no snapshot of 'value'; there are residual_post"),
+            ("snapshot", "value", "has no snapshot of 'value'; there is only residual_post"),
         ],
     )
     def test_what_is_not_there(self, run: Run, call: str, name: str, message: str) -> None:
@@ -305,15 +303,14 @@ class TestDisplay:
         lines = repr(run).splitlines()
         assert lines == [
             "<osp_diag.Run>",
-            "  model                tiny (LlamaForCausalLM, 3 layers, 5 channels)",
-            "  protocol             sequence (BOS no, sequences of 16)",
-            "  tokens               1,024 from built-in text (float32)",
-            "  steps                3: 0 to 20",
-            "  sites                2: residual_post, linear_input:mlp.down_proj",
-            "  absent               query_post_rope (no rotary embedding)",
-            f"  path                 {path}",
-            "  largest |x|          4,040 (residual_post, layer 2)",
-            "  OSP excess kurtosis  2,010 (mean over 3 hidden states)",
+            "  model        tiny (LlamaForCausalLM, 3 layers, 5 channels)",
+            "  protocol     sequence (BOS no, sequences of 16)",
+            "  tokens       1,024 from built-in text (float32)",
+            "  steps        3: 0 to 20",
+            "  sites        2: residual_post, linear_input:mlp.down_proj",
+            "  absent       query_post_rope (no rotary embedding)",
+            f"  path         {path}",
+            "  largest |x|  4,040 (residual_post, layer 2)",
         ]
 
     def test_hidden_states_are_those_of_the_osp_script(self, tmp_path: Path) -> None:

@@ -9,13 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from osp_diag.errors import StoreError
+from osp_diag.runs import following
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.lock import LOCK_NAME, writer_state
-from osp_diag.runs.run import open_run
+from osp_diag.runs.run import open_run, open_tree
 from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, FLOOR, groups, grown_run, record, scalars
+from tests.run_fixtures import groups as site_groups
+from tests.run_fixtures import write_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,9 +37,14 @@ def assert_as_opened(run, path):
     rates = opened.at("attention")["sink_rate"].sel(epsilon=0.3, sink_position=0).mean("head")
     found = run.values("attention", "sink_rate", {"epsilon": 0.3, "sink_position": 0}, ("head",))
     np.testing.assert_allclose(found.values, rates.values)
-    np.testing.assert_array_equal(run.series_steps, opened.series["step"].values)
-    for name in run.series_names:
-        np.testing.assert_array_equal(run.series(name), opened.series[name].values)
+    xr.testing.assert_identical(run.series, opened.series.load())
+
+
+def changed(run):
+    """Whether a look shows anything else."""
+    before = run.version
+    assert run.refresh() is run
+    return run.version != before
 
 
 # -- growing ---------------------------------------------------------------------------------------------
@@ -47,7 +56,7 @@ def test_a_followed_run_is_the_opened_one_at_every_moment(tmp_path):
     with RunWriter(path, ATTRIBUTES, chunk_steps=4) as writer:
         for step in range(0, 110, 10):
             record(writer, [step])
-            assert run.refresh()
+            assert changed(run)
             writer.flush()
             run.refresh()
             assert_as_opened(run, path)
@@ -71,7 +80,7 @@ def test_only_chunks_with_new_steps_are_read(tmp_path, monkeypatch):
         expected = [f"residual_post/osp_excess_kurtosis/c.{index}.0.0" for index in (24, 25)]
         assert [name for name in names if name.startswith("residual_post/osp")] == expected
         read.clear()
-        assert not run.refresh()
+        assert not changed(run)
         assert not read
 
 
@@ -82,14 +91,14 @@ def test_a_scalar_that_begins_later_is_nan_before(tmp_path):
         for step in range(1, 5):
             writer.append_series(step, {"loss": step} | ({"skipped_step": 1.0} if step == 4 else {}))
             run.refresh()
-            assert len(run.series("loss")) == step
-        np.testing.assert_array_equal(run.series("skipped_step"), [np.nan, np.nan, np.nan, 1.0])
-        assert not run.series("never").size
+            assert len(run.series["loss"]) == step
+        np.testing.assert_array_equal(run.series["skipped_step"], [np.nan, np.nan, np.nan, 1.0])
+        assert "never" not in run.series
         # The last row may be completed after it was seen; nothing is read anew for that.
         before = run.generation
         writer.append_series(4, {"held_out_loss": 9.0})
         run.refresh()
-        assert run.series("held_out_loss")[-1] == 9.0
+        assert run.series["held_out_loss"][-1] == 9.0
         assert run.generation == before
 
 
@@ -99,7 +108,7 @@ def test_a_scalar_that_begins_later_is_nan_before(tmp_path):
 def test_a_run_that_does_not_exist_yet_is_awaited(tmp_path):
     path = tmp_path / "run.zarr"
     run = FollowedRun(path)
-    assert not run.refresh()
+    assert not changed(run)
     assert (run.state, run.problem, run.age) == ("absent", "", None)
     path.mkdir()
     (path / LOCK_NAME).touch()
@@ -110,7 +119,7 @@ def test_a_run_that_does_not_exist_yet_is_awaited(tmp_path):
         run.refresh()
         assert (run.state, run.writer) == ("empty", "writing")
         record(writer, [0])
-        assert run.refresh()
+        assert changed(run)
         assert run.state == "recording"
     run.refresh()
     assert run.writer == "closed"
@@ -129,7 +138,7 @@ def test_steps_that_were_taken_back_and_trained_again_are_read_again(tmp_path):
         for step in range(30, 90, 10):
             writer.append(step, groups([7.0, 7.0, 7.0 + step]))
             writer.append_series(step, scalars(step) | {"loss": 1.0})
-    assert run.refresh()
+    assert changed(run)
     assert run.generation == before + 1
     assert_as_opened(run, path)
 
@@ -167,7 +176,7 @@ def test_a_run_deleted_and_begun_anew_is_another_one(tmp_path):
     run.refresh()
     kurtosis(run)
     shutil.rmtree(path)
-    assert run.refresh()
+    assert changed(run)
     assert run.state == "absent"
     assert not run.steps.size
     grown_run(path, range(0, 100, 5), created="2026-02-02T00:00:00+00:00")
@@ -260,8 +269,88 @@ def test_a_writer_that_was_killed_is_told_from_one_that_closed(tmp_path):
         finally:
             os.kill(process.pid, signal.SIGKILL)
             process.wait()
-    assert run.refresh()
+    assert changed(run)
     assert run.writer == "died"
+
+
+# -- as any run ------------------------------------------------------------------------------------------
+
+ASKED = [
+    ("residual_post", "osp_excess_kurtosis", {"stratum": "all"}, ()),
+    ("residual_post", "osp_excess_kurtosis", {}, ("layer",)),
+    ("residual_post", "token_count", {"layer": 2}, ()),
+    ("linear_input:mlp.down_proj", "channel_rms", {}, ("layer", "channel")),
+]
+
+
+def assert_the_same_run(one, other):
+    assert (one.sites, one.beside, one.attrs) == (other.sites, other.beside, other.attrs)
+    assert (one.absent_sites, one.declared_absent) == (other.absent_sites, other.declared_absent)
+    for site in one.sites:
+        xr.testing.assert_identical(one.at(site).load(), other.at(site).load())
+        assert one.statistics_at(site) == other.statistics_at(site)
+        assert one.labels(site, "layer").tolist() == other.labels(site, "layer").tolist()
+    xr.testing.assert_identical(one.snapshot("residual_post").load(), other.snapshot("residual_post").load())
+    xr.testing.assert_identical(one["token_count"].load(), other["token_count"].load())
+    xr.testing.assert_identical(one.series.load(), other.series.load())
+    assert one.sites_with("token_count") == other.sites_with("token_count")
+    for asked in ASKED:
+        xr.testing.assert_identical(one.values(*asked), other.values(*asked))
+
+
+def test_a_followed_run_answers_as_the_opened_one(tmp_path):
+    path = write_run(tmp_path / "run.zarr")
+    run = FollowedRun(path).refresh()
+    assert_the_same_run(run, open_run(path))
+    with RunWriter(path, resume=True, attributes=dict(open_run(path).attrs)) as writer:
+        writer.append(30, site_groups(30))
+        writer.append_series(30, {"loss": 2.0})
+        assert run.at("residual_post").sizes["step"] == 3  # the moment that was looked at
+    assert_the_same_run(run.refresh(), open_run(path))
+
+
+def test_a_run_is_opened_once_a_look_and_only_when_asked(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(following, "open_tree", lambda path: (opened.append(path), open_tree(path))[1])
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, [0, 10])
+        run = FollowedRun(path).refresh()
+        assert run.sites == ["embedding", "attention", "residual_post", "final_norm"]
+        kurtosis(run), run.series, run.refresh()
+        assert opened == []
+        run.at("attention"), run.at("residual_post"), run.refresh(), run["sink_rate"]
+        assert len(opened) == 1
+        record(writer, [20])
+        assert run.at("attention").sizes["step"] == 2
+        writer.flush()
+        assert run.refresh().at("attention").sizes["step"] == 3
+        assert len(opened) == 2
+
+
+def test_steps_that_came_after_the_look_are_not_shown(tmp_path):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        record(writer, [0, 10])
+        run, second = FollowedRun(path).refresh(), FollowedRun(path).refresh()
+        second.steps  # noqa: B018 - read, as a page does
+        record(writer, [20])
+        writer.flush()
+        assert run.at("residual_post")["step"].values.tolist() == run.steps.tolist() == [0, 10]
+        writer.truncate_after(0)
+    with pytest.raises(StoreError, match=r"was begun anew while it was read; look again$"):
+        second.at("residual_post")
+
+
+def test_where_there_is_no_run_it_holds_nothing(tmp_path):
+    run = FollowedRun(tmp_path / "run.zarr").refresh()
+    assert (run.sites, run.beside, run.attrs, run.series.sizes["step"]) == ([], [], {}, 0)
+    assert repr(run) == f"<osp_diag.FollowedRun {run.path}: absent>"
+    with pytest.raises(StoreError, match="has no site 'attention'; there are none"):
+        run.at("attention")
+    (tmp_path / "run.zarr").touch()
+    with pytest.raises(StoreError, match="is a file; a run is a folder"):
+        run.refresh().at("attention")
 
 
 # -- asking ----------------------------------------------------------------------------------------------

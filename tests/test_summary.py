@@ -114,11 +114,21 @@ def test_layers_without_attention_count_neither_as_heads_nor_as_zero(run):
 @pytest.mark.parametrize(
     ("changes", "verdict"),
     [
-        ({}, "massive activations on the first token; everyday channel outliers; attention sinks"),
-        ({"everyday": 0.0}, "massive activations on the first token; attention sinks"),
+        (
+            {},
+            "massive activations on the first token; everyday channel outliers; attention sinks; "
+            "attention logits above 100",
+        ),
+        (
+            {"everyday": 0.0},
+            "massive activations on the first token; attention sinks; attention logits above 100",
+        ),
         ({"massive": 0.0}, "everyday channel outliers"),
         ({"massive": 0.0, "everyday": 0.0}, "outlier-free"),
-        ({"massive": 60.0, "everyday": 0.0}, "outliers on the first token only; attention sinks"),
+        (
+            {"massive": 60.0, "everyday": 0.0},
+            "outliers on the first token only; attention sinks; attention logits above 100",
+        ),
         ({"massive": 0.0, "everyday": 4.2, "channels": 512}, "mild heavy tails, no outliers"),
     ],
 )
@@ -132,7 +142,8 @@ def test_the_text_says_it_in_words(run):
     flat = " ".join(text.split())
     for said in (
         "made-up-60M, 72 tokens in sequences of 24 (made-up text), protocol sequence, BOS no, float32",
-        "Verdict: massive activations on the first token; everyday channel outliers; attention sinks.",
+        "Verdict: massive activations on the first token; everyday channel outliers; attention sinks; "
+        "attention logits above 100.",
         "OSP kurtosis (osp_excess_kurtosis/1, mean over 7 hidden states): 23.2",
         "of 61, what a token with a single large channel scores",
         "Massive activations: layers 3 to 5, up to 2 in a sequence, in channels 17, 41; 100% of them on",
@@ -195,7 +206,7 @@ def test_a_chosen_step(run):
     assert summarise(stepped, step=0).verdict == "outlier-free"
     assert summarise(stepped).step == 100
     assert "step 100" in " ".join(summarise(stepped).text().split())
-    with pytest.raises(UsageError, match=r"the run has no step 50; the nearest are 0, 100"):
+    with pytest.raises(UsageError, match=r"has no step 50; the nearest are 0, 100"):
         summarise(stepped, step=50)
 
 

@@ -138,7 +138,7 @@ def test_sinks_are_told_by_the_way_they_are_made():
 
 
 def test_an_unknown_step_is_refused():
-    with pytest.raises(UsageError, match=r"the run has no step 7; the nearest are 0"):
+    with pytest.raises(UsageError, match=r"has no step 7; the nearest are 0"):
         verdict(synthetic_run(PLAN), step=7)
 
 

@@ -115,7 +115,7 @@ def test_the_run_holds_them_on_disk_and_they_are_no_sites(tmp_path):
     matrix = checkpoint.model.model.layers[1].mlp.down_proj.weight.detach().abs().numpy()
     np.testing.assert_array_equal(found["weight"].sel(layer=1), matrix)
     assert found["row_maximum"].attrs["definition"] == "max_j |W_ij| of output channel i"
-    with pytest.raises(StoreError, match=r"no map of the weights 'mlp\.up_proj'; the nearest names are mlp"):
+    with pytest.raises(StoreError, match=r"no map of the weights 'mlp\.up_proj'; did you mean mlp"):
         run.weight_map("mlp.up_proj")
     some = probe_checkpoint(checkpoint, batches, sites=["residual_post"])
     assert some.weight_maps == []

@@ -1,29 +1,43 @@
 """The numbers of a summary: which layers, heads and strata of a run's statistics it looks at.
 
-Each function takes the run's sites at one step (site → Dataset) and returns fields of
+Most functions take the run's sites at one step (site → Dataset) and return fields of
 :class:`osp_diag.analyses.summary.summary.Summary`; a field is left out where the run does not hold its
-statistic.
+statistic. :func:`hidden_state_kurtosis` and :func:`sink_rates` take a run, and go over its steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.summary.rules import QK_CLIP, SINK_HEAD
+from osp_diag.errors import MissingError
 from osp_diag.estimators.magnitude_outliers import outlier_features
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.runs.headline import hidden_states, mean_by_stratum
-from osp_diag.schema import SINK_EPSILON, SINK_POSITION, network_order
+from osp_diag.schema import HIDDEN_STATES, KURTOSIS, SINK_EPSILON, SINK_POSITION, network_order
+
+if TYPE_CHECKING:
+    from osp_diag.runs.run import Run
 
 JUMP = 5.0
 """Factor between the largest |x| of two consecutive blocks from which on it is called a jump."""
 
-__all__ = ["everyday", "kurtosis", "largest", "massive", "nonfinite", "sink_rate_at", "sinks"]
+__all__ = [
+    "everyday",
+    "hidden_state_kurtosis",
+    "kurtosis",
+    "largest",
+    "massive",
+    "nonfinite",
+    "sink_rate_at",
+    "sink_rates",
+    "sinks",
+]
 
 
 def _finite(value: float) -> float | None:
@@ -55,6 +69,49 @@ def kurtosis(
         fields["osp_kurtosis_of_ceiling"] = headline / (width - 3)
         fields["osp_kurtosis_over_floor"] = headline / gaussian_floor(width)
     return fields
+
+
+def hidden_state_kurtosis(run: Run) -> xr.DataArray | None:
+    """The OSP kurtosis of every hidden state by step, over all tokens; None where there is none.
+
+    These are the states of which the headline number is the mean
+    (:func:`osp_diag.runs.headline.hidden_states`) and the last block's output, in place of which the OSP
+    script takes the final norm's: where it goes wrong, a training goes wrong. One that was not measured is
+    left out.
+
+    Returns
+    -------
+    (hidden_state, step), with ``site``, ``layer`` and ``floor`` (what Gaussian noise of that width scores)
+    along hidden_state: the embedding, the output of every block, the final norm
+    """
+    width = run.attrs.get("hidden_size")
+    states: list[np.ndarray] = []
+    places: list[tuple[str, str, int, float]] = []
+    for site in HIDDEN_STATES:
+        if KURTOSIS not in run.statistics_at(site):
+            continue
+        values = run.values(site, KURTOSIS, {"stratum": "all"})
+        floor = values.attrs.get("floor") or (gaussian_floor(int(width)) if width else np.nan)
+        for index, layer in enumerate(values["layer"].values):
+            label = f"layer {layer}" if site == "residual_post" else site.replace("_", " ")
+            places.append((label, site, int(layer), float(floor)))
+            states.append(values.values[:, index])
+    if not states:
+        return None
+    shortest = min(len(state) for state in states)  # of a run with a damaged chunk
+    labels, sites, layers, floors = (list(part) for part in zip(*places, strict=True))
+    return xr.DataArray(
+        np.stack([state[:shortest] for state in states]),
+        dims=("hidden_state", "step"),
+        coords={
+            "hidden_state": labels,
+            "step": run.steps[:shortest],
+            "site": ("hidden_state", sites),
+            "layer": ("hidden_state", layers),
+            "floor": ("hidden_state", floors),
+        },
+        attrs={"units": "1", "estimator": "osp_excess_kurtosis/1", "definition": "mean over all tokens"},
+    )
 
 
 # -- magnitudes ------------------------------------------------------------------------------------------
@@ -204,6 +261,20 @@ def sink_rate_at(
             return None
         rates = rates.isel(epsilon=int(places[0]), drop=True)
     return rates
+
+
+def sink_rates(run: Run) -> xr.DataArray | None:
+    """:func:`sink_rate_at` over the steps (layer, step), mean over heads; None where there is none."""
+    dims = run.statistics_at("attention").get("sink_rate")
+    if dims is None:
+        return None
+    at = {"epsilon": SINK_EPSILON, "sink_position": SINK_POSITION}
+    try:
+        select = {dim: label for dim, label in at.items() if dim in dims}
+        rates = run.values("attention", "sink_rate", select, ("head",))
+    except MissingError:  # probed with other thresholds
+        return None
+    return rates.transpose("layer", "step").assign_attrs(epsilon=SINK_EPSILON)
 
 
 def _masked(values: np.ndarray) -> np.ndarray:

@@ -11,7 +11,8 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from osp_diag.analyses.live_numbers import sink_rates
+from osp_diag.analyses.alerts import scalar
+from osp_diag.analyses.summary.numbers import sink_rates
 from osp_diag.errors import StoreError
 from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.runs.following import FollowedRun
@@ -120,8 +121,8 @@ def sinks(run: FollowedRun) -> xr.DataArray | None:
 def scalars(run: FollowedRun, *names: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Steps, and those of the named scalars that were recorded; nothing where a file is damaged."""
     try:
-        found = {name.replace("_", " "): values for name in names if (values := run.series(name)).size}
-        return run.series_steps, found
+        recorded = [name for name in names if name in run.series]
+        return run.series["step"].values, {name.replace("_", " "): scalar(run, name) for name in recorded}
     except StoreError:
         return np.empty(0), {}
 

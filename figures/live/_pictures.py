@@ -12,14 +12,13 @@ import xarray as xr
 
 from osp_diag.figures._colours import ColourScale, sample
 from osp_diag.figures.live._data import curve, floor_of, of_layers, pooled_steps
+from osp_diag.figures.styles import RUN_COLOURS
 from osp_diag.figures.styles.paper import STYLE
 
 __all__ = ["Shown", "curves", "heat_maps", "maps_height", "scalar_curves"]
 
 Picture = dict[str, Any]
 
-PALETTE = ("#2f7fc1", "#d55e00", "#1a9e77", "#c76aa0", "#b58900", "#7a6fd0")
-"""Of the runs: of a lightness that stands out from black and from white."""
 DASHES = ("solid", "dash", "dot")
 _LEAST_PIXELS, _PIXELS_A_LAYER, _GAP = 96, 7, 22
 _MOST_MARKS = 60
@@ -35,11 +34,11 @@ class Shown:
 
     @property
     def colour(self) -> str:
-        return PALETTE[self.place % len(PALETTE)]
+        return RUN_COLOURS[self.place % len(RUN_COLOURS)]
 
     @property
     def dash(self) -> str:
-        return DASHES[self.place // len(PALETTE) % len(DASHES)]
+        return DASHES[self.place // len(RUN_COLOURS) % len(DASHES)]
 
     @property
     def name(self) -> str:

@@ -22,6 +22,7 @@ from osp_diag.figures.report.heads import definitions as head_definitions
 from osp_diag.figures.report.page import rendered
 from osp_diag.figures.report.shown_figures import draw_figures
 from osp_diag.figures.report.tables import channel_table, head_table, layer_table
+from osp_diag.figures.styles import RUN_COLOURS
 from osp_diag.runs.steps import step_of
 
 __all__ = ["Report", "build_report", "check_out", "write_report"]
@@ -113,7 +114,11 @@ def build_report(runs: Any) -> Report:
         "heads": [{"rows": head.rows, "parts": head.parts} for head in heads],
         "head_words": words,
         "figures": [figure.variants for figure in drawn if figure.variants],
-        "colours": {"magnitude": sample("batlow", 24), "share": sample("lipari_r", 24)},
+        "colours": {
+            "magnitude": sample("batlow", 24),
+            "share": sample("lipari_r", 24),
+            "runs": RUN_COLOURS,
+        },
     }
     html = rendered(
         title=f"{', '.join(labels)}: outliers and attention sinks",

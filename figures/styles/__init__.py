@@ -13,9 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from osp_diag.errors import UsageError
+from osp_diag.figures._colours import sample
 from osp_diag.wording import did_you_mean
 
-__all__ = ["Style", "load_style"]
+__all__ = ["RUN_COLOURS", "Style", "load_style"]
+
+RUN_COLOURS = ("#396a9a", "#e17a0a", "#12a696", "#c80c1f", "#ad7af4", "#8e09f7")
+"""Of runs shown together, by their place, so that a run keeps its colour from page to page.
+
+Found by a search over colours that stand out from white and from the dark ground of our pages (contrast of 3
+and more): the six whose closest pair lies farthest apart, also as protanopes, deuteranopes and tritanopes see
+them (0.12 in OKLab; Okabe and Ito's come to 0.08 so, and two of theirs fade on white).
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +42,8 @@ class Style:
     """of the plotly twin"""
     palette: tuple[str, ...]
     """lines of a few kinds, told apart by lightness too"""
+    run_colours: tuple[str, ...] = RUN_COLOURS
+    """lines of runs, in the order in which they are given"""
     magnitude_map: str
     """sequential map of heat maps of a magnitude, dark at 0"""
     share_map: str
@@ -42,6 +53,11 @@ class Style:
     grey: str = "#5c5c5c"
     caption_size: float = 6.5
     """points; the caption says what determines the numbers"""
+
+    def colours_of_runs(self, count: int) -> tuple[str, ...]:
+        """The colours of ``count`` runs; of more than there are colours, shades of a map."""
+        shades = () if count <= len(self.run_colours) else sample("batlow", count, 0.02, 0.78)
+        return tuple(shades) or self.run_colours[:count]
 
 
 def load_style(style: Style | str) -> Style:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
 from osp_diag.checkpoints.path_advice import path_advice
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DTYPES", "open_checkpoint"]
+__all__ = ["DTYPES", "OpeningOptions", "open_checkpoint"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names of the dtypes a checkpoint can be opened in; ``auto`` is its own."""
@@ -23,6 +23,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 LOADER = re.compile(r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<function>[A-Za-z_]\w*)")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class OpeningOptions(TypedDict, total=False):
+    """The keywords of :func:`open_checkpoint`, for functions that hand them on."""
+
+    dtype: str | torch.dtype
+    device: str | torch.device
+    device_map: str | dict[str, Any] | None
+    trust_remote_code: bool
+    attention: str | None
+    tokenizer: Any | None
+    allow_nonfinite: bool
 
 
 def open_checkpoint(

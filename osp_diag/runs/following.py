@@ -1,16 +1,15 @@
 """Following a run that is being written: each look reads what was committed since the last one.
 
-:class:`osp_diag.runs.run.Run` opens a run as it is now. A view that looks every second for days would read
-ten thousand steps again each time; here rows that were read once are kept, and only new ones are read.
+:func:`osp_diag.runs.run.open_run` opens a run as it is now. A view that looks every second for days would
+read ten thousand steps again each time; here rows that were read once are kept, and only new ones are read.
 """
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,9 @@ from osp_diag.errors import StoreError
 from osp_diag.runs.folder import read_root
 from osp_diag.runs.format import METADATA, PARTIAL, ArrayLayout
 from osp_diag.runs.lock import LOCK_NAME, WriterState, writer_state
-from osp_diag.schema import in_site_order, is_site, site_of_path
+from osp_diag.runs.reduction import Reduction
+from osp_diag.runs.run import Run, open_tree
+from osp_diag.schema import LOGGED_STEP, SERIES, group_path, site_of_path
 
 __all__ = ["FollowedRun", "RunState"]
 
@@ -31,13 +32,16 @@ RunState = Literal["absent", "empty", "recording", "unreadable"]
 MOST_COLUMNS = 96
 """How many arrays are kept up to date; those asked for least recently are read again when wanted."""
 _AGAIN = 3
+_LOGGED = f"{SERIES}/{LOGGED_STEP}"
 
 
-class FollowedRun:
+class FollowedRun(Run):
     """The run at ``path`` through all that can happen to it; nothing there is ever written or locked.
 
-    Call :meth:`refresh`, then ask. It may not exist yet, be resumed from an earlier step, be deleted and
-    begun anew: then everything is read again, and ``generation`` counts up.
+    Call :meth:`refresh`, then ask as one asks any :class:`~osp_diag.runs.run.Run`. ``steps``, ``series`` and
+    :meth:`values` read only what is new; the rest (``at``, ``snapshot``, ``run[name]`` …) opens the run as it
+    was last looked at, when it is first asked for. The run may not exist yet, be resumed from an earlier
+    step, be deleted and begun anew: then everything is read again, and ``generation`` counts up.
 
     Attributes
     ----------
@@ -47,27 +51,31 @@ class FollowedRun:
     problem : what is wrong, and what to do; empty if nothing is
     """
 
+    path: Path
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        super().__init__(xr.DataTree(), Path(path))
         self.state: RunState = "absent"
         self.problem = ""
         self.generation = 0
-        self.attrs: dict[str, Any] = {}
         self.writer: WriterState = "closed"
         self.lock = threading.RLock()
         self._signature: tuple[int, ...] | None = None
+        self._attributes: dict[Hashable, Any] = {}
         self._nodes: dict[str, Any] = {}
         self._recorded: dict[str, dict[str, tuple[str, ...]]] = {}
         """Group → what it records by step → dimensions without the step."""
+        self._holding: list[str] = []
+        """The groups that hold more than coordinates."""
         self._columns: OrderedDict[tuple[Any, ...], _Column] = OrderedDict()
         self._coordinates: dict[str, np.ndarray] = {}
+        self._series: xr.Dataset | None = None
 
     # -- looking ---------------------------------------------------------------------------------------
 
-    def refresh(self) -> bool:
-        """Look again; whether anything is different."""
+    def refresh(self) -> FollowedRun:
+        """Look again; returns itself. :attr:`version` tells whether anything is different."""
         with self.lock:
-            before = self.version
             self.writer = writer_state(self.path)
             try:
                 for _ in range(_AGAIN):
@@ -75,7 +83,7 @@ class FollowedRun:
                         break
             except (StoreError, OSError) as error:
                 self._fail(error)
-            return self.version != before
+        return self
 
     @property
     def version(self) -> tuple[Any, ...]:
@@ -89,17 +97,18 @@ class FollowedRun:
             return False
         root = read_root(self.path)
         attrs = root["attributes"]
-        if _lives(attrs) != _lives(self.attrs):
+        if _lives(attrs) != _lives(self._attributes):
             self._forget()
         nodes = root["consolidated_metadata"]["metadata"]
         # A run may come from anybody: nothing beside it is ever opened.
         self._nodes = {path: nodes[path] for path in nodes if ".." not in path and not path.startswith("/")}
-        self.attrs = attrs
-        self._recorded = _recorded_by_step(self._nodes)
+        self._attributes = attrs
+        self._recorded, self._holding = _recorded_by_step(self._nodes), _groups_of(self._nodes)
+        self._close()
         if not all(self._extend(column) for column in self._columns.values()):
             # Steps were taken back and trained again: nothing that was read can be trusted.
             self._forget()
-        recorded = self._length("step") or self._length("series/logged_step")
+        recorded = self._length("step") or self._length(_LOGGED)
         self.state, self.problem = "recording" if recorded else "empty", ""
         self._signature = signature
         return self._signed() != signature
@@ -112,18 +121,27 @@ class FollowedRun:
 
     def _fail(self, error: StoreError | OSError) -> None:
         if _nothing_yet(self.path):
-            if self._signature is not None or self.attrs:
+            if self._signature is not None or self._attributes:
                 self._forget()
-            self.state, self.problem, self.attrs = "absent", "", {}
-            self._nodes, self._recorded, self._signature = {}, {}, None
+            self.state, self.problem, self._attributes = "absent", "", {}
+            self._nodes, self._recorded, self._holding, self._signature = {}, {}, [], None
+            self._close()
         else:
             # What was read stays on view.
             self.state, self.problem = "unreadable", str(error)
+            if not self._nodes:
+                self._close()
 
     def _forget(self) -> None:
         self.generation += 1
         self._columns.clear()
         self._coordinates.clear()
+        self._close()
+
+    def _close(self) -> None:
+        """What was opened is no longer the run that was last looked at."""
+        self._tree = self._series = None
+        self._texts = {}
 
     def _length(self, path: str) -> int:
         return int(self._nodes[path]["shape"][0]) if path in self._nodes else 0
@@ -131,53 +149,71 @@ class FollowedRun:
     # -- asking ----------------------------------------------------------------------------------------
 
     @property
-    def age(self) -> float | None:
-        """Seconds since the run was last written; None where there is none."""
-        with suppress(OSError):
-            return max(0.0, time.time() - os.stat(self.path / METADATA).st_mtime)
-        return None
+    def attrs(self) -> dict[Hashable, Any]:
+        return dict(self._attributes)
+
+    @property
+    def tree(self) -> xr.DataTree:
+        """The whole run as it was last looked at; empty where there is none.
+
+        Raises
+        ------
+        StoreError : it is damaged, or was begun anew since
+        """
+        with self.lock:
+            if self._tree is None:
+                self._tree = self._opened()
+            return self._tree
+
+    def _opened(self) -> xr.DataTree:
+        if self.state in ("absent", "empty"):
+            return xr.DataTree(xr.Dataset(attrs=self.attrs))
+        if not self._nodes:
+            raise StoreError(self.problem)
+        tree = open_tree(self.path)
+        lengths = {"step": len(self.steps), LOGGED_STEP: self._length(_LOGGED)}
+        if self._signed() != self._signature:  # steps may have come since
+            tree = tree.isel({dim: slice(size) for dim, size in lengths.items()}, missing_dims="ignore")
+        steps = tree.coords["step"].values if "step" in tree.coords else np.empty(0, np.int64)
+        if not np.array_equal(steps, self.steps):
+            raise StoreError(f"{self._where} was begun anew while it was read; look again")
+        return tree
 
     @property
     def steps(self) -> np.ndarray:
-        """The probed steps, ascending."""
         return self._rows(("step",), "step", _as_it_is, np.int64)
 
     @property
-    def series_steps(self) -> np.ndarray:
-        """The steps at which scalars were recorded."""
-        return self._rows(("series",), "series/logged_step", _as_it_is, np.int64)
+    def series(self) -> xr.Dataset:
+        with self.lock:
+            if self._series is None:
+                self._series = self._read_series()
+            return self._series
+
+    def _read_series(self) -> xr.Dataset:
+        if SERIES not in self._nodes:
+            return xr.Dataset(coords={"step": np.empty(0, np.int64)})
+        steps = self._rows((SERIES,), _LOGGED, _as_it_is, np.int64)
+        scalars = {}
+        for path in self._nodes:
+            group, _, name = path.rpartition("/")
+            if group == SERIES and path != _LOGGED:
+                values = self._rows((SERIES, name), path, _as_it_is, np.float64)[: len(steps)]
+                # Lengths differ where a damaged chunk stopped one of them.
+                values = np.pad(values, (0, len(steps) - len(values)), constant_values=np.nan)
+                scalars[name] = ("step", values, dict(self._nodes[path]["attributes"]))
+        coordinate = ("step", steps, dict(self._nodes[_LOGGED]["attributes"]))
+        return xr.Dataset(scalars, {"step": coordinate}, dict(self._nodes[SERIES]["attributes"]))
 
     @property
-    def series_names(self) -> list[str]:
-        """The scalars there are."""
-        names = [path.removeprefix("series/") for path in self._nodes if path.startswith("series/")]
-        return [name for name in names if name != "logged_step"]
-
-    def series(self, name: str) -> np.ndarray:
-        """A scalar at :attr:`series_steps`; NaN where it was not recorded, empty if it never was."""
-        path = f"series/{name}"
-        if path not in self._nodes:
-            return np.empty(0)
-        with self.lock:
-            known = self._rows(("series", name), path, _as_it_is, np.float64)
-            lacking = len(self.series_steps) - len(known)
-        # Lengths differ where a damaged chunk stopped one of them.
-        return np.pad(known, (0, lacking), constant_values=np.nan) if lacking > 0 else known
-
-    def sites_with(self, statistic: str) -> list[str]:
-        """The sites at which a statistic is recorded by step."""
-
-        declared = self.attrs.get("sites") or ()
-        groups = [site_of_path(path) for path, names in self._recorded.items() if statistic in names]
-        return in_site_order(group for group in groups if is_site(group, declared))
+    def _groups(self) -> list[str]:
+        return self._holding
 
     def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
-        """What is recorded by step at a site: name → dimensions without the step."""
-        return self._recorded.get(_path(site), {})
+        return self._recorded.get(group_path(site), {})
 
     def labels(self, site: str, dimension: str) -> np.ndarray:
-        """The labels along a dimension of a site, such as its strata; empty if there are none."""
-        path = f"{_path(site)}/{dimension}"
+        path = f"{group_path(site)}/{dimension}"
         with self.lock:
             if path not in self._coordinates:
                 entry = self._nodes.get(path)
@@ -187,55 +223,15 @@ class FollowedRun:
                 self._coordinates[path] = layout.read_all(self.path / path, entry["shape"])
             return self._coordinates[path]
 
-    def values(
-        self, site: str, statistic: str, select: Mapping[str, Any] | None = None, mean: tuple[str, ...] = ()
-    ) -> xr.DataArray:
-        """A statistic over all steps, as a DataArray (step, …).
+    def _reduced(
+        self, site: str, statistic: str, reduction: Reduction
+    ) -> tuple[np.ndarray, dict[Hashable, Any]]:
+        path = f"{group_path(site)}/{statistic}"
+        rows = self._rows((path, reduction), path, reduction.__call__, np.float64)
+        return rows[: len(self.steps)], dict(self._nodes[path]["attributes"])
 
-        Parameters
-        ----------
-        select : dimension → label that is taken of it (``{"stratum": "all"}``)
-        mean : dimensions over which the mean of what is not NaN is taken
-
-        Raises
-        ------
-        StoreError : the run does not hold that statistic there, or the label
-        """
-        if statistic not in self.statistics_at(site):
-            raise StoreError(f"the run at {self.path} has no {statistic!r} at {site!r} by step")
-        path = f"{_path(site)}/{statistic}"
-        dims = ("step", *self.statistics_at(site)[statistic])
-        chosen = {dim: self._place(site, dim, label) for dim, label in (select or {}).items()}
-        index = tuple(chosen.get(dim, slice(None)) for dim in dims)
-        left = [dim for dim in dims if dim not in chosen]
-        axes = tuple(left.index(dim) for dim in mean)
-
-        def pick(rows: np.ndarray) -> np.ndarray:
-            rows = rows[index].astype(np.float64)
-            return _mean(rows, axes) if axes else rows
-
-        rows = self._rows((path, tuple(chosen.items()), mean), path, pick, np.float64)
-        kept = [dim for dim in left if dim not in mean]
-        steps = self.steps[: len(rows)]
-        coordinates = {dim: self.labels(site, dim) for dim in kept[1:]}
-        labelled = {dim: values for dim, values in coordinates.items() if len(values)}
-        return xr.DataArray(
-            rows[: len(steps)],
-            dims=kept,
-            coords={"step": steps, **labelled},
-            attrs=dict(self._nodes[path]["attributes"]),
-        )
-
-    def _place(self, site: str, dimension: str, label: Any) -> int:
-        labels = self.labels(site, dimension)
-        same = np.isclose(labels, label) if labels.dtype.kind == "f" else labels == label
-        places = np.flatnonzero(same)
-        if not places.size:
-            raise StoreError(
-                f"the run at {self.path} has no {dimension} {label!r} at {site!r}; it has "
-                f"{', '.join(map(str, labels)) or 'none'}"
-            )
-        return int(places[0])
+    def __repr__(self) -> str:
+        return f"<osp_diag.FollowedRun {self.path}: {self.problem or self.state}>"
 
     def _rows(
         self, key: tuple[Any, ...], path: str, pick: Callable[[np.ndarray], np.ndarray], kind: Any
@@ -244,7 +240,7 @@ class FollowedRun:
             if path not in self._nodes:
                 return np.empty(0, kind)
             if key not in self._columns:
-                column = _Column(path, pick, open_end=path.startswith("series/"))
+                column = _Column(path, pick, open_end=path.startswith(f"{SERIES}/"))
                 try:
                     self._extend(column)
                 except StoreError as error:
@@ -332,7 +328,18 @@ def _recorded_by_step(nodes: Mapping[str, Any]) -> dict[str, dict[str, tuple[str
     return found
 
 
-def _lives(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
+def _groups_of(nodes: Mapping[str, Any]) -> list[str]:
+    """The groups with an array that is more than a coordinate, as sites are named."""
+    groups: dict[str, None] = {}
+    for path, entry in nodes.items():
+        group, _, name = path.rpartition("/")
+        if group and entry["node_type"] == "array" and entry.get("dimension_names") != [name]:
+            coordinates = str(nodes[group]["attributes"].get("coordinates", "")).split()
+            groups |= {} if name in coordinates else {site_of_path(group): None}
+    return list(groups)
+
+
+def _lives(attrs: Mapping[Any, Any]) -> tuple[Any, ...]:
     """What differs when a run was begun anew or resumed."""
     return (attrs.get("created"), attrs.get("command"), len(attrs.get("resumed") or ()))
 
@@ -346,20 +353,8 @@ def _nothing_yet(path: Path) -> bool:
     return False
 
 
-def _path(site: str) -> str:
-    """The group of a site; one that the run does not have is found nowhere in its metadata."""
-    return site.replace(":", "/")
-
-
 def _as_it_is(rows: np.ndarray) -> np.ndarray:
     return rows
-
-
-def _mean(rows: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
-    known = np.isfinite(rows)
-    count = known.sum(axis=axes)
-    total = np.where(known, rows, 0.0).sum(axis=axes)
-    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
 def _same(first: np.ndarray, second: np.ndarray) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import math
 import os
+import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -13,8 +15,9 @@ import xarray as xr
 
 from osp_diag.errors import MissingError, StoreError
 from osp_diag.runs.display import run_as_html, run_as_text
-from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, read_root
-from osp_diag.runs.format import jsonable
+from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
+from osp_diag.runs.format import METADATA, jsonable
+from osp_diag.runs.reduction import Reduction
 from osp_diag.runs.tree import group_path
 from osp_diag.schema import (
     CHANNEL_WEIGHTS,
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from osp_diag.analyses.summary.summary import Summary
     from osp_diag.analyses.summary.verdict import Verdict
 
-__all__ = ["Run", "open_run"]
+__all__ = ["Run", "open_run", "open_tree"]
 
 _SUMMARY = (
     "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
@@ -46,7 +49,7 @@ _SUMMARY = (
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open the run at ``path``, also while it is still being written.
+    """Open the run at ``path``, also while it is still being written, or packed (``osp-diag pack``).
 
     Only metadata and coordinates are read; numbers are when they are used. What is seen are the steps
     committed so far; :meth:`Run.refresh` looks again.
@@ -55,11 +58,13 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     ------
     StoreError : nothing is there, it is no run, a newer format wrote it, it is damaged, or it is empty
     """
-    return Run(_open_tree(Path(path)), Path(path))
+    return Run(open_tree(Path(path)), Path(path))
 
 
-def _open_tree(path: Path) -> xr.DataTree:
-    root = read_root(path)
+def open_tree(path: Path) -> xr.DataTree:
+    """Everything in the run at ``path``, read when it is used; raises as :func:`open_run`."""
+    packed = is_packed(path)
+    root = read_packed_root(path) if packed else read_root(path)
     nodes = root["consolidated_metadata"]["metadata"]
     labels = (nodes.get("step"), nodes.get(f"{SERIES}/{LOGGED_STEP}"))
     if not any(entry["shape"][0] for entry in labels if entry):
@@ -69,10 +74,20 @@ def _open_tree(path: Path) -> xr.DataTree:
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
         return xr.open_datatree(
-            path, engine="zarr", consolidated=True, decode_times=False, decode_timedelta=False
+            _zip_store(path) if packed else path,
+            engine="zarr",
+            consolidated=True,
+            decode_times=False,
+            decode_timedelta=False,
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise StoreError(f"the run at {path} is damaged ({error}); restore it from a copy") from error
+
+
+def _zip_store(path: Path) -> Any:
+    from zarr.storage import ZipStore  # only here: xarray imports zarr when a tree is opened
+
+    return ZipStore(path, mode="r")
 
 
 class Run:
@@ -83,7 +98,7 @@ class Run:
     """
 
     def __init__(self, tree: xr.DataTree, path: Path | None = None) -> None:
-        self.tree = tree
+        self._tree: xr.DataTree | None = tree
         self.path = path
         """Where the run is on disk; None if it is in memory."""
         self._texts: dict[str, dict[str, xr.DataArray]] = {}
@@ -138,6 +153,12 @@ class Run:
     # -- what is there ---------------------------------------------------------------------------------
 
     @property
+    def tree(self) -> xr.DataTree:
+        """The whole run."""
+        assert self._tree is not None  # of a run that is followed alone
+        return self._tree
+
+    @property
     def attrs(self) -> dict[Hashable, Any]:
         """Everything that determines a number: model, tokens, protocol, estimators, versions."""
         return dict(self.tree.attrs)
@@ -145,7 +166,8 @@ class Run:
     @property
     def summary_attributes(self) -> dict[str, Any]:
         """The attributes that say in a few lines what was measured, in reading order."""
-        return {key: self.tree.attrs[key] for key in _SUMMARY if key in self.tree.attrs}
+        attrs = self.attrs
+        return {key: attrs[key] for key in _SUMMARY if key in attrs}
 
     @property
     def steps(self) -> np.ndarray:
@@ -155,7 +177,7 @@ class Run:
     @property
     def sites(self) -> list[str]:
         """The sites observed, in the order in which a token passes them."""
-        declared = self.tree.attrs.get("sites") or ()
+        declared = self.attrs.get("sites") or ()
         return in_site_order(name for name in self._groups if is_site(name, declared))
 
     @property
@@ -171,15 +193,22 @@ class Run:
     @property
     def declared_absent(self) -> dict[str, str] | None:
         """The sites that the model was found not to have, with the reason; None: the run does not say."""
-        absent = self.tree.attrs.get("absent_sites")
+        absent = self.attrs.get("absent_sites")
         return None if absent is None else {str(site): str(why) for site, why in absent.items()}
 
     @property
     def absent_sites(self) -> dict[str, str]:
         """Sites that were looked for and not observed, with the reason."""
-        noted = {**(self.tree.attrs.get("sites") or {}), **(self.declared_absent or {})}
+        noted = {**(self.attrs.get("sites") or {}), **(self.declared_absent or {})}
         present = set(self.sites)
         return {site: str(note) for site, note in noted.items() if site not in present}
+
+    @property
+    def age(self) -> float | None:
+        """Seconds since the run was last written; None of one that is in memory, or is not there."""
+        if self.path is None or not (self.path / METADATA).exists():
+            return None
+        return max(0.0, time.time() - os.stat(self.path / METADATA).st_mtime)
 
     @property
     def layers(self) -> np.ndarray:
@@ -190,7 +219,7 @@ class Run:
     @property
     def estimators(self) -> list[str]:
         """Identifiers of the estimators that were run ("osp_excess_kurtosis/1")."""
-        return list(self.tree.attrs.get("estimators", []))
+        return list(self.attrs.get("estimators", []))
 
     @property
     def statistics(self) -> list[str]:
@@ -275,6 +304,78 @@ class Run:
             )
         return found
 
+    # -- one statistic over the steps ------------------------------------------------------------------
+    # What a view of a growing run asks every second; see osp_diag.runs.following.
+
+    def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
+        """What is recorded by step at a site: name → dimensions without the step; empty if nothing is."""
+        if site not in self.sites:
+            return {}
+        variables = self.at(site).data_vars.items()
+        return {
+            str(name): tuple(str(dim) for dim in values.dims[1:])
+            for name, values in variables
+            if values.dims[:1] == ("step",)
+        }
+
+    def sites_with(self, statistic: str) -> list[str]:
+        """The sites at which a statistic is recorded by step."""
+        return [site for site in self.sites if statistic in self.statistics_at(site)]
+
+    def labels(self, site: str, dimension: str) -> np.ndarray:
+        """The labels along a dimension of a site, such as its strata; empty if there are none."""
+        if site not in self.sites:
+            return np.empty(0)
+        dataset = self.at(site)
+        return dataset[dimension].values if dimension in dataset.coords else np.empty(0)
+
+    def values(
+        self, site: str, statistic: str, select: Mapping[str, Any] | None = None, mean: Sequence[str] = ()
+    ) -> xr.DataArray:
+        """A statistic over all steps, as a DataArray (step, …).
+
+        Parameters
+        ----------
+        select : dimension → label that is taken of it (``{"stratum": "all"}``)
+        mean : dimensions over which the mean of what is finite is taken
+
+        Raises
+        ------
+        StoreError : the run does not hold that statistic there, or the label
+        """
+        recorded = self.statistics_at(site)
+        if statistic not in recorded:
+            raise MissingError(f"{self._where} has no {statistic!r} at {site!r} by step")
+        places = tuple((dim, self._place(site, dim, label)) for dim, label in (select or {}).items())
+        reduction = Reduction(("step", *recorded[statistic]), places, tuple(mean))
+        rows, attributes = self._reduced(site, statistic, reduction)
+        labels = {dim: self.labels(site, dim) for dim in reduction.left[1:]}
+        return xr.DataArray(
+            rows,
+            dims=reduction.left,
+            coords={"step": self.steps[: len(rows)]} | {dim: of for dim, of in labels.items() if len(of)},
+            attrs=attributes,
+        )
+
+    def _reduced(
+        self, site: str, statistic: str, reduction: Reduction
+    ) -> tuple[np.ndarray, dict[Hashable, Any]]:
+        """The numbers of :meth:`values`, and what the statistic says of itself."""
+        values = self.at(site)[statistic]
+        return reduction(values.values), values.attrs
+
+    def _place(self, site: str, dimension: str, label: Any) -> int:
+        labels = self.labels(site, dimension).tolist()
+        places = [place for place, other in enumerate(labels) if _alike(other, label)]
+        if not places:
+            raise MissingError(
+                f"{self._where} has no {dimension} {label!r} at {site!r}; it has "
+                f"{', '.join(map(str, labels)) or 'none'}"
+            )
+        return places[0]
+
+    # -- what stands beside the sites ------------------------------------------------------------------
+
     def raw(self, site: str) -> xr.Dataset:
         """The raw sums of one site, named "measurement.field", from which statistics can be computed anew."""
         return self._find(f"{RAW}/", site, "raw sums of")
@@ -349,7 +450,7 @@ class Run:
     def refresh(self) -> Run:
         """Look again at a run that is still growing; returns itself."""
         if self.path is not None:
-            self.tree = _open_tree(self.path)
+            self._tree = open_tree(self.path)
             self._texts = {}
         return self
 
@@ -389,6 +490,13 @@ class Run:
 def _offered(package: str, name: str) -> Callable[..., Any]:
     """A function of a floor above, looked up when a user calls it: a run imports nothing of what reads it."""
     return cast("Callable[..., Any]", getattr(importlib.import_module(f"osp_diag.{package}"), name))
+
+
+def _alike(label: Any, other: Any) -> bool:
+    """Whether two labels are the same; those of real numbers may be rounded."""
+    if isinstance(label, float) and isinstance(other, int | float):
+        return math.isclose(label, other, rel_tol=1e-5, abs_tol=1e-8)
+    return bool(label == other)
 
 
 def _stacked(parts: Mapping[str, xr.DataArray]) -> xr.DataArray:

@@ -25,7 +25,7 @@ const Explorer = {
         customdata: line.y.map(said), type: "scatter", mode: one.layers.length > 1 ? "lines+markers" : "markers",
         marker: { size: one.layers.length > 1 ? 4 : 9 }, name: line.stratum === "all" ? "all tokens" : line.stratum,
         legendgroup: line.stratum, showlegend: index === 0, xaxis: `x${suffix}`, yaxis: `y${suffix}`,
-        line: { color: shade(LINES[line.stratum]?.[0] ?? RUN_COLOURS[0]), dash: LINES[line.stratum]?.[1] ?? "solid", width: line.stratum === State.stratum ? 3.2 : 1.7 },
+        line: { color: shade(LINES[line.stratum]?.[0] ?? LINES.all[0]), dash: LINES[line.stratum]?.[1] ?? "solid", width: line.stratum === State.stratum ? 3.2 : 1.7 },
         hovertemplate: `${escaped(State.site)}, layer %{x}<br>${escaped(line.stratum)} tokens: %{customdata}<extra>${escaped(run.label)}</extra>`,
       }));
       for (const [bound, value] of [["Gaussian floor", one.floor], ["ceiling", one.ceiling]]) {
@@ -71,7 +71,7 @@ const Explorer = {
       });
       return {
         x: steps, y: y.map((value) => (value > 0 ? value : null)), name: escaped(run.label), type: "scatter", mode: "lines+markers", marker: { size: 4 },
-        line: { color: shade(RUN_COLOURS[place % RUN_COLOURS.length]), dash: DASHES[place % DASHES.length], width: 2 }, customdata: y.map(said),
+        line: { color: runColour(place), dash: DASHES[place % DASHES.length], width: 2 }, customdata: y.map(said),
         hovertemplate: `step %{x:,}<br>${escaped(State.site)}, ${alone ? `layer ${State.layer}` : "largest of all layers"}, ${escaped(State.stratum)} tokens: %{customdata}<extra>${escaped(run.label)}</extra>`,
       };
     });

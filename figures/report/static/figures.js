@@ -116,7 +116,7 @@ const Figures = {
   /* Dark colours become light ones of the same hue; pale tints, which stand back on white, become dark. */
   lighter(text) {
     const digits = /^#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})$/i.exec(text);
-    if (!digits) return text;
+    if (!digits || DATA.colours.runs.includes(text)) return text;
     const parts = digits.slice(1).map((part) => parseInt(part, 16) / 255);
     const high = Math.max(...parts), low = Math.min(...parts), spread = high - low, light = (high + low) / 2;
     if (light === 1) return text; // marks on maps

@@ -51,7 +51,7 @@ const Heads = {
         const suffix = grid.suffix(2 * index + which), place = grid.place(which), size = packed.shape[1];
         const domain = { x: place.x, y: place.y.map((edge) => low + edge * (high - low)) };
         const y = range(size).map((part) => at(packed, one.row, part));
-        traces.push({ type: "bar", x: range(size), y, xaxis: `x${suffix}`, yaxis: `y${suffix}`, marker: { color: shade(RUN_COLOURS[which]) }, customdata: y.map(said), hovertemplate: `${kind} %{x}: %{customdata}<extra>${escaped(run.label)}, layer ${State.layer}, head ${State.head}</extra>` });
+        traces.push({ type: "bar", x: range(size), y, xaxis: `x${suffix}`, yaxis: `y${suffix}`, marker: { color: shade(LINES[which ? "first" : "all"][0]) }, customdata: y.map(said), hovertemplate: `${kind} %{x}: %{customdata}<extra>${escaped(run.label)}, layer ${State.layer}, head ${State.head}</extra>` });
         layout[`xaxis${suffix}`] = { ...axisLook(), domain: domain.x, anchor: `y${suffix}`, title: { text: kind === "channel" ? "channel of the head" : "rotary frequency, fastest first", standoff: 4 } };
         layout[`yaxis${suffix}`] = { ...axisLook(), domain: domain.y, anchor: `x${suffix}`, title: { text: which ? "" : "part of the logit" } };
         if (!which) layout.annotations.push(panelTitle(run.label, domain));

@@ -2,10 +2,11 @@
 /* What all charts have in common: colours of the theme, places of panels, marks of the chosen layer. */
 const CONFIG = { displaylogo: false, showSendToCloud: false, responsive: false, modeBarButtonsToRemove: ["lasso2d", "select2d"], toImageButtonOptions: { format: "svg" } };
 const LINES = { all: ["#0072b2", "solid"], first: ["#d55e00", "dash"], delimiter: ["#009e73", "dot"], rest: ["#cc79a7", "dashdot"] };
-const RUN_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"];
 const FRAME = "#ff9900";
 const DASHES = ["solid", "dash", "dashdot", "dot"];
 
+/* Of a run, on any ground. */
+function runColour(place) { return DATA.colours.runs[place % DATA.colours.runs.length]; }
 /* A line's colour on the ground of the theme. */
 function shade(text) { return isDark() ? Figures.lighter(text) : text; }
 function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim(); }
