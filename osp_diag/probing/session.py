@@ -107,7 +107,7 @@ class Probe:
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if settings.compile == "auto" else bool(settings.compile)
         self.deferred = on_accelerator if deferred == "auto" else bool(deferred)
-        # Which hidden states a model lacks is recorded whatever is measured: the headline number depends on it.
+        # Which hidden states a model lacks is always recorded: the headline number depends on it.
         self.absent = {
             site: why
             for site, why in self.site_map.absent.items()
