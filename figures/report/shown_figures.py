@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import xarray as xr
 
 from osp_diag.analyses.thinned_run import thinned_run
 from osp_diag.errors import OspDiagError
@@ -13,9 +15,9 @@ from osp_diag.figures._registry import figure_module, in_report, names
 from osp_diag.figures.backend import load_backend
 from osp_diag.figures.report.comparison import alike, pairs_alike
 from osp_diag.figures.report.encoding import compacted, factored
-from osp_diag.figures.styles import load_style
+from osp_diag.figures.styles import Style, load_style
 
-__all__ = ["Drawn", "draw_figures", "shown_figures"]
+__all__ = ["Drawn", "draw_figures", "page_picture", "shown_figures"]
 
 
 @dataclass
@@ -103,20 +105,34 @@ def _pairs(name: str, placement: InReport, runs: Sequence[Any], labels: Sequence
 
 
 def _draw(placement: InReport, runs: list[Any], found: Drawn, variant: str) -> None:
-    """As ``figures.draw``, but for the caption, which the page sets in its own type."""
-    figure = figure_module(found.name)
-    if placement.most_steps is not None:
-        runs = [thinned_run(run, placement.most_steps) for run in runs]
-    dataset = figure.prepare(runs, **placement.options)
     style = load_style("paper")
-    canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
-    picture = canvas.finish(dataset).to_plotly_json()
-    found.variants[variant] = compacted({"data": picture["data"], "layout": picture["layout"]})
+    if variant != "all":  # a run keeps its colour
+        place = int(variant) % len(style.run_colours)
+        style = replace(style, run_colours=(*style.run_colours[place:], *style.run_colours[:place]))
+    found.variants[variant], dataset = page_picture(found.name, placement, runs, style)
     for trace in found.variants[variant]["data"]:
         if "text" in trace:
             trace["text"] = factored(trace["text"])
     found.variants[variant]["caption"] = _step_shown(placement, runs) + str(dataset.attrs["caption"])
     found.heading = found.heading or str(dataset.attrs["title"])
+
+
+def page_picture(
+    name: str, placement: InReport, runs: Sequence[Any], style: Style
+) -> tuple[dict[str, Any], xr.Dataset]:
+    """As ``figures.draw`` does it, but for the caption, which a page sets in its own type.
+
+    Returns
+    -------
+    ``data`` and ``layout`` for plotly, made small; and what was drawn, with the caption in its attrs
+    """
+    figure = figure_module(name)
+    if placement.most_steps is not None:
+        runs = [thinned_run(run, placement.most_steps) for run in runs]
+    dataset = figure.prepare(list(runs), **placement.options)
+    canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
+    picture = canvas.finish(dataset).to_plotly_json()
+    return compacted({"data": picture["data"], "layout": picture["layout"]}), dataset
 
 
 def _step_shown(placement: InReport, runs: Sequence[Any]) -> str:

@@ -154,6 +154,11 @@ class FollowedRun(Run):
     def attrs(self) -> dict[Hashable, Any]:
         return dict(self._attributes)
 
+    def moment(self) -> Run:
+        """The run as it was last looked at, which stays so while this one goes on."""
+        with self.lock:
+            return Run(self.tree, self.path)
+
     @property
     def tree(self) -> xr.DataTree:
         """The whole run as it was last looked at; empty where there is none.
