@@ -30,6 +30,7 @@ __all__ = [
     "SINK_POSITION",
     "SITES",
     "SNAPSHOT",
+    "STEP",
     "STRATA",
     "STRATUM_WORDS",
     "TOKEN_GROUPS",
@@ -109,6 +110,8 @@ RAW = "raw"
 SNAPSHOT = "snapshot"
 TOKEN_GROUPS = "token_groups"
 SERIES = "series"
+STEP = "step"
+"""The dimension of what is probed."""
 LOGGED_STEP = "logged_step"
 """The dimension of the scalars in the group ``series``."""
 VOCABULARY = "vocabulary"

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from osp_diag.errors import DivergenceError
 from osp_diag.probing.checkpoint import joined_ranks
 from osp_diag.probing.identity import token_attributes
-from osp_diag.probing.ranks import is_distributed, is_first_rank
+from osp_diag.probing.ranks import is_distributed, is_first_rank, rank_of_all
 from osp_diag.probing.saving import check_out
 from osp_diag.runs.folder import check_destination
 from osp_diag.runs.run import Run, open_run
@@ -46,7 +46,6 @@ from osp_diag.trainer.parallel import (
     distribute,
     first_of_ranks,
     gathered,
-    rank_and_ranks,
     summed,
 )
 from osp_diag.trainer.recording import Recording, due_steps
@@ -120,7 +119,7 @@ class Training:
         loggers: Sequence[str],
     ) -> None:
         self.config = config
-        self.rank, self.ranks = rank_and_ranks()
+        self.rank, self.ranks = rank_of_all()
         check_ranks(config, self.ranks)
         self.device = device_of(config.device)
         self.progress: Progress | None = None

@@ -21,15 +21,9 @@ __all__ = [
     "distribute",
     "first_of_ranks",
     "gathered",
-    "rank_and_ranks",
     "reshard",
     "summed",
 ]
-
-
-def rank_and_ranks() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def check_ranks(config: TrainConfig, ranks: int) -> None:

@@ -15,7 +15,7 @@ from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator, Layout, Output, State, Suite
 from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep
 from osp_diag.runs.run import Run
-from osp_diag.schema import STRATA
+from osp_diag.schema import STRATA, group_path
 
 __all__ = ["StepLabels", "label_states", "labelled_groups", "raw_states", "relabel", "token_group_states"]
 
@@ -209,7 +209,7 @@ def _site_parts(
     site: str, suites: Mapping[str, Suite], kinds: Mapping[str, Layers], keep_raw: bool
 ) -> dict[str, list[xr.Dataset]]:
     """The site's groups, of each a Dataset for everything that is observed there."""
-    path = site.replace(":", "/")
+    path = group_path(site)
     parts = {path: [label_states(suites[kind], layers) for kind, layers in kinds.items()]}
     if keep_raw:
         parts[f"raw/{path}"] = [raw_states(suites[kind], layers) for kind, layers in kinds.items()]

@@ -18,7 +18,7 @@ from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
 from osp_diag.runs.format import METADATA, jsonable
 from osp_diag.runs.reduction import Reduction
-from osp_diag.runs.tree import group_path
+from osp_diag.runs.tree import checked_path
 from osp_diag.schema import (
     CHANNEL_WEIGHTS,
     LOGGED_STEP,
@@ -29,6 +29,7 @@ from osp_diag.schema import (
     TOKEN_UNIT,
     VOCABULARY,
     WEIGHT_MAP,
+    group_path,
     in_site_order,
     is_site,
     site_of_path,
@@ -136,9 +137,9 @@ class Run:
                 join="exact",
                 combine_attrs="override",
             )
-            nodes[f"/{group_path(name)}"] = joined.drop_vars("step")
+            nodes[f"/{checked_path(name)}"] = joined.drop_vars("step")
         for name, dataset in static.items():
-            nodes[f"/{group_path(name)}"] = dataset
+            nodes[f"/{checked_path(name)}"] = dataset
         if series:
             logged = sorted({step for values in series.values() for step in values})
             columns = {
@@ -455,7 +456,7 @@ class Run:
         return self
 
     def _find(self, prefix: str, site: str, kind: str) -> xr.Dataset:
-        path = prefix + site.replace(":", "/")
+        path = prefix + group_path(site)
         group = self.tree
         for part in path.split("/"):
             if part not in group.children:
@@ -468,13 +469,13 @@ class Run:
         if reason is not None:
             raise MissingError(f"{self._subject} has no {kind} {site!r}: {reason}")
         paths = {node.path.strip("/") for node in self.tree.subtree}
-        present = [name for name in self.sites if prefix + name.replace(":", "/") in paths]
+        present = [name for name in self.sites if prefix + group_path(name) in paths]
         raise MissingError(
             f"{self._subject} has no {kind} {site!r}; " + did_you_mean(site, present, "run.sites lists them")
         )
 
     def _dataset(self, name: str) -> xr.Dataset:
-        return self.tree[name.replace(":", "/")].to_dataset()
+        return self.tree[group_path(name)].to_dataset()
 
     @property
     def _subject(self) -> str:

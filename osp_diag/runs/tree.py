@@ -15,17 +15,18 @@ import xarray as xr
 from osp_diag.errors import StoreError
 from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep
 from osp_diag.runs.format import METADATA, ArrayLayout, compact, jsonable
+from osp_diag.schema import LOGGED_STEP, STEP, group_path
 
-__all__ = ["Plan", "Tree", "group_path", "scalar", "step_label"]
+__all__ = ["Plan", "Tree", "checked_path", "scalar", "step_label"]
 
-GROWING_DIMS = ("step", "logged_step")
+GROWING_DIMS = (STEP, LOGGED_STEP)
 _STATIC_CHUNK_BYTES = 4 * 1024 * 1024
 _SHOWN = 6
 
 
-def group_path(name: str) -> str:
-    """The path of a group from the name of a site: "linear_input:lm_head" → "linear_input/lm_head"."""
-    path = name.replace(":", "/")
+def checked_path(name: str) -> str:
+    """The path of a group that is to be written: :func:`osp_diag.schema.group_path`, if it can be one."""
+    path = group_path(name)
     parts = path.split("/")
     if not path or any(not part or part.startswith((".", "__")) or part == METADATA for part in parts):
         raise StoreError(f"a group cannot be named {name!r}; use the name of a site, such as 'residual_post'")
@@ -123,7 +124,7 @@ class Tree:
         """The labels of these groups are the run's: steps that share them need not be compared."""
         for name, part in (groups.groups if isinstance(groups, ProbedStep) else {}).items():
             if isinstance(part, GroupStep):
-                self._shared_labels[group_path(name)] = part.declared
+                self._shared_labels[checked_path(name)] = part.declared
 
     # -- a further step --------------------------------------------------------------------------------
 
@@ -134,7 +135,7 @@ class Tree:
         coordinates: set[str] = set()
         parts = groups.groups if isinstance(groups, ProbedStep) else groups
         for name, part in parts.items():
-            group = group_path(name)
+            group = checked_path(name)
             if isinstance(part, GroupStep) and self._shared_labels.get(group) is part.declared:
                 coordinates.update(f"{group}/{key}" for key in part.declared.coordinates)
                 differences += self._further_rows(group, part.arrays, rows)
@@ -210,7 +211,7 @@ class Tree:
         """What these datasets add to the run; :class:`StoreError` if xarray could not open it with them."""
         plan = Plan()
         for name, dataset in groups.items():
-            group = group_path(name)
+            group = checked_path(name)
             if group.split("/")[0] == "series":
                 raise StoreError("the group 'series' holds scalars; record them with append_series")
             for dim in GROWING_DIMS:

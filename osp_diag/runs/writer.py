@@ -49,13 +49,11 @@ from osp_diag.runs.format import (
     root_document,
 )
 from osp_diag.runs.lock import WriterLock
-from osp_diag.runs.tree import Plan, Tree, group_path, scalar, step_label
+from osp_diag.runs.tree import Plan, Tree, checked_path, scalar, step_label
+from osp_diag.schema import LOGGED_STEP, SERIES, STEP
 
 __all__ = ["RunWriter", "check_destination"]
 
-STEP = "step"
-SERIES = "series"
-SERIES_STEP = "logged_step"
 
 CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
@@ -110,7 +108,7 @@ class RunWriter:
         self._attributes: dict[str, Any] = {FORMAT_KEY: FORMAT_VERSION} | jsonable(dict(attributes))
         self._axis = GrowingAxis(STEP, STEP, "training step")
         self._series = GrowingAxis(
-            SERIES_STEP, f"{SERIES}/{SERIES_STEP}", "training step of the scalars", open_end=True
+            LOGGED_STEP, f"{SERIES}/{LOGGED_STEP}", "training step of the scalars", open_end=True
         )
         self._tree = Tree(self.path)
         self._on_disk: set[str] = set()
@@ -152,7 +150,7 @@ class RunWriter:
 
     def __contains__(self, group: str) -> bool:
         """Whether the run has this group (so that a resumed probe need not write its snapshot again)."""
-        return group_path(group) in self._tree.groups
+        return checked_path(group) in self._tree.groups
 
     def __repr__(self) -> str:
         state = "open" if self._open else "closed"
@@ -371,7 +369,7 @@ class RunWriter:
                 + "\nWrite to another path, or pass overwrite=True to start this one again."
             )
         nodes = root["consolidated_metadata"]["metadata"]
-        growing: dict[str, dict[str, Any]] = {STEP: {}, SERIES_STEP: {}}
+        growing: dict[str, dict[str, Any]] = {STEP: {}, LOGGED_STEP: {}}
         for path, entry in nodes.items():
             dims = entry.get("dimension_names") or [None]
             if dims[0] in growing:
@@ -379,7 +377,7 @@ class RunWriter:
             else:
                 self._tree.restore(path, entry)
         self._axis.restore(growing[STEP], self.path)
-        self._series.restore(growing[SERIES_STEP], self.path)
+        self._series.restore(growing[LOGGED_STEP], self.path)
         self._tree.restore_growing(
             {path: array.layout for path, array in self._axis.arrays.items() if path != STEP}
         )
