@@ -16,7 +16,7 @@ PYTEST_ARGS ?=
 # which more threads don't hasten.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: help demo test quick check format install develop weights wheel clean
+.PHONY: help demo test quick check format docs install develop weights wheel clean
 
 help:  ## This list
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -40,6 +40,10 @@ format: $(STAMPS)/developed  ## Format the code and mend what the linter can
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(STAMPS)/documented  ## Build the documentation as a site into site/
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict  # which counts no warnings if told to be quiet
+	@echo "The documentation is in site/index.html."
+
 install: $(STAMPS)/installed  ## Make .venv and install osp-diag into it
 develop: $(STAMPS)/developed  ## The same with the tools that tests and checks need
 weights: $(STAMPS)/weights  ## Fetch the demo's checkpoint, SmolLM2-135M
@@ -49,7 +53,7 @@ wheel: $(STAMPS)/developed  ## Build a wheel into dist/
 	@$(BIN)/python -m pip wheel -q --disable-pip-version-check -c constraints.txt --no-deps -w dist .
 
 clean:  ## Remove .venv and everything built
-	@rm -rf $(VENV) build dist ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@rm -rf $(VENV) build dist site ./*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
 
 # An existing .venv is kept as long as its Python runs; a broken one is made anew.
 # "A Python that will do" is 3.11 to 3.13 and able to make a virtual environment.
@@ -80,6 +84,11 @@ $(STAMPS)/installed: $(STAMPS)/created pyproject.toml constraints.txt
 $(STAMPS)/developed: $(STAMPS)/installed
 	@echo "Installing what tests and checks need ..."
 	@$(PIP_INSTALL) -e ".[dev]"
+	@touch $@
+
+$(STAMPS)/documented: $(STAMPS)/installed
+	@echo "Installing what the documentation needs ..."
+	@$(PIP_INSTALL) -e ".[docs]"
 	@touch $@
 
 # Without its dependencies: they are for running the model in llama.cpp, and only the weights are wanted.

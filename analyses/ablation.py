@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ablation_table", "as_markdown", "as_text"]
 
-LAST = 0.02
+FINAL_SHARE = 0.02
 """Share of the recorded losses whose mean is the final one: a single batch is too noisy."""
 
 EXPORTED, LAST_PROBE = "exported checkpoint", "last probe of the run"
@@ -58,7 +58,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
         ("reduction",),
         "share of sequences and heads whose first token gets more than ε of all attention (Gu et al. 2025)",
     ),
-    "loss": ((), f"training loss, mean of the last {LAST:.0%} of its records, nats"),
+    "loss": ((), f"training loss, mean of the last {FINAL_SHARE:.0%} of its records, nats"),
     "held_out_loss": ((), "loss of the run's own held-out tokens, its last record, nats"),
     "perplexity": (("precision",), "of the held-out tokens, by the exported checkpoint"),
     "tokens_per_second": ((), "of training, median of its records"),
@@ -67,7 +67,7 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
 
 @dataclass
 class _Row:
-    """One recipe: what was found, and why the rest was not."""
+    """One recipe: its values, and why others are absent."""
 
     values: dict[str, Any] = field(default_factory=dict)
     coordinates: dict[str, Any] = field(default_factory=dict)
@@ -81,8 +81,8 @@ def ablation_table(
 
     Activations are those of the exported checkpoint where it was measured: on real sequences, and as the
     released OSP script feeds them (protocol ``osp-published``). A run without one gives its last probe
-    instead,
-    and lacks what only a checkpoint can tell. Which of the two it was is in the coordinate ``measured_on``.
+    instead, and lacks what only a checkpoint can tell. Which of the two it was is in the coordinate
+    ``measured_on``.
 
     Parameters
     ----------
@@ -120,12 +120,12 @@ def _row(run: Run, config: Mapping[str, Any], checkpoint: CheckpointMeasurements
     _training(row, run, config)
     if checkpoint is None:
         attention = str(config.get("model.attention", "softmax"))
-        why = (
+        reason = (
             "no exported checkpoint was given"
             if attention == "softmax"
             else f"attention with {attention.replace('_', ' ')} cannot be exported to a Hugging Face Llama"
         )
-        row.absent.append(f"{why}, so perplexity and the osp-published protocol were not measured")
+        row.absent.append(f"{reason}, so perplexity and the osp-published protocol were not measured")
         _activations(row, run)
         row.coordinates["measured_on"] = LAST_PROBE
         return row
@@ -144,20 +144,20 @@ def _row(run: Run, config: Mapping[str, Any], checkpoint: CheckpointMeasurements
 
 def _training(row: _Row, run: Run, config: Mapping[str, Any]) -> None:
     series = run.series
-    found = {}
+    records = {}
     for name in ("loss", "held_out_loss", "tokens_per_second"):
         values = series[name].values if name in series else np.empty(0)
-        known = values[~np.isnan(values)]
-        if known.size:
-            found[name] = known
+        finite = values[~np.isnan(values)]
+        if finite.size:
+            records[name] = finite
         elif name != "held_out_loss":
             row.absent.append(f"the run holds no series {name}")
-    if "loss" in found:
-        row.values["loss"] = float(found["loss"][-math.ceil(LAST * found["loss"].size) :].mean())
-    if "held_out_loss" in found:
-        row.values["held_out_loss"] = float(found["held_out_loss"][-1])
-    if "tokens_per_second" in found:
-        row.values["tokens_per_second"] = float(np.median(found["tokens_per_second"]))
+    if "loss" in records:
+        row.values["loss"] = float(records["loss"][-math.ceil(FINAL_SHARE * records["loss"].size) :].mean())
+    if "held_out_loss" in records:
+        row.values["held_out_loss"] = float(records["held_out_loss"][-1])
+    if "tokens_per_second" in records:
+        row.values["tokens_per_second"] = float(np.median(records["tokens_per_second"]))
     steps = [int(part[-1]) for part in (run.steps, series["step"].values) if len(part)]
     row.coordinates |= {"seed": int(config.get("seed", -1)), "step": max(steps, default=0)}
 
@@ -193,14 +193,17 @@ def _kurtosis(row: _Row, run: Run) -> None:
     protocol, width = str(run.attrs.get("protocol")), int(run.attrs["hidden_size"])
     sites = {site: run.at(site).isel(step=-1) for site in HIDDEN_STATES if site in run.sites}
     states, problem = hidden_states(sites, run.declared_absent)
+    # Why a mean with a part missing is none: docs/decisions.md, The house.
     if not states:
         row.absent.append(problem)
         return
     parts = [state.drop_vars(["layer", "step"], errors="ignore").load() for state in states]
-    found = _reduced(xr.concat(parts, "state"), "state").assign_coords(protocol=protocol)
-    known = row.values.get("osp_kurtosis")
+    kurtosis = _reduced(xr.concat(parts, "state"), "state").assign_coords(protocol=protocol)
+    other_protocols = row.values.get("osp_kurtosis")
     row.values["osp_kurtosis"] = (
-        found.expand_dims("protocol") if known is None else xr.concat([known, found], "protocol")
+        kurtosis.expand_dims("protocol")
+        if other_protocols is None
+        else xr.concat([other_protocols, kurtosis], "protocol")
     )
     floor = gaussian_floor(width)
     row.values["osp_kurtosis_over_floor"] = row.values["osp_kurtosis"] / floor
@@ -237,8 +240,8 @@ def _table(rows: Mapping[str, _Row], keys: list[str], tokens: int) -> xr.Dataset
         variables[name] = xr.concat(cells, "recipe").assign_attrs(definition=definition)
     table = xr.Dataset(variables, coords={"recipe": list(rows), "run": ("recipe", keys)})
     for name in ("seed", "step", "sequence_length", "measured_on"):
-        found = [row.coordinates.get(name) for row in rows.values()]
-        table = table.assign_coords({name: ("recipe", found)})
+        entries = [row.coordinates.get(name) for row in rows.values()]
+        table = table.assign_coords({name: ("recipe", entries)})
     table = table.assign_coords(absent=("recipe", ["; ".join(row.absent) for row in rows.values()]))
     table = table.assign_coords(epsilon=SINK_EPSILON, sink_position=SINK_POSITION)
     table.attrs = {

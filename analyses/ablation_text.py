@@ -20,11 +20,11 @@ Column = tuple[str, Callable[[xr.Dataset], Any]]
 """A heading, and what a row has under it: one value or (mean, largest)."""
 
 
-def _both(variable: str, **at: Any) -> Callable[[xr.Dataset], Any]:
+def _mean_and_largest(variable: str, **at: Any) -> Callable[[xr.Dataset], Any]:
     return lambda row: row[variable].sel(at).values
 
 
-def _one(variable: str, **at: Any) -> Callable[[xr.Dataset], Any]:
+def _single(variable: str, **at: Any) -> Callable[[xr.Dataset], Any]:
     return lambda row: row[variable].sel(at).item()
 
 
@@ -34,22 +34,22 @@ def _sequence(stratum: str) -> dict[str, str]:
 
 _MEAN = {"reduction": "mean"}
 OUTLIERS: tuple[Column, ...] = (
-    ("kurtosis", _both("osp_kurtosis", **_sequence("all"))),
-    ("/ floor", _one("osp_kurtosis_over_floor", **_sequence("all"), **_MEAN)),
-    ("first token", _one("osp_kurtosis", **_sequence("first"), **_MEAN)),
-    ("delimiters", _one("osp_kurtosis", **_sequence("delimiter"), **_MEAN)),
-    ("rest", _one("osp_kurtosis", **_sequence("rest"), **_MEAN)),
-    ("published protocol", _both("osp_kurtosis", protocol="osp-published", stratum="all")),
-    ("max/median", _both("max_median_ratio", stratum="all")),
+    ("kurtosis", _mean_and_largest("osp_kurtosis", **_sequence("all"))),
+    ("/ floor", _single("osp_kurtosis_over_floor", **_sequence("all"), **_MEAN)),
+    ("first token", _single("osp_kurtosis", **_sequence("first"), **_MEAN)),
+    ("delimiters", _single("osp_kurtosis", **_sequence("delimiter"), **_MEAN)),
+    ("rest", _single("osp_kurtosis", **_sequence("rest"), **_MEAN)),
+    ("published protocol", _mean_and_largest("osp_kurtosis", protocol="osp-published", stratum="all")),
+    ("max/median", _mean_and_largest("max_median_ratio", stratum="all")),
 )
 OTHERS: tuple[Column, ...] = (
-    ("max |x| residual", _one("absolute_maximum", site="residual_post", reduction="largest")),
-    ("max |x| down_proj input", _one("absolute_maximum", site="mlp_hidden", reduction="largest")),
+    ("max |x| residual", _single("absolute_maximum", site="residual_post", reduction="largest")),
+    ("max |x| down_proj input", _single("absolute_maximum", site="mlp_hidden", reduction="largest")),
     ("sink rate %", lambda row: 100 * row["sink_rate"].values),
-    ("loss", _one("loss")),
-    ("perplexity", _one("perplexity", precision="full")),
-    ("perplexity W4A4", _one("perplexity", precision="W4A4")),
-    ("tokens/s", _one("tokens_per_second")),
+    ("loss", _single("loss")),
+    ("perplexity", _single("perplexity", precision="full")),
+    ("perplexity W4A4", _single("perplexity", precision="W4A4")),
+    ("tokens/s", _single("tokens_per_second")),
 )
 
 
@@ -82,11 +82,11 @@ def _cells(table: xr.Dataset, columns: Sequence[Column]) -> tuple[list[str], lis
     rows = []
     for label in table["recipe"].values:
         row = table.sel(recipe=label)
-        rows.append([str(label), *(_said(value(row)) for _, value in columns)])
+        rows.append([str(label), *(_cell(value(row)) for _, value in columns)])
     return ["recipe", *(name for name, _ in columns)], rows
 
 
-def _said(value: Any) -> str:
+def _cell(value: Any) -> str:
     if np.ndim(value):
         mean, largest = map(_number, value)
         return mean if mean == NONE else f"{mean} ({largest})"
@@ -136,10 +136,12 @@ def _notes(table: xr.Dataset) -> list[str]:
     ]
     if probed:
         notes.append(f"by the last probe of the run, not of an exported checkpoint: {' / '.join(probed)}")
-    whose: dict[str, list[str]] = {}
+    recipes: dict[str, list[str]] = {}
     for label, reason in zip(table["recipe"].values, table["absent"].values, strict=True):
-        whose.setdefault(str(reason), []).append(str(label))
-    return notes + [f"{NONE} of {' / '.join(labels)}: {reason}" for reason, labels in whose.items() if reason]
+        recipes.setdefault(str(reason), []).append(str(label))
+    return notes + [
+        f"{NONE} of {' / '.join(labels)}: {reason}" for reason, labels in recipes.items() if reason
+    ]
 
 
 def _rows(table: xr.Dataset) -> list[xr.Dataset]:

@@ -1,20 +1,21 @@
-"""Questions asked of what runs hold at few bits: which results compare, and what one setting costs."""
+"""Results at few bits that runs hold: which of them compare, and what one setting costs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.quantizing.results import HOW, ROUND_TO_NEAREST, UNQUANTIZED, results_of
+from osp_diag.quantizing.results import MEASURING_ADVICE, ROUND_TO_NEAREST, UNQUANTIZED, results_of
+from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 
 __all__ = ["comparable_results", "perplexity_at"]
 
 
-def comparable_results(runs: Sequence[Any], scheme: str = ROUND_TO_NEAREST) -> list[xr.Dataset]:
+def comparable_results(runs: Sequence[Run], scheme: str = ROUND_TO_NEAREST) -> list[xr.Dataset]:
     """Of each run the results under one scheme, all on the same tokens.
 
     Where the runs share several sets of tokens it is the one on which most settings were measured; of
@@ -24,30 +25,36 @@ def comparable_results(runs: Sequence[Any], scheme: str = ROUND_TO_NEAREST) -> l
     ------
     StoreError : a run holds no results, none of this scheme, or none on tokens that all the others share
     """
-    every = []
+    tables = []
     for run in runs:
         results = results_of(run)
-        chosen = results.isel(setting=results["scheme"].values == scheme)
-        if not chosen.sizes["setting"]:
-            known = ", ".join(dict.fromkeys(map(str, results["scheme"].values)))
+        table = results.isel(setting=results["scheme"].values == scheme)
+        if not table.sizes["setting"]:
+            schemes = ", ".join(dict.fromkeys(map(str, results["scheme"].values)))
             raise StoreError(
-                f"the run of {run.attrs.get('model_name', 'unnamed model')} holds no results of the scheme "
-                f"{scheme!r}; it has {known}"
+                f"the run of {model_name(run.attrs)} holds no results of the scheme {scheme!r}; it has "
+                f"{schemes}"
             )
-        every.append(chosen)
+        tables.append(table)
+    # Why only equal tokens compare: docs/decisions.md, Figures. The latest come first: of equal counts max()
+    # takes the first.
     counts: dict[str, int] = {}
-    for results in every:
+    for results in tables:
         for fingerprint in results["token_fingerprint"].values[::-1]:
             counts[str(fingerprint)] = counts.get(str(fingerprint), 0) + 1
-    shared = [f for f in counts if all(f in results["token_fingerprint"].values for results in every)]
+    shared = [
+        fingerprint
+        for fingerprint in counts
+        if all(fingerprint in results["token_fingerprint"].values for results in tables)
+    ]
     if not shared:
-        sources = dict.fromkeys(str(results["token_source"].values[-1]) for results in every)
+        sources = dict.fromkeys(str(results["token_source"].values[-1]) for results in tables)
         raise StoreError(
-            f"the runs' results at few bits are on different tokens ({' / '.join(sources)}); {HOW}, with the "
-            "same text and tokenizer for all"
+            f"the runs' results at few bits are on different tokens ({' / '.join(sources)}); "
+            f"{MEASURING_ADVICE}, with the same text and tokenizer for all"
         )
     best = max(shared, key=counts.__getitem__)
-    return [results.isel(setting=results["token_fingerprint"].values == best) for results in every]
+    return [results.isel(setting=results["token_fingerprint"].values == best) for results in tables]
 
 
 def perplexity_at(

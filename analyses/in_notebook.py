@@ -12,8 +12,8 @@ def in_notebook(text: str) -> str:
 
     No colours are set, so that it is legible on a light page and on a dark one.
     """
-    head, _, rest = text.partition("\n")
+    head, _, body = text.partition("\n")
     return (
         '<pre style="font-family: monospace; white-space: pre-wrap; word-break: normal">'
-        f"<b>{escape(head)}</b>" + (f"\n{escape(rest)}" if rest else "") + "</pre>"
+        f"<b>{escape(head)}</b>" + (f"\n{escape(body)}" if body else "") + "</pre>"
     )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from osp_diag.errors import StoreError
+from osp_diag.runs.naming import model_name
+
+if TYPE_CHECKING:
+    from osp_diag.runs.following import FollowedRun
+    from osp_diag.runs.run import Run
 
 __all__ = ["PAPER_ORDER", "config_of", "recipe_labels", "recipe_of"]
 
@@ -24,7 +29,7 @@ _NORMS = {"rmsnorm": "", "ssnorm": "SSNorm", "srmsnorm": "SRMSNorm"}
 _KEYS = ("optimizer.name", "model.norm", "model.embedding_projection")
 
 
-def config_of(run: Any) -> dict[str, Any]:
+def config_of(run: Run | FollowedRun) -> dict[str, Any]:
     """The configuration of the training that wrote a run, by dotted key.
 
     Raises
@@ -33,11 +38,11 @@ def config_of(run: Any) -> dict[str, Any]:
     """
     config = run.attrs.get("config")
     config = dict(config) if isinstance(config, Mapping) else {}
-    missing = [key for key in _KEYS if key not in config]
-    if missing:
+    absent = [key for key in _KEYS if key not in config]
+    if absent:
         raise StoreError(
-            f"the run of {run.attrs.get('model_name', 'unnamed model')} does not say its recipe (its "
-            f"attribute `config` lacks {', '.join(missing)}); give one that `osp-diag train` wrote"
+            f"the run of {model_name(run.attrs)} does not say its recipe (its "
+            f"attribute `config` lacks {', '.join(absent)}); give one that `osp-diag train` wrote"
         )
     return config
 
@@ -59,16 +64,16 @@ def recipe_of(config: Mapping[str, Any]) -> str:
 
 
 def recipe_labels(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Run → its recipe, in the paper's order, then as given; with the seed, or the run, where some repeat."""
+    """Run → its recipe, in the paper's order, others behind; with the seed, or the run, where some repeat."""
     labels = {key: recipe_of(config) for key, config in configs.items()}
     rank = {name: place for place, name in enumerate(PAPER_ORDER)}
     ordered = dict(sorted(labels.items(), key=lambda item: rank.get(item[1], len(rank))))
     seeded = {key: f"{label}, seed {configs[key].get('seed')}" for key, label in ordered.items()}
-    ordered = _told_apart(ordered, seeded)
-    return _told_apart(ordered, {key: f"{label}, {key}" for key, label in ordered.items()})
+    ordered = _disambiguated(ordered, seeded)
+    return _disambiguated(ordered, {key: f"{label}, {key}" for key, label in ordered.items()})
 
 
-def _told_apart(labels: Mapping[str, str], longer: Mapping[str, str]) -> dict[str, str]:
+def _disambiguated(labels: Mapping[str, str], longer: Mapping[str, str]) -> dict[str, str]:
     """The longer labels for those that occur more than once."""
     count = Counter(labels.values())
     return {key: longer[key] if count[label] > 1 else label for key, label in labels.items()}

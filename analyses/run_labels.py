@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from osp_diag.analyses.recipes import config_of, recipe_of
 from osp_diag.errors import StoreError
 
+if TYPE_CHECKING:
+    from osp_diag.runs.following import FollowedRun
+    from osp_diag.runs.run import Run
+
 __all__ = ["labels_of", "run_name"]
 
 
-def run_name(run: Any) -> str:
+def run_name(run: Run | FollowedRun) -> str:
     """The recipe of a training by its published name; else the model's name, or that of the run's folder."""
     try:
         return recipe_of(config_of(run))
@@ -21,8 +25,8 @@ def run_name(run: Any) -> str:
         return str(run.attrs.get("model_name") or (_file(run) or "unnamed model"))
 
 
-def labels_of(runs: Sequence[Any], steps: Sequence[int] | None = None) -> list[str]:
-    """:func:`run_name` of each run; those that share one are told apart by the first of these that does so.
+def labels_of(runs: Sequence[Run | FollowedRun], steps: Sequence[int] | None = None) -> list[str]:
+    """:func:`run_name` of each run; to those that share one, the first of these that differs is added.
 
     The seeds of trainings of one recipe; the protocols; the names of the runs' folders, with those of the
     folders around them where they are the same; the steps; numbers from 1.
@@ -30,15 +34,15 @@ def labels_of(runs: Sequence[Any], steps: Sequence[int] | None = None) -> list[s
     Parameters
     ----------
     runs : open ones, or ones that are followed
-    steps : which step of each is shown; None for runs that are followed, which are told apart by whole paths:
-        their view stays on this machine, where figures are sent to others
+    steps : which step of each is shown; None for runs that are followed, whose labels have whole paths: their
+        view stays on this machine, where figures are sent to others
     """
     labels = [run_name(run) for run in runs]
     files = Counter((label, _file(run)) for label, run in zip(labels, runs, strict=True))
 
     def file(place: int) -> str:
         run, name = runs[place], _file(runs[place])
-        if name and files[run_name(run), name] > 1:
+        if name and run.path is not None and files[run_name(run), name] > 1:
             name = str(run.path) if steps is None else f"{Path(run.path).absolute().parent.name}/{name}"
         return f" ({name})" if name else ""
 
@@ -46,19 +50,20 @@ def labels_of(runs: Sequence[Any], steps: Sequence[int] | None = None) -> list[s
         config = runs[place].attrs.get("config")
         return f", seed {config['seed']}" if isinstance(config, dict) and "seed" in config else ""
 
-    told: list[Callable[[int], str]] = [
+    # Why recipes, and no paths in figures: docs/decisions.md, Figures.
+    distinctions: list[Callable[[int], str]] = [
         seed,
         lambda place: f", {runs[place].attrs.get('protocol', '?')}",
         file,
         lambda place: "" if steps is None else f", step {steps[place]}",
         lambda place: f", run {place + 1}",
     ]
-    for detail in told:
-        labels = _told_apart(labels, detail)
+    for detail in distinctions:
+        labels = _disambiguated(labels, detail)
     return labels
 
 
-def _told_apart(labels: Sequence[str], detail: Callable[[int], str]) -> list[str]:
+def _disambiguated(labels: Sequence[str], detail: Callable[[int], str]) -> list[str]:
     """The labels, with the detail where some share a label and differ in it."""
     places = defaultdict(list)
     for place, label in enumerate(labels):
@@ -67,11 +72,11 @@ def _told_apart(labels: Sequence[str], detail: Callable[[int], str]) -> list[str
     for label, group in places.items():
         details = [detail(place) for place in group]
         if len(set(details)) > 1:
-            for place, more in zip(group, details, strict=True):
-                longer[place] = label + more
+            for place, suffix in zip(group, details, strict=True):
+                longer[place] = label + suffix
     return longer
 
 
-def _file(run: Any) -> str:
-    """The name of a run's folder without .zarr; empty for one in memory."""
-    return "" if run.path is None else Path(run.path).name.removesuffix(".zarr")
+def _file(run: Run | FollowedRun) -> str:
+    """The name of a run's folder (or file, if packed) without .zarr; empty for one in memory."""
+    return "" if run.path is None else Path(run.path).name.removesuffix(".zip").removesuffix(".zarr")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -12,6 +12,7 @@ from osp_diag.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
+    from osp_diag.schema import Protocol
 
 VERB = "demo"
 HELP = "probe a real checkpoint, train a small model with Adam and with OSP, and make a page of it all"
@@ -37,7 +38,7 @@ TRAINED = {
 }
 """Recipe, and so name of the run → what it is."""
 
-RUNS = {
+RUNS: dict[Protocol, str] = {
     "sequence": "every statistic of every layer, on real sequences",
     "osp-published": "the hidden states alone, every token fed as the released OSP script does",
 }
@@ -78,17 +79,17 @@ def run(
     if train_steps < 0:
         raise UsageError(f"--train-steps {train_steps}: give 1 or more, or 0 to train nothing")
     _check_folder(out)
-    runs = _measured(checkpoint, out, tokens, device)
+    runs = _probe(checkpoint, out, tokens, device)
     from osp_diag.analyses.summary.protocol_comparison import compare_protocols
     from osp_diag.analyses.summary.summary import summarise
 
     summary = summarise(runs["sequence"])
     print(summary.text())
     print(f"\n{compare_protocols(runs['sequence'], runs['osp-published']).text()}\n", flush=True)
-    trained = _trained(out, train_steps) if train_steps else []
-    drawn = _drawn(runs["sequence"], out)
+    trained = _train(out, train_steps) if train_steps else []
+    pictures = _draw(runs["sequence"], out)
     _report([runs["sequence"], *trained], out)
-    _say_where(out, drawn, bool(trained))
+    _print_places(out, pictures, bool(trained))
     return 1 if summary.nonfinite_tokens else 0
 
 
@@ -103,12 +104,12 @@ def _check_folder(out: Path) -> None:
         check_out(out / f"{protocol}.zarr", overwrite=True)
 
 
-def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[str, Run]:
+def _probe(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[str, Run]:
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.checkpoints.wheel import WHEELS
+    from osp_diag.probing import MeasurementSettings, TokenSettings
     from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar, working
     from osp_diag.schema import HIDDEN_STATES
-    from osp_diag.tokens import make_batches
 
     try:
         with working(f"opening {checkpoint}"):
@@ -119,32 +120,26 @@ def _measured(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[s
         raise
     runs: dict[str, Run] = {}
     for protocol in RUNS:
-        batches = make_batches(
-            opened.tokenizer,
-            tokens=tokens,
-            protocol=protocol,
-            max_length=opened.max_length,
-            vocabulary_size=opened.vocabulary_size,
-        )
+        batches = TokenSettings(tokens=tokens, protocol=protocol).batches(opened)
         # Sequences of one token have no attention to speak of, and elsewhere the comparison suffices.
-        extent: dict[str, Any] = {"snapshot_tokens": 64}
+        settings = MeasurementSettings(snapshot_tokens=64)
         if protocol == "osp-published":
             sites = [site for site in HIDDEN_STATES if site in runs["sequence"].sites]
-            extent = {"snapshot_tokens": 0, "sites": sites}
+            settings = MeasurementSettings(sites=sites)
         label = "real sequences" if protocol == "sequence" else "token by token, as the OSP script does"
         with progress_bar(f"probing {opened.name}: {label}") as progress:
             runs[protocol] = probe_checkpoint(
                 opened,
                 batches,
+                settings,
                 progress=progress,
                 out=out / f"{protocol}.zarr",
                 overwrite=True,
-                **extent,
             )
     return runs
 
 
-def _trained(out: Path, steps: int) -> list[Run]:
+def _train(out: Path, steps: int) -> list[Run]:
     """The tiny preset under both recipes, side by side, each in a process of its own."""
     from osp_diag.analyses.recipes import config_of, recipe_of
     from osp_diag.analyses.summary.summary import summarise
@@ -172,31 +167,31 @@ def _report(runs: list[Run], out: Path) -> None:
         write_report(runs, out / REPORT)
 
 
-def _drawn(run: Run, out: Path) -> dict[str, str]:
+def _draw(run: Run, out: Path) -> dict[str, str]:
     """Draw every picture that the run has the numbers for; file name → what it shows, or why not."""
     from osp_diag import figures
     from osp_diag.errors import StoreError
     from osp_diag.probing.checkpoint import progress_bar
 
-    drawn = {}
+    captions = {}
     with progress_bar("drawing", unit="pictures") as progress:
-        for done, (name, shows) in enumerate(PICTURES.items(), start=1):
+        for count, (name, shows) in enumerate(PICTURES.items(), start=1):
             try:
                 figures.draw(name.partition(".")[0], run, out=out / name)
-                drawn[name] = shows
+                captions[name] = shows
             except StoreError as error:  # a model without attention has no sink map
                 (out / name).unlink(missing_ok=True)
-                drawn[name] = f"not drawn: {error}"
+                captions[name] = f"not drawn: {error}"
             if progress is not None:
-                progress(done, len(PICTURES))
-    return drawn
+                progress(count, len(PICTURES))
+    return captions
 
 
-def _say_where(out: Path, drawn: Mapping[str, str], trained: bool) -> None:
-    width = max(map(len, drawn))
+def _print_places(out: Path, captions: Mapping[str, str], trained: bool) -> None:
+    width = max(map(len, captions))
     print(f"The page to begin with: {out / REPORT}")
     print(f"\nPictures of the checkpoint, in {out}/:")
-    for name, shows in drawn.items():
+    for name, shows in captions.items():
         print(f"  {name:<{width}}  {shows}")
     print("\nRuns:")
     for name, holds in (RUNS | TRAINED if trained else RUNS).items():

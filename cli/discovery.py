@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from osp_diag.errors import UsageError
 from osp_diag.wording import did_you_mean
 
-__all__ = ["Verb", "find_verbs", "named_verb"]
+__all__ = ["Verb", "find_verbs", "verb_by_name"]
 
 PACKAGE = "osp_diag.cli"
 
@@ -31,11 +31,11 @@ def find_verbs(package: str = PACKAGE) -> dict[str, Verb]:
     The files are parsed, not imported: a verb may import torch at its top and still cost the others
     nothing.
     """
-    found = (_verb_in(entry, package) for entry in files(package).iterdir() if entry.name.endswith(".py"))
-    return {verb.name: verb for verb in sorted(filter(None, found), key=lambda verb: verb.name)}
+    verbs = (_verb_in(entry, package) for entry in files(package).iterdir() if entry.name.endswith(".py"))
+    return {verb.name: verb for verb in sorted(filter(None, verbs), key=lambda verb: verb.name)}
 
 
-def named_verb(name: str, verbs: Mapping[str, Verb]) -> Verb:
+def verb_by_name(name: str, verbs: Mapping[str, Verb]) -> Verb:
     """The verb called ``name``.
 
     Raises

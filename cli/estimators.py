@@ -44,17 +44,17 @@ def run(name: EstimatorName = None, /, *, json: bool = False) -> int:
     """
     from osp_diag.estimators import all_estimators, get_estimator
 
-    chosen = [type(get_estimator(name))] if name is not None else list(all_estimators().values())
+    classes = [type(get_estimator(name))] if name is not None else list(all_estimators().values())
     if json:
-        facts = [_facts(cls) for cls in chosen]
+        facts = [_facts(cls) for cls in classes]
         print(json_format.dumps(facts if name is None else facts[0], ensure_ascii=False, indent=2))
         return 0
     console = _console()
     if name is not None:
-        _explain(console, chosen[0])
+        _explain(console, classes[0])
         return 0
     for kind, title in OBSERVED.items():
-        console.print(_table(title, [cls for cls in chosen if cls.observes == kind]))
+        console.print(_table(title, [cls for cls in classes if cls.observes == kind]))
     console.print("`osp-diag estimators NAME` explains one and lists its outputs.", markup=False)
     return 0
 

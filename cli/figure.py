@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from osp_diag import figures
 from osp_diag.errors import UsageError
 
 VERB = "figure"
@@ -35,26 +36,8 @@ def run(
 ) -> int:
     """Draw a figure of one run or several, which `osp-diag probe` or a training run wrote.
 
-    The figures:
-      depth_profile       magnitudes and a kurtosis by layer
-      stratum_comparison  kurtosis and max/median by layer, of first, delimiter and other tokens
-      estimator_disagreement  one model under every kurtosis, with noise floors and ceilings
-      activation_surface  |activation| over channel and token (fig2; of every Linear: fig8, fig9)
-      weight_surface      |W| over input and output channel (fig10, fig11)
-      channel_map         which channels are hot, layer by layer
-      channel_map_comparison  the channels of two models by layer, and their difference
-      concentration_curves    how much energy sits in how few channels, by layer
-      sink_map            which heads are attention sinks, layer by layer
-      attention_map       where the queries of chosen heads look, by query and key
-      qk_magnitude        |q| and |k| in a sink head (fig5 of the OSP paper)
-      logit_densities     attention logits of the sink key and of others (fig6 of the OSP paper)
-      sink_emergence      when heads become sinks, step by step
-      sink_implementation what makes the sink of a head, by channel and rotary frequency
-      kurtosis_dynamics   loss and kurtosis while training (fig3 and fig7 of the OSP paper)
-      quantization_scatter  perplexity at 4 bits against full precision, or kurtosis (fig1)
-      bit_width_sweep     perplexity by bits of weights and of activations (fig4)
-      ablation_table      kurtosis and perplexity of several runs (table2)
-      outlier_timeline    kurtosis by layer and step, with the step at which each layer leaves the noise
+    The figures, with other names that they go by (fig1 to fig11 and table2 are the OSP paper's):
+      {figures}
 
     The suffix of --out decides the format: .png, .pdf and .svg for a paper, .html for a page that turns
     and zooms and needs no network.
@@ -73,10 +56,7 @@ def run(
         osp-diag figure depth_profile run.zarr --out depth.pdf
         osp-diag figure fig2 adam.zarr osp.zarr --option layer=20 --out surface.html
         osp-diag figure fig8 run.zarr --option 'sites=linear_input:*' --option layer=1,7,15,22
-        osp-diag figure depth_profile adam.zarr osp.zarr --option arrange=overlaid
-    """
-    from osp_diag import figures
-
+        osp-diag figure depth_profile adam.zarr osp.zarr --option arrange=overlaid"""
     options = dict(_parsed(entry) for entry in option)
     if step is not None:
         options["step"] = step
@@ -91,6 +71,20 @@ def run(
     else:
         print(f"figure: {path}")
     return 0
+
+
+def _figures() -> str:
+    """The figures as lines of the help, from what their files say of themselves."""
+    from osp_diag.figures._registry import summaries
+
+    return "\n      ".join(
+        f"{', '.join((name, *summary.aliases))}\n          {summary.line}"
+        for name, summary in summaries().items()
+    )
+
+
+if run.__doc__:  # Python started with -OO has none
+    run.__doc__ = run.__doc__.format(figures=_figures())
 
 
 def _parsed(entry: str) -> tuple[str, Any]:

@@ -13,7 +13,7 @@ The contract of a verb (a module in this package, see :mod:`osp_diag.cli`):
   lines are shown as they stand. Every verb has an example.
 * It returns the exit code: ``None`` or 0 for fine, 1 for "found something bad". Misuse raises an
   :class:`osp_diag.errors.OspDiagError`, whose message is shown without a traceback, with exit code 2.
-* Interrupted, it says what was kept by ``error.add_note(...)`` on the ``KeyboardInterrupt`` it lets
+* Interrupted, it says what remains by ``error.add_note(...)`` on the ``KeyboardInterrupt`` it lets
   through; the exit code is then 130.
 * Results go to stdout, everything else to stderr. Progress is shown only where stderr is a terminal.
 """
@@ -27,7 +27,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 
 import osp_diag
-from osp_diag.cli.discovery import Verb, find_verbs, named_verb
+from osp_diag.cli.discovery import Verb, find_verbs, verb_by_name
 from osp_diag.errors import OspDiagError
 
 __all__ = ["main"]
@@ -71,7 +71,7 @@ def _dispatch(words: Sequence[str]) -> int:
     if not words or words[0] in ("--help", "-h"):
         print(_overview(verbs), file=sys.stdout if words else sys.stderr)
         return FINE if words else MISUSE
-    return _run(named_verb(words[0], verbs), words[1:])
+    return _run(verb_by_name(words[0], verbs), words[1:])
 
 
 def _overview(verbs: Mapping[str, Verb]) -> str:
@@ -106,30 +106,30 @@ def _run(verb: Verb, words: Sequence[str]) -> int:
         call = call_described_by(words, run, f"osp-diag {verb.name}")
     except SystemExit as stop:  # after --help, or a usage error that has been shown
         return stop.code if isinstance(stop.code, int) else MISUSE
-    return run(*call.positional, **call.named) or FINE
+    return run(*call.positional, **call.keywords) or FINE
 
 
-def _report(error: BaseException, traceback_shown: bool) -> int:
+def _report(error: BaseException, has_traceback: bool) -> int:
     """Say what went wrong, on stderr, and return the exit code."""
     if isinstance(error, BrokenPipeError):
         # The reader has gone (`| head`). Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     if isinstance(error, KeyboardInterrupt):
-        kept = " ".join(getattr(error, "__notes__", ())) or "what had already been written to disk is kept."
-        print(f"osp-diag: interrupted; {kept}", file=sys.stderr)
+        notes = " ".join(getattr(error, "__notes__", ())) or "what had already been written to disk is kept."
+        print(f"osp-diag: interrupted; {notes}", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, OspDiagError):
         message = "\n".join((str(error), *getattr(error, "__notes__", ())))
         print(f"osp-diag: {message}", file=sys.stderr)
         return error.exit_code
-    missing = (getattr(error, "name", None) or "").partition(".")[0]
-    if isinstance(error, ModuleNotFoundError) and missing in EXTRA_OF:
-        advice = f'this needs the package {missing!r}: pip install "osp-diag[{EXTRA_OF[missing]}]"'
+    package = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in EXTRA_OF:
+        advice = f'this needs the package {package!r}: pip install "osp-diag[{EXTRA_OF[package]}]"'
         print(f"osp-diag: {advice}", file=sys.stderr)
         return MISUSE
     print(f"osp-diag: unexpected {type(error).__name__}: {error}", file=sys.stderr)
-    if not traceback_shown:
+    if not has_traceback:
         print("This is a defect of osp-diag; --traceback shows where it lies.", file=sys.stderr)
     return MISUSE
 

@@ -14,6 +14,7 @@ import shutil
 import textwrap
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin
 
 import tyro
@@ -31,7 +32,7 @@ class Call(NamedTuple):
     """The arguments to call a verb's function with."""
 
     positional: tuple[Any, ...]
-    named: dict[str, Any]
+    keywords: dict[str, Any]
 
 
 def call_described_by(words: Sequence[str], function: Callable[..., Any], command: str) -> Call:
@@ -46,9 +47,9 @@ def call_described_by(words: Sequence[str], function: Callable[..., Any], comman
     # error of the verb itself apart from those of the parser.
     recorded = Call((), {})
 
-    def record(*positional: Any, **named: Any) -> None:
+    def record(*positional: Any, **keywords: Any) -> None:
         nonlocal recorded
-        recorded = Call(positional, named)
+        recorded = Call(positional, keywords)
 
     record.__signature__ = inspect.signature(function, eval_str=True)  # type: ignore[attr-defined]
     record.__annotations__ = inspect.get_annotations(function, eval_str=True)
@@ -85,7 +86,10 @@ def _wrapped(paragraph: str) -> str:
 
 
 def _registry() -> ConstructorRegistry:
-    """How tyro reads ``X | None``: as ``X``, so that help and errors speak of ``--out PATH`` alone."""
+    """How tyro reads ``X | None``: as ``X``, so that help and errors speak of ``--out PATH`` alone.
+
+    What may be text or a path is read as text.
+    """
     registry = ConstructorRegistry()
 
     @registry.primitive_rule
@@ -95,8 +99,9 @@ def _registry() -> ConstructorRegistry:
         members = get_args(info.type)
         if get_origin(info.type) not in (Union, types.UnionType) or type(None) not in members:
             return None
-        given: Any = functools.reduce(operator.or_, (m for m in members if m is not type(None)))
-        inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(given, info.markers))
+        others = [m for m in members if m is not type(None) and not (m is Path and str in members)]
+        kind: Any = functools.reduce(operator.or_, others)
+        inner = ConstructorRegistry.get_primitive_spec(PrimitiveTypeInfo.make(kind, info.markers))
         if isinstance(inner, UnsupportedTypeAnnotationError):
             return inner
         return dataclasses.replace(

@@ -10,27 +10,27 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
+    from osp_diag.schema import Protocol
 
 VERB = "probe"
 HELP = "measure every outlier and sink statistic of a checkpoint"
 
 CheckpointName = Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
+Tokens = Annotated[TokenSettings, tyro.conf.arg(name="")]
+"""Its fields are options of the verb, and their documentation is the help."""
+
+DEFAULT_TOKENS = TokenSettings()
 
 
 def run(
     checkpoint: CheckpointName,
     *,
-    text: str | None = None,
-    dataset: str | None = None,
-    tokens: int = 8192,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    protocol: Literal["sequence", "osp-published"] = "sequence",
+    token_settings: Tokens = DEFAULT_TOKENS,
     single_protocol: bool = False,
-    bos: Literal["auto", "yes", "no"] = "auto",
     sites: tuple[str, ...] = (),
     estimators: tuple[str, ...] = (),
     name_site: tuple[str, ...] = (),
@@ -57,15 +57,8 @@ def run(
 
     Args:
         checkpoint: what to probe.
-        text: a UTF-8 file to read, or the text itself; without it and --dataset, a built-in public-domain
-            text.
-        dataset: a Hugging Face dataset, by hub id or local path.
-        tokens: how many tokens to run.
-        seq_len: tokens a sequence; by default 512, or the model's maximum if that is less.
-        batch_size: sequences a forward pass; by default about 1,024 tokens, 8,192 on a GPU.
-        protocol: real sequences, or every token as a sequence of its own as the released OSP script does.
+        token_settings: which tokens to run.
         single_protocol: do not also measure the OSP kurtosis under the other protocol for the summary.
-        bos: whether sequences begin with the beginning-of-sequence token; auto follows the tokenizer.
         sites: which sites, by name or pattern such as 'residual_*' or 'linear_input:*'; by default all but
             the input of every single projection.
         estimators: which estimators, by name; `osp-diag estimators` lists them.
@@ -95,7 +88,17 @@ def run(
         osp-diag probe path/to/model --name-site 'mlp_hidden=blocks.*.ff.w2:input'
     """
     named = dict(_named_site(entry) for entry in name_site)
-    _check(tokens=tokens, seq_len=seq_len, batch_size=batch_size, estimators=estimators)
+    _check(token_settings)
+    measurement_settings = MeasurementSettings(
+        sites=sites or None,
+        estimators=estimators or None,
+        named_sites=named,
+        blocks=blocks,
+        compile=compile == "yes" if compile != "auto" else "auto",
+        keep_raw=not without_raw,
+        snapshot_tokens=64,
+        token_groups=token_groups,
+    )
     if out is not None:
         _check_out(out, overwrite)
     from osp_diag.checkpoints import open_checkpoint
@@ -121,32 +124,19 @@ def run(
 
         runs = measure(
             opened,
-            protocol=protocol,
+            token_settings,
+            measurement_settings,
             compare=not single_protocol and not sites and not estimators,
-            tokens={"text": text, "dataset": dataset, "tokens": tokens, "seq_len": seq_len, "bos": bos},
-            options={
-                "batch_size": batch_size,
-                "sites": sites or None,
-                "estimators": estimators or None,
-                "named_sites": named,
-                "blocks": blocks,
-                "compile": {"auto": "auto", "yes": True, "no": False}[compile],
-            },
-            main={
-                "out": out,
-                "overwrite": overwrite,
-                "keep_raw": not without_raw,
-                "snapshot_tokens": 64,
-                "token_groups": token_groups,
-                "weights": () if weights == ("none",) else weights or None,
-            },
+            weights=() if weights == ("none",) else weights or None,
+            out=out,
+            overwrite=overwrite,
         )
         if not is_first_rank():
             return 0
     return _report(runs, out, json)
 
 
-def _report(runs: Mapping[str, Run], out: Path | None, as_json: bool) -> int:
+def _report(runs: Mapping[Protocol, Run], out: Path | None, as_json: bool) -> int:
     from osp_diag.analyses.summary.protocol_comparison import compare_protocols
     from osp_diag.analyses.summary.summary import summarise
 
@@ -154,8 +144,8 @@ def _report(runs: Mapping[str, Run], out: Path | None, as_json: bool) -> int:
     summary = summarise(first)
     comparison = compare_protocols(runs["sequence"], runs["osp-published"]) if len(runs) == 2 else None
     if as_json:
-        found = summary.as_dict() | ({"protocols": comparison.as_dict()} if comparison else {})
-        print(json_format.dumps(found, indent=2))
+        values = summary.as_dict() | ({"protocols": comparison.as_dict()} if comparison else {})
+        print(json_format.dumps(values, indent=2))
     else:
         print(summary.text())
         if comparison is not None:
@@ -174,15 +164,12 @@ def _named_site(entry: str) -> tuple[str, str]:
     return site, pattern
 
 
-def _check(*, tokens: int, seq_len: int | None, batch_size: int | None, estimators: tuple[str, ...]) -> None:
+def _check(settings: TokenSettings) -> None:
     """Refuse what cannot be meant before a model is opened."""
-    for name, value in (("--tokens", tokens), ("--seq-len", seq_len), ("--batch-size", batch_size)):
+    for name in ("tokens", "seq_len", "batch_size"):
+        value = getattr(settings, name)
         if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: give 1 or more")
-    from osp_diag.estimators import get_estimator
-
-    for estimator in estimators:
-        get_estimator(estimator)
+            raise UsageError(f"--{name.replace('_', '-')} {value}: give 1 or more")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

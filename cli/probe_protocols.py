@@ -2,59 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from osp_diag.checkpoints import Checkpoint
+from osp_diag.probing import MeasurementSettings, TokenSettings
 from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar
 from osp_diag.runs.run import Run
-from osp_diag.schema import HIDDEN_STATES
-from osp_diag.tokens import make_batches
+from osp_diag.schema import HIDDEN_STATES, Protocol
 
 __all__ = ["measure"]
 
 
 def measure(
     checkpoint: Checkpoint,
+    token_settings: TokenSettings,
+    measurement_settings: MeasurementSettings,
     *,
-    protocol: str,
     compare: bool,
-    tokens: Mapping[str, Any],
-    options: Mapping[str, Any],
-    main: Mapping[str, Any],
-) -> dict[str, Run]:
-    """Probe under ``protocol`` and, if ``compare``, measure the OSP kurtosis alone under the other one too.
+    weights: Sequence[str] | None,
+    out: Path | None,
+    overwrite: bool,
+) -> dict[Protocol, Run]:
+    """Probe as asked and, if ``compare``, measure the OSP kurtosis alone under the other protocol too.
 
-    Returns the runs by protocol, the one that was asked for first.
+    Returns the runs by protocol, ``protocol`` first.
     """
-    runs: dict[str, Run] = {}
-    other = "osp-published" if protocol == "sequence" else "sequence"
-    for name in (protocol, other) if compare else (protocol,):
-        present = [site for site in HIDDEN_STATES if not runs or site in runs[protocol].sites]
-        if name != protocol:
-            if not present:
-                break
-            # Under the published protocol no sequence has a BOS, whatever the real ones begin with.
-            tokens = {**tokens, "bos": "auto"} if name == "osp-published" else tokens
-        batches = make_batches(
-            checkpoint.tokenizer,
-            protocol=name,
-            max_length=checkpoint.max_length,
-            vocabulary_size=checkpoint.vocabulary_size,
-            **tokens,
+    protocol, batch_size = token_settings.protocol, token_settings.batch_size
+    with progress_bar(f"{checkpoint.name}, {protocol}") as progress:
+        run = probe_checkpoint(
+            checkpoint,
+            token_settings.batches(checkpoint),
+            measurement_settings,
+            batch_size=batch_size,
+            weights=weights,
+            out=out,
+            overwrite=overwrite,
+            progress=progress,
         )
-        chosen = dict(options)
-        if name == protocol:
-            chosen |= main
-        else:
-            chosen |= {"sites": present, "estimators": ("osp_excess_kurtosis",), "snapshot_tokens": 0}
-        try:
-            with progress_bar(f"{checkpoint.name}, {name}") as progress:
-                runs[name] = probe_checkpoint(checkpoint, batches, progress=progress, **chosen)
-        except KeyboardInterrupt as interruption:
-            if runs and main.get("out") is not None:
-                interruption.__notes__ = [
-                    f"the run in {main['out']} is whole; only the comparison is missing."
-                ]
-            raise
-    return runs
+    sites = [site for site in HIDDEN_STATES if site in run.sites]
+    if not compare or not sites:
+        return {protocol: run}
+    other: Protocol = "osp-published" if protocol == "sequence" else "sequence"
+    tokens = replace(token_settings, protocol=other)
+    if other == "osp-published":  # no sequence has a BOS, whatever the real ones begin with
+        tokens = replace(tokens, bos="auto")
+    kurtosis = replace(
+        measurement_settings,
+        sites=sites,
+        estimators=("osp_excess_kurtosis",),
+        keep_raw=True,
+        snapshot_tokens=0,
+        token_groups=0,
+    )
+    batches = tokens.batches(checkpoint)
+    try:
+        with progress_bar(f"{checkpoint.name}, {other}") as progress:
+            other_run = probe_checkpoint(
+                checkpoint, batches, kurtosis, batch_size=batch_size, progress=progress
+            )
+    except KeyboardInterrupt as interruption:
+        if out is not None:
+            interruption.__notes__ = [f"the run in {out} is whole; only the comparison is missing."]
+        raise
+    return {protocol: run, other: other_run}

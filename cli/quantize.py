@@ -83,15 +83,18 @@ def run(
     from osp_diag.quantizing.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
     from osp_diag.quantizing.results import HELD_OUT, store_results
     from osp_diag.quantizing.round_to_nearest import check_bits
+    from osp_diag.runs.folder import check_destination
     from osp_diag.runs.run import open_run
     from osp_diag.tokens import make_batches
 
-    chosen = [bit_widths(entry) for entry in widths] or list(WIDTHS)
-    for bits in chosen:
+    settings = [bit_widths(entry) for entry in widths] or list(WIDTHS)
+    for bits in settings:
         check_bits(*bits)
     _check(out, tokens, seq_len)
     holder = None if run is None else open_run(run)
-    own_tokens = _held_out(holder, tokens, text, dataset) if held_out else None
+    if run is not None:
+        check_destination(run, resume=True)
+    training_tokens = _held_out_tokens(holder, tokens, text, dataset) if held_out else None
     opened = open_checkpoint(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     if holder is not None:
         _check_same_model(holder, opened)
@@ -99,7 +102,7 @@ def run(
         opened.tokenizer,
         text=text,
         dataset=dataset,
-        ids=own_tokens,
+        ids=training_tokens,
         tokens=None if held_out else tokens,
         seq_len=None if held_out else seq_len,
         bos="auto" if held_out else bos,
@@ -110,14 +113,14 @@ def run(
         results = bit_width_sweep(
             opened.model,
             batches.tokens,
-            chosen,
+            settings,
             token_source=HELD_OUT if held_out else batches.source,
             model_fingerprint=opened.fingerprint,
             blocks=blocks,
             batch_size=batch_size,
             progress=progress,
         )
-    # Told before it is stored, so that nothing measured is lost where the run cannot be written.
+    # Printed before it is stored, so that nothing measured is lost where the run cannot be written.
     print(
         json_format.dumps(_as_rows(results), indent=2) if json else _as_text(results, opened.name), flush=True
     )
@@ -131,7 +134,7 @@ def run(
 
 
 def _check(out: Path | None, tokens: int, seq_len: int | None) -> None:
-    """Refuse what cannot be meant before a model is opened."""
+    """Refuse options that make no sense before a model is opened."""
     for name, value, least in (("--tokens", tokens, 2), ("--seq-len", seq_len, 2)):
         if value is not None and value < least:
             raise UsageError(f"{name} {value}: give {least} or more, so that a token can be predicted")
@@ -139,7 +142,9 @@ def _check(out: Path | None, tokens: int, seq_len: int | None) -> None:
         raise UsageError(f"--out {out}: give a file ending in .nc in a folder that exists")
 
 
-def _held_out(run: Run | None, tokens: int, text: str | None, dataset: str | None) -> np.ndarray[Any, Any]:
+def _held_out_tokens(
+    run: Run | None, tokens: int, text: str | None, dataset: str | None
+) -> np.ndarray[Any, Any]:
     """What the training that wrote a run held out."""
     from osp_diag.cli.train_ablation import held_out_tokens
 
@@ -163,20 +168,20 @@ def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
     A run of a training holds no fingerprint of what was exported from it; there, depth and width have to do.
     """
     attributes = run.attrs
-    known = attributes.get("model_fingerprint")
-    if known is not None:
-        if known != checkpoint.fingerprint:
+    fingerprint = attributes.get("model_fingerprint")
+    if fingerprint is not None:
+        if fingerprint != checkpoint.fingerprint:
             raise UsageError(
                 f"{run.path} is the run of {attributes.get('model_name', 'another model')}, whose weights "
                 f"are not those of {checkpoint.name}; give the run that was probed from this checkpoint"
             )
         return
     for name, field in (("number_of_layers", "num_hidden_layers"), ("hidden_size", "hidden_size")):
-        found = getattr(checkpoint.config, field, None)
-        if found is not None and found != attributes.get(name):
+        size = getattr(checkpoint.config, field, None)
+        if size is not None and size != attributes.get(name):
             raise UsageError(
                 f"{run.path} is the run of a model with {name.replace('_', ' ')} {attributes.get(name)}, and "
-                f"{checkpoint.name} has {found}; give what `osp-diag export {run.path}` writes"
+                f"{checkpoint.name} has {size}; give what `osp-diag export {run.path}` writes"
             )
 
 

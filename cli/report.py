@@ -43,8 +43,8 @@ def run(runs: Runs, /, *, out: Path = Path("report.html"), json: bool = False) -
     check_out(out)
     report = write_report([open_run(path) for path in runs], out)
     if json:
-        found = [verdict.as_dict() for verdict in report.verdicts]
-        facts = {"out": str(out), "runs": found, "left_out": list(report.left_out)}
+        verdicts = [verdict.as_dict() for verdict in report.verdicts]
+        facts = {"out": str(out), "runs": verdicts, "left_out": list(report.left_out)}
         print(json_format.dumps(facts, indent=2, ensure_ascii=False))
     else:
         for label, verdict in zip(report.labels, report.verdicts, strict=True):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from osp_diag.errors import UsageError
 
 if TYPE_CHECKING:
+    from osp_diag.runs.run import Run
     from osp_diag.trainer.config import TrainConfig
 
 VERB = "train"
@@ -69,9 +70,9 @@ def run(
         osp-diag train small --set data.source=jsonl --set data.path='corpus/*.jsonl' --out run.zarr
         osp-diag train --ablation paper --preset tiny --out ablation
     """
-    from osp_diag.cli.train_config import chosen_config
+    from osp_diag.cli.train_config import training_config
 
-    chosen = chosen_config(name or preset, config, recipe, set)
+    training = training_config(name or preset, config, recipe, set)
     if ablation is not None:
         from osp_diag.cli.train_ablation import run_ablation
 
@@ -79,13 +80,19 @@ def run(
             raise UsageError("--ablation trains every recipe: leave --recipe and --log out")
         folder = out or Path("ablation")
         return run_ablation(
-            chosen, folder, seeds=seeds, at_a_time=at_a_time, resume=resume, overwrite=overwrite, as_json=json
+            training,
+            folder,
+            seeds=seeds,
+            at_a_time=at_a_time,
+            resume=resume,
+            overwrite=overwrite,
+            as_json=json,
         )
     if seeds or at_a_time is not None:
         raise UsageError("--seeds and --at-a-time belong to --ablation")
     if show:
-        return _show(chosen)
-    return _train(chosen, out, resume=resume, overwrite=overwrite, loggers=log, as_json=json)
+        return _show(training)
+    return _train(training, out, resume=resume, overwrite=overwrite, loggers=log, as_json=json)
 
 
 def _show(config: TrainConfig) -> int:
@@ -134,14 +141,14 @@ def _train(
     return 0
 
 
-def _report(run: Any, out: Path, as_json: bool) -> None:
+def _report(run: Run, out: Path, as_json: bool) -> None:
     from osp_diag.cli.train_progress import outcome
 
-    found = outcome(run)
+    numbers = outcome(run)
     if as_json:
-        print(json_format.dumps({"run": str(out), **found}))
+        print(json_format.dumps({"run": str(out), **numbers}))
         return
-    print("  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in found.items()))
+    print("  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()))
     print(f"run: {out}")
     print(f"next: osp-diag figure kurtosis_dynamics {out} --out kurtosis.png")
     print(f"      osp-diag export {out} --out model")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["held_out_tokens", "run_ablation"]
 
-SEEDED = ("adam", "osp")
+SEEDED_RECIPES = ("adam", "osp")
 """The ends of the scale, of which further seeds show how much is chance."""
 
 PERPLEXITY_TOKENS = 65_536
@@ -39,7 +39,7 @@ def run_ablation(
 
     Raises
     ------
-    UsageError : the folder holds something already and neither ``resume`` nor ``overwrite`` is given
+    UsageError : the folder holds something already, without ``resume`` and without ``overwrite``
     """
     from osp_diag import figures
     from osp_diag.analyses.ablation import ablation_table, as_markdown, as_text
@@ -52,6 +52,7 @@ def run_ablation(
         raise UsageError(f"--at-a-time {at_a_time}: give 1 or more")
     if folder.exists() and any(folder.iterdir()) and not (resume or overwrite):
         raise UsageError(f"{folder} is not empty; give --resume to go on, --overwrite, or another --out")
+    # Why a process for each recipe, and a table of exported checkpoints: docs/decisions.md, Training.
     configs = _configs(config, seeds)
     tokens = held_out_tokens(config)
     paths = train_all(
@@ -63,7 +64,7 @@ def run_ablation(
     )
     print("comparing: export, both protocols, perplexity at 16 and 4 bits", file=sys.stderr)
     checkpoints = {}
-    for name, model in _exported(paths, folder / "models").items():
+    for name, model in _export_models(paths, folder / "models").items():
         checkpoints[name] = measure_checkpoint(model, tokens)
         store_results(paths[name], checkpoints[name].few_bits)
     runs = {name: open_run(path) for name, path in paths.items()}
@@ -86,9 +87,9 @@ def _configs(config: TrainConfig, seeds: tuple[int, ...]) -> dict[str, TrainConf
 
     configs = dict(ablation(config))
     for seed in seeds:
-        for name in SEEDED:
-            other = {"seed": seed, "data.seed": seed}
-            configs[f"{name}_seed_{seed}"] = with_changes(configs[name], other)
+        for name in SEEDED_RECIPES:
+            changes = {"seed": seed, "data.seed": seed}
+            configs[f"{name}_seed_{seed}"] = with_changes(configs[name], changes)
     return configs
 
 
@@ -103,13 +104,13 @@ def held_out_tokens(config: TrainConfig, tokens: int = PERPLEXITY_TOKENS) -> np.
     return np.concatenate([batch.input_ids.numpy() for batch in batches])
 
 
-def _exported(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+def _export_models(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
     """Stock checkpoints of the runs that have an exact stock form."""
     import shutil
 
     from osp_diag.trainer.exporting import export_run
 
-    found = {}
+    models = {}
     for name, path in paths.items():
         out = folder / name
         if out.exists():
@@ -120,5 +121,5 @@ def _exported(paths: Mapping[str, Path], folder: Path) -> dict[str, Path]:
         except TrainingError as error:
             print(f"{name} is not exported: {error}", file=sys.stderr)
             continue
-        found[name] = out
-    return found
+        models[name] = out
+    return models

@@ -12,10 +12,10 @@ from osp_diag.errors import UsageError
 if TYPE_CHECKING:
     from osp_diag.trainer.config import TrainConfig
 
-__all__ = ["chosen_config"]
+__all__ = ["training_config"]
 
 
-def chosen_config(
+def training_config(
     preset: str | None, file: Path | None, recipe: str | None, changes: Sequence[str]
 ) -> TrainConfig:
     """The preset or file, under the recipe, with the changes.
@@ -27,13 +27,13 @@ def chosen_config(
     from osp_diag.trainer.config import from_dictionary
     from osp_diag.trainer.config_values import with_changes
     from osp_diag.trainer.presets import PRESETS, with_recipe
-    from osp_diag.trainer.presets import preset as named
+    from osp_diag.trainer.presets import preset as preset_by_name
 
     if (preset is None) == (file is None):
         raise UsageError(
             f"say what to train: a preset ({', '.join(PRESETS)}), or --config FILE, and not both"
         )
-    config = named(preset) if preset is not None else from_dictionary(_read(file))  # type: ignore[arg-type]
+    config = preset_by_name(preset) if preset is not None else from_dictionary(_read_object(file))  # type: ignore[arg-type]
     if recipe is not None:
         config = with_recipe(config, recipe)
     return with_changes(config, dict(_change(entry) for entry in changes))
@@ -46,7 +46,7 @@ def _change(entry: str) -> tuple[str, str]:
     return key.strip(), value.strip()
 
 
-def _read(file: Path) -> dict[str, object]:
+def _read_object(file: Path) -> dict[str, object]:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:

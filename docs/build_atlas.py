@@ -43,28 +43,35 @@ def main(arguments: list[str]) -> int:
 
 def atlas() -> str:
     """The whole file: a table of contents, then every family with its estimators."""
-    families: dict[str, list[type[Estimator]]] = {}
-    for cls in all_estimators().values():
-        if cls.__module__.startswith("osp_diag."):
-            families.setdefault(cls.__module__, []).append(cls)
     contents = [
-        f"- {_heading(module)}: " + ", ".join(f"[`{cls.name}`](#{cls.name})" for cls in classes)
-        for module, classes in families.items()
+        f"- {heading(module)}: " + ", ".join(f"[`{cls.name}`](#{cls.name})" for cls in classes)
+        for module, classes in families().items()
     ]
-    chapters = [_chapter(module, classes) for module, classes in families.items()]
+    chapters = [_chapter(module, classes) for module, classes in families().items()]
     return "\n".join([PREAMBLE, *contents, "", *chapters]).rstrip() + "\n"
 
 
-def _heading(module: str) -> str:
+def families() -> dict[str, list[type[Estimator]]]:
+    """The package's estimators by the module that defines them."""
+    classes: dict[str, list[type[Estimator]]] = {}
+    for cls in all_estimators().values():
+        if cls.__module__.startswith("osp_diag."):
+            classes.setdefault(cls.__module__, []).append(cls)
+    return classes
+
+
+def heading(module: str) -> str:
+    """What the atlas calls a module."""
     return module.rpartition(".")[2].replace("_", " ").capitalize()
 
 
 def _chapter(module: str, classes: list[type[Estimator]]) -> str:
     about = _markdown(inspect.getdoc(importlib.import_module(module)) or "")
-    return "\n".join([f"## {_heading(module)}", "", about, "", *map(_entry, classes)])
+    return "\n".join([f"## {heading(module)}", "", about, "", *map(entry, classes)])
 
 
-def _entry(cls: type[Estimator]) -> str:
+def entry(cls: type[Estimator], level: int = 3) -> str:
+    """One estimator in Markdown, under a heading of a level; at level 1 it is a page of its own."""
     estimator = cls()
     facts = {
         "formula": cls.formula,
@@ -89,7 +96,8 @@ def _entry(cls: type[Estimator]) -> str:
         if cls.also_used_by
         else []
     )
-    head = [f'<a id="{cls.name}"></a>', "", f"### {cls.title}", "", f"`{estimator.identifier}`", ""]
+    anchor = [f'<a id="{cls.name}"></a>', ""] if level > 1 else []
+    head = [*anchor, f"{'#' * level} {cls.title}", "", f"`{estimator.identifier}`", ""]
     return "\n".join(
         [*head, _markdown(inspect.getdoc(cls) or ""), "", *note, *table, "", *outputs, "", *uses]
     )

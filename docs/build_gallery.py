@@ -2,9 +2,10 @@
 
 python docs/build_gallery.py               draw the pictures and write the page
 python docs/build_gallery.py --from RUNS   first make the results anew, from the runs in a folder
-python docs/build_gallery.py --check       exit with 1 if a figure has no picture, or the page is out of date
+python docs/build_gallery.py --check       exit with 1 if a picture is missing, or the page is out of date
 
-The page says how the runs are made.
+The page says how the runs are made. A figure that names none of them (see ``figures/_placement.py``) is drawn
+of two made-up runs, and joins the page when the pictures are next drawn.
 """
 
 from __future__ import annotations
@@ -13,84 +14,32 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from osp_diag import figures
+from osp_diag.figures._placement import InGallery
+from osp_diag.figures._registry import in_gallery
 from osp_diag.figures.styles import load_style
+from osp_diag.runs.run import Run
 
 DOCS = Path(__file__).parent
 PAGE, PICTURES, RESULTS = DOCS / "gallery.md", DOCS / "gallery", DOCS / "gallery" / "data"
 DOTS_PER_INCH = 180
 
-RECIPES = ("adam", "muon_only", "muon", "muon_ssnorm", "muon_embproj", "osp")
-SMOLLM2 = ("smollm2",)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One figure of the gallery: what it is drawn from, and what to see in it."""
-
-    runs: tuple[str, ...]
-    see: str
-    options: dict[str, Any] = field(default_factory=dict)
-    width: str | None = None
-
-
-GALLERY: dict[str, Entry] = {
-    "quantization_scatter": Entry(
-        RECIPES,
-        "Models that lose nothing at 4 bits lie on the diagonal, as models this small nearly do.",
-        width="one-column",
-    ),
-    "activation_surface": Entry(
-        SMOLLM2, "A spike of one channel on the first token; a channel hot on all others."
-    ),
-    "kurtosis_dynamics": Entry(
-        RECIPES, "Adam's kurtosis climbs as the loss falls, OSP's stays at the noise."
-    ),
-    "bit_width_sweep": Entry(
-        RECIPES,
-        "What each bit taken from weights, or from activations, costs; without the option, the perplexity.",
-        {"relative": True},
-    ),
-    "qk_magnitude": Entry(
-        SMOLLM2, "Few channels of a head's queries and keys are large, the same on all tokens."
-    ),
-    "logit_densities": Entry(SMOLLM2, "The sink key's logits stand clear of all others."),
-    "weight_surface": Entry(SMOLLM2, "Single weights of the matrices that write into the residual stream."),
-    "ablation_table": Entry(RECIPES, "Kurtosis and perplexity of every recipe, as Table 2 of the paper."),
-    "depth_profile": Entry(SMOLLM2, "Outliers appear in one layer and stay."),
-    "stratum_comparison": Entry(SMOLLM2, "First token, delimiters and all others are told apart."),
-    "estimator_disagreement": Entry(SMOLLM2, "One model under every number that is called kurtosis."),
-    "channel_map": Entry(SMOLLM2, "Which channels are hot, layer by layer."),
-    "channel_map_comparison": Entry(
-        ("adam", "osp"), "Adam's hot channels, OSP's even ones, and their difference."
-    ),
-    "concentration_curves": Entry(("adam", "osp"), "How much energy sits in how few channels."),
-    "outlier_timeline": Entry(("adam", "osp"), "When the kurtosis of each layer leaves the noise."),
-    "sink_map": Entry(SMOLLM2, "Which heads attend to the first token."),
-    "sink_emergence": Entry(
-        ("adam", "osp"),
-        "How heads come to attend to the first token; in models this small none becomes a sink.",
-        {"epsilon": 0.1},
-    ),
-    "sink_implementation": Entry(SMOLLM2, "Which channels and rotary frequencies make a head's sink logit."),
-    "attention_map": Entry(SMOLLM2, "Where the queries of sink heads look."),
-}
-"""Figure → entry: the paper's in the order of their numbers, then ours."""
+MADE_UP = "Of made-up runs: numbers that no model has."
 
 PREAMBLE = """# Gallery
 
 Every figure that `osp-diag figure` draws. Written by `python docs/build_gallery.py` from the prepared data in
-`docs/gallery/data`; edit that script, not this file. Each picture says in its caption what determines its
-numbers. With `--out NAME.html` a figure turns, zooms and tells values at the pointer; with
-`--width one-column` it fits a column of a paper; with `.pdf` or `.svg` it scales.
+`docs/gallery/data` and from what each figure's file says of itself; edit those, not this page.
+Each picture says in its caption what determines its numbers. With `--out NAME.html` a figure turns, zooms and
+tells values at the pointer; with `--width one-column` it fits a column of a paper; with `.pdf` or `.svg` it
+scales.
 
 The models are SmolLM2-135M-Instruct and six trainings of the `tiny` preset (1.9M parameters, 300 steps), one
 for each row of the OSP paper's ablation. Models of this size show the differences in kurtosis, but not yet
@@ -118,24 +67,35 @@ def main(arguments: Sequence[str]) -> int:
     elif arguments:
         print(__doc__, file=sys.stderr)
         return 2
-    for name in GALLERY:
+    if not arguments:
+        make_results_of_made_up_runs()
+    for name in drawn():
         draw(name, PICTURES / f"{name}.png")
     PAGE.write_text(page(), encoding="utf-8")
     return 0
 
 
+def entries() -> dict[str, InGallery]:
+    """How the figures stand in the gallery, in its order."""
+    placements = {name: in_gallery(name) for name in figures.names()}
+    order = sorted(placements, key=lambda name: (placements[name].place, name))
+    return {name: placements[name] for name in order}
+
+
+def drawn() -> dict[str, InGallery]:
+    """The entries on the page: all that name runs, and those drawn of made-up runs so far."""
+    return {
+        name: entry for name, entry in entries().items() if entry.runs or (RESULTS / f"{name}.nc").exists()
+    }
+
+
 def check() -> list[str]:
     """What is missing, or left over: one line each."""
-    problems = [
-        f"{name} is a figure without a place in GALLERY" for name in figures.names() if name not in GALLERY
-    ]
-    problems += [
-        f"GALLERY names {name}, which is no figure" for name in GALLERY if name not in figures.names()
-    ]
-    for name in GALLERY:
+    problems = []
+    for name in drawn():
         wanted = (RESULTS / f"{name}.nc", PICTURES / f"{name}.png")
         problems += [f"{path.relative_to(DOCS)} is missing" for path in wanted if not path.exists()]
-    known = {f"{name}{suffix}" for name in GALLERY for suffix in (".nc", ".png")}
+    known = {f"{name}{suffix}" for name in figures.names() for suffix in (".nc", ".png")}
     present = [*RESULTS.glob("*"), *PICTURES.glob("*.*")]
     problems += [
         f"{path.relative_to(DOCS)} belongs to no figure" for path in present if path.name not in known
@@ -148,10 +108,31 @@ def check() -> list[str]:
 def make_results(runs: Path) -> None:
     """Prepare the data of every figure from runs, and keep them as netCDF."""
     RESULTS.mkdir(parents=True, exist_ok=True)
-    for name, entry in GALLERY.items():
-        paths = [runs / f"{run}.zarr" for run in entry.runs]
-        dataset = figures.draw(name, paths, backend="none", **entry.options)
-        store(dataset, RESULTS / f"{name}.nc")
+    for name, entry in entries().items():
+        if entry.runs:
+            paths = [runs / f"{run}.zarr" for run in entry.runs]
+            dataset = figures.draw(name, paths, backend="none", **entry.options)
+            store(dataset, RESULTS / f"{name}.nc")
+    make_results_of_made_up_runs()
+
+
+def make_results_of_made_up_runs() -> None:
+    """The same for the figures that name no runs."""
+    for name, entry in entries().items():
+        if not entry.runs:
+            dataset = figures.draw(name, made_up_runs(), backend="none", **entry.options)
+            dataset.attrs["caption"] = f"{MADE_UP} {dataset.attrs['caption']}"
+            store(dataset, RESULTS / f"{name}.nc")
+
+
+def made_up_runs() -> list[Run]:
+    """A model with planted outliers and one without, two probed steps each: those that tests draw."""
+    sys.path.insert(0, str(DOCS.parent))  # the tests are in a clone, as this script is, and not installed
+    from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run
+
+    return [
+        synthetic_run(replace(plan, steps=(0, 100), every_estimator=True)) for plan in (Plan(), OUTLIER_FREE)
+    ]
 
 
 def store(dataset: xr.Dataset, path: Path) -> None:
@@ -181,25 +162,27 @@ def draw(name: str, out: Path, width: str | None = None) -> None:
     """One picture, in the entry's width if no other is asked for."""
     paper = load_style("paper")
     style = replace(paper, matplotlib={**paper.matplotlib, "savefig.dpi": DOTS_PER_INCH})
-    figures.draw(name, load(name), out=out, style=style, width=width or GALLERY[name].width)
+    figures.draw(name, load(name), out=out, style=style, width=width or in_gallery(name).width)
 
 
 def page() -> str:
     """The text of gallery.md."""
-    return "\n".join([PREAMBLE, *(section(name, entry) for name, entry in GALLERY.items())])
+    return "\n".join([PREAMBLE, *(section(name, entry) for name, entry in drawn().items())])
 
 
-def section(name: str, entry: Entry) -> str:
+def section(name: str, entry: InGallery) -> str:
     """A heading, what to see, the picture, its caption and the command that draws it from runs."""
     attributes = load(name).attrs
     other = [alias for alias, figure in figures.aliases().items() if figure == name]
     also = f"Also {', '.join(f'`{alias}`' for alias in other)}. " if other else ""
-    words = ["osp-diag", "figure", name, *(f"runs/{run}.zarr" for run in entry.runs)]
+    runs = entry.runs or ("first", "second")
+    words = ["osp-diag", "figure", name, *(f"runs/{run}.zarr" for run in runs)]
     words += [word for key, value in entry.options.items() for word in ("--option", f"{key}={value}")]
     words += ["--width", entry.width] if entry.width else []
     command = shlex.join([*words, "--out", f"{name}.png"])
     picture = f"![{attributes['title']}](gallery/{name}.png)"
-    return f"## {name}\n\n{also}{entry.see}\n\n{picture}\n\n{attributes['caption']}\n\n```\n{command}\n```\n"
+    see = f"{also}{entry.see}".strip() or str(attributes["title"])
+    return f"## {name}\n\n{see}\n\n{picture}\n\n{attributes['caption']}\n\n```\n{command}\n```\n"
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 >>> data = figures.draw("sink_map", run, backend="none")             # doctest: +SKIP
 
 To add a figure, add a file with ``prepare(runs, **options) -> xarray.Dataset`` and
-``draw(dataset, backend, *, style, width) -> Canvas`` to this package: it is found by its name.
+``draw(dataset, backend, *, style, width) -> Canvas`` to this package: it is found by its name. How it stands
+in the report and in the gallery, it may say by what ``_placement.py`` offers.
 Figures read runs only; they never touch a model.
 """
 
@@ -82,7 +83,13 @@ def draw(
     import xarray as xr
 
     from osp_diag.errors import UsageError
-    from osp_diag.figures._registry import canonical, check_options, check_prepared, figure_module
+    from osp_diag.figures._registry import (
+        canonical,
+        check_options,
+        check_prepared,
+        default_width,
+        figure_module,
+    )
     from osp_diag.figures._runs import opened
     from osp_diag.figures.backend import backend_for, load_backend
     from osp_diag.figures.styles import load_style
@@ -93,7 +100,7 @@ def draw(
     if path is not None and not path.parent.is_dir():
         raise UsageError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
     look = load_style(style)
-    chosen = width or getattr(figure, "WIDTH", "two-column")
+    chosen = width or default_width(name)
     if chosen not in look.widths:
         raise UsageError(f"the style {look.name} has no width {chosen!r}; it has {', '.join(look.widths)}")
     if isinstance(runs, xr.Dataset):

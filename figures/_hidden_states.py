@@ -8,8 +8,8 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.figures._runs import name_of
 from osp_diag.runs.headline import hidden_states
+from osp_diag.runs.naming import model_name
 from osp_diag.schema import HIDDEN_STATES
 
 __all__ = ["KURTOSIS", "kurtosis_by_step"]
@@ -30,7 +30,7 @@ def kurtosis_by_step(run: Any, figure: str, stratum: str = "all") -> tuple[np.nd
         {site: run.at(site) for site in HIDDEN_STATES if site in run.sites}, run.declared_absent
     )
     if not states:
-        raise StoreError(f"{figure}: in the run of {name_of(run)} {problem}; probe with both sites")
+        raise StoreError(f"{figure}: in the run of {model_name(run.attrs)} {problem}; probe with both sites")
     known = [str(name) for name in states[0]["stratum"].values]
     if stratum not in known:
         raise UsageError(f"{figure}: stratum is one of {', '.join(known)}, not {stratum!r}")

@@ -9,11 +9,11 @@ from typing import Any
 import xarray as xr
 
 from osp_diag.errors import OspDiagError, StoreError, UsageError
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import at_step, step_of
 
 __all__ = [
     "identifier",
-    "name_of",
     "opened",
     "per_run",
     "shown_token",
@@ -45,10 +45,6 @@ def _open(path: str | Path) -> Any:
     return open_run(path)
 
 
-def name_of(run: Any) -> str:
-    return str(run.attrs.get("model_name", "unnamed model"))
-
-
 def _why(run: Any, site: str) -> str:
     """The reason that the run itself gives for a site's absence."""
     reason = run.absent_sites.get(site)
@@ -70,14 +66,14 @@ def statistics(
         dataset = run.at(site)
     except (OspDiagError, KeyError):
         raise StoreError(
-            f"{figure} needs the site {site!r}, which the run of {name_of(run)} does not hold"
+            f"{figure} needs the site {site!r}, which the run of {model_name(run.attrs)} does not hold"
             f"{_why(run, site)}; if the model has it, probe again with it among --sites"
         ) from None
     missing = [name for name in wanted if name not in dataset]
     if missing:
         raise StoreError(
-            f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {name_of(run)} does not "
-            f"hold; probe again with the estimator among --estimators"
+            f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {model_name(run.attrs)} does "
+            "not hold; probe again with the estimator among --estimators"
         )
     return at_step(dataset[wanted], step_of(run, step)).load()
 
@@ -94,8 +90,8 @@ def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:
         return run.snapshot(site)["activation"].load()
     except (OspDiagError, KeyError):
         raise StoreError(
-            f"{figure} draws raw activations, and the run of {name_of(run)} holds no snapshot of {site!r}"
-            f"{_why(run, site)}; probe again and let it keep snapshots of that site"
+            f"{figure} draws raw activations, and the run of {model_name(run.attrs)} holds no snapshot of "
+            f"{site!r}{_why(run, site)}; probe again and let it keep snapshots of that site"
         ) from None
 
 

@@ -9,7 +9,8 @@ import xarray as xr
 
 from osp_diag.analyses.summary.numbers import sink_rate_at
 from osp_diag.errors import StoreError
-from osp_diag.figures._runs import name_of, statistics
+from osp_diag.figures._runs import statistics
+from osp_diag.runs.naming import model_name
 from osp_diag.schema import SINK_EPSILON, SINK_POSITION
 
 __all__ = ["heads_by_sink"]
@@ -36,7 +37,8 @@ def heads_by_sink(
     if rate is None:
         raise StoreError(
             f"{figure} orders heads by their sink rate at ε = {SINK_EPSILON:g} and position {SINK_POSITION}, "
-            f"which the run of {name_of(run)} does not hold; probe again with the estimator's own thresholds"
+            f"which the run of {model_name(run.attrs)} does not hold; probe again with the estimator's own "
+            "thresholds"
         )
     rate = rate.sel(layer=[layer for layer in layers if layer in rate["layer"].values])
     rate = rate.transpose("layer", "head")

@@ -17,6 +17,7 @@ from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
+from osp_diag.figures._placement import SIX_RECIPES, InGallery
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
@@ -24,12 +25,15 @@ from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
 ALIASES = ("table2",)
+GALLERY = InGallery(
+    SIX_RECIPES, "Kurtosis and perplexity of every recipe, as Table 2 of the paper.", place=80
+)
 SETTINGS = ((UNQUANTIZED, UNQUANTIZED), (8, 8), (4, UNQUANTIZED), (4, 8), (4, 4))
 """Columns of perplexity, where any run holds them."""
 LIGHTEST = 3.0
 """A column fills the lightest third of the colour map, on which dark text can be read."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "draw", "prepare"]
 
 
 def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:

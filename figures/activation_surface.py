@@ -19,7 +19,8 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._decimate import bin_starts, max_pool
-from osp_diag.figures._runs import name_of, per_run, snapshot, snapshot_sites, snapshot_step, token_texts
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import per_run, snapshot, snapshot_sites, snapshot_step, token_texts
 from osp_diag.figures._surfaces import (
     Axes,
     check_z_scale,
@@ -32,11 +33,16 @@ from osp_diag.figures._surfaces import (
 )
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 
 ALIASES = ("fig2", "fig8", "fig9", "surface")
+REPORT = InReport("What the activations of the hottest layer look like", place=30, raw_activations=True)
+GALLERY = InGallery(
+    SMOLLM2, "A spike of one channel on the first token; a channel hot on all others.", place=20
+)
 AXES = Axes(values="magnitude", quantity="|activation|", row="site", x="channel", y="token")
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -102,8 +108,8 @@ def _expanded(runs: list[Any], sites: list[str]) -> list[str]:
         if not shared:
             raise StoreError(
                 f"activation_surface: no snapshot that the runs share matches {site!r}; that of "
-                f"{name_of(runs[0])} has {', '.join(snapshot_sites(runs[0])) or 'none'}; probe again with it "
-                "among --sites"
+                f"{model_name(runs[0].attrs)} has {', '.join(snapshot_sites(runs[0])) or 'none'}; probe "
+                "again with it among --sites"
             )
         # The head's input is there once, beside sites that every block has.
         depth = {name: runs[0].snapshot(name).sizes["layer"] for name in shared}
@@ -121,8 +127,8 @@ def _of_run(run: Any, sites: list[str], layer: int | None, channels: int, tokens
             )
         if array.sizes["token"] < 2:
             raise StoreError(
-                f"activation_surface: the snapshot of {name_of(run)} has one token only (as under the "
-                f"protocol osp-published); draw it from a run of the protocol `sequence`"
+                f"activation_surface: the snapshot of {model_name(run.attrs)} has one token only (as under "
+                "the protocol osp-published); draw it from a run of the protocol `sequence`"
             )
     index = _layer(run, arrays, layer)
     surfaces = [
@@ -144,7 +150,7 @@ def _layer(run: Any, arrays: dict[str, xr.DataArray], layer: int | None) -> int:
     if layer is not None:
         if layer not in shared:
             raise UsageError(
-                f"activation_surface: the snapshot of {name_of(run)} has no layer {layer}; it has "
+                f"activation_surface: the snapshot of {model_name(run.attrs)} has no layer {layer}; it has "
                 f"{', '.join(map(str, shared))}"
             )
         return layer

@@ -18,12 +18,16 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import KINDS, ColourScale
-from osp_diag.figures._runs import name_of, shown_token, snapshot, snapshot_step, token_texts
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import shown_token, snapshot, snapshot_step, token_texts
 from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 
 ALIASES = ("attention",)
+REPORT = InReport("Where the strongest sink looks", place=80, raw_activations=True)
+GALLERY = InGallery(SMOLLM2, "Where the queries of sink heads look.", place=190)
 _NAMED = 32
 """Tokens that an axis can name."""
 _LONGEST = 8
@@ -31,7 +35,7 @@ _LONGEST = 8
 _SMALLEST = 1e-4
 """Foot of logarithmic colours."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -119,8 +123,8 @@ class _Kept:
             self.rule = run.snapshot("attention").load()
         except (OspDiagError, KeyError):
             raise StoreError(
-                f"attention_map: the run of {name_of(run)} does not say with which scale and mask its logits "
-                "are made; probe again with this version"
+                f"attention_map: the run of {model_name(run.attrs)} does not say with which scale and mask "
+                "its logits are made; probe again with this version"
             ) from None
         have = [set(array["layer"].values.tolist()) for array in (self.query, self.key, self.rule)]
         self.layers = sorted(set.intersection(*have))
@@ -148,14 +152,14 @@ class _Kept:
         for said, wanted, known in (("layer", layer, self.layers), ("head", head, range(count))):
             if wanted not in known:
                 raise UsageError(
-                    f"attention_map: the snapshot of {name_of(self.run)} has no {said} {wanted}; it has "
-                    f"{', '.join(map(str, known))}"
+                    f"attention_map: the snapshot of {model_name(self.run.attrs)} has no {said} {wanted}; it "
+                    f"has {', '.join(map(str, known))}"
                 )
         if layer in self.beyond:
             raise StoreError(
-                f"attention_map: in layer {layer} of {name_of(self.run)} queries also see keys behind the "
-                f"{self.query.sizes['token']} tokens that were kept; probe again with snapshot_tokens as "
-                "long as the sequence"
+                f"attention_map: in layer {layer} of {model_name(self.run.attrs)} queries also see keys "
+                f"behind the {self.query.sizes['token']} tokens that were kept; probe again with "
+                "snapshot_tokens as long as the sequence"
             )
         rule = self.rule.sel(layer=layer)
         table = min(head, rule.sizes["bias_head"] - 1)

@@ -16,18 +16,26 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._few_bits import results_and_remark
+from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
 from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig4",)
+REPORT = InReport("What quantization costs", place=130)
+GALLERY = InGallery(
+    SIX_RECIPES,
+    "What each bit taken from weights, or from activations, costs; without the option, the perplexity.",
+    place=40,
+    options={"relative": True},
+)
 SWEEPS = {"weights": "weight_bits", "activations": "activation_bits"}
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dashdot")
 _WIDE_RANGE = 10.0
 """A perplexity that grows by more than this factor is drawn on a logarithmic axis."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(runs: list[Any], *, relative: bool = False, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:

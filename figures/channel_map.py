@@ -12,14 +12,17 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._decimate import bin_starts, max_pool, spans
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("channels",)
+REPORT = InReport(linked_charts=True)
+GALLERY = InGallery(SMOLLM2, "Which channels are hot, layer by layer.", place=120)
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

@@ -19,17 +19,21 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._decimate import bin_starts, max_pool, spans
-from osp_diag.figures._runs import name_of, per_run, statistics
+from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
+from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
 ALIASES = ()
+REPORT = InReport("How the channels of two models differ", place=60, pairs=True)
+GALLERY = InGallery(ADAM_AND_OSP, "Adam's hot channels, OSP's even ones, and their difference.", place=130)
 MATCHES = ("index", "profile")
 DIFFERENCE_MAP = "vik"
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -106,8 +110,9 @@ def _two(runs: list[Any], step: int | None, other_step: int | None) -> tuple[lis
     first = int(run.steps[0]) if step is None else step_of(run, step)
     if first == last:
         raise UsageError(
-            f"channel_map_comparison needs two runs, or two steps of one; of the run of {name_of(run)} there "
-            f"is only step {last} to draw: give a second run, or step and other_step"
+            "channel_map_comparison needs two runs, or two steps of one; of the run of "
+            f"{model_name(run.attrs)} there is only step {last} to draw: give a second run, or step and "
+            "other_step"
         )
     return [run, run], [first, last]
 

@@ -12,18 +12,21 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
+from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("concentration",)
+REPORT = InReport("How few channels hold the energy", place=50)
+GALLERY = InGallery(ADAM_AND_OSP, "How much energy sits in how few channels.", place=140)
 POINTS = 150
 """Numbers of channels at which a curve is drawn at most; a curve is concave, so none is a spike."""
 _COLUMNS = 3
 _NAMED = 6
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

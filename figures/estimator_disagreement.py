@@ -16,17 +16,21 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._bounds import bound
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
-from osp_diag.figures._runs import name_of, per_run
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import per_run
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("disagreement",)
+REPORT = InReport("What other definitions of kurtosis say", place=110)
+GALLERY = InGallery(SMOLLM2, "One model under every number that is called kurtosis.", place=110)
 BY = ("layer", "site")
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "dashdot", "dotted", "dashed", "dashdot")
 """One solid line, the undermost: what lies over it lets it through."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -88,7 +92,7 @@ def _of_run(run: Any, step: int, site: str, stratum: str, by: str) -> xr.Dataset
     if site not in run.sites:
         reason = run.absent_sites.get(site)
         raise StoreError(
-            f"estimator_disagreement: the run of {name_of(run)} holds no site {site!r}"
+            f"estimator_disagreement: the run of {model_name(run.attrs)} holds no site {site!r}"
             + (f" ({reason})" if reason else f"; it has {', '.join(run.sites)}")
         )
     parts = []
@@ -103,8 +107,8 @@ def _of_run(run: Any, step: int, site: str, stratum: str, by: str) -> xr.Dataset
             parts.append(_at(found, None, one))
     if not parts:
         raise StoreError(
-            f"estimator_disagreement: the run of {name_of(run)} holds no kurtosis at {site!r}; probe again "
-            "with osp_excess_kurtosis and others among --estimators"
+            f"estimator_disagreement: the run of {model_name(run.attrs)} holds no kurtosis at {site!r}; "
+            "probe again with osp_excess_kurtosis and others among --estimators"
         )
     return xr.concat(parts, "place", join="outer", data_vars="all", coords="minimal", compat="override")
 

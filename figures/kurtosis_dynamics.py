@@ -20,18 +20,23 @@ from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import tint
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._runs import name_of
+from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
 ALIASES = ("fig3", "fig7")
+REPORT = InReport("How loss and kurtosis went in training", place=10, fewest_steps=2)
+GALLERY = InGallery(
+    SIX_RECIPES, "Adam's kurtosis climbs as the loss falls, OSP's stays at the noise.", place=30
+)
 AXES = ("tokens", "steps")
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dashdot")
 _UNITS = ((1e12, " (trillions)"), (1e9, " (billions)"), (1e6, " (millions)"), (1e3, " (thousands)"))
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -60,7 +65,7 @@ def prepare(
     per_step = np.array([_tokens_per_step(run) for run in runs])
     if against is None:
         against = "tokens" if np.isfinite(per_step).all() else "steps"
-    lacking = [name_of(run) for run, count in zip(runs, per_step, strict=True) if np.isnan(count)]
+    lacking = [model_name(run.attrs) for run, count in zip(runs, per_step, strict=True) if np.isnan(count)]
     if against == "tokens" and lacking:
         raise StoreError(
             f"kurtosis_dynamics: the run of {', '.join(lacking)} does not say how many tokens a step takes; "
@@ -98,8 +103,8 @@ def _loss(run: Any) -> tuple[np.ndarray, np.ndarray]:
     series = run.series
     if "loss" not in series:
         raise StoreError(
-            f"kurtosis_dynamics needs the series `loss`, which the run of {name_of(run)} does not hold; draw "
-            "a run that a training wrote"
+            f"kurtosis_dynamics needs the series `loss`, which the run of {model_name(run.attrs)} does not "
+            "hold; draw a run that a training wrote"
         )
     return series["step"].values.astype(float), series["loss"].values.astype(float)
 

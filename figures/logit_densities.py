@@ -16,12 +16,16 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.sinks.implementation import logit_edges
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._runs import name_of, per_run, statistics
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig6", "logits")
+REPORT = InReport("Attention logits of the sink key and of others", place=100)
+GALLERY = InGallery(SMOLLM2, "The sink key's logits stand clear of all others.", place=60)
 AXES = ("shared", "own")
 CLASSES = {"sink": "sink key (Pos.)", "other": "other keys (Neg.)"}
 MOST_COLUMNS = 2
@@ -30,7 +34,7 @@ POINTS = 120
 SINKS = 0.5
 """Share of sequences in which a sink head sinks, at ε = 0.3 and position 0."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -98,15 +102,15 @@ def _of_run(
         known = density[said].values
         if wanted is not None and wanted not in known:
             raise UsageError(
-                f"logit_densities: the run of {name_of(run)} has no {said} {wanted}; it has "
+                f"logit_densities: the run of {model_name(run.attrs)} has no {said} {wanted}; it has "
                 f"{', '.join(map(str, known))}"
             )
     measured = np.isfinite(density.values).all(axis=(2, 3))
     chosen, heads = _heads(found, measured, layer, head)
     if not chosen.any():
         raise StoreError(
-            f"logit_densities: the run of {name_of(run)} has no logits in {heads}; sequences of one token "
-            "have none but of the sink key, so probe real sequences"
+            f"logit_densities: the run of {model_name(run.attrs)} has no logits in {heads}; sequences of one "
+            "token have none but of the sink key, so probe real sequences"
         )
     mean = density.values[chosen].mean(axis=0)
     identifiers = [str(found[name].attrs.get("estimator", name)) for name in ("logit_density", "sink_rate")]

@@ -14,14 +14,17 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._decimate import bin_starts, max_pool
+from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("timeline",)
+REPORT = InReport("When outliers appeared, layer by layer", place=20, fewest_steps=2, options={"draws": 20})
+GALLERY = InGallery(ADAM_AND_OSP, "When the kurtosis of each layer leaves the noise.", place=150)
 _TICKS = 6
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

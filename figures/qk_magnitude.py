@@ -16,15 +16,21 @@ from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import KINDS, ColourScale
 from osp_diag.figures._decimate import max_pool
-from osp_diag.figures._runs import name_of, per_run, snapshot, snapshot_step
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import per_run, snapshot, snapshot_step
 from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 
 ALIASES = ("fig5", "qk")
+REPORT = InReport("Queries and keys of the strongest sink", place=90, raw_activations=True)
+GALLERY = InGallery(
+    SMOLLM2, "Few channels of a head's queries and keys are large, the same on all tokens.", place=50
+)
 ROTATIONS = ("post", "pre")
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -83,7 +89,7 @@ def _of_run(run: Any, layer: int | None, head: int | None, rope: str, tokens: in
     for said, wanted, known in (("layer", layer, shared), ("head", head, range(heads))):
         if wanted is not None and wanted not in known:
             raise UsageError(
-                f"qk_magnitude: the snapshot of {name_of(run)} has no {said} {wanted}; it has "
+                f"qk_magnitude: the snapshot of {model_name(run.attrs)} has no {said} {wanted}; it has "
                 f"{', '.join(map(str, known))}"
             )
     rate = float("nan")

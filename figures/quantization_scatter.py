@@ -17,13 +17,20 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._runs import name_of
+from osp_diag.figures._placement import SIX_RECIPES, InGallery
 from osp_diag.figures.backend import AxisScale, Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig1",)
+GALLERY = InGallery(
+    SIX_RECIPES,
+    "Models that lose nothing at 4 bits lie on the diagonal, as models this small nearly do.",
+    place=10,
+    width="one-column",
+)
 LABELS = {
     "perplexity": "perplexity at full precision",
     "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
@@ -32,7 +39,7 @@ LABELS = {
 _WIDE_RANGE = 10.0
 """Values that differ by more than this factor are drawn on a logarithmic axis."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "draw", "prepare"]
 
 
 def prepare(
@@ -91,8 +98,8 @@ def _measured(run: Any, results: xr.Dataset, weight_bits: int, activation_bits: 
     if np.isnan(value):
         bits = notation(weight_bits, activation_bits)
         raise StoreError(
-            f"quantization_scatter: the run of {name_of(run)} holds no perplexity at {bits}; measure it with "
-            f"`osp-diag quantize CHECKPOINT --run RUN --widths {bits}`"
+            f"quantization_scatter: the run of {model_name(run.attrs)} holds no perplexity at {bits}; "
+            f"measure it with `osp-diag quantize CHECKPOINT --run RUN --widths {bits}`"
         )
     return value
 
@@ -101,8 +108,8 @@ def _tokens(run: Any, step: int) -> float:
     per_step = run.attrs.get("tokens_per_step")
     if not per_step:
         raise StoreError(
-            f"quantization_scatter: the run of {name_of(run)} does not say how many tokens a step of "
-            "training takes; draw it against perplexity or kurtosis"
+            f"quantization_scatter: the run of {model_name(run.attrs)} does not say how many tokens a step "
+            "of training takes; draw it against perplexity or kurtosis"
         )
     return float(per_step) * step
 

@@ -16,15 +16,23 @@ from osp_diag.analyses.sinks.implementation import sink_emergence
 from osp_diag.analyses.sinks.rules import SinkRules
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
 from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("emergence_of_sinks",)
+REPORT = InReport("When heads became sinks", place=70, fewest_steps=2, most_steps=12)
+GALLERY = InGallery(
+    ADAM_AND_OSP,
+    "How heads come to attend to the first token; in models this small none becomes a sink.",
+    place=170,
+    options={"epsilon": 0.1},
+)
 MOST_TICKS = 12
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(runs: list[Any], *, epsilon: float = 0.3, sink_rate: float = 0.5) -> xr.Dataset:

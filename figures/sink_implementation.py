@@ -15,16 +15,20 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.sinks.implementation import sink_implementation
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._runs import name_of, per_run, statistics
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("sink_channels",)
+REPORT = InReport(linked_charts=True)
+GALLERY = InGallery(SMOLLM2, "Which channels and rotary frequencies make a head's sink logit.", place=180)
 NAMED = 5
 """Channels and frequencies that are named at most, of those that carry 90%."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -81,7 +85,7 @@ def _of_run(found: xr.Dataset, run: Any, layer: int | None, head: int | None) ->
             continue
         if wanted not in known:
             raise UsageError(
-                f"sink_implementation: the run of {name_of(run)} has no {said} {wanted}; it has "
+                f"sink_implementation: the run of {model_name(run.attrs)} has no {said} {wanted}; it has "
                 f"{', '.join(map(str, known))}"
             )
         allowed &= np.expand_dims(known == wanted, 1 - axis)

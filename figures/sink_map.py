@@ -11,14 +11,18 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._runs import identifier, name_of, per_run, statistics
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("sinks",)
+REPORT = InReport(linked_charts=True)
+GALLERY = InGallery(SMOLLM2, "Which heads attend to the first token.", place=160)
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -77,7 +81,7 @@ def _chosen(rate: xr.DataArray, run: Any, epsilon: float, position: int) -> xr.D
         index = int(np.argmin(np.abs(known - wanted)))
         if abs(float(known[index]) - wanted) > 1e-9:
             raise UsageError(
-                f"sink_map: the run of {name_of(run)} has no {dim} {wanted:g}; it has "
+                f"sink_map: the run of {model_name(run.attrs)} has no {dim} {wanted:g}; it has "
                 f"{', '.join(f'{float(value):g}' for value in known)}"
             )
         rate = rate.isel({dim: index}, drop=True)

@@ -15,16 +15,19 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._bounds import bound, draw_bounds, log_range
 from osp_diag.figures._caption import caption
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("strata",)
+REPORT = InReport(linked_charts=True)
+GALLERY = InGallery(SMOLLM2, "First token, delimiters and all others are told apart.", place=100)
 _DASHES: tuple[Dash, ...] = ("solid", "dashed", "dotted", "dashdot")
 _STATISTICS = ("kurtosis", "ratio")
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(

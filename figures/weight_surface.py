@@ -18,7 +18,8 @@ from osp_diag.analyses.thinned_run import evenly
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._decimate import bin_starts, max_pool
-from osp_diag.figures._runs import name_of, per_run
+from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._runs import per_run
 from osp_diag.figures._surfaces import (
     Axes,
     check_z_scale,
@@ -31,14 +32,17 @@ from osp_diag.figures._surfaces import (
 )
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig10", "fig11")
+REPORT = InReport("The weights that write the outliers", place=120)
+GALLERY = InGallery(SMOLLM2, "Single weights of the matrices that write into the residual stream.", place=70)
 AXES = Axes(values="magnitude", quantity="|W|", row="projection", x="input_channel", y="output_channel")
 LAYERS = 4
 """Columns that one run gets by default, as in the paper."""
 
-__all__ = ["ALIASES", "draw", "prepare"]
+__all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
@@ -100,7 +104,7 @@ def _chosen(runs: list[Any], wanted: Sequence[str] | None) -> list[str]:
     for run in runs:
         if not run.weight_maps:
             raise StoreError(
-                f"weight_surface draws weights, and the run of {name_of(run)} holds none; probe the "
+                f"weight_surface draws weights, and the run of {model_name(run.attrs)} holds none; probe the "
                 "checkpoint with `osp-diag probe CHECKPOINT --weights mlp.down_proj` (of a training, what "
                 "`osp-diag export` writes)"
             )
@@ -135,7 +139,7 @@ def _of_run(run: Any, chosen: list[str], layer: int | None, cells: int) -> xr.Da
         layer = max(peaks, key=lambda index: peaks[index])
     elif layer not in held:
         raise UsageError(
-            f"weight_surface: the run of {name_of(run)} holds no weights of layer {layer}; it has "
+            f"weight_surface: the run of {model_name(run.attrs)} holds no weights of layer {layer}; it has "
             f"{', '.join(map(str, held))}"
         )
     surfaces = [_surface(found, layer, cells) for found in maps.values()]

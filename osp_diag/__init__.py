@@ -15,14 +15,16 @@ from osp_diag.version import __version__
 if TYPE_CHECKING:
     from osp_diag import analyses, estimators, figures, trainer
     from osp_diag.checkpoints import open_checkpoint
-    from osp_diag.probing import Probe, probe
+    from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe
     from osp_diag.runs.run import Run, open_run
     from osp_diag.seams.declared import attention_function
 
 __all__ = [
+    "MeasurementSettings",
     "OspDiagError",
     "Probe",
     "Run",
+    "TokenSettings",
     "__version__",
     "analyses",
     "attention_function",
@@ -37,8 +39,10 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "MeasurementSettings": "osp_diag.probing",
         "Probe": "osp_diag.probing",
         "Run": "osp_diag.runs.run",
+        "TokenSettings": "osp_diag.probing",
         "analyses": "osp_diag.analyses",
         "attention_function": "osp_diag.seams.declared",
         "estimators": "osp_diag.estimators",

@@ -32,7 +32,7 @@ def quietly(*, bars: bool = False) -> Iterator[None]:
 
         watched = bars and sys.stderr.isatty()
         verbosity, hub_verbosity = model_logging.get_verbosity(), hub_logging.get_verbosity()
-        own_bars, hub_bars = model_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+        model_bars, hub_bars = model_logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
         model_logging.set_verbosity(logging.CRITICAL)
         hub_logging.set_verbosity(logging.CRITICAL)
         if not watched:
@@ -47,6 +47,6 @@ def quietly(*, bars: bool = False) -> Iterator[None]:
             hub_logging.set_verbosity(hub_verbosity)
             # Where the environment forbids bars, asking for them draws a warning.
             if not constants.HF_HUB_DISABLE_PROGRESS_BARS:
-                if own_bars:
+                if model_bars:
                     model_logging.enable_progress_bar()
                 (enable_progress_bars if hub_bars else disable_progress_bars)()

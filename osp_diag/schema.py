@@ -7,6 +7,7 @@ of runs and captures in any framework can.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from typing import Literal, get_args
 
 __all__ = [
     "ATTENTION",
@@ -36,6 +37,7 @@ __all__ = [
     "VOCABULARY",
     "WEIGHTS",
     "WEIGHT_MAP",
+    "Protocol",
     "group_path",
     "in_site_order",
     "is_site",
@@ -88,7 +90,8 @@ SINK_POSITION = 0
 
 # -- strata ----------------------------------------------------------------------------------------------
 
-PROTOCOLS = ("sequence", "osp-published")
+Protocol = Literal["sequence", "osp-published"]
+PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 """How tokens are fed: as real sequences, or each as a sequence of its own, as the released OSP script
 does."""
 STRATA = ("all", "first", "delimiter", "rest")

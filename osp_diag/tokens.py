@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Int64
 
 from osp_diag.errors import TokenError, UsageError
 from osp_diag.schema import PROTOCOLS
-from osp_diag.text.sources import GIVEN_TEXT, Text, text_source
+from osp_diag.text.sources import STRING_TEXT, Text, text_source
 from osp_diag.text.tokenizer import DELIMITERS, decode, delimiter_ids_of, encode, opening_tokens
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DELIMITERS", "TokenBatches", "delimiter_ids_of", "make_batches"]
 
-
-BOS_CHOICES = ("auto", "yes", "no")
+BeginningOfSequence = Literal["auto", "yes", "no"]
+BOS_CHOICES: tuple[str, ...] = get_args(BeginningOfSequence)
 
 DEFAULT_TOKENS = 8192
 DEFAULT_LENGTH = 512
@@ -155,35 +155,35 @@ def make_batches(
     if sum(choice is not None for choice in (text, dataset, ids)) > 1:
         raise UsageError("text, dataset and ids are three sources; give one of them")
     if ids is not None and np.ndim(ids) == 2:
-        made = _given_sequences(ids, attention_mask, tokens, seq_len, bos, max_length)
+        sequences = _whole_sequences(ids, attention_mask, tokens, seq_len, bos, max_length)
     else:
-        as_it_is = protocol == "osp-published" or (ids is not None and bos == "auto")
-        opening = () if as_it_is else opening_tokens(tokenizer, bos)
+        is_bare = protocol == "osp-published" or (ids is not None and bos == "auto")
+        opening = () if is_bare else opening_tokens(tokenizer, bos)
         stream = _Stream(tokenizer, text, dataset, ids, split, text_column)
-        made = _cut_stream(stream, tokens, seq_len, max_length, opening)
+        sequences = _cut_stream(stream, tokens, seq_len, max_length, opening)
     if protocol == "osp-published":
-        present = made.tokens[made.mask == 1][:, None]
-        made = _Made(present, np.ones_like(present), (), made.source, made.notes)
+        present = sequences.tokens[sequences.mask == 1][:, None]
+        sequences = _Sequences(present, np.ones_like(present), (), sequences.source, sequences.notes)
     if vocabulary_size is not None:
-        _check_vocabulary(made.tokens, vocabulary_size, tokenizer)
-    given = ids is not None and not made.opening and protocol == "sequence"
+        _check_vocabulary(sequences.tokens, vocabulary_size, tokenizer)
+    is_as_given = ids is not None and not sequences.opening and protocol == "sequence"
     return TokenBatches(
-        tokens=made.tokens,
-        attention_mask=made.mask,
+        tokens=sequences.tokens,
+        attention_mask=sequences.mask,
         protocol=protocol,
-        bos="yes" if made.opening else "as given" if given else "no",
-        bos_ids=made.opening,
-        sequence_length=made.tokens.shape[1],
-        source=made.source,
-        fingerprint=_fingerprint(made.tokens, made.mask, protocol),
+        bos="yes" if sequences.opening else "as given" if is_as_given else "no",
+        bos_ids=sequences.opening,
+        sequence_length=sequences.tokens.shape[1],
+        source=sequences.source,
+        fingerprint=_fingerprint(sequences.tokens, sequences.mask, protocol),
         delimiter_ids=() if tokenizer is None else delimiter_ids_of(tokenizer),
-        notes=made.notes,
+        notes=sequences.notes,
         tokenizer=tokenizer,
     )
 
 
 @dataclass(frozen=True)
-class _Made:
+class _Sequences:
     """Sequences on their way to :class:`TokenBatches`."""
 
     tokens: np.ndarray
@@ -223,17 +223,17 @@ class _Stream:
         characters = CHARACTERS_PER_TOKEN * (count + MARGIN)
         while True:
             text, exhausted = self._text.prefix(characters)
-            found = encode(self._tokenizer, text, special=False)
-            if exhausted or len(found) >= count + MARGIN:
-                return np.asarray(found[:count], dtype=np.int64)
+            ids = encode(self._tokenizer, text, special=False)
+            if exhausted or len(ids) >= count + MARGIN:
+                return np.asarray(ids[:count], dtype=np.int64)
             characters *= 2
 
 
 def _cut_stream(
     stream: _Stream, tokens: int | None, seq_len: int | None, max_length: int | None, opening: tuple[int, ...]
-) -> _Made:
-    wanted = tokens or stream.length or DEFAULT_TOKENS
-    length = seq_len or min(DEFAULT_LENGTH, wanted, max_length or DEFAULT_LENGTH)
+) -> _Sequences:
+    total = tokens or stream.length or DEFAULT_TOKENS
+    length = seq_len or min(DEFAULT_LENGTH, total, max_length or DEFAULT_LENGTH)
     if tokens is not None and tokens < length:
         raise UsageError(
             f"tokens={tokens} is less than one sequence of seq_len={length}; pass --tokens {length} or more, "
@@ -244,29 +244,29 @@ def _cut_stream(
         raise UsageError(
             f"seq_len={length} leaves no room beside the opening tokens; pass {len(opening) + 1} or more"
         )
-    rows = max(1, wanted // length)
-    found = stream.take(rows * body)
-    if len(found) == 0:
+    rows = max(1, total // length)
+    stream_ids = stream.take(rows * body)
+    if len(stream_ids) == 0:
         raise TokenError(f"{stream.description} is empty: it has no tokens")
-    if len(found) < body:
-        mistaken = ", or the path of a file: none is named so" if stream.description == GIVEN_TEXT else ""
+    if len(stream_ids) < body:
+        mistaken = ", or the path of a file: none is named so" if stream.description == STRING_TEXT else ""
         raise TokenError(
-            f"{stream.description} has {len(found)} tokens, fewer than one sequence of {length}; give a "
-            f"longer text, or --seq-len {len(found) + len(opening)}{mistaken}"
+            f"{stream.description} has {len(stream_ids)} tokens, fewer than one sequence of {length}; give a "
+            f"longer text, or --seq-len {len(stream_ids) + len(opening)}{mistaken}"
         )
-    made = len(found) // body
+    count = len(stream_ids) // body
     notes: tuple[str, ...] = ()
-    if made < rows:
-        notes = (f"{stream.description} gives {made} sequences of {length}; {rows} were asked for.",)
-    sequences = found[: made * body].reshape(made, body)
-    prefix = np.tile(np.asarray(opening, dtype=np.int64), (made, 1))
-    ids = np.concatenate([prefix, sequences], axis=1)
-    return _Made(ids, np.ones_like(ids), opening, stream.description, notes)
+    if count < rows:
+        notes = (f"{stream.description} gives {count} sequences of {length}; {rows} were asked for.",)
+    bodies = stream_ids[: count * body].reshape(count, body)
+    prefix = np.tile(np.asarray(opening, dtype=np.int64), (count, 1))
+    ids = np.concatenate([prefix, bodies], axis=1)
+    return _Sequences(ids, np.ones_like(ids), opening, stream.description, notes)
 
 
-def _given_sequences(
+def _whole_sequences(
     ids: Any, mask: Any | None, tokens: int | None, seq_len: int | None, bos: str, max_length: int | None
-) -> _Made:
+) -> _Sequences:
     values = _integers(ids)
     if values.size == 0:
         raise TokenError(f"the token ids are empty: their shape is {values.shape}")
@@ -287,7 +287,7 @@ def _given_sequences(
     if not present.any():
         raise TokenError("the attention mask marks every token as padding")
     rows = count if tokens is None else max(1, min(count, tokens // length))
-    return _Made(values[:rows], present[:rows], (), "token ids given as an array")
+    return _Sequences(values[:rows], present[:rows], (), "token ids given as an array")
 
 
 def _check_choices(
@@ -316,17 +316,16 @@ def _too_long(length: int, max_length: int) -> TokenError:
 
 
 def _check_vocabulary(tokens: np.ndarray, vocabulary_size: int, tokenizer: Any | None) -> None:
-    bad = np.argwhere((tokens < 0) | (tokens >= vocabulary_size))
-    if len(bad) == 0:
+    foreign = np.argwhere((tokens < 0) | (tokens >= vocabulary_size))
+    if len(foreign) == 0:
         return
-    sequence, position = map(int, bad[0])
+    sequence, position = map(int, foreign[0])
     advice = (
         "the ids come from another tokenizer" if tokenizer is None else "the tokenizer is not this model's"
     )
     raise TokenError(
         f"token id {tokens[sequence, position]} at position {position} of sequence {sequence} is outside the "
-        "model's "
-        f"vocabulary of {vocabulary_size} ({len(bad)} such tokens): {advice}"
+        f"model's vocabulary of {vocabulary_size} ({len(foreign)} such tokens): {advice}"
     )
 
 

@@ -16,11 +16,19 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as NumPy, one prog
 
 from hypothesis import HealthCheck, settings
 
+from tests.new_figures import new_figure
+
+__all__ = ["new_figure"]
+
 # A shell starts background jobs with Ctrl-C ignored, which the processes that tests send it to would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines fail on a busy machine, and first examples pay for compilation.
-settings.register_profile("default", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.register_profile("ci", settings.get_profile("default"), derandomize=True, print_blob=True)
+settings.register_profile(
+    "default", deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile(
+    "ci", settings.get_profile("default"), max_examples=100, derandomize=True, print_blob=True
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))

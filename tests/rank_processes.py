@@ -1,15 +1,20 @@
-"""Gloo processes that stay for several tests: to start them takes longer than what most tests do in them."""
+"""Gloo processes that stay for several tests, and commands that ``torchrun`` would start as several."""
 
 from __future__ import annotations
 
+import os
 import socket
 import traceback
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
+
+from tests.warm_processes import Warm, command, forking
 
 
 def free_port() -> int:
@@ -23,7 +28,7 @@ class Ranks:
 
     def __init__(self, ranks: int) -> None:
         self.ranks, port = ranks, free_port()
-        context = torch.multiprocessing.get_context("spawn")
+        context = forking()
         self.pipes, self.processes = [], []
         for rank in range(ranks):
             ours, theirs = context.Pipe()
@@ -59,6 +64,33 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
+
+
+def launched(ranks: int, words: Sequence[str | Path], folder: Path) -> CompletedProcess[str]:
+    """``osp-diag`` with these words on several ranks, which the environment describes as ``torchrun`` does.
+
+    The exit code is the largest of theirs, as torchrun's is not 0 if any of theirs is not.
+    """
+    port = str(free_port())
+    shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    streams = {name: folder / f"launched-{port}.{name}" for name in ("stdout", "stderr")}
+    processes = [
+        Warm(
+            command,
+            ([str(word) for word in words],),
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            **streams,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        codes = [process.wait(300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    written = {name: path.read_text() for name, path in streams.items()}
+    return CompletedProcess(list(words), max(map(abs, codes)), **written)
 
 
 def _serve(rank: int, ranks: int, port: int, pipe: Connection) -> None:

@@ -16,7 +16,9 @@ import numpy as np
 import xarray as xr
 from scipy.stats import norm
 
+from osp_diag.estimators import ActivationObservation, Suite, default_estimators
 from osp_diag.estimators.attention_tiles import LogitGrid
+from osp_diag.probing.labelling import label_states
 from osp_diag.runs.run import Run
 from osp_diag.runs.writer import RunWriter
 from tests.synthetic_statics import few_bits, token_texts, weight_maps
@@ -49,6 +51,8 @@ class Plan:
     snapshots: bool = True
     weights: bool = True
     few_bits: bool = True
+    every_estimator: bool = False
+    """Every default statistic of activations, also those that no figure of the package draws."""
 
     @property
     def head_channels(self) -> int:
@@ -175,6 +179,17 @@ def activation_statistics(x: np.ndarray, strata: np.ndarray) -> xr.Dataset:
             "channel": np.arange(d),
         },
     )
+
+
+def remaining_statistics(site: str, x: np.ndarray, strata: np.ndarray) -> xr.Dataset:
+    """What the default estimators say of a site, (layer, sequence, token, channel), as a probe labels it."""
+    suite = Suite(default_estimators(observes="activation", site=site))
+    layers = {}
+    for layer, values in enumerate(x):
+        observation = ActivationObservation(values.astype(np.float32), strata.astype(np.float32))
+        state = suite.update(suite.init(observation.layout, values), observation)
+        layers[layer] = (state, observation.layout)
+    return label_states(suite, layers)
 
 
 def attention_statistics(plan: Plan, rng: np.random.Generator) -> xr.Dataset:
@@ -306,6 +321,12 @@ def _groups(plan: Plan) -> tuple[dict[str, xr.Dataset], dict[str, xr.Dataset]]:
         "final_norm": _normalised(x[-1:]),
     }
     statistics = {site: activation_statistics(values, strata) for site, values in tensors.items()}
+    if plan.every_estimator:
+        for site, values in tensors.items():
+            others = remaining_statistics(site, values, strata).drop_vars(
+                list(statistics[site].data_vars), errors="ignore"
+            )
+            statistics[site] = statistics[site].merge(others)
     statistics["final_norm"] = statistics["final_norm"].assign_coords(layer=[plan.layers - 1])
     if plan.attention:
         statistics["attention"] = attention_statistics(plan, rng)

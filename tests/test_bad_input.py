@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -18,8 +16,8 @@ import osp_diag
 from osp_diag.cli.main import main
 from osp_diag.errors import StoreError
 from tests.tiny_checkpoints import LENGTH, byte_tokenizer, llama, save
+from tests.warm_processes import Warm, command
 
-ROOT = Path(__file__).parents[1]
 QUICK = ["--tokens", "64", "--seq-len", "16"]
 
 
@@ -221,41 +219,23 @@ def test_a_run_of_another_model_is_not_resumed(tmp_path):
     assert osp_diag.open_run(out).steps.tolist() == [0, 1]
 
 
-KILLED = """
-import os, signal, sys, torch, osp_diag
-from tests.tiny_checkpoints import llama
-model, ids, out, resume = llama(), torch.arange(16)[None], sys.argv[1], sys.argv[2] == "resume"
-with osp_diag.Probe(model, out=out, sites=["residual_post"], snapshot_tokens=4, resume=resume) as probe:
-    for step in range(3 if resume else 0, 6):
-        if step == 3 and not resume:
-            os.kill(os.getpid(), signal.SIGKILL)
-        with probe.step(step):
-            model(ids)
-"""
-
-
-def python(*words: str, **options) -> subprocess.Popen:
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    return subprocess.Popen(
-        [sys.executable, *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        **options,
-    )
+def _looping(out: Path, resume: bool) -> None:
+    model, ids = llama(), torch.arange(16)[None]
+    with osp_diag.Probe(model, out=out, sites=["residual_post"], snapshot_tokens=4, resume=resume) as probe:
+        for step in range(3 if resume else 0, 6):
+            if step == 3 and not resume:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with probe.step(step):
+                model(ids)
 
 
 @pytest.mark.slow
 def test_a_killed_loop_is_resumed(tmp_path):
-    out = tmp_path / "run.zarr"
-    killed = python("-c", KILLED, str(out), "begin")
-    killed.communicate(timeout=120)
-    assert killed.returncode == -signal.SIGKILL
+    out, errors = tmp_path / "run.zarr", tmp_path / "errors"
+    assert Warm(_looping, (out, False)).wait(120) == -signal.SIGKILL
     assert osp_diag.open_run(out).steps.tolist() == [0, 1, 2]
-    resumed = python("-c", KILLED, str(out), "resume")
-    assert resumed.communicate(timeout=120)[1] == ""
+    assert Warm(_looping, (out, True), stderr=errors).wait(120) == 0
+    assert errors.read_text() == ""
     run = osp_diag.open_run(out)
     assert run.steps.tolist() == [0, 1, 2, 3, 4, 5]
     assert len(run.attrs["resumed"]) == 1
@@ -274,17 +254,19 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
         "--batch-size",
         "2",
     ]
-    process = python("-m", "osp_diag", *words, "--out", str(out), env={"PASSES": str(passes)})
+    shown, errors = tmp_path / "shown", tmp_path / "errors"
+    environment = os.environ | {"PASSES": str(passes)}
+    process = Warm(command, ([*words, "--out", str(out)],), stdout=shown, stderr=errors, env=environment)
     deadline = time.monotonic() + 120
     # The first pass finds the sites.
     while not (passes.exists() and int(passes.read_text() or 0) > 5):
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, errors.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    shown, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert shown == ""
+    assert process.wait(60) == 130
+    assert shown.read_text() == ""
+    said = errors.read_text()
     found = re.fullmatch(r"osp-diag: interrupted; what (\d+) of 100 sequences gave is kept in (.*)\.\n", said)
     assert found, said
     assert found[2] == str(out)
@@ -301,21 +283,19 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     assert {int(count) for site in counts.values() for count in site.values.ravel()} == {16 * done}
 
 
-FULL = """
-import resource, sys
-from osp_diag.cli.main import main
-import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-import torch, transformers, xarray, zarr
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]), resource.RLIM_INFINITY))
-sys.exit(main(sys.argv[2:]))
-"""
+def _with_files_of(size: int, words: list[str]) -> int:
+    import resource
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    return main(words)
 
 
 @pytest.mark.slow
 def test_a_full_disk(tiny, tmp_path):
-    out = tmp_path / "run.zarr"
-    process = python("-c", FULL, "20000", "probe", str(tiny), *QUICK, "--single-protocol", "--out", str(out))
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 2
+    out, errors = tmp_path / "run.zarr", tmp_path / "errors"
+    words = ["probe", str(tiny), *QUICK, "--single-protocol", "--out", str(out)]
+    assert Warm(_with_files_of, (20_000, words), stderr=errors).wait(120) == 2
+    said = errors.read_text()
     assert re.search(r"osp-diag: cannot write run .*run\.zarr: no space left .*Free space", said), said
     assert not out.exists(), "a folder without a step would be in the way of the next try"

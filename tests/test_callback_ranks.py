@@ -14,7 +14,7 @@ from osp_diag.trainer.callbacks import OutlierProbeCallback
 from osp_diag.trainer.callbacks.lightning import OutlierProbe
 from tests import test_lightning_callback as with_lightning
 from tests import test_transformers_callback as with_transformers
-from tests.test_ranks import free_port, in_processes
+from tests.rank_processes import Ranks, free_port
 from tests.training_loops import WATCHED, assert_same_runs, assert_untouched, held_out
 
 pytestmark = with_lightning.pytestmark
@@ -62,7 +62,8 @@ def _training(rank: int, ranks: int, port: int, out: str) -> None:
 
 @pytest.mark.slow
 def test_under_ddp_one_run_of_all_ranks_tokens_is_written(tmp_path):
-    in_processes(2, _training, free_port(), str(tmp_path))
+    with Ranks(2) as ranks:
+        ranks.run(_training, free_port(), str(tmp_path))
     (tmp_path / "alone").mkdir()
     for on in MODES:
         for library, trains in (("transformers", transformers_trains), ("lightning", lightning_trains)):

@@ -294,40 +294,59 @@ def test_ctrl_c_while_measuring_records_what_was_measured(path):
         assert probe.run.steps.tolist() == [0]
 
 
+# One Python does the imports, and forks into as many as there are ways to end.
 LEFT_OPEN = """
-import atexit, shutil, sys, torch, osp_diag
+import atexit, os, pathlib, shutil, sys, torch, osp_diag, zarr
 from tests.tiny_checkpoints import byte_tokenizer, llama
+for how in sys.argv[1:]:
+    out = how + ".zarr"
+    child = os.fork()
+    if not child:
+        break
+    status = os.waitpid(child, 0)[1]
+    pathlib.Path(how + ".status").write_text(str(os.waitstatus_to_exitcode(status)))
+else:
+    sys.exit()
+os.dup2(os.open(how + ".errors", os.O_WRONLY | os.O_CREAT), 2)
 model = llama()
-probe = osp_diag.Probe(model, out=sys.argv[1], sites=["residual_post"], deferred=True)
-if sys.argv[2] == "closed at exit":
+probe = osp_diag.Probe(model, out=out, sites=["residual_post"], deferred=True)
+if how == "closed at exit":
     atexit.register(probe.close)
 for step in range(3):
-    if step == 2 and sys.argv[2] == "failing":
+    if step == 2 and how == "failing":
         probe.flush()
-        shutil.rmtree(sys.argv[1])
+        shutil.rmtree(out)
     with probe.step(step):
         model(torch.arange(16)[None])
     probe.append_series(step, {"loss": 1.0})
 """
 
 
-def left_open(path: Path, how: str) -> subprocess.CompletedProcess[str]:
-    words = [sys.executable, "-c", LEFT_OPEN, str(path), how]
-    return subprocess.run(words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+@pytest.fixture(scope="module")
+def left_open(tmp_path_factory) -> Path:
+    """The folder of what processes wrote that ended with a deferred probe, and of what they said."""
+    folder = tmp_path_factory.mktemp("ended")
+    words = [sys.executable, "-c", LEFT_OPEN, "left open", "closed at exit", "failing"]
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, cwd=folder
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["left open", "closed at exit"])
-def test_the_last_step_is_written_when_python_ends(path, how):
-    done = left_open(path, how)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_the_last_step_is_written_when_python_ends(left_open, how):
+    path = left_open / f"{how}.zarr"
+    assert (left_open / f"{how}.status").read_text() == "0"
+    assert (left_open / f"{how}.errors").read_text() == ""
     assert osp_diag.open_run(path).steps.tolist() == [0, 1, 2]
     assert (path / LOCK_NAME).exists() == (how == "left open")
 
 
 @pytest.mark.slow
-def test_an_error_that_no_call_was_left_to_raise_is_told_when_python_ends(path):
-    told = left_open(path, "failing").stderr
+def test_an_error_that_no_call_was_left_to_raise_is_told_when_python_ends(left_open):
+    told = (left_open / "failing.errors").read_text()
     assert "RuntimeWarning: a probe was not recorded whole: cannot write run" in told
     assert "(close the probe, to have this raised)" in told
 
@@ -347,6 +366,11 @@ class Told(Kept):
         super().log(step, values)
 
 
+def probe_that(*, deferred: bool):
+    """A probe that is deferred or not, whatever it is asked for."""
+    return lambda model, **options: osp_diag.Probe(model, **options | {"deferred": deferred})
+
+
 def without_clocks(told: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
     clocks = ("step_seconds", "tokens_per_second")
     return {step: {k: v for k, v in values.items() if k not in clocks} for step, values in told.items()}
@@ -356,8 +380,8 @@ def test_the_trainer_records_and_tells_the_same(tmp_path, monkeypatch):
     told = []
     for deferred in (False, True):
         told.append(Told())
-        monkeypatch.setattr("osp_diag.trainer.loop.open_loggers", lambda *_, **__: told[-1])
-        monkeypatch.setattr("osp_diag.trainer.probing.Probe", partial(osp_diag.Probe, deferred=deferred))
+        monkeypatch.setattr("osp_diag.trainer.recording.open_loggers", lambda *_, **__: told[-1])
+        monkeypatch.setattr("osp_diag.trainer.recording.Probe", probe_that(deferred=deferred))
         train(minute(), tmp_path / f"{deferred}.zarr", loggers=["tensorboard"])
     assert_same_run(tmp_path / "False.zarr", tmp_path / "True.zarr")
     at_once, behind = told
@@ -366,8 +390,16 @@ def test_the_trainer_records_and_tells_the_same(tmp_path, monkeypatch):
     assert behind.order == sorted(behind.order) == at_once.order
 
 
+def test_loggers_get_the_headline_of_training_steps_that_are_probed(tmp_path, monkeypatch):
+    logger = Told()
+    monkeypatch.setattr("osp_diag.trainer.recording.open_loggers", lambda *_, **__: logger)
+    train(minute(steps=3, probe__on="training"), tmp_path / "run.zarr", loggers=["tensorboard"])
+    probed = [step for step, values in logger.told.items() if "osp_diag/osp_excess_kurtosis" in values]
+    assert (probed, logger.order) == ([3], sorted(logger.order))
+
+
 def test_a_deferred_training_that_is_interrupted_goes_on_exactly(tmp_path, monkeypatch):
-    monkeypatch.setattr("osp_diag.trainer.probing.Probe", partial(osp_diag.Probe, deferred=True))
+    monkeypatch.setattr("osp_diag.trainer.recording.Probe", probe_that(deferred=True))
     train(minute(), tmp_path / "whole.zarr")
     out = tmp_path / "run.zarr"
     with pytest.raises(KeyboardInterrupt):

@@ -9,7 +9,7 @@ import pytest
 
 from osp_diag.analyses.channels.hot import hot_channels
 from osp_diag.analyses.emergence.history import log_kurtosis, onsets, trace_emergence
-from osp_diag.analyses.emergence.onset import first_rise, when_it_emerges
+from osp_diag.analyses.emergence.onset import emergence_of_series, first_rise
 from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
@@ -44,7 +44,7 @@ def test_the_intervals_hold_what_was_planted(onset, doubling):
     """90% intervals over ten series. An onset has to be seen, which takes half a doubling."""
     hits = []
     for seed in range(10):
-        result = when_it_emerges(STEPS, series(onset, doubling, seed=seed), draws=60, seed=seed)
+        result = emergence_of_series(STEPS, series(onset, doubling, seed=seed), draws=60, seed=seed)
         assert result.state == "onset"
         assert result.raised_at_end
         assert result.onset[0] == pytest.approx(onset, abs=doubling + 10)
@@ -64,7 +64,7 @@ def test_the_intervals_hold_what_was_planted(onset, doubling):
 
 
 def test_a_plateau_ends_growth():
-    result = when_it_emerges(STEPS, series(100, 20, 64), draws=60)
+    result = emergence_of_series(STEPS, series(100, 20, 64), draws=60)
     assert np.exp(result.plateau[0]) == pytest.approx(64, rel=0.1)
     assert np.exp(result.plateau[1]) < 66
     assert np.exp(result.plateau[2]) > 62
@@ -75,23 +75,23 @@ def test_a_plateau_ends_growth():
 def test_noise_has_no_onset():
     for seed in range(20):
         noise = np.maximum(0.3 * np.random.default_rng(seed).standard_normal(len(STEPS)), 0)
-        assert when_it_emerges(STEPS, noise, draws=0).state == "noise"
+        assert emergence_of_series(STEPS, noise, draws=0).state == "noise"
 
 
 def test_a_single_probe_is_no_onset_and_a_bump_ends():
     spike = np.zeros(50)
     spike[20] = 4
-    assert when_it_emerges(STEPS, spike).state == "noise"
+    assert emergence_of_series(STEPS, spike).state == "noise"
     bump = np.zeros(50)
     bump[20:30] = 4
-    result = when_it_emerges(STEPS, bump, draws=10)
+    result = emergence_of_series(STEPS, bump, draws=10)
     assert result.onset[0] == 200
     assert not result.raised_at_end
     assert np.isnan(result.doubling[0])
 
 
 def test_what_was_there_before_the_first_probe():
-    result = when_it_emerges(STEPS, np.full(50, 3.0), draws=10)
+    result = emergence_of_series(STEPS, np.full(50, 3.0), draws=10)
     assert result.state == "from the start"
     assert result.onset == (0, 0, 0)
 
@@ -99,14 +99,14 @@ def test_what_was_there_before_the_first_probe():
 def test_onsets_do_not_depend_on_even_probes_and_gaps_are_left_out():
     steps = np.array([0.0, 10, 20, 30, 40, 60, 80, 100, 120, 160, 200, 240, 280, 320, 400])
     y = np.maximum((steps - 90) / 40 * np.log(2), 0)
-    result = when_it_emerges(steps, y, draws=30)
+    result = emergence_of_series(steps, y, draws=30)
     assert result.onset[0] in (100, 120)
     assert result.onset[1] < result.onset[0] <= result.onset[2]
     assert result.doubling[0] == pytest.approx(40, rel=0.02)
     holes = np.insert(y, 4, np.nan)
-    again = when_it_emerges(np.insert(steps, 4, 35.0), holes, draws=30)
+    again = emergence_of_series(np.insert(steps, 4, 35.0), holes, draws=30)
     assert again.onset[0] == result.onset[0]
-    assert when_it_emerges(steps[:4], y[:4]).state == "unknown"
+    assert emergence_of_series(steps[:4], y[:4]).state == "unknown"
 
 
 def test_the_rise_begins_where_the_segments_leave_the_noise():
@@ -254,7 +254,7 @@ def test_a_real_training(tmp_path):
     from osp_diag.trainer.presets import with_recipe
     from tests.training_runs import minute
 
-    config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0), "adam")
+    config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0, probe__sites=()), "adam")
     train(config, tmp_path / "run.zarr")
     run = open_run(tmp_path / "run.zarr")
     found = trace_emergence(run, draws=10)

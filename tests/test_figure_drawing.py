@@ -15,24 +15,31 @@ import xarray as xr
 
 from osp_diag import figures
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.figures._registry import figure_module
+from osp_diag.figures._registry import default_width, figure_module, in_report
 from osp_diag.figures.backend import load_backend, none
 from osp_diag.figures.styles import load_style
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
-from tests.test_figures import FIGURES
 
-OF_TWO = ("channel_map_comparison",)
+FIGURES = tuple(figures.names())
+OF_TWO = tuple(name for name in FIGURES if in_report(name).pairs)
 """Figures that take two runs, or two steps of one."""
 
 
 @pytest.fixture(scope="module")
 def run():
-    return synthetic_run()
+    return synthetic_run(every_estimator=True)
 
 
 @pytest.fixture(scope="module")
 def clean():
-    return synthetic_run(OUTLIER_FREE)
+    return synthetic_run(OUTLIER_FREE, every_estimator=True)
+
+
+@pytest.fixture(scope="module")
+def smallest():
+    return synthetic_run(layers=1, emergence_layer=0, sink_head=(0, 0), heads=1, key_value_heads=1,
+                         channels=8, massive_channels=(1, 2), tokens=2, sequences=1,
+                         every_estimator=True)  # fmt: skip
 
 
 def data(name: str, runs, **options) -> xr.Dataset:
@@ -49,7 +56,8 @@ def test_every_figure_draws_with_matplotlib(name, run, clean, tmp_path):
     content = out.read_bytes()
     assert content.startswith(b"\x89PNG")
     assert b"Description" in content
-    assert figure.get_figwidth() == pytest.approx(6.9)
+    width = load_style("paper").widths[default_width(name)]
+    assert figure.get_figwidth() == pytest.approx(width)
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -129,10 +137,8 @@ def test_odd_token_texts_and_names_are_drawn_as_they_are(tmp_path):
 
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("backend", ["matplotlib", "plotly"])
-def test_the_smallest_run_can_be_drawn(name, backend):
-    tiny = synthetic_run(layers=1, emergence_layer=0, sink_head=(0, 0), heads=1, key_value_heads=1,
-                         channels=8, massive_channels=(1, 2), tokens=2, sequences=1)  # fmt: skip
-    canvas = figures.draw(name, [tiny, tiny] if name in OF_TWO else tiny, backend=backend)
+def test_the_smallest_run_can_be_drawn(name, backend, smallest):
+    canvas = figures.draw(name, [smallest, smallest] if name in OF_TWO else smallest, backend=backend)
     canvas.to_json() if backend == "plotly" else canvas.canvas.draw()
 
 
@@ -163,7 +169,7 @@ def test_a_style_can_be_swapped_and_leaves_no_trace(run):
 
 
 def test_from_a_run_on_disk(tmp_path):
-    path = write_run(tmp_path / "run.zarr", Plan(steps=(0, 10)))
+    path = write_run(tmp_path / "run.zarr", Plan(steps=(0, 10), every_estimator=True))
     on_disk, in_memory = data("depth_profile", path), data("depth_profile", synthetic_run(steps=(0, 10)))
     np.testing.assert_allclose(on_disk["kurtosis"], in_memory["kurtosis"], rtol=1e-6)
     for name in FIGURES:
@@ -312,7 +318,7 @@ def test_options_are_read_as_what_they_look_like(text, value):
 def test_drawing_from_disk_loads_no_model_library(tmp_path):
     path = write_run(tmp_path / "run.zarr")
     code = (
-        "import sys, figures\n"
+        "import sys; from osp_diag import figures\n"
         f"figures.draw('sink_map', {str(path)!r}, out={str(tmp_path / 'a.png')!r})\n"
         "assert 'plotly' not in sys.modules\n"
         f"figures.draw('sink_map', {str(path)!r}, out={str(tmp_path / 'a.html')!r})\n"

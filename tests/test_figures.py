@@ -13,32 +13,13 @@ from osp_diag.cli.figure import run as figure_verb
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._colours import ColourScale, colour_table
 from osp_diag.figures._decimate import bin_starts, max_pool, spread
+from osp_diag.figures._placement import InGallery, InReport
+from osp_diag.figures._registry import default_width, figure_module, in_gallery, in_report, summaries
 from osp_diag.figures._runs import shown_token
 from osp_diag.figures.backend import none
 from osp_diag.figures.styles import load_style
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
 
-FIGURES = (
-    "ablation_table",
-    "activation_surface",
-    "attention_map",
-    "bit_width_sweep",
-    "channel_map",
-    "channel_map_comparison",
-    "concentration_curves",
-    "depth_profile",
-    "estimator_disagreement",
-    "kurtosis_dynamics",
-    "logit_densities",
-    "outlier_timeline",
-    "qk_magnitude",
-    "quantization_scatter",
-    "sink_emergence",
-    "sink_implementation",
-    "sink_map",
-    "stratum_comparison",
-    "weight_surface",
-)
 PLAN = Plan()
 
 
@@ -58,8 +39,6 @@ def data(name: str, runs, **options) -> xr.Dataset:
 
 def recording(name: str, runs, **options) -> none.Canvas:
     """What the figure draws, primitive by primitive."""
-    from osp_diag.figures._registry import figure_module
-
     module = figure_module(name)
     prepared = module.prepare(runs if isinstance(runs, list) else [runs], **options)
     canvas: none.Canvas = module.draw(prepared, none, style=load_style("paper"), width="two-column")
@@ -135,14 +114,40 @@ def test_tokens_are_shown_so_that_one_can_read_them():
 
 
 def test_every_file_is_a_figure_and_the_paper_gave_some_their_numbers():
-    assert figures.names() == list(FIGURES)
+    assert {"depth_profile", "sink_map", "sink_implementation"} <= set(figures.names())
+    assert {*(f"fig{number}" for number in range(1, 12)), "table2"} <= set(figures.aliases())
     assert figures.aliases()["fig2"] == "activation_surface"
     assert figures.aliases()["fig3"] == figures.aliases()["fig7"] == "kurtosis_dynamics"
     assert figures.aliases()["fig5"] == "qk_magnitude"
 
 
-def test_the_help_of_the_verb_names_every_figure():
-    assert all(name in (figure_verb.__doc__ or "") for name in figures.names())
+def test_every_alias_is_of_one_figure():
+    stated = [alias for name in figures.names() for alias in getattr(figure_module(name), "ALIASES", ())]
+    assert len(set(stated)) == len(stated)
+    assert set(stated).isdisjoint(figures.names())
+
+
+def test_the_help_of_the_verb_says_what_every_figure_is():
+    text = figure_verb.__doc__ or ""
+    for name, summary in summaries().items():
+        assert summary.aliases == tuple(getattr(figure_module(name), "ALIASES", ()))
+        assert f"{', '.join((name, *summary.aliases))}\n          {summary.line}\n" in text
+        assert 20 < len(summary.line) < 110, name
+
+
+def test_a_figure_may_say_nothing_of_its_place(new_figure):
+    new_figure("brand_new", '"""Nothing but a line."""\n')
+    assert "brand_new" in figures.names()
+    assert summaries()["brand_new"] == ("Nothing but a line", ())
+    assert in_report("brand_new") == InReport()
+    assert in_gallery("brand_new") == InGallery()
+    assert default_width("brand_new") == "two-column"
+
+
+def test_a_place_of_the_wrong_kind_is_refused(new_figure):
+    new_figure("brand_new", '"""Nothing."""\nREPORT = "first"\n')
+    with pytest.raises(UsageError, match=r"the figure brand_new: REPORT is an InReport of .*, not 'first'"):
+        in_report("brand_new")
 
 
 # -- depth profile ---------------------------------------------------------------------------------------

@@ -3,10 +3,9 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -15,11 +14,10 @@ from osp_diag.trainer.config_values import as_dictionary
 from tests.browser import visit
 from tests.growing_runs import ATTRIBUTES, groups, grown_run, record
 from tests.training_runs import minute
+from tests.warm_processes import Warm, command, read_when
 
 pytest.importorskip("dash")
 
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 PATIENCE = 30_000
 """milliseconds that anything may take on a busy machine"""
 
@@ -27,17 +25,17 @@ PATIENCE = 30_000
 @contextmanager
 def served(*runs):
     """The address at which ``osp-diag watch --serve`` shows these runs."""
-    words = [sys.executable, "-m", "osp_diag", "watch", *map(str, runs)]
-    words += ["--serve", "--port", "0", "--every", "0.3"]
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
-    try:
-        said = process.stdout.readline()
-        assert said.startswith("watch: http://127.0.0.1:"), said
-        yield said.split()[1]
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(30)
-        process.stdout.close()
+    words = ["watch", *map(str, runs), "--serve", "--port", "0", "--every", "0.3"]
+    with TemporaryDirectory() as folder:
+        shown = Path(folder, "shown")
+        process = Warm(command, (words,), stdout=shown)
+        try:
+            said = read_when(shown, lambda text: "\n" in text, process)
+            assert said.startswith("watch: http://127.0.0.1:"), said
+            yield said.split()[1]
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(30)
 
 
 def drawn(page, name):
@@ -141,10 +139,10 @@ def test_the_page_goes_on_while_a_training_begins_dies_and_resumes(tmp_path):
     config = minute(steps=4000, name="mortal", probe__every=5, probe__sites=("residual_post", "attention"))
     described, out = tmp_path / "config.json", tmp_path / "mortal.zarr"
     described.write_text(json.dumps(as_dictionary(config) | {"checkpoint.every": 10}))
-    command = [sys.executable, "-m", "osp_diag", "train", "--config", str(described), "--out", str(out)]
 
     def train(*words):
-        return subprocess.Popen([*command, *words], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
+        words = ["train", "--config", str(described), "--out", str(out), *words]
+        return Warm(command, (words,), stderr=Path(os.devnull))
 
     with served(out) as address, visit(address) as seen:
         page = seen.page

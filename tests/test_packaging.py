@@ -173,6 +173,11 @@ def test_pins_name_released_versions_only():
         assert re.fullmatch(released, version), f"{name}=={version}"
 
 
+def test_what_formats_a_commit_is_the_ruff_that_was_tested():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    assert set(re.findall(r"ruff==[0-9.]+", hooks)) == {f"ruff=={pins()['ruff']}"}
+
+
 def test_make_says_what_to_do_where_no_python_will_do(tmp_path):
     shutil.copy(ROOT / "Makefile", tmp_path)
     done = subprocess.run(

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 import xarray as xr
 
 import osp_diag
@@ -20,24 +19,10 @@ from osp_diag.cli.main import main
 from osp_diag.estimators.base import Layout, Suite
 from osp_diag.estimators.registry import get_estimator
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, on_first_rank
-from tests.rank_processes import Ranks, free_port
+from tests.rank_processes import Ranks, free_port, launched
 from tests.tiny_checkpoints import byte_tokenizer, llama, save
 
 ROOT = Path(__file__).parents[1]
-
-
-def _joined(rank: int, ranks: int, port: int, body, *arguments) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
-    try:
-        body(rank, ranks, *arguments)
-    finally:
-        dist.destroy_process_group()
-
-
-def in_processes(ranks: int, body, *arguments) -> None:
-    """Run ``body(rank, ranks, *arguments)`` in that many gloo processes; what one raises is raised here."""
-    torch.multiprocessing.spawn(_joined, (ranks, free_port(), body, *arguments), nprocs=ranks)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +250,7 @@ def test_torchrun_shards_the_tokens_and_writes_one_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["tokens"] == 80
     assert_whole(out, path, 2)
-    again = torchrun(2, "probe", path, *WORDS, "--out", out)
+    again = launched(2, ["probe", path, *WORDS, "--out", out], tmp_path)
     assert again.returncode != 0
     assert "already holds a run; pass --overwrite" in again.stderr
 

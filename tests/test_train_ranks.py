@@ -1,10 +1,7 @@
 """Training on several processes: the same curve and the same probes as on one."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +12,7 @@ from osp_diag.trainer.checkpoint import folder_of, latest
 from osp_diag.trainer.config_values import as_dictionary
 from osp_diag.trainer.exporting import trained_model
 from osp_diag.trainer.loop import train
-from tests.rank_processes import Ranks, free_port
-from tests.test_ranks import ROOT
+from tests.rank_processes import Ranks, launched
 from tests.training_runs import minute
 
 MODES = {
@@ -42,21 +38,18 @@ def four():
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """Trained by two ranks that share the parameters out, for two tests: each process takes ten seconds."""
+    """Trained by two ranks that share the parameters out, for two tests."""
     out = tmp_path_factory.mktemp("sharded") / "run.zarr"
-    done = torchrun(2, minute(**CONFIG, **MODES["fsdp"]), out)
+    done = by_command(2, minute(**CONFIG, **MODES["fsdp"]), out)
     assert done.returncode == 0, done.stderr
     return out
 
 
-def torchrun(ranks, config, out, *options):
+def by_command(ranks, config, out):
+    """Trained as by ``torchrun … -m osp_diag train``; test_ranks starts the real one."""
     described = out.with_suffix(".json")
     described.write_text(json.dumps(as_dictionary(config)))
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={ranks}"]
-    command += [f"--master-port={free_port()}", "--module", "osp_diag", "train"]
-    command += ["--config", str(described), "--out", str(out), *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    return launched(ranks, ["train", "--config", described, "--out", out], out.parent)
 
 
 def assert_alike(one: Path, other: Path) -> None:
@@ -86,7 +79,7 @@ def assert_alike(one: Path, other: Path) -> None:
 @pytest.mark.slow
 def test_two_ranks_train_what_one_process_trains(alone, tmp_path):
     out = tmp_path / "run.zarr"
-    done = torchrun(2, minute(**CONFIG, **MODES["ddp"]), out)
+    done = by_command(2, minute(**CONFIG, **MODES["ddp"]), out)
     assert done.returncode == 0, done.stderr
     assert_alike(out, alone)
 
@@ -120,7 +113,7 @@ def test_a_sharded_run_goes_on_under_another_number_of_ranks(sharded, alone, tmp
 
 @pytest.mark.slow
 def test_what_cannot_be_shared_is_refused_once(tmp_path):
-    done = torchrun(2, minute(batch_size=3), tmp_path / "run.zarr")
+    done = by_command(2, minute(batch_size=3), tmp_path / "run.zarr")
     assert done.returncode != 0
     assert "batch_size=3 cannot be dealt to 2 ranks; give a multiple of 2" in done.stderr
     assert not (tmp_path / "run.zarr").exists()

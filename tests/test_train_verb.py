@@ -1,16 +1,23 @@
 """``osp-diag train`` and ``osp-diag export``, as a user types them."""
 
 import json
+import sys
+from pathlib import Path
+from subprocess import STDOUT
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from osp_diag import figures
+from osp_diag.cli import train_ablation
 from osp_diag.cli.main import main
 from osp_diag.runs.run import open_run
+from osp_diag.trainer import ablation
 from osp_diag.trainer.config_values import as_dictionary
 from tests.training_runs import minute
+from tests.warm_processes import Warm, command
 
 
 @pytest.fixture(scope="module")
@@ -89,8 +96,23 @@ def test_misuse_is_refused_in_words(words, message, tmp_path, monkeypatch, capsy
     assert not list(tmp_path.rglob("step-*"))
 
 
+@pytest.fixture
+def warm(monkeypatch):
+    """Trainings run in forks; those of the demo are started as they always are."""
+
+    def popen(words, *, env, stdout, stderr, stdin):
+        assert words[:3] == [sys.executable, "-m", "osp_diag"]
+        assert stderr == STDOUT
+        log = Path(stdout.name)
+        return Warm(command, (words[3:],), stdout=log, stderr=log, env=env)
+
+    monkeypatch.setattr(ablation, "subprocess", SimpleNamespace(Popen=popen, STDOUT=STDOUT, DEVNULL=None))
+
+
 @pytest.mark.slow
-def test_the_ablation_trains_six_recipes_and_compares_them(described, tmp_path, capsys):
+@pytest.mark.usefixtures("warm")
+def test_the_ablation_trains_six_recipes_and_compares_them(described, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train_ablation.held_out_tokens, "__defaults__", (2048,))
     out = tmp_path / "ablation"
     words = ["train", "--config", str(described), "--ablation", "paper", "--out", str(out)]
     assert main(words) == 0

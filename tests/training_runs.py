@@ -11,6 +11,18 @@ from osp_diag.trainer.config import (
 )
 from osp_diag.trainer.config_values import with_changes
 
+SITES = (
+    "embedding",
+    "residual_post",
+    "final_norm",
+    "attention_input",
+    "query_post_rope",
+    "mlp_hidden",
+    "mlp_down_weight",
+    "attention",
+)
+"""Some of each kind; all of them take twice as long."""
+
 
 def minute(**changes):
     """A config of a model that trains in seconds; changes by dotted key with ``__`` for the dot."""
@@ -22,7 +34,7 @@ def minute(**changes):
         optimizer=OptimizerConfig(lr=4e-3, newton_schulz_dtype="float32"),
         schedule=ScheduleConfig(warmup=2),
         data=DataConfig(sequence_length=32),
-        probe=ProbeConfig(every=3, dense_until=0, tokens=256),
+        probe=ProbeConfig(every=3, dense_until=0, tokens=256, sites=SITES),
         checkpoint=CheckpointConfig(every=2),
     )
     return with_changes(config, {key.replace("__", "."): value for key, value in changes.items()})

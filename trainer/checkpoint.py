@@ -25,12 +25,12 @@ from osp_diag.trainer.config_values import as_dictionary, differences
 __all__ = [
     "CheckpointFolder",
     "Saved",
-    "alone_is_meant",
     "check_beside",
     "folder_of",
     "forget",
     "identity_of",
     "latest",
+    "without_single_process_warnings",
 ]
 
 PART = ".part"
@@ -96,7 +96,7 @@ class Saved:
     def load(self, tensors: dict[str, Any]) -> None:
         """Read the tensors into those of ``tensors``, whatever the number of ranks that wrote them."""
         try:
-            with alone_is_meant():
+            with without_single_process_warnings():
                 dcp.load(tensors, checkpoint_id=self.path, no_dist=not is_distributed())
         except (OSError, RuntimeError, KeyError, ValueError, dcp.CheckpointException) as error:
             raise TrainingError(
@@ -105,7 +105,7 @@ class Saved:
 
 
 @contextmanager
-def alone_is_meant() -> Iterator[None]:
+def without_single_process_warnings() -> Iterator[None]:
     """Keep torch from warning, at every save and load, that a single process saves alone.
 
     Warning filters belong to the process, not to a thread: a block that saves in the background has to last

@@ -10,7 +10,7 @@ import torch
 from osp_diag.errors import TrainingError, UsageError
 from osp_diag.trainer.config import TrainConfig
 
-__all__ = ["device_of", "memory_told"]
+__all__ = ["device_of", "memory_advice"]
 
 
 def device_of(name: str) -> torch.device:
@@ -30,7 +30,7 @@ def device_of(name: str) -> torch.device:
 
 
 @contextmanager
-def memory_told(config: TrainConfig, device: torch.device, ranks: int) -> Iterator[None]:
+def memory_advice(config: TrainConfig, device: torch.device, ranks: int) -> Iterator[None]:
     """Turn running out of the device's memory into advice.
 
     Raises

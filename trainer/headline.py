@@ -12,7 +12,7 @@ from osp_diag.runs.headline import headline_of
 from osp_diag.schema import KURTOSIS, SINK_EPSILON, SINK_POSITION
 from osp_diag.trainer.loggers import Logger
 
-__all__ = ["PREFIX", "ProbeTold", "headline"]
+__all__ = ["PREFIX", "HeadlineLog", "headline"]
 
 PREFIX = "osp_diag/"
 
@@ -75,29 +75,29 @@ def _reduced(values: xr.DataArray | None, how: object) -> float | None:
     return float(how(known)) if known.size else None  # type: ignore[operator]
 
 
-class ProbeTold:
-    """Tells a logger the headline of each probed step, without waiting for a step that is deferred.
+class HeadlineLog:
+    """Sends a logger the headline of each probed step, without waiting for a step that is deferred.
 
     Parameters
     ----------
     probe : which has measured the steps
-    logger : who is told, or None
+    logger : where to, or None
     """
 
     def __init__(self, probe: Probe, logger: Logger | None) -> None:
         self._probe, self._logger = probe, logger
-        self._held: tuple[int, dict[str, float]] | None = None
+        self._pending: tuple[int, dict[str, float]] | None = None
 
-    def after(self, step: int, values: Mapping[str, float] | None = None) -> None:
-        """The probe has measured ``step``; ``values`` are told beside its headline."""
-        self._held = (step, dict(values or {}))
+    def measured(self, step: int, values: Mapping[str, float]) -> None:
+        """The probe has measured ``step``; ``values`` go beside its headline."""
+        self._pending = (step, dict(values))
         if not self._probe.deferred:
-            self.now()
+            self.write()
 
-    def now(self) -> None:
-        """Tell what is still to be told: before the next probe, and before anything of a later step."""
-        if self._held is None:
+    def write(self) -> None:
+        """Send what is pending: before the next probe, and before anything of a later step."""
+        if self._pending is None:
             return
-        (step, values), self._held = self._held, None
+        (step, values), self._pending = self._pending, None
         if self._logger is not None:
             self._logger.log(step, values | headline(self._probe.latest, self._probe.absent))

@@ -14,28 +14,30 @@ from torch import Tensor, nn
 
 from osp_diag.errors import DivergenceError
 from osp_diag.probing.checkpoint import joined_ranks
+from osp_diag.probing.identity import token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank
 from osp_diag.probing.saving import check_out
+from osp_diag.runs.folder import check_destination
 from osp_diag.runs.run import Run, open_run
 from osp_diag.sites.trace import unwrap
+from osp_diag.tokens import TokenBatches
 from osp_diag.trainer.checkpoint import (
     CheckpointFolder,
     Saved,
-    alone_is_meant,
     check_beside,
     folder_of,
     forget,
     latest,
+    without_single_process_warnings,
 )
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
-from osp_diag.trainer.devices import device_of, memory_told
+from osp_diag.trainer.devices import device_of, memory_advice
 from osp_diag.trainer.divergence import Watch, first_bad_tensor
-from osp_diag.trainer.headline import ProbeTold
+from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.identity import announcement, run_attributes
 from osp_diag.trainer.interruption import Interruption
-from osp_diag.trainer.loggers import open_loggers
 from osp_diag.trainer.model import Llama
 from osp_diag.trainer.optimizers import build_optimizer, learning_rate_factor, optimizer_evidence
 from osp_diag.trainer.parallel import (
@@ -47,7 +49,7 @@ from osp_diag.trainer.parallel import (
     summed,
     whole,
 )
-from osp_diag.trainer.probing import RunProbe
+from osp_diag.trainer.recording import Recording, due_steps
 from osp_diag.trainer.scalars import Clock, Scalars
 from osp_diag.trainer.throughput import model_flops_utilisation
 
@@ -90,10 +92,12 @@ def train(
     KeyboardInterrupt : Ctrl-C or SIGTERM, after the step under way, with the state saved
     """
     out = Path(out)
-    if not resume:
+    if resume:
+        check_destination(out, resume=True)
+    else:
         check_out(out, overwrite=overwrite)
     check_beside(out, resume=resume, overwrite=overwrite)
-    with joined_ranks(), alone_is_meant(), ExitStack() as stack:
+    with joined_ranks(), without_single_process_warnings(), ExitStack() as stack:
         training = Training(config, out, stack, resume=resume, overwrite=overwrite, loggers=loggers)
         training.progress = progress
         if announce is not None and is_first_rank():
@@ -142,24 +146,17 @@ class Training:
         self.scalars = Scalars(self.device)
         self.step = 0
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
-        self.probe = self._attach_probe(out, resume=resume, overwrite=overwrite)
-        stack.callback(self.probe.probe.close)
+        held_out = held_out_batches(config, self.data)
+        if saved is not None:
+            self._restore(saved)
+        self.recording = self._begin_recording(
+            held_out, out, resume=resume, overwrite=overwrite, loggers=loggers
+        )
+        stack.callback(self.recording.end)
         if overwrite and self.rank == 0:
             forget(folder_of(out))
         self.checkpoints = CheckpointFolder(folder_of(out), config.checkpoint)
         stack.callback(self.checkpoints.wait)
-        if saved is not None:
-            self._restore(saved)
-        if resume:
-            self.probe.probe.truncate_after(self.step if saved is not None else -1)
-        self.logger = open_loggers(
-            loggers,
-            run=out.stem,
-            config=self.probe.probe.attributes["config"],
-            resumed_after=self.step if saved is not None else None,
-        )
-        stack.callback(self.logger.close)
-        self.told = ProbeTold(self.probe.probe, self.logger if loggers and self.rank == 0 else None)
         self._rehearse()
         self.data_states: deque[tuple[int, dict[str, Any]]] = deque(
             [(self.step, self.data.state_dict())], maxlen=8
@@ -179,18 +176,34 @@ class Training:
         if self.config.compile:
             model.compile_parts()
 
-    def _attach_probe(self, out: Path, *, resume: bool, overwrite: bool) -> RunProbe:
-        return RunProbe(
-            self.model,
-            self.config,
-            self.data,
-            out,
-            attributes=run_attributes(self.config, self.data, self.optimizers),
-            beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
-            autocast=self._autocast,
-            resume=resume,
+    def _begin_recording(
+        self, held_out: TokenBatches, out: Path, *, resume: bool, overwrite: bool, loggers: Sequence[str]
+    ) -> Recording:
+        probe, attributes = self.config.probe, run_attributes(self.config, self.data, self.optimizers)
+        recording = Recording(
+            held_out,
+            out=out,
+            every=due_steps(probe, self.config.steps),
+            on=probe.on,
+            sites=probe.sites or None,
+            estimators=probe.estimators or None,
+            delimiter_ids=held_out.delimiter_ids,
+            keep_raw=probe.keep_raw,
+            token_groups=probe.token_groups,
+            attributes=token_attributes(held_out) | attributes,
+            loggers=loggers,
             overwrite=overwrite,
         )
+        recording.begin(
+            self.model,
+            self.step,
+            resume=resume,
+            config=attributes["config"],
+            autocast=self._autocast,
+            beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
+            loss=HeldOutLoss(self.model),
+        )
+        return recording
 
     def _restore(self, saved: Saved) -> None:
         tensors = self._tensors()
@@ -223,7 +236,7 @@ class Training:
         if self.device.type != "cuda":
             return
         state = self.data.state_dict()
-        with memory_told(self.config, self.device, self.ranks):
+        with memory_advice(self.config, self.device, self.ranks):
             self._gradients(self.data.next_batch())
         self.optimizers.zero_grad()
         self.data.load_state_dict(state)
@@ -233,16 +246,16 @@ class Training:
     def run(self) -> None:
         """Train to the last step."""
         if self.step == 0:
-            self._probe(0)
+            self.recording.after_step(0)
         with self.interruption:
             while self.step < self.config.steps:
-                if self.probe.measures_training(self.step + 1):
+                if self.recording.measures_passes_of(self.step + 1):
                     self._record(wait=True)  # it records while the step runs, and rows come in order
-                with memory_told(self.config, self.device, self.ranks):
+                with memory_advice(self.config, self.device, self.ranks):
                     self._train_step(self.step + 1)
                 self.step += 1
                 self._record(wait=self._wants_host(self.step))
-                self._probe(self.step)
+                self.recording.after_step(self.step)
                 self._save(self.step)
                 if self.asked_to_stop:
                     self._interrupt()
@@ -251,19 +264,20 @@ class Training:
 
     def _wants_host(self, step: int) -> bool:
         every = self.config.checkpoint.every
-        return self.probe.due(step) or step == self.config.steps or (every > 0 and step % every == 0)
+        return self.recording.due(step) or step == self.config.steps or (every > 0 and step % every == 0)
 
     def _train_step(self, step: int) -> None:
         begun = Clock(self.device)
         batch = self.data.next_batch()
         self.batches.append((step, batch))
         self.data_states.append((step, self.data.state_dict()))
-        logged = step % self.config.log_every == 0 or self.probe.due(step)
+        logged = step % self.config.log_every == 0 or self.recording.due(step)
         self.optimizers.record_updates(logged)
         factor = learning_rate_factor(step, self.config.steps, self.config.schedule)
         self.optimizers.set_learning_rate(factor)
-        with self.probe.training_step(step):
-            loss = self._gradients(batch)
+        self.recording.open_step(step)
+        loss = self._gradients(batch)
+        self.recording.close_step()
         norm = self._clip()
         bad = self.watch.judge(loss, norm)
         self.optimizers.step(skip=bad)
@@ -328,17 +342,9 @@ class Training:
         used = model_flops_utilisation(rate, self.flops_per_token, self.device, self.ranks)
         if used is not None:
             values["model_flops_utilisation"] = used
-        self.probe.probe.append_series(step, values)
-        self.told.now()
-        self.logger.log(step, values)
+        self.recording.scalars(step, values, logged=True)
         if self.progress is not None and is_first_rank():
             self.progress(step, self.config.steps, values)
-
-    def _probe(self, step: int) -> None:
-        if self.probe.after_step(step) and self.probe.held_out_loss is not None:
-            values = {"held_out_loss": float(self.probe.held_out_loss)}
-            self.probe.probe.append_series(step, values)
-            self.told.after(step, values)
 
     def _save(self, step: int) -> None:
         self.checkpoints.poll()
@@ -347,8 +353,7 @@ class Training:
             self._save_now(step, background=None)
 
     def _save_now(self, step: int, *, background: bool | None = False) -> None:
-        self.probe.probe.flush()
-        self.told.now()
+        self.recording.flush()
         data = dict(self.data_states)[step]
         self.checkpoints.save(step, self._tensors(), data, self.config, background=background)
         if background is False:

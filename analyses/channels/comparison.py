@@ -20,19 +20,26 @@ from osp_diag.analyses.channels.comparison_data import (
     hot_channel_table,
 )
 from osp_diag.analyses.channels.comparison_weights import compared_weights
-from osp_diag.analyses.channels.significance import Grouped, grouped, why_not_significant, with_significance
+from osp_diag.analyses.channels.significance import (
+    GroupSums,
+    group_sums,
+    no_significance_reason,
+    with_significance,
+)
 from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.analyses.run_labels import labels_of, run_name
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.runs.run import Run
+from osp_diag.runs.steps import step_of
 
-__all__ = ["ChannelComparison", "chosen_step", "compare_channels", "matched_layers"]
+__all__ = ["ChannelComparison", "compare_channels", "matched_layers"]
 
 _TOKENS = ("token_fingerprint", "token_source", "tokens", "tokenizer")
 
 
 @dataclass(frozen=True)
 class ChannelComparison:
-    """What :func:`compare_channels` found."""
+    """What :func:`compare_channels` returns."""
 
     data: xr.Dataset
     """maps, differences, curves, distances and hot channels, each with its definition"""
@@ -71,8 +78,8 @@ class ChannelComparison:
 
 
 def compare_channels(
-    first: Any,
-    second: Any,
+    first: Run,
+    second: Run,
     *,
     step: int | None = None,
     other_step: int | None = None,
@@ -88,7 +95,7 @@ def compare_channels(
     Parameters
     ----------
     first, second : open runs; the same one twice for two of its steps
-    step : of the first run, and of the second unless ``other_step`` is given; each one's last by default
+    step : of the first run, and of the second where ``other_step`` is None; each one's last by default
     stratum : of which tokens: all, first, delimiter or rest
     sites : which; by default all that both runs measured by channel
 
@@ -103,8 +110,8 @@ def compare_channels(
     UsageError : other protocols, or no such step, stratum or site
     StoreError : the runs have no site in common that was measured by channel
     """
-    _same_protocol(first, second)
-    steps = (chosen_step(first, step), chosen_step(second, step if other_step is None else other_step))
+    _check_protocols(first, second)
+    steps = (step_of(first, step), step_of(second, step if other_step is None else other_step))
     notes = [*_token_notes(first, second, stratum), *_basis_notes(first, second)]
     parts: list[xr.Dataset] = []
     resampled: dict[str, tuple[int, int, bool]] = {}
@@ -115,7 +122,7 @@ def compare_channels(
         if not pairs:
             continue
         part = compared_site(profiles[0], profiles[1], pairs)
-        sums = [grouped(run, site, at, stratum) for run, at in zip((first, second), steps, strict=True)]
+        sums = [group_sums(run, site, at, stratum) for run, at in zip((first, second), steps, strict=True)]
         if sums[0] is not None and sums[1] is not None:
             paired = _same_tokens(first, second, sums[0], sums[1])
             part = with_significance(part, sums[0], sums[1], pairs, paired=paired)
@@ -129,7 +136,7 @@ def compare_channels(
     labels = labels_of((first, second), steps)
     data = xr.concat(parts, "site", join="outer", data_vars="all", coords="minimal", combine_attrs="override")
     notes += _width_notes(data)
-    weights, about_weights = compared_weights(first, second, steps)
+    weights, weight_notes = compared_weights(first, second, steps)
     data = data.merge(hot_channel_table(data)).merge(weights).assign_coords(run=labels)
     data.attrs = {
         "title": f"Channels of {labels[0]} and {labels[1]}, {stratum} tokens",
@@ -138,51 +145,34 @@ def compare_channels(
         "stratum": stratum,
         "significance": _significance(resampled, first, second),
     }
-    return ChannelComparison(data, tuple(dict.fromkeys(notes + about_weights)))
+    return ChannelComparison(data, tuple(dict.fromkeys(notes + weight_notes)))
 
 
-def _same_tokens(first: Any, second: Any, one: Grouped, other: Grouped) -> bool:
+def _same_tokens(first: Run, second: Run, first_sums: GroupSums, second_sums: GroupSums) -> bool:
     """Whether group by group both runs were fed the same tokens."""
     keys = ("token_fingerprint", "sequence_length", "batch_size", "ranks")
     same = all(first.attrs.get(key) == second.attrs.get(key) for key in keys)
-    alike = one.count.shape[0] == other.count.shape[0]
-    known = first.attrs.get("token_fingerprint") is not None
-    return known and same and alike and bool((one.count[:, 0] == other.count[:, 0]).all())
+    alike = first_sums.count.shape[0] == second_sums.count.shape[0]
+    has_fingerprint = first.attrs.get("token_fingerprint") is not None
+    return (
+        has_fingerprint and same and alike and bool((first_sums.count[:, 0] == second_sums.count[:, 0]).all())
+    )
 
 
-def _significance(resampled: dict[str, tuple[int, int, bool]], first: Any, second: Any) -> str:
-    """How it was found, or why not."""
+def _significance(resampled: dict[str, tuple[int, int, bool]], first: Run, second: Run) -> str:
+    """How significance was estimated, or why it was not."""
     if not resampled:
-        return why_not_significant([run_name(first), run_name(second)])
+        return no_significance_reason([run_name(first), run_name(second)])
     a, b, paired = next(iter(resampled.values()))
-    how = (
+    resampling = (
         f"over {a} groups of batches, resampled together: both were fed the same tokens"
         if paired
         else f"over {a} and {b} groups of batches, resampled apart: the runs were fed other tokens"
     )
     return (
-        f"by bootstrap {how}; 95% intervals by Student's t, p-values adjusted by Benjamini-Hochberg within a "
-        f"site; at {', '.join(resampled)}"
+        f"by bootstrap {resampling}; 95% intervals by Student's t, p-values adjusted by Benjamini-Hochberg "
+        f"within a site; at {', '.join(resampled)}"
     )
-
-
-def chosen_step(run: Any, step: int | None) -> int:
-    """The step asked for, the last one by default.
-
-    Raises
-    ------
-    UsageError : the run has no such step
-    StoreError : it has none at all
-    """
-    steps = np.asarray(run.steps)
-    if not steps.size:
-        raise StoreError(f"the run of {run_name(run)} holds no probed step; probe first")
-    if step is not None and step not in steps:
-        near = sorted(sorted(steps.tolist(), key=lambda known: abs(known - step))[:3])
-        raise UsageError(
-            f"the run of {run_name(run)} has no step {step}; the nearest are {', '.join(map(str, near))}"
-        )
-    return int(steps[-1] if step is None else step)
 
 
 def matched_layers(
@@ -195,25 +185,31 @@ def matched_layers(
     """
     if len(first) == len(second) == 1:
         return [(first[0], second[0])]
-    deep, other_deep = depth or max(first) + 1, other_depth or max(second) + 1
-    if deep == other_deep:
+    first_depth, second_depth = depth or max(first) + 1, other_depth or max(second) + 1
+    if first_depth == second_depth:
         return [(layer, layer) for layer in first if layer in set(second)]
-    place = {layer: (layer + 0.5) / other_deep for layer in second}
-    return [(one, min(place, key=lambda other: abs(place[other] - (one + 0.5) / deep))) for one in first]
+    # The middle of a layer, half a layer beyond its number: 0 is the model's input, 1 its output.
+    second_places = {layer: (layer + 0.5) / second_depth for layer in second}
+
+    def nearest(place: float) -> int:
+        return min(second_places, key=lambda layer: abs(second_places[layer] - place))
+
+    return [(layer, nearest((layer + 0.5) / first_depth)) for layer in first]
 
 
-def _profiles(run: Any, site: str, step: int, stratum: str) -> SiteProfiles:
+def _profiles(run: Run, site: str, step: int, stratum: str) -> SiteProfiles:
     rms = run.at(site)["channel_rms"].sel(step=step, drop=True)
-    known = [str(name) for name in rms["stratum"].values]
-    if stratum not in known:
-        raise UsageError(f"the stratum is one of {', '.join(known)}, not {stratum!r}")
+    strata = [str(name) for name in rms["stratum"].values]
+    if stratum not in strata:
+        raise UsageError(f"the stratum is one of {', '.join(strata)}, not {stratum!r}")
     rms = rms.sel(stratum=stratum, drop=True).transpose("layer", "channel").load()
     return SiteProfiles(
         site, [int(layer) for layer in rms["layer"].values], rms.values.astype(np.float64), dict(rms.attrs)
     )
 
 
-def _same_protocol(first: Any, second: Any) -> None:
+def _check_protocols(first: Run, second: Run) -> None:
+    # Why runs of two protocols do not compare: docs/decisions.md, Runs.
     protocols = [str(run.attrs.get("protocol", "unknown")) for run in (first, second)]
     if protocols[0] != protocols[1]:
         raise UsageError(
@@ -223,11 +219,11 @@ def _same_protocol(first: Any, second: Any) -> None:
         )
 
 
-def _token_notes(first: Any, second: Any, stratum: str) -> list[str]:
+def _token_notes(first: Run, second: Run, stratum: str) -> list[str]:
     """What differs in how the models were fed."""
-    mine, other = first.attrs, second.attrs
+    first_attrs, second_attrs = first.attrs, second.attrs
     notes = []
-    differing = [key for key in _TOKENS if mine.get(key) != other.get(key)]
+    differing = [key for key in _TOKENS if first_attrs.get(key) != second_attrs.get(key)]
     if differing:
         notes.append(
             f"the runs were fed different tokens ({', '.join(differing)} differ): differences are of models "
@@ -239,43 +235,49 @@ def _token_notes(first: Any, second: Any, stratum: str) -> list[str]:
             f"sequences of {lengths[0]} and {lengths[1]} tokens: first tokens weigh differently in `all`; "
             "compare the stratum `rest`, too"
         )
-    for key, said in (("bos", "BOS"), ("dtype", "dtype")):
-        if mine.get(key) != other.get(key):
-            notes.append(f"{said} differs: {mine.get(key, 'unknown')} and {other.get(key, 'unknown')}")
+    for key, words in (("bos", "BOS"), ("dtype", "dtype")):
+        if first_attrs.get(key) != second_attrs.get(key):
+            notes.append(
+                f"{words} differs: {first_attrs.get(key, 'unknown')} and {second_attrs.get(key, 'unknown')}"
+            )
     return notes
 
 
-def _basis_notes(first: Any, second: Any) -> list[str]:
+def _basis_notes(first: Run, second: Run) -> list[str]:
     prints = {run.attrs.get("model_fingerprint") for run in (first, second)}
     paths = {run.path.resolve() for run in (first, second) if run.path is not None}
     same_run = first is second or (len(paths) == 1 and None not in (first.path, second.path))
     if same_run or (len(prints) == 1 and None not in prints):
         return []
+    # Why sorted profiles, and what chance gives beside matches by index: docs/decisions.md, Analyses.
     return [
         "bases of separately trained models are unrelated: that a channel number is hot in both means "
         "something only beyond what chance gives (expected_shared_hot_count); sorted profiles compare anyway"
     ]
 
 
-def _shared_sites(first: Any, second: Any, wanted: Sequence[str] | None, notes: list[str]) -> list[str]:
+def _shared_sites(first: Run, second: Run, requested: Sequence[str] | None, notes: list[str]) -> list[str]:
     """Sites that both runs measured by channel, in network order; why others are left out goes to notes."""
-    have = [[site for site in run.sites if "channel_rms" in run.at(site)] for run in (first, second)]
-    for site in wanted or ():
-        for run, found in zip((first, second), have, strict=True):
-            if site not in found:
+    measured = [[site for site in run.sites if "channel_rms" in run.at(site)] for run in (first, second)]
+    for site in requested or ():
+        for run, present in zip((first, second), measured, strict=True):
+            if site not in present:
                 reason = run.absent_sites.get(site)
                 raise UsageError(
                     f"the run of {run_name(run)} has no channel_rms at {site!r}"
-                    + (f" ({reason})" if reason else f"; it has {', '.join(found) or 'it nowhere'}")
+                    + (f" ({reason})" if reason else f"; it has {', '.join(present) or 'it nowhere'}")
                 )
-    for run, mine, other in ((second, *have), (first, *have[::-1])):
-        for site in mine if not wanted else ():
-            if site not in other:
+    for run, sites_of_run, sites_of_other in (
+        (second, measured[1], measured[0]),
+        (first, measured[0], measured[1]),
+    ):
+        for site in sites_of_other if not requested else ():
+            if site not in sites_of_run:
                 reason = run.absent_sites.get(site, "it was not probed with channel_moments")
                 notes.append(
                     f"{site} is not compared: the run of {run_name(run)} does not hold it ({reason})"
                 )
-    shared = [site for site in have[0] if site in have[1] and (not wanted or site in wanted)]
+    shared = [site for site in measured[0] if site in measured[1] and (not requested or site in requested)]
     if not shared:
         raise StoreError(
             f"the runs of {run_name(first)} and {run_name(second)} have no site in common with channel_rms; "
@@ -287,20 +289,20 @@ def _shared_sites(first: Any, second: Any, wanted: Sequence[str] | None, notes: 
 def _site_notes(site: str, profiles: Sequence[SiteProfiles], pairs: Sequence[tuple[int, int]]) -> list[str]:
     notes = []
     for profile in profiles:
-        lost = [
+        unusable = [
             layer for layer, row in zip(profile.layers, profile.relative, strict=True) if np.isnan(row).any()
         ]
-        if lost:
+        if unusable:
             notes.append(
-                f"{site}, layers {', '.join(map(str, lost))}: not compared; there are no such tokens, a "
+                f"{site}, layers {', '.join(map(str, unusable))}: not compared; there are no such tokens, a "
                 "channel is NaN or infinite, or the median channel is 0"
             )
-    if len(profiles[0].layers) > 1 and any(one != other for one, other in pairs):
+    if len(profiles[0].layers) > 1 and any(layer != match for layer, match in pairs):
         notes.append("the models have different depths: layers are matched by relative depth (other_layer)")
-        unseen = len(profiles[1].layers) - len({other for _, other in pairs})
-        if unseen:
+        unmatched = len(profiles[1].layers) - len({match for _, match in pairs})
+        if unmatched:
             notes.append(
-                f"{unseen} layers of the second model have no match and are left out; to see all of them, "
+                f"{unmatched} layers of the second model have no match and are left out; to see all of them, "
                 "give the deeper model first"
             )
     elif len(pairs) < max(len(profile.layers) for profile in profiles):
@@ -311,15 +313,15 @@ def _site_notes(site: str, profiles: Sequence[SiteProfiles], pairs: Sequence[tup
 def _width_notes(data: xr.Dataset) -> list[str]:
     """Sites of unequal width, in one sentence."""
     pairs = {str(site): data["width"].sel(site=site).values.astype(int) for site in data["site"].values}
-    said = [f"{site} {pair[0]:,} and {pair[1]:,}" for site, pair in pairs.items() if pair[0] != pair[1]]
-    if not said:
+    widths = [f"{site} {pair[0]:,} and {pair[1]:,}" for site, pair in pairs.items() if pair[0] != pair[1]]
+    if not widths:
         return []
     return [
-        f"widths differ ({', '.join(said)}): there, channels are compared by sorted profile only, on shares "
-        "of the width"
+        f"widths differ ({', '.join(widths)}): there, channels are compared by sorted profile only, on "
+        "shares of the width"
     ]
 
 
-def _depth(run: Any) -> int | None:
+def _depth(run: Run) -> int | None:
     depth = run.attrs.get("number_of_layers")
     return None if depth is None else int(depth)

@@ -28,12 +28,12 @@ from osp_diag.analyses.channels.profiles import (
 __all__ = ["SHARES", "SiteProfiles", "compared_site", "hot_channel_table"]
 
 SHARES = np.logspace(-5, 0, 101)
-"""Shares of the width at which sorted profiles are kept: densely where few channels are hot."""
+"""Shares of the width at which sorted profiles are sampled: densely where few channels are hot."""
 
 ONLY_FIRST, ONLY_SECOND, SHARED = "only first", "only second", "shared"
 _LOGARITHM = f"relative RMS not below {SMALLEST:g}"
 
-_NOTES: dict[str, tuple[str, str]] = {
+_DEFINITIONS: dict[str, tuple[str, str]] = {
     "relative_rms": ("1", "s_j / median_k s_k: RMS of a channel over the lower median channel of its layer"),
     "width": ("channels", "number of channels of the site"),
     "difference": (
@@ -93,17 +93,17 @@ class SiteProfiles:
 
 def compared_site(first: SiteProfiles, second: SiteProfiles, pairs: Sequence[tuple[int, int]]) -> xr.Dataset:
     """Maps, differences, curves and distances of one site, for matched layers."""
-    own, matched = [one for one, _ in pairs], [other for _, other in pairs]
-    first, second = first.at(own), second.at(matched)
-    found = _maps(first, second) | _distances(first, second) | _hot(first, second)
+    layers, matched = [layer for layer, _ in pairs], [match for _, match in pairs]
+    first, second = first.at(layers), second.at(matched)
+    arrays = _maps(first, second) | _distances(first, second) | _hot(first, second)
     variables = {
-        name: (dims, values, {"units": _NOTES[name][0], "definition": _NOTES[name][1]})
-        for name, (dims, values) in found.items()
+        name: (dims, values, {"units": _DEFINITIONS[name][0], "definition": _DEFINITIONS[name][1]})
+        for name, (dims, values) in arrays.items()
     }
     coords = {
-        "layer": own,
-        "channel": np.arange(found["relative_rms"][1].shape[-1]),
-        "k": 2 ** np.arange(found["energy_share"][1].shape[-1]),
+        "layer": layers,
+        "channel": np.arange(arrays["relative_rms"][1].shape[-1]),
+        "k": 2 ** np.arange(arrays["energy_share"][1].shape[-1]),
         "other_layer": (("layer",), np.asarray(matched, dtype=float)),
         "width_share": ("width_share", SHARES, {"definition": "share u of the channels, the hottest first"}),
     }
@@ -134,6 +134,7 @@ def _maps(first: SiteProfiles, second: SiteProfiles) -> dict[str, Any]:
         )
         for side in (first, second)
     ]
+    # One channel count for both runs, the smaller padded with NaN; curves at k = 1, 2, 4 … up to the width.
     # Single precision: maps of every site of a large model are the bulk of the file.
     return {
         "relative_rms": (("run", "layer", "channel"), np.stack(padded).astype(np.float32)),
@@ -145,6 +146,7 @@ def _maps(first: SiteProfiles, second: SiteProfiles) -> dict[str, Any]:
 
 
 def _distances(first: SiteProfiles, second: SiteProfiles) -> dict[str, Any]:
+    # Why four distances and not one: docs/decisions.md, Analyses.
     profiles = list(zip(first.relative, second.relative, strict=True))
     curves = zip(first.curve, second.curve, strict=True)
     return {
@@ -168,7 +170,9 @@ def _hot(first: SiteProfiles, second: SiteProfiles) -> dict[str, Any]:
     shared, expected, jaccard = nothing, nothing, nothing
     if hot[0].shape == hot[1].shape:
         shared = np.where(unknown.any(axis=0), np.nan, (hot[0] & hot[1]).sum(axis=-1))
+        # Two random sets of a and b channels out of d share a·b/d on average.
         expected = counts[0] * counts[1] / hot[0].shape[-1]
+        # Jaccard: |A ∩ B| / |A ∪ B|, with |A ∪ B| = |A| + |B| − |A ∩ B|.
         either = counts.sum(axis=0) - shared
         jaccard = np.divide(shared, either, out=nothing.copy(), where=either > 0)
     return {
@@ -192,13 +196,17 @@ def hot_channel_table(data: xr.Dataset) -> xr.Dataset:
         relative = part["relative_rms"].transpose("run", "layer", "channel").values.astype(float)
         highest = np.nanmax(np.where(np.isnan(relative), 0.0, relative), axis=1)
         layers = is_hot(relative).sum(axis=1)
-        for kind, shown in _kinds(layers > 0, same_width=bool(part["width"][0] == part["width"][1])).items():
-            for channel in np.flatnonzero(shown):
-                lone = {ONLY_FIRST: 0, ONLY_SECOND: 1}.get(kind)
-                other = None if lone is None or part["width"][0] == part["width"][1] else 1 - lone
+        for kind, members in _kinds(
+            layers > 0, same_width=bool(part["width"][0] == part["width"][1])
+        ).items():
+            for channel in np.flatnonzero(members):
+                only_run = {ONLY_FIRST: 0, ONLY_SECOND: 1}.get(kind)
+                absent_run = (
+                    None if only_run is None or part["width"][0] == part["width"][1] else 1 - only_run
+                )
                 ratio, count = highest[:, channel].copy(), layers[:, channel].astype(float)
-                if other is not None:
-                    ratio[other] = count[other] = np.nan
+                if absent_run is not None:
+                    ratio[absent_run] = count[absent_run] = np.nan
                 values = (str(site), int(channel), kind, ratio, count)
                 for name, value in zip(columns, values, strict=True):
                     columns[name].append(value)

@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.channels.profiles import HOT
-from osp_diag.analyses.channels.significance_text import SIGNIFICANCE_NUMBERS, significance_lines
+from osp_diag.analyses.channels.significance import LEVEL
 from osp_diag.wording import number
 
 if TYPE_CHECKING:
@@ -20,12 +20,19 @@ if TYPE_CHECKING:
 __all__ = ["plain_values", "text_of"]
 
 _WIDTH = 110
-_NAMED = 6
+_MOST_NAMES = 6
 """Channels that a line names."""
-_LISTED = 20
+_MOST_ENTRIES = 20
 """Hot channels of a site and kind that JSON lists."""
 _STREAM = ("residual_post", "residual_mid", "residual_pre", "embedding")
 _DISTANCES = ("profile_distance", "peak_distance", "concentration_distance", "hot_distance")
+_SIGNIFICANCE_SITES = ("residual_post", "embedding", "final_norm")
+_STATISTICS = {"top_share": "energy in the largest channel", "osp_excess_kurtosis": "OSP kurtosis"}
+_SIGNIFICANCE_NUMBERS = (
+    *(f"{name}_difference{suffix}" for name in _STATISTICS for suffix in ("", "_margin", "_q")),
+    "different_channels",
+)
+"""By layer, first minus second."""
 
 
 def text_of(comparison: ChannelComparison) -> str:
@@ -46,7 +53,7 @@ def text_of(comparison: ChannelComparison) -> str:
             _filled,
             (
                 *_hot_lines(data),
-                *significance_lines(data),
+                *_significance_lines(data),
                 *_weight_lines(data),
                 "",
                 *(f"Note: {note}." for note in notes),
@@ -72,20 +79,20 @@ def _verdict(data: xr.Dataset) -> Iterator[str]:
         same = bool((by_index == 0).sum() == distance.notnull().sum())
         yield f"The {'channels' if same else 'sorted profiles'} are equal everywhere."
         return
-    for name, said in (("profile_distance", "sorted profiles"), ("peak_distance", "hottest channels")):
+    for name, subject in (("profile_distance", "sorted profiles"), ("peak_distance", "hottest channels")):
         site, layer = _largest(data[name])
-        here = data.sel(site=site, layer=layer)
-        peaks = [number(float(value)) for value in here["relative_rms"].max("channel").values]
+        layer_data = data.sel(site=site, layer=layer)
+        peaks = [number(float(value)) for value in layer_data["relative_rms"].max("channel").values]
         yield (
-            f"The {said} differ most at {site}, layer {layer}: by {number(float(here[name]))} decades; "
-            f"the hottest channel is {peaks[0]} (A) and {peaks[1]} (B) times the median channel"
+            f"The {subject} differ most at {site}, layer {layer}: by {number(float(layer_data[name]))} "
+            f"decades; the hottest channel is {peaks[0]} (A) and {peaks[1]} (B) times the median channel"
         )
 
 
 def _largest(values: xr.DataArray) -> tuple[str, int]:
     place = values.argmax(...)
-    chosen = values.isel(place)
-    return str(chosen["site"].item()), int(chosen["layer"].item())
+    largest = values.isel(place)
+    return str(largest["site"].item()), int(largest["layer"].item())
 
 
 def _table(data: xr.Dataset) -> list[str]:
@@ -136,14 +143,14 @@ def _hot_lines(data: xr.Dataset) -> Iterator[str]:
     site = next((name for name in _STREAM if name in data["site"].values), None)
     if site is None:
         return
-    said = [
-        f"{kind.replace('first', 'A').replace('second', 'B')}: {_named(entries)}"
+    kinds = [
+        f"{kind.replace('first', 'A').replace('second', 'B')}: {_entry_names(entries)}"
         for kind, entries in _by_kind(data, site).items()
         if entries
     ]
-    yield f"Hot channels of {site}, in any layer: {'; '.join(said) or 'none in either'}"
+    yield f"Hot channels of {site}, in any layer: {'; '.join(kinds) or 'none in either'}"
     distance = float(data["hot_distance"].sel(site=site).mean("layer"))
-    if said and math.isfinite(distance):
+    if kinds and math.isfinite(distance):
         yield (
             f"  matched by height instead of index: the k-th hottest differ by {number(distance)} decades "
             "(mean over ranks and layers)"
@@ -152,27 +159,71 @@ def _hot_lines(data: xr.Dataset) -> Iterator[str]:
 
 def _by_kind(data: xr.Dataset, site: str) -> dict[str, list[dict[str, Any]]]:
     """Entries of the table of hot channels by kind, hottest first."""
-    found: dict[str, list[dict[str, Any]]] = {"shared": [], "only first": [], "only second": []}
+    entries: dict[str, list[dict[str, Any]]] = {"shared": [], "only first": [], "only second": []}
     kind, channel = data["hot_kind"].values, data["hot_channel"].values
     ratio, layers = data["hot_ratio"].values, data["hot_layers"].values
     for index in np.flatnonzero(data["hot_site"].values == site):
-        found[str(kind[index])].append(
+        entries[str(kind[index])].append(
             {
                 "channel": int(channel[index]),
                 "ratio": [_json(value) for value in ratio[:, index]],
                 "layers": [_json(value) for value in layers[:, index]],
             }
         )
-    return found
+    return entries
 
 
-def _named(entries: list[dict[str, Any]]) -> str:
-    return _shown(np.array([entry["channel"] for entry in entries]))
+def _entry_names(entries: list[dict[str, Any]]) -> str:
+    return _channel_names(np.array([entry["channel"] for entry in entries]))
+
+
+def _significance_lines(data: xr.Dataset) -> Iterator[str]:
+    """Both statistics with their intervals where they differ most, and how many channels differ by index."""
+    if "top_share" not in data:
+        return
+    sites = [site for site in _SIGNIFICANCE_SITES if site in data["site"].values]
+    site = next(
+        (candidate for candidate in sites if bool(data["top_share"].sel(site=candidate).notnull().any())),
+        None,
+    )
+    if site is None:
+        return
+    part = data.sel(site=site)
+    for name, words in _STATISTICS.items():
+        difference, q = part[f"{name}_difference"], part[f"{name}_difference_q"]
+        finite = difference.notnull()
+        if not bool(finite.any()):
+            continue
+        layer = difference["layer"].values[int(np.nanargmax(np.abs(difference.values)))]
+        layer_data = part.sel(layer=layer)
+        a, b = (
+            f"{_statistic_text(name, value)} \u00b1 {_statistic_text(name, margin)}"
+            for value, margin in zip(
+                layer_data[name].values, layer_data[f"{name}_margin"].values, strict=True
+            )
+        )
+        yield (
+            f"Significance, {words} at {site}: {a} (A) and {b} (B) in layer {int(layer)}, where they differ "
+            f"most; different in {int((q < LEVEL).sum())} of {int(finite.sum())} layers"
+        )
+    if "different_channels" in data and bool(part["different_channels"].notnull().any()):
+        counts = part["different_channels"]
+        channels = int(part["width"].values[0]) * int(counts.notnull().sum())
+        yield (
+            f"  by index, {int(counts.sum()):,} of {channels:,} channels (all layers of {site}) differ at a "
+            f"false discovery rate of {LEVEL:.0%}"
+        )
+
+
+def _statistic_text(name: str, value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.1%}" if name == "top_share" else number(float(value))
 
 
 def _weight_lines(data: xr.Dataset) -> Iterator[str]:
     """The largest of each kind of weight, for both."""
-    for name, said in (
+    for name, words in (
         ("norm_gain_max_median_ratio", "Norm gains of blocks, largest over median"),
         ("outside_norm_gain_max_median_ratio", "Final norm's gains, largest over median"),
         ("embedding_row_norm_max_median_ratio", "Rows of embedding and head, largest norm over median"),
@@ -181,7 +232,7 @@ def _weight_lines(data: xr.Dataset) -> Iterator[str]:
         if name in data:
             values = data[name]
             a, b = values.max([dim for dim in values.dims if dim != "run"]).values
-            yield f"{said}: {_cell(float(a))} (A), {_cell(float(b))} (B)"
+            yield f"{words}: {_cell(float(a))} (A), {_cell(float(b))} (B)"
     if "residual_post" in data["site"].values:
         if "down_projection_row_ratio" in data:
             yield from _rows_behind(data)
@@ -193,11 +244,11 @@ def _weight_lines(data: xr.Dataset) -> Iterator[str]:
             yield from _embedding_behind(data)
 
 
-def _hot(data: xr.Dataset, run: int, known: np.ndarray) -> np.ndarray:
-    """The hot channels of a run's residual stream, as far as they are ``known``."""
-    mine = (data["hot_site"].values == "residual_post") & (data["hot_layers"].values[run] > 0)
-    hot = data["hot_channel"].values[mine]
-    return hot[np.isin(hot, known)]
+def _hot(data: xr.Dataset, run: int, covered: np.ndarray) -> np.ndarray:
+    """The hot channels of a run's residual stream, as far as they are ``covered``."""
+    of_run = (data["hot_site"].values == "residual_post") & (data["hot_layers"].values[run] > 0)
+    hot = data["hot_channel"].values[of_run]
+    return hot[np.isin(hot, covered)]
 
 
 def _gains_behind(data: xr.Dataset) -> Iterator[str]:
@@ -213,11 +264,11 @@ def _gains_behind(data: xr.Dataset) -> Iterator[str]:
             norm, layer, channel = (
                 place[name].item() for name in ("gain_norm", "gain_layer", "weight_channel")
             )
-            where = norm if layer < 0 else f"{norm}, layer {layer}"
-            ends.append(f"{_cell(float(place))} ({where}, channel {channel})")
+            location = norm if layer < 0 else f"{norm}, layer {layer}"
+            ends.append(f"{_cell(float(place))} ({location}, channel {channel})")
         yield (
-            f"Norm gains at {letter}'s hot channels ({_shown(hot)}): {ends[0]} to {ends[1]} times that of "
-            "the median channel"
+            f"Norm gains at {letter}'s hot channels ({_channel_names(hot)}): {ends[0]} to {ends[1]} times "
+            "that of the median channel"
         )
 
 
@@ -230,7 +281,7 @@ def _embedding_behind(data: xr.Dataset) -> Iterator[str]:
             place = int(np.nanargmax(behind.values))
             token = data["channel_embedding_token"].isel(run=run).sel(weight_channel=hot[place])
             yield (
-                f"Embedding at {letter}'s hot channels ({_shown(hot)}): largest entry up to "
+                f"Embedding at {letter}'s hot channels ({_channel_names(hot)}): largest entry up to "
                 f"{_cell(float(behind[place]))} times that of the median channel (channel {hot[place]}, "
                 f"token {int(token)})"
             )
@@ -244,7 +295,7 @@ def _rows_behind(data: xr.Dataset) -> Iterator[str]:
         hot = _hot(data, run, rows["output_channel"].values)
         if hot.size:
             yield (
-                f"  of {letter}'s hot channels of residual_post ({_shown(hot)}): largest "
+                f"  of {letter}'s hot channels of residual_post ({_channel_names(hot)}): largest "
                 f"{_cell(float(rows.sel(output_channel=hot).max()))}, median of all rows "
                 f"{_cell(float(rows.median()))}"
             )
@@ -261,8 +312,8 @@ def _writers_behind(data: xr.Dataset) -> Iterator[str]:
                 channel = int(behind["output_channel"].values[int(np.nanargmax(behind.values))])
                 rank = int((rows > behind.max()).sum()) + 1
                 yield (
-                    f"Rows of {name} that write {letter}'s hot channels ({_shown(hot)}): max |W| up to "
-                    f"{_cell(float(behind.max()))} times that of the median row (channel {channel}, the "
+                    f"Rows of {name} that write {letter}'s hot channels ({_channel_names(hot)}): max |W| up "
+                    f"to {_cell(float(behind.max()))} times that of the median row (channel {channel}, the "
                     f"{_ordinal(rank)} largest of {int(rows.notnull().sum()):,} rows)"
                 )
 
@@ -272,9 +323,9 @@ def _ordinal(rank: int) -> str:
     return f"{rank}{ending}"
 
 
-def _shown(channels: np.ndarray) -> str:
-    rest = len(channels) - _NAMED
-    return ", ".join(map(str, channels[:_NAMED])) + (f" and {rest} more" if rest > 0 else "")
+def _channel_names(channels: np.ndarray) -> str:
+    more = len(channels) - _MOST_NAMES
+    return ", ".join(map(str, channels[:_MOST_NAMES])) + (f" and {more} more" if more > 0 else "")
 
 
 def plain_values(comparison: ChannelComparison) -> dict[str, Any]:
@@ -285,23 +336,31 @@ def plain_values(comparison: ChannelComparison) -> dict[str, Any]:
         part = data.sel(site=site)
         rows = []
         for layer in part["layer"].values[part["other_layer"].notnull().values]:
-            here = part.sel(layer=layer)
+            layer_data = part.sel(layer=layer)
             rows.append(
-                {"layer": int(layer), "other_layer": int(here["other_layer"])}
-                | {name: _json(float(here[name])) for name in (*_DISTANCES, "hot_jaccard")}
+                {"layer": int(layer), "other_layer": int(layer_data["other_layer"])}
+                | {name: _json(float(layer_data[name])) for name in (*_DISTANCES, "hot_jaccard")}
                 | {
-                    name: _json(float(here[name]))
+                    name: _json(float(layer_data[name]))
                     for name in ("shared_hot_count", "expected_shared_hot_count")
                 }
-                | {name: _json(float(here[name])) for name in SIGNIFICANCE_NUMBERS if name in here}
-                | {"hot_count": [_json(value) for value in here["hot_count"].values]}
-                | {"peak_to_median": [_json(value) for value in here["relative_rms"].max("channel").values]}
+                | {
+                    name: _json(float(layer_data[name]))
+                    for name in _SIGNIFICANCE_NUMBERS
+                    if name in layer_data
+                }
+                | {"hot_count": [_json(value) for value in layer_data["hot_count"].values]}
+                | {
+                    "peak_to_median": [
+                        _json(value) for value in layer_data["relative_rms"].max("channel").values
+                    ]
+                }
             )
         kinds = _by_kind(data, str(site))
         sites[str(site)] = {
             "widths": [int(width) for width in part["width"].values],
             "layers": rows,
-            "hot_channels": {kind: entries[:_LISTED] for kind, entries in kinds.items()},
+            "hot_channels": {kind: entries[:_MOST_ENTRIES] for kind, entries in kinds.items()},
             "hot_channels_in_all": {kind: len(entries) for kind, entries in kinds.items()},
         }
     return {

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import xarray as xr
 
 from osp_diag.analyses.channels.profiles import over_median
 from osp_diag.errors import OspDiagError
+from osp_diag.runs.run import Run
 
 __all__ = ["compared_weights"]
 
@@ -32,31 +31,33 @@ _VARIABLES: dict[str, dict[str, str]] = {
 }
 """What is taken of each group: its name, in a comparison and in runs, and the one that older runs give it."""
 _DIMS = {"layer": "weight_layer", "rank": "row_rank", "matrix": "embedding_matrix"}
-_SAID = {
+_WORDS = {
     _NORMS: "norm gains",
     _ROWS: "embedding rows",
     _DOWN: "rows of the down projection",
 }
 
 
-def compared_weights(first: Any, second: Any, steps: tuple[int, int]) -> tuple[xr.Dataset, list[str]]:
+def compared_weights(first: Run, second: Run, steps: tuple[int, int]) -> tuple[xr.Dataset, list[str]]:
     """What both runs hold of the weights, side by side on the dimension ``run``; and notes on the rest.
 
     Layers, norms or rows that one run lacks are NaN. Rows of the projections that write into the residual
     stream are where a checkpoint was probed (``projection_row_ratio``, of the layers that it keeps maps of),
     those of the down projection also where the site ``mlp_down_weight`` was.
     """
-    parts, missing = [], {}
+    parts, absent = [], {}
     for group, names in _VARIABLES.items():
-        found = [_group(run, group, names, step) for run, step in zip((first, second), steps, strict=True)]
-        present = [part for part in found if part is not None]
-        if len(present) < 2:
-            missing[_SAID[group]] = group
+        group_parts = [
+            _group(run, group, names, step) for run, step in zip((first, second), steps, strict=True)
+        ]
+        datasets = [part for part in group_parts if part is not None]
+        if len(datasets) < 2:
+            absent[_WORDS[group]] = group
             continue
-        shared = [name for name in present[0].data_vars if name in present[1].data_vars]
+        shared = [name for name in datasets[0].data_vars if name in datasets[1].data_vars]
         parts.append(
             xr.concat(
-                [part[shared] for part in present],
+                [part[shared] for part in datasets],
                 "run",
                 join="outer",
                 data_vars="all",
@@ -65,7 +66,7 @@ def compared_weights(first: Any, second: Any, steps: tuple[int, int]) -> tuple[x
                 combine_attrs="override",
             )
         )
-    writers = [found for found in map(_writers, (first, second)) if found is not None]
+    writers = [group_parts for group_parts in map(_writers, (first, second)) if group_parts is not None]
     if len(writers) == 2:
         parts.append(
             xr.concat(
@@ -73,30 +74,30 @@ def compared_weights(first: Any, second: Any, steps: tuple[int, int]) -> tuple[x
             )
         )
     by_channel = [_by_channel(run) for run in (first, second)]
-    if all(found.data_vars for found in by_channel):
+    if all(group_parts.data_vars for group_parts in by_channel):
         parts.append(
             xr.concat(
                 by_channel, "run", join="outer", data_vars="all", coords="minimal", combine_attrs="override"
             )
         )
-        missing = {said: group for said, group in missing.items() if group == _DOWN}
+        absent = {words: group for words, group in absent.items() if group == _DOWN}
     notes = []
-    if missing:
-        said = "; ".join(f"{name} ({group})" for name, group in missing.items())
+    if absent:
+        words = "; ".join(f"{name} ({group})" for name, group in absent.items())
         notes.append(
-            f"weights not compared, for not both runs hold them: {said}; training runs do, and the rest "
+            f"weights not compared, for not both runs hold them: {words}; training runs do, and the rest "
             "needs the checkpoints"
         )
     return xr.merge(parts, compat="override", join="outer", combine_attrs="drop"), notes
 
 
-def _writers(run: Any) -> xr.Dataset | None:
+def _writers(run: Run) -> xr.Dataset | None:
     """Rows of the projections into the residual stream, by projection, layer and channel that they write.
 
     ``projection_row_ratio`` is the largest |W| of a row over that of the median row of its matrix.
     """
     width = run.attrs.get("hidden_size")
-    found = []
+    ratios = []
     try:
         names = list(run.weight_maps)
     except (OspDiagError, AttributeError):
@@ -106,10 +107,10 @@ def _writers(run: Any) -> xr.Dataset | None:
         if rows.sizes["output_channel"] != width:
             continue
         ratio = over_median(rows.load(), "output_channel").expand_dims(projection=[name])
-        found.append(ratio.rename({"layer": "projection_layer"}).rename("projection_row_ratio"))
-    if not found:
+        ratios.append(ratio.rename({"layer": "projection_layer"}).rename("projection_row_ratio"))
+    if not ratios:
         return None
-    joined = xr.concat(found, "projection", join="outer").to_dataset()
+    joined = xr.concat(ratios, "projection", join="outer").to_dataset()
     joined["projection_row_ratio"].attrs = {
         "units": "1",
         "definition": "largest |W| of the row that writes a channel, over that of the matrix's median row",
@@ -117,47 +118,49 @@ def _writers(run: Any) -> xr.Dataset | None:
     return joined
 
 
-def _by_channel(run: Any) -> xr.Dataset:
+def _by_channel(run: Run) -> xr.Dataset:
     """Gains and embedding entries by channel of the residual stream, over those of the median channel.
 
     ``channel_gain_ratio`` (gain_norm, gain_layer, weight_channel), norms outside the blocks at layer −1;
     ``channel_embedding_ratio`` and ``channel_embedding_token`` (weight_channel).
     """
-    held = getattr(run, "channel_weights", xr.Dataset())
-    named = held.rename(
-        {dim: new for dim, new in (("channel", "weight_channel"),) if dim in held.dims}
+    weights = getattr(run, "channel_weights", xr.Dataset())
+    by_channel = weights.rename(
+        {dim: new for dim, new in (("channel", "weight_channel"),) if dim in weights.dims}
     ).load()
-    found: dict[str, xr.DataArray] = {}
+    ratios: dict[str, xr.DataArray] = {}
     gains = []
-    if "norm_gain" in named:
-        gains.append(named["norm_gain"].rename(norm="gain_norm", layer="gain_layer"))
-    if "outside_norm_gain" in named:
-        outside = named["outside_norm_gain"].rename(outside_norm="gain_norm")
+    if "norm_gain" in by_channel:
+        gains.append(by_channel["norm_gain"].rename(norm="gain_norm", layer="gain_layer"))
+    if "outside_norm_gain" in by_channel:
+        outside = by_channel["outside_norm_gain"].rename(outside_norm="gain_norm")
         gains.append(outside.expand_dims(gain_layer=[-1]))
     if gains:
         joined = xr.concat([gain.rename("gain") for gain in gains], "gain_norm", join="outer")
-        found["channel_gain_ratio"] = over_median(joined, "weight_channel")
-        found["channel_gain_ratio"].attrs = {
+        ratios["channel_gain_ratio"] = over_median(joined, "weight_channel")
+        ratios["channel_gain_ratio"].attrs = {
             "units": "1",
             "definition": "|gain| of a channel over the median channel's, of the same norm and layer",
         }
-    if "embedding_maximum" in named:
-        largest = named["embedding_maximum"]
-        found["channel_embedding_ratio"] = over_median(largest, "weight_channel")
-        found["channel_embedding_ratio"].attrs = {
+    if "embedding_maximum" in by_channel:
+        largest = by_channel["embedding_maximum"]
+        ratios["channel_embedding_ratio"] = over_median(largest, "weight_channel")
+        ratios["channel_embedding_ratio"].attrs = {
             "units": "1",
             "definition": "largest |entry| of the embedding in a channel over that of the median channel",
         }
-        found["channel_embedding_token"] = named["embedding_token"].astype(float)
-    return xr.Dataset(found)
+        ratios["channel_embedding_token"] = by_channel["embedding_token"].astype(float)
+    return xr.Dataset(ratios)
 
 
-def _group(run: Any, group: str, names: dict[str, str], step: int) -> xr.Dataset | None:
+def _group(run: Run, group: str, names: dict[str, str], step: int) -> xr.Dataset | None:
     if group not in (*run.sites, *run.beside):
         return None
     dataset = run[group]
-    held = {old if old in dataset else new: new for new, old in names.items() if {old, new} & set(dataset)}
-    if not held:
+    names_in_run = {
+        old if old in dataset else new: new for new, old in names.items() if {old, new} & set(dataset)
+    }
+    if not names_in_run:
         return None
-    chosen = dataset[list(held)].sel(step=step, drop=True).load().rename(held)
-    return chosen.rename({old: new for old, new in _DIMS.items() if old in chosen.dims})
+    values = dataset[list(names_in_run)].sel(step=step, drop=True).load().rename(names_in_run)
+    return values.rename({old: new for old, new in _DIMS.items() if old in values.dims})

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float
 
 from osp_diag.analyses.channels.profiles import HOT, relative_rms
 from osp_diag.errors import OspDiagError, StoreError, UsageError
+from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 
 __all__ = ["TOP", "hot_channels", "of_site"]
 
@@ -17,30 +17,30 @@ TOP = 4
 """Channels in the sets that are compared between steps."""
 
 
-def of_site(run: Any, site: str, variable: str, wants: str) -> xr.DataArray:
-    """A variable of a site; a StoreError says what lacks and how to get it.
+def of_site(run: Run, site: str, variable: str, analysis: str) -> xr.DataArray:
+    """A variable of a site; a StoreError says what is missing and how to get it.
 
     Parameters
     ----------
-    wants : the analysis, for the message
+    analysis : its name, for the message
     """
-    name = run.attrs.get("model_name", "unnamed model")
+    model = model_name(run.attrs)
     try:
         dataset = run.at(site)
     except (OspDiagError, KeyError):
         raise StoreError(
-            f"{wants} needs the site {site!r}, which the run of {name} does not hold; probe again with it "
-            "among --sites"
+            f"{analysis} needs the site {site!r}, which the run of {model} does not hold; probe again with "
+            "it among --sites"
         ) from None
     if variable not in dataset or "step" not in dataset[variable].dims:
         raise StoreError(
-            f"{wants} needs {variable} by step at {site!r}, which the run of {name} does not hold; probe "
+            f"{analysis} needs {variable} by step at {site!r}, which the run of {model} does not hold; probe "
             "again with the estimator among --estimators"
         )
     return dataset[variable]
 
 
-def hot_channels(run: Any, *, site: str = "residual_post", top: int = TOP, times: float = HOT) -> xr.Dataset:
+def hot_channels(run: Run, *, site: str = "residual_post", top: int = TOP, times: float = HOT) -> xr.Dataset:
     """Identity of the hot channels of a site over training.
 
     A channel is hot at a step if its RMS over tokens is at least ``times`` the median channel's, of the same
@@ -69,7 +69,7 @@ def hot_channels(run: Any, *, site: str = "residual_post", top: int = TOP, times
         )
     parts = [_of_layer(rms.sel(layer=layer).load(), top, times) for layer in rms["layer"].values]
     dataset = xr.concat(parts, dim=rms["layer"]).transpose("step", "layer", "stratum", "channel", ...)
-    told = {
+    definitions = {
         "hot_count": ("channels", f"channels whose RMS is at least {times:g} times the median channel's"),
         "top_overlap": ("1", f"Jaccard overlap of the {top} largest channels with those of the probe before"),
         "birth": ("step", "first probed step at which the channel is hot"),
@@ -77,9 +77,11 @@ def hot_channels(run: Any, *, site: str = "residual_post", top: int = TOP, times
         "hot_steps": ("probes", "probed steps at which the channel is hot"),
         "peak": ("1", "largest ratio of the channel's RMS to the median channel's"),
     }
-    for name, (units, definition) in told.items():
+    for name, (units, definition) in definitions.items():
         dataset[name].attrs = {"units": units, "definition": definition}
-    shared = top * top / width  # expected common members of two random sets
+    # Two random sets of `top` channels out of `width` share top² / width on average; their Jaccard overlap is
+    # that over the size of the union.
+    shared = top * top / width
     dataset.attrs = {"site": site, "top": top, "times": times, "chance": shared / (2 * top - shared)}
     return dataset
 
@@ -90,6 +92,7 @@ def _of_layer(rms: xr.DataArray, top: int, times: float) -> xr.Dataset:
     ratio = np.nan_to_num(relative_rms(values))
     hot = ratio >= times
     ever = hot.any(axis=0)
+    # argmax gives the first hot step; of the reversed axis, the last one. Dead is what is not hot at the end.
     last = len(steps) - 1 - hot[::-1].argmax(axis=0)
     dead = ever & (last < len(steps) - 1)
     channel = ("stratum", "channel")
@@ -117,6 +120,7 @@ def _overlap(
     member: Bool[np.ndarray, "step stratum channel"] = np.zeros(values.shape, dtype=bool)
     order = np.argsort(-values, axis=-1, kind="stable")[..., :top]
     np.put_along_axis(member, order, True, axis=-1)
+    # Jaccard of two sets of `top` members: |A ∩ B| / (2·top − |A ∩ B|).
     shared = (member[1:] & member[:-1]).sum(axis=-1)
     unknown = np.isnan(values).any(axis=-1)
     overlap = np.where(unknown[1:] | unknown[:-1], np.nan, shared / (2 * top - shared))

@@ -39,6 +39,7 @@ def lower_median(
     values: Float[np.ndarray, "*layers channel"],
 ) -> Float[np.ndarray, "*layers 1"]:
     """The lower of the two middle values along the last axis, as everywhere here: an element of the data."""
+    # Why the lower median: docs/decisions.md, Estimators.
     return np.asarray(np.sort(values, axis=-1)[..., (values.shape[-1] - 1) // 2, None])
 
 
@@ -55,8 +56,8 @@ def relative_rms(rms: Float[np.ndarray, "*layers channel"]) -> Float[np.ndarray,
     NaN throughout a layer whose median is 0, or in which a channel is NaN or infinite.
     """
     median = lower_median(rms)
-    fine = np.isfinite(rms).all(axis=-1, keepdims=True) & (median > 0)
-    return np.divide(rms, median, out=np.full_like(rms, np.nan, dtype=np.float64), where=fine)
+    valid = np.isfinite(rms).all(axis=-1, keepdims=True) & (median > 0)
+    return np.divide(rms, median, out=np.full_like(rms, np.nan, dtype=np.float64), where=valid)
 
 
 def decades(relative: Float[np.ndarray, "*any"]) -> Float[np.ndarray, "*any"]:
@@ -109,6 +110,7 @@ def concentration_curve(
     rms: Float[np.ndarray, "*layers channel"],
 ) -> Float[np.ndarray, "*layers count"]:
     """C(k), the share of Σ_j s_j² in the k largest channels, for k = 0 … d; k/d if every channel is 0."""
+    # relative_energy is s_j² over its mean (1 if all are 0), so over the width it is the share of the sum.
     share = np.asarray(relative_energy(rms**2)) / rms.shape[-1]
     total = np.cumsum(np.sort(share, axis=-1)[..., ::-1], axis=-1)
     curve = np.concatenate([np.zeros_like(total[..., :1]), total], axis=-1)
@@ -122,8 +124,9 @@ def concentration_distance(first: Float[np.ndarray, " a"], second: Float[np.ndar
     channel of one of the two. In [0, 1]; concentration curves of :func:`concentration_curve` go in.
     """
     shares = [np.linspace(0, 1, len(curve)) for curve in (first, second)]
-    every = np.union1d(*shares)
-    difference = np.interp(every, shares[0], first) - np.interp(every, shares[1], second)
+    # Both curves at the whole channels of either.
+    places = np.union1d(*shares)
+    difference = np.interp(places, shares[0], first) - np.interp(places, shares[1], second)
     return float(np.abs(difference).max())
 
 

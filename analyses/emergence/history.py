@@ -12,7 +12,7 @@ import xarray as xr
 
 from osp_diag.analyses.channels.hot import TOP, hot_channels
 from osp_diag.analyses.channels.profiles import HOT
-from osp_diag.analyses.emergence.onset import DEPARTURE, FEWEST_PROBES, Emerged, when_it_emerges
+from osp_diag.analyses.emergence.onset import DEPARTURE, FEWEST_PROBES, SeriesEmergence, emergence_of_series
 from osp_diag.analyses.emergence.text import text_of
 from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.analyses.in_notebook import in_notebook
@@ -64,7 +64,7 @@ class Emergence:
 
 
 def trace_emergence(
-    run: Any,
+    run: Run,
     *,
     sites: Sequence[str] | None = None,
     strata: Sequence[str] | None = None,
@@ -88,22 +88,22 @@ def trace_emergence(
     ------
     UsageError, StoreError : as :func:`onsets`. What else the run lacks is said in ``notes``.
     """
-    found = onsets(run, sites=sites, strata=strata, departure=departure, draws=draws, probes=probes)
+    onset_data = onsets(run, sites=sites, strata=strata, departure=departure, draws=draws, probes=probes)
     notes, channels, writers = [], None, None
     try:
-        short = run if channel_probes is None else _short(run, found, channel_probes)
+        short = run if channel_probes is None else _short(run, onset_data, channel_probes)
         channels = hot_channels(short, top=top, times=times)
         writers = outlier_writers(short, top=top)
-    except StoreError as missing:
-        notes.append(str(missing))
+    except StoreError as problem:
+        notes.append(str(problem))
     if writers is not None and writers.attrs["unknown"]:
         notes.append(f"whether attention or the MLP wrote them can't be told: {writers.attrs['unknown']}")
-    return Emergence(found, _first(found), channels, writers, tuple(notes))
+    return Emergence(onset_data, _first(onset_data), channels, writers, tuple(notes))
 
 
-def _short(run: Any, found: xr.Dataset, probes: int) -> Any:
+def _short(run: Run, onset_data: xr.Dataset, probes: int) -> Run:
     """The run at few steps, among them each stratum's first onset, with its channels in memory."""
-    onset = found["onset"].sel(site=found["site"] == "residual_post").values
+    onset = onset_data["onset"].sel(site=onset_data["site"] == "residual_post").values
     firsts = np.fmin.reduce(onset.reshape(-1, onset.shape[-1]), axis=0, initial=np.inf)
     short = thinned_run(run, probes, always=firsts[np.isfinite(firsts)].astype(int).tolist())
     nodes = {"/": short.tree.to_dataset()}
@@ -114,7 +114,7 @@ def _short(run: Any, found: xr.Dataset, probes: int) -> Any:
 
 
 def onsets(
-    run: Any,
+    run: Run,
     *,
     sites: Sequence[str] | None = None,
     strata: Sequence[str] | None = None,
@@ -127,9 +127,8 @@ def onsets(
     """Onset, doubling time and plateau of the OSP kurtosis at every site, layer and stratum.
 
     :mod:`osp_diag.analyses.emergence.onset` defines them, for y = max(ln(κ / noise), 0). The noise is the
-    estimator's floor
-    (Gaussian noise of that width); at ``mlp_hidden``, a product that is not Gaussian even untrained, the
-    value at step 0 if that is larger.
+    estimator's floor (Gaussian noise of that width); at ``mlp_hidden``, a product that is not Gaussian even
+    untrained, the value at step 0 if that is larger.
 
     Parameters
     ----------
@@ -143,10 +142,10 @@ def onsets(
     Returns
     -------
     ``onset``, ``growth_start``, ``doubling_time``, ``plateau``, each with ``_low`` and ``_high``;
-    ``plateau_step``;
-    ``state``: "noise" (never departs), "onset", "from the start" (above at the first probe: the onset is not
-    later than that), "unknown" (too few probes with tokens of that stratum) or "" (no such layer);
-    ``agreement``: the share of draws with an onset; ``raised_at_end``. Dimensions (site, layer, stratum).
+    ``plateau_step``; ``state``: "noise" (never departs), "onset", "from the start" (above at the first probe:
+    the onset is not later than that), "unknown" (too few probes with tokens of that stratum) or "" (no such
+    layer); ``agreement``: the share of draws with an onset; ``raised_at_end``. Dimensions (site, layer,
+    stratum).
 
     Raises
     ------
@@ -165,27 +164,29 @@ def onsets(
             f"takes {FEWEST_PROBES}; probe more often, or let it train on"
         )
     values = log_kurtosis(run, sites=sites)
-    known = [str(name) for name in values["stratum"].values]
-    foreign = [name for name in strata or () if name not in known]
+    available = [str(name) for name in values["stratum"].values]
+    foreign = [name for name in strata or () if name not in available]
     if foreign:
-        raise UsageError(f"onsets: there is no stratum {', '.join(foreign)}; there are {', '.join(known)}")
-    values = values.sel(stratum=known if strata is None else list(strata))
-    kept = evenly(len(steps), probes)
-    values = values.transpose("site", "layer", "stratum", "step").isel(step=kept)
-    found = np.empty(values.shape[:-1], dtype=object)
-    for place in np.ndindex(found.shape):
+        raise UsageError(
+            f"onsets: there is no stratum {', '.join(foreign)}; there are {', '.join(available)}"
+        )
+    values = values.sel(stratum=available if strata is None else list(strata))
+    places = evenly(len(steps), probes)
+    values = values.transpose("site", "layer", "stratum", "step").isel(step=places)
+    emergences = np.empty(values.shape[:-1], dtype=object)
+    for place in np.ndindex(emergences.shape):
         if np.isnan(values["noise"].values[place[:2]]):
             continue
         label = "/".join(str(values[dim].values[i]) for dim, i in zip(values.dims, place, strict=False))
-        found[place] = when_it_emerges(
-            steps[kept],
+        emergences[place] = emergence_of_series(
+            steps[places],
             np.maximum(values.values[place], 0.0),
             departure=departure,
             level=level,
             draws=draws,
             seed=seed + zlib.crc32(label.encode()),
         )
-    dataset = _labelled(found, values)
+    dataset = _labelled(emergences, values)
     dataset.attrs = {
         "statistic": str(values.attrs["estimator"]),
         "departure": departure,
@@ -199,7 +200,7 @@ def onsets(
     return dataset
 
 
-def log_kurtosis(run: Any, *, sites: Sequence[str] | None = None) -> xr.DataArray:
+def log_kurtosis(run: Run, *, sites: Sequence[str] | None = None) -> xr.DataArray:
     """ln(κ / noise) of the OSP kurtosis, (site, step, layer, stratum), and the coordinate ``noise``.
 
     ``noise`` is (site, layer). 0 of κ is −∞; a layer that a site lacks is NaN, in ``noise`` too.
@@ -228,8 +229,9 @@ def log_kurtosis(run: Any, *, sites: Sequence[str] | None = None) -> xr.DataArra
     )
 
 
-def _of_site(run: Any, site: str) -> xr.DataArray:
+def _of_site(run: Run, site: str) -> xr.DataArray:
     kurtosis = run.at(site)[KURTOSIS].transpose("step", "layer", "stratum").load()
+    # A closed form, not a simulation: docs/decisions.md, Estimators.
     floor = kurtosis.attrs.get("floor") or gaussian_floor(int(run.attrs["hidden_size"]))
     noise = np.full(kurtosis.sizes["layer"], float(floor))
     if site == "mlp_hidden" and kurtosis["step"].values[0] == 0:
@@ -254,14 +256,17 @@ def _of_site(run: Any, site: str) -> xr.DataArray:
     )
 
 
-def _labelled(found: np.ndarray, values: xr.DataArray) -> xr.Dataset:
+def _labelled(emergences: np.ndarray, values: xr.DataArray) -> xr.Dataset:
     """Objects by place as arrays. Of a plateau, y becomes a kurtosis again."""
     dims = ("site", "layer", "stratum")
 
     def of(field: str, index: int | None = None, nothing: Any = np.nan) -> np.ndarray:
-        each = [getattr(one, field) if isinstance(one, Emerged) else None for one in found.ravel()]
-        picked = [nothing if one is None else one if index is None else one[index] for one in each]
-        return np.array(picked).reshape(found.shape)
+        values = [nothing] * emergences.size
+        for place, emergence in enumerate(emergences.ravel()):
+            if isinstance(emergence, SeriesEmergence):
+                value = getattr(emergence, field)
+                values[place] = value if index is None else value[index]
+        return np.array(values).reshape(emergences.shape)
 
     noise = values["noise"].transpose("site", "layer").values[..., None]
     dataset = xr.Dataset(coords={dim: values[dim].values for dim in dims})
@@ -270,12 +275,12 @@ def _labelled(found: np.ndarray, values: xr.DataArray) -> xr.Dataset:
         for index, end in enumerate(("", "_low", "_high")):
             array = of(source, index)
             array = noise * np.exp(array) if name == "plateau" else array
-            said = (
+            text = (
                 f"{'lower' if end == '_low' else 'upper'} end of the interval of {name}"
                 if end
                 else definition
             )
-            dataset[name + end] = (dims, array, {"units": units, "definition": said})
+            dataset[name + end] = (dims, array, {"units": units, "definition": text})
     dataset["plateau_step"] = (dims, of("plateau_step"), {"units": "step", "definition": "where growth ends"})
     dataset["agreement"] = (
         dims,
@@ -288,14 +293,14 @@ def _labelled(found: np.ndarray, values: xr.DataArray) -> xr.Dataset:
     return dataset
 
 
-def _first(found: xr.Dataset) -> xr.Dataset:
+def _first(onset_data: xr.Dataset) -> xr.Dataset:
     """The first place to depart in each stratum: by onset, then by the way of the data; and its rivals.
 
     ``rivals`` names the other places whose intervals begin no later than the first one's ends.
     """
     sites, layers, steps, rivals = [], [], [], []
-    for stratum in found["stratum"].values:
-        part = found.sel(stratum=stratum)
+    for stratum in onset_data["stratum"].values:
+        part = onset_data.sel(stratum=stratum)
         onset = {
             (str(site), int(layer)): float(part["onset"].sel(site=site, layer=layer))
             for site in part["site"].values
@@ -325,5 +330,5 @@ def _first(found: xr.Dataset) -> xr.Dataset:
                 {"definition": "places whose intervals overlap with the first one's"},
             ),
         },
-        coords={"stratum": found["stratum"].values},
+        coords={"stratum": onset_data["stratum"].values},
     )

@@ -1,4 +1,4 @@
-"""What :mod:`osp_diag.analyses.emergence.history` found, in a few sentences."""
+"""When, where and by whom outliers were written, in a few sentences."""
 
 from __future__ import annotations
 
@@ -20,50 +20,52 @@ __all__ = ["text_of"]
 _WIDTH = 100
 
 
-def text_of(found: Emergence) -> str:
+def text_of(emergence: Emergence) -> str:
     """One paragraph a stratum (first token, other tokens), then what could not be answered."""
-    strata = [str(name) for name in found.onsets["stratum"].values]
-    chosen = [name for name in ("first", "rest") if name in strata] or strata
+    strata = [str(name) for name in emergence.onsets["stratum"].values]
+    paragraphs = [name for name in ("first", "rest") if name in strata] or strata
+    attrs = emergence.onsets.attrs
     lines = [
-        f"{found.onsets.attrs['model']}: {found.onsets.attrs['statistic']}, steps "
-        f"{found.onsets.attrs['first_probe']:,.0f} to {found.onsets.attrs['last_probe']:,.0f}. An outlier "
-        f"is a kurtosis above {found.onsets.attrs['departure']:g} times the noise; intervals hold "
-        f"{found.onsets.attrs['level']:.0%} of {found.onsets.attrs['draws']} bootstrap draws."
+        f"{attrs['model']}: {attrs['statistic']}, steps {attrs['first_probe']:,.0f} to "
+        f"{attrs['last_probe']:,.0f}. An outlier is a kurtosis above {attrs['departure']:g} times the noise; "
+        f"intervals hold {attrs['level']:.0%} of {attrs['draws']} bootstrap draws."
     ]
-    lines += [f"On {STRATUM_WORDS.get(name, name)}: {' '.join(_of_stratum(found, name))}" for name in chosen]
-    lines += [f"Not answered: {note}." for note in found.notes]
+    lines += [
+        f"On {STRATUM_WORDS.get(name, name)}: {' '.join(_of_stratum(emergence, name))}" for name in paragraphs
+    ]
+    lines += [f"Not answered: {note}." for note in emergence.notes]
     return "\n".join(
         textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         for line in lines
     )
 
 
-def _of_stratum(found: Emergence, stratum: str) -> Iterator[str]:
-    first = found.first.sel(stratum=stratum)
+def _of_stratum(emergence: Emergence, stratum: str) -> Iterator[str]:
+    first = emergence.first.sel(stratum=stratum)
     if not str(first["site"].item()):
-        unknown = bool((found.onsets["state"].sel(stratum=stratum) == "unknown").any())
+        unknown = bool((emergence.onsets["state"].sel(stratum=stratum) == "unknown").any())
         yield "too few probes hold such tokens." if unknown else "no site leaves the noise."
         return
-    yield _where(found, stratum)
-    yield from _growth(found.onsets, stratum)
-    yield from _writer(found, stratum)
-    yield from _channels(found.channels, stratum)
+    yield _first_place(emergence, stratum)
+    yield from _growth(emergence.onsets, stratum)
+    yield from _writer(emergence, stratum)
+    yield from _channels(emergence.channels, stratum)
 
 
-def _where(found: Emergence, stratum: str) -> str:
-    first = found.first.sel(stratum=stratum)
+def _first_place(emergence: Emergence, stratum: str) -> str:
+    first = emergence.first.sel(stratum=stratum)
     site, layer = str(first["site"].item()), int(first["layer"])
-    part = found.onsets.sel(stratum=stratum, site=site, layer=layer)
+    part = emergence.onsets.sel(stratum=stratum, site=site, layer=layer)
     name = f"{site} of layer {layer}"
     if str(part["state"].item()) == "from the start":
-        said = f"{name} is above the noise from the first probe (step {float(part['onset']):,.0f}) on"
+        sentence = f"{name} is above the noise from the first probe (step {float(part['onset']):,.0f}) on"
     else:
-        said = f"{name} leaves the noise first, at step {_span(part, 'onset')}"
+        sentence = f"{name} leaves the noise first, at step {_span(part, 'onset')}"
     rivals = [rival for rival in str(first["rivals"].item()).split(", ") if rival]
     if rivals:
-        said += f"; {len(rivals)} other place{'s are' * (len(rivals) > 1) or ' is'} within its interval"
-        said += f" ({', '.join(rivals[:3])}{', …' * (len(rivals) > 3)})"
-    return said + "."
+        sentence += f"; {len(rivals)} other place{'s are' * (len(rivals) > 1) or ' is'} within its interval"
+        sentence += f" ({', '.join(rivals[:3])}{', …' * (len(rivals) > 3)})"
+    return sentence + "."
 
 
 def _span(part: xr.Dataset, name: str) -> str:
@@ -86,11 +88,11 @@ def _growth(onsets: xr.Dataset, stratum: str) -> Iterator[str]:
     earliest, latest = (f"{float(step):,.0f}" for step in (steps.min(), steps.max()))
     when = f"at step {earliest}" if earliest == latest else f"between steps {earliest} and {latest}"
     yield f"{len(departed)} of {whole} block outputs depart, {when}."
-    known = part.sel(layer=departed).dropna("layer", subset=["doubling_time"])
-    if not known.sizes["layer"]:
+    timed = part.sel(layer=departed).dropna("layer", subset=["doubling_time"])
+    if not timed.sizes["layer"]:
         yield "How fast they grow can't be told: too few probes lie between onset and plateau."
         return
-    fastest = known.isel(layer=int(known["doubling_time"].values.argmin()))
+    fastest = timed.isel(layer=int(timed["doubling_time"].values.argmin()))
     yield (
         f"The fastest, layer {int(fastest['layer'])}, doubles every {_span(fastest, 'doubling_time')} steps"
         + (
@@ -101,28 +103,28 @@ def _growth(onsets: xr.Dataset, stratum: str) -> Iterator[str]:
     )
 
 
-def _writer(found: Emergence, stratum: str) -> Iterator[str]:
+def _writer(emergence: Emergence, stratum: str) -> Iterator[str]:
     """Who wrote the largest channels of the first block output to depart, at its onset."""
-    if found.writers is None or "residual_post" not in found.onsets["site"].values:
+    if emergence.writers is None or "residual_post" not in emergence.onsets["site"].values:
         return
-    onset = found.onsets["onset"].sel(site="residual_post", stratum=stratum).dropna("layer")
+    onset = emergence.onsets["onset"].sel(site="residual_post", stratum=stratum).dropna("layer")
     if not onset.sizes["layer"]:
         return
     layer = int(onset["layer"].values[int(onset.values.argmin())])
     step = int(onset.min())
-    at = found.writers.sel(step=step, layer=layer, stratum=stratum)
+    at = emergence.writers.sel(step=step, layer=layer, stratum=stratum)
     writer, share = str(at["writer"].item()), float(at["attention_share"])
     energy = at["energy"]
     if not writer:
         return
-    where = f"its {found.writers.attrs['top']} largest channels"
+    channels = f"its {emergence.writers.attrs['top']} largest channels"
     yield (
         f"In layer {layer}, the first block output to depart, "
         + {
-            "attention": f"attention wrote {where} ({share:.0%} of what the block added there).",
-            "MLP": f"the MLP wrote {where} ({1 - share:.0%} of what the block added there).",
-            "both": f"attention and the MLP wrote {where} ({share:.0%} and {1 - share:.0%}).",
-            "earlier": f"{where} came from before the block "
+            "attention": f"attention wrote {channels} ({share:.0%} of what the block added there).",
+            "MLP": f"the MLP wrote {channels} ({1 - share:.0%} of what the block added there).",
+            "both": f"attention and the MLP wrote {channels} ({share:.0%} and {1 - share:.0%}).",
+            "earlier": f"{channels} came from before the block "
             f"({float(energy.sel(part='entering') / energy.sum('part')):.0%} of their energy).",
         }[writer]
     )
@@ -141,9 +143,9 @@ def _channels(channels: xr.Dataset | None, stratum: str) -> Iterator[str]:
     order = np.argsort(-peak, kind="stable")[: min(4, int(alive.sum()))]
     names = ", ".join(str(channel) for channel in part["channel"].values[order])
     late = part["top_overlap"].isel(step=slice(part.sizes["step"] // 2, None)).mean()
-    many = int(ever.sum())
+    count = int(ever.sum())
     yield (
-        f"{many} channel{'s are' if many > 1 else ' is'} hot at some step and layer, {int(alive.sum())} at "
+        f"{count} channel{'s are' if count > 1 else ' is'} hot at some step and layer, {int(alive.sum())} at "
         f"the last probe{f' (hottest: {names})' if names else ''}. From one probe to the next the "
         f"{channels.attrs['top']} largest overlap by {float(late):.2f} in the second half of the run (by "
         f"chance {channels.attrs['chance']:.2f})."

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.channels.hot import TOP, of_site
 from osp_diag.errors import StoreError
+from osp_diag.runs.run import Run
 
 __all__ = ["CLEAR", "WRITERS", "outlier_writers"]
 
@@ -19,7 +18,7 @@ WRITERS = ("attention", "MLP", "both", "earlier")
 _PARTS = ("entering", "attention", "mlp")
 
 
-def outlier_writers(run: Any, *, top: int = TOP) -> xr.Dataset:
+def outlier_writers(run: Run, *, top: int = TOP) -> xr.Dataset:
     """Energy that each part of a block brings into the largest channels of its output, by step.
 
     For the ``top`` channels of largest RMS at ``residual_post`` (of that step, layer and stratum):
@@ -47,12 +46,13 @@ def outlier_writers(run: Any, *, top: int = TOP) -> xr.Dataset:
         channels = np.argsort(-out, axis=-1, kind="stable")[..., :top]
         entering, middle, late = (_energy(source, layer, channels) for source in sources)
         if method == "stream":
+            # Gains of energy stand for the parts: from entrance to residual_mid, from there to the output.
             whole = np.sum(np.take_along_axis(out, channels, axis=-1) ** 2, axis=-1)
             middle, late = np.maximum(middle - entering, 0), np.maximum(whole - middle, 0)
         layers.append(np.stack([entering, middle, late]))
     energy = np.stack(layers, axis=2)
-    own = energy[1] + energy[2]
-    share = np.divide(energy[1], own, out=np.full(own.shape, np.nan), where=own > 0)
+    written = energy[1] + energy[2]
+    share = np.divide(energy[1], written, out=np.full(written.shape, np.nan), where=written > 0)
     dims = ("step", "layer", "stratum")
     attrs = {"site": "residual_post", "top": top, "method": method, "unknown": unknown}
     return xr.Dataset(
@@ -84,15 +84,15 @@ def outlier_writers(run: Any, *, top: int = TOP) -> xr.Dataset:
 
 
 def _writer(energy: np.ndarray, share: np.ndarray) -> np.ndarray:
-    entering, own = energy[0], energy[1] + energy[2]
-    named = np.where(share >= CLEAR, "attention", np.where(share <= 1 - CLEAR, "MLP", "both"))
-    named = np.where(entering > own, "earlier", named)
-    known = np.isfinite(energy).all(axis=0) & (entering + own > 0)
-    return np.where(known, named, "").astype(str)
+    entering, written = energy[0], energy[1] + energy[2]
+    writers = np.where(share >= CLEAR, "attention", np.where(share <= 1 - CLEAR, "MLP", "both"))
+    writers = np.where(entering > written, "earlier", writers)
+    measured = np.isfinite(energy).all(axis=0) & (entering + written > 0)
+    return np.where(measured, writers, "").astype(str)
 
 
-def _sources(run: Any) -> tuple[list[dict[int, xr.DataArray]], str, str]:
-    """By layer: what enters, attention and MLP (or the stream after them); the method; what lacks."""
+def _sources(run: Run) -> tuple[list[dict[int, xr.DataArray]], str, str]:
+    """By layer: what enters, attention and MLP (or the stream after them); the method; what is missing."""
     entering = _entering(run)
     contributions = [_by_layer(run, site) for site in ("attention_contribution", "mlp_contribution")]
     if all(contributions):
@@ -108,14 +108,14 @@ def _sources(run: Any) -> tuple[list[dict[int, xr.DataArray]], str, str]:
     )
 
 
-def _entering(run: Any) -> dict[int, xr.DataArray]:
+def _entering(run: Run) -> dict[int, xr.DataArray]:
     """What enters each block: ``residual_pre``, or the output of the block before it."""
     before = {layer + 1: values for layer, values in _by_layer(run, "residual_post").items()}
     embedding = list(_by_layer(run, "embedding").values())
     return before | ({0: embedding[0]} if embedding else {}) | _by_layer(run, "residual_pre")
 
 
-def _by_layer(run: Any, site: str) -> dict[int, xr.DataArray]:
+def _by_layer(run: Run, site: str) -> dict[int, xr.DataArray]:
     try:
         rms = of_site(run, site, "channel_rms", "outlier_writers")
     except StoreError:
@@ -125,7 +125,7 @@ def _by_layer(run: Any, site: str) -> dict[int, xr.DataArray]:
 
 
 def _energy(source: dict[int, xr.DataArray], layer: int, channels: np.ndarray) -> np.ndarray:
-    """Σ of mean squares in the chosen channels, (step, stratum); NaN where the layer is not there."""
+    """Σ of mean squares in the largest channels, (step, stratum); NaN where the layer is absent."""
     if int(layer) not in source:
         return np.full(channels.shape[:-1], np.nan)
     values = source[int(layer)].load().values

@@ -6,11 +6,12 @@ channels before and after it tell how the channels are paired, whatever the mode
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from osp_diag.errors import OspDiagError
+from osp_diag.runs.run import Run
 
 __all__ = ["RotaryPairs", "rotary_pairs"]
 
@@ -34,7 +35,7 @@ class RotaryPairs(NamedTuple):
         return np.asarray(channels[..., self.first] + channels[..., self.second])
 
 
-def rotary_pairs(run: Any, step: int) -> RotaryPairs:
+def rotary_pairs(run: Run, step: int) -> RotaryPairs:
     """The pairs of channels that the model of a run rotates, from the channel norms of its queries.
 
     Where only the first r channels are rotated (partial rotary embedding), pairs are made of these. There are
@@ -49,22 +50,24 @@ def rotary_pairs(run: Any, step: int) -> RotaryPairs:
         return _none("the run lacks head_channel_norm before and after rotary embedding")
     width = before.shape[-1]
     before, after = before.reshape(-1, width) ** 2, after.reshape(-1, width) ** 2
-    used = np.isfinite(before).all(-1) & np.isfinite(after).all(-1) & (before.sum(-1) > 0)
-    before, after = before[used], after[used]
+    measured = np.isfinite(before).all(-1) & np.isfinite(after).all(-1) & (before.sum(-1) > 0)
+    before, after = before[measured], after[measured]
+    # Norms are squared above, and a relative change δ of a norm is 2δ of its square.
     changed = np.abs(after - before) > 2 * UNCHANGED * before
     if not changed.any():
         return _none("no channel is rotated")
     rotated = int(np.flatnonzero(changed.any(axis=0))[-1]) + 1
     rotated += rotated % 2
-    found = [_half(rotated), _interleaved(rotated)]
+    layouts = [_half(rotated), _interleaved(rotated)]
+    # Σ over heads and pairs of |energy after − energy before|, over the energy of the rotated channels.
     errors = [
         np.abs(pairs.summed(after) - pairs.summed(before)).sum() / before[:, :rotated].sum()
-        for pairs in found
+        for pairs in layouts
     ]
     best = int(np.argmin(errors))
     if errors[best] > TOLERANCE:
         return _none(f"no pairing of the channels keeps their energy (it changes by {errors[best]:.0%})")
-    return found[best]
+    return layouts[best]
 
 
 def _half(rotated: int) -> RotaryPairs:

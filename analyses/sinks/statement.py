@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import UsageError
+from osp_diag.runs.naming import model_name
 from osp_diag.wording import number
 
 __all__ = ["sink_statement"]
@@ -20,25 +21,25 @@ __all__ = ["sink_statement"]
 _WIDTH = 100
 
 
-def sink_statement(found: xr.Dataset, *, step: int | None = None) -> str:
+def sink_statement(implementation: xr.Dataset, *, step: int | None = None) -> str:
     """The statement on a model at ``step`` (by default the last) from what ``sink_implementation`` returned.
 
     Numbers of heads are medians over the sink heads unless they count something.
 
     Raises
     ------
-    UsageError : ``found`` has no such step
+    UsageError : ``implementation`` has no such step
     """
-    steps = [int(value) for value in found["step"].values]
-    chosen = steps[-1] if step is None else step
-    if chosen not in steps:
+    steps = [int(value) for value in implementation["step"].values]
+    probed = steps[-1] if step is None else step
+    if probed not in steps:
         raise UsageError(
-            f"sink_statement: there is no step {chosen}; there are {', '.join(map(str, steps[:8]))}"
+            f"sink_statement: there is no step {probed}; there are {', '.join(map(str, steps[:8]))}"
         )
-    at = found.sel(step=chosen)
+    at = implementation.sel(step=probed)
     kinds = at["kind"].transpose("layer", "head").values
     sinks = ~np.isin(kinds, ["no sink", "learned sink", "not measured"])
-    sentences = [_heads(at, kinds, sinks, chosen)]
+    sentences = [_heads(at, kinds, sinks, probed)]
     if (kinds == "learned sink").any():
         mass = at["learned_sink_mass"].values[kinds == "learned sink"].mean()
         count = int((kinds == "learned sink").sum())
@@ -46,7 +47,7 @@ def sink_statement(found: xr.Dataset, *, step: int | None = None) -> str:
     if sinks.any():
         parts = (_logits, _channels, _geometry, _frequencies, _value, _residual)
         sentences += [text for part in parts if (text := part(at, kinds, sinks))]
-        sentences.append(_emergence(found, sinks))
+        sentences.append(_emergence(implementation, sinks))
     wrapped = [textwrap.fill(text, _WIDTH, subsequent_indent="  ") for text in sentences if text]
     return "\n".join(wrapped)
 
@@ -64,19 +65,19 @@ def _heads(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray, step: int) -> s
     attrs = at.attrs
     measured = int((kinds != "not measured").sum())
     rate = at["sink_rate"].transpose("layer", "head")
-    said = (
-        f"{attrs.get('model_name', 'unnamed model')}, step {step:,}: {int(sinks.sum())} of {measured} heads "
+    sentence = (
+        f"{model_name(attrs)}, step {step:,}: {int(sinks.sum())} of {measured} heads "
         f"sink on the first token, that is, give it more than {attrs['rule_epsilon']:g} of their attention "
         f"in at least {attrs['rule_sink_rate']:.0%} of the sequences (of "
         f"{attrs.get('sequence_length', 'unknown')} tokens, BOS {attrs.get('bos', 'unknown')})"
     )
     if sinks.any():
-        return f"{said}; it receives {_median(at, 'sink_mass', sinks):.0%} of what other tokens give."
+        return f"{sentence}; it receives {_median(at, 'sink_mass', sinks):.0%} of what other tokens give."
     if not measured:
-        return f"{said}: none was measured."
+        return f"{sentence}: none was measured."
     row, head = np.unravel_index(int(np.nanargmax(rate.values)), rate.shape)
     return (
-        f"{said}. The highest sink rate is {float(rate.values[row, head]):.0%} (layer "
+        f"{sentence}. The highest sink rate is {float(rate.values[row, head]):.0%} (layer "
         f"{int(rate['layer'].values[row])}, head {head}), so there is no sink to explain."
     )
 
@@ -87,10 +88,10 @@ def _logits(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray) -> str:
         for name in ("negative infinity", "mixed", "balanced", "unclear")
         if (count := int((kinds == name).sum()))
     ]
-    sink, other = _median(at, "sink_logit", sinks), _median(at, "other_logit", sinks)
+    sink, others = _median(at, "sink_logit", sinks), _median(at, "other_logit", sinks)
     skew = at["logit_skew"].sel(key_class="other").transpose("layer", "head").values[sinks]
     return (
-        f"Logits: {', '.join(counts)}. The sink key's lie at {sink:+.3g}, the others' at {other:+.3g}; "
+        f"Logits: {', '.join(counts)}. The sink key's lie at {sink:+.3g}, the others' at {others:+.3g}; "
         f"{_median(at, 'other_negative_share', sinks):.0%} of the others' are negative, their skew is "
         f"{round(float(np.nanmedian(skew)), 2) + 0.0:+.2f}; {_median(at, 'negative_part', sinks):.0%} of the "
         "gap lies below zero."
@@ -99,18 +100,18 @@ def _logits(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray) -> str:
 
 def _channels(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray) -> str:
     use = at["channel_use"].transpose("layer", "head").values[sinks]
-    needed = _median(at, "channels_90", sinks)
-    if not np.isfinite(needed) or "head_channel" not in at.dims:
+    count = _median(at, "channels_90", sinks)
+    if not np.isfinite(count) or "head_channel" not in at.dims:
         return ""
-    said = (
-        f"Channels: {number(needed)} of {at.sizes['head_channel']} carry 90% of the sink key's logit; "
+    sentence = (
+        f"Channels: {number(count)} of {at.sizes['head_channel']} carry 90% of the sink key's logit; "
         f"concentrated in {int((use == 'concentrated').sum())} heads, "
         f"spread in {int((use == 'spread').sum())}"
     )
     overlap, chance = _median(at, "query_key_overlap", sinks), float(at["query_key_overlap_chance"])
     if np.isfinite(overlap):
-        said += f"; the largest channels of q and k_sink overlap by {overlap:.2f} (chance: {chance:.2f})"
-    return f"{said}."
+        sentence += f"; the largest channels of q and k_sink overlap by {overlap:.2f} (chance: {chance:.2f})"
+    return f"{sentence}."
 
 
 def _geometry(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray) -> str:
@@ -131,11 +132,11 @@ def _geometry(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray) -> str:
 
 
 def _frequencies(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray) -> str:
-    needed = _median(at, "frequencies_90", sinks)
-    if not np.isfinite(needed):
+    count = _median(at, "frequencies_90", sinks)
+    if not np.isfinite(count):
         return ""
     return (
-        f"Rotary frequencies: {number(needed)} of {at.sizes['frequency']} carry 90% of the sink key's logit, "
+        f"Rotary frequencies: {number(count)} of {at.sizes['frequency']} carry 90% of the sink key's logit, "
         f"around place {_median(at, 'frequency_position', sinks):.2f} (0: the fastest, 1: the slowest)."
     )
 
@@ -155,26 +156,26 @@ def _residual(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray) -> str:
     spike = _median(at, "residual_spike", sinks)
     if not np.isfinite(massive).any():
         return ""
-    said = (
+    sentence = (
         f"Residual stream: {int((massive > 0).sum())} of {massive.size} sink heads read a massive activation "
         "of the first token"
     )
     ratio = f"; its state is {number(spike)} times as large as that of ordinary tokens"
-    return f"{said}{ratio if np.isfinite(spike) else ''}."
+    return f"{sentence}{ratio if np.isfinite(spike) else ''}."
 
 
-def _emergence(found: xr.Dataset, sinks: np.ndarray) -> str:
-    if found.sizes["step"] == 1:
+def _emergence(implementation: xr.Dataset, sinks: np.ndarray) -> str:
+    if implementation.sizes["step"] == 1:
         return ""
-    first = found["emergence_step"].transpose("layer", "head").values
-    before = found["emergence_after"].transpose("layer", "head").values
+    first = implementation["emergence_step"].transpose("layer", "head").values
+    before = implementation["emergence_after"].transpose("layer", "head").values
     if not np.isfinite(first).any():
         return ""
     row, head = np.unravel_index(int(np.nanargmin(first)), first.shape)
     when = f"at step {int(first[row, head]):,}"
     if np.isfinite(before[row, head]):
         when = f"between steps {int(before[row, head]):,} and {int(first[row, head]):,}"
-    layer = int(found["layer"].values[row])
+    layer = int(implementation["layer"].values[row])
     median = number(float(np.nanmedian(first)))
     return (
         f"Emergence: the first lasting sink is layer {layer}, head {head}, {when}; the median head that "

@@ -51,10 +51,11 @@ def kurtosis(
     sites: Mapping[str, xr.Dataset], width: int | None, absent: Mapping[str, str] | None
 ) -> dict[str, Any]:
     """The headline number, its normalised forms and its parts by stratum."""
+    # Why a mean with a part missing is none: docs/decisions.md, The house.
     states, note = hidden_states(sites, absent)
     parts = mean_by_stratum(states)
     headline = parts.get("all")
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "width": width,
         "hidden_states": len(states),
         "osp_kurtosis": headline,
@@ -65,9 +66,9 @@ def kurtosis(
         "note": note,
     }
     if headline is not None and width is not None and width > 3:
-        found["osp_kurtosis_of_ceiling"] = headline / (width - 3)
-        found["osp_kurtosis_over_floor"] = headline / gaussian_floor(width)
-    return found
+        fields["osp_kurtosis_of_ceiling"] = headline / (width - 3)
+        fields["osp_kurtosis_over_floor"] = headline / gaussian_floor(width)
+    return fields
 
 
 def hidden_state_kurtosis(run: Run) -> xr.DataArray | None:
@@ -121,31 +122,31 @@ def massive(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     blocks = sites.get("residual_post")
     if blocks is None:
         return {}
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if "massive_activation_count" in blocks:
         count = blocks["massive_activation_count"].sortby("layer").load()
         everywhere = np.nan_to_num(count.sel(stratum="all").values)
         present = np.flatnonzero(everywhere > 0)
-        found["massive_per_sequence"] = float(everywhere.max(initial=0.0))
+        fields["massive_per_sequence"] = float(everywhere.max(initial=0.0))
         if present.size:
-            found["massive_emergence_layer"] = int(count["layer"].values[present[0]])
-            found["massive_last_layer"] = int(count["layer"].values[present[-1]])
-            # a count is a mean per sequence, and every sequence has one first token
+            fields["massive_emergence_layer"] = int(count["layer"].values[present[0]])
+            fields["massive_last_layer"] = int(count["layer"].values[present[-1]])
+            # A count is a mean per sequence, and every sequence has one first token.
             on_first = np.nan_to_num(count.sel(stratum="first").values)[present].sum()
-            found["massive_on_first"] = float(min(on_first / everywhere[present].sum(), 1.0))
-            found["massive_channels"] = _massive_channels(blocks)
+            fields["massive_on_first"] = float(min(on_first / everywhere[present].sum(), 1.0))
+            fields["massive_channels"] = _massive_channels(blocks)
     if "top_magnitude" in blocks:
         top = blocks["top_magnitude"].sel(rank=1).sortby("layer").load()
-        found |= _jump(top.sel(stratum="all") if "stratum" in top.dims else top)
-    return found
+        fields |= _jump(top.sel(stratum="all") if "stratum" in top.dims else top)
+    return fields
 
 
-def _massive_channels(blocks: xr.Dataset, most: int = 8) -> tuple[int, ...]:
+def _massive_channels(blocks: xr.Dataset, limit: int = 8) -> tuple[int, ...]:
     """Channels with massive activations, most frequent first."""
     if "massive_activation_channel_count" not in blocks:
         return ()
     per_channel = blocks["massive_activation_channel_count"].sum("layer").values
-    order = np.argsort(-per_channel, kind="stable")[:most]
+    order = np.argsort(-per_channel, kind="stable")[:limit]
     return tuple(int(channel) for channel in order if per_channel[channel] > 0)
 
 
@@ -173,25 +174,26 @@ def largest(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         return {}
     highest = max(peaks.values())
     site, layer = next(place for place in network_order(peaks) if peaks[place] == highest)
-    found: dict[str, Any] = {"largest_magnitude": highest, "largest_site": site, "largest_layer": layer}
+    fields: dict[str, Any] = {"largest_magnitude": highest, "largest_site": site, "largest_layer": layer}
     if "channel_absolute_maximum" in sites[site]:
         channels = sites[site]["channel_absolute_maximum"].sel(layer=layer, stratum="all").values
         if np.isfinite(channels).any():
-            found["largest_channel"] = int(np.nanargmax(channels))
-    return found
+            fields["largest_channel"] = int(np.nanargmax(channels))
+    return fields
 
 
 def _of_all(values: xr.DataArray) -> list[tuple[int, float]]:
-    chosen = (values.sel(stratum="all") if "stratum" in values.dims else values).load()
+    by_layer = (values.sel(stratum="all") if "stratum" in values.dims else values).load()
     return [
-        (int(layer), float(value)) for layer, value in zip(chosen["layer"].values, chosen.values, strict=True)
+        (int(layer), float(value))
+        for layer, value in zip(by_layer["layer"].values, by_layer.values, strict=True)
     ]
 
 
-def everyday(sites: Mapping[str, xr.Dataset], found: Mapping[str, Any]) -> dict[str, Any]:
+def everyday(sites: Mapping[str, xr.Dataset], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Outliers on ordinary tokens; on all tokens where every token is a first one."""
     stratum = (
-        "rest" if found["everyday_kurtosis"] is not None or not found["osp_kurtosis_by_stratum"] else "all"
+        "rest" if fields["everyday_kurtosis"] is not None or not fields["osp_kurtosis_by_stratum"] else "all"
     )
     features = {}
     for site in ("attention_input", "mlp_input"):
@@ -216,47 +218,46 @@ def sinks(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     attention = sites.get("attention")
     if attention is None:
         return {}
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if "sink_rate" in attention:
         rate = sink_rate_at(attention["sink_rate"])
         if rate is not None and np.isfinite(rate.values).any():
             values = rate.values[np.isfinite(rate.values)]
-            found |= {
+            fields |= {
                 "sink_rate": float(values.mean()),
                 "sink_heads": int((values >= SINK_HEAD).sum()),
                 "heads": int(values.size),
             }
     if "first_token_attention" in attention:
-        found["first_token_attention"] = _finite(
+        fields["first_token_attention"] = _finite(
             float(attention["first_token_attention"].sel(stratum="all").mean(skipna=True))
         )
     if "max_logit" in attention:
         logits = attention["max_logit"].transpose("layer", "head").load()
         if np.isfinite(logits.values).any():
             row, head = np.unravel_index(int(np.nanargmax(_masked(logits.values))), logits.shape)
-            found |= {
+            fields |= {
                 "largest_logit": float(logits.values[row, head]),
                 "largest_logit_layer": int(logits["layer"].values[row]),
                 "largest_logit_head": int(head),
                 "heads_above_qk_clip": int((logits.values > QK_CLIP).sum()),
             }
-    return found
+    return fields
 
 
 def sink_rate_at(
     rates: xr.DataArray, epsilon: float = SINK_EPSILON, position: int = SINK_POSITION
 ) -> xr.DataArray | None:
-    """The sink rate at one threshold and position, without these dimensions; None: it was not measured
-    there."""
+    """The sink rate at one threshold and position, without these dimensions; None: not measured there."""
     if "sink_position" in rates.dims:
         if position not in rates["sink_position"].values:
             return None
         rates = rates.sel(sink_position=position, drop=True)
     if "epsilon" in rates.dims:
-        near = np.flatnonzero(np.isclose(rates["epsilon"].values, epsilon, rtol=0, atol=1e-9))
-        if not near.size:
+        places = np.flatnonzero(np.isclose(rates["epsilon"].values, epsilon, rtol=0, atol=1e-9))
+        if not places.size:
             return None
-        rates = rates.isel(epsilon=int(near[0]), drop=True)
+        rates = rates.isel(epsilon=int(places[0]), drop=True)
     return rates
 
 
@@ -283,6 +284,7 @@ def _masked(values: np.ndarray) -> np.ndarray:
 
 def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     """The first site in network order that holds a NaN or Inf."""
+    # Such tokens are in no average, so they are counted: docs/decisions.md, Estimators.
     counts: dict[tuple[str, int], float] = {}
     counted = False
     for site, dataset in sites.items():
@@ -293,7 +295,7 @@ def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     if not counts:
         return {"nonfinite_counted": counted}
     site, layer = network_order(counts)[0]
-    found: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "nonfinite_counted": True,
         "nonfinite_tokens": int(max(counts.values())),
         "nonfinite_site": site,
@@ -305,5 +307,5 @@ def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     ):
         if name in sites[site]:
             value = float(sites[site][name].sel(layer=layer))
-            found[key] = int(value) if math.isfinite(value) else None
-    return found
+            fields[key] = int(value) if math.isfinite(value) else None
+    return fields

@@ -8,6 +8,8 @@ from typing import Any
 from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.runs.headline import headline_kurtosis
+from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 
 __all__ = ["ProtocolComparison", "compare_protocols"]
 
@@ -44,7 +46,7 @@ class ProtocolComparison:
         return in_notebook(self.text())
 
 
-def compare_protocols(sequence_run: Any, published_run: Any) -> ProtocolComparison:
+def compare_protocols(sequence_run: Run, published_run: Run) -> ProtocolComparison:
     """The headline OSP kurtosis of two runs of one model, on real sequences and as the OSP script runs.
 
     Raises
@@ -52,7 +54,6 @@ def compare_protocols(sequence_run: Any, published_run: Any) -> ProtocolComparis
     UsageError : the runs are not of these protocols, or not of one model
     StoreError : a run lacks the OSP kurtosis of a hidden state
     """
-
     for run, protocol in ((sequence_run, "sequence"), (published_run, "osp-published")):
         if run.attrs.get("protocol") != protocol:
             raise UsageError(
@@ -65,14 +66,14 @@ def compare_protocols(sequence_run: Any, published_run: Any) -> ProtocolComparis
             "compare_protocols: the two runs are of different models; probe one model under both"
         )
     sequence, published = headline_kurtosis(sequence_run), headline_kurtosis(published_run)
-    for found, name in ((sequence, "sequence"), (published, "osp-published")):
-        if "all" not in found:
+    for headline, name in ((sequence, "sequence"), (published, "osp-published")):
+        if "all" not in headline:
             raise StoreError(
                 f"compare_protocols: the {name} run lacks osp_excess_kurtosis at the embedding or at "
                 f"residual_post; probe again with both sites"
             )
     return ProtocolComparison(
-        model=str(sequence_run.attrs.get("model_name", "unnamed model")),
+        model=model_name(sequence_run.attrs),
         sequence=sequence["all"],
         published=published["all"],
         sequence_first=sequence.get("first"),

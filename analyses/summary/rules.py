@@ -24,6 +24,7 @@ __all__ = [
     "verdict_words",
 ]
 
+# Why good and bad are judged here alone: docs/decisions.md, Pages.
 NEAR_GAUSSIAN = 3.0
 """Kurtosis up to so many times the Gaussian floor is called outlier-free."""
 EVERYDAY = 1.0
@@ -106,14 +107,14 @@ def _kurtosis(numbers: Mapping[str, Any]) -> Judgement:
     if over_floor is None:
         return UNKNOWN
     everyday = numbers.get("everyday_kurtosis")
-    named = (
+    has_outlier_words = (
         bool(numbers.get("nonfinite_site"))
         or numbers.get("massive_emergence_layer") is not None
         or (everyday is not None and everyday >= EVERYDAY)
     )
     if over_floor <= NEAR_GAUSSIAN:
-        return Judgement("clear", "" if named else "outlier-free")
-    if named:
+        return Judgement("clear", "" if has_outlier_words else "outlier-free")
+    if has_outlier_words:
         return Judgement("raised")
     on_first = (numbers.get("osp_kurtosis_by_stratum") or {}).get("first", 0.0) >= EVERYDAY
     return Judgement(

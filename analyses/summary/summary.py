@@ -1,7 +1,7 @@
 """What a run says, in a few numbers and one verdict.
 
 Every number is taken from the run under its estimator's own definition; what is added here is only
-which layers, heads and strata are looked at, and that is said at each field. A statistic that the run
+which layers, heads and strata are looked at; each field says which. A statistic that the run
 does not hold is None, and the text leaves it out.
 """
 
@@ -16,6 +16,8 @@ from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.analyses.summary.numbers import everyday, kurtosis, largest, massive, nonfinite, sinks
 from osp_diag.analyses.summary.rules import judged, verdict_words
 from osp_diag.errors import StoreError
+from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import at_step, step_of
 
 __all__ = ["Summary", "summarise"]
@@ -112,7 +114,7 @@ def _plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def summarise(run: Any, *, step: int | None = None) -> Summary:
+def summarise(run: Run, *, step: int | None = None) -> Summary:
     """The summary of a run at ``step``, the last one by default.
 
     Raises
@@ -120,29 +122,29 @@ def summarise(run: Any, *, step: int | None = None) -> Summary:
     UsageError : the run has no such step
     StoreError : the run holds no site
     """
-    chosen = step_of(run, step)
-    sites = {site: at_step(run.at(site), chosen) for site in run.sites}
+    probed = step_of(run, step)
+    sites = {site: at_step(run.at(site), probed) for site in run.sites}
     if not sites:
         raise StoreError(
             "the run holds no statistics; probe again without restricting --sites to absent ones"
         )
     attrs = run.attrs
-    found: dict[str, Any] = {
-        "model": str(attrs.get("model_name", "unnamed model")),
+    fields: dict[str, Any] = {
+        "model": model_name(attrs),
         "protocol": str(attrs.get("protocol", "unknown")),
         "bos": str(attrs.get("bos", "unknown")),
         "tokens": _integer(attrs.get("tokens")),
         "sequence_length": _integer(attrs.get("sequence_length")),
         "token_source": str(attrs.get("token_source", "")),
         "dtype": str(attrs.get("dtype", "unknown")),
-        "step": chosen,
+        "step": probed,
     }
-    found |= kurtosis(sites, _integer(attrs.get("hidden_size")), run.declared_absent)
-    found |= massive(sites) | largest(sites) | everyday(sites, found)
-    if found["sequence_length"] != 1:  # one token attends to nothing but itself
-        found |= sinks(sites)
-    found |= nonfinite(sites)
-    return Summary(**found, verdict=verdict_words(judged(found).values()))
+    fields |= kurtosis(sites, _integer(attrs.get("hidden_size")), run.declared_absent)
+    fields |= massive(sites) | largest(sites) | everyday(sites, fields)
+    if fields["sequence_length"] != 1:  # one token attends to nothing but itself
+        fields |= sinks(sites)
+    fields |= nonfinite(sites)
+    return Summary(**fields, verdict=verdict_words(judged(fields).values()))
 
 
 def _integer(value: Any) -> int | None:

@@ -19,14 +19,14 @@ _WIDTH = 100
 
 def text_of(summary: Summary) -> str:
     """The verdict first, then one paragraph a question."""
-    lines = [_what(summary), "", f"Verdict: {summary.verdict}.", "", *_paragraphs(summary)]
+    lines = [_opening(summary), "", f"Verdict: {summary.verdict}.", "", *_paragraphs(summary)]
     return "\n".join(
         textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         for line in lines
     )
 
 
-def _what(summary: Summary) -> str:
+def _opening(summary: Summary) -> str:
     parts = [summary.model]
     if summary.tokens is not None:
         tokens = f"{summary.tokens:,} tokens"
@@ -47,12 +47,12 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
 
 
 def _nonfinite(summary: Summary) -> str:
-    where = f"{summary.nonfinite_site}, layer {summary.nonfinite_layer}"
+    location = f"{summary.nonfinite_site}, layer {summary.nonfinite_layer}"
     if summary.nonfinite_token is not None:
-        where += f", token {summary.nonfinite_token}, channel {summary.nonfinite_channel}"
+        location += f", token {summary.nonfinite_token}, channel {summary.nonfinite_channel}"
     return (
-        f"NaN or Inf: {summary.nonfinite_tokens:,} tokens are not finite. It begins at {where}. These tokens "
-        f"are left out of every number here."
+        f"NaN or Inf: {summary.nonfinite_tokens:,} tokens are not finite. It begins at {location}. These "
+        f"tokens are left out of every number here."
     )
 
 
@@ -109,21 +109,21 @@ def _massive(summary: Summary) -> Iterator[str]:
 
 def _everyday(summary: Summary) -> Iterator[str]:
     """Channel outliers that have nothing to do with the first token."""
-    said = []
+    clauses = []
     if summary.everyday_max_median_ratio is not None:
-        said.append(
+        clauses.append(
             f"the largest channel of a token is {number(summary.everyday_max_median_ratio)} times its "
             f"median channel"
         )
     for site, channels in summary.outlier_feature_channels.items():
-        said.append(f"{len(channels)} LLM.int8() outlier feature{'s' * (len(channels) != 1)} at {site}")
-    if said:
+        clauses.append(f"{len(channels)} LLM.int8() outlier feature{'s' * (len(channels) != 1)} at {site}")
+    if clauses:
         whom = (
             "Channels, on all tokens"
             if summary.everyday_kurtosis is None
             else "Everyday channels, on other tokens"
         )
-        yield f"{whom}: {', '.join(said)}"
+        yield f"{whom}: {', '.join(clauses)}"
 
 
 def _sinks(summary: Summary) -> Iterator[str]:

@@ -19,6 +19,7 @@ from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.analyses.summary.rules import QK_CLIP, RULES, SINK_HEAD, STATES, State, judged
 from osp_diag.analyses.summary.summary import Summary, summarise
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, SINK_EPSILON, STRATUM_WORDS
 from osp_diag.wording import number
 
@@ -57,8 +58,8 @@ class Verdict:
     @property
     def state(self) -> State:
         """The worst of the findings'."""
-        found = {finding.state for finding in self.findings}
-        return next((state for state in STATES if state in found), "unknown")
+        states = {finding.state for finding in self.findings}
+        return next((state for state in STATES if state in states), "unknown")
 
     @property
     def headline(self) -> str:
@@ -80,7 +81,7 @@ class Verdict:
 
 
 def verdict(
-    run: Any,
+    run: Run,
     *,
     step: int | None = None,
     onsets: xr.Dataset | None = None,
@@ -116,13 +117,13 @@ def verdict(
 
 def _nonfinite(summary: Summary, state: State) -> Finding:
     if summary.nonfinite_site:
-        where = f"{summary.nonfinite_site}, layer {summary.nonfinite_layer}"
+        location = f"{summary.nonfinite_site}, layer {summary.nonfinite_layer}"
         if summary.nonfinite_token is not None:
-            where += f", token {summary.nonfinite_token}, channel {summary.nonfinite_channel}"
+            location += f", token {summary.nonfinite_token}, channel {summary.nonfinite_channel}"
         return Finding(
             rule="nonfinite",
             state=state,
-            text=f"NaN or Inf in {summary.nonfinite_tokens:,} tokens, beginning at {where}; they are left "
+            text=f"NaN or Inf in {summary.nonfinite_tokens:,} tokens, beginning at {location}; they are left "
             "out of every number here.",
             value=float(summary.nonfinite_tokens),
             site=summary.nonfinite_site,
@@ -153,10 +154,10 @@ def _massive(summary: Summary, state: State) -> Finding:
         text = f"No massive activations. {peak}".strip()
         return Finding(rule="massive", state=state, text=text, value=0.0, **place)
     channels = ", ".join(map(str, summary.massive_channels))
-    named = f", channel{'s' * (len(summary.massive_channels) > 1)} {channels}" if channels else ""
+    channel_words = f", channel{'s' * (len(summary.massive_channels) > 1)} {channels}" if channels else ""
     first, last = summary.massive_emergence_layer, summary.massive_last_layer
     text = (
-        f"Massive activations in layers {first} to {last}{named}: "
+        f"Massive activations in layers {first} to {last}{channel_words}: "
         f"{number(summary.massive_per_sequence or 0)} a sequence, {summary.massive_on_first or 0:.0%} of "
         f"them on the first token. {peak}"
     ).strip()
@@ -164,10 +165,10 @@ def _massive(summary: Summary, state: State) -> Finding:
     return Finding(rule="massive", state=state, text=text, value=summary.massive_per_sequence, **place)
 
 
-def _kurtosis(summary: Summary, state: State, run: Any) -> Finding:
+def _kurtosis(summary: Summary, state: State, run: Run) -> Finding:
     if summary.osp_kurtosis is None or summary.osp_kurtosis_over_floor is None or summary.width is None:
-        why = summary.note or "the run does not say the model's width"
-        return Finding(rule="kurtosis", state=state, text=f"OSP kurtosis: {why}.")
+        reason = summary.note or "the run does not say the model's width"
+        return Finding(rule="kurtosis", state=state, text=f"OSP kurtosis: {reason}.")
     over = summary.osp_kurtosis_over_floor
     text = (
         f"OSP kurtosis {number(summary.osp_kurtosis)}: {number(over)} times its Gaussian floor "
@@ -188,22 +189,22 @@ def _tokens(stratum: str) -> str:
     return "the first token" if stratum == "first" else STRATUM_WORDS.get(stratum, stratum)
 
 
-def _highest(run: Any, step: int) -> tuple[float, str, int, str] | None:
+def _highest(run: Run, step: int) -> tuple[float, str, int, str] | None:
     """The largest kurtosis of the hidden states: value, site, layer, stratum."""
-    found = []
+    peaks = []
     for site in HIDDEN_STATES:
         if site not in run.sites or "osp_excess_kurtosis" not in run.at(site):
             continue
         values = run.at(site)["osp_excess_kurtosis"].sel(step=step).load()
-        # What is largest over all tokens is told of the stratum that makes it so.
-        own = values.sel(stratum=[name for name in values["stratum"].values if name != "all"])
-        if bool(np.isfinite(own).any()):
-            at = own.isel(own.argmax(...))
-            found.append((float(at), site, int(at["layer"]), str(at["stratum"].item())))
-    return max(found, default=None)
+        # What is largest over all tokens is reported for the stratum that makes it so.
+        by_stratum = values.sel(stratum=[name for name in values["stratum"].values if name != "all"])
+        if bool(np.isfinite(by_stratum).any()):
+            at = by_stratum.isel(by_stratum.argmax(...))
+            peaks.append((float(at), site, int(at["layer"]), str(at["stratum"].item())))
+    return max(peaks, default=None)
 
 
-def _everyday(summary: Summary, state: State, run: Any) -> Finding:
+def _everyday(summary: Summary, state: State, run: Run) -> Finding:
     if summary.everyday_kurtosis is None:
         text = (
             "There are no tokens that are neither first nor delimiters, or their kurtosis was not measured."
@@ -229,7 +230,7 @@ def _everyday(summary: Summary, state: State, run: Any) -> Finding:
     )
 
 
-def _hottest(run: Any, step: int) -> tuple[float, int, int] | None:
+def _hottest(run: Run, step: int) -> tuple[float, int, int] | None:
     """The channel of block outputs of largest RMS on ordinary tokens, over its layer's median channel."""
     if "residual_post" not in run.sites or "channel_rms" not in run.at("residual_post"):
         return None
@@ -262,9 +263,15 @@ def _kinds(step: int, sinks: xr.Dataset | None) -> str:
     if sinks is None or step not in sinks["step"].values:
         return ""
     kinds, counts = np.unique(sinks["kind"].sel(step=step).values, return_counts=True)
-    made = [(int(count), str(kind)) for kind, count in zip(kinds, counts, strict=True)]
-    made = [pair for pair in sorted(made, reverse=True) if pair[1] not in ("no sink", "not measured")]
-    return f". Their logits: {', '.join(f'{kind} {count}' for count, kind in made)}" if made else ""
+    frequencies = [(int(count), str(kind)) for kind, count in zip(kinds, counts, strict=True)]
+    frequencies = [
+        pair for pair in sorted(frequencies, reverse=True) if pair[1] not in ("no sink", "not measured")
+    ]
+    return (
+        f". Their logits: {', '.join(f'{kind} {count}' for count, kind in frequencies)}"
+        if frequencies
+        else ""
+    )
 
 
 def _logits(summary: Summary, state: State) -> Finding:
@@ -295,9 +302,9 @@ def _emergence(onsets: xr.Dataset) -> Finding:
     strata = [str(name) for name in part["stratum"].values if name != "all"]
     part = part.sel(stratum=strata).transpose("layer", "stratum")
     onset = np.where(part["raised_at_end"].values, part["onset"].values, np.nan)
-    measured = int((part["state"] != "").any("stratum").sum())
+    outputs = int((part["state"] != "").any("stratum").sum())
     if not np.isfinite(onset).any():
-        text = f"None of {measured} block outputs leaves the noise for good while the model trains."
+        text = f"None of {outputs} block outputs leaves the noise for good while the model trains."
         return Finding(rule="emergence", state="clear", text=text)
     row, column = np.unravel_index(int(np.nanargmin(onset)), onset.shape)
     at = part.isel(layer=int(row), stratum=int(column))
@@ -306,7 +313,7 @@ def _emergence(onsets: xr.Dataset) -> Finding:
     departed = int(np.isfinite(onset).any(axis=1).sum())
     text = (
         f"Outliers emerge at step {onset[row, column]:,.0f} ({low:,.0f} to {high:,.0f}), first at the output "
-        f"of layer {layer} on {_tokens(stratum)}; {departed} of {measured} block outputs leave "
+        f"of layer {layer} on {_tokens(stratum)}; {departed} of {outputs} block outputs leave "
         "the noise for good"
     )
     doubling = float(at["doubling_time"])

@@ -143,7 +143,9 @@ def _any_figure() -> Any:
             html.P(FIGURES_NOTE, className="note"),
             html.Div(asked, role="group", **labelled),
             html.Ul(id="figure-left-out", className="alerts", **live),
-            html.Div(plot, id="figure-box", className="figure", hidden=True),
+            html.Div(
+                plot, id="figure-box", className="figure", hidden=True, tabIndex="0", role="group", **labelled
+            ),
             html.P(id="figure-caption", className="note"),
             dcc.Store(id="figure-picture"),
             dcc.Store(id="figure-shown"),

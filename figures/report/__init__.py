@@ -3,7 +3,7 @@
 >>> from osp_diag.figures.report import write_report
 >>> write_report(["adam.zarr", "osp.zarr"], "report.html")           # doctest: +SKIP
 
-The figures on it are those of the registry; ``shown_figures.py`` has their order.
+The figures on it are those of the registry; each says in its own file how it stands there.
 """
 
 from __future__ import annotations

@@ -1,61 +1,23 @@
-"""Which figures a report shows, in which order; a new one joins in a line, or at the end by itself."""
+"""The figures of a report: each of the registry, as its file says that it stands there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field
 from typing import Any
 
 import xarray as xr
 
 from osp_diag.analyses.thinned_run import thinned_run
 from osp_diag.errors import OspDiagError
-from osp_diag.figures._registry import figure_module, names
+from osp_diag.figures._placement import InReport
+from osp_diag.figures._registry import figure_module, in_report, names
 from osp_diag.figures.backend import load_backend
 from osp_diag.figures.report.comparison import alike, pairs_alike
 from osp_diag.figures.report.encoding import compacted, factored
-from osp_diag.figures.styles import Style, load_style
+from osp_diag.figures.styles import load_style
 
-__all__ = ["ELSEWHERE", "FIGURES", "Drawn", "Shown", "draw_figures", "page_picture"]
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A figure on the page."""
-
-    name: str
-    """in the registry of figures"""
-    heading: str = ""
-    """the question that it answers; the figure's own title if empty"""
-    steps: int = 1
-    """the fewest probed steps that make sense of it"""
-    most: int | None = None
-    """Longer runs are thinned evenly to so many steps, where the figure takes its time for each."""
-    pairs: bool = False
-    """drawn of two runs, and so of every pair"""
-    kept: bool = False
-    """drawn of raw activations, which a run keeps once, of its first probed step"""
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
-
-
-FIGURES = (
-    Shown("kurtosis_dynamics", "How loss and kurtosis went in training", steps=2),
-    Shown("outlier_timeline", "When outliers appeared, layer by layer", steps=2, options={"draws": 20}),
-    Shown("activation_surface", "What the activations of the hottest layer look like", kept=True),
-    Shown("depth_profile", "Where magnitudes grow"),
-    Shown("concentration_curves", "How few channels hold the energy"),
-    Shown("channel_map_comparison", "How the channels of two models differ", pairs=True),
-    Shown("sink_emergence", "When heads became sinks", steps=2, most=12),
-    Shown("attention_map", "Where the strongest sink looks", kept=True),
-    Shown("qk_magnitude", "Queries and keys of the strongest sink", kept=True),
-    Shown("logit_densities", "Attention logits of the sink key and of others"),
-    Shown("estimator_disagreement", "What other definitions of kurtosis say"),
-    Shown("weight_surface", "The weights that write the outliers"),
-    Shown("bit_width_sweep", "What quantization costs"),
-)
-ELSEWHERE = ("channel_map", "sink_map", "sink_implementation", "stratum_comparison")
-"""What the linked charts show already."""
+__all__ = ["Drawn", "draw_figures", "page_picture", "shown_figures"]
 
 
 @dataclass
@@ -72,21 +34,24 @@ class Drawn:
 
 
 def draw_figures(runs: Sequence[Any], labels: Sequence[str]) -> list[Drawn]:
-    """Every figure of the table, then those of the registry that it does not name.
+    """Every figure that the page shows, in its order.
 
     What cannot be drawn has no variants, and says why in ``left_out``.
     """
-    there = names()
-    known = [shown for shown in FIGURES if shown.name in there]
-    named = {shown.name for shown in known}
-    others = [Shown(name) for name in there if name not in named and name not in ELSEWHERE]
     drawn = []
-    for shown in (*known, *others):
-        if shown.pairs:
-            drawn += _pairs(shown, runs, labels)
+    for name, placement in shown_figures().items():
+        if placement.pairs:
+            drawn += _pairs(name, placement, runs, labels)
         else:
-            drawn += [_together(shown, runs, labels, group) for group in _groups(runs)]
+            drawn += [_together(name, placement, runs, labels, group) for group in _groups(runs)]
     return drawn
+
+
+def shown_figures() -> dict[str, InReport]:
+    """How the figures stand that the page shows, in its order: all but those that its linked charts show."""
+    placements = {name: in_report(name) for name in names()}
+    order = sorted(placements, key=lambda name: (placements[name].place, name))
+    return {name: placements[name] for name in order if not placements[name].linked_charts}
 
 
 def _groups(runs: Sequence[Any]) -> list[list[int]]:
@@ -96,24 +61,26 @@ def _groups(runs: Sequence[Any]) -> list[list[int]]:
     return sorted([*groups, *rest])
 
 
-def _together(shown: Shown, runs: Sequence[Any], labels: Sequence[str], group: Sequence[int]) -> Drawn:
-    found = Drawn(shown.name, shown.heading)
-    fitting = []
+def _together(
+    name: str, placement: InReport, runs: Sequence[Any], labels: Sequence[str], group: Sequence[int]
+) -> Drawn:
+    found = Drawn(name, placement.heading)
+    fitting: dict[int, Any] = {}
     for index in group:
         run = runs[index]
         try:
-            if len(run.steps) < shown.steps:
+            if len(run.steps) < placement.fewest_steps:
                 found.left_out.append(
-                    f"{labels[index]}: it needs {shown.steps} probed steps, and there is one"
+                    f"{labels[index]}: it needs {placement.fewest_steps} probed steps, and there is one"
                 )
                 continue
-            _draw(shown, [run], found, str(index))
-            fitting.append(run)
+            _draw(placement, {index: run}, found, str(index))
+            fitting[index] = run
         except OspDiagError as reason:
             found.left_out.append(f"{labels[index]}: {reason}")
     if len(fitting) > 1:
         try:
-            _draw(shown, fitting, found, "all")
+            _draw(placement, fitting, found, "all")
         except OspDiagError as reason:
             found.left_out.append(f"side by side: {reason}")
     elif fitting:
@@ -123,54 +90,58 @@ def _together(shown: Shown, runs: Sequence[Any], labels: Sequence[str], group: S
     return found
 
 
-def _pairs(shown: Shown, runs: Sequence[Any], labels: Sequence[str]) -> list[Drawn]:
+def _pairs(name: str, placement: InReport, runs: Sequence[Any], labels: Sequence[str]) -> list[Drawn]:
     """One for each pair that the page compares."""
     drawn = []
     for first, second in pairs_alike(runs):
         both = f"{labels[first]} and {labels[second]}"
-        found = Drawn(shown.name, f"{shown.heading}: {both}")
+        found = Drawn(name, f"{placement.heading}: {both}")
         try:
-            _draw(shown, [runs[first], runs[second]], found, "all")
+            _draw(placement, {first: runs[first], second: runs[second]}, found, "all")
         except OspDiagError as reason:
             found.left_out.append(f"{both}: {reason}")
         drawn.append(found)
     return drawn
 
 
-def _draw(shown: Shown, runs: list[Any], found: Drawn, variant: str) -> None:
-    style = load_style("paper")
-    if variant != "all":  # a run keeps its colour
-        place = int(variant) % len(style.run_colours)
-        style = replace(style, run_colours=(*style.run_colours[place:], *style.run_colours[:place]))
-    found.variants[variant], dataset = page_picture(shown, runs, style)
+def _draw(placement: InReport, runs: Mapping[int, Any], found: Drawn, variant: str) -> None:
+    """Of runs by their places on the page."""
+    found.variants[variant], dataset = page_picture(found.name, runs)
     for trace in found.variants[variant]["data"]:
         if "text" in trace:
             trace["text"] = factored(trace["text"])
-    found.variants[variant]["caption"] = _step_shown(shown, runs) + str(dataset.attrs["caption"])
+    found.variants[variant]["caption"] = _step_shown(placement, list(runs.values())) + str(
+        dataset.attrs["caption"]
+    )
     found.heading = found.heading or str(dataset.attrs["title"])
 
 
-def page_picture(shown: Shown, runs: Sequence[Any], style: Style) -> tuple[dict[str, Any], xr.Dataset]:
-    """As ``figures.draw`` does it, but for the caption, which a page sets in its own type.
+def page_picture(name: str, runs: Mapping[int, Any]) -> tuple[dict[str, Any], xr.Dataset]:
+    """A figure as ``figures.draw`` does it, but for the caption, which a page sets in its own type.
+
+    Parameters
+    ----------
+    runs : by their places on the page, which give them their colours
 
     Returns
     -------
     ``data`` and ``layout`` for plotly, made small; and what was drawn, with the caption in its attrs
     """
-    figure = figure_module(shown.name)
-    if shown.most is not None:
-        runs = [thinned_run(run, shown.most) for run in runs]
-    dataset = figure.prepare(list(runs), **shown.options)
+    figure, placement = figure_module(name), in_report(name)
+    most = placement.most_steps
+    shown = [run if most is None else thinned_run(run, most) for run in runs.values()]
+    dataset = figure.prepare(shown, **placement.options)
+    style = load_style("paper").at_places(runs)
     canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
     picture = canvas.finish(dataset).to_plotly_json()
     return compacted({"data": picture["data"], "layout": picture["layout"]}), dataset
 
 
-def _step_shown(shown: Shown, runs: Sequence[Any]) -> str:
+def _step_shown(placement: InReport, runs: Sequence[Any]) -> str:
     """What step a figure is of that neither runs over the steps nor follows the page's slider."""
-    if shown.steps > 1 or all(len(run.steps) == 1 for run in runs):
+    if placement.fewest_steps > 1 or all(len(run.steps) == 1 for run in runs):
         return ""
-    which, place = ("first", 0) if shown.kept else ("last", -1)
+    which, place = ("first", 0) if placement.raw_activations else ("last", -1)
     steps = [f"{int(run.steps[place]):,}" for run in runs]
     said = f" ({steps[0]})" if len(set(steps)) == 1 else f" of each run ({', '.join(steps)})"
     return f"Of the {which} probed step{said}, wherever the step slider stands. "

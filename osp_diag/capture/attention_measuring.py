@@ -40,18 +40,19 @@ def measure_attention(
     if call.logits is not None:
         extra = max(call.logits.shape[-1] - call.logits.shape[-2], 0)
         mask = AttentionMask(causal=causal)
-        seen = AttentionObservation.from_logits(
+        observation = AttentionObservation.from_logits(
             call.logits, call.value, strata, mask=mask, extra_columns=extra, token_ids=token_ids
         )
-        return seen.layout, suite.measure(seen)
+        return observation.layout, suite.measure(observation)
     mask = mask_of(call, causal)
     query, key = call.query, call.key
     assert query is not None, "a call without logits has queries"
     assert key is not None, "and keys"
+    # The ways from the fastest: FlexAttention's two passes, else tiles of queries.
     if compiled and query.device.type == "cuda" and is_expressible(mask):
         measure = _compiled(suite, call, mask, query, None if token_ids is None else token_ids.vocabulary)
         return _layout(query, key, token_ids), measure(call, strata, token_ids)
-    seen = AttentionObservation(
+    observation = AttentionObservation(
         query,
         key,
         call.value,
@@ -62,20 +63,20 @@ def measure_attention(
         sink_logits=call.sink_logits,
         token_ids=token_ids,
     )
-    return seen.layout, suite.measure(seen)
+    return observation.layout, suite.measure(observation)
 
 
 def mask_of(call: AttentionCall, causal: bool) -> AttentionMask:
     """The call's mask; a window without causality reaches both ways, which takes a function."""
     window, function = call.window, call.mask_function
     if window is not None and not causal:
-        width, inner = window, function
+        width, other_mask = window, function
 
-        def within(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            near = (query - key).abs() < width
-            return near if inner is None else near & inner(batch, head, query, key)
+        def within_window(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            in_window = (query - key).abs() < width
+            return in_window if other_mask is None else in_window & other_mask(batch, head, query, key)
 
-        window, function = None, within
+        window, function = None, within_window
     return AttentionMask(causal=causal, window=window, tensor=call.mask, function=function)
 
 
@@ -132,7 +133,7 @@ class _CompiledMeasure:
         def measure(
             query: Any, key: Any, value: Any, strata: Any, sinks: Any, ids: Any, softmax: SoftmaxStatistics
         ) -> State:
-            known = AttentionReductions(softmax_statistics=lambda *_: softmax)
+            reductions = AttentionReductions(softmax_statistics=lambda *_: softmax)
             observation = AttentionObservation(
                 query,
                 key,
@@ -143,7 +144,7 @@ class _CompiledMeasure:
                 softcap=softcap,
                 sink_logits=sinks,
                 token_ids=None if vocabulary is None else TokenIds(ids, vocabulary),
-                reductions=known,
+                reductions=reductions,
             )
             return suite.measure(observation)
 

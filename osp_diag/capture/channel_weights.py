@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from torch import Tensor, nn
 
-from osp_diag.capture.down_projection import fetched, whole_weight
+from osp_diag.capture.down_projection import weights_at_hand, whole_weight
 from osp_diag.sites.names import SiteMap
 
 __all__ = ["channel_weights"]
@@ -42,42 +42,42 @@ def channel_weights(model: nn.Module, site_map: SiteMap) -> xr.Dataset:
     channels, for one.
     """
     width = site_map.hidden_size
-    inside: dict[tuple[str, int], np.ndarray] = {}
-    outside: dict[str, np.ndarray] = {}
+    block_gains: dict[tuple[str, int], np.ndarray] = {}
+    outside_gains: dict[str, np.ndarray] = {}
     for path, module in model.named_modules():
         if "norm" not in type(module).__name__.lower():
             continue
-        gain = _vector(module, width)
+        gain = _norm_gain(module, width)
         if gain is None:
             continue
-        place = _place(path, site_map)
-        if place is None:
-            outside[path] = gain
+        position = _position_in_block(path, site_map)
+        if position is None:
+            outside_gains[path] = gain
         else:
-            inside[place] = gain
+            block_gains[position] = gain
     variables: dict[str, tuple[Any, ...]] = {}
-    if outside:
+    if outside_gains:
         variables["outside_norm_gain"] = (
             ("outside_norm", "channel"),
-            np.stack(list(outside.values())),
+            np.stack(list(outside_gains.values())),
             _GAIN,
         )
-    if inside:
-        norms = list(dict.fromkeys(norm for norm, _ in inside))
+    if block_gains:
+        norms = list(dict.fromkeys(norm for norm, _ in block_gains))
         values = np.full((len(norms), site_map.number_of_layers, width), np.nan, dtype=np.float32)
-        for (norm, layer), gain in inside.items():
+        for (norm, layer), gain in block_gains.items():
             values[norms.index(norm), layer] = gain
         variables["norm_gain"] = (("norm", "layer", "channel"), values, _GAIN)
     variables |= _embedding(model, width)
-    coordinates: dict[str, Any] = {"outside_norm": list(outside)} if outside else {}
-    if inside:
+    coordinates: dict[str, Any] = {"outside_norm": list(outside_gains)} if outside_gains else {}
+    if block_gains:
         coordinates |= {"norm": norms, "layer": np.arange(site_map.number_of_layers)}
     if variables:
         coordinates["channel"] = np.arange(width)
     return xr.Dataset(variables, coordinates)
 
 
-def _place(path: str, site_map: SiteMap) -> tuple[str, int] | None:
+def _position_in_block(path: str, site_map: SiteMap) -> tuple[str, int] | None:
     """(path within the block, layer) of a module inside a block."""
     for layer, block in enumerate(site_map.block_paths):
         if path.startswith(f"{block}."):
@@ -85,8 +85,8 @@ def _place(path: str, site_map: SiteMap) -> tuple[str, int] | None:
     return None
 
 
-def _vector(module: nn.Module, width: int) -> np.ndarray | None:
-    with fetched(module):
+def _norm_gain(module: nn.Module, width: int) -> np.ndarray | None:
+    with weights_at_hand(module):
         weight = getattr(module, "weight", None)
         whole = whole_weight(weight) if isinstance(weight, Tensor) else ""
         if isinstance(whole, str) or whole.shape != (width,):
@@ -104,7 +104,7 @@ def _embedding(model: nn.Module, width: int) -> dict[str, tuple[Any, ...]]:
     if not tables:
         return {}
     table = max(tables, key=lambda module: module.num_embeddings)
-    with fetched(table):
+    with weights_at_hand(table):
         whole = whole_weight(table.weight)
         if isinstance(whole, str):
             return {}

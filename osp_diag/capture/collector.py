@@ -39,15 +39,15 @@ GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
 
 
-Chosen = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
+EstimatorChoice = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
 """Estimators for every site, for the sites that match a pattern, or (None) the default ones of each site."""
 
 
-def suites_of(site: str, estimators: Chosen) -> dict[str, Suite]:
+def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     """The estimators that apply at a site, by what they observe."""
     if isinstance(estimators, Mapping):
-        named = [chosen for pattern, chosen in estimators.items() if matches(site, (pattern,))]
-        estimators = named[0] if named else ()
+        matching = [group for pattern, group in estimators.items() if matches(site, (pattern,))]
+        estimators = matching[0] if matching else ()
     kinds: tuple[Observes, ...] = ("activation",)
     if site == ATTENTION:
         kinds = ("attention",)
@@ -55,14 +55,14 @@ def suites_of(site: str, estimators: Chosen) -> dict[str, Suite]:
         kinds = ("weight",)
     elif site in HEAD_SITES:
         kinds = ("activation", "heads")
-    found: dict[str, Suite] = {}
+    suites: dict[str, Suite] = {}
     for kind in kinds:
-        chosen: Sequence[Estimator] = default_estimators(observes=kind, site=site)
+        applicable: Sequence[Estimator] = default_estimators(observes=kind, site=site)
         if estimators is not None:
-            chosen = [estimator for estimator in estimators if estimator.observes == kind]
-        if chosen:
-            found[kind] = Suite(chosen)
-    return found
+            applicable = [estimator for estimator in estimators if estimator.observes == kind]
+        if applicable:
+            suites[kind] = Suite(applicable)
+    return suites
 
 
 class Collector:
@@ -70,7 +70,7 @@ class Collector:
 
     Parameters
     ----------
-    wanted : whether a site is asked for
+    includes : whether a site is measured
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
     causal_layers : layers whose attention is causal, whatever way its mask says so
@@ -83,9 +83,9 @@ class Collector:
 
     def __init__(
         self,
-        wanted: Callable[[str], bool],
+        includes: Callable[[str], bool],
         *,
-        estimators: Chosen = None,
+        estimators: EstimatorChoice = None,
         delimiter_ids: Sequence[int] = (),
         causal_layers: Collection[int] = (),
         vocabulary: int | None = None,
@@ -93,7 +93,7 @@ class Collector:
         snapshots: Snapshots | None = None,
         groups: TokenGroups | None = None,
     ) -> None:
-        self.wanted = wanted
+        self.includes = includes
         self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
         self.causal_layers = frozenset(causal_layers)
@@ -111,29 +111,29 @@ class Collector:
         self._strata: dict[torch.device, torch.Tensor] = {}
         self._ids: dict[torch.device, torch.Tensor] = {}
         self._pass: ForwardPass | None = None
-        self._undo: tuple[Any, ...] = ()
-        self._called: set[int] = set()
+        self._backup: tuple[Any, ...] = ()
+        self._layers_called: set[int] = set()
         self._values: dict[int, torch.Tensor] = {}
 
     def needs(self, tap: Tap) -> bool:
-        """Whether a tap is read: its site is wanted, or attention statistics take their values there."""
+        """Whether a tap is read: its site is measured, or attention statistics take their values there."""
         if tap.site == DOWN_WEIGHT and not self.suites_at(DOWN_WEIGHT):
             return False
-        return self.wanted(tap.site) or (tap.site == "value" and self.wanted(ATTENTION))
+        return self.includes(tap.site) or (tap.site == "value" and self.includes(ATTENTION))
 
     @property
     def states(self) -> dict[Key, State]:
         """The state of every (site, layer, kind) that was observed."""
-        found = {key: dict(state) for key, state in self._states.items()}
+        states = {key: dict(state) for key, state in self._states.items()}
         for keys, stack in self._stacks.items():
             for index, key in enumerate(keys):
                 part = {name: value[index] for name, value in stack.items()}
-                known = found.setdefault(key, {})
+                state = states.setdefault(key, {})
                 fields = self.suites_at(key[0])[key[2]].fields(self.layouts[key])
                 # A site that was read twice in a pass, or stacked otherwise in another, is one site.
-                twice = {name: fields[name] for name in part if name in known}
-                known |= part | (merge_states(twice, known, part) if twice else {})
-        return found
+                twice = {name: fields[name] for name in part if name in state}
+                state |= part | (merge_states(twice, state, part) if twice else {})
+        return states
 
     def suites_at(self, site: str) -> dict[str, Suite]:
         if site not in self.suites:
@@ -145,8 +145,8 @@ class Collector:
     def start(self, forward_pass: ForwardPass) -> None:
         """Learn which tokens the pass is about: ids, padding and so the strata."""
         self._pass = forward_pass
-        self._undo = (dict(self._states), dict(self._stacks), dict(self.layouts))
-        self._called, self._values = set(), {}
+        self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
+        self._layers_called, self._values = set(), {}
         if self.groups is not None:
             self.groups.start(self.forward_passes)
         ids, mask = forward_pass.token_ids, forward_pass.attention_mask
@@ -163,21 +163,21 @@ class Collector:
             strata = strata_of(ids, mask, self.delimiter_ids, forward_pass.position_ids)
         self._strata = {strata.device: strata}
         self._ids = {ids.device: ids}
-        self._home = strata
+        self._source_strata = strata
 
     def stop(self, raised: bool) -> None:
         """A pass that raised is forgotten whole: half of its sites would bias the averages."""
         if self._fused is not None:
             self._fused.forget() if raised else self._fused.finish()
         if raised:
-            self._states, self._stacks, self.layouts = self._undo
+            self._states, self._stacks, self.layouts = self._backup
             if self.groups is not None:
                 self.groups.forget()
             if self.snapshots is not None and self.forward_passes == 0:
                 self.snapshots.clear()
         else:
             self.forward_passes += 1
-        self._undo, self._pass, self._values = (), None, {}
+        self._backup, self._pass, self._values = (), None, {}
 
     def forget_unfinished(self) -> None:
         """Forget a pass that Ctrl-C cut short, of which no hook tells."""
@@ -186,7 +186,7 @@ class Collector:
 
     def strata_on(self, device: torch.device) -> torch.Tensor:
         if device not in self._strata:
-            self._strata[device] = self._home.to(device)
+            self._strata[device] = self._source_strata.to(device)
         return self._strata[device]
 
     def _token_ids_on(self, device: torch.device) -> TokenIds | None:
@@ -202,7 +202,7 @@ class Collector:
         """Fold one tapped tensor."""
         strata = self.strata_on(value.device)
         _, batch, tokens = strata.shape
-        if not _one_vector_a_token(value, batch, tokens):
+        if not _has_one_vector_a_token(value, batch, tokens):
             self.skipped[tap.site] = (
                 f"its tensor {tuple(value.shape)} does not hold one vector a token ({batch} × {tokens})"
             )
@@ -211,9 +211,9 @@ class Collector:
             tensor = heads_first(tap, value, batch, tokens)
             if tap.site == "value":
                 self._values[layer] = tensor
-            if self.wanted(tap.site):
+            if self.includes(tap.site):
                 self._fold_heads(tap.site, layer, tensor, strata)
-        elif self.wanted(tap.site):
+        elif self.includes(tap.site):
             self._fold(tap.site, layer, "activation", value.reshape(batch, tokens, -1), strata)
 
     def on_attention(self, call: AttentionCall, layer: int | None) -> None:
@@ -221,9 +221,9 @@ class Collector:
 
         A layer that calls attention several times (DiffLlama) counts once, by its first call.
         """
-        if layer is None or layer in self._called:
+        if layer is None or layer in self._layers_called:
             return
-        self._called.add(layer)
+        self._layers_called.add(layer)
         strata = self.strata_on(call.tensor.device)
         with unobserved(call.tensor.device, traced=self.compiled):
             for site, tensor in (
@@ -231,11 +231,11 @@ class Collector:
                 ("key_post_rope", call.key),
                 ("value", call.value),
             ):
-                if tensor is not None and self.wanted(site):
+                if tensor is not None and self.includes(site):
                     self._fold_heads(site, layer, tensor, strata)
             if self.snapshots is not None:
                 self.snapshots.offer_call(layer, call, causal=call.causal or layer in self.causal_layers)
-            if self.wanted(ATTENTION) and strata.shape[-1] > 1:
+            if self.includes(ATTENTION) and strata.shape[-1] > 1:
                 if call.value is None and call.logits is not None:
                     call = replace(call, value=self._values.pop(layer, None))
                 self._fold_attention(call, layer, strata)
@@ -293,11 +293,11 @@ class Collector:
         if kind == "activation" and self.compiled and x.device.type == "cuda":
             increment = self._fused_folding().fold(key, suite, x, strata)
         else:
-            increment = self._measuring(site, kind, x)(x, strata)
+            increment = self._measure_function(site, kind, x)(x, strata)
         if increment:
             self._merge(key, suite, _layout(kind, x), increment)
 
-    def _measuring(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
+    def _measure_function(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
         """The function (x, strata) → increments of a site, compiled once for all sites that are alike."""
         suite = self.suites_at(site)[kind]
 
@@ -331,15 +331,15 @@ class Collector:
         return self._fused
 
     def _merge(self, key: Key, suite: Suite, layout: Layout, increment: State) -> None:
-        known = self.layouts.setdefault(key, layout)
+        first_layout = self.layouts.setdefault(key, layout)
         if self.groups is not None:
             self.groups.add(key, suite, layout, increment)
         if key not in self._states:
             self._states[key] = suite.opening(increment)
             return
         state = self._states[key]
-        if layout.tokens != known.tokens:
-            longest = layout if layout.tokens > known.tokens else known
+        if layout.tokens != first_layout.tokens:
+            longest = layout if layout.tokens > first_layout.tokens else first_layout
             state, increment = (_padded(suite, part, longest) for part in (state, increment))
             self.layouts[key] = longest
         fields = suite.fields(layout)
@@ -356,11 +356,11 @@ class Collector:
         if keys not in self._stacks:
             self._stacks[keys] = suite.opening(increment)
         else:
-            chosen = {name: fields[name] for name in increment}
-            self._stacks[keys] = merge_states(chosen, self._stacks[keys], increment)
+            increment_fields = {name: fields[name] for name in increment}
+            self._stacks[keys] = merge_states(increment_fields, self._stacks[keys], increment)
 
 
-def _one_vector_a_token(value: torch.Tensor, batch: int, tokens: int) -> bool:
+def _has_one_vector_a_token(value: torch.Tensor, batch: int, tokens: int) -> bool:
     """(batch, token, channel), (batch · token, channel), or (batch, token, head, width) either way round."""
     shape = tuple(value.shape)
     if len(shape) == 4:

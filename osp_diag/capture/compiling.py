@@ -33,12 +33,12 @@ def compile_apart(function: Callable[..., Any]) -> Callable[..., Any]:
     owner = getattr(function, "__self__", None)
     plain: Any = function.__func__ if owner is not None else function  # type: ignore[attr-defined]
     code = plain.__code__.replace(co_name=plain.__name__)
-    own: Any = types.FunctionType(
+    copy: Any = types.FunctionType(
         code, plain.__globals__, plain.__name__, plain.__defaults__, plain.__closure__
     )
     if owner is not None:
-        own = types.MethodType(own, owner)
-    compiled = torch.compile(own, fullgraph=True, dynamic=False)
+        copy = types.MethodType(copy, owner)
+    compiled = torch.compile(copy, fullgraph=True, dynamic=False)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.compiler.set_stance("default"):

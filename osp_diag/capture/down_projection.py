@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from osp_diag.capture.experts import DOWN_NAMES
 
-__all__ = ["down_projection", "fetched", "whole_weight"]
+__all__ = ["down_projection", "weights_at_hand", "whole_weight"]
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -35,10 +35,10 @@ def down_projection(
     A view if it can be one: rows are output channels. Text that says why not, where the weight is packed or
     quantised, or does not tell its rows from its columns.
     """
-    with fetched(module):
-        stacked = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
-        if stacked:
-            return _of_experts(module, stacked, hidden.shape[-1])
+    with weights_at_hand(module):
+        matrices = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        if matrices:
+            return _expert_down_projection(module, matrices, hidden.shape[-1])
         weight = getattr(module, "weight", None)
         if not isinstance(weight, Tensor):
             return f"its projection ({type(module).__name__}) has no weight of its own"
@@ -54,24 +54,23 @@ def down_projection(
         return (whole.T if transposed else whole)[None]
 
 
-def _of_experts(module: nn.Module, stacked: dict[str, nn.Parameter], width: int) -> Tensor | str:
-    named = [p for name, p in stacked.items() if DOWN_NAMES.search(name)]
-    if len(named) != 1:
+def _expert_down_projection(module: nn.Module, matrices: dict[str, nn.Parameter], width: int) -> Tensor | str:
+    down = [p for name, p in matrices.items() if DOWN_NAMES.search(name)]
+    if len(down) != 1:
         return (
-            f"of its experts' parameters ({', '.join(stacked)}) not one alone is named as a down projection"
+            f"of its experts' parameters ({', '.join(matrices)}) not one alone is named as a down projection"
         )
-    whole = whole_weight(named[0])
+    whole = whole_weight(down[0])
     if isinstance(whole, str):
         return whole
     _, left, right = whole.shape
     if width not in (left, right):
         return f"its experts' weights of shape {tuple(whole.shape)} do not give {width} channels"
-    transposed = left != width
+    transposed: object = left != width
     if left == right:
-        said = getattr(module, "is_transposed", None)
-        if not isinstance(said, bool):
+        transposed = getattr(module, "is_transposed", None)
+        if not isinstance(transposed, bool):
             return "its experts' matrices are square, and nothing says which side is the input"
-        transposed = said
     return whole.transpose(1, 2) if transposed else whole
 
 
@@ -89,7 +88,7 @@ def whole_weight(weight: Tensor) -> Tensor | str:
 
 
 @contextmanager
-def fetched(module: nn.Module) -> Iterator[None]:
+def weights_at_hand(module: nn.Module) -> Iterator[None]:
     """Within, weights that a device map of accelerate keeps on the host or on disk are at hand."""
     if not any(p.is_meta for p in module.parameters(recurse=False)):
         yield

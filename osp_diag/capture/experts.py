@@ -30,8 +30,10 @@ class _Watch(TorchFunctionMode):
         super().__init__()
         self.hidden = hidden.untyped_storage().data_ptr()
         self.tokens = hidden.numel() // hidden.shape[-1]
-        stacked = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
-        self.down = {p.untyped_storage().data_ptr() for name, p in stacked.items() if DOWN_NAMES.search(name)}
+        matrices = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
+        self.down = {
+            p.untyped_storage().data_ptr() for name, p in matrices.items() if DOWN_NAMES.search(name)
+        }
         self.copies: list[torch.Tensor] = []
         self.index: torch.Tensor | None = None
         self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -40,15 +42,15 @@ class _Watch(TorchFunctionMode):
         result = function(*args, **(kwargs or {}))
         name = getattr(function, "__name__", "")
         if name == "__getitem__":
-            self._gathered(args, result)
+            self._on_gather(args, result)
         elif name == "repeat_interleave" and args[0].untyped_storage().data_ptr() == self.hidden:
             slots = result.shape[0] // self.tokens
             self.index = torch.arange(self.tokens, device=result.device).repeat_interleave(slots)
         elif name in _PRODUCTS and len(args) >= 2 and all(isinstance(a, torch.Tensor) for a in args[:2]):
-            self._multiplied(args[0], args[1])
+            self._on_product(args[0], args[1])
         return result
 
-    def _multiplied(self, left: torch.Tensor, right: torch.Tensor) -> None:
+    def _on_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
         """The factor that is not a down projection holds the rows, (rows, width, 1) if batched."""
         if self.index is None:
             return
@@ -60,7 +62,7 @@ class _Watch(TorchFunctionMode):
                     self.rows.append((self.index.reshape(-1), flat.detach()))
                 return
 
-    def _gathered(self, args: Any, result: Any) -> None:
+    def _on_gather(self, args: Any, result: Any) -> None:
         source, index = args[0], args[-1]
         if not isinstance(result, torch.Tensor):
             return
@@ -76,6 +78,7 @@ class _Watch(TorchFunctionMode):
             self.down.add(result.untyped_storage().data_ptr())
 
 
+# Why experts are watched and not re-computed: docs/decisions.md, Capture.
 class ExpertCapture:
     """Hands over the down projections' inputs of each expert layer as (batch · slots, token, channel).
 
@@ -106,7 +109,7 @@ class ExpertCapture:
         for layer, path in self.layers.items():
             module = self.model.get_submodule(path)
             self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._ending(layer), always_call=True))
+            self._handles.append(module.register_forward_hook(self._end_hook(layer), always_call=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -131,18 +134,18 @@ class ExpertCapture:
             watch.__exit__(None, None, None)
         return watch
 
-    def _ending(self, layer: int) -> Callable[..., None]:
+    def _end_hook(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
             watch = self._leave()
             if watch is None or result is None:
                 return
-            routed = sum(rows.shape[0] for _, rows in watch.rows)
-            if routed == 0 or routed % watch.tokens:
+            row_count = sum(rows.shape[0] for _, rows in watch.rows)
+            if row_count == 0 or row_count % watch.tokens:
                 self.on_failure(layer)
                 return
             with unobserved(watch.rows[0][1].device):
                 index = torch.cat([index for index, _ in watch.rows])
                 rows = torch.cat([rows for _, rows in watch.rows])
-                self.on_rows(layer, rows[torch.argsort(index, stable=True)], routed // watch.tokens)
+                self.on_rows(layer, rows[torch.argsort(index, stable=True)], row_count // watch.tokens)
 
         return hook

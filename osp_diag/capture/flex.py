@@ -45,12 +45,12 @@ def _block_masks(
     """Which blocks of (query, key), and of (key, query), hold anything."""
 
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        seen = key >= 0
+        allowed = key >= 0
         if causal:
-            seen = seen & (key <= query)
+            allowed = allowed & (key <= query)
         if window is not None:
-            seen = seen & (query - key < window)
-        return seen
+            allowed = allowed & (query - key < window)
+        return allowed
 
     def seen_by(batch: Tensor, head: Tensor, key: Tensor, query: Tensor) -> Tensor:
         return sees(batch, head, query, key)
@@ -77,6 +77,7 @@ def _sink_logit(source: ProductLogits, sink: Tensor) -> Tensor:
     return torch.where(sees[:, None], logit, -float("inf"))
 
 
+# Why two passes, and what was rejected: docs/decisions.md, Capture.
 class FlexStatistics:
     """Softmax statistics of calls that share their length, mask, scale and soft-cap.
 
@@ -114,24 +115,24 @@ class FlexStatistics:
         """Statistics of (batch, head, token, …) queries and (batch, key_value_head, token, …) keys."""
         weight, sink, bias, sink_logit = self.prepare(query, key, strata)
         other_sum, other_maximum = self.over_keys(query, key, bias)
-        found, log_sum_exp = self.combine(weight, sink_logit, sink_logits, other_sum, other_maximum)
+        statistics, log_sum_exp = self.combine(weight, sink_logit, sink_logits, other_sum, other_maximum)
         log_mass = self.over_queries(query, key, log_sum_exp)
         # Replaced here, because what dynamo makes of a named tuple's _replace has lost its fields.
-        return found._replace(key_mass=self.complete(found.key_mass, log_mass, sink, bias))
+        return statistics._replace(key_mass=self.complete(statistics.key_mass, log_mass, sink, bias))
 
     def _prepare(self, query: Tensor, key: Tensor, strata: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(weight of each token, sink positions, 0 or −Inf for each key, sink logits).
 
         −Inf keeps the sink key and keys that are not finite out of the first pass.
         """
-        seen = AttentionObservation(
+        observation = AttentionObservation(
             query, key, None, strata, scale=self.scale, mask=self.mask, softcap=self.softcap
         )
-        source: Any = seen.source
+        source: Any = observation.source
         position = torch.arange(query.shape[2], device=query.device)[None]
-        kept = source.usable & (position != seen.sink[:, None])
-        bias = torch.where(kept, 0.0, -float("inf"))
-        return seen.valid, seen.sink, bias, _sink_logit(source, seen.sink)
+        is_other_key = source.usable & (position != observation.sink[:, None])
+        bias = torch.where(is_other_key, 0.0, -float("inf"))
+        return observation.valid, observation.sink, bias, _sink_logit(source, observation.sink)
 
     def _capped(self, value: Tensor) -> Tensor:
         return value if self.softcap is None else self.softcap * torch.tanh(value / self.softcap)
@@ -140,7 +141,7 @@ class FlexStatistics:
         """(log-sum-exp, maximum) of each query over the allowed keys other than the sink key."""
 
         def score(value: Tensor, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-            # Chosen, not added: a NaN would survive an addition.
+            # Selected, not added: a NaN would survive an addition.
             return torch.where(bias[batch, column] == 0.0, self._capped(value), -float("inf"))
 
         _, aux = flex_attention(
@@ -162,6 +163,7 @@ class FlexStatistics:
         """
 
         def score(value: Tensor, batch: Tensor, head: Tensor, column: Tensor, row: Tensor) -> Tensor:
+            # logit − log Z is log A[query, key]; its log-sum-exp over queries is the log of the key's mass.
             total = log_sum_exp[batch, head, row]
             return torch.where(total < float("inf"), self._capped(value) - total, -float("inf"))
 
@@ -185,25 +187,26 @@ class FlexStatistics:
         other_maximum: Tensor,
     ) -> tuple[SoftmaxStatistics, Tensor]:
         """The statistics but ``key_mass``, and the log-sum-exp of the queries that count, +Inf for others."""
-        none = torch.full_like(sink_logit, -float("inf"))
-        extra = none if sink_logits is None else sink_logits.float()[None, :, None].expand_as(none)
+        absent = torch.full_like(sink_logit, -float("inf"))
+        extra = absent if sink_logits is None else sink_logits.float()[None, :, None].expand_as(absent)
+        # log Z over the three parts of the softmax: the other keys, the sink key and the learned sinks.
         total = torch.logaddexp(torch.logaddexp(other_sum, sink_logit), extra)
         nonfinite = torch.isnan(total) | (total == float("inf"))
         usable = ~nonfinite & (total > -float("inf"))
         total = torch.where(usable, total, 0.0)
-        sink_logit = torch.where(usable, sink_logit, none)
+        sink_logit = torch.where(usable, sink_logit, absent)
         sink_probability = torch.exp(sink_logit - total)
-        found = SoftmaxStatistics(
+        statistics = SoftmaxStatistics(
             log_sum_exp=total,
-            other_maximum=torch.where(usable, other_maximum, none),
+            other_maximum=torch.where(usable, other_maximum, absent),
             sink_logit=sink_logit,
             sink_probability=sink_probability,
-            extra_probability=torch.exp(torch.where(usable, extra, none) - total),
+            extra_probability=torch.exp(torch.where(usable, extra, absent) - total),
             usable=usable,
             nonfinite=nonfinite,
             key_mass=weight[:, None] * sink_probability,
         )
-        return found, torch.where((weight[:, None] > 0) & usable, total, float("inf"))
+        return statistics, torch.where((weight[:, None] > 0) & usable, total, float("inf"))
 
     def _complete(self, sink_mass: Tensor, log_mass: Tensor, sink: Tensor, bias: Tensor) -> Tensor:
         """The mass of every key: the sink's from each query's own share of it, the others' from its log."""

@@ -42,15 +42,15 @@ class FusedObservation(ActivationObservation):
     """
 
     def __init__(
-        self, x: Tensor | None, strata: Tensor, found: SiteStatistics, *, significant_bits: int
+        self, x: Tensor | None, strata: Tensor, statistics: SiteStatistics, *, significant_bits: int
     ) -> None:
-        self.elements, self.raw_strata, self.found = x, strata, found
+        self.elements, self.raw_strata, self.statistics = x, strata, statistics
         self.significant_bits, self.reductions = significant_bits, GENERIC
-        self.layout = Layout(channels=found.sums.shape[-1], tokens=strata.shape[-1])
-        self._kept: dict[str, Any] = {}
-        self.finite_token = found.rows[9] == 0
+        self.layout = Layout(channels=statistics.sums.shape[-1], tokens=strata.shape[-1])
+        self._cache: dict[str, Any] = {}
+        self.finite_token = statistics.rows[9] == 0
         self._counted = self.finite_token & (strata[0] > 0)
-        self._rows = torch.where(self._counted, found.rows, 0.0)
+        self._rows = torch.where(self._counted, statistics.rows, 0.0)
         self.strata = strata * self._counted
 
     @property
@@ -77,8 +77,8 @@ class FusedObservation(ActivationObservation):
     @once
     def channels(self) -> ChannelSums:
         """Sums over the tokens of each stratum."""
-        sums = self.found.sums
-        scale = self.found.scale.reshape(1).expand(sums.shape[0])
+        sums = self.statistics.sums
+        scale = self.statistics.scale.reshape(1).expand(sums.shape[0])
         return assembled_sums(list(sums[:, :4].unbind(1)), sums[:, 4].float(), scale)
 
     def beyond(self, threshold: Tensor, centre: Tensor | None = None) -> Exceedances:
@@ -98,10 +98,12 @@ class FusedObservation(ActivationObservation):
 def part_of_tokens(strata: Tensor) -> Tensor:
     """The stratum of each token, 0 first, 1 delimiter, 2 rest, and −1 for none: (batch · token) int32."""
     parts = strata[1:].reshape(strata.shape[0] - 1, -1)
+    # A token is in one part at most, so that Σ part · number is its part's number, 0 for none.
     order = torch.arange(1, parts.shape[0] + 1, device=parts.device, dtype=parts.dtype)
     return ((parts * order[:, None]).sum(0) - 1).int()
 
 
+# Why kernels first and arithmetic later, and what was rejected: docs/decisions.md, Capture.
 class FusedFolding:
     """Collects the statistics of sites, and hands over increments for many of them together.
 
@@ -112,67 +114,70 @@ class FusedFolding:
 
     def __init__(self, merge: Merge) -> None:
         self.merge = merge
-        self._waiting: dict[tuple[Any, ...], list[tuple[Any, SiteStatistics]]] = {}
+        self._queues: dict[tuple[Any, ...], list[tuple[Any, SiteStatistics]]] = {}
         self._suites: dict[tuple[Any, ...], Suite] = {}
         self._parts: dict[int, tuple[Tensor, Tensor]] = {}
 
     def fold(self, key: Any, suite: Suite, x: Tensor, strata: Tensor) -> State:
         """Run the kernels on one site; returns the increments of what has to read the elements again."""
         bits = significant_bits_of(x)
-        found = site_statistics(x, self._part(strata), bits)
-        later = tuple(m for m in suite.measurements if not m.reads_elements)
-        now = tuple(m for m in suite.measurements if m.reads_elements)
-        if later:
-            group = (later, tuple(x.shape), x.device, id(strata))
+        statistics = site_statistics(x, self._part_of_tokens(strata), bits)
+        row_measurements = tuple(m for m in suite.measurements if not m.reads_elements)
+        element_measurements = tuple(m for m in suite.measurements if m.reads_elements)
+        if row_measurements:
+            group = (row_measurements, tuple(x.shape), x.device, id(strata))
             self._suites[group] = suite
-            waiting = self._waiting.setdefault(group, [])
-            waiting.append((key, found))
-            if len(waiting) == AT_ONCE:
+            queue = self._queues.setdefault(group, [])
+            queue.append((key, statistics))
+            if len(queue) == AT_ONCE:
                 self._finish(group, strata)
-        return self._read_again(now, x, strata, found, bits) if now else {}
+        if not element_measurements:
+            return {}
+        return self._measure_elements(element_measurements, x, strata, statistics, bits)
 
     def finish(self) -> None:
         """Do what was put off, at the end of a forward pass."""
-        for group in list(self._waiting):
+        for group in list(self._queues):
             self._finish(group, self._parts[group[3]][0])
         self._parts.clear()
 
     def forget(self) -> None:
         """Drop what was put off, of a forward pass that raised."""
-        self._waiting.clear()
+        self._queues.clear()
         self._parts.clear()
 
-    def _part(self, strata: Tensor) -> Tensor:
+    def _part_of_tokens(self, strata: Tensor) -> Tensor:
         if id(strata) not in self._parts:
             self._parts[id(strata)] = (strata, part_of_tokens(strata))
         return self._parts[id(strata)][1]
 
     def _finish(self, group: tuple[Any, ...], strata: Tensor) -> None:
-        waiting = self._waiting.pop(group)
+        queue = self._queues.pop(group)
         measurements, (_, tokens, channels) = group[0], group[1]
 
         def measure(rows: Tensor, sums: Tensor, scale: Tensor) -> State:
-            found = SiteStatistics(rows, sums, scale)
-            return measure_each(measurements, FusedObservation(None, strata, found, significant_bits=31))
+            site = SiteStatistics(rows, sums, scale)
+            # No bits are looked at again, so that their number does not matter.
+            return measure_each(measurements, FusedObservation(None, strata, site, significant_bits=31))
 
-        stacked = [torch.stack(field) for field in zip(*(found for _, found in waiting), strict=True)]
+        stacked = [torch.stack(field) for field in zip(*(statistics for _, statistics in queue), strict=True)]
+        # The very measurements of one site, over a leading axis of sites: few launches for all of them.
         increments = torch.vmap(measure)(*stacked)
         layout = Layout(channels=channels, tokens=tokens)
-        self.merge(tuple(key for key, _ in waiting), self._suites[group], layout, increments)
+        self.merge(tuple(key for key, _ in queue), self._suites[group], layout, increments)
 
-    def _read_again(
+    def _measure_elements(
         self,
         measurements: tuple[Measurement, ...],
         x: Tensor,
         strata: Tensor,
-        found: SiteStatistics,
+        statistics: SiteStatistics,
         bits: int,
     ) -> State:
 
         def measure(x: Tensor, strata: Tensor, rows: Tensor, sums: Tensor, scale: Tensor) -> State:
-            statistics = SiteStatistics(rows, sums, scale)
-            seen = FusedObservation(x, strata, statistics, significant_bits=bits)
-            return measure_each(measurements, seen)
+            site = SiteStatistics(rows, sums, scale)
+            return measure_each(measurements, FusedObservation(x, strata, site, significant_bits=bits))
 
         name = ("read again", measurements, x.shape, x.stride(), x.dtype, x.device)
-        return compile_once(name, measure)(x, strata, *found)
+        return compile_once(name, measure)(x, strata, *statistics)

@@ -44,9 +44,9 @@ class ForwardPass:
     @property
     def token_ids(self) -> torch.Tensor | None:
         """(batch, token) ids: ``input_ids``, or the first integer matrix not named like something else."""
-        named = self.arguments.get(f"{self.prefix}input_ids")
-        if isinstance(named, torch.Tensor):
-            return named
+        ids = self.arguments.get(f"{self.prefix}input_ids")
+        if isinstance(ids, torch.Tensor):
+            return ids
         if self.prefix:
             return None
         for name, value in self.arguments.items():
@@ -58,9 +58,9 @@ class ForwardPass:
     @property
     def embeddings(self) -> torch.Tensor | None:
         """What stands in for missing ids: embeddings, or any tensor that starts with (batch, token)."""
-        named = self.arguments.get(f"{self.prefix}inputs_embeds")
-        if isinstance(named, torch.Tensor) or self.prefix:
-            return named
+        embeddings = self.arguments.get(f"{self.prefix}inputs_embeds")
+        if isinstance(embeddings, torch.Tensor) or self.prefix:
+            return embeddings
         tensors = (v for v in self.arguments.values() if isinstance(v, torch.Tensor) and v.ndim >= 2)
         return next(tensors, None)
 
@@ -128,19 +128,19 @@ class SiteCapture:
             )
             for path in self._layers:
                 block = self.model.get_submodule(path)
-                self._handles.append(block.register_forward_pre_hook(self._entering(path)))
+                self._handles.append(block.register_forward_pre_hook(self._block_hook(path)))
             by_module: dict[tuple[str, str], list[Tap]] = defaultdict(list)
-            for tap in self._distinct():
+            for tap in self._distinct_taps():
                 by_module[tap.module, tap.side].append(tap)
             for (path, side), taps in by_module.items():
                 module = self.model.get_submodule(path)
                 if side == "input":
-                    hook = self._reading_inputs(taps)
+                    hook = self._input_hook(taps)
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 elif side == "output":
-                    self._handles.append(module.register_forward_hook(self._reading_outputs(taps)))
+                    self._handles.append(module.register_forward_hook(self._output_hook(taps)))
                 elif self.on_weight is not None:
-                    hook = self._reading_weights(taps, self.on_weight)
+                    hook = self._weight_hook(taps, self.on_weight)
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
         except BaseException:
@@ -166,18 +166,18 @@ class SiteCapture:
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _distinct(self) -> list[Tap]:
+    def _distinct_taps(self) -> list[Tap]:
         """One tap where a shared block makes several layers read the same module."""
-        seen: dict[tuple[Any, ...], Tap] = {}
+        taps: dict[tuple[Any, ...], Tap] = {}
         for tap in self.taps:
-            seen.setdefault((tap.site, tap.module, tap.side, tap.argument, tap.fused), tap)
-        return list(seen.values())
+            taps.setdefault((tap.site, tap.module, tap.side, tap.argument, tap.fused), tap)
+        return list(taps.values())
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         self._abandon()
-        self.current = ForwardPass(_named(module, args, kwargs), self.prefix)
+        self.current = ForwardPass(_arguments_by_name(module, args, kwargs), self.prefix)
         self.on_start(self.current)
 
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -185,7 +185,7 @@ class SiteCapture:
             self.current = None
             self.on_stop(result is None)
 
-    def _entering(self, path: str) -> Callable[..., None]:
+    def _block_hook(self, path: str) -> Callable[..., None]:
         order = self._layers[path]
 
         def hook(module: nn.Module, args: Any) -> None:
@@ -202,30 +202,30 @@ class SiteCapture:
                 return tap.layer if self.current is None or self.current.layer is None else self.current.layer
         return tap.layer
 
-    def _reading_inputs(self, taps: list[Tap]) -> Callable[..., None]:
+    def _input_hook(self, taps: list[Tap]) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.current is not None:
                 for tap in taps:
-                    self._read(tap, _argument(tap.argument, args, kwargs))
+                    self._read(tap, _input_of(tap.argument, args, kwargs))
 
         return hook
 
-    def _reading_outputs(self, taps: list[Tap]) -> Callable[..., None]:
+    def _output_hook(self, taps: list[Tap]) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
             if self.current is not None:
                 for tap in taps:
-                    self._read(tap, _member(tap.argument, result))
+                    self._read(tap, _output_of(tap.argument, result))
 
         return hook
 
-    def _reading_weights(
+    def _weight_hook(
         self, taps: list[Tap], on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None]
     ) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.current is None or torch.compiler.is_compiling():
                 return
             for tap in taps:
-                value = _argument(tap.argument, args, kwargs)
+                value = _input_of(tap.argument, args, kwargs)
                 if isinstance(value, torch.Tensor):
                     with unobserved(value.device):
                         on_weight(tap, self._layer(tap), module, value.detach())
@@ -261,31 +261,31 @@ def unobserved(device: torch.device, *, traced: bool = False) -> Iterator[None]:
         yield
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by name: an attention mask may come as the second positional one."""
     try:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs)
     except (TypeError, ValueError):
         return {**{str(index): value for index, value in enumerate(args)}, **kwargs}
-    named: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
-            named |= value
+            arguments |= value
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            named |= {str(index): item for index, item in enumerate(value)}
+            arguments |= {str(index): item for index, item in enumerate(value)}
         else:
-            named[name] = value
-    return named
+            arguments[name] = value
+    return arguments
 
 
-def _argument(key: int | str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def _input_of(key: int | str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     if isinstance(key, int):
         return args[key] if key < len(args) else None
     return kwargs.get(str(key))
 
 
-def _member(key: int | str | None, result: Any) -> Any:
+def _output_of(key: int | str | None, result: Any) -> Any:
     if key is None or isinstance(result, torch.Tensor):
         return result
     items = list(result.values()) if isinstance(result, Mapping) else result

@@ -42,15 +42,17 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 ):
     """All statistics of a few rows, which stay in registers; the median bit by bit from the highest."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    known = row < rows
+    is_row = row < rows
     column = tl.arange(0, BLOCK)
-    inside = (column < d)[None, :] & known[:, None]
-    place = row[:, None].to(tl.int64) * row_stride + column[None, :]
-    x = tl.load(x_pointer + place, mask=inside, other=0.0).to(tl.float32)
+    inside = (column < d)[None, :] & is_row[:, None]
+    offset = row[:, None].to(tl.int64) * row_stride + column[None, :]
+    x = tl.load(x_pointer + offset, mask=inside, other=0.0).to(tl.float32)
+    # NaN and Inf are counted and become 0; the row is left out of every average later.
     bad = (x != x) | (tl.abs(x) == float("inf"))
     number_bad = tl.sum(bad.to(tl.float32), axis=1)
     x = tl.where(bad, 0.0, x)
     magnitude = tl.abs(x)
+    # Moments of z = x / max |x|, so that fourth powers stay within float32; columns beyond d are 0.
     peak = tl.max(magnitude, axis=1)
     z = x / tl.where(peak > 0, peak, 1.0)[:, None]
     mean = tl.sum(z, axis=1) / d
@@ -64,6 +66,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     central_third = tl.sum(c2 * centred, axis=1) / d
     central_fourth = tl.sum(c2 * c2, axis=1) / d
 
+    # Magnitudes sort like their bits. The answer takes a bit if at most ``rank`` elements are smaller with
+    # it; columns beyond d are larger than any.
     bits = tl.where(inside, magnitude.to(tl.int32, bitcast=True), 0x7FFFFFFF)
     answer = tl.zeros((ROWS,), tl.int32)
     for step in tl.static_range(BITS):
@@ -72,16 +76,16 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         answer = tl.where(below <= rank, candidate, answer)
 
     out = out_pointer + row
-    tl.store(out, peak, mask=known)
-    tl.store(out + rows, mean, mask=known)
-    tl.store(out + 2 * rows, absolute, mask=known)
-    tl.store(out + 3 * rows, second, mask=known)
-    tl.store(out + 4 * rows, central_second, mask=known)
-    tl.store(out + 5 * rows, central_third, mask=known)
-    tl.store(out + 6 * rows, central_fourth, mask=known)
-    tl.store(out + 7 * rows, fourth, mask=known)
-    tl.store(out + 8 * rows, answer.to(tl.float32, bitcast=True), mask=known)
-    tl.store(out + 9 * rows, number_bad, mask=known)
+    tl.store(out, peak, mask=is_row)
+    tl.store(out + rows, mean, mask=is_row)
+    tl.store(out + 2 * rows, absolute, mask=is_row)
+    tl.store(out + 3 * rows, second, mask=is_row)
+    tl.store(out + 4 * rows, central_second, mask=is_row)
+    tl.store(out + 5 * rows, central_third, mask=is_row)
+    tl.store(out + 6 * rows, central_fourth, mask=is_row)
+    tl.store(out + 7 * rows, fourth, mask=is_row)
+    tl.store(out + 8 * rows, answer.to(tl.float32, bitcast=True), mask=is_row)
+    tl.store(out + 9 * rows, number_bad, mask=is_row)
 
 
 @triton.jit
@@ -103,9 +107,10 @@ def _channels_kernel(  # type: ignore[no-untyped-def]
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < d
     first = tl.program_id(1) * rows_per_program
+    # Fourth powers of what lies between 1e-6 and 1e6 stay within float32; else a power of two is taken out.
     peak_of_all = tl.load(top_pointer)
-    usual = ((peak_of_all > 1e-6) & (peak_of_all < 1e6)) | (peak_of_all == 0.0)
-    scale = tl.where(usual, 1.0, tl.exp2(tl.floor(tl.log2(tl.where(usual, 1.0, peak_of_all)))))
+    in_range = ((peak_of_all > 1e-6) & (peak_of_all < 1e6)) | (peak_of_all == 0.0)
+    scale = tl.where(in_range, 1.0, tl.exp2(tl.floor(tl.log2(tl.where(in_range, 1.0, peak_of_all)))))
     tl.store(scale_pointer, scale)
     for part in tl.static_range(3):
         total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -115,18 +120,19 @@ def _channels_kernel(  # type: ignore[no-untyped-def]
         top = tl.zeros((ROWS, COLUMNS), tl.float32)
         for start in range(0, rows_per_program, ROWS):
             row = first + start + tl.arange(0, ROWS)
-            known = row < rows
-            mine = tl.load(part_pointer + row, mask=known, other=-1) == part
-            mine = mine & (tl.load(statistics_pointer + 9 * rows + row, mask=known, other=1.0) == 0.0)
-            if tl.max(mine.to(tl.int32), axis=0) > 0:
-                peak = tl.load(statistics_pointer + row, mask=known, other=0.0)
-                shift = tl.load(statistics_pointer + rows + row, mask=known, other=0.0) * (peak / scale)
-                place = row[:, None].to(tl.int64) * row_stride + column[None, :]
-                taken = mine[:, None] & inside[None, :]
-                x = tl.load(x_pointer + place, mask=taken, other=0.0).to(tl.float32)
+            is_row = row < rows
+            in_part = tl.load(part_pointer + row, mask=is_row, other=-1) == part
+            in_part = in_part & (tl.load(statistics_pointer + 9 * rows + row, mask=is_row, other=1.0) == 0.0)
+            if tl.max(in_part.to(tl.int32), axis=0) > 0:
+                peak = tl.load(statistics_pointer + row, mask=is_row, other=0.0)
+                # Row means come as means of x / peak.
+                shift = tl.load(statistics_pointer + rows + row, mask=is_row, other=0.0) * (peak / scale)
+                offset = row[:, None].to(tl.int64) * row_stride + column[None, :]
+                is_counted = in_part[:, None] & inside[None, :]
+                x = tl.load(x_pointer + offset, mask=is_counted, other=0.0).to(tl.float32)
                 z = x / scale
                 z2 = z * z
-                centred = tl.where(taken, z - shift[:, None], 0.0)
+                centred = tl.where(is_counted, z - shift[:, None], 0.0)
                 total += z
                 square += z2
                 fourth += z2 * z2
@@ -148,8 +154,8 @@ def _join_kernel(in_pointer, out_pointer, programs, d, COLUMNS: tl.constexpr):  
     field = tl.program_id(1)
     total = tl.zeros((COLUMNS,), tl.float64)
     for program in range(programs):
-        place = (program * 15 + field).to(tl.int64) * d + column
-        value = tl.load(in_pointer + place, mask=inside, other=0.0).to(tl.float64)
+        offset = (program * 15 + field).to(tl.int64) * d + column
+        value = tl.load(in_pointer + offset, mask=inside, other=0.0).to(tl.float64)
         total = tl.where(field % 5 == 4, tl.maximum(total, value), total + value)
     tl.store(out_pointer + field * d + column, total, mask=inside)
 
@@ -207,6 +213,7 @@ def site_statistics(x: Tensor, part: Tensor, significant_bits: int) -> SiteStati
         BITS=significant_bits,
         num_warps=min(16, max(1, block // 512)),
     )
+    # Each program sums a run of rows in float32; the runs are added up in float64.
     programs = triton.cdiv(count, ROWS_OF_A_PROGRAM)
     partial = torch.empty((programs, 15, d), dtype=torch.float32, device=x.device)
     scale = torch.empty((), dtype=torch.float32, device=x.device)

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from osp_diag.capture.attention_measuring import mask_of
-from osp_diag.estimators.attention_mask import QueryRows, index_range
+from osp_diag.estimators._arrays import index_range
+from osp_diag.estimators.attention_mask import QueryRows
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
@@ -42,6 +43,7 @@ class LogitRule:
     sees_beyond: bool
 
 
+# Why queries and keys and no T×T maps: docs/decisions.md, Figures.
 class Snapshots:
     """Copies of the first ``tokens`` positions of the first sequence, at chosen sites and layers.
 
@@ -65,7 +67,7 @@ class Snapshots:
         self.tokens = tokens
         self.sites = tuple(sites)
         self.layers = None if layers is None else frozenset(layers)
-        self.kept: dict[tuple[str, int], torch.Tensor] = {}
+        self.copies: dict[tuple[str, int], torch.Tensor] = {}
         self.rules: dict[int, LogitRule] = {}
         """by layer, where queries and keys after rotation were both kept"""
         self.dropped: set[tuple[str, int]] = set()
@@ -74,7 +76,7 @@ class Snapshots:
 
     def clear(self) -> None:
         """Forget what was kept: its forward pass raised."""
-        self.kept.clear()
+        self.copies.clear()
         self.rules.clear()
         self.dropped.clear()
         self._room = self._megabytes * 2**20
@@ -83,38 +85,41 @@ class Snapshots:
         """Keep a copy of the first sequence: (token, channel), or (head, token, width)."""
         if site not in self.sites or (self.layers is not None and layer not in self.layers):
             return
-        if (site, layer) in self.kept or (site, layer) in self.dropped:
+        if (site, layer) in self.copies or (site, layer) in self.dropped:
             return
         part = x[0, ..., : self.tokens, :]
-        needed = part.numel() * 4
-        if needed > self._room:
+        size = part.numel() * 4
+        if size > self._room:
             self.dropped.add((site, layer))
             return
-        self._room -= needed
-        self.kept[site, layer] = part.float().clone()
+        self._room -= size
+        self.copies[site, layer] = part.float().clone()
 
     def offer_call(self, layer: int, call: AttentionCall, *, causal: bool) -> None:
         """Keep what makes logits of the first sequence's queries and keys, where both were kept."""
-        both = all((f"{site}_post_rope", layer) in self.kept for site in ("query", "key"))
-        if not both or layer in self.rules or call.query is None:
+        has_both = all((f"{site}_post_rope", layer) in self.copies for site in ("query", "key"))
+        if not has_both or layer in self.rules or call.query is None:
             return
         batch, heads, tokens, _ = call.query.shape
         count = min(tokens, self.tokens)
         mask = mask_of(call, causal)
         rows = QueryRows(index_range(0, count, call.query), (0, count), (0, tokens))
-        added, allowed = mask.rows(rows, batch=batch, heads=heads, like=call.query)
-        shape = (allowed.shape[1] if added is None else max(added.shape[1], allowed.shape[1]), count, tokens)
-        bias = torch.zeros(shape, device=allowed.device) if added is None else added[0].expand(shape).clone()
+        additive, allowed = mask.rows(rows, batch=batch, heads=heads, like=call.query)
+        # The mask's two parts as one bias of the logits; one head stands for all where they are alike.
+        if additive is None:
+            bias = torch.zeros((allowed.shape[1], count, tokens), device=allowed.device)
+        else:
+            bias = additive[0].expand(max(additive.shape[1], allowed.shape[1]), count, tokens).clone()
         bias.masked_fill_(~allowed[0], float("-inf"))
-        needed = 4 * shape[0] * count * count
-        if needed > self._room:
+        size = 4 * bias.shape[0] * count * count
+        if size > self._room:
             return
-        self._room -= needed
-        nothing = torch.full((heads,), float("-inf"))
+        self._room -= size
+        no_sinks = torch.full((heads,), float("-inf"))
         self.rules[layer] = LogitRule(
             call.scale,
             float("nan") if call.softcap is None else call.softcap,
-            nothing if call.sink_logits is None else call.sink_logits.float().cpu().reshape(-1),
+            no_sinks if call.sink_logits is None else call.sink_logits.float().cpu().reshape(-1),
             bias[..., :count].clone(),
             bool((bias[..., count:] > float("-inf")).any()),
         )

@@ -14,6 +14,7 @@ from osp_diag.errors import CaptureError
 __all__ = ["strata_of"]
 
 
+# Why every state holds all four: docs/decisions.md, Estimators.
 def strata_of(
     input_ids: Int[Tensor, "batch token"] | None,
     attention_mask: Shaped[Tensor, "batch token"] | None,
@@ -58,6 +59,7 @@ def strata_of(
     """
     batch, tokens, device = _shape_of(input_ids, attention_mask, inputs_embeds)
     present = _present(attention_mask, batch, tokens, device)
+    # Padding may stand on either side: the first token is where the count of tokens becomes 1.
     first = present & (present.cumsum(dim=1) == 1)
     if position_ids is not None:
         first = first | (present & (_positions(position_ids, batch, tokens, device) == 0))
@@ -65,7 +67,7 @@ def strata_of(
     if input_ids is None or len(delimiter_ids) == 0:
         delimiter = torch.zeros_like(present)
     else:
-        delimiter = delimiter & _is_any_of(input_ids, _on_device(delimiter_ids, device))
+        delimiter = delimiter & _is_member(input_ids, _sorted_on_device(delimiter_ids, device))
     rest = present & ~first & ~delimiter
     return torch.stack([present, first, delimiter, rest]).to(torch.float32)
 
@@ -102,21 +104,21 @@ def _positions(position_ids: Tensor, batch: int, tokens: int, device: torch.devi
     return position_ids.to(device)
 
 
-def _on_device(ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+def _sorted_on_device(ids: Sequence[int] | Tensor, device: torch.device) -> Tensor:
     """``ids`` sorted, on ``device``."""
     if isinstance(ids, Tensor):
         return ids.to(device=device, dtype=torch.int64, non_blocking=True).sort().values
-    return _copied_once(tuple(ids), device)
+    return _cached_on_device(tuple(ids), device)
 
 
 @lru_cache(maxsize=32)
-def _copied_once(ids: tuple[int, ...], device: torch.device) -> Tensor:
+def _cached_on_device(ids: tuple[int, ...], device: torch.device) -> Tensor:
     # A tensor born in inference mode could not be used outside it later.
     with torch.inference_mode(False):
         return torch.tensor(sorted(ids), dtype=torch.int64, device=device)
 
 
-def _is_any_of(values: Tensor, ordered: Tensor) -> Tensor:
+def _is_member(values: Tensor, ordered: Tensor) -> Tensor:
     """Elementwise membership by bisection; ``torch.isin`` may wait for the device to learn a size."""
     values = values.to(torch.int64)
     place = torch.searchsorted(ordered, values.contiguous()).clamp(max=ordered.shape[0] - 1)

@@ -15,6 +15,7 @@ GROUPED_FIELDS = ("token.count", "channel.square", "osp_token_kurtosis.total")
 """Enough for the RMS of every channel, the concentration of energy, and the OSP kurtosis."""
 
 
+# Why groups of batches and not tokens: docs/decisions.md, Analyses.
 class TokenGroups:
     """One small state for every (site, layer) and group; the groups together are the whole.
 
@@ -37,25 +38,25 @@ class TokenGroups:
         """By (site, layer, what is observed, group)."""
         self._rank, self._ranks = rank, ranks
         self._current = 0
-        self._undo: dict[tuple[Any, ...], State] = {}
+        self._backup: dict[tuple[Any, ...], State] = {}
 
     def start(self, passes: int) -> None:
         """A forward pass begins, so many are over."""
         self._current = (passes * self._ranks + self._rank) % self.count
-        self._undo = dict(self.states)
+        self._backup = dict(self.states)
 
     def forget(self) -> None:
         """Take back what the pass gave: it raised."""
-        self.states = self._undo
+        self.states = self._backup
 
     def add(self, key: tuple[str, int, str], suite: Suite, layout: Layout, increment: State) -> None:
         """Fold what one pass gave at one place."""
         if key[0] not in self.sites or key[2] != "activation":
             return
-        place = (*key, self._current)
-        known = self.states.get(place, {})
-        chosen = suite.opening({name: increment[name] for name in GROUPED_FIELDS if name in increment})
+        group_key = (*key, self._current)
+        state = self.states.get(group_key, {})
+        grouped = suite.opening({name: increment[name] for name in GROUPED_FIELDS if name in increment})
         fields = suite.fields(layout)
-        both = {name: fields[name] for name in chosen if name in known}
-        merged = merge_states(both, known, chosen) if both else {}
-        self.states[place] = known | chosen | merged
+        shared = {name: fields[name] for name in grouped if name in state}
+        merged = merge_states(shared, state, grouped) if shared else {}
+        self.states[group_key] = state | grouped | merged

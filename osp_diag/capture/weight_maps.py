@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from osp_diag.capture.down_projection import fetched, whole_weight
+from osp_diag.capture.down_projection import weights_at_hand, whole_weight
 from osp_diag.errors import UsageError
 from osp_diag.max_pooling import bin_starts, max_pool
 from osp_diag.sites.names import SiteMap
@@ -35,6 +35,7 @@ _MAP, _ROW, _COLUMN = (
 _FIRST = {"units": "channel", "definition": "first channel of a cell; it ends before that of the next cell"}
 
 
+# Why maxima of 128 cells a side, and these projections: docs/decisions.md, Figures.
 def weight_maps(
     model: nn.Module, site_map: SiteMap, patterns: Sequence[str] | None = None
 ) -> tuple[dict[str, xr.Dataset], list[str]]:
@@ -61,16 +62,20 @@ def weight_maps(
     ------
     UsageError : a pattern that matches no projection
     """
-    known = _projections(model, site_map)
-    chosen = _default(site_map) & known.keys() if patterns is None else _matching(known, patterns)
+    projections = _projections(model, site_map)
+    selection = (
+        _default_projections(site_map) & projections.keys()
+        if patterns is None
+        else _matching_projections(projections, patterns)
+    )
     parts: dict[str, list[xr.Dataset]] = {}
     problems = []
-    for name, layer in sorted(chosen):
-        found = _matrix(known[name, layer][1])
-        if isinstance(found, str):
-            problems.append(f"no map of {known[name, layer][0]}: {found}")
+    for name, layer in sorted(selection):
+        matrix = _matrix(projections[name, layer][1])
+        if isinstance(matrix, str):
+            problems.append(f"no map of {projections[name, layer][0]}: {matrix}")
         else:
-            parts.setdefault(name, []).append(_reduced(found).expand_dims(layer=[layer]))
+            parts.setdefault(name, []).append(_pooled(matrix).expand_dims(layer=[layer]))
     # Blocks of different widths are padded with NaN.
     return {name: xr.concat(layers, "layer", join="outer") for name, layers in parts.items()}, problems
 
@@ -85,7 +90,7 @@ def _projections(model: nn.Module, site_map: SiteMap) -> dict[tuple[str, int], t
     }
 
 
-def _default(site_map: SiteMap) -> set[tuple[str, int]]:
+def _default_projections(site_map: SiteMap) -> set[tuple[str, int]]:
     last = site_map.number_of_layers - 1
     layers = {0, last // 2, last}
     return {
@@ -95,26 +100,26 @@ def _default(site_map: SiteMap) -> set[tuple[str, int]]:
     }
 
 
-def _matching(
-    known: dict[tuple[str, int], tuple[str, nn.Module]], patterns: Sequence[str]
+def _matching_projections(
+    projections: dict[tuple[str, int], tuple[str, nn.Module]], patterns: Sequence[str]
 ) -> set[tuple[str, int]]:
-    names = {key: (path, key[0], key[0].rpartition(".")[2]) for key, (path, _) in known.items()}
-    chosen: set[tuple[str, int]] = set()
+    names = {key: (path, key[0], key[0].rpartition(".")[2]) for key, (path, _) in projections.items()}
+    selection: set[tuple[str, int]] = set()
     for pattern in patterns:
-        hits = {key for key, forms in names.items() if any(fnmatchcase(form, pattern) for form in forms)}
-        if not hits:
-            every = list(dict.fromkeys(form for forms in names.values() for form in reversed(forms)))
+        matches = {key for key, forms in names.items() if any(fnmatchcase(form, pattern) for form in forms)}
+        if not matches:
+            suggestions = list(dict.fromkeys(form for forms in names.values() for form in reversed(forms)))
             raise UsageError(
                 f"weights={pattern!r} matches no projection of the blocks; "
-                + did_you_mean(pattern, every, "'*' stands for anything")
+                + did_you_mean(pattern, suggestions, "'*' stands for anything")
             )
-        chosen |= hits
-    return chosen
+        selection |= matches
+    return selection
 
 
 def _matrix(module: nn.Module) -> np.ndarray | str:
     """|W| as (output channel, input channel) on the host; text that says why not."""
-    with fetched(module):
+    with weights_at_hand(module):
         weight = getattr(module, "weight", None)
         whole = "it has no weight of its own" if weight is None else whole_weight(weight)
         if isinstance(whole, str):
@@ -125,7 +130,7 @@ def _matrix(module: nn.Module) -> np.ndarray | str:
     return np.where(np.isfinite(values), values, np.nan)
 
 
-def _reduced(values: np.ndarray) -> xr.Dataset:
+def _pooled(values: np.ndarray) -> xr.Dataset:
     rows, columns = values.shape
     pooled = max_pool(max_pool(values, 0, MAP_SIDE), 1, MAP_SIDE)
     return xr.Dataset(

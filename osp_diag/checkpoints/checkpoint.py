@@ -12,7 +12,7 @@ from osp_diag.errors import CheckpointError, TokenError
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Checkpoint", "assemble", "vocabulary_size_of"]
+__all__ = ["Checkpoint", "assemble", "evaluation_mode", "vocabulary_size_of"]
 
 NO_LIMIT = 10**9
 """Tokenizers write 10³⁰ where they know of no maximum length."""
@@ -68,13 +68,20 @@ class Checkpoint:
     @contextmanager
     def evaluation(self) -> Iterator[nn.Module]:
         """The model in evaluation mode, so that dropout is off; afterwards every module is as it was."""
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        try:
+        with evaluation_mode(self.model):
             yield self.model
-        finally:
-            for module, mode in modes:
-                module.training = mode
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; afterwards every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def assemble(
@@ -109,17 +116,21 @@ def assemble(
             f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model's embedding has only "
             f"{vocabulary_size} rows: they do not belong together. Put the model's own tokenizer beside it"
         )
-    bad = nonfinite_weights(model)
-    if bad and not allow_nonfinite:
-        first, count = next(iter(bad.items()))
-        others = f", {sum(bad.values())} in all, in {len(bad)} tensors" if len(bad) > 1 else ""
+    nonfinite = nonfinite_weights(model)
+    if nonfinite and not allow_nonfinite:
+        first, count = next(iter(nonfinite.items()))
+        in_all = (
+            f", {sum(nonfinite.values())} in all, in {len(nonfinite)} tensors" if len(nonfinite) > 1 else ""
+        )
         raise CheckpointError(
-            f"the weights of {name} hold NaN or Inf: {count} values of {first!r}{others}. The checkpoint is "
+            f"the weights of {name} hold NaN or Inf: {count} values of {first!r}{in_all}. The checkpoint is "
             "damaged or training diverged; use an earlier one, or allow_nonfinite=True to measure it all the "
             "same"
         )
-    if bad:
-        notes += (f"{sum(bad.values())} weights are NaN or Inf, the first in {next(iter(bad))!r}.",)
+    if nonfinite:
+        notes += (
+            f"{sum(nonfinite.values())} weights are NaN or Inf, the first in {next(iter(nonfinite))!r}.",
+        )
     return Checkpoint(
         model=model,
         tokenizer=tokenizer,

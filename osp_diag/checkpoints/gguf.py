@@ -35,7 +35,7 @@ SCALARS = {
     12: "<d",
 }
 STRING, ARRAY = 8, 9
-KEPT_ARRAY = 64
+LONGEST_ARRAY = 64
 """Longer arrays (vocabularies, merges) are passed over."""
 
 
@@ -55,10 +55,10 @@ class GgufHeader:
 
 
 def cache_directory() -> Path:
-    """Where converted files are kept: ``$OSP_DIAG_CACHE``, or ``~/.cache/osp_diag``."""
-    chosen = os.environ.get("OSP_DIAG_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
+    """The folder of converted files: ``$OSP_DIAG_CACHE``, or ``~/.cache/osp_diag``."""
+    setting = os.environ.get("OSP_DIAG_CACHE")
+    if setting:
+        return Path(setting).expanduser()
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "osp_diag"
 
@@ -96,36 +96,35 @@ def _refuse_unsupported(path: Path, header: GgufHeader) -> None:
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     if header.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
-        known = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer", "tokenizer_config"})
+        supported = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer", "tokenizer_config"})
         raise CheckpointError(
             f"{path} has the GGUF architecture {header.architecture!r}, which transformers "
-            f"{transformers.__version__} "
-            f"cannot convert; it knows {', '.join(known)}. Use the model's safetensors instead"
+            f"{transformers.__version__} cannot convert; it knows {', '.join(supported)}. Use the model's "
+            "safetensors instead"
         )
     if header.metadata.get("split.count", 0) > 1:
         raise CheckpointError(
             f"{path} is one of {header.metadata['split.count']} parts. Join them with `llama-gguf-split "
-            "--merge` and pass "
-            "the whole file"
+            "--merge` and pass the whole file"
         )
 
 
 def _convert(path: Path, header: GgufHeader, copy: Path) -> None:
-    needed = 4 * header.parameters + 2**26
+    # float32 weights, and 64 MiB for configuration and tokenizer.
+    size = 4 * header.parameters + 2**26
     try:
         copy.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(copy.parent).free
-        if free < needed:
+        if free < size:
             raise CheckpointError(
                 f"{copy.parent} has {free / 1e9:.1f} GB free, and the dequantised copy of {path.name} needs "
-                f"{needed / 1e9:.1f} GB. Make room, or set OSP_DIAG_CACHE to another directory"
+                f"{size / 1e9:.1f} GB. Make room, or set OSP_DIAG_CACHE to another directory"
             )
         partial = Path(tempfile.mkdtemp(prefix="partial-", dir=copy.parent))
     except OSError as error:
         raise CheckpointError(
             f"the dequantised copy of {path.name} cannot be kept in {copy.parent}: {error}. Set "
-            "OSP_DIAG_CACHE to a "
-            "directory that can be written"
+            "OSP_DIAG_CACHE to a directory that can be written"
         ) from error
     try:
         _dequantise(path, header, partial)
@@ -140,8 +139,7 @@ def _convert(path: Path, header: GgufHeader, copy: Path) -> None:
     except Exception as error:
         raise CheckpointError(
             f"{path} cannot be converted: {type(error).__name__}: {error}. If its quantisation is not "
-            "supported, use "
-            "another GGUF file of the model or its safetensors"
+            "supported, use another GGUF file of the model or its safetensors"
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -151,7 +149,7 @@ def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
     import torch
     import transformers
 
-    # transformers 5 leaves weights packed unless told otherwise; before it had the option it never did.
+    # transformers 5 leaves weights packed by default; before it had the option it never did.
     unpack = {}
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -192,8 +190,8 @@ def _refuse_other_size(path: Path, header: GgufHeader, config: Any) -> None:
     if described > 1.5 * header.parameters:
         raise CheckpointError(
             f"{path} cannot be converted: its metadata describe a model of {described:,} parameters, and its "
-            "tensors "
-            f"hold {header.parameters:,}. Its metadata are incomplete; use another GGUF file of the model"
+            f"tensors hold {header.parameters:,}. Its metadata are incomplete; use another GGUF file of the "
+            "model"
         )
 
 
@@ -244,6 +242,7 @@ def _header_after_magic(file: BinaryIO, path: Path) -> GgufHeader:
         count = math.prod(dimensions)
         parameters += count
         end = max(end, offset + count // values_per_block * bytes_per_block)
+    # The data begin at the next multiple of the alignment after the header; offsets count from there.
     alignment = metadata.get("general.alignment", 32)
     size = -(-file.tell() // alignment) * alignment + end
     actual = path.stat().st_size
@@ -278,6 +277,6 @@ def _value(file: BinaryIO, kind: int) -> Any:
     values = []
     for position in range(length):
         item = _value(file, element)
-        if position < KEPT_ARRAY:
+        if position < LONGEST_ARRAY:
             values.append(item)
     return values

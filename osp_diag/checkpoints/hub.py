@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from osp_diag.checkpoints.near_names import near_names
+from osp_diag.checkpoints.path_advice import path_advice
 from osp_diag.errors import CheckpointError
 from osp_diag.quiet import quietly
 
@@ -32,28 +32,24 @@ def reach(identifier: str) -> bool:
     except GatedRepoError as error:
         raise CheckpointError(
             f"{identifier} is a gated model. Accept its terms at https://huggingface.co/{identifier}, then "
-            "log in with "
-            "`hf auth login` or set HF_TOKEN"
+            "log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise CheckpointError(
-            f"{identifier} is neither a path here nor a model on the Hugging Face Hub{_near(identifier)}. If "
-            "it is "
-            "private, log in with `hf auth login` or set HF_TOKEN"
+            f"{identifier} is neither a path here nor a model on the Hugging Face Hub{_advice(identifier)}. "
+            "If it is private, log in with `hf auth login` or set HF_TOKEN"
         ) from error
     except Exception as error:
         if isinstance(try_to_load_from_cache(identifier, "config.json"), str):
             return True
         raise CheckpointError(
-            f"{identifier} is not a path here{_near(identifier)}, and the Hugging Face Hub cannot be reached "
-            f"({type(error).__name__}: {str(error).strip() or 'no answer'}). On a machine with a connection, "
-            "run "
-            f"`hf download {identifier} --local-dir {identifier.rpartition('/')[2]}`, copy that directory "
-            "here and pass "
-            "its path; or `osp-diag demo` for a model from the package registry"
+            f"{identifier} is not a path here{_advice(identifier)}, and the Hugging Face Hub cannot be "
+            f"reached ({type(error).__name__}: {str(error).strip() or 'no answer'}). On a machine with a "
+            f"connection, run `hf download {identifier} --local-dir {identifier.rpartition('/')[2]}`, copy "
+            "that directory here and pass its path; or `osp-diag demo` for a model from the package registry"
         ) from error
 
 
-def _near(identifier: str) -> str:
-    advice = near_names(Path.cwd() / identifier)
+def _advice(identifier: str) -> str:
+    advice = path_advice(Path.cwd() / identifier)
     return f" ({advice.removeprefix('; ')})" if "did you mean" in advice else ""

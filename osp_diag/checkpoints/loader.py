@@ -65,8 +65,7 @@ def _module(module_name: str, name: str) -> ModuleType:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise CheckpointError(
                 f"the loader {name} cannot be used: there is no module {error.name!r} here or among the "
-                "installed "
-                "packages. A loader is module:function, importable from the current directory"
+                "installed packages. A loader is module:function, importable from the current directory"
             ) from error
         raise CheckpointError(
             f"the loader {name} cannot be used: {module_name} itself imports {error.name!r}, which is not "
@@ -121,9 +120,9 @@ def _model_and_tokenizer(result: object, name: str) -> tuple[nn.Module, Any | No
         case (nn.Module() as model, tokenizer) if tokenizer is None or hasattr(tokenizer, "decode"):
             return model, tokenizer
         case tuple():
-            found = f"a tuple ({', '.join(type(item).__name__ for item in result)})"
+            description = f"a tuple ({', '.join(type(item).__name__ for item in result)})"
         case _:
-            found = f"a {type(result).__name__}"
+            description = f"a {type(result).__name__}"
     raise CheckpointError(
-        f"the loader {name} returned {found}; it must return an nn.Module or (nn.Module, tokenizer)"
+        f"the loader {name} returned {description}; it must return an nn.Module or (nn.Module, tokenizer)"
     )

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
-from osp_diag.checkpoints.near_names import near_names
+from osp_diag.checkpoints.path_advice import path_advice
 from osp_diag.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DTYPES", "open_checkpoint"]
+__all__ = ["DTYPES", "OpeningOptions", "open_checkpoint"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names of the dtypes a checkpoint can be opened in; ``auto`` is its own."""
@@ -23,6 +23,18 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt")
 LOADER = re.compile(r"(?P<module>[A-Za-z_][\w.]*|.+\.py):(?P<function>[A-Za-z_]\w*)")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+class OpeningOptions(TypedDict, total=False):
+    """The keywords of :func:`open_checkpoint`, for functions that hand them on."""
+
+    dtype: str | torch.dtype
+    device: str | torch.device
+    device_map: str | dict[str, Any] | None
+    trust_remote_code: bool
+    attention: str | None
+    tokenizer: Any | None
+    allow_nonfinite: bool
 
 
 def open_checkpoint(
@@ -72,12 +84,12 @@ def open_checkpoint(
         An option has no meaning here.
     """
     kind, place = _kind_of(source)
-    chosen_dtype = _dtype(dtype)
+    dtype_name = _dtype(dtype)
     if device_map is not None and str(device) != "auto":
         raise UsageError(f"device={str(device)!r} and device_map cannot both place the model; leave one out")
     if kind == "module":
         elsewhere = str(device) != "auto" and {p.device for p in source.parameters()} != {_device(device)}  # type: ignore[union-attr]
-        if chosen_dtype != "auto" or elsewhere or device_map is not None:
+        if dtype_name != "auto" or elsewhere or device_map is not None:
             raise UsageError(
                 "a module in hand is measured as it is; call its .to(...) for another dtype or device, "
                 "and leave dtype, device and device_map out"
@@ -89,13 +101,13 @@ def open_checkpoint(
         if device_map is not None:
             raise UsageError(f"{place} places its model itself; leave device_map out")
         target = None if str(device) == "auto" else _device(device)
-        model, own = load_from_function(place, dtype=chosen_dtype, device=target)
-        return _assembled(model, own if tokenizer is None else tokenizer, place, allow_nonfinite)
+        model, loaded_tokenizer = load_from_function(place, dtype=dtype_name, device=target)
+        return _assembled(model, loaded_tokenizer if tokenizer is None else tokenizer, place, allow_nonfinite)
 
     from osp_diag.checkpoints.pretrained import Loading, open_directory, open_hub, open_weights_file
 
     loading = Loading(
-        dtype=chosen_dtype,
+        dtype=dtype_name,
         device=_device(device) if device_map is None else None,
         device_map=device_map,
         trust_remote_code=trust_remote_code,
@@ -147,7 +159,7 @@ def _kind_of(source: object) -> tuple[str, str]:
         return "loader", text
     looks_like_a_path = path.is_absolute() or text.startswith((".", "~")) or path.suffix in WEIGHT_SUFFIXES
     if looks_like_a_path or not HUB_ID.fullmatch(text) or ("/" in text and path.parent.is_dir()):
-        raise CheckpointError(f"there is no checkpoint at {text}: the path does not exist{near_names(path)}")
+        raise CheckpointError(f"there is no checkpoint at {text}: the path does not exist{path_advice(path)}")
     return "hub", text
 
 
@@ -160,8 +172,7 @@ def _kind_of_file(path: Path) -> str:
         return "weights"
     raise CheckpointError(
         f"{path} is not a checkpoint: its type {path.suffix or '(no suffix)'!r} is not supported. Pass a "
-        "directory "
-        "with config.json and safetensors, or a file .gguf, .safetensors, .bin or .pt"
+        "directory with config.json and safetensors, or a file .gguf, .safetensors, .bin or .pt"
     )
 
 
@@ -173,23 +184,24 @@ def _dtype(dtype: str | torch.dtype) -> str:
 
 
 def _device(device: str | torch.device) -> torch.device:
-    """The device asked for, known to exist."""
+    """The device of that name; refused where there is none."""
     import torch
 
-    seen = torch.cuda.device_count()
+    count = torch.cuda.device_count()
     if str(device) == "auto":
         return (
-            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % seen) if seen else torch.device("cpu")
+            torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)
+            if count
+            else torch.device("cpu")
         )
     try:
-        found = torch.device(device)
+        target = torch.device(device)
     except RuntimeError:
         raise UsageError(f"{str(device)!r} is not a device; use auto, cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and (found.index or 0) >= seen:
+    if target.type == "cuda" and (target.index or 0) >= count:
         raise CheckpointError(
             f"device {str(device)!r} was asked for, but this PyTorch ({torch.__version__}) sees "
-            f"{seen or 'no'} CUDA device{'s' * (seen > 1)}; use device='cpu', or install PyTorch with CUDA "
-            "and check "
-            "nvidia-smi"
+            f"{count or 'no'} CUDA device{'s' * (count > 1)}; use device='cpu', or install PyTorch with CUDA "
+            "and check nvidia-smi"
         )
-    return torch.device("cuda", torch.cuda.current_device()) if str(found) == "cuda" else found
+    return torch.device("cuda", torch.cuda.current_device()) if str(target) == "cuda" else target

@@ -40,14 +40,16 @@ class Loading:
         """Arguments of ``from_pretrained``."""
         import torch
 
-        chosen: dict[str, Any] = {"dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)}
+        options: dict[str, Any] = {
+            "dtype": self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        }
         if self.device_map is not None:
-            chosen["device_map"] = self.device_map
+            options["device_map"] = self.device_map
         elif self.device is not None and self.device.type != "cpu":
-            chosen["device_map"] = {"": self.device}
+            options["device_map"] = {"": self.device}
         if self.attention is not None:
-            chosen["attn_implementation"] = self.attention
-        return chosen
+            options["attn_implementation"] = self.attention
+        return options
 
 
 def open_directory(directory: Path, loading: Loading, *, name: str, source: str) -> Checkpoint:
@@ -66,8 +68,7 @@ def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoin
     if not (directory / "config.json").is_file():
         raise CheckpointError(
             f"{path} holds weights, but not the model they belong to: there is no config.json beside it. Put "
-            "the "
-            "model's config.json there, or give a loader module:function"
+            "the model's config.json there, or give a loader module:function"
         )
     index = directory / "model.safetensors.index.json"
     if path.name.startswith("model-") and index.is_file():
@@ -112,8 +113,7 @@ def _check_configuration(directory: Path) -> None:
         base = read_json(directory / "adapter_config.json").get("base_model_name_or_path", "its base model")
         raise CheckpointError(
             f"{directory} is an adapter, not a model. Merge it into {base} (peft: merge_and_unload, "
-            "save_pretrained) "
-            "and pass the result"
+            "save_pretrained) and pass the result"
         )
     inside = sorted(entry.parent.name for entry in directory.glob("*/config.json"))
     advice = (
@@ -124,13 +124,13 @@ def _check_configuration(directory: Path) -> None:
     raise CheckpointError(f"{directory} is not a checkpoint: it has no config.json{advice}")
 
 
-def _config(location: str, loading: Loading, **where: Any) -> Any:
+def _config(location: str, loading: Loading, **options: Any) -> Any:
     import transformers
 
     try:
         with quietly():
             return transformers.AutoConfig.from_pretrained(
-                location, trust_remote_code=loading.trust_remote_code, **where
+                location, trust_remote_code=loading.trust_remote_code, **options
             )
     except Exception as error:
         text = str(error)
@@ -139,8 +139,7 @@ def _config(location: str, loading: Loading, **where: Any) -> Any:
         elif "model_type" in text or "model type" in text or "Unrecognized model" in text:
             advice = (
                 f"transformers {transformers.__version__} does not know its architecture: "
-                f"{_first_line(error)} Update "
-                "transformers, or give a loader module:function"
+                f"{_first_line(error)} Update transformers, or give a loader module:function"
             )
         else:
             advice = f"its configuration cannot be read: {_first_line(error)}"
@@ -157,9 +156,9 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
             if name in (getattr(config, "auto_map", None) or {}):
                 return getattr(transformers, name)
     for name in getattr(config, "architectures", None) or ():
-        found = getattr(transformers, name, None)
-        if found is not None:
-            return found
+        model_class = getattr(transformers, name, None)
+        if model_class is not None:
+            return model_class
     kind = config.model_type
     if config.is_encoder_decoder and kind in auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
         return transformers.AutoModelForSeq2SeqLM
@@ -170,35 +169,34 @@ def _model_class(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _load(
-    location: str | None, config: Any, loading: Loading, name: str, **where: Any
+    location: str | None, config: Any, loading: Loading, name: str, **options: Any
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The model and what is to be said of it. Tensors that the file lacks are never made up."""
     import transformers
 
-    chosen = _model_class(config, loading.trust_remote_code)
-    model, report = _from_pretrained(chosen, location, config, loading, name, where)
+    model_class = _model_class(config, loading.trust_remote_code)
+    model, report = _from_pretrained(model_class, location, config, loading, name, options)
     notes: tuple[str, ...] = ()
-    if report["missing_keys"] and chosen is not transformers.AutoModel:
-        base, base_report = _from_pretrained(transformers.AutoModel, location, config, loading, name, where)
+    if report["missing_keys"] and model_class is not transformers.AutoModel:
+        base, base_report = _from_pretrained(transformers.AutoModel, location, config, loading, name, options)
         if len(base_report["missing_keys"]) < len(report["missing_keys"]):
             model, report = base, base_report
             notes += (
-                f"the weights lack the head of {chosen.__name__}, so {type(base).__name__} was opened.",
+                f"the weights lack the head of {model_class.__name__}, so {type(base).__name__} was opened.",
             )
     # BERT-like models saved without their pooler: it comes after every site.
-    missing = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-    if missing:
+    absent = sorted(key for key in report["missing_keys"] if "pooler" not in key)
+    if absent:
         raise CheckpointError(
-            f"{name} lacks {len(missing)} tensors of {type(model).__name__}, the first {missing[0]!r}: the "
-            "weights do not "
-            "belong to this config.json. Random numbers would stand in for them, so it is not opened"
+            f"{name} lacks {len(absent)} tensors of {type(model).__name__}, the first {absent[0]!r}: the "
+            "weights do not belong to this config.json. Random numbers would stand in for them, so it is "
+            "not opened"
         )
     if report["mismatched_keys"]:
-        key, found, expected = min(report["mismatched_keys"], key=str)
+        key, shape, expected = min(report["mismatched_keys"], key=str)
         raise CheckpointError(
-            f"{name} does not fit its config.json: {key!r} has shape {tuple(found)}, and the configuration "
-            "asks for "
-            f"{tuple(expected)}"
+            f"{name} does not fit its config.json: {key!r} has shape {tuple(shape)}, and the configuration "
+            f"asks for {tuple(expected)}"
         )
     unused = sorted(report["unexpected_keys"])
     if unused and not notes and not all("head" in key or "predictions" in key for key in unused):
@@ -207,21 +205,21 @@ def _load(
 
 
 def _from_pretrained(
-    chosen: Any, location: str | None, config: Any, loading: Loading, name: str, where: dict[str, Any]
+    model_class: Any, location: str | None, config: Any, loading: Loading, name: str, options: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
     arguments = loading.arguments()
-    if "Auto" in chosen.__name__:
+    if "Auto" in model_class.__name__:
         arguments["trust_remote_code"] = loading.trust_remote_code
     try:
         with quietly(bars=location is not None and not Path(location).exists()):
-            return chosen.from_pretrained(
+            return model_class.from_pretrained(
                 location,
                 config=config,
                 weights_only=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # so that the message can name the tensor
                 **arguments,
-                **where,
+                **options,
             )
     except Exception as error:
         raise _load_error(name, error) from error
@@ -235,8 +233,7 @@ def _load_error(name: str, error: Exception) -> CheckpointError:
     if isinstance(error, pickle.UnpicklingError) or "Weights only load failed" in str(error):
         return CheckpointError(
             f"{name} is refused: its pickle holds more than tensors ({_forbidden(error)}), and reading that "
-            "would run "
-            "code that came with the file. Ask its author for safetensors"
+            "would run code that came with the file. Ask its author for safetensors"
         )
     if isinstance(error, torch.OutOfMemoryError):
         return CheckpointError(
@@ -283,19 +280,18 @@ def _tokenizer_in(directory: Path, loading: Loading) -> Any | None:
     return _auto_tokenizer(str(directory), loading)
 
 
-def _auto_tokenizer(location: str, loading: Loading, **where: Any) -> Any:
+def _auto_tokenizer(location: str, loading: Loading, **options: Any) -> Any:
     import transformers
 
     try:
         with quietly():
             return transformers.AutoTokenizer.from_pretrained(
-                location, trust_remote_code=loading.trust_remote_code, **where
+                location, trust_remote_code=loading.trust_remote_code, **options
             )
     except Exception as error:
         raise CheckpointError(
             f"the tokenizer of {location} cannot be opened: {type(error).__name__}: {_first_line(error)}. "
-            "Mend its "
-            "files, remove them to measure on token ids, or pass tokenizer="
+            "Mend its files, remove them to measure on token ids, or pass tokenizer="
         ) from error
 
 

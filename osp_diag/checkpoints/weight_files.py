@@ -46,17 +46,17 @@ def find_weights(directory: Path) -> WeightFiles:
             for shard in shards:
                 check(shard)
             return WeightFiles(shards, safe)
-    others = sorted(
+    files = sorted(
         entry.name
         for entry in directory.iterdir()
         if entry.suffix in (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack")
     )
-    if len(others) > 1 and all("-of-" in name for name in others):
+    if len(files) > 1 and all("-of-" in name for name in files):
         advice = (
-            f"; there are shards such as {others[0]}, but no index: model.safetensors.index.json is missing"
+            f"; there are shards such as {files[0]}, but no index: model.safetensors.index.json is missing"
         )
-    elif others:
-        advice = f"; there is {', '.join(others[:5])}: pass that file itself, or rename it"
+    elif files:
+        advice = f"; there is {', '.join(files[:5])}: pass that file itself, or rename it"
     else:
         advice = "; was it copied whole?"
     raise CheckpointError(
@@ -126,11 +126,11 @@ def _shards(index: Path) -> tuple[Path, ...]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map, so the shards are not known. {_AGAIN}")
     names = sorted(set(weight_map.values()))
-    missing = [name for name in names if not (index.parent / name).is_file()]
-    if missing:
+    absent = [name for name in names if not (index.parent / name).is_file()]
+    if absent:
         raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:5])}"
-            f"{', …' if len(missing) > 5 else ''} named in {index.name}. Copy or download the rest"
+            f"{index.parent} lacks {len(absent)} of {len(names)} shards: {', '.join(absent[:5])}"
+            f"{', …' if len(absent) > 5 else ''} named in {index.name}. Copy or download the rest"
         )
     return tuple(index.parent / name for name in names)
 

@@ -47,7 +47,7 @@ def nonfinite_weights(model: nn.Module) -> dict[str, int]:
     """How many values of each parameter are NaN or infinite; parameters without any are left out."""
     import torch
 
-    # A sum is finite only if every term is. One that merely overflows is told apart by the count below.
+    # A sum is finite only if every term is. One that merely overflows has a count of 0 below.
     candidates = [
         (name, values)
         for name, values in _parameters(model)
@@ -83,6 +83,8 @@ def _sum_of_bits(flat: Tensor) -> int:
     raw = flat.contiguous()
     if raw.storage_offset() * raw.element_size() % 8:
         raw = raw.clone()  # a view into another tensor's memory need not start at a multiple of 8 bytes
+    # int64 sums wrap around: they are taken modulo 2⁶⁴ and do not depend on the order. The last bytes are one
+    # more integer, padded with zeros; the result is brought back into the range of an int64.
     raw = raw.view(torch.uint8)
     whole = raw.numel() // 8 * 8
     total = int(raw[:whole].view(torch.int64).sum()) if whole else 0

@@ -22,9 +22,9 @@ __all__ = [
     "Array",
     "Namespace",
     "accumulator_dtype",
-    "array_namespace",
     "counts_by_bin",
     "float32_matmul",
+    "index_range",
     "is_jax_namespace",
     "is_numpy_namespace",
     "is_torch_namespace",
@@ -32,7 +32,6 @@ __all__ = [
     "kth_of_few",
     "namespace_of",
     "once",
-    "positions",
     "quotient",
     "row_blocks",
     "running_sum",
@@ -59,16 +58,16 @@ def is_jax_namespace(xp: Namespace) -> bool:
 
 
 def once(method: Callable[[Any], Any]) -> property:
-    """A property computed on first use and kept in ``self._kept``.
+    """A property computed on first use and kept in ``self._cache``.
 
     ``functools.cached_property`` takes a lock on Python 3.11, which ``torch.compile`` cannot trace.
     """
     name = method.__name__
 
     def read(self: Any) -> Any:
-        if name not in self._kept:
-            self._kept[name] = method(self)
-        return self._kept[name]
+        if name not in self._cache:
+            self._cache[name] = method(self)
+        return self._cache[name]
 
     read.__doc__ = method.__doc__
     return property(read)
@@ -88,6 +87,7 @@ def namespace_of(array: Array) -> Namespace:
 
 def accumulator_dtype(xp: Namespace, like: Array) -> Any:
     """float64 where the backend has it, else float32 (JAX without x64, Apple's MPS device)."""
+    # Why sums are wide and elements are not: docs/decisions.md, Estimators.
     if is_jax_namespace(xp):
         return xp.asarray(0.0).dtype
     if is_torch_namespace(xp) and like.device.type == "mps":
@@ -106,11 +106,11 @@ def quotient(numerator: Array, denominator: Array) -> Array:
     return numerator / xp.where(denominator == 0, xp.nan * xp.ones_like(denominator), denominator)
 
 
-def positions(xp: Namespace, count: int, like: Array) -> Array:
-    """0 … count − 1 as integers, where ``like`` lives."""
-    if is_torch_namespace(xp):
-        return xp.arange(count, device=like.device)
-    return xp.arange(count)
+def index_range(start: int, stop: int, like: Array) -> Array:
+    """start, …, stop − 1 as integers on ``like``'s device, without a copy from the host."""
+    xp = namespace_of(like)
+    device = {"device": like.device} if is_torch_namespace(xp) else {}
+    return xp.arange(start, stop, **device)
 
 
 def float32_matmul(first: Array, second: Array) -> Array:
@@ -158,15 +158,15 @@ def top_entries(values: Array, count: int) -> tuple[Array, Array]:
     xp = namespace_of(values)
     count = min(count, values.shape[-1])
     if is_torch_namespace(xp):
-        found = sys.modules["torch"].topk(values, count, dim=-1)
-        return found.values, found.indices
+        largest = sys.modules["torch"].topk(values, count, dim=-1)
+        return largest.values, largest.indices
     if is_jax_namespace(xp):
         return sys.modules["jax"].lax.top_k(values, count)
     if is_numpy_namespace(xp):
         index = np.argpartition(values, values.shape[-1] - count, axis=-1)[..., -count:]
-        found = np.take_along_axis(values, index, axis=-1)
-        order = np.argsort(-found, axis=-1, kind="stable")
-        return np.take_along_axis(found, order, axis=-1), np.take_along_axis(index, order, axis=-1)
+        largest = np.take_along_axis(values, index, axis=-1)
+        order = np.argsort(-largest, axis=-1, kind="stable")
+        return np.take_along_axis(largest, order, axis=-1), np.take_along_axis(index, order, axis=-1)
     index = xp.argsort(values, axis=-1, descending=True)[..., :count]
     return xp.take_along_axis(values, index, axis=-1), index
 
@@ -220,13 +220,14 @@ def _kth_by_bits(xp: Namespace, magnitude: Array, rank: Any, significant_bits: i
         rank = rank[..., None]
 
     def refine(position: Any, step: int, answer: Array) -> Array:
-        chosen = answer
+        largest = answer
         for digit in range(1, 2**step):
             candidate = answer | (digit << position)
             below = xp.sum(xp.astype(bits < candidate, xp.int32), axis=-1, keepdims=True, dtype=xp.int32)
-            chosen = xp.where(below <= rank, candidate, chosen)
-        return chosen
+            largest = xp.where(below <= rank, candidate, largest)
+        return largest
 
+    # Bits below the lowest significant one are 0 in the data, and stay 0 in the answer.
     lowest = 31 - significant_bits
     rounds, rest = divmod(significant_bits, _BITS_AT_ONCE)
     if rest:
@@ -251,8 +252,8 @@ def _kth_on_host(magnitude: np.ndarray, rank: Any) -> np.ndarray:
     if isinstance(rank, int):
         return np.array(np.partition(magnitude, rank, axis=-1)[..., rank])
     rows = magnitude.reshape(-1, magnitude.shape[-1])
-    chosen = [np.partition(row, k)[k] for row, k in zip(rows, rank.reshape(-1).tolist(), strict=True)]
-    return np.asarray(chosen, dtype=magnitude.dtype).reshape(magnitude.shape[:-1])
+    elements = [np.partition(row, k)[k] for row, k in zip(rows, rank.reshape(-1).tolist(), strict=True)]
+    return np.asarray(elements, dtype=magnitude.dtype).reshape(magnitude.shape[:-1])
 
 
 def kth_magnitude(magnitude: Array, rank: Any, *, significant_bits: int = 31) -> Array:
@@ -271,8 +272,8 @@ def kth_magnitude(magnitude: Array, rank: Any, *, significant_bits: int = 31) ->
         return _kth_on_host(magnitude, rank)
     if runs_on_host(xp, magnitude):
         # NumPy's introselect is several times faster than torch's kthvalue or sort here.
-        chosen = _kth_on_host(magnitude.numpy(force=True), rank)
-        return sys.modules["torch"].from_numpy(chosen)
+        elements = _kth_on_host(magnitude.numpy(force=True), rank)
+        return sys.modules["torch"].from_numpy(elements)
     if is_torch_namespace(xp) or is_jax_namespace(xp):
         return _kth_by_bits(xp, magnitude, rank, significant_bits)
     return kth_of_few(magnitude, rank)
@@ -333,6 +334,7 @@ def counts_by_bin(index: Array, weights: Array, bins: int) -> Array:
         row_number = xp.arange(rows)[:, None]
         out = xp.zeros((rows, bins), dtype=weights.dtype).at[row_number, flat_index].add(flat_weights)
     else:
+        # One histogram of rows · bins bins: row r owns the bins from r · bins on.
         offset = np.arange(rows)[:, None] * bins
         out = np.bincount(
             (np.asarray(flat_index) + offset).ravel(), np.asarray(flat_weights).ravel(), rows * bins

@@ -11,7 +11,7 @@ from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, accumulator_dtype, counts_by_bin, namespace_of, take_along_last
 from osp_diag.estimators.base import Field, Layout, Measurement
 
-__all__ = ["DEFAULT_QUANTILES", "LogHistogram", "TokenHistogram", "check_quantiles"]
+__all__ = ["DEFAULT_QUANTILES", "LogHistogram", "TokenHistogram", "check_quantiles", "quantile_places"]
 
 DEFAULT_QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 
@@ -23,6 +23,30 @@ def check_quantiles(quantiles: Sequence[float]) -> None:
         raise EstimatorError(
             f"quantiles must be a non-empty tuple of numbers in (0, 1]; got {wrong or quantiles}"
         )
+
+
+def quantile_places(counts: Array, at: Sequence[float]) -> Array:
+    """Where quantiles lie, in bins from the lower edge of the first: counts (..., bin) → (..., quantile).
+
+    Linear within a bin; NaN where nothing was counted.
+    """
+    xp = namespace_of(counts)
+    cumulative = xp.cumulative_sum(counts, axis=-1)
+    total = cumulative[..., -1]
+    places = []
+    for q in at:
+        target = q * total
+        # A quantile of 0 lies at the first bin that holds anything.
+        threshold = xp.clip(target, 0.5, None) if q == 0 else target
+        # The quantile's bin is the first whose cumulative count reaches the target.
+        below = xp.astype(cumulative < threshold[..., None], xp.int32)
+        index = xp.clip(xp.sum(below, axis=-1), 0, counts.shape[-1] - 1)
+        in_bin = take_along_last(counts, index)
+        before = take_along_last(cumulative, index) - in_bin
+        fraction = (target - before) / xp.where(in_bin > 0, in_bin, xp.ones_like(in_bin))
+        place = xp.astype(index, counts.dtype) + xp.clip(fraction, 0.0, 1.0)
+        places.append(xp.where(total > 0, place, xp.nan * xp.ones_like(place)))
+    return xp.stack(places, axis=-1)
 
 
 @lru_cache(maxsize=16)
@@ -59,20 +83,7 @@ class LogHistogram:
 
     def quantiles(self, counts: Array, at: Sequence[float]) -> Array:
         """Quantiles from counts (..., bins) → (..., quantile); NaN where nothing was counted."""
-        xp = namespace_of(counts)
-        cumulative = xp.cumulative_sum(counts, axis=-1)
-        total = cumulative[..., -1]
-        found = []
-        for q in at:
-            target = q * total
-            below = xp.astype(cumulative < target[..., None], xp.int64)
-            index = xp.clip(xp.sum(below, axis=-1), 0, self.bins - 1)
-            inside = take_along_last(counts, index)
-            before = take_along_last(cumulative, index) - inside
-            fraction = (target - before) / xp.where(inside > 0, inside, xp.ones_like(inside))
-            place = (xp.astype(index, counts.dtype) + fraction) * self._width
-            found.append(xp.where(total > 0, self.low * xp.exp(place), xp.nan * total))
-        return xp.stack(found, axis=-1)
+        return self.low * namespace_of(counts).exp(quantile_places(counts, at) * self._width)
 
 
 @dataclass(frozen=True)

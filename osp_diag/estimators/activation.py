@@ -79,8 +79,8 @@ class ActivationObservation:
         significant_bits: int | None = None,
         reductions: Reductions = GENERIC,
     ) -> None:
-        shaped = len(x.shape) == 3 and tuple(strata.shape) == (len(STRATA), *x.shape[:2])
-        if not shaped or 0 in x.shape:
+        fits = len(x.shape) == 3 and tuple(strata.shape) == (len(STRATA), *x.shape[:2])
+        if not fits or 0 in x.shape:
             raise EstimatorError(
                 "activations must be (batch, token, channel), none of them 0, and strata "
                 f"({len(STRATA)}, batch, token); got {tuple(x.shape)} and {tuple(strata.shape)}"
@@ -95,13 +95,15 @@ class ActivationObservation:
             self.finite_token = xp.all(xp.isfinite(x), axis=-1)
         else:
             self.finite_token = xp.isfinite(token_extent(x))
+        # Why they are left out and not replaced: docs/decisions.md, Estimators.
         counted = self.finite_token & (self.raw_strata[0, ...] > 0)
+        # Where nothing is left out a copy is saved; off the host the question would wait for the device.
         all_counted = runs_on_host(xp, x) and bool(xp.all(counted))
         self.x = x if all_counted else xp.where(counted[..., None], x, xp.zeros_like(x[:1, :1, :1]))
         self.strata = self.raw_strata * xp.astype(counted, xp.float32)[None, ...]
         self.reductions = reductions
         self.layout = Layout(channels=x.shape[-1], tokens=x.shape[-2])
-        self._kept: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
 
     @once
     def moments(self) -> RowMoments:

@@ -14,6 +14,7 @@ from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import (
     Array,
     accumulator_dtype,
+    index_range,
     is_jax_namespace,
     namespace_of,
     once,
@@ -22,15 +23,14 @@ from osp_diag.estimators._arrays import (
 from osp_diag.estimators.attention_mask import (
     AttentionMask,
     QueryRows,
-    index_range,
     sampled_rows,
     take_rows,
 )
 from osp_diag.estimators.attention_tiles import (
     GENERIC_ATTENTION,
     AttentionReductions,
-    GivenLogits,
     LogitSource,
+    ModelLogits,
     ProductLogits,
     SampledTile,
     SoftmaxStatistics,
@@ -101,6 +101,7 @@ def _cleaned(x: Array, finite: Bool[Any, "batch token"]) -> Array:
 
 def _sink_positions(strata: Float[Any, "stratum batch token"]) -> Int[Any, " batch"]:
     """First token of stratum ``first`` of each sequence, else its first token that is not padding."""
+    # Why not position 0: docs/decisions.md, Estimators.
     xp = namespace_of(strata)
     tokens = strata.shape[-1]
     place = index_range(0, tokens, strata)
@@ -229,7 +230,7 @@ class AttentionObservation:
         layout = Layout(heads=heads, key_value_heads=groups, tokens=tokens, vocabulary=vocabulary)
         self = cls.__new__(cls)
         finite = xp.ones_like(strata[0, ...]) > 0
-        source = GivenLogits(logits, extra_columns, mask)
+        source = ModelLogits(logits, extra_columns, mask)
         self._open(source, value, strata, finite, layout, mask, token_ids, query_sample, tile, reductions)
         self.query, self.key, self.scale = None, None, None
         return self
@@ -273,13 +274,14 @@ class AttentionObservation:
             )
         self.source, self.value, self.layout, self.mask = source, value, layout, mask
         self.token_ids, self.tile, self.reductions = token_ids, tile, reductions
+        # Why distributions come from a sample of queries: docs/decisions.md, Estimators.
         self.sample = tokens if query_sample is None else min(query_sample, tokens)
         self.raw_strata = xp.astype(strata, xp.float32)
         self.finite_token = finite
         self.sink = _sink_positions(self.raw_strata)
         sink_finite = xp.take_along_axis(finite, self.sink[:, None], axis=-1)
         self.strata = self.raw_strata * xp.astype(finite & sink_finite, xp.float32)[None, ...]
-        self._kept: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
 
     @property
     def valid(self) -> Float[Any, "batch token"]:
@@ -319,36 +321,39 @@ class AttentionObservation:
         return xp.sum(self.raw_strata[0, ...] * bad)
 
     @once
-    def received_in_place(
+    def received_attention_in_place(
         self,
     ) -> tuple[Float[Any, "batch head token"], Bool[Any, "batch head token"]]:
-        """(α, whether it is known) of the key at every position: α_k = mean over queries of A[i, k].
+        """(α, whether it is defined) of the key at every position: α_k = mean over queries of A[i, k].
 
         The mean is over the valid queries i ≥ k if the mask is causal, over all valid queries if not.
         """
         xp = namespace_of(self.valid)
         weight, mass = self.query_weight, self.softmax.key_mass
         total = xp.sum(weight, axis=-1, keepdims=True)
+        # n − k of the formula, by weight: the queries at or after key k are all but those before it.
         if self.mask.causal:
             count = total - running_sum(weight) + weight
         else:
             count = xp.broadcast_to(total, weight.shape)
-        known = (count > 0) & (self.valid[:, None, :] > 0)
-        alpha = xp.where(known, mass / xp.where(known, count, xp.ones_like(count)), xp.zeros_like(mass))
-        return alpha, known
+        is_defined = (count > 0) & (self.valid[:, None, :] > 0)
+        alpha = xp.where(
+            is_defined, mass / xp.where(is_defined, count, xp.ones_like(count)), xp.zeros_like(mass)
+        )
+        return alpha, is_defined
 
     @once
-    def received(self) -> tuple[Float[Any, "batch head key"], Float[Any, "batch head key"]]:
+    def received_attention(self) -> tuple[Float[Any, "batch head key"], Float[Any, "batch head key"]]:
         """(α, its weight 0 or 1) of the k-th token from the sink key on."""
         xp = namespace_of(self.valid)
-        alpha, known = self.received_in_place
+        alpha, is_defined = self.received_attention_in_place
         tokens = self.layout.tokens
         place = self.sink[:, None] + index_range(0, tokens, self.valid)[None, :]
         inside = xp.astype(place < tokens, xp.float32)[:, None, :]
         index = xp.broadcast_to(xp.clip(place, 0, tokens - 1)[:, None, :], alpha.shape)
         return (
             xp.take_along_axis(alpha, index, axis=-1) * inside,
-            xp.take_along_axis(xp.astype(known, xp.float32), index, axis=-1) * inside,
+            xp.take_along_axis(xp.astype(is_defined, xp.float32), index, axis=-1) * inside,
         )
 
     @property
@@ -358,21 +363,21 @@ class AttentionObservation:
 
     def sampled_tile(self, number: int) -> SampledTile:
         """Logits of sampled queries, for statistics of their distribution; kept if there is only one tile."""
-        if "sampled_tile" in self._kept:
-            return self._kept["sampled_tile"]
+        if "sampled_tile" in self._cache:
+            return self._cache["sampled_tile"]
         tokens = self.layout.tokens
         if self.sample == tokens:
             start = number * self.tile
             rows = self.source.span(start, min(start + self.tile, tokens))
         else:
-            every = sampled_rows(self.sample, tokens, self.valid)
+            sample = sampled_rows(self.sample, tokens, self.valid)
             start = number * self.tile
-            rows = QueryRows(every.queries[start : start + self.tile], None, every.keys)
+            rows = QueryRows(sample.queries[start : start + self.tile], None, sample.keys)
         tile = self.source.tile(rows)
         sink_logit, is_sink = pick_sink(tile, self.sink, rows)
         sampled = SampledTile(tile, is_sink, sink_logit, take_rows(self.query_weight, rows, axis=2))
         if self.sampled_tiles == 1:
-            self._kept["sampled_tile"] = sampled
+            self._cache["sampled_tile"] = sampled
         return sampled
 
     @once

@@ -9,16 +9,9 @@ from typing import Any, NamedTuple
 from jaxtyping import Bool, Float, Int
 
 from osp_diag.errors import EstimatorError
-from osp_diag.estimators._arrays import Array, is_torch_namespace, namespace_of
+from osp_diag.estimators._arrays import Array, index_range, namespace_of
 
-__all__ = ["AttentionMask", "QueryRows", "index_range", "is_fill", "sampled_rows", "take_rows"]
-
-
-def index_range(start: int, stop: int, like: Array) -> Int[Any, " position"]:
-    """start, …, stop − 1 as integers on ``like``'s device, without a copy from the host."""
-    xp = namespace_of(like)
-    device = {"device": like.device} if is_torch_namespace(xp) else {}
-    return xp.arange(start, stop, **device)
+__all__ = ["AttentionMask", "QueryRows", "is_fill", "sampled_rows", "take_rows"]
 
 
 def is_fill(values: Array) -> Bool[Any, "..."]:
@@ -119,6 +112,7 @@ class AttentionMask:
 
     def span(self, start: int, stop: int, tokens: int, like: Array) -> QueryRows:
         """Queries start … stop − 1 with the keys that causality and the window leave in sight."""
+        # The first query of the rows sees furthest back, the last one furthest on.
         first = 0 if self.window is None else max(0, start - self.window + 1)
         last = stop if self.causal else tokens
         return QueryRows(index_range(start, stop, like), (start, stop), (first, last))

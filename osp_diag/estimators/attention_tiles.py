@@ -1,6 +1,6 @@
 """Attention logits and their softmax, one tile of queries at a time: never a T×T array.
 
-Where logits come from is a *source* (:class:`ProductLogits`, :class:`GivenLogits`); what is taken
+Where logits come from is a *source* (:class:`ProductLogits`, :class:`ModelLogits`); what is taken
 from them are the functions in an :class:`AttentionReductions` table. The generic functions are the
 definition; a faster kernel (FlexAttention, Triton) is another table with the same functions, which
 may look at the fields of a :class:`ProductLogits` and return the same numbers its own way.
@@ -22,6 +22,7 @@ from osp_diag.estimators._arrays import (
     accumulator_dtype,
     counts_by_bin,
     float32_matmul,
+    index_range,
     is_jax_namespace,
     is_torch_namespace,
     namespace_of,
@@ -29,7 +30,6 @@ from osp_diag.estimators._arrays import (
 from osp_diag.estimators.attention_mask import (
     AttentionMask,
     QueryRows,
-    index_range,
     is_fill,
     take_rows,
 )
@@ -37,10 +37,10 @@ from osp_diag.estimators.attention_mask import (
 __all__ = [
     "GENERIC_ATTENTION",
     "AttentionReductions",
-    "GivenLogits",
     "LogitGrid",
     "LogitSource",
     "LogitTile",
+    "ModelLogits",
     "ProductLogits",
     "SampledTile",
     "SoftmaxStatistics",
@@ -110,7 +110,7 @@ class ProductLogits:
 
 
 @dataclass(frozen=True, eq=False)
-class GivenLogits:
+class ModelLogits:
     """Logits that the model made itself: (batch, head, token, token + extra_columns), after the mask."""
 
     logits: Array
@@ -125,11 +125,11 @@ class GivenLogits:
         batch, heads, tokens = self.logits.shape[:3]
         part = take_rows(self.logits, rows, axis=2)
         _, allowed = self.mask.rows(rows, batch=batch, heads=heads, like=self.logits)
-        seen = part[..., rows.keys[0] : rows.keys[1]]
+        logits = part[..., rows.keys[0] : rows.keys[1]]
         extra = None
         if self.extra_columns:
             extra = _log_sum_exp(part[..., tokens:])
-        return LogitTile(xp.astype(seen, xp.float32), allowed & ~is_fill(seen), extra)
+        return LogitTile(xp.astype(logits, xp.float32), allowed & ~is_fill(logits), extra)
 
 
 def _log_sum_exp(values: Array) -> Array:
@@ -192,10 +192,10 @@ class SampledTile:
         self.logits = tile.logits
         self.allowed = tile.allowed & (xp.abs(tile.logits) < xp.inf)
         self.other = self.allowed & ~is_sink
-        seen = xp.isfinite(sink_logit)
-        self.sink_logit = xp.where(seen, sink_logit, xp.zeros_like(sink_logit))
+        visible = xp.isfinite(sink_logit)
+        self.sink_logit = xp.where(visible, sink_logit, xp.zeros_like(sink_logit))
         self.weight = weight
-        self.sink_weight = weight * xp.astype(seen, weight.dtype)
+        self.sink_weight = weight * xp.astype(visible, weight.dtype)
 
 
 def column_sums(weight: Array, values: Array) -> Array:
@@ -214,6 +214,8 @@ def _softmax_tile(source: LogitSource, rows: QueryRows, sink: Array, weight: Arr
     xp = namespace_of(tile.logits)
     sink_logit, is_sink = pick_sink(tile, sink, rows)
     nothing = xp.full_like(sink_logit, -xp.inf)
+    # The softmax is over three parts: the other keys, the sink key and the learned sinks. ``top``, the
+    # largest logit of all, is taken off before any exponential.
     masked = xp.where(tile.allowed & ~is_sink, tile.logits, nothing[..., None])
     other = xp.max(masked, axis=-1)
     top = xp.maximum(other, sink_logit)
@@ -229,6 +231,7 @@ def _softmax_tile(source: LogitSource, rows: QueryRows, sink: Array, weight: Arr
     sink_logit = xp.where(usable, sink_logit, nothing)
     sink_weight = xp.exp(sink_logit - top)
     extra_weight = xp.exp(xp.where(usable, extra, nothing) - top)
+    # Z = Σ_k exp(logit_k − top) over the three parts; A[i, k] = exp(logit_k − top) / Z.
     total = xp.sum(weights, axis=-1) + sink_weight + extra_weight
     total = xp.where(usable, total, xp.ones_like(total))
     return SoftmaxStatistics(
@@ -259,6 +262,7 @@ def softmax_statistics(
         rows = source.span(start, min(start + tile, tokens))
         part = _softmax_tile(source, rows, sink, weight)
         parts.append(part)
+        # A tile sees a range of keys; zeros stand for the others.
         before, after = rows.keys[0], tokens - rows.keys[1]
         zero = xp.zeros_like(part.key_mass[..., :1])
         lead = part.key_mass.shape[:2]
@@ -269,6 +273,7 @@ def softmax_statistics(
         for name in SoftmaxStatistics._fields
         if name != "key_mass"
     }
+    # Tiles leave the sink key's column out: its mass is Σ_i w_i A[i, sink].
     to_sink = xp.sum(weight[:, None, :] * joined["sink_probability"], axis=-1)
     is_sink = index_range(0, tokens, weight)[None, None, :] == sink[:, None, None]
     mass = xp.where(is_sink, to_sink[..., None], mass)
@@ -298,6 +303,7 @@ class LogitGrid:
     def place(self, logits: Array) -> Array:
         """The bin of each finite logit."""
         xp = namespace_of(logits)
+        # asinh(logit) from −asinh(limit) … asinh(limit) to 0 … bins.
         position = (xp.asinh(logits) / math.asinh(self.limit) + 1.0) * (self.bins / 2)
         return xp.astype(xp.clip(xp.floor(position), 0, self.bins - 1), xp.int32)
 
@@ -314,6 +320,7 @@ def logit_counts(
     return xp.astype(counts, accumulator_dtype(xp, counts))
 
 
+# Why kernels plug in here and not in estimators: docs/decisions.md, Estimators.
 class AttentionReductions(NamedTuple):
     """Where faster kernels plug in: replace any function by one that returns the same numbers."""
 

@@ -116,6 +116,7 @@ class Output:
     ceiling: float | None = None
 
 
+# Why sums and definitions are two things: docs/decisions.md, Estimators.
 class Measurement(ABC):
     """Sums over an observation. Subclasses are frozen dataclasses, equal when they measure the same."""
 
@@ -189,6 +190,7 @@ class Estimator(ABC):
 
 
 def _combine(xp: Namespace, how: Combine, first: Array, second: Array) -> Array:
+    # The state's dtype wins: it is the accumulator's, and increments may be narrower.
     second = xp.astype(second, first.dtype, copy=False)
     if how == "sum":
         return first + second
@@ -220,25 +222,25 @@ class Suite:
         by_name: dict[str, Measurement] = {}
         for estimator in self.estimators:
             for measurement in estimator.measurements:
-                known = by_name.setdefault(measurement.name, measurement)
-                if known != measurement:
+                namesake = by_name.setdefault(measurement.name, measurement)
+                if namesake != measurement:
                     raise EstimatorError(
                         f"two different measurements are named {measurement.name!r} "
-                        f"({known} and {measurement}); give one of them another name"
+                        f"({namesake} and {measurement}); give one of them another name"
                     )
         self.measurements = tuple(by_name.values())
 
     def fields(self, layout: Layout) -> dict[str, Field]:
-        found: dict[str, Field] = {}
+        fields: dict[str, Field] = {}
         for measurement in self.measurements:
-            found |= measurement.qualified_fields(layout)
-        return found
+            fields |= measurement.qualified_fields(layout)
+        return fields
 
     def coords(self) -> dict[str, Sequence[Any]]:
-        found: dict[str, Sequence[Any]] = {}
+        coords: dict[str, Sequence[Any]] = {}
         for measurement in self.measurements:
-            found |= measurement.coords()
-        return found
+            coords |= measurement.coords()
+        return coords
 
     def shape(self, spec: Field, layout: Layout) -> tuple[int, ...]:
         coords = self.coords()

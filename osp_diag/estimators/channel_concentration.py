@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from osp_diag.errors import EstimatorError
-from osp_diag.estimators._arrays import Array, namespace_of, positions, top_entries
+from osp_diag.estimators._arrays import Array, index_range, namespace_of, top_entries
 from osp_diag.estimators.base import Estimator, Layout, Measurement, Output, Source
 from osp_diag.estimators.channel_moments import ChannelPowerSums, channel_average
 from osp_diag.estimators.counts import TokenCount
@@ -81,9 +81,11 @@ class ChannelConcentration(Estimator):
         ascending = xp.sort(share, axis=-1)
         # NaN (no tokens) sorts last on every backend and spreads through the sums.
         tops = [xp.sum(ascending[..., max(d - top, 0) :], axis=-1) for top in self.tops]
-        place = xp.astype(positions(xp, d, share), share.dtype)
+        place = xp.astype(index_range(0, d, share), share.dtype)
+        # Gini of ascending p with Σ p = 1, ranks from 0: Σ_i (2i − (d − 1)) p_i / d.
         gini = xp.sum((2 * place - (d - 1)) * ascending, axis=-1) / d
         positive = share > 0
+        # p log p → 0 as p → 0; 0.0 * share keeps the NaN of a stratum without tokens.
         logarithm = xp.log(xp.where(positive, share, xp.ones_like(share)))
         entropy = -xp.sum(xp.where(positive, share * logarithm, 0.0 * share), axis=-1)
         rms = xp.sqrt(energy)

@@ -74,14 +74,14 @@ class ChannelMoments(Estimator):
         square = channel_average(state, "square")
         xp = namespace_of(square)
         maximum = state["channel.maximum"]
-        seen = xp.broadcast_to(state["token.count"][..., None] > 0, maximum.shape)
+        has_tokens = xp.broadcast_to(state["token.count"][..., None] > 0, maximum.shape)
         return {
             "channel_rms": Output(xp.sqrt(square), _DIMS, "activation", "√(mean over tokens of x_j²)"),
             "channel_mean": Output(
                 channel_average(state, "total"), _DIMS, "activation", "mean over tokens of x_j"
             ),
             "channel_absolute_maximum": Output(
-                xp.where(seen, maximum, xp.nan * xp.ones_like(square)),
+                xp.where(has_tokens, maximum, xp.nan * xp.ones_like(square)),
                 _DIMS,
                 "activation",
                 "max over tokens of |x_j|",

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, namespace_of, quotient
+from osp_diag.estimators._histogram import quantile_places
 from osp_diag.estimators.attention import AttentionObservation, wide
 from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
@@ -92,13 +93,13 @@ class DeltaLogitSums(Measurement):
         differences, counts = [], []
         for number in range(observation.sampled_tiles):
             tile = observation.sampled_tile(number)
-            seen = xp.astype(xp.broadcast_to(tile.allowed, tile.logits.shape), xp.float32)
-            keys = xp.sum(seen, axis=-1)
+            allowed = xp.astype(xp.broadcast_to(tile.allowed, tile.logits.shape), xp.float32)
+            keys = xp.sum(allowed, axis=-1)
             keys = xp.where(keys > 0, keys, xp.ones_like(keys))
             # Less the sink logit first: the sum of differences keeps the digits that matter.
-            away = tile.sink_logit[..., None] - tile.logits
-            away = xp.where(tile.allowed, away, xp.zeros_like(away))
-            mean = xp.sum(away, axis=-1) / keys
+            gap = tile.sink_logit[..., None] - tile.logits
+            gap = xp.where(tile.allowed, gap, xp.zeros_like(gap))
+            mean = xp.sum(gap, axis=-1) / keys
             differences.append(xp.sum(wide(tile.sink_weight * mean), axis=(0, 2)))
             counts.append(xp.sum(tile.sink_weight, axis=(0, 2)))
         return {"difference": sum(differences[1:], differences[0]), "count": sum(counts[1:], counts[0])}
@@ -176,6 +177,7 @@ class LogitDistribution(Estimator):
         if hasattr(counts, "device") and not isinstance(counts.device, str):
             like["device"] = counts.device
         total = xp.sum(counts, axis=-1, keepdims=True)
+        # Shares over widths integrate to 1 over the logit.
         density = quotient(counts, total) / xp.asarray(widths, **like)
         coords = {"key_class": KEY_CLASSES, "logit_bin": grid.centres.tolist()}
         return {
@@ -198,22 +200,9 @@ class LogitDistribution(Estimator):
 
     def _quantiles(self, counts: Array) -> Array:
         """(..., bin) → (..., quantile)."""
-        xp = namespace_of(counts)
         top = math.asinh(self.limit)
-        cumulative = xp.cumulative_sum(counts, axis=-1)
-        total = cumulative[..., -1:]
-        found = []
-        for q in self.quantiles:
-            # A quantile of 0 lies at the first bin that holds anything.
-            target = xp.clip(q * total, 0.5, None) if q == 0 else q * total
-            below = xp.sum(xp.astype(cumulative < target, xp.int32), axis=-1, keepdims=True)
-            index = xp.clip(below, 0, self.bins - 1)
-            inside = xp.take_along_axis(counts, index, axis=-1)
-            before = xp.take_along_axis(cumulative, index, axis=-1) - inside
-            part = (q * total - before) / xp.where(inside > 0, inside, xp.ones_like(inside))
-            place = (xp.astype(index, counts.dtype) + xp.clip(part, 0.0, 1.0)) * (2 * top / self.bins) - top
-            found.append(xp.where(total > 0, xp.sinh(place), xp.full_like(total, xp.nan)))
-        return xp.concat(found, axis=-1)
+        places = quantile_places(counts, self.quantiles) * (2 * top / self.bins) - top
+        return namespace_of(counts).sinh(places)
 
 
 @dataclass(frozen=True)

@@ -131,20 +131,23 @@ class SixSigmaCounts(Measurement):
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
         pooled, x = observation.sequences, observation.x
         xp = namespace_of(x)
+        # Row 0 is stratum "all": mean and deviation of the whole sequence, in its own scale.
+        # Why by sequence and not by batch: docs/decisions.md, Estimators.
         n = pooled.elements[0, ...]
         n = xp.where(n > 1, n, 2 * xp.ones_like(n))
         second, mean, scale = pooled.central_second[0, ...], pooled.mean[0, ...], pooled.scale[0, ...]
+        # The limit 6 s, s² = m₂ n/(n − 1), back in the units of x.
         deviation = self.multiple * xp.sqrt(second * n / (n - 1)) * scale
         # A constant sequence has no outliers; its own rounding is not one.
         deviation = xp.where(is_constant(second, mean), math.inf * xp.ones_like(deviation), deviation)
         # Cast only what float32 can hold.
         deviation = xp.where(deviation > 3.4e38, math.inf * xp.ones_like(deviation), deviation)
-        found = observation.beyond(xp.astype(deviation, x.dtype), xp.astype(mean * scale, x.dtype))
-        counted = xp.astype(found.token * observation.strata[0, ...], pooled.mean.dtype)
+        exceedances = observation.beyond(xp.astype(deviation, x.dtype), xp.astype(mean * scale, x.dtype))
+        token_counts = xp.astype(exceedances.token * observation.strata[0, ...], pooled.mean.dtype)
         return {
-            "total": over_strata(found.token, observation.strata),
-            "channel": found.channel[0, ...],
-            "position": xp.sum(counted, axis=0),
+            "total": over_strata(exceedances.token, observation.strata),
+            "channel": exceedances.channel[0, ...],
+            "position": xp.sum(token_counts, axis=0),
         }
 
 

@@ -11,8 +11,8 @@ from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import (
     Array,
     accumulator_dtype,
+    index_range,
     namespace_of,
-    positions,
     quotient,
     top_entries,
     top_values,
@@ -48,17 +48,20 @@ def _largest_elements(observation: ActivationObservation, ranks: int) -> Array:
     xp = namespace_of(x)
     batch, length, d = x.shape
     strata = parts.shape[0]
+    # Tokens outside of the stratum get a peak of −1, below every magnitude.
     missing = -xp.ones_like(parts)
     peaks, token = top_entries(xp.where(parts > 0, observation.peak[None, ...], missing), ranks)
-    rows = token + positions(xp, batch, x)[None, :, None] * length
-    chosen = xp.take(xp.reshape(x, (batch * length, d)), xp.reshape(rows, (-1,)), axis=0)
-    chosen = xp.reshape(xp.abs(chosen), (strata, batch, peaks.shape[-1], d))
-    chosen = xp.where(peaks[..., None] >= 0, chosen, xp.zeros_like(chosen))
-    chosen = xp.reshape(chosen, (strata, batch, peaks.shape[-1] * d))
-    short = ranks - chosen.shape[-1]
+    rows = token + index_range(0, batch, x)[None, :, None] * length
+    magnitudes = xp.take(xp.reshape(x, (batch * length, d)), xp.reshape(rows, (-1,)), axis=0)
+    magnitudes = xp.reshape(xp.abs(magnitudes), (strata, batch, peaks.shape[-1], d))
+    magnitudes = xp.where(peaks[..., None] >= 0, magnitudes, xp.zeros_like(magnitudes))
+    magnitudes = xp.reshape(magnitudes, (strata, batch, peaks.shape[-1] * d))
+    # A sequence with fewer elements than ranks is filled up with zeros.
+    short = ranks - magnitudes.shape[-1]
     if short > 0:
-        chosen = xp.concat([chosen] + [missing[..., :1] * 0.0] * short, axis=-1)
-    top = top_values(chosen, ranks)
+        magnitudes = xp.concat([magnitudes] + [missing[..., :1] * 0.0] * short, axis=-1)
+    top = top_values(magnitudes, ranks)
+    # The largest of "all" are among the largest of its strata.
     union = top_values(xp.reshape(xp.permute_dims(top, (1, 0, 2)), (batch, strata * ranks)), ranks)
     return xp.concat([union[None, ...], top], axis=0)
 
@@ -217,8 +220,11 @@ class MassiveActivationCounts(Measurement):
         # "More than" as "at least the next float32 above", so that one comparison does for both rules.
         above = self.absolute * (1.0 + 2.0**-23)
         threshold = xp.clip(self.relative * observation.sequence_median, above, math.inf)
-        found = observation.beyond(threshold)
-        return {"total": over_strata(found.token, observation.strata), "channel": found.channel[0, ...]}
+        exceedances = observation.beyond(threshold)
+        return {
+            "total": over_strata(exceedances.token, observation.strata),
+            "channel": exceedances.channel[0, ...],
+        }
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class MaxMedianSums(TokenHistogram):
         if not self.centred:
             return observation.peak, observation.median
         xp = namespace_of(observation.strata)
-        # Exact bits are gone after centring: the median has to look at all of them.
+        # Centred values can have all 31 bits, whatever dtype x came in: the median looks at all of them.
         centred = observation.x - observation.row_mean[..., None]
         median = observation.reductions.row_median(centred, 31)
         rows = observation.moments

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from osp_diag.estimators._arrays import Array, accumulator_dtype, namespace_of, positions
+from osp_diag.estimators._arrays import Array, accumulator_dtype, index_range, namespace_of
 from osp_diag.estimators.activation import ActivationObservation, over_strata
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
 
@@ -29,11 +29,13 @@ class NonFiniteCounts(Measurement):
         wide = accumulator_dtype(xp, raw)
         batch, length, d = raw.shape
         bad = ~observation.finite_token & (strata[0, ...] > 0)
-        position = xp.broadcast_to(positions(xp, length, raw)[None, :], (batch, length))
+        # Tokens that are finite, or padding, get the position T, behind every other.
+        position = xp.broadcast_to(index_range(0, length, raw)[None, :], (batch, length))
         position = xp.reshape(xp.where(bad, position, length * xp.ones_like(position)), (-1,))
         first = xp.argmin(position)
         row = xp.take(xp.reshape(raw, (batch * length, d)), xp.reshape(first, (1,)), axis=0)[0, :]
         channel = xp.argmax(xp.astype(~xp.isfinite(row), xp.int32))
+        # One number for both, so that a minimum merges it: t · d + j, token first.
         place = xp.astype(xp.min(position), wide) * d + xp.astype(channel, wide)
         return {
             "count": over_strata(xp.astype(bad, wide), strata),

@@ -27,8 +27,9 @@ class PooledSequenceSums(Measurement):
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
         pooled = observation.sequences
         xp = namespace_of(pooled.mean)
+        # Why by sequence and not by batch: docs/decisions.md, Estimators.
         n = xp.where(pooled.elements > 1, pooled.elements, 2 * xp.ones_like(pooled.elements))
-        variance = pooled.central_second * n / (n - 1)
+        variance = pooled.central_second * n / (n - 1)  # s², Bessel's correction
         # The moments are of x / scale; dividing ε instead keeps the fourth power of the scale out. Where
         # scale⁴ leaves the accumulator's range on either side, ε is everything or nothing.
         smallest, largest = xp.finfo(variance.dtype).smallest_normal, xp.finfo(variance.dtype).max

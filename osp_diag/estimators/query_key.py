@@ -51,8 +51,8 @@ class HeadsObservation:
         x = x if x.dtype == xp.float32 else xp.astype(x, xp.float32)
         finite = finite_tokens(x)
         strata = xp.astype(strata, xp.float32) * xp.astype(finite, xp.float32)[None, ...]
-        used = strata[0, ...] > 0
-        self.x = xp.where(used[:, None, :, None], x, xp.zeros_like(x[:1, :1, :1, :1]))
+        valid = strata[0, ...] > 0
+        self.x = xp.where(valid[:, None, :, None], x, xp.zeros_like(x[:1, :1, :1, :1]))
         self.strata = strata
         self.layout = Layout(
             channels=heads * channels,
@@ -61,7 +61,7 @@ class HeadsObservation:
             head_channels=channels,
             tokens=tokens,
         )
-        self._kept: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
 
     @once
     def channel_norms(self) -> Float[Any, "batch head channel"]:
@@ -109,6 +109,7 @@ class MassiveValueCounts(Measurement):
         norms = observation.channel_norms
         xp = namespace_of(norms)
         peak = xp.max(norms, axis=(1, 2), keepdims=True)
+        # In units of the sequence's largest norm, so that the mean over all heads stays within float32.
         share = norms / xp.where(peak > 0, peak, xp.ones_like(peak))
         massive = share > self.threshold * xp.mean(share, axis=(1, 2), keepdims=True)
         return {

@@ -97,8 +97,8 @@ def token_extent(x: Float[Any, "batch token channel"]) -> Float[Any, "batch toke
     """max |x| of each token over its channels; NaN or Inf if any is, since no extremum drops a NaN."""
     xp = namespace_of(x)
     rows = xp.reshape(x, (-1, x.shape[-1]))
-    found = [_extent(rows[block, :]) for block in row_blocks(rows)]
-    return xp.reshape(xp.concat(found), x.shape[:-1])
+    extents = [_extent(rows[block, :]) for block in row_blocks(rows)]
+    return xp.reshape(xp.concat(extents), x.shape[:-1])
 
 
 def _extent(rows: Array) -> Array:
@@ -132,19 +132,20 @@ def row_moments(x: Float[Any, "batch token channel"]) -> RowMoments:
     """Moments of each token over its channels, after division by its largest magnitude."""
     xp = namespace_of(x)
     rows = xp.reshape(x, (-1, x.shape[-1]))
-    found = [_block_moments(rows[block, :]) for block in row_blocks(rows)]
-    return RowMoments(*(xp.reshape(xp.concat(field), x.shape[:-1]) for field in zip(*found, strict=True)))
+    blocks = [_block_moments(rows[block, :]) for block in row_blocks(rows)]
+    return RowMoments(*(xp.reshape(xp.concat(field), x.shape[:-1]) for field in zip(*blocks, strict=True)))
 
 
 def row_median(x: Float[Any, "batch token channel"], significant_bits: int) -> Float[Any, "batch token"]:
     """Lower median of |x| over channels, exact (the lower of the two middle values when d is even)."""
+    # Why the lower one: docs/decisions.md, Estimators.
     xp = namespace_of(x)
     rows, rank = xp.reshape(x, (-1, x.shape[-1])), (x.shape[-1] - 1) // 2
-    found = [
+    medians = [
         kth_magnitude(xp.abs(rows[block, :]), rank, significant_bits=significant_bits)
         for block in row_blocks(rows)
     ]
-    return xp.reshape(xp.concat(found), x.shape[:-1])
+    return xp.reshape(xp.concat(medians), x.shape[:-1])
 
 
 def sequence_median(
@@ -191,6 +192,8 @@ def channel_sums(
     xp = namespace_of(x)
     rows, parts = xp.reshape(x, (-1, x.shape[-1])), _parts(strata)
     wide = accumulator_dtype(xp, x)
+    # One power of two for each stratum, so that the division is exact; each token takes its stratum's.
+    # Why strata have scales of their own: docs/decisions.md, Estimators.
     scale = power_of_two_below(xp, xp.max(parts * xp.reshape(peak, (1, -1)), axis=-1))
     token_scale = xp.sum(parts * scale[:, None], axis=0)
     token_scale = xp.where(token_scale > 0, token_scale, xp.ones_like(token_scale))
@@ -201,6 +204,7 @@ def channel_sums(
         weights, part = parts[:, block], rows[block, :]
         z = part / token_scale[block, None]
         z2, centred = z * z, z - shift[block, None]
+        # Σ z, Σ z², Σ z⁴ and Σ (z − row mean)², in the order that assembled_sums takes.
         for power, values in enumerate((z, z2, z2 * z2, centred * centred)):
             sums[power] = sums[power] + xp.astype(weighted_row_sum(weights, values), wide)
         magnitude = xp.abs(part)
@@ -219,6 +223,7 @@ def assembled_sums(sums: list[Array], tops: Array, scale: Float[Any, " part"]) -
     largest = xp.finfo(wide).max
 
     def stratified(values: Array, power: int) -> Array:
+        # scale^p can leave the accumulator's range where it is float32: 0 · Inf would be NaN.
         unit = xp.clip(xp.astype(scale, wide) ** power, 0.0, largest)[:, None]
         return with_union(xp, values * unit, xp.sum)
 
@@ -274,12 +279,15 @@ def sequence_moments(
     )
     tokens = xp.sum(weight, axis=-1)
     count = xp.where(tokens > 0, tokens, xp.ones_like(tokens))
+    # A token's moments are of x / its own scale; times ratio^p they are of x / the sequence's scale.
     peak = xp.max(weight * scale, axis=-1)
     unit = xp.where(peak > 0, peak, xp.ones_like(peak))
     ratio = weight * scale / unit[..., None]
+    # The mean of the sequence, and δ_t of each token; tokens outside of the stratum weigh 0.
     means = row_mean * ratio
     mean = xp.sum(means, axis=-1) / count
     delta = weight * (means - mean[..., None])
+    # c₂, and c₄ + 4 δ c₃ + 6 δ² c₂ + δ⁴; both are averaged below.
     second = c2 * ratio**2
     fourth = c4 * ratio**4 + 4 * delta * c3 * ratio**3 + 6 * delta**2 * second + delta**4
     return SequenceMoments(
@@ -296,6 +304,7 @@ def is_constant(central_second: Array, mean: Array) -> Array:
     return central_second <= 2.0**-44 * mean**2
 
 
+# Why kernels plug in here and not in estimators: docs/decisions.md, Estimators.
 class Reductions(NamedTuple):
     """Where faster kernels plug in: replace any function by one that returns the same numbers."""
 
@@ -314,7 +323,7 @@ def over_strata(
 ) -> Float[Any, " stratum"]:
     """Sum of a per-token number over the tokens of each stratum, in the accumulator's type."""
     xp = namespace_of(values)
-    # Chosen, not multiplied: 0 · Inf would be NaN.
+    # Selected, not multiplied: 0 · Inf would be NaN.
     values = xp.astype(values, accumulator_dtype(xp, values))[None, ...]
     return xp.sum(xp.where(strata > 0, values, xp.zeros_like(values)), axis=(1, 2))
 

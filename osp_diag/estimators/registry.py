@@ -35,7 +35,7 @@ __all__ = [
 ENTRY_POINT_GROUP = "osp_diag.estimators"
 
 
-def _defined_in(module: ModuleType) -> list[type[Estimator]]:
+def _estimator_classes(module: ModuleType) -> list[type[Estimator]]:
     return [
         value
         for value in vars(module).values()
@@ -46,26 +46,26 @@ def _defined_in(module: ModuleType) -> list[type[Estimator]]:
     ]
 
 
-def _from_entry_points() -> list[type[Estimator]]:
-    found: list[type[Estimator]] = []
+def _entry_point_classes() -> list[type[Estimator]]:
+    classes: list[type[Estimator]] = []
     for point in entry_points(group=ENTRY_POINT_GROUP):
         try:
-            loaded = point.load()
+            target = point.load()
         except Exception as error:
             raise EstimatorError(
                 f"the entry point {point.name!r} of {ENTRY_POINT_GROUP} ({point.value}) cannot be loaded: "
                 f"{error}; fix or uninstall the package that declares it"
             ) from error
-        if inspect.ismodule(loaded):
-            found += _defined_in(loaded)
-        elif inspect.isclass(loaded) and issubclass(loaded, Estimator):
-            found.append(loaded)
+        if inspect.ismodule(target):
+            classes += _estimator_classes(target)
+        elif inspect.isclass(target) and issubclass(target, Estimator):
+            classes.append(target)
         else:
             raise EstimatorError(
                 f"the entry point {point.name!r} of {ENTRY_POINT_GROUP} ({point.value}) is neither an "
                 "Estimator class nor a module; fix or uninstall the package that declares it"
             )
-    return found
+    return classes
 
 
 @lru_cache(maxsize=1)
@@ -73,28 +73,28 @@ def all_estimators() -> MappingProxyType[str, type[Estimator]]:
     """Every estimator class by its identifier, ``name/version``, in order of module and definition."""
     package = importlib.import_module("osp_diag.estimators")
     classes: list[type[Estimator]] = []
-    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda found: found.name):
-        classes += _defined_in(importlib.import_module(f"{package.__name__}.{info.name}"))
-    known: dict[str, type[Estimator]] = {}
-    for cls in classes + _from_entry_points():
+    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
+        classes += _estimator_classes(importlib.import_module(f"{package.__name__}.{info.name}"))
+    by_identifier: dict[str, type[Estimator]] = {}
+    for cls in classes + _entry_point_classes():
         identifier = f"{cls.name}/{cls.version}"
-        other = known.setdefault(identifier, cls)
+        other = by_identifier.setdefault(identifier, cls)
         if other is not cls:
             raise EstimatorError(
                 f"{identifier} is defined twice, in {other.__module__} and {cls.__module__}: "
                 "rename one, or raise its version"
             )
-    return MappingProxyType(known)
+    return MappingProxyType(by_identifier)
 
 
 def _find(name: str) -> type[Estimator]:
-    known = all_estimators()
-    if name in known:
-        return known[name]
-    versions = [cls for cls in known.values() if cls.name == name]
+    by_identifier = all_estimators()
+    if name in by_identifier:
+        return by_identifier[name]
+    versions = [cls for cls in by_identifier.values() if cls.name == name]
     if versions:
         return max(versions, key=lambda cls: cls.version)
-    names = sorted(known) if "/" in name else sorted({cls.name for cls in known.values()})
+    names = sorted(by_identifier) if "/" in name else sorted({cls.name for cls in by_identifier.values()})
     hint = did_you_mean(name, names, "`osp-diag estimators` lists all")
     raise EstimatorError(f"no estimator is named {name!r}; {hint}")
 
@@ -111,10 +111,10 @@ def get_estimator(name: str, **parameters: Any) -> Estimator:
     the parameters that exist if one doesn't.
     """
     cls = _find(name)
-    known = estimator_parameters(cls)
-    unknown = sorted(set(parameters) - set(known))
+    defaults = estimator_parameters(cls)
+    unknown = sorted(set(parameters) - set(defaults))
     if unknown:
-        takes = f"it takes {', '.join(known)}" if known else "it takes none"
+        takes = f"it takes {', '.join(defaults)}" if defaults else "it takes none"
         raise EstimatorError(f"estimator {cls.name!r} has no parameter {', '.join(unknown)}; {takes}")
     return cls(**parameters)
 

@@ -25,7 +25,7 @@ OSP = Source(
 )
 
 
-def _nothing(measurement: Measurement, observation: AttentionObservation) -> Mapping[str, Array]:
+def _zero_sums(measurement: Measurement, observation: AttentionObservation) -> Mapping[str, Array]:
     """Zeros in every field: what an observation without q and k adds."""
     xp, layout = namespace_of(observation.valid), observation.layout
     zero = wide(observation.valid[0, 0] * 0.0)
@@ -62,11 +62,12 @@ class SinkDecomposition(Measurement):
 
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
         if observation.query is None or observation.sink_key is None or observation.scale is None:
-            return _nothing(self, observation)
+            return _zero_sums(self, observation)
         xp = namespace_of(observation.query)
         weight = observation.sink_query_weight
         query, query_scale = _scaled(xp, observation.query)
         sink, key_scale = _scaled(xp, observation.sink_key)
+        # k_sink,j is the same for every query: Σ_i scale · q_ij · k_sink,j = scale · k_sink,j · Σ_i q_ij.
         total, square = column_sums(weight, query), column_sums(weight, query * query)
         contribution = wide(total) * wide(per_head(sink, observation.layout.heads, axis=1))
         present = wide(xp.astype(xp.any(observation.valid > 0, axis=-1), xp.float32))[:, None, None]
@@ -97,7 +98,7 @@ class SinkGeometrySums(Measurement):
 
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
         if observation.query is None or observation.key is None or observation.sink_key is None:
-            return _nothing(self, observation)
+            return _zero_sums(self, observation)
         xp = namespace_of(observation.query)
         heads, weight = observation.layout.heads, observation.sink_query_weight
         query_norm, key_norm = channel_norm(observation.query), channel_norm(observation.key)
@@ -149,10 +150,11 @@ class SinkLogitContribution(Estimator):
         count = state["sink_decomposition.count"]
         mean = quotient(state["sink_decomposition.contribution"], count[..., None])
         xp = namespace_of(mean)
-        order = xp.sort(xp.abs(state["sink_decomposition.contribution"]), axis=-1, descending=True)
-        reached = xp.cumulative_sum(order, axis=-1)
-        total = reached[..., -1:]
-        short = xp.sum(xp.astype(reached < 0.9 * total, mean.dtype), axis=-1)
+        descending = xp.sort(xp.abs(state["sink_decomposition.contribution"]), axis=-1, descending=True)
+        running = xp.cumulative_sum(descending, axis=-1)
+        total = running[..., -1:]
+        # channels_90: those whose running sum is short of 0.9 of Σ|c_j|, and the one that reaches it.
+        short = xp.sum(xp.astype(running < 0.9 * total, mean.dtype), axis=-1)
         channels = xp.where(total[..., 0] > 0, short + 1, xp.zeros_like(short))
         channels = xp.where(count > 0, channels, xp.full_like(channels, xp.nan))
         return {
@@ -207,10 +209,12 @@ class QueryKeyChannelOverlap(Estimator):
         top = min(self.top, max(1, query.shape[-1] // 4))
 
         def largest(values: Array) -> Array:
+            # argsort of argsort is each channel's rank.
             order = xp.argsort(values, axis=-1, descending=True, stable=True)
             return xp.argsort(order, axis=-1) < top
 
         both = xp.sum(xp.astype(largest(query) & largest(key), query.dtype), axis=-1)
+        # |Q ∪ K| = 2 m − |Q ∩ K| for two sets of m channels.
         jaccard = both / (2 * top - both)
         jaccard = xp.where(count > 0, jaccard, xp.full_like(jaccard, xp.nan))
         return {
@@ -249,8 +253,8 @@ class SinkGeometry(Estimator):
         count = state["sink_geometry.count"]
         heads = count.shape[-1]
 
-        def norm(name: str, counted: str) -> Array:
-            mean = quotient(state[f"sink_geometry.{name}"], state[f"sink_geometry.{counted}"][..., None])
+        def norm(name: str, count_name: str) -> Array:
+            mean = quotient(state[f"sink_geometry.{name}"], state[f"sink_geometry.{count_name}"][..., None])
             return per_head(mean, heads, axis=-1)
 
         return {

@@ -66,12 +66,12 @@ class SinkIndicators(Measurement):
         return {"epsilon": self.epsilons, "sink_position": self.sink_positions}
 
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
-        alpha, known = observation.received
+        alpha, key_weight = observation.received_attention
         xp = namespace_of(alpha)
         tokens = observation.layout.tokens
         zero = xp.zeros_like(alpha[..., 0])
         at = xp.stack([alpha[..., k] if k < tokens else zero for k in self.sink_positions], axis=-1)
-        weight = xp.stack([known[..., k] if k < tokens else zero for k in self.sink_positions], axis=-1)
+        weight = xp.stack([key_weight[..., k] if k < tokens else zero for k in self.sink_positions], axis=-1)
         above = [xp.sum(xp.astype(at > e, weight.dtype) * weight, axis=0) for e in self.epsilons]
         return {"above": xp.stack(above, axis=1), "count": xp.sum(weight, axis=0)}
 
@@ -88,8 +88,8 @@ class FirstTokenSums(Measurement):
 
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
         xp, softmax = namespace_of(observation.valid), observation.softmax
-        seen = softmax.sink_logit > -xp.inf
-        dominant = xp.astype(seen & (softmax.sink_logit >= softmax.other_maximum), xp.float32)
+        sees_sink = softmax.sink_logit > -xp.inf
+        dominant = xp.astype(sees_sink & (softmax.sink_logit >= softmax.other_maximum), xp.float32)
         weight, strata = observation.query_weight, observation.strata
 
         def by_stratum(values: Array) -> Array:
@@ -115,9 +115,9 @@ class ReceivedMass(Measurement):
         return {"alpha": Field(dims), "count": Field(dims)}
 
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
-        alpha, known = observation.received
+        alpha, weight = observation.received_attention
         xp = namespace_of(alpha)
-        return {"alpha": xp.sum(alpha * known, axis=0), "count": xp.sum(known, axis=0)}
+        return {"alpha": xp.sum(alpha * weight, axis=0), "count": xp.sum(weight, axis=0)}
 
 
 @dataclass(frozen=True)

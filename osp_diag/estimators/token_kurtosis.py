@@ -62,8 +62,13 @@ def gaussian_floor(channels: int) -> float:
     d = channels
     if d < 4:
         return 0.0
+    # μ: 3 (d − 1)/(d + 1) is the mean of m₄/m₂² on Gaussian samples of size d. Bessel's correction in s⁴
+    # takes the factor (1 − 1/d)²; the numerator is not centred, which adds 6 x̄²/s², on the average 6/d.
     mean = 3 * (d - 1) / (d + 1) * (1 - 1 / d) ** 2 + 6 / d - 3
+    # σ: the exact variance of m₄/m₂² on Gaussian samples.
     deviation = math.sqrt(24 * d * (d - 2) * (d - 3) / ((d + 1) ** 2 * (d + 3) * (d + 5)))
+    # The mean of max(0, k) for k ~ N(μ, σ): σ φ(μ/σ) + μ Φ(μ/σ).
+    # Why a formula and no table: docs/decisions.md, Estimators.
     z = mean / deviation
     density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
     return deviation * density + mean * (1 + math.erf(z / math.sqrt(2))) / 2
@@ -72,6 +77,7 @@ def gaussian_floor(channels: int) -> float:
 def osp_per_token(rows: RowMoments, channels: int) -> Array:
     """max(0, mean_j x_j⁴ / s⁴ − 3), s² centred with Bessel's correction, the numerator not centred."""
     xp = namespace_of(rows.mean)
+    # s² = m₂ d/(d − 1); the scale by which x was divided cancels in x⁴ / s⁴.
     variance = rows.central_second * (channels / max(channels - 1, 1))
     constant = is_constant(rows.central_second, rows.mean)
     safe = xp.where(constant, xp.ones_like(variance), variance)

@@ -34,6 +34,7 @@ class TokenScaleSums(Measurement):
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
         rows = observation.wide_moments
+        # ‖x‖₂ = scale · √(d · mean_j z_j²), where x = scale · z.
         norm = rows.scale * (rows.second * observation.layout.channels) ** 0.5
         return {
             "norm": over_strata(norm, observation.strata),
@@ -151,6 +152,7 @@ class TweoSums(Measurement):
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
         rows = observation.wide_moments
+        # mean_j (|x_j| / (τ + ε))⁴ = (scale / (τ + ε))⁴ · mean_j z_j⁴, where x = scale · z.
         ratio = rows.scale / (self.threshold + self.epsilon)
         return {"total": over_strata(ratio**4 * rows.fourth, observation.strata)}
 

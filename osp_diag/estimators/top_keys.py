@@ -22,6 +22,7 @@ AN = Source(
 NO_TOKEN = -1
 
 
+# Why a table over the vocabulary, heads together: docs/decisions.md, Estimators.
 @dataclass(frozen=True)
 class TokenKeyMass(Measurement):
     """Attention received by every key but the first of a sequence, added up by the key's token id.
@@ -37,24 +38,25 @@ class TokenKeyMass(Measurement):
         return {"alpha": Field(("token_id",)), "count": Field(("token_id",))}
 
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
-        alpha, known = observation.received_in_place
+        alpha, is_defined = observation.received_attention_in_place
         xp = namespace_of(alpha)
-        weight = xp.astype(known, alpha.dtype)
+        weight = xp.astype(is_defined, alpha.dtype)
+        # α_k of a token, averaged over the heads where it is defined.
         heads = xp.sum(weight, axis=1)
         mean = xp.sum(alpha * weight, axis=1) / xp.where(heads > 0, heads, xp.ones_like(heads))
         # In packed rows each document has a first token of its own.
         later = (heads > 0) & ~observation.is_sink & ~(observation.raw_strata[1, ...] > 0)
         tokens = observation.token_ids
         if tokens is None:
-            index, counted = xp.astype(xp.zeros_like(heads), xp.int32), xp.zeros_like(heads)
+            index, token_weight = xp.astype(xp.zeros_like(heads), xp.int32), xp.zeros_like(heads)
         else:
-            known_id = (tokens.ids >= 0) & (tokens.ids < tokens.vocabulary)
-            index = xp.where(known_id, tokens.ids, xp.zeros_like(tokens.ids))
-            counted = xp.astype(later & known_id, heads.dtype)
+            is_id = (tokens.ids >= 0) & (tokens.ids < tokens.vocabulary)
+            index = xp.where(is_id, tokens.ids, xp.zeros_like(tokens.ids))
+            token_weight = xp.astype(later & is_id, heads.dtype)
         index, bins = xp.reshape(index, (-1,)), observation.layout.vocabulary
         return {
-            "alpha": sums_by_bin(index, xp.reshape(mean * counted, (-1,)), bins),
-            "count": sums_by_bin(index, xp.reshape(counted, (-1,)), bins),
+            "alpha": sums_by_bin(index, xp.reshape(mean * token_weight, (-1,)), bins),
+            "count": sums_by_bin(index, xp.reshape(token_weight, (-1,)), bins),
         }
 
 
@@ -111,40 +113,44 @@ class TopKeys(Estimator):
     def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
         alpha, count = state["token_key_mass.alpha"], state["token_key_mass.count"]
         xp = namespace_of(count)
-        enough = count >= self.minimum
-        mean = xp.where(enough, quotient(alpha, count), -xp.inf * xp.ones_like(alpha))
-        lacking = self.top - count.shape[-1]
-        if lacking > 0:
-            more = xp.zeros_like(count[..., :1])
-            more = xp.broadcast_to(more, (*count.shape[:-1], lacking))
-            mean, count = xp.concat([mean, more - xp.inf], axis=-1), xp.concat([count, more], axis=-1)
+        is_frequent = count >= self.minimum
+        mean = xp.where(is_frequent, quotient(alpha, count), -xp.inf * xp.ones_like(alpha))
+        unfilled = self.top - count.shape[-1]
+        if unfilled > 0:
+            padding = xp.zeros_like(count[..., :1])
+            padding = xp.broadcast_to(padding, (*count.shape[:-1], unfilled))
+            mean, count = xp.concat([mean, padding - xp.inf], axis=-1), xp.concat([count, padding], axis=-1)
         mass, token = top_entries(mean, self.top)
         ranked = mass > -xp.inf
-        seen = xp.where(ranked, xp.take_along_axis(count, token, axis=-1), xp.zeros_like(mass))
+        occurrences = xp.where(ranked, xp.take_along_axis(count, token, axis=-1), xp.zeros_like(mass))
         dims, coords = ("key_rank",), {"key_rank": range(1, self.top + 1)}
-        often = f"of the ids seen at least {self.minimum} times as keys away from position 0"
+        candidates = f"of the ids seen at least {self.minimum} times as keys away from position 0"
         return {
             "top_key_token": Output(
                 xp.where(ranked, token, NO_TOKEN * xp.ones_like(token)),
                 dims,
                 "token id",
-                f"{often}, the one with the k-th largest mean attention received; −1 beyond the last",
+                f"{candidates}, the one with the k-th largest mean attention received; −1 beyond the last",
                 coords,
             ),
             "top_key_mass": Output(
                 xp.where(ranked, mass, xp.nan * xp.ones_like(mass)),
                 dims,
                 "1",
-                f"mean over the id's occurrences and over heads of α_k, {often}",
+                f"mean over the id's occurrences and over heads of α_k, {candidates}",
                 coords,
                 floor=0.0,
                 ceiling=1.0,
             ),
             "top_key_count": Output(
-                seen, dims, "tokens", "occurrences of the id away from position 0", coords, floor=0.0
+                occurrences, dims, "tokens", "occurrences of the id away from position 0", coords, floor=0.0
             ),
             "top_key_candidates": Output(
-                xp.sum(xp.astype(enough, alpha.dtype), axis=-1), (), "token ids", f"number {often}", floor=0.0
+                xp.sum(xp.astype(is_frequent, alpha.dtype), axis=-1),
+                (),
+                "token ids",
+                f"number {candidates}",
+                floor=0.0,
             ),
             "later_key_mass": Output(
                 quotient(xp.sum(alpha, axis=-1), xp.sum(state["token_key_mass.count"], axis=-1)),

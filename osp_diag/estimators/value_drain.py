@@ -35,13 +35,13 @@ class ValueNormSums(Measurement):
 
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
         xp = namespace_of(observation.valid)
-        found = observation.finite_values
-        if found is None:
-            nothing = xp.zeros_like(observation.strata[:, 0, 0])
-            groups = xp.broadcast_to(nothing[:1], (observation.layout.key_value_heads,))
-            norm = xp.zeros_like(groups[:, None] * nothing[None, :])
-            return {"norm": norm, "count": nothing, "sink": groups, "sink_count": nothing[0]}
-        norm, weight = found
+        norms = observation.finite_values
+        if norms is None:
+            zeros = xp.zeros_like(observation.strata[:, 0, 0])
+            no_norm = xp.broadcast_to(zeros[:1], (observation.layout.key_value_heads,))
+            norm = xp.zeros_like(no_norm[:, None] * zeros[None, :])
+            return {"norm": norm, "count": zeros, "sink": no_norm, "sink_count": zeros[0]}
+        norm, weight = norms
         strata = observation.strata * weight[None, ...]
         sink = weight * xp.astype(observation.is_sink, weight.dtype)
         sums = [xp.sum(wide(strata[s, :, None, :] * norm), axis=(0, 2)) for s in range(len(STRATA))]

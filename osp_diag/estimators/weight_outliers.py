@@ -16,6 +16,7 @@ from jaxtyping import Float
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, accumulator_dtype, namespace_of, take_along_last
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Observes, Output, Source
+from osp_diag.estimators.counts import maximum_or_nan
 
 __all__ = ["ColumnRatios", "WeightObservation", "WeightOutliers"]
 
@@ -59,6 +60,7 @@ class WeightObservation:
         ]
 
 
+# Why maxima and no sums: docs/decisions.md, Estimators.
 @dataclass(frozen=True)
 class ColumnRatios(Measurement):
     """The largest |W| / mean of its column's |W|: of each column, of each row, of each expert.
@@ -79,13 +81,13 @@ class ColumnRatios(Measurement):
 
     def measure(self, observation: WeightObservation) -> Mapping[str, Array]:
         xp = namespace_of(observation.weight)
-        found: dict[str, list[Array]] = {"channel": [], "row": [], "expert": [], "nonfinite": []}
+        by_field: dict[str, list[Array]] = {"channel": [], "row": [], "expert": [], "nonfinite": []}
         for experts, parts in observation.blocks():
             part = _ratios_of(observation.weight, experts, parts)
             for key, value in part.items():
-                found[key].append(value)
-        largest = {key: _largest(found[key]) for key in ("channel", "row", "nonfinite")}
-        return {**largest, "expert": xp.concat(found["expert"])}
+                by_field[key].append(value)
+        largest = {key: _largest(by_field[key]) for key in ("channel", "row", "nonfinite")}
+        return {**largest, "expert": xp.concat(by_field["expert"])}
 
 
 def _largest(values: list[Array]) -> Array:
@@ -103,9 +105,11 @@ def _ratios_of(weight: Array, experts: slice, parts: list[slice]) -> dict[str, A
     def magnitude(rows: slice) -> Array:
         return xp.abs(xp.astype(weight[experts, rows, :], xp.float32))
 
+    # mean_i |W_ij| of each column; a column with NaN or Inf has no finite sum.
     total = sum(xp.sum(magnitude(rows), axis=1, dtype=wide) for rows in parts)
     finite = xp.isfinite(total)
     mean = xp.astype(xp.where(finite, total, xp.zeros_like(total)) / weight.shape[1], xp.float32)
+    # A column of zeros counts as 1, one that is not finite as −Inf: left out of every maximum.
     empty = mean == 0
     divisor, nothing = xp.where(empty, xp.ones_like(mean), mean), xp.full_like(mean, -xp.inf)
     per_row, per_column = [], []
@@ -171,34 +175,35 @@ class WeightOutliers(Estimator):
         column, row, expert = (state[f"weight_column_ratio.{key}"] for key in ("channel", "row", "expert"))
         xp = namespace_of(column)
         largest = xp.max(column, axis=-1)
-        seen = largest > -xp.inf
+        is_defined = largest > -xp.inf
         missing = xp.nan * xp.ones_like(largest)
 
-        def known(values: Array) -> Array:
-            return xp.where(values > -xp.inf, values, xp.nan * xp.ones_like(values))
-
-        def place(values: Array) -> Array:
+        def index_of_largest(values: Array) -> Array:
             index = xp.astype(xp.argmax(values, axis=-1), column.dtype)
-            return xp.where(seen, index, missing)
+            return xp.where(is_defined, index, missing)
 
         flags = state["weight_column_ratio.nonfinite"]
         rows = float(layout.output_channels)
         return {
             "weight_outlier_ratio": Output(
-                known(column),
+                maximum_or_nan(column),
                 ("channel",),
                 definition=f"{self.formula}, the largest over experts",
                 floor=1.0,
                 ceiling=rows,
             ),
             "weight_outlier_row_ratio": Output(
-                known(row),
+                maximum_or_nan(row),
                 ("output_channel",),
                 definition="max_j |W_ij| / mean_i |W_ij| of row i, the largest over experts",
                 ceiling=rows,
             ),
             "weight_outlier_ratio_max": Output(
-                known(largest), (), definition="the largest ratio of a column", floor=1.0, ceiling=rows
+                maximum_or_nan(largest),
+                (),
+                definition="the largest ratio of a column",
+                floor=1.0,
+                ceiling=rows,
             ),
             "weight_outlier_ratio_median": Output(
                 _lower_median(column),
@@ -208,13 +213,22 @@ class WeightOutliers(Estimator):
                 ceiling=rows,
             ),
             "weight_outlier_channel": Output(
-                place(column), (), "channel", "the column of the largest ratio, a channel of mlp_hidden"
+                index_of_largest(column),
+                (),
+                "channel",
+                "the column of the largest ratio, a channel of mlp_hidden",
             ),
             "weight_outlier_row": Output(
-                place(row), (), "channel", "the row of the largest ratio, a channel of the residual stream"
+                index_of_largest(row),
+                (),
+                "channel",
+                "the row of the largest ratio, a channel of the residual stream",
             ),
             "weight_outlier_expert": Output(
-                place(expert), (), "expert", "the expert of the largest ratio; 0 in a layer without experts"
+                index_of_largest(expert),
+                (),
+                "expert",
+                "the expert of the largest ratio; 0 in a layer without experts",
             ),
             "weight_outlier_nonfinite_columns": Output(
                 xp.sum(xp.where(flags > 0, xp.ones_like(flags), xp.zeros_like(flags)), axis=-1),
@@ -229,10 +243,11 @@ class WeightOutliers(Estimator):
 def _lower_median(ratio: Array) -> Array:
     """Over the columns that are not left out (−Inf); NaN without any."""
     xp = namespace_of(ratio)
-    counted = ratio > -xp.inf
-    known = xp.sum(xp.astype(counted, xp.int32), axis=-1)
-    left_out = ratio.shape[-1] - known
-    rank = left_out + xp.maximum(known - 1, xp.zeros_like(known)) // 2
+    is_finite = ratio > -xp.inf
+    count = xp.sum(xp.astype(is_finite, xp.int32), axis=-1)
+    missing = ratio.shape[-1] - count
+    # Columns that are left out (−Inf) sort first: the rank is moved past them.
+    rank = missing + xp.maximum(count - 1, xp.zeros_like(count)) // 2
     rank = xp.minimum(rank, xp.full_like(rank, ratio.shape[-1] - 1))
     value = take_along_last(xp.sort(ratio, axis=-1), rank)
-    return xp.where(known > 0, value, xp.nan * xp.ones_like(value))
+    return xp.where(count > 0, value, xp.nan * xp.ones_like(value))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -17,71 +17,60 @@ from torch import nn
 from osp_diag.capture.channel_weights import channel_weights
 from osp_diag.capture.weight_maps import weight_maps
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
+from osp_diag.checkpoints.opening import OpeningOptions
 from osp_diag.errors import CaptureError, UsageError
-from osp_diag.estimators.base import Estimator
-from osp_diag.probing.asked import checked_token_groups, instances
 from osp_diag.probing.feeding import Feeding, Progress
 from osp_diag.probing.identity import model_attributes, token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank, on_first_rank
 from osp_diag.probing.saving import check_out
 from osp_diag.probing.session import Probe
+from osp_diag.probing.settings import (
+    MeasurementOptions,
+    MeasurementSettings,
+    TokenOptions,
+    TokenSettings,
+    keyword_form,
+)
 from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import CHANNEL_WEIGHTS, WEIGHT_MAP
 from osp_diag.sites.trace import unwrap
-from osp_diag.tokens import TokenBatches, make_batches
+from osp_diag.tokens import TokenBatches
 
-__all__ = ["TOKEN_GROUPS", "joined_ranks", "probe", "probe_checkpoint", "progress_bar", "working"]
+__all__ = ["OF_A_CHECKPOINT", "joined_ranks", "probe", "probe_checkpoint", "progress_bar", "working"]
 
-TOKEN_GROUPS = 8
-"""Groups of batches whose sums are kept apart by default."""
+OF_A_CHECKPOINT = MeasurementSettings(snapshot_tokens=64, token_groups=8)
+"""What is measured by default where there is one model and not a training: more, because it is done once."""
 
 
+class ProbeOptions(TokenOptions, MeasurementOptions, OpeningOptions, total=False):
+    """The keyword form of :func:`probe`."""
+
+
+@keyword_form(TokenSettings(), OF_A_CHECKPOINT, open_checkpoint)
 def probe(
     source: str | Path | nn.Module,
+    token_settings: TokenSettings | None = None,
+    measurement_settings: MeasurementSettings | None = None,
     *,
-    text: str | Path | None = None,
-    dataset: str | None = None,
-    tokens: int = 8192,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    protocol: str = "sequence",
-    bos: str = "auto",
-    sites: Sequence[str] | None = None,
-    estimators: Sequence[str | Estimator] | None = None,
-    blocks: str | None = None,
-    named_sites: Mapping[str, str] | None = None,
     weights: Sequence[str] | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
-    keep_raw: bool = True,
-    snapshot_tokens: int = 64,
-    token_groups: int = TOKEN_GROUPS,
-    tokenizer: Any = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    device_map: Any = None,
-    compile: bool | str = "auto",
-    trust_remote_code: bool = False,
-    allow_nonfinite: bool = False,
     progress: Progress | None = None,
+    **options: Unpack[ProbeOptions],
 ) -> Run:
     """Every outlier and sink statistic of every layer of one checkpoint.
 
     Parameters
     ----------
     source : Hugging Face directory or hub id, GGUF file, ``module:function``, or a module in hand
-    text, dataset : a UTF-8 file (or the text itself) or a Hugging Face dataset; neither: the built-in text
-    tokens : how many tokens to run
-    seq_len : tokens a sequence; None: 512, or the model's maximum if that is less
-    batch_size : sequences a forward pass; None: about 1,024 tokens, 8,192 on a GPU
-    protocol : "sequence", or "osp-published" (every token its own sequence, as the released OSP script does)
-    bos : "auto" (the tokenizer's convention), "yes" or "no"
-    sites, estimators, blocks, named_sites, keep_raw, compile : see :class:`osp_diag.Probe`
-    out : where to write the run, a folder ending in .zarr; None keeps it in memory
-    snapshot_tokens : positions of the first sequence whose raw activations are kept for pictures
-    token_groups : so many groups of batches whose channel sums are kept apart, so that a comparison can tell
-        what is significant; 0: none
+    token_settings : which tokens; see :class:`osp_diag.TokenSettings`
+    measurement_settings : what to measure; see :class:`osp_diag.MeasurementSettings`
     weights : projections whose |W| is kept for pictures, see :func:`probe_checkpoint`
+    out : where to write the run, a folder ending in .zarr; None keeps it in memory
+    overwrite : replace a run that is already there
+    progress : told after every forward pass
+    options : fields of both settings, which change them (``tokens=4096``, ``sites=["residual_*"]``), and how
+        to open the checkpoint (``dtype``, ``device``, ``tokenizer``, …; see :func:`osp_diag.open_checkpoint`)
 
     Returns
     -------
@@ -90,80 +79,60 @@ def probe(
     Raises
     ------
     CheckpointError, TokenError, SiteError, StoreError, UsageError : before any long work
+    TypeError : there is no such option; the message names the nearest
     """
+    opening: dict[str, Any] = dict(options)
+    token_settings = (token_settings or TokenSettings()).changed(opening)
+    measurement_settings = (measurement_settings or OF_A_CHECKPOINT).changed(opening)
+    batch_size = token_settings.batch_size
     if out is not None:
         check_out(out, overwrite=overwrite)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size={batch_size}: a forward pass needs 1 or more sequences")
-    chosen = instances(estimators)  # a misspelt name is refused before a model is opened
     with joined_ranks():
-        checkpoint = open_checkpoint(
-            source,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            allow_nonfinite=allow_nonfinite,
-            tokenizer=tokenizer,
-        )
-        batches = make_batches(
-            checkpoint.tokenizer,
-            text=text,
-            dataset=dataset,
-            tokens=tokens,
-            seq_len=seq_len,
-            protocol=protocol,
-            bos=bos,
-            max_length=checkpoint.max_length,
-            vocabulary_size=checkpoint.vocabulary_size,
-        )
+        checkpoint = open_checkpoint(source, **opening)
         return probe_checkpoint(
             checkpoint,
-            batches,
+            token_settings.batches(checkpoint),
+            measurement_settings,
             batch_size=batch_size,
+            weights=weights,
             progress=progress,
             out=out,
             overwrite=overwrite,
-            sites=sites,
-            estimators=chosen,
-            blocks=blocks,
-            named_sites=named_sites,
-            weights=weights,
-            keep_raw=keep_raw,
-            snapshot_tokens=snapshot_tokens,
-            token_groups=token_groups,
-            compile=compile,
         )
 
 
+@keyword_form(MeasurementSettings())
 def probe_checkpoint(
     checkpoint: Checkpoint,
     batches: TokenBatches,
+    measurement_settings: MeasurementSettings | None = None,
     *,
     batch_size: int | None = None,
+    weights: Sequence[str] | None = None,
     progress: Progress | None = None,
     out: str | Path | None = None,
     overwrite: bool = False,
     step: int = 0,
-    weights: Sequence[str] | None = None,
-    token_groups: int = 0,
-    **options: Any,
+    **options: Unpack[MeasurementOptions],
 ) -> Run:
-    """Probe an opened checkpoint on tokens in hand; ``options`` are those of :class:`osp_diag.Probe`.
+    """Probe an opened checkpoint on tokens in hand.
+
+    ``options`` are fields of :class:`osp_diag.MeasurementSettings`. Delimiters are the batches' own unless
+    they are named, and ``token_groups`` at most as many as there are sequences.
 
     ``weights`` names, with ``*``, projections of which a map of |W| is kept, as ``mlp.down_proj`` or
     ``model.layers.3.*``. None stands for those that write into the residual stream in the first, middle and
-    last block, or for none where only some ``sites`` are asked for; () for none. ``token_groups`` are at most
-    as many as there are sequences.
+    last block, or for none where only some ``sites`` are asked for; () for none.
 
     Ctrl-C writes what was measured until then, notes on the exception where it is, and goes on its way.
     """
     if out is not None:
         check_out(out, overwrite=overwrite)
-    groups = min(checked_token_groups(token_groups), len(batches.tokens))
-    token_groups = groups if groups > 1 else 0
+    settings = (measurement_settings or MeasurementSettings()).changed(dict(options)).for_batches(batches)
     feeding = Feeding(
-        checkpoint.model, batches, batch_size=batch_size, passes=token_groups, progress=progress
+        checkpoint.model, batches, batch_size=batch_size, passes=settings.token_groups, progress=progress
     )
     attributes = {
         **model_attributes(checkpoint),
@@ -171,13 +140,17 @@ def probe_checkpoint(
         "batch_size": feeding.batch_size,
         "ranks": dist.get_world_size() if is_distributed() else 1,
     }
-    known = {"delimiter_ids": batches.delimiter_ids, "tokenizer": checkpoint.tokenizer}
-    options = {**known, "deferred": False, **options}  # no loop goes on meanwhile
-    session = Probe(checkpoint.model, attributes=attributes, token_groups=token_groups, **options)
+    session = Probe(
+        checkpoint.model,
+        measurement_settings=settings,
+        tokenizer=checkpoint.tokenizer,
+        attributes=attributes,
+        deferred=False,  # no loop goes on meanwhile
+    )
     session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
-    _keep_weights(session, () if weights is None and options.get("sites") is not None else weights)
-    if session.snapshot_tokens and is_first_rank():
-        session.write_static("snapshot", _snapshot_tokens(batches, session.snapshot_tokens))
+    _keep_weights(session, () if weights is None and settings.sites is not None else weights)
+    if settings.snapshot_tokens and is_first_rank():
+        session.write_static("snapshot", _snapshot_tokens(batches, settings.snapshot_tokens))
     try:
         session.measure(step, feeding)
     except KeyboardInterrupt as interruption:

@@ -38,11 +38,11 @@ def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:
     Beside those of queries and keys, ``snapshot/attention`` holds what makes logits of them.
     """
     groups: dict[str, xr.Dataset] = {}
-    for site in dict.fromkeys(site for site, _ in snapshots.kept):
-        layers = sorted(layer for s, layer in snapshots.kept if s == site)
-        shape = snapshots.kept[site, layers[0]].shape
-        alike = [layer for layer in layers if snapshots.kept[site, layer].shape == shape]
-        values = np.stack([snapshots.kept[site, layer].cpu().numpy() for layer in alike])
+    for site in dict.fromkeys(site for site, _ in snapshots.copies):
+        layers = sorted(layer for s, layer in snapshots.copies if s == site)
+        shape = snapshots.copies[site, layers[0]].shape
+        alike = [layer for layer in layers if snapshots.copies[site, layer].shape == shape]
+        values = np.stack([snapshots.copies[site, layer].cpu().numpy() for layer in alike])
         dims = (
             ("layer", "head", "token", "head_channel") if values.ndim == 4 else ("layer", "token", "channel")
         )

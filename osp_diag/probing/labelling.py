@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,14 @@ import xarray as xr
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator, Layout, Output, State, Suite
+from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep
 from osp_diag.runs.run import Run
 from osp_diag.schema import STRATA
 
-__all__ = ["label_states", "labelled_groups", "raw_states", "relabel", "token_group_states"]
+__all__ = ["StepLabels", "label_states", "labelled_groups", "raw_states", "relabel", "token_group_states"]
+
+Layers = Mapping[int, tuple[State, Layout]]
+"""Layer → its state as NumPy arrays, and the sizes that it has."""
 
 
 def _coordinates(
@@ -60,7 +64,16 @@ def _by_layout(layers: Mapping[int, tuple[State, Layout]]) -> dict[Layout, list[
     return groups
 
 
-def label_states(suite: Suite, layers: Mapping[int, tuple[State, Layout]]) -> xr.Dataset:
+def _finalised(suite: Suite, state: State, layout: Layout) -> Iterator[tuple[Estimator, str, Output]]:
+    """Every number of layers of one layout, with the estimator that it is from."""
+    for estimator in suite.estimators:
+        with np.errstate(invalid="ignore", divide="ignore"):
+            outputs = estimator.finalise(state, layout)
+        for name, output in outputs.items():
+            yield estimator, name, output
+
+
+def label_states(suite: Suite, layers: Layers) -> xr.Dataset:
     """Finalise the states of all layers of one site at once.
 
     Parameters
@@ -77,18 +90,15 @@ def label_states(suite: Suite, layers: Mapping[int, tuple[State, Layout]]) -> xr
         state = _stacked([layers[layer][0] for layer in members])
         variables: dict[str, Any] = {}
         coordinates: dict[str, Any] = {"layer": np.asarray(members)}
-        for estimator in suite.estimators:
-            with np.errstate(invalid="ignore", divide="ignore"):
-                outputs = estimator.finalise(state, layout)
-            for name, output in outputs.items():
-                values = np.asarray(output.values)
-                variables[name] = (("layer", *output.dims), values, _attributes(estimator, output))
-                coordinates |= _coordinates(output.dims, values.shape[1:], output.coords)
+        for estimator, name, output in _finalised(suite, state, layout):
+            values = np.asarray(output.values)
+            variables[name] = (("layer", *output.dims), values, _attributes(estimator, output))
+            coordinates |= _coordinates(output.dims, values.shape[1:], output.coords)
         parts.append(xr.Dataset(variables, coordinates))
     return _joined(parts)
 
 
-def raw_states(suite: Suite, layers: Mapping[int, tuple[State, Layout]]) -> xr.Dataset:
+def raw_states(suite: Suite, layers: Layers) -> xr.Dataset:
     """The sums themselves, so that a definition added later can be computed from old runs.
 
     The attribute ``layout_activation`` (or ``_heads``, ``_attention``) keeps the sizes that
@@ -109,37 +119,155 @@ def raw_states(suite: Suite, layers: Mapping[int, tuple[State, Layout]]) -> xr.D
     return _joined(parts).assign_attrs(attributes)
 
 
+@dataclass(frozen=True, eq=False)
+class _DeclaredSite:
+    """The labels of a site's groups."""
+
+    structure: tuple[Any, ...]
+    """What they follow from: estimators, layers and sizes."""
+    groups: Mapping[str, DeclaredGroup]
+    """Group → labels, by which a further step is plain arrays; empty where layers have to be joined."""
+
+
+class StepLabels:
+    """Labels of a run's sites, declared at the first step and again where a site's structure has changed."""
+
+    def __init__(self) -> None:
+        self._sites: dict[str, _DeclaredSite] = {}
+
+    def groups(
+        self, site: str, suites: Mapping[str, Suite], kinds: Mapping[str, Layers], *, keep_raw: bool
+    ) -> dict[str, GroupStep | xr.Dataset]:
+        """What one step has at ``site``: its statistics, and under ``raw/`` their sums if they are kept.
+
+        Parameters
+        ----------
+        suites : the estimators, by what they observe
+        kinds : what is observed → the layers in which it was
+        """
+        structure = _structure(suites, kinds, keep_raw)
+        known = self._sites.get(site)
+        if known is not None and known.structure == structure and known.groups:
+            arrays = _site_arrays(suites, kinds, known.groups)
+            if arrays is not None:
+                return {group: GroupStep(known.groups[group], own) for group, own in arrays.items()}
+        parts = _site_parts(site, suites, kinds, keep_raw)
+        datasets = {group: _merged(own) for group, own in parts.items()}
+        if not _are_plain(kinds, parts, datasets):
+            return dict(datasets)
+        declared = {group: DeclaredGroup.of(dataset) for group, dataset in datasets.items()}
+        self._sites[site] = _DeclaredSite(structure, declared)
+        return {
+            group: GroupStep(own, {name: datasets[group].variables[name].values for name in own.variables})
+            for group, own in declared.items()
+        }
+
+
 def labelled_groups(
     suites_at: Callable[[str], Mapping[str, Suite]],
     states: Mapping[tuple[Any, ...], State],
     layouts: Mapping[tuple[Any, ...], Layout],
     *,
     keep_raw: bool,
-) -> dict[str, xr.Dataset]:
+    labels: StepLabels,
+) -> ProbedStep:
     """What a run records of one step: statistics of every site, and under ``raw/`` their sums if kept.
 
     Parameters
     ----------
     suites_at : the estimators of a site, by what they observe
     states, layouts : by (site, layer, what is observed)
+    labels : of the steps before, which are used again
     """
-    groups: dict[str, xr.Dataset] = {}
-    for site, kind in dict.fromkeys((site, kind) for site, _, kind in states):
-        layers = {
-            layer: (states[s, layer, k], layouts[s, layer, k])
-            for s, layer, k in states
-            if (s, k) == (site, kind)
-        }
-        suite = suites_at(site)[kind]
-        path = site.replace(":", "/")
-        parts = {path: label_states(suite, layers)}
-        if keep_raw:
-            parts[f"raw/{path}"] = raw_states(suite, layers)
-        for group, dataset in parts.items():
-            if group in groups:
-                dataset = groups[group].merge(dataset).assign_attrs(groups[group].attrs | dataset.attrs)
-            groups[group] = dataset
-    return groups
+    sites: dict[str, dict[str, dict[int, tuple[State, Layout]]]] = {}
+    for key, state in states.items():
+        site, layer, kind = key
+        sites.setdefault(site, {}).setdefault(kind, {})[layer] = (state, layouts[key])
+    groups: dict[str, GroupStep | xr.Dataset] = {}
+    for site, kinds in sites.items():
+        groups |= labels.groups(site, suites_at(site), kinds, keep_raw=keep_raw)
+    return ProbedStep(groups)
+
+
+def _structure(suites: Mapping[str, Suite], kinds: Mapping[str, Layers], keep_raw: bool) -> tuple[Any, ...]:
+    """Everything that the labels of a site follow from."""
+    observed = (
+        (
+            kind,
+            tuple(estimator.identifier for estimator in suites[kind].estimators),
+            tuple((layer, layout) for layer, (_, layout) in sorted(layers.items(), key=lambda item: item[0])),
+        )
+        for kind, layers in kinds.items()
+    )
+    return (keep_raw, *observed)
+
+
+def _site_parts(
+    site: str, suites: Mapping[str, Suite], kinds: Mapping[str, Layers], keep_raw: bool
+) -> dict[str, list[xr.Dataset]]:
+    """The site's groups, of each a Dataset for everything that is observed there."""
+    path = site.replace(":", "/")
+    parts = {path: [label_states(suites[kind], layers) for kind, layers in kinds.items()]}
+    if keep_raw:
+        parts[f"raw/{path}"] = [raw_states(suites[kind], layers) for kind, layers in kinds.items()]
+    return parts
+
+
+def _merged(parts: Sequence[xr.Dataset]) -> xr.Dataset:
+    whole = parts[0]
+    for part in parts[1:]:
+        whole = whole.merge(part).assign_attrs(whole.attrs | part.attrs)
+    return whole
+
+
+def _are_plain(
+    kinds: Mapping[str, Layers],
+    parts: Mapping[str, Sequence[xr.Dataset]],
+    datasets: Mapping[str, xr.Dataset],
+) -> bool:
+    """Whether the arrays of a site are what its estimators give, with nothing padded where layers differ."""
+    if any(len(_by_layout(layers)) > 1 for layers in kinds.values()):
+        return False
+    return all(
+        part.coords[name].equals(datasets[group].coords[name])
+        for group, own in parts.items()
+        for part in own
+        for name in part.coords
+    )
+
+
+def _site_arrays(
+    suites: Mapping[str, Suite], kinds: Mapping[str, Layers], declared: Mapping[str, DeclaredGroup]
+) -> dict[str, dict[str, np.ndarray]] | None:
+    """The numbers of one further step by group and variable; None if they do not fit what is declared."""
+    statistics, *raw = declared
+    arrays: dict[str, dict[str, np.ndarray]] = {group: {} for group in declared}
+    for kind, layers in kinds.items():
+        members = sorted(layers)
+        layout = layers[members[0]][1]
+        state = _stacked([layers[layer][0] for layer in members])
+        for _, name, output in _finalised(suites[kind], state, layout):
+            arrays[statistics][name] = np.asarray(output.values)
+            if not _has_labels(output, name, declared[statistics]):
+                return None
+        for group in raw:
+            arrays[group] |= {name: state[name] for name in suites[kind].fields(layout)}
+    for group, own in declared.items():
+        if arrays[group].keys() != own.variables.keys():
+            return None
+        if not all(variable.fits(arrays[group][name]) for name, variable in own.variables.items()):
+            return None
+    return arrays
+
+
+def _has_labels(output: Output, name: str, declared: DeclaredGroup) -> bool:
+    """Whether a number still has the dimensions, and the coordinates of its own, that were declared."""
+    variable = declared.variables.get(name)
+    if variable is None or variable.dims != ("layer", *output.dims):
+        return False
+    # Coordinates may follow from the data: a histogram's edges, say.
+    coordinates = ((labels, declared.labels(dim)) for dim, labels in output.coords.items())
+    return all(known is not None and np.array_equal(labels, known) for labels, known in coordinates)
 
 
 def token_group_states(

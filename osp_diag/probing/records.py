@@ -12,6 +12,7 @@ import xarray as xr
 from osp_diag.probing.deferred import HostWork
 from osp_diag.probing.ranks import is_first_rank
 from osp_diag.probing.saving import write_run
+from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run, open_run
 from osp_diag.runs.tree import scalar
 from osp_diag.runs.writer import RunWriter
@@ -58,15 +59,15 @@ class Records:
             self.writer = RunWriter(path, attributes, resume=resume, overwrite=overwrite)
         self.static: dict[str, xr.Dataset] = {}
         """What this process was given that does not grow, by group."""
-        self._latest: dict[str, xr.Dataset] = {}
-        self._memory: list[tuple[int, dict[str, xr.Dataset]]] = []
+        self._latest = ProbedStep()
+        self._memory: list[tuple[int, ProbedStep]] = []
         self._series: dict[str, dict[int, float]] = {}
         self._deferred = deferred
         self._work = HostWork(deferred)
 
     @property
-    def latest(self) -> dict[str, xr.Dataset]:
-        """The datasets of the last step."""
+    def latest(self) -> ProbedStep:
+        """The last step, whose datasets are made when they are looked at."""
         self._work.wait()
         return self._latest
 
@@ -75,14 +76,12 @@ class Records:
         self._work.wait()
         return group in self.static or (self.writer is not None and group in self.writer)
 
-    def step(
-        self, step: int, finished: Callable[[], dict[str, xr.Dataset]], absent: Mapping[str, str]
-    ) -> None:
+    def step(self, step: int, finished: Callable[[], ProbedStep], absent: Mapping[str, str]) -> None:
         """Record one step. If it is deferred, the step before has to be done first: memory holds one.
 
         Parameters
         ----------
-        finished : makes the datasets, from what is on the host already
+        finished : makes the statistics, from what is on the host already
         absent : sites that turned out not to be there, and why
         """
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import torch
 import xarray as xr
@@ -20,20 +20,22 @@ from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators.base import Estimator, Field, Layout
-from osp_diag.probing.asked import Asked, checked_token_groups, delimiters, instances
 from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.identity import circumstances, delimiter_fingerprint, estimator_parameters
-from osp_diag.probing.labelling import labelled_groups, token_group_states
+from osp_diag.probing.labelling import StepLabels, labelled_groups, token_group_states
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, rank_of_all
 from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
+from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, keyword_form
 from osp_diag.probing.versions import library_versions
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
+from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
 from osp_diag.schema import ATTENTION, HEAD_SITES, LINEAR_INPUT, SITES
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
+from osp_diag.tokens import delimiter_ids_of
 from osp_diag.wording import did_you_mean
 
 __all__ = ["Probe"]
@@ -47,25 +49,21 @@ class Probe:
     model : the module that the loop calls; may be wrapped by ``torch.compile`` or DDP
     every : a period in steps, the steps themselves, or a function of it (:mod:`osp_diag.probing.schedule`)
     out : path of the run to write; None keeps the numbers in memory (:attr:`run`)
-    sites : names or patterns (``"residual_*"``, ``"linear_input:*"``); None for the default sites
-    estimators : names or instances, for all sites or by site pattern; None for each site's default ones
+    measurement_settings : what to measure; see :class:`osp_diag.MeasurementSettings`
     tokenizer : tells which tokens are delimiters, and what tokens read as; without it that stratum is empty
-    blocks, named_sites, example : where the sites cannot be guessed, see :func:`osp_diag.sites.find_sites`
-    compile : fold activations with ``torch.compile``; "auto" does so on CUDA
-    keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs
-    snapshot_tokens : raw activations of so many tokens of one sequence are kept for pictures
-    token_groups : so many groups of forward passes whose channel sums are kept apart, for significance
     attributes : what else determines the numbers (token source, protocol …), recorded in the run
     deferred : finish a step's statistics and write them in a thread while the caller's loop goes on; "auto"
         does so on CUDA. What fails in the thread is raised by the next call, :meth:`close` at the latest
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
     resume, overwrite : what to do with a run that is already at ``out``
+    options : fields of the settings, which change them (``sites=["residual_*"]``)
 
     Raises
     ------
     SiteError : the sites were not found, or a pattern matches none
     StoreError : ``out`` holds another run
+    TypeError : there is no such option; the message names the nearest
 
     Examples
     --------
@@ -75,48 +73,43 @@ class Probe:
     ...             loss = model(**batch).loss
     """
 
+    @keyword_form(MeasurementSettings())
     def __init__(
         self,
         model: nn.Module,
         *,
         every: int | Collection[int] | Schedule = 1,
         out: str | Path | None = None,
-        sites: Sequence[str] | None = None,
-        estimators: Asked | None = None,
+        measurement_settings: MeasurementSettings | None = None,
         tokenizer: Any = None,
-        delimiter_ids: Sequence[int] | None = None,
-        blocks: str | None = None,
-        named_sites: Mapping[str, str] | None = None,
-        example: Mapping[str, Any] | tuple[Any, ...] | None = None,
-        compile: bool | str = "auto",
-        keep_raw: bool = True,
-        snapshot_tokens: int = 0,
-        token_groups: int = 0,
         attributes: Mapping[str, Any] | None = None,
-        deferred: bool | str = "auto",
+        deferred: bool | Literal["auto"] = "auto",
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        **options: Unpack[MeasurementOptions],
     ) -> None:
-        self.model = model
+        settings = (measurement_settings or MeasurementSettings()).changed(dict(options))
+        self.model, self.settings, self.tokenizer = model, settings, tokenizer
         self.beside = beside
         self.due = schedule_of(every)
-        self.patterns = tuple(sites) if sites is not None else None
-        self.estimators = instances(estimators)
-        self.delimiter_ids = delimiters(tokenizer, delimiter_ids)
-        self.site_map = find_sites(model, blocks=blocks, named=named_sites, example=example)
-        self._check_patterns(named_sites or {})
-        self.tokenizer = tokenizer
+        self.patterns = None if settings.sites is None else tuple(settings.sites)
+        self.estimators = settings.estimator_instances()
+        delimiters = settings.delimiter_ids
+        if delimiters is None:
+            delimiters = () if tokenizer is None else delimiter_ids_of(tokenizer)
+        self.delimiter_ids = tuple(delimiters)
+        self.site_map = find_sites(
+            model, blocks=settings.blocks, named=settings.named_sites, example=settings.example
+        )
+        self._check_patterns()
         self.vocabulary = vocabulary_size_of(unwrap(model))
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
-        self.compiled = on_accelerator if compile == "auto" else bool(compile)
+        self.compiled = on_accelerator if settings.compile == "auto" else bool(settings.compile)
         self.deferred = on_accelerator if deferred == "auto" else bool(deferred)
-        self.keep_raw = keep_raw
-        self.snapshot_tokens = snapshot_tokens
-        self.token_groups = checked_token_groups(token_groups)
-        self.named_sites = tuple(named_sites or ())
         self.absent = {site: why for site, why in self.site_map.absent.items() if self.wanted(site)}
         self.attributes = {**self._identity(), **(attributes or {})}
+        self._labels = StepLabels()
         self._records = Records(
             Path(out) if out is not None else None,
             self.attributes,
@@ -129,16 +122,17 @@ class Probe:
     # What is measured
 
     def wanted(self, site: str) -> bool:
-        return matches(site, self.patterns) or (self.patterns is None and site in self.named_sites)
+        named_sites = self.settings.named_sites or ()
+        return matches(site, self.patterns) or (self.patterns is None and site in named_sites)
 
-    def _check_patterns(self, named: Mapping[str, str]) -> None:
+    def _check_patterns(self) -> None:
+        sites = (*self.site_map.sites, *(self.settings.named_sites or ()))
         for pattern in self.patterns or ():
-            known = (*self.site_map.sites, *named)
-            if not any(matches(site, (pattern,)) for site in known):
+            if not any(matches(site, (pattern,)) for site in sites):
                 reason = self.site_map.absent.get(pattern)
                 raise SiteError(
                     f"site {pattern!r} is not in this model"
-                    + (f": {reason}" if reason else f"; {did_you_mean(pattern, known)}")
+                    + (f": {reason}" if reason else f"; {did_you_mean(pattern, sites)}")
                 )
 
     def _identity(self) -> dict[str, Any]:
@@ -216,8 +210,7 @@ class Probe:
             for module, training in flags:
                 module.training = training
         # Ranks that Ctrl-C reached at different moments would wait for one another for ever.
-        kept = interruption is None or (collector.forward_passes > 0 and not is_distributed())
-        if kept:
+        if interruption is None or (collector.forward_passes > 0 and not is_distributed()):
             self._record(step, collector, started)
         if interruption is not None:
             raise interruption
@@ -230,12 +223,13 @@ class Probe:
             yield collector
 
     def _collector(self) -> Collector:
-        first = self.snapshot_tokens > 0 and not any(
+        settings = self.settings
+        first = settings.snapshot_tokens > 0 and not any(
             group.startswith("snapshot/") for group in self._records.static
         )
         linear_inputs = [site for site in self.site_map.sites if site.startswith(LINEAR_INPUT)]
-        kept = tuple(filter(self.wanted, (*SNAPSHOT_SITES, *linear_inputs)))
-        snapshots = Snapshots(self.snapshot_tokens, sites=kept) if first else None
+        pictured = tuple(filter(self.wanted, (*SNAPSHOT_SITES, *linear_inputs)))
+        snapshots = Snapshots(settings.snapshot_tokens, sites=pictured) if first else None
         rank, ranks = rank_of_all()
         return Collector(
             self.wanted,
@@ -245,7 +239,9 @@ class Probe:
             vocabulary=self.vocabulary,
             compiled=self.compiled,
             snapshots=snapshots,
-            groups=TokenGroups(self.token_groups, rank=rank, ranks=ranks) if self.token_groups else None,
+            groups=TokenGroups(settings.token_groups, rank=rank, ranks=ranks)
+            if settings.token_groups
+            else None,
         )
 
     @contextmanager
@@ -300,17 +296,17 @@ class Probe:
                 "that bypasses hooks, probe the original module"
             )
         labelled = self._labelled(collector)
-        given = self.beside() if self.beside is not None else {}
+        further = self.beside() if self.beside is not None else {}
         # What is deferred must not change with what it was made from.
-        beside = {group: dataset.copy(deep=self.deferred) for group, dataset in given.items()}
+        beside = {group: dataset.copy(deep=self.deferred) for group, dataset in further.items()}
         self.absent |= collector.skipped
         self._records.step(step, lambda: labelled() | beside, collector.skipped.copy())
         self._keep_snapshots(collector)
         self._keep_vocabulary()
         self.append_series(step, {"probe_seconds": time.perf_counter() - started})
 
-    def _labelled(self, collector: Collector) -> Callable[[], dict[str, xr.Dataset]]:
-        """Bring what all ranks measured to the host; what is returned makes datasets of it, on every rank."""
+    def _labelled(self, collector: Collector) -> Callable[[], ProbedStep]:
+        """Bring what all ranks measured to the host; what is returned makes a step of it, on every rank."""
         apart = {} if collector.groups is None else collector.groups.states
         states, layouts = {**collector.states, **apart}, dict(collector.layouts)
         if is_distributed():
@@ -320,16 +316,16 @@ class Probe:
 
             layouts |= {key: layouts[key[:3]] for key in apart}
             states, layouts = merge_over_ranks(states, layouts, fields)
-        held = to_host(states)
+        on_host = to_host(states)
         # Not the collector itself, which holds the device's memory.
-        suites = {key[0]: collector.suites_at(key[0]) for key in held}
-        keep_raw, token_groups = self.keep_raw, self.token_groups
+        suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
+        keep_raw, token_groups, labels = self.settings.keep_raw, self.settings.token_groups, self._labels
 
-        def labelled() -> dict[str, xr.Dataset]:
-            whole = {key: state for key, state in held.items() if len(key) == 3}
-            groups = labelled_groups(suites.__getitem__, whole, layouts, keep_raw=keep_raw)
+        def labelled() -> ProbedStep:
+            whole = {key: state for key, state in on_host.items() if len(key) == 3}
+            groups = labelled_groups(suites.__getitem__, whole, layouts, keep_raw=keep_raw, labels=labels)
             if token_groups:
-                apart = {key: state for key, state in held.items() if len(key) == 4}
+                apart = {key: state for key, state in on_host.items() if len(key) == 4}
                 groups |= token_group_states(suites.__getitem__, apart, layouts, token_groups)
             return groups
 
@@ -356,7 +352,7 @@ class Probe:
     # What was recorded: all but append_series wait for a deferred step, and all raise what failed in it
 
     @property
-    def latest(self) -> dict[str, xr.Dataset]:
+    def latest(self) -> Mapping[str, xr.Dataset]:
         """The datasets recorded last, by group and without the step; on every rank."""
         return self._records.latest
 

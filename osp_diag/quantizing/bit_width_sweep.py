@@ -36,10 +36,10 @@ def bit_widths(text: str) -> tuple[int, int]:
     ------
     UsageError : it is written otherwise
     """
-    found = _NOTATION.fullmatch(text.strip())
-    if found is None:
+    match = _NOTATION.fullmatch(text.strip())
+    if match is None:
         raise UsageError(f"{text!r} is no setting; write W4A4, W8A16 …, where 16 leaves a tensor as it is")
-    return int(found[1]), int(found[2])
+    return int(match[1]), int(match[2])
 
 
 def bit_width_sweep(
@@ -63,7 +63,7 @@ def bit_width_sweep(
     token_source, model_fingerprint : recorded with the results
     blocks, batch_size : as :func:`~osp_diag.quantizing.round_to_nearest.round_to_nearest` and
         :func:`~osp_diag.quantizing.perplexity.perplexity` take them
-    progress : told (settings done, settings in all)
+    progress : called with (settings done, settings in all)
 
     Returns
     -------
@@ -77,24 +77,24 @@ def bit_width_sweep(
     TokenError, CheckpointError, SiteError : what :func:`~osp_diag.quantizing.perplexity.perplexity` and
         :func:`~osp_diag.quantizing.round_to_nearest.round_to_nearest` refuse
     """
-    chosen = list(dict.fromkeys(widths))
-    if not chosen:
+    settings = list(dict.fromkeys(widths))
+    if not settings:
         raise UsageError(
             "a sweep needs at least one setting, such as (4, 4) for 4-bit weights and activations"
         )
-    for weight_bits, activation_bits in chosen:
+    for weight_bits, activation_bits in settings:
         check_bits(weight_bits, activation_bits)
     fingerprint = make_batches(ids=np.asarray(tokens)).fingerprint
     results = []
-    for done, (weight_bits, activation_bits) in enumerate(chosen, start=1):
+    for count, (weight_bits, activation_bits) in enumerate(settings, start=1):
         with round_to_nearest(model, weight_bits, activation_bits, blocks=blocks):
-            found = perplexity(model, tokens, batch_size=batch_size)
+            prediction = perplexity(model, tokens, batch_size=batch_size)
         results.append(
             QuantizedResult(
                 weight_bits=weight_bits,
                 activation_bits=activation_bits,
-                negative_log_likelihood=found.negative_log_likelihood,
-                tokens=found.tokens,
+                negative_log_likelihood=prediction.negative_log_likelihood,
+                tokens=prediction.tokens,
                 sequence_length=int(tokens.shape[1]),
                 token_source=token_source,
                 token_fingerprint=fingerprint,
@@ -102,5 +102,5 @@ def bit_width_sweep(
             )
         )
         if progress is not None:
-            progress(done, len(chosen))
+            progress(count, len(settings))
     return results_dataset(results)

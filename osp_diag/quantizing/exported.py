@@ -62,11 +62,13 @@ def measure_checkpoint(
         **light,
     )
     opening = getattr(checkpoint.tokenizer, "bos_token_id", None)
-    without = None if opening is None else np.asarray(tokens) != opening
-    alone = make_batches(
-        checkpoint.tokenizer, ids=tokens, attention_mask=without, protocol="osp-published", **limits
+    mask = None if opening is None else np.asarray(tokens) != opening
+    single_tokens = make_batches(
+        checkpoint.tokenizer, ids=tokens, attention_mask=mask, protocol="osp-published", **limits
     )
-    published = probe_checkpoint(checkpoint, alone, sites=HIDDEN_STATES, estimators=(KURTOSIS,), **light)
+    published = probe_checkpoint(
+        checkpoint, single_tokens, sites=HIDDEN_STATES, estimators=(KURTOSIS,), **light
+    )
     few_bits = bit_width_sweep(
         checkpoint.model,
         np.asarray(tokens),

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +10,9 @@ from jaxtyping import Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from osp_diag.checkpoints.checkpoint import evaluation_mode
 from osp_diag.errors import TokenError, UsageError
+from osp_diag.quantizing.results import perplexity_of
 from osp_diag.tokens import make_batches
 
 __all__ = ["Perplexity", "perplexity"]
@@ -26,7 +25,7 @@ _LOGITS_AT_ONCE = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Perplexity:
-    """A model's surprise at tokens it was given."""
+    """How surprised a model is at tokens."""
 
     negative_log_likelihood: float
     """mean over the predicted tokens, in nats; NaN or infinite if the model's logits are"""
@@ -36,10 +35,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """exp of the mean; infinite where that is too large for a float."""
-        try:
-            return math.exp(self.negative_log_likelihood)
-        except OverflowError:
-            return math.inf
+        return perplexity_of(self.negative_log_likelihood)
 
 
 def perplexity(model: nn.Module, tokens: Any, *, batch_size: int | None = None) -> Perplexity:
@@ -67,7 +63,7 @@ def perplexity(model: nn.Module, tokens: Any, *, batch_size: int | None = None) 
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
     total = 0.0
-    with _evaluation(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for batch in ids.split(size):
             batch = batch.to(device)
             total += _surprise(_logits(model(batch, **options), batch), batch)
@@ -89,16 +85,17 @@ def _checked(tokens: Any, model: nn.Module) -> Int64[Tensor, "sequence position"
 def _logits(output: Any, ids: Tensor) -> Tensor:
     logits = getattr(output, "logits", None)
     if logits is None or logits.shape[:2] != ids.shape:
-        found = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
+        description = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
         raise UsageError(
             "perplexity needs a causal language model, whose output has logits of shape (sequence, position, "
-            f"vocabulary); {type(output).__name__} has {found} for ids of shape {tuple(ids.shape)}"
+            f"vocabulary); {type(output).__name__} has {description} for ids of shape {tuple(ids.shape)}"
         )
     return logits
 
 
 def _surprise(logits: Tensor, ids: Tensor) -> float:
     """Σ −log p of the tokens after the first ones, in nats."""
+    # The logits at position t predict the token at t + 1; the last ones predict nothing that is known.
     predicted, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
     rows = max(1, _LOGITS_AT_ONCE // predicted.shape[-1])
     parts = [
@@ -106,15 +103,3 @@ def _surprise(logits: Tensor, ids: Tensor) -> float:
         for part, truth in zip(predicted.split(rows), targets.split(rows), strict=True)
     ]
     return float(torch.stack(parts).sum())
-
-
-@contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -19,18 +19,20 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.runs.run import open_run
+from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import QUANTIZATION
 
 __all__ = [
     "FEW_BITS",
     "HELD_OUT",
-    "HOW",
     "MAXIMUM_SITES",
+    "MEASURING_ADVICE",
     "ROUND_TO_NEAREST",
     "UNQUANTIZED",
     "QuantizedResult",
     "notation",
+    "perplexity_of",
     "results_dataset",
     "results_of",
     "store_results",
@@ -46,7 +48,7 @@ FEW_BITS = (4, 4)
 """Bits of weights and activations in the paper's Table 2."""
 MAXIMUM_SITES = ("residual_post", "mlp_hidden")
 """Where the ablation looks for the largest activation."""
-HOW = "measure with `osp-diag quantize CHECKPOINT --run RUN`"
+MEASURING_ADVICE = "measure with `osp-diag quantize CHECKPOINT --run RUN`"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,14 +80,14 @@ _DEFINITIONS = {
     "token_fingerprint": ("", "results on equal fingerprints are on the same tokens"),
     "model_fingerprint": ("", "of the parameters before quantization"),
 }
-_SAME = ("scheme", "weight_bits", "activation_bits", "key_value_bits", "token_fingerprint")
+_KEY_FIELDS = ("scheme", "weight_bits", "activation_bits", "key_value_bits", "token_fingerprint")
 """What makes two rows the same setting."""
 
 
 def notation(weight_bits: int, activation_bits: int, key_value_bits: int = UNQUANTIZED) -> str:
     """A setting as papers write it: ``W4A4``, with ``KV4`` behind it where keys and values are rounded."""
-    rest = "" if key_value_bits == UNQUANTIZED else f"KV{key_value_bits}"
-    return f"W{weight_bits}A{activation_bits}{rest}"
+    key_value_part = "" if key_value_bits == UNQUANTIZED else f"KV{key_value_bits}"
+    return f"W{weight_bits}A{activation_bits}{key_value_part}"
 
 
 def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
@@ -93,7 +95,7 @@ def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
     columns: dict[str, list[Any]] = {
         field.name: [getattr(result, field.name) for result in results] for field in fields(QuantizedResult)
     }
-    columns["perplexity"] = [_exp(value) for value in columns["negative_log_likelihood"]]
+    columns["perplexity"] = [perplexity_of(value) for value in columns["negative_log_likelihood"]]
     variables = {
         name: ("setting", np.asarray(columns[name]), {"units": unit, "definition": definition})
         for name, (unit, definition) in _DEFINITIONS.items()
@@ -101,14 +103,15 @@ def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
     return xr.Dataset(variables, attrs={"title": "Prediction at few bits"})
 
 
-def _exp(value: float) -> float:
+def perplexity_of(negative_log_likelihood: float) -> float:
+    """exp of the mean negative log-likelihood; infinite where that is too large for a float."""
     try:
-        return math.exp(value)
+        return math.exp(negative_log_likelihood)
     except OverflowError:
         return math.inf
 
 
-def results_of(run: Any) -> xr.Dataset:
+def results_of(run: Run) -> xr.Dataset:
     """The results that a run holds, as :func:`results_dataset` makes them.
 
     Raises
@@ -117,10 +120,10 @@ def results_of(run: Any) -> xr.Dataset:
     """
     if QUANTIZATION not in run.tree.children:
         raise StoreError(
-            f"the run of {run.attrs.get('model_name', 'unnamed model')} holds no results at few bits; {HOW}"
+            f"the run of {model_name(run.attrs)} holds no results at few bits; {MEASURING_ADVICE}"
         )
-    found: xr.Dataset = run[QUANTIZATION].drop_vars("step", errors="ignore").load()
-    return found
+    results: xr.Dataset = run[QUANTIZATION].drop_vars("step", errors="ignore").load()
+    return results
 
 
 def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
@@ -136,11 +139,12 @@ def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
 
     run = open_run(path)
     if QUANTIZATION in run.tree.children:
-        measured = _rows(results)
-        models = {row.model_fingerprint for row in measured}
-        kept = {_key(row): row for row in _rows(results_of(run)) if row.model_fingerprint in models}
-        kept |= {_key(row): row for row in measured}
-        results = results_dataset(list(kept.values()))
+        # Why rows of one set of weights: docs/decisions.md, Figures.
+        new_rows = _rows(results)
+        models = {row.model_fingerprint for row in new_rows}
+        rows_by_key = {_key(row): row for row in _rows(results_of(run)) if row.model_fingerprint in models}
+        rows_by_key |= {_key(row): row for row in new_rows}
+        results = results_dataset(list(rows_by_key.values()))
     now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
     attributes = {str(name): value for name, value in run.attrs.items()}
     with RunWriter(path, attributes | now, resume=True) as writer:
@@ -154,4 +158,4 @@ def _rows(results: xr.Dataset) -> list[QuantizedResult]:
 
 
 def _key(row: QuantizedResult) -> tuple[Any, ...]:
-    return tuple(asdict(row)[name] for name in _SAME)
+    return tuple(asdict(row)[name] for name in _KEY_FIELDS)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_bits", "round_to_nearest"]
 
-_FEWEST, _MOST = 2, 8
+_FEWEST_BITS, _MOST_BITS = 2, 8
 
 
 @contextmanager
@@ -84,13 +84,13 @@ def check_bits(weight_bits: int, activation_bits: int) -> QuantizationScheme:
     UsageError : bits that have no meaning, or ``compressed-tensors`` is not installed
     """
     for name, bits in (("weight_bits", weight_bits), ("activation_bits", activation_bits)):
-        if bits != UNQUANTIZED and not _FEWEST <= bits <= _MOST:
-            raise UsageError(f"{name}={bits}: give {_FEWEST} to {_MOST}, or {UNQUANTIZED} for none")
+        if bits != UNQUANTIZED and not _FEWEST_BITS <= bits <= _MOST_BITS:
+            raise UsageError(f"{name}={bits}: give {_FEWEST_BITS} to {_MOST_BITS}, or {UNQUANTIZED} for none")
     try:
         from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-    except ModuleNotFoundError as missing:
+    except ModuleNotFoundError as error:
         raise UsageError(
-            f"simulated quantization needs the package compressed-tensors (no module {missing.name!r}): "
+            f"simulated quantization needs the package compressed-tensors (no module {error.name!r}): "
             "pip install 'osp-diag[quantization]'"
         ) from None
     return QuantizationScheme(
@@ -107,21 +107,21 @@ def check_bits(weight_bits: int, activation_bits: int) -> QuantizationScheme:
 def _linears_of_blocks(model: nn.Module, blocks: str | None) -> dict[str, nn.Linear]:
     """Path → Linear, each once, also where blocks share their modules."""
     model = unwrap(model)
-    found: dict[str, nn.Linear] = {}
-    seen: set[nn.Module] = set()
+    linears: dict[str, nn.Linear] = {}
+    visited: set[nn.Module] = set()
     for block in find_sites(model, blocks=blocks).block_paths:
-        for name, module in model.get_submodule(block).named_modules(memo=seen, prefix=block):
+        for name, module in model.get_submodule(block).named_modules(memo=visited, prefix=block):
             if isinstance(module, nn.Linear):
                 _check(name, module)
-                found[name] = module
+                linears[name] = module
             elif is_linear(module):
                 raise CheckpointError(
                     f"{name} is a {type(module).__name__}, not an nn.Linear: which of its axes are output "
                     "channels is unknown, so the model cannot be quantized here"
                 )
-    if not found:
+    if not linears:
         raise CheckpointError(f"the blocks of {type(model).__name__} hold no nn.Linear to quantize")
-    return found
+    return linears
 
 
 def _check(name: str, linear: nn.Linear) -> None:
@@ -170,6 +170,7 @@ def _rounded(
 
     if values.numel() == 0:
         return values
+    # Scale and zero point of the formulas at `round_to_nearest`, from the row's minimum and maximum.
     working = values if values.dtype == torch.float64 else values.float()
     low, high = torch.aminmax(working.detach(), dim=-1, keepdim=True)
     scale, zero_point = calculate_qparams(low, high, arguments)

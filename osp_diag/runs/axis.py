@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from osp_diag.runs.format import METADATA, ArrayLayout, replace_file
+from osp_diag.runs.format import METADATA, ArrayLayout, compact, replace_file
 
 __all__ = ["GrowingArray", "GrowingAxis", "Row"]
 
@@ -38,10 +38,11 @@ class GrowingArray:
     tail: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        text = json.dumps(
-            self.layout.metadata(()) | {"shape": json.loads(_SHAPE)}, separators=(",", ":"), allow_nan=False
-        )
-        self._before, self._after = text.split(_SHAPE, 1)
+        text = compact(self.layout.metadata(()) | {"shape": json.loads(_SHAPE)})
+        before, after = text.split(_SHAPE, 1)
+        # Only the length changes from commit to commit.
+        self._before = f"{before}["
+        self._after = "".join(f",{size}" for size in self.row_shape) + f"]{after}"
 
     @property
     def row_shape(self) -> tuple[int, ...]:
@@ -49,7 +50,7 @@ class GrowingArray:
 
     def metadata(self, length: int) -> str:
         """The array's metadata as JSON text."""
-        return f"{self._before}{json.dumps([length, *self.row_shape])}{self._after}"
+        return f"{self._before}{length}{self._after}"
 
     def write(self, folder: Path, start: int, rows: Sequence[np.ndarray | None]) -> None:
         """Write ``rows`` at ``start``. What lies before ``start`` stays; what lay beyond is forgotten.

@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +16,17 @@ from typing import Any
 from osp_diag.errors import StoreError
 from osp_diag.runs.format import METADATA, PARTIAL
 from osp_diag.runs.lock import LOCK_NAME
+from osp_diag.runs.naming import model_name
 
 __all__ = [
     "FORMAT_KEY",
     "FORMAT_VERSION",
+    "PACKED_SUFFIX",
+    "check_destination",
     "disk_errors",
     "identity_differences",
+    "is_packed",
+    "read_packed_root",
     "read_root",
     "survey",
     "sweep",
@@ -29,6 +36,9 @@ FORMAT_KEY = "osp_diag_run"
 """Root attribute by which a run is recognised; its value is the version of the format."""
 FORMAT_VERSION = 1
 
+PACKED_SUFFIX = ".zip"
+"""By custom the end of a packed run's name, as in run.zarr.zip."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK_NAME = re.compile(r"c(\.\d+)*")
 
@@ -37,14 +47,57 @@ def read_root(path: Path) -> dict[str, Any]:
     """The committed metadata of the run at ``path``; :class:`StoreError` if there is none to read."""
     if not path.exists():
         raise StoreError(f"no run at {path}: there is no such file or folder; check the path")
+    if is_packed(path):
+        raise StoreError(f"{path} is a packed run; {_unpack_first(path)}")
     if not path.is_dir():
-        raise StoreError(f"{path} is a file; a run is a folder (by custom named *.zarr)")
+        raise StoreError(
+            f"{path} is a file; a run is a folder (by custom named *.zarr), or a file made by `osp-diag pack`"
+        )
     try:
-        root = json.loads((path / METADATA).read_bytes())
+        text = (path / METADATA).read_bytes()
     except FileNotFoundError:
         raise StoreError(
             f"{path} is not a run: it has no {METADATA}; give the folder that `osp-diag probe --out` wrote"
         ) from None
+    return _root_of(text, path)
+
+
+def is_packed(path: Path) -> bool:
+    """Whether ``path`` is a zip file, as :func:`osp_diag.runs.packed.pack` writes."""
+    return path.is_file() and zipfile.is_zipfile(path)
+
+
+def read_packed_root(path: Path) -> dict[str, Any]:
+    """The metadata of the packed run ``path``; :class:`StoreError` if there is none to read."""
+    if not path.exists():
+        raise StoreError(f"no run at {path}: there is no such file or folder; check the path")
+    if path.is_dir():
+        raise StoreError(f"{path} is a folder and not a packed run")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            text = archive.read(METADATA)
+    except KeyError:
+        raise StoreError(
+            f"{path} is a zip file but no packed run: it has no {METADATA} at its top; give a file that "
+            "`osp-diag pack` made"
+        ) from None
+    except zipfile.BadZipFile as error:
+        raise StoreError(f"{path} is no packed run, or damaged ({error}); restore it from a copy") from error
+    except (zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise StoreError(f"{path} is damaged ({error}); restore it from a copy") from error
+    return _root_of(text, path)
+
+
+def _unpack_first(path: Path) -> str:
+    folder = str(path).removesuffix(PACKED_SUFFIX)
+    folder = folder if folder.endswith(".zarr") else f"{folder}.zarr"
+    return f"unpack it first (osp-diag pack {path} --unpack --out {folder})"
+
+
+def _root_of(text: bytes, path: Path) -> dict[str, Any]:
+    """The root's metadata of the run at ``path``, checked."""
+    try:
+        root = json.loads(text)
     except ValueError as error:
         raise StoreError(f"{path / METADATA} is damaged ({error}); restore the run from a copy") from error
     version = root.get("attributes", {}).get(FORMAT_KEY) if isinstance(root, dict) else None
@@ -65,6 +118,8 @@ def survey(path: Path, *, resume: bool, overwrite: bool) -> bool:
     """Whether a run is at ``path``; :class:`StoreError` if a writer may not begin there."""
     if not path.exists():
         return False
+    if is_packed(path):
+        raise StoreError(f"cannot write to {path}: it is a packed run; {_unpack_first(path)}")
     if not path.is_dir():
         raise StoreError(f"cannot write a run to {path}: a file is there; choose another path")
     names = sorted(name for name in os.listdir(path) if name != LOCK_NAME and not name.endswith(PARTIAL))
@@ -101,7 +156,7 @@ def _describe(root: Mapping[str, Any]) -> str:
     attributes = root["attributes"]
     step = root["consolidated_metadata"]["metadata"].get("step", {})
     count = step.get("shape", [0])[0]
-    model = attributes.get("model_name", "unnamed model")
+    model = model_name(attributes)
     return f"{model}, {count} step{'' if count == 1 else 's'}, created {attributes.get('created', 'unknown')}"
 
 

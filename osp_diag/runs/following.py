@@ -61,7 +61,7 @@ class FollowedRun(Run):
         self.writer: WriterState = "closed"
         self.lock = threading.RLock()
         self._signature: tuple[int, ...] | None = None
-        self._attributes: dict[str, Any] = {}
+        self._attributes: dict[Hashable, Any] = {}
         self._nodes: dict[str, Any] = {}
         self._recorded: dict[str, dict[str, tuple[str, ...]]] = {}
         """Group → what it records by step → dimensions without the step."""
@@ -232,7 +232,7 @@ class FollowedRun(Run):
         self, site: str, statistic: str, reduction: Reduction
     ) -> tuple[np.ndarray, dict[Hashable, Any]]:
         path = f"{group_path(site)}/{statistic}"
-        rows = self._rows((path, reduction), path, reduction, np.float64)
+        rows = self._rows((path, reduction), path, reduction.__call__, np.float64)
         return rows[: len(self.steps)], dict(self._nodes[path]["attributes"])
 
     def __repr__(self) -> str:
@@ -344,7 +344,7 @@ def _groups_of(nodes: Mapping[str, Any]) -> list[str]:
     return list(groups)
 
 
-def _lives(attrs: Mapping[str, Any]) -> tuple[Any, ...]:
+def _lives(attrs: Mapping[Any, Any]) -> tuple[Any, ...]:
     """What differs when a run was begun anew or resumed."""
     return (attrs.get("created"), attrs.get("command"), len(attrs.get("resumed") or ()))
 

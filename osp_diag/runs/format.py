@@ -29,7 +29,15 @@ from numcodecs.zstd import Zstd
 
 from osp_diag.errors import StoreError
 
-__all__ = ["PARTIAL", "ArrayLayout", "group_metadata", "jsonable", "replace_file", "root_document"]
+__all__ = [
+    "PARTIAL",
+    "ArrayLayout",
+    "compact",
+    "group_metadata",
+    "jsonable",
+    "replace_file",
+    "root_document",
+]
 
 METADATA = "zarr.json"
 PARTIAL = ".partial"
@@ -72,6 +80,11 @@ def jsonable(value: Any, where: str = "attributes") -> Any:
     )
 
 
+def compact(metadata: Mapping[str, Any]) -> str:
+    """Metadata as JSON text without spaces: a thousand of them are in the file that every commit writes."""
+    return json.dumps(metadata, separators=(",", ":"), allow_nan=False)
+
+
 def replace_file(path: Path, data: bytes, *, durable: bool = False) -> None:
     """Put ``data`` at ``path`` so that a reader, or a crash, sees the old file or the new one, whole.
 
@@ -103,7 +116,7 @@ def root_document(attributes: Mapping[str, Any], nodes: Mapping[str, str]) -> by
     """The root's ``zarr.json`` with the metadata of all ``nodes`` (path → JSON text) consolidated in it."""
     # Sorted, because zarr-python takes the members of one group to stand side by side.
     members = ",".join(f"{json.dumps(path)}:{nodes[path]}" for path in sorted(nodes))
-    head = json.dumps(group_metadata(attributes), separators=(",", ":"), allow_nan=False)
+    head = compact(group_metadata(attributes))
     consolidated = f'{{"kind":"inline","must_understand":false,"metadata":{{{members}}}}}'
     return f'{head[:-1]},"consolidated_metadata":{consolidated}}}'.encode()
 

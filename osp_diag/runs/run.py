@@ -15,7 +15,7 @@ import xarray as xr
 
 from osp_diag.errors import MissingError, StoreError
 from osp_diag.runs.display import run_as_html, run_as_text
-from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, read_root
+from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
 from osp_diag.runs.format import METADATA, jsonable
 from osp_diag.runs.reduction import Reduction
 from osp_diag.runs.tree import group_path
@@ -49,7 +49,7 @@ _SUMMARY = (
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
-    """Open the run at ``path``, also while it is still being written.
+    """Open the run at ``path``, also while it is still being written, or packed (``osp-diag pack``).
 
     Only metadata and coordinates are read; numbers are when they are used. What is seen are the steps
     committed so far; :meth:`Run.refresh` looks again.
@@ -63,7 +63,8 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
 def open_tree(path: Path) -> xr.DataTree:
     """Everything in the run at ``path``, read when it is used; raises as :func:`open_run`."""
-    root = read_root(path)
+    packed = is_packed(path)
+    root = read_packed_root(path) if packed else read_root(path)
     nodes = root["consolidated_metadata"]["metadata"]
     labels = (nodes.get("step"), nodes.get(f"{SERIES}/{LOGGED_STEP}"))
     if not any(entry["shape"][0] for entry in labels if entry):
@@ -73,10 +74,20 @@ def open_tree(path: Path) -> xr.DataTree:
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
         return xr.open_datatree(
-            path, engine="zarr", consolidated=True, decode_times=False, decode_timedelta=False
+            _zip_store(path) if packed else path,
+            engine="zarr",
+            consolidated=True,
+            decode_times=False,
+            decode_timedelta=False,
         )
     except (OSError, RuntimeError, ValueError, KeyError) as error:
         raise StoreError(f"the run at {path} is damaged ({error}); restore it from a copy") from error
+
+
+def _zip_store(path: Path) -> Any:
+    from zarr.storage import ZipStore  # only here: xarray imports zarr when a tree is opened
+
+    return ZipStore(path, mode="r")
 
 
 class Run:

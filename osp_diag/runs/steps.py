@@ -8,6 +8,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.runs.naming import model_name
 
 __all__ = ["at_step", "step_of"]
 
@@ -21,7 +22,7 @@ def step_of(run: Any, step: int | None = None) -> int:
     UsageError : it holds no such step; the message names the nearest
     """
     steps = np.asarray(run.steps)
-    name = run.attrs.get("model_name", "unnamed model")
+    name = model_name(run.attrs)
     if not steps.size:
         raise StoreError(f"the run of {name} holds no step yet; wait until the first probe is written")
     if step is None:

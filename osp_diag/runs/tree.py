@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, SupportsIndex
@@ -14,7 +13,8 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.runs.format import METADATA, ArrayLayout, jsonable
+from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep
+from osp_diag.runs.format import METADATA, ArrayLayout, compact, jsonable
 
 __all__ = ["Plan", "Tree", "group_path", "scalar", "step_label"]
 
@@ -71,6 +71,9 @@ class Tree:
         self.growing: dict[str, ArrayLayout] = {}
         """Layout of one row of each array along ``step``."""
         self._coordinates: dict[str, np.ndarray] = {}
+        self._declared: dict[str, DeclaredGroup] = {}
+        """Group → labels that were compared with the run's, so that steps which share them need not be."""
+        self._static_texts: dict[str, str] = {}
 
     # -- state -----------------------------------------------------------------------------------------
 
@@ -89,6 +92,7 @@ class Tree:
     def forget(self, path: str) -> None:
         self.static.pop(path)
         self._coordinates.pop(path, None)
+        self._static_texts.pop(path, None)
 
     def restore(self, path: str, entry: Mapping[str, Any]) -> None:
         """Take up a group or static array from committed metadata."""
@@ -103,13 +107,23 @@ class Tree:
             self.growing[path] = replace(layout, dims=layout.dims[1:], chunk=layout.chunk[1:])
 
     def static_metadata(self) -> dict[str, str]:
-        return {path: json.dumps(layout.metadata(shape)) for path, (layout, shape) in self.static.items()}
+        """Metadata of all static arrays; the text of one is made once, as nothing in it changes."""
+        for path in self.static.keys() - self._static_texts.keys():
+            layout, shape = self.static[path]
+            self._static_texts[path] = compact(layout.metadata(shape))
+        return {path: self._static_texts[path] for path in self.static}
 
     def _static_values(self, path: str) -> np.ndarray:
         if path not in self._coordinates:
             layout, shape = self.static[path]
             self._coordinates[path] = layout.read_all(self.root / path, shape)
         return self._coordinates[path]
+
+    def declare(self, groups: Mapping[str, xr.Dataset]) -> None:
+        """The labels of these groups are the run's: steps that share them need not be compared."""
+        for name, part in (groups.groups if isinstance(groups, ProbedStep) else {}).items():
+            if isinstance(part, GroupStep):
+                self._declared[group_path(name)] = part.declared
 
     # -- a further step --------------------------------------------------------------------------------
 
@@ -118,8 +132,15 @@ class Tree:
         rows: dict[str, np.ndarray] = {}
         wrong: list[str] = []
         coordinates: set[str] = set()
-        for name, dataset in groups.items():
+        parts = groups.groups if isinstance(groups, ProbedStep) else groups
+        for name, part in parts.items():
             group = group_path(name)
+            if isinstance(part, GroupStep) and self._declared.get(group) is part.declared:
+                coordinates.update(f"{group}/{key}" for key in part.declared.coordinates)
+                wrong += self._further_rows(group, part.arrays, rows)
+                continue
+            dataset = part.dataset if isinstance(part, GroupStep) else part
+            before = len(wrong)
             # Not `data_vars` and `coords`, which make a labelled array of each of hundreds.
             for key, variable in dataset.variables.items():
                 path = f"{group}/{key}"
@@ -129,6 +150,8 @@ class Tree:
                 else:
                     wrong += self._row_differences(path, variable)
                     rows[path] = np.array(variable.values)
+            if isinstance(part, GroupStep) and len(wrong) == before:
+                self._declared[group] = part.declared
         stepped = {path.rpartition("/")[0] for path in self.growing}
         expected = [*self.growing, *(path for path in self.static if path.rpartition("/")[0] in stepped)]
         wrong = [
@@ -144,17 +167,36 @@ class Tree:
             )
         return rows
 
+    def _further_rows(
+        self, group: str, arrays: Mapping[str, np.ndarray], rows: dict[str, np.ndarray]
+    ) -> list[str]:
+        """Put the arrays of a group whose labels are known into ``rows``; what differs in shape or type."""
+        wrong: list[str] = []
+        for name, values in arrays.items():
+            path = f"{group}/{name}"
+            layout = self.growing.get(path)
+            if layout is None or values.shape != layout.chunk or values.dtype != layout.memory_dtype:
+                dims = None if layout is None else layout.dims
+                wrong += self._differences(path, dims, values.shape, values.dtype)
+            rows[path] = np.array(values)
+        return wrong
+
     def _row_differences(self, path: str, variable: xr.Variable) -> list[str]:
+        return self._differences(path, variable.dims, variable.shape, variable.dtype)
+
+    def _differences(
+        self, path: str, dims: tuple[Hashable, ...] | None, shape: tuple[int, ...], dtype: np.dtype
+    ) -> list[str]:
         known = self.growing.get(path)
         if known is None:
             return [f"{path} is new"]
         found = []
-        if variable.dims != known.dims:
-            found.append(f"{path} has dimensions {variable.dims}, before {known.dims}")
-        elif variable.shape != known.chunk:
-            found.append(f"{path} has shape {variable.shape}, before {known.chunk}")
-        if variable.dtype.name != known.dtype:
-            found.append(f"{path} has type {variable.dtype.name}, before {known.dtype}")
+        if dims != known.dims:
+            found.append(f"{path} has dimensions {dims}, before {known.dims}")
+        elif shape != known.chunk:
+            found.append(f"{path} has shape {shape}, before {known.chunk}")
+        if dtype.name != known.dtype:
+            found.append(f"{path} has type {dtype.name}, before {known.dtype}")
         return found
 
     def _coordinate_differences(self, path: str, coordinate: xr.Variable | xr.DataArray) -> list[str]:

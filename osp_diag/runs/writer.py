@@ -15,7 +15,6 @@ after the last commit; a resumed one forgets what lies beyond it.
 
 from __future__ import annotations
 
-import json
 import operator
 import os
 from collections.abc import Mapping
@@ -39,7 +38,15 @@ from osp_diag.runs.folder import (
     survey,
     sweep,
 )
-from osp_diag.runs.format import METADATA, ArrayLayout, group_metadata, jsonable, replace_file, root_document
+from osp_diag.runs.format import (
+    METADATA,
+    ArrayLayout,
+    compact,
+    group_metadata,
+    jsonable,
+    replace_file,
+    root_document,
+)
 from osp_diag.runs.lock import WriterLock
 from osp_diag.runs.tree import Plan, Tree, group_path, scalar, step_label
 
@@ -160,7 +167,9 @@ class RunWriter:
         step : greater than every step recorded before
         groups : site or group name ("residual_post", "linear_input:mlp.down_proj", "raw/residual_post")
             → Dataset without a ``step`` dimension, usually with ``layer`` first. The first step decides
-            which groups, variables, dimensions, coordinates and types the run has.
+            which groups, variables, dimensions, coordinates and types the run has. Of a
+            :class:`~osp_diag.runs.declared.ProbedStep` whose labels were compared once, only shapes and
+            types are looked at.
         """
         self._require_open()
         label = step_label(step)
@@ -177,6 +186,7 @@ class RunWriter:
             raise StoreError(f"the first step of {self.path} has no variables; record at least one")
         self._write_static_arrays(plan)
         self._axis.declare(plan.growing, self.chunk_steps, _CHUNK_BYTES)
+        self._tree.declare(groups)
         return plan.rows
 
     def append_series(
@@ -242,7 +252,7 @@ class RunWriter:
 
     def _write_static_arrays(self, plan: Plan) -> None:
         for path, (layout, values) in plan.static.items():
-            self._make(path, json.dumps(layout.metadata(values.shape)))
+            self._make(path, compact(layout.metadata(values.shape)))
             layout.write_all(self.path / path, values)
         self._tree.adopt(plan)
 
@@ -316,7 +326,7 @@ class RunWriter:
                 if path not in self._on_disk:
                     self._make(path, axis.arrays[path].metadata(0))
             axis.write(self.path)
-        groups = {path: json.dumps(group_metadata(attrs)) for path, attrs in self._tree.groups.items()}
+        groups = {path: compact(group_metadata(attrs)) for path, attrs in self._tree.groups.items()}
         for path, text in groups.items():
             if path not in self._on_disk:
                 self._make(path, text)

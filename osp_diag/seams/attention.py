@@ -3,9 +3,8 @@
 Five seams, tried at once in every observed forward and never counted twice: transformers' attention
 interface, ``scaled_dot_product_attention`` anywhere else, ``nn.MultiheadAttention``, functions declared by
 :func:`~osp_diag.seams.declared.attention_function`, and the softmax of attention written out by hand.
-Everything is put in place when an observed forward of the model starts and
-taken away when it ends, so that other forwards, the recomputation of activation checkpointing and compiled
-code see nothing of it.
+Everything is put in place when an observed forward of the model starts and taken away when it ends, so that
+other forwards, the recomputation of activation checkpointing and compiled code see nothing of it.
 """
 
 from __future__ import annotations
@@ -127,11 +126,13 @@ class AttentionCapture:
             return
         self.forwards += 1
         running = self._running = ExitStack()
+        # Why compiled code is not recompiled with hooks inside: docs/decisions.md, Capture.
         if any(_is_compiled(submodule) for submodule in self.model.modules()):
             running.enter_context(torch.compiler.set_stance("force_eager"))
         fused = self._hook_modules(running)
         running.callback(self._switch.exit)
         self._switch.enter()
+        # Last in, first out: the mode goes before the configs and the hooks.
         if not fused:
             running.callback(remove_mode, self._mode)
             self._mode.__enter__()

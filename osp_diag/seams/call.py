@@ -84,10 +84,10 @@ class AttentionCall:
     @property
     def tensor(self) -> Tensor:
         """Query or logits, whichever there is: (B, H, T, …)."""
-        found = self.logits if self.query is None else self.query
-        if found is None:
+        tensor = self.logits if self.query is None else self.query
+        if tensor is None:
             raise CaptureError("an AttentionCall holds neither query and key nor logits; give it one of them")
-        return found
+        return tensor
 
     @property
     def lengths(self) -> tuple[int, int]:

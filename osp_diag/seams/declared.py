@@ -25,6 +25,7 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 _FIELDS = {field.name for field in fields(AttentionCall)} - {"seam", "module", "logits"}
 
 
+# Why a declaration and not more recognising: docs/decisions.md, Training.
 def attention_function(**constant: Any) -> Callable[[Function], Function]:
     """Let probes see the calls of an attention function of your own.
 
@@ -91,10 +92,10 @@ def describe_declared(
     signature, constant = function.__attention__
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
-    given = {name: value for name, value in bound.arguments.items() if name in _FIELDS} | constant
-    block_mask = given.get("mask")
+    arguments = {name: value for name, value in bound.arguments.items() if name in _FIELDS} | constant
+    block_mask = arguments.get("mask")
     if hasattr(block_mask, "mask_mod"):
-        given |= {"mask": None, "mask_function": block_mask.mask_mod}
-    if given.get("scale") is None:
-        given["scale"] = given["query"].shape[-1] ** -0.5
-    return AttentionCall(**given, seam="declared function", module=module)
+        arguments |= {"mask": None, "mask_function": block_mask.mask_mod}
+    if arguments.get("scale") is None:
+        arguments["scale"] = arguments["query"].shape[-1] ** -0.5
+    return AttentionCall(**arguments, seam="declared function", module=module)

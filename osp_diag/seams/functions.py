@@ -129,13 +129,13 @@ def describe_scaled_dot_product(
 ) -> AttentionCall | str:
     """The call, or the reason why it is skipped."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    given = dict(zip(names, args, strict=False)) | dict(kwargs)
-    query, key, value = given["query"], given["key"], given["value"]
+    arguments = dict(zip(names, args, strict=False)) | dict(kwargs)
+    query, key, value = arguments["query"], arguments["key"], arguments["value"]
     if query.is_nested or key.is_nested:
         return SkipReason.NESTED
     if query.ndim not in (3, 4) or key.ndim != query.ndim:
         return SkipReason.LAYOUT
-    mask = given.get("attn_mask")
+    mask = arguments.get("attn_mask")
     if query.ndim == 3:
         rows = query.shape[0]
         if key.shape[0] != rows:
@@ -147,7 +147,7 @@ def describe_scaled_dot_product(
         query, key, value = (_four_dimensional(tensor, batch) for tensor in (query, key, value))
     if key.shape[0] != query.shape[0]:
         key, value = (tensor.expand(query.shape[0], -1, -1, -1) for tensor in (key, value))
-    scale = given.get("scale")
+    scale = arguments.get("scale")
     return AttentionCall(
         query=query,
         key=key,
@@ -155,7 +155,7 @@ def describe_scaled_dot_product(
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         seam="scaled_dot_product_attention",
         module=frames[-1][0] if frames else None,
-        causal=bool(given.get("is_causal", False)),
+        causal=bool(arguments.get("is_causal", False)),
         mask=mask,
     )
 
@@ -179,6 +179,7 @@ def describe_softmax(
         if logits.ndim == 4 and logits.shape[0] != batch:
             continue
         number = logits.shape[1] if logits.ndim == 4 else logits.shape[0] // batch
+        # A (B·H, T, T) of one head looks like a router's (B, T, experts): not in a model of several heads.
         if logits.ndim == 3 and number == 1 and (heads not in (None, 1) or logits.shape[-1] != tokens):
             continue
         if logits.shape[-1] != tokens:

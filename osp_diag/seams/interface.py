@@ -23,12 +23,13 @@ from osp_diag.seams.call import AttentionCall, MaskFunction, add_bias
 
 __all__ = ["InterfaceSwitch", "ObservedName"]
 
-Quietly = Callable[[], AbstractContextManager[None]]
+Suspension = Callable[[], AbstractContextManager[None]]
 """A context in which nothing is observed."""
 Observe = Callable[[Callable[[], AttentionCall], Callable[[], Any]], Any]
 """(how to describe the call, how to compute it) → what the computation returned."""
 
 
+# Why a name and not a patched table or function: docs/decisions.md, Capture.
 class ObservedName(str):
     """The name of an attention implementation that reads like the original but is another table key.
 
@@ -66,9 +67,9 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 def _functions_with_interface(kind: type) -> Iterator[tuple[FunctionType, set[str]]]:
     """Methods of a class that look an attention function up, with the global names that they mention."""
     for base in kind.__mro__:
-        home = sys.modules.get(base.__module__)
+        source = sys.modules.get(base.__module__)
         # PreTrainedModel mentions the table too, to check names against it.
-        if base.__module__ == "transformers.modeling_utils" or not hasattr(home, "ALL_ATTENTION_FUNCTIONS"):
+        if base.__module__ == "transformers.modeling_utils" or not hasattr(source, "ALL_ATTENTION_FUNCTIONS"):
             continue
         for attribute in vars(base).values():
             function = getattr(attribute, "__func__", attribute)
@@ -96,13 +97,13 @@ def eager_function(kind: type) -> Callable[..., Any] | None:
     that is an attention function. Modules with several (llama4's text and vision) differ by method.
     """
     for function, names in _functions_with_interface(kind):
-        known = function.__globals__
-        candidates = [name for name in sorted(names) if _is_attention_function(known.get(name))]
+        module_globals = function.__globals__
+        candidates = [name for name in sorted(names) if _is_attention_function(module_globals.get(name))]
         candidates.sort(key=lambda name: "eager" not in name)
         if candidates:
-            return known[candidates[0]]
-        if _is_attention_function(known.get("eager_attention_forward")):
-            return known["eager_attention_forward"]
+            return module_globals[candidates[0]]
+        if _is_attention_function(module_globals.get("eager_attention_forward")):
+            return module_globals["eager_attention_forward"]
     return None
 
 
@@ -125,17 +126,17 @@ def _tables() -> tuple[Any, Any]:
 class InterfaceSwitch:
     """Puts configs on observed names and back. ``enter`` and ``exit`` bracket one forward."""
 
-    def __init__(self, model: nn.Module, observe: Observe, quietly: Quietly) -> None:
-        self._observe, self._quietly = observe, quietly
+    def __init__(self, model: nn.Module, observe: Observe, suspension: Suspension) -> None:
+        self._observe, self._suspension = observe, suspension
         self._configs: dict[int, Any] = {}
         self._without_eager: set[int] = set()
         self._eager: dict[type, Callable[..., Any] | None] = {}
         self._restore: list[tuple[Any, str]] = []
         self._names: list[ObservedName] = []
         if "transformers" in sys.modules:
-            self._find(model)
+            self._collect_configs(model)
 
-    def _find(self, model: nn.Module) -> None:
+    def _collect_configs(self, model: nn.Module) -> None:
         # Only the configs that attention modules read. The model's own config, by which masks are made, is
         # usually the same object; where it isn't, masks are made under the original name, which is as good.
         interface: dict[type, bool] = {}
@@ -188,7 +189,7 @@ class InterfaceSwitch:
         # FlexAttention compiles the making of its mask, once more for every set of function modes.
         @functools.wraps(original)
         def make_mask(*args: Any, **kwargs: Any) -> Any:
-            with self._quietly():
+            with self._suspension():
                 return original(*args, **kwargs)
 
         return make_mask
@@ -237,18 +238,18 @@ def _describe(
     kwargs: dict[str, Any],
 ) -> AttentionCall:
     signature = inspect.signature(delegate)
-    given = dict(zip(list(signature.parameters)[4:], args, strict=False)) | kwargs
+    arguments = dict(zip(list(signature.parameters)[4:], args, strict=False)) | kwargs
     eager, scaled_dot_product = original == "eager", original == "sdpa"
 
     def option(name: str) -> Any:
         # What a function has no parameter for it swallows and ignores; the statistics must ignore it too.
-        return given.get(name) if not eager or name in signature.parameters else None
+        return arguments.get(name) if not eager or name in signature.parameters else None
 
-    scale = given.get("scaling")
+    scale = arguments.get("scaling")
     if isinstance(scale, Tensor):
         query, scale = query * scale, 1.0
     flash = "flash" in original
-    causal, mask, function = _mask(given, module, key, without=eager or "flex" in original)
+    causal, mask, function = _mask(arguments, module, key, full_without_mask=eager or "flex" in original)
     bias = None if flash else option("position_bias")
     if bias is not None:
         mask = add_bias(bias[..., : key.shape[-2]], mask)
@@ -260,7 +261,7 @@ def _describe(
         seam="attention interface",
         module=module,
         causal=causal,
-        window=given.get("sliding_window") if flash else None,
+        window=arguments.get("sliding_window") if flash else None,
         mask=mask,
         mask_function=function,
         softcap=None if scaled_dot_product else option("softcap"),
@@ -269,17 +270,17 @@ def _describe(
 
 
 def _mask(
-    given: Mapping[str, Any], module: nn.Module, key: Tensor, *, without: bool
+    arguments: Mapping[str, Any], module: nn.Module, key: Tensor, *, full_without_mask: bool
 ) -> tuple[bool, Tensor | None, MaskFunction | None]:
-    """(causal, tensor, function) of a call. ``without``: no mask means that every key is allowed."""
-    mask = given.get("attention_mask")
+    """(causal, tensor, function) of a call. ``full_without_mask``: without a mask every key is allowed."""
+    mask = arguments.get("attention_mask")
     if mask is not None and hasattr(mask, "mask_mod"):
         return False, None, mask.mask_mod
     # Eager and flex functions do what the mask says and nothing more; the others take "no mask" (and flash
     # a mask of padded keys) to mean causal, unless the call or the module says otherwise.
     causal = False
-    if not without and (mask is None or mask.ndim == 2):
-        flag = given.get("is_causal")
+    if not full_without_mask and (mask is None or mask.ndim == 2):
+        flag = arguments.get("is_causal")
         causal = bool(getattr(module, "is_causal", True) if flag is None else flag)
     if mask is not None:
         mask = mask[..., : key.shape[-2]]
@@ -287,9 +288,9 @@ def _mask(
     return causal, mask, None
 
 
-def _sinks(delegate: Callable[..., Any], module: nn.Module, given: Tensor | None) -> Tensor | None:
+def _sinks(delegate: Callable[..., Any], module: nn.Module, sink_logits: Tensor | None) -> Tensor | None:
     """gpt-oss's eager function takes the sink logits from the module, fused ones from the call."""
     code = getattr(inspect.unwrap(delegate), "__code__", None)
-    if given is None and code is not None and "sinks" in code.co_names:
-        given = getattr(module, "sinks", None)
-    return None if given is None else given.reshape(-1)
+    if sink_logits is None and code is not None and "sinks" in code.co_names:
+        sink_logits = getattr(module, "sinks", None)
+    return None if sink_logits is None else sink_logits.reshape(-1)

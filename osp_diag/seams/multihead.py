@@ -25,16 +25,17 @@ def takes_fused_path(layer: nn.TransformerEncoderLayer) -> bool:
 
     Outputs with a probe attached must be those without, so such layers are left alone.
     """
-    may = not layer.training and not torch.is_grad_enabled() and torch.backends.mha.get_fastpath_enabled()
-    return may and not torch.is_autocast_enabled()
+    if layer.training or torch.is_grad_enabled() or torch.is_autocast_enabled():
+        return False
+    return torch.backends.mha.get_fastpath_enabled()
 
 
 def describe_multihead(
     module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AttentionCall | str:
     """The call, or the reason why it is skipped."""
-    given = _SIGNATURE.bind(module, *args, **kwargs).arguments
-    inputs = [given[name] for name in ("query", "key", "value")]
+    arguments = _SIGNATURE.bind(module, *args, **kwargs).arguments
+    inputs = [arguments[name] for name in ("query", "key", "value")]
     if any(tensor.is_nested for tensor in inputs):
         return SkipReason.NESTED
     if inputs[1] is not inputs[0]:
@@ -53,7 +54,9 @@ def describe_multihead(
         scale=query.shape[-1] ** -0.5,
         seam="multi-head attention",
         module=module,
-        mask=_mask(given.get("attn_mask"), given.get("key_padding_mask"), query.shape[0], query.dtype),
+        mask=_mask(
+            arguments.get("attn_mask"), arguments.get("key_padding_mask"), query.shape[0], query.dtype
+        ),
     )
 
 

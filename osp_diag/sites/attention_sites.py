@@ -34,10 +34,10 @@ def attention_event(block: Block) -> Event | None:
     if block.call is None:
         return None
     last = block.calls[-1][0]
-    around = [event for event in block.inner if event.start < block.call_time < event.stop]
-    for event in around:
-        after = [e for e in block.inner if is_linear(e.module) and last < e.start < event.stop]
-        if len(after) <= 1:
+    enclosing = [event for event in block.inner if event.start < block.call_time < event.stop]
+    for event in enclosing:
+        later_linears = [e for e in block.inner if is_linear(e.module) and last < e.start < event.stop]
+        if len(later_linears) <= 1:
             return event
     return None
 
@@ -50,31 +50,31 @@ def attention_sites(block: Block, attention: Event | None) -> None:
                 block.absent[site] = NO_ATTENTION
         return
     inner = [event for event in block.inner if attention is None or is_inside(event, attention)]
-    before = [event for event in inner if event.stop < block.call_time]
-    linear_before = [event for event in before if is_linear(event.module)]
-    linear_after = [e for e in inner if is_linear(e.module) and e.start > block.calls[-1][0]]
+    earlier = [event for event in inner if event.stop < block.call_time]
+    earlier_linears = [event for event in earlier if is_linear(event.module)]
+    later_linears = [e for e in inner if is_linear(e.module) and e.start > block.calls[-1][0]]
     if attention is not None and block.is_state(attention.input):
         block.add("attention_input", block.past_norm(attention), "input")
-    elif linear_before:
-        block.add("attention_input", linear_before[0], "input")
+    elif earlier_linears:
+        block.add("attention_input", earlier_linears[0], "input")
     else:
         block.absent["attention_input"] = "no module around or before the attention call reads the stream"
-    if linear_after:
-        block.add("attention_output", linear_after[0], "input")
+    if later_linears:
+        block.add("attention_output", later_linears[0], "input")
     else:
         block.absent["attention_output"] = "no projection runs after attention in its module"
-    _pre_rope_sites(block, before)
+    _pre_rope_sites(block, earlier)
 
 
-def _pre_rope_sites(block: Block, before: list[Event]) -> None:
+def _pre_rope_sites(block: Block, earlier: list[Event]) -> None:
     call = block.call
     if call.query is None or call.key is None:
-        _projections_by_name(block, before)
+        _projections_by_name(block, earlier)
         return
     key = distinct_heads(call.key)
     heads = {"query_heads": call.query.shape[1], "key_heads": key.shape[1]}
-    for site, wanted in (("query_pre_rope", call.query), ("key_pre_rope", key)):
-        tap = pre_rope_tap(site, block.layer, wanted, before, **heads)
+    for site, operand in (("query_pre_rope", call.query), ("key_pre_rope", key)):
+        tap = pre_rope_tap(site, block.layer, operand, earlier, **heads)
         if tap is None:
             block.absent[site] = (
                 "no module output equals what enters the product at position 0 "
@@ -84,14 +84,14 @@ def _pre_rope_sites(block: Block, before: list[Event]) -> None:
             block.taps.append(tap)
 
 
-def _projections_by_name(block: Block, before: list[Event]) -> None:
+def _projections_by_name(block: Block, earlier: list[Event]) -> None:
     """Where only attention logits are seen, the projections are told by their names."""
     heads = block.call.logits.shape[1]
     for site in ("query_post_rope", "key_post_rope"):
         block.absent[site] = f"the model hands only attention logits to its {block.call.seam}"
     for site, name in _PROJECTION_NAMES.items():
         event = next(
-            (e for e in before if is_linear(e.module) and name.search(e.name.rpartition(".")[2])), None
+            (e for e in earlier if is_linear(e.module) and name.search(e.name.rpartition(".")[2])), None
         )
         if event is not None and event.output is not None and event.output.shape[-1] % heads == 0:
             block.taps.append(replace(output_tap(site, block.layer, event), heads=heads))
@@ -112,5 +112,6 @@ def is_causal(call: Any) -> bool:
     if values is None or values.ndim < 2 or values.shape[-2] != values.shape[-1]:
         return False
     later = torch.ones(values.shape[-2:], dtype=torch.bool, device=values.device).triu(1)
+    # Every entry above the diagonal is disallowed, or filled.
     hidden = ~values if values.dtype == torch.bool else values <= _FILL
     return bool(hidden[..., later].all())

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from osp_diag.sites.names import Tap
+from osp_diag.sites.stack import is_norm
 from osp_diag.sites.trace import Event
 
 __all__ = ["Block", "input_tap", "is_inside", "outermost", "output_tap", "same"]
@@ -37,11 +38,11 @@ def is_inside(event: Event, outer: Event | None) -> bool:
 
 def outermost(events: list[Event]) -> list[Event]:
     """The calls that no other of these calls encloses."""
-    found: list[Event] = []
+    outer_events: list[Event] = []
     for event in events:
-        if not any(outer.start < event.start and event.stop < outer.stop for outer in found):
-            found.append(event)
-    return found
+        if not any(outer.start < event.start and event.stop < outer.stop for outer in outer_events):
+            outer_events.append(event)
+    return outer_events
 
 
 @dataclass
@@ -89,8 +90,6 @@ class Block:
 
     def past_norm(self, event: Event) -> Event:
         """``event``, or what reads the norm with which it begins (T5's layers hold their own norms)."""
-        from osp_diag.sites.stack import is_norm
-
         inside = [e for e in self.inner if event.start < e.start and e.stop < event.stop]
         if not inside or not is_norm(inside[0].module) or not same(inside[0].input, event.input):
             return event

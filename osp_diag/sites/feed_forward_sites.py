@@ -58,10 +58,12 @@ def feed_forward_sites(block: Block, attention: Event | None) -> None:
         for site in ("mlp_input", "mlp_hidden", "mlp_contribution"):
             block.absent[site] = "no MLP in the block"
         block.absent["residual_mid"] = "no MLP in the block, so that nothing lies between the two"
-        own = _attention_outputs(block, attention, [])
-        _contribution(block, "attention_contribution", own, block.event.input, block.event.output)
+        attention_outputs = _attention_outputs(block, attention, [])
+        _contribution(
+            block, "attention_contribution", attention_outputs, block.event.input, block.event.output
+        )
         return
-    whole = next(
+    mlp = next(
         (
             event
             for event in outermost(outside)
@@ -69,36 +71,36 @@ def feed_forward_sites(block: Block, attention: Event | None) -> None:
         ),
         None,
     )
-    first = block.past_norm(whole) if whole is not None and block.is_state(whole.input) else None
+    first = block.past_norm(mlp) if mlp is not None and block.is_state(mlp.input) else None
     first = first or (linears or experts)[0]
     block.add("mlp_input", first, "input")
-    _hidden(block, linears, experts)
-    later = [event for event in outside if event.start >= (whole or first).start]
+    _hidden_site(block, linears, experts)
+    mlp_outputs = [event for event in outside if event.start >= (mlp or first).start]
     middle, tap = _stream_before(block, first)
-    earlier = [event for event in outside if event.stop < first.start and event not in later]
-    own = _attention_outputs(block, attention, earlier)
+    earlier = [event for event in outside if event.stop < first.start and event not in mlp_outputs]
+    attention_outputs = _attention_outputs(block, attention, earlier)
     if middle is None:
         block.absent["residual_mid"] = PARALLEL
-        _parallel_contributions(block, own, later)
+        _parallel_contributions(block, attention_outputs, mlp_outputs)
         return
     if block.call is None:
         block.absent["residual_mid"] = "no attention in the block"
     else:
         block.taps.append(tap)
-        _contribution(block, "attention_contribution", own, block.event.input, middle)
-    _contribution(block, "mlp_contribution", later, middle, block.event.output)
+        _contribution(block, "attention_contribution", attention_outputs, block.event.input, middle)
+    _contribution(block, "mlp_contribution", mlp_outputs, middle, block.event.output)
 
 
-def _hidden(block: Block, linears: list[Event], experts: list[Event]) -> None:
+def _hidden_site(block: Block, linears: list[Event], experts: list[Event]) -> None:
     if experts:
         block.experts = experts[0].name
         return
     down = [event for event in linears[1:] if event.output is not None and event.input is not None]
     down = [event for event in down if event.output.shape[-1] == block.hidden_size]  # type: ignore[union-attr]
-    whole = [event for event in down if block.has_one_row_a_token(event.input)]
-    narrowing = [event for event in whole if not block.is_state(event.input)]
-    if whole:
-        block.add("mlp_hidden", (narrowing or whole)[-1], "input")
+    unrouted = [event for event in down if block.has_one_row_a_token(event.input)]
+    narrowing = [event for event in unrouted if not block.is_state(event.input)]
+    if unrouted:
+        block.add("mlp_hidden", (narrowing or unrouted)[-1], "input")
     elif down:
         block.absent["mlp_hidden"] = "its experts are modules of their own that each see some of the tokens"
     else:
@@ -151,6 +153,7 @@ def _factor(output: torch.Tensor, difference: torch.Tensor) -> float | None:
     energy = float((output * output).sum())
     if energy == 0 or not bool(difference.any()):
         return None
+    # Least squares, as ⟨output, difference⟩ / ⟨output, output⟩; then it has to fit everywhere.
     factor = float((output * difference).sum()) / energy
     tolerance = 2e-2 * float(difference.abs().max())
     return factor if torch.allclose(factor * output, difference, rtol=2e-2, atol=tolerance) else None
@@ -186,6 +189,7 @@ def _contribution(
     states = _latest_first(block, candidates)
     if difference is not None:
         factors = [_factor(event.output, difference) for event in states]  # type: ignore[arg-type]
+        # An output that was added as it is goes before one that fits by a multiplier.
         for exact in (True, False):
             for event, factor in zip(states, factors, strict=True):
                 if factor is not None and (abs(factor - 1) < 1e-2 or not exact):
@@ -196,14 +200,15 @@ def _contribution(
     block.absent[site] = _MIXED
 
 
-def _parallel_contributions(block: Block, own: list[Event], later: list[Event]) -> None:
+def _parallel_contributions(block: Block, attention_outputs: list[Event], mlp_outputs: list[Event]) -> None:
     """Attention's and the MLP's outputs that together make the difference across the block."""
     difference = _minus(block.event.output, block.event.input)
     if difference is None:
         block.absent["attention_contribution"] = block.absent["mlp_contribution"] = _MIXED
         return
-    for attention in _latest_first(block, own):
-        for mlp in _latest_first(block, later):
+    # difference = attention + MLP: what attention leaves of it has to be the MLP's output.
+    for attention in _latest_first(block, attention_outputs):
+        for mlp in _latest_first(block, mlp_outputs):
             rest = _minus(difference, attention.output)
             factor = _factor(mlp.output, rest) if rest is not None else None  # type: ignore[arg-type]
             if factor is not None and abs(factor - 1) < 1e-2:

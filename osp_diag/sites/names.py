@@ -67,8 +67,8 @@ class SiteMap:
         if self.attention_layers:
             at_the_call = {"query_post_rope", "key_post_rope", "value"}
             present |= {ATTENTION, *(at_the_call - set(self.absent))}
-        known = [site for site in SITES if site in present]
-        return (*known, *sorted(present - set(known)))
+        in_order = [site for site in SITES if site in present]
+        return (*in_order, *sorted(present - set(in_order)))
 
     def describe(self) -> str:
         """What was found, a line a site, for ``osp-diag probe M --list-sites``."""

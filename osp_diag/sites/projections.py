@@ -23,6 +23,7 @@ def _proportional(left: torch.Tensor, right: torch.Tensor) -> bool:
     left, right = left.double().flatten(), right.double().flatten()
     if left.numel() != right.numel():
         return False
+    # Least squares: the factor c that minimises ‖left − c · right‖ is ⟨left, right⟩ / ⟨right, right⟩.
     energy = (right * right).sum()
     if energy == 0:
         return False
@@ -56,38 +57,39 @@ def _fused_layouts(query_heads: int, key_heads: int, role: str) -> list[tuple[in
         "value": (query_heads + key_heads, key_heads),
     }
     grouped = {"query": (0, per_group), "key": (per_group, 1), "value": (per_group + 1, 1)}
-    start, taken = contiguous[role]
+    start, number = contiguous[role]
     first, count = grouped[role]
-    return [(1, total, start, taken), (key_heads, per_group + 2, first, count)]
+    return [(1, total, start, number), (key_heads, per_group + 2, first, count)]
 
 
 def pre_rope_tap(
-    site: str, layer: int, wanted: torch.Tensor, before: list[Event], *, query_heads: int, key_heads: int
+    site: str, layer: int, operand: torch.Tensor, earlier: list[Event], *, query_heads: int, key_heads: int
 ) -> Tap | None:
-    """The last module output before the attention call that equals ``wanted`` at position 0.
+    """The last module output before the attention call that equals ``operand`` at position 0.
 
     An output that equals it at every position comes after a rotary embedding that is a module, or belongs
     to a model without any; it is taken only if no other fits.
 
     Parameters
     ----------
-    wanted : (batch, heads, token, width) as it entered the product
-    before : the module calls inside the attention module that ended before the attention call
+    operand : (batch, heads, token, width) as it entered the product
+    earlier : the module calls inside the attention module that ended before the attention call
     query_heads, key_heads : numbers of distinct heads, which tell fused layouts apart
     """
-    rotated: Tap | None = None
-    base = Tap(site=site, layer=layer, module="", side="output", heads=wanted.shape[1])
-    for event in reversed(before):
+    rotated_tap: Tap | None = None
+    base = Tap(site=site, layer=layer, module="", side="output", heads=operand.shape[1])
+    for event in reversed(earlier):
         for index, output in event.outputs.items():
-            found = _layouts(site, output, wanted.shape, query_heads, key_heads)
-            for layout, tensor in found:
-                if not _proportional(wanted[0, :, 0], tensor[0, :, 0]):
+            layouts = _layouts(site, output, operand.shape, query_heads, key_heads)
+            for layout, tensor in layouts:
+                if not _proportional(operand[0, :, 0], tensor[0, :, 0]):
                     continue
                 tap = replace(base, module=event.name, argument=index, **layout)
-                if not _proportional(wanted, tensor):
+                # Equal at position 0 and not elsewhere: a rotation lies between the two.
+                if not _proportional(operand, tensor):
                     return tap
-                rotated = rotated or tap
-    return rotated
+                rotated_tap = rotated_tap or tap
+    return rotated_tap
 
 
 def _layouts(
@@ -95,25 +97,25 @@ def _layouts(
 ) -> list[tuple[dict[str, Any], torch.Tensor]]:
     """``output`` as (batch, heads, token, width), under each layout that its size allows."""
     batch, heads, tokens, width = shape
-    found: list[tuple[dict[str, Any], torch.Tensor]] = []
+    candidates: list[tuple[dict[str, Any], torch.Tensor]] = []
     if output.numel() == batch * heads * tokens * width:
         if tuple(output.shape) == (batch, heads, tokens, width):
-            found.append(({"head_axis": "first"}, output))
+            candidates.append(({"head_axis": "first"}, output))
         if tuple(output.shape) == (batch, tokens, heads, width):
-            found.append(({"head_axis": "last"}, output.transpose(1, 2)))
+            candidates.append(({"head_axis": "last"}, output.transpose(1, 2)))
         if tuple(output.shape) in ((batch, tokens, heads * width), (batch * tokens, heads * width)):
             flat = output.reshape(batch, tokens, heads, width)
-            found.append(({"head_axis": "flat"}, flat.transpose(1, 2)))
+            candidates.append(({"head_axis": "flat"}, flat.transpose(1, 2)))
     slots = query_heads + 2 * key_heads
     if output.shape[-1] == slots * width and output.numel() == batch * tokens * slots * width:
         for fused in _fused_layouts(query_heads, key_heads, site.partition("_")[0]):
             part = split_fused(output.reshape(batch, tokens, -1), fused, width)
-            found.append(({"fused": fused}, part.transpose(1, 2)))
-    return found
+            candidates.append(({"fused": fused}, part.transpose(1, 2)))
+    return candidates
 
 
 def split_fused(output: Any, fused: tuple[int, int, int, int], width: int) -> torch.Tensor:
     """(batch, token, fused channels) → (batch, token, heads, width) of the part that ``fused`` names."""
-    groups, slots, first, taken = fused
+    groups, slots, first, count = fused
     batch, tokens = output.shape[:2]
-    return output.reshape(batch, tokens, groups, slots, width)[:, :, :, first : first + taken].flatten(2, 3)
+    return output.reshape(batch, tokens, groups, slots, width)[:, :, :, first : first + count].flatten(2, 3)

@@ -32,13 +32,14 @@ def _linear_sites(block: Block) -> list[Tap]:
     ]
 
 
-def _final_norm(trace: Trace, last: Event, layers: int) -> Tap | None:
+def _final_norm_tap(trace: Trace, last: Event, layers: int) -> Tap | None:
     for event in trace.events:
         if event.start > last.stop and is_norm(event.module) and same(event.input, last.output):
             return output_tap("final_norm", layers - 1, event)
     return None
 
 
+# Why one traced pass, matched by values and not by names: docs/decisions.md, Capture.
 def find_sites(
     model: nn.Module,
     *,
@@ -65,27 +66,32 @@ def find_sites(
     first = events[0].input
     if first is None:
         raise SiteError(f"the blocks at {stack!r} receive no activations; name the stack with `blocks=`")
-    found = [_resolve_block(layer, event, trace, first.shape[-1]) for layer, event in enumerate(events)]
+    traced_blocks = [
+        _resolve_block(layer, event, trace, first.shape[-1]) for layer, event in enumerate(events)
+    ]
+    # Why the embedding is what the first block reads: docs/decisions.md, Capture.
     taps = [input_tap("embedding", 0, events[0])]
-    for block in found:
+    for block in traced_blocks:
         taps += block.taps + _linear_sites(block)
-    final = _final_norm(trace, events[-1], len(events))
-    if final is not None:
-        taps.append(final)
-    taps += _outer_linears(trace, events, found[0])
-    taps = _with_named(taps, named or {}, trace, events, found)
-    taps += _down_weights(model, taps, found)
+    final_norm = _final_norm_tap(trace, events[-1], len(events))
+    if final_norm is not None:
+        taps.append(final_norm)
+    taps += _outer_linear_sites(trace, events, traced_blocks[0])
+    taps = _with_named_taps(taps, named or {}, trace, events, traced_blocks)
+    taps += _down_weights(model, taps, traced_blocks)
     return SiteMap(
         blocks=stack,
         block_paths=tuple(event.name for event in events),
         hidden_size=first.shape[-1],
         taps=tuple(taps),
-        attention_layers=tuple(block.layer for block in found if block.calls),
-        causal_layers=frozenset(block.layer for block in found if block.calls and is_causal(block.call)),
-        absent=_absent(found, {tap.site for tap in taps}),
-        notes=_notes(model, trace, found, {(tap.site, tap.layer) for tap in taps}),
+        attention_layers=tuple(block.layer for block in traced_blocks if block.calls),
+        causal_layers=frozenset(
+            block.layer for block in traced_blocks if block.calls and is_causal(block.call)
+        ),
+        absent=_absent_sites(traced_blocks, {tap.site for tap in taps}),
+        notes=_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
         prefix="decoder_" if _is_decoder(model, example, first) else "",
-        expert_layers={block.layer: block.experts for block in found if block.experts},
+        expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
     )
 
 
@@ -111,7 +117,7 @@ def _resolve_block(layer: int, event: Event, trace: Trace, hidden_size: int) -> 
     return block
 
 
-def _at_the_call(block: Block) -> set[str]:
+def _sites_at_the_call(block: Block) -> set[str]:
     """Sites that the attention call itself hands over."""
     if block.call is None:
         return set()
@@ -120,11 +126,11 @@ def _at_the_call(block: Block) -> set[str]:
     return {ATTENTION, "query_post_rope", "key_post_rope", "value"}
 
 
-def _down_weights(model: nn.Module, taps: list[Tap], found: list[Block]) -> list[Tap]:
+def _down_weights(model: nn.Module, taps: list[Tap], blocks: list[Block]) -> list[Tap]:
     """The matrices that read ``mlp_hidden``: of a projection, or of the experts stacked in one parameter."""
     hidden = {tap.layer: tap for tap in taps if tap.site == "mlp_hidden"}
     weights = []
-    for block in found:
+    for block in blocks:
         tap = hidden.get(block.layer)
         if tap is not None and tap.side == "input" and is_linear(model.get_submodule(tap.module)):
             weights.append(replace(tap, site=DOWN_WEIGHT, side="weight"))
@@ -138,18 +144,18 @@ def _down_weights(model: nn.Module, taps: list[Tap], found: list[Block]) -> list
     return weights
 
 
-def _absent(found: list[Block], present: set[str]) -> dict[str, str]:
-    present = present.union(*map(_at_the_call, found))
-    if any(block.experts for block in found):
+def _absent_sites(blocks: list[Block], present: set[str]) -> dict[str, str]:
+    present = present.union(*map(_sites_at_the_call, blocks))
+    if any(block.experts for block in blocks):
         present.add("mlp_hidden")
     reasons: dict[str, str] = {"final_norm": "no norm reads the last block's output"}
-    for block in found:
+    for block in blocks:
         for site, reason in block.absent.items():
             reasons.setdefault(site, reason)
     return {site: reasons[site] for site in SITES if site in reasons and site not in present}
 
 
-def _outer_linears(trace: Trace, events: list[Event], first: Block) -> list[Tap]:
+def _outer_linear_sites(trace: Trace, events: list[Event], first: Block) -> list[Tap]:
     inside = tuple(event.name + "." for event in events)
     taps = []
     for event in trace.events:
@@ -161,8 +167,8 @@ def _outer_linears(trace: Trace, events: list[Event], first: Block) -> list[Tap]
     return taps
 
 
-def _with_named(
-    taps: list[Tap], named: Mapping[str, str], trace: Trace, events: list[Event], found: list[Block]
+def _with_named_taps(
+    taps: list[Tap], named: Mapping[str, str], trace: Trace, events: list[Event], blocks: list[Block]
 ) -> list[Tap]:
     """Taps with the user's own patterns in place of the guesses for those sites."""
     for site, pattern in named.items():
@@ -182,19 +188,19 @@ def _with_named(
         expression = re.compile(re.escape(path).replace(r"\*", r"[^.]+") + "$")
         hits = [event for event in trace.events if expression.match(event.name)]
         if not hits:
-            near = sorted({e.name for e in trace.events if path.rpartition(".")[2] in e.name})[:5]
+            similar = sorted({e.name for e in trace.events if path.rpartition(".")[2] in e.name})[:5]
             raise SiteError(
                 f"site {site!r}: no module that ran matches {path!r}"
-                + (f"; near: {', '.join(near)}" if near else "; `--list-sites` shows what was found")
+                + (f"; near: {', '.join(similar)}" if similar else "; `--list-sites` shows what was found")
             )
         taps = [tap for tap in taps if tap.site != site]
-        taps += [_named_tap(site, event, side, events, found) for event in hits]
+        taps += [_named_tap(site, event, side, events, blocks) for event in hits]
     return taps
 
 
-def _named_tap(site: str, event: Event, side: str, events: list[Event], found: list[Block]) -> Tap:
+def _named_tap(site: str, event: Event, side: str, events: list[Event], blocks: list[Block]) -> Tap:
     tensor = event.input if side == "input" else event.output
-    if not found[0].has_one_row_a_token(tensor):
+    if not blocks[0].has_one_row_a_token(tensor):
         what = "no activation" if tensor is None else f"a tensor of shape {tuple(tensor.shape)}"
         raise SiteError(
             f"site {site!r}: the {side} of {event.name!r} is {what}, not one vector a token; "
@@ -203,7 +209,7 @@ def _named_tap(site: str, event: Event, side: str, events: list[Event], found: l
     after = len(events) - 1 if event.start > events[-1].stop else 0
     layer = next((i for i, block in enumerate(events) if block.start <= event.start <= block.stop), after)
     tap = (input_tap if side == "input" else output_tap)(site, layer, event)
-    call = found[layer].call
+    call = blocks[layer].call
     if site in HEAD_SITES and call is not None:
         key = call.tensor if call.key is None else call.key
         heads = (call.tensor if site.startswith("query") else key).shape[1]
@@ -211,53 +217,58 @@ def _named_tap(site: str, event: Event, side: str, events: list[Event], found: l
     return tap
 
 
-def _notes(model: nn.Module, trace: Trace, found: list[Block], taps: set[tuple[str, int]]) -> tuple[str, ...]:
+def _notes(
+    model: nn.Module, trace: Trace, blocks: list[Block], taps: set[tuple[str, int]]
+) -> tuple[str, ...]:
     notes = []
-    repeated = [path for path, times in Counter(b.event.name for b in found).items() if times > 1]
-    if repeated:
-        notes.append(f"blocks that run several times count as several layers: {', '.join(repeated)}")
-    seams = Counter(block.call.seam for block in found if block.calls)
+    paths = [path for path, times in Counter(b.event.name for b in blocks).items() if times > 1]
+    if paths:
+        notes.append(f"blocks that run several times count as several layers: {', '.join(paths)}")
+    seams = Counter(block.call.seam for block in blocks if block.calls)
     if seams:
-        seen = ", ".join(f"{seam} ({n} layers)" for seam, n in seams.items())
-        notes.append(f"attention seen through {seen}")
-    several = [block.layer for block in found if len(block.calls) > 1]
-    if several:
-        notes.append(f"several attention calls in layers {_listed(several)}: the first one is measured")
+        listing = ", ".join(f"{seam} ({n} layers)" for seam, n in seams.items())
+        notes.append(f"attention seen through {listing}")
+    layers_of_several = [block.layer for block in blocks if len(block.calls) > 1]
+    if layers_of_several:
+        notes.append(
+            f"several attention calls in layers {_listing(layers_of_several)}: the first one is measured"
+        )
     notes += [f"attention calls not seen: {reason}" for reason in trace.skipped]
-    multiplied: dict[str, list[int]] = {}
-    for block in found:
+    layers_by_factor: dict[str, list[int]] = {}
+    for block in blocks:
         for site, factor in block.factors.items():
-            multiplied.setdefault(f"the stream receives {factor:.3g} times {site}", []).append(block.layer)
-    notes += [f"{what} (layers {_listed(layers)})" for what, layers in multiplied.items()]
+            note = f"the stream receives {factor:.3g} times {site}"
+            layers_by_factor.setdefault(note, []).append(block.layer)
+    notes += [f"{note} (layers {_listing(layers)})" for note, layers in layers_by_factor.items()]
     if fused_encoder_layers(model):
         notes.append(
             "nn.TransformerEncoderLayer leaves its fused inference path while probed: in evaluation mode "
             "without gradients, outputs agree to rounding and not bit by bit"
         )
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        notes.append(f"of encoder and decoder, the larger stack is probed: {found[0].event.name}, …")
-    return (*notes, *_gaps(found, taps))
+        notes.append(f"of encoder and decoder, the larger stack is probed: {blocks[0].event.name}, …")
+    return (*notes, *_gaps(blocks, taps))
 
 
-def _listed(layers: Iterable[int]) -> str:
+def _listing(layers: Iterable[int]) -> str:
     return ", ".join(map(str, layers))
 
 
-def _gaps(found: list[Block], taps: set[tuple[str, int]]) -> list[str]:
+def _gaps(blocks: list[Block], taps: set[tuple[str, int]]) -> list[str]:
     """Sites that some layers have and others have not."""
-    somewhere = {site for site, _ in taps}.union(*map(_at_the_call, found))
-    missing: dict[tuple[str, str], list[int]] = {}
-    for block in found:
-        has = {site for site, layer in taps if layer == block.layer} | _at_the_call(block)
+    sites_anywhere = {site for site, _ in taps}.union(*map(_sites_at_the_call, blocks))
+    layers_by_site: dict[tuple[str, str], list[int]] = {}
+    for block in blocks:
+        sites_here = {site for site, layer in taps if layer == block.layer} | _sites_at_the_call(block)
         if block.experts:
-            has.add("mlp_hidden")
+            sites_here.add("mlp_hidden")
         for site, reason in block.absent.items():
-            if site in somewhere and site not in has:
-                missing.setdefault((site, reason), []).append(block.layer)
-    together: dict[tuple[str, tuple[int, ...]], list[str]] = {}
-    for (site, reason), layers in missing.items():
-        together.setdefault((reason, tuple(layers)), []).append(site)
+            if site in sites_anywhere and site not in sites_here:
+                layers_by_site.setdefault((site, reason), []).append(block.layer)
+    sites_by_layers: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (site, reason), layers in layers_by_site.items():
+        sites_by_layers.setdefault((reason, tuple(layers)), []).append(site)
     return [
-        f"not in layers {_listed(layers)}: {', '.join(sites)} ({reason})"
-        for (reason, layers), sites in together.items()
+        f"not in layers {_listing(layers)}: {', '.join(sites)} ({reason})"
+        for (reason, layers), sites in sites_by_layers.items()
     ]

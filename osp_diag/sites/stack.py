@@ -35,11 +35,11 @@ def _size(module: nn.Module) -> int:
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     """Outermost lists of blocks: containers whose children have matrices of their own."""
-    found: dict[str, nn.Module] = {}
+    stacks: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if not isinstance(module, (nn.ModuleList, nn.Sequential, nn.ModuleDict)):
             continue
-        if any(outer == "" or name.startswith(outer + ".") for outer in found):
+        if any(outer == "" or name.startswith(outer + ".") for outer in stacks):
             continue
         children = list(module.children())
         is_stack = bool(children) and all(
@@ -47,8 +47,8 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
             for child in children
         )
         if is_stack:
-            found[name] = module
-    return found
+            stacks[name] = module
+    return stacks
 
 
 def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str, list[Event]]:
@@ -61,9 +61,9 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
     SiteError : there is no list of blocks, or ``blocks`` names none.
     """
     if blocks is not None:
-        ran = [event for event in trace.events if event.input is not None]
-        events = [event for event in ran if _parent(event.name) == blocks]
-        events = events or [event for event in ran if _names(blocks, event.name)]
+        calls = [event for event in trace.events if event.input is not None]
+        events = [event for event in calls if _parent(event.name) == blocks]
+        events = events or [event for event in calls if _names(blocks, event.name)]
         if not events:
             raise SiteError(
                 f"no module that ran matches blocks={blocks!r}; name the list of blocks or a pattern like "
@@ -82,6 +82,7 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
             "with weights) that ran; name it with "
             "`blocks=` (on the command line --blocks), for example 'encoder.layers'"
         )
+    # Of several stacks (encoder and decoder, or a vision tower) the largest is the model's.
     name = max(sizes, key=lambda key: sizes[key][0])
     return name, sizes[name][1]
 

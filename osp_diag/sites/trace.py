@@ -121,16 +121,16 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-def _floating(values: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
+def _floating_copies(values: Mapping[Any, Any]) -> dict[Any, torch.Tensor]:
     """Copies of the activations, on the host: a module may add to its input in place."""
     return {
-        key: _finite(value.detach().to("cpu", copy=True))
+        key: _finite_copy(value.detach().to("cpu", copy=True))
         for key, value in values.items()
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2
     }
 
 
-def _finite(copy: torch.Tensor) -> torch.Tensor:
+def _finite_copy(copy: torch.Tensor) -> torch.Tensor:
     """NaN and Inf as zeros: a model that makes them is still recognised by which tensors are equal."""
     if bool(copy.isfinite().all()):
         return copy
@@ -180,6 +180,7 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
         ),
         default=TOKENS + 3,
     )
+    # The lowest ids are often padding and other special tokens, which a model may treat differently.
     ids = torch.arange(3, TOKENS + 3, device=_example_device(model))[None] % vocabulary
     if hasattr(model, "config") and hasattr(model, "get_input_embeddings"):
         keywords: dict[str, Any] = {"input_ids": ids}
@@ -200,21 +201,18 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
     trace = Trace()
     open_events: list[Event] = []
 
-    def before(name: str):  # type: ignore[no-untyped-def]
+    def start_hook(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            inputs = _floating({**dict(enumerate(args)), **kwargs})
+            inputs = _floating_copies({**dict(enumerate(args)), **kwargs})
             event = Event(name, module, inputs, start=trace.tick())
             trace.events.append(event)
             open_events.append(event)
 
         return hook
 
-    def after(name: str):  # type: ignore[no-untyped-def]
-        def hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-            event = open_events.pop()
-            event.outputs, event.stop = _floating(_outputs(result)), trace.tick()
-
-        return hook
+    def stop_hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        event = open_events.pop()
+        event.outputs, event.stop = _floating_copies(_outputs(result)), trace.tick()
 
     def on_call(call: AttentionCall) -> None:
         trace.attention.append((trace.tick(), _on_host(call)))
@@ -223,8 +221,8 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
         stack.enter_context(_undisturbed(model))
         for name, module in model.named_modules():
             if name:
-                stack.callback(module.register_forward_pre_hook(before(name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(after(name)).remove)
+                stack.callback(module.register_forward_pre_hook(start_hook(name), with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(stop_hook).remove)
         stack.enter_context(unfused(model))
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -16,7 +16,7 @@ from osp_diag.errors import TokenError
 from osp_diag.text import builtin_text
 
 __all__ = [
-    "GIVEN_TEXT",
+    "STRING_TEXT",
     "DatasetText",
     "PlainText",
     "Text",
@@ -26,7 +26,7 @@ __all__ = [
     "text_source",
 ]
 
-GIVEN_TEXT = "text given as a string"
+STRING_TEXT = "text given as a string"
 """How a text is described that is no file's."""
 
 BETWEEN_DOCUMENTS = "\n\n"
@@ -84,8 +84,8 @@ class DatasetText:
     """
 
     def __init__(self, dataset: str, *, split: str | None = None, column: str | None = None) -> None:
-        found, split_name = open_dataset(dataset, split)
-        rows = iter(found)
+        documents, split_name = open_dataset(dataset, split)
+        rows = iter(documents)
         with dataset_errors(dataset):
             first = next(rows, None)
         if first is None:
@@ -137,7 +137,7 @@ def text_source(
         path = Path(text).expanduser()
         content, description = _read(path), f"file {path.name}"
     else:
-        content, description = text, GIVEN_TEXT
+        content, description = text, STRING_TEXT
     if not content.strip():
         raise TokenError(f"{description} is empty: there is no text to run the model on")
     return PlainText(content, description)
@@ -165,7 +165,7 @@ def _read(path: Path) -> str:
         if path.is_dir():
             raise TokenError(f"{path} is a directory; give one text file, or a data set's path as dataset")
         if not path.is_file():
-            raise TokenError(f"there is no text file {path}{_meant_instead(path)}")
+            raise TokenError(f"there is no text file {path}{_spelling_advice(path)}")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TokenError(
@@ -176,11 +176,11 @@ def _read(path: Path) -> str:
         raise TokenError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _meant_instead(path: Path) -> str:
-    near = path.parent.is_dir() and difflib.get_close_matches(
+def _spelling_advice(path: Path) -> str:
+    matches = path.parent.is_dir() and difflib.get_close_matches(
         path.name, [entry.name for entry in path.parent.iterdir()], n=1
     )
-    return f"; did you mean {near[0]}?" if near else "; check the path"
+    return f"; did you mean {matches[0]}?" if matches else "; check the path"
 
 
 def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
@@ -204,22 +204,22 @@ def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
     with dataset_errors(dataset):
         if path.is_file():
             if path.suffix not in FILE_FORMATS:
-                known = ", ".join(FILE_FORMATS)
-                raise TokenError(f"{dataset} is not a data set: its type must be one of {known}")
-            found = datasets.load_dataset(
+                formats = ", ".join(FILE_FORMATS)
+                raise TokenError(f"{dataset} is not a data set: its type must be one of {formats}")
+            splits = datasets.load_dataset(
                 FILE_FORMATS[path.suffix], data_files={"train": str(path)}, streaming=True
             )
         elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(str(path))
+            splits = datasets.load_from_disk(str(path))
         else:
             name, _, configuration = (str(path), "", "") if path.is_dir() else dataset.partition(":")
-            found = datasets.load_dataset(name, configuration or None, streaming=True)
-    if not isinstance(found, dict):
-        return found, split or "all"
-    chosen = split or next((name for name in PREFERRED_SPLITS if name in found), next(iter(found)))
-    if chosen not in found:
-        raise TokenError(f"the data set {dataset} has no split {chosen!r}; it has {', '.join(found)}")
-    return found[chosen], chosen
+            splits = datasets.load_dataset(name, configuration or None, streaming=True)
+    if not isinstance(splits, dict):
+        return splits, split or "all"
+    name_of_split = split or next((name for name in PREFERRED_SPLITS if name in splits), next(iter(splits)))
+    if name_of_split not in splits:
+        raise TokenError(f"the data set {dataset} has no split {name_of_split!r}; it has {', '.join(splits)}")
+    return splits[name_of_split], name_of_split
 
 
 @contextmanager

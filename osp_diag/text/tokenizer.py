@@ -51,14 +51,14 @@ def opening_tokens(tokenizer: Any | None, bos: str) -> tuple[int, ...]:
         return tuple(full[:start])
     if bos == "auto":
         return ()
-    own = getattr(tokenizer, "bos_token_id", None)
-    own = getattr(tokenizer, "cls_token_id", None) if own is None else own
-    if own is None:
+    bos_id = getattr(tokenizer, "bos_token_id", None)
+    bos_id = getattr(tokenizer, "cls_token_id", None) if bos_id is None else bos_id
+    if bos_id is None:
         raise TokenError(
             f"bos='yes', but the tokenizer ({type(tokenizer).__name__}) has no BOS token; pass bos='no' or "
             "'auto'"
         )
-    return (int(own),)
+    return (int(bos_id),)
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
@@ -69,8 +69,8 @@ def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
     with quietly():  # it would warn that the stream is longer than the model's maximum
         encoded = tokenizer(text, add_special_tokens=special, verbose=False)
-    found = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
-    return [int(token) for token in found]
+    ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
+    return [int(token) for token in ids]
 
 
 def decode(tokenizer: Any, token: int) -> str:
@@ -86,8 +86,8 @@ def decode_each(tokenizer: Any, count: int) -> list[str]:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "decode_batch"):  # a hundred thousand calls from Python take seconds
         return list(backend.decode_batch([[token] for token in range(count)], skip_special_tokens=False))
-    known = set(tokenizer.get_vocab().values())
-    return [decode(tokenizer, token) if token in known else "" for token in range(count)]
+    with_token = set(tokenizer.get_vocab().values())
+    return [decode(tokenizer, token) if token in with_token else "" for token in range(count)]
 
 
 def _candidates(tokenizer: Any) -> list[int]:

@@ -1,11 +1,15 @@
 """The activation statistics once more, token by token in float64 with NumPy and SciPy: slow and plain.
 
-Shares no code with osp_diag.
+Shares no code with osp_diag. What a new statistic should be stands in its own test file, as a function
+``expected(oracle)`` that gives its outputs by name; it is found there, and held on every backend and input.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
 
 import numpy as np
 from scipy import stats
@@ -44,6 +48,19 @@ def gini(energy: np.ndarray) -> float:
     return float(np.abs(energy[:, None] - energy[None, :]).mean() / (2 * energy.mean()))
 
 
+@cache
+def oracles_of_test_files(
+    folder: Path = Path(__file__).parent,
+) -> list[Callable[[Oracle], dict[str, np.ndarray]]]:
+    """``expected`` of every test file that defines one; the others are not imported."""
+    stems = [
+        path.stem
+        for path in sorted(folder.glob("test_*.py"))
+        if "\ndef expected(" in path.read_text(encoding="utf-8")
+    ]
+    return [import_module(stem).expected for stem in stems]
+
+
 class Oracle:
     """Expected outputs for x (batch, token, channel) and strata (stratum, batch, token)."""
 
@@ -74,7 +91,10 @@ class Oracle:
         )
 
     def expected(self) -> dict[str, np.ndarray]:
-        return self.kurtoses() | self.magnitudes() | self.channels() | self.outliers()
+        outputs = self.kurtoses() | self.magnitudes() | self.channels() | self.outliers()
+        for expected in oracles_of_test_files():
+            outputs |= expected(self)
+        return outputs
 
     def kurtoses(self) -> dict[str, np.ndarray]:
         return {

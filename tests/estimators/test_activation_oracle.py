@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -16,7 +18,7 @@ from activation_cases import (
     state_of,
     strata_for,
 )
-from activation_oracle import Oracle, fisher, lower_median
+from activation_oracle import Oracle, fisher, lower_median, oracles_of_test_files
 
 from osp_diag.estimators import Suite, default_estimators, get_estimator
 
@@ -45,7 +47,21 @@ def strata_of(x: np.ndarray, padding: bool = True) -> np.ndarray:
 def test_the_oracle_covers_every_output() -> None:
     x = INPUTS["normal"]
     outputs = finalised(x, strata_of(x))
-    assert set(outputs) - NOT_IN_ORACLE == set(Oracle(x, strata_of(x)).expected())
+    expected = set(Oracle(x, strata_of(x)).expected())
+    missing = set(outputs) - NOT_IN_ORACLE - expected
+    assert not missing, f"let a test file in this folder give them: def expected(oracle) -> {sorted(missing)}"
+    assert not expected - set(outputs)
+
+
+def test_a_test_file_says_what_its_statistic_should_be(tmp_path, monkeypatch) -> None:
+    text = "\ndef expected(oracle):\n    return {'width': oracle.over_tokens(len)}\n"
+    (tmp_path / "test_of_the_width.py").write_text(text)
+    (tmp_path / "test_of_nothing.py").write_text("raise AssertionError('imported')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (expected,) = oracles_of_test_files(tmp_path)
+    x = INPUTS["normal"]
+    np.testing.assert_array_equal(expected(Oracle(x, strata_of(x)))["width"], [x.shape[-1]] * 4)
+    sys.modules.pop("test_of_the_width")
 
 
 @pytest.mark.parametrize("padding", [True, False], ids=["padded", "full"])

@@ -12,8 +12,9 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from osp_diag.errors import UsageError
+from osp_diag.probing.settings import keyword_form
 from osp_diag.runs.run import Run
-from osp_diag.trainer.callbacks.recording import HeldOut, Options, Recording
+from osp_diag.trainer.recording import IN_TRAINING, HeldOut, Recording, RecordingOptions, RecordingSettings
 
 __all__ = ["OutlierProbe"]
 
@@ -29,7 +30,7 @@ class OutlierProbe(Callback):
 
     Parameters
     ----------
-    held_out, options : see :class:`osp_diag.trainer.callbacks.recording.Recording`
+    held_out, options : see :class:`osp_diag.trainer.recording.Recording`
     model : the language model's place in the LightningModule ("model", "net.decoder"); "" if it is one itself
 
     Raises
@@ -42,8 +43,9 @@ class OutlierProbe(Callback):
     >>> Trainer(callbacks=[probe]).fit(module, loader)  # doctest: +SKIP
     """
 
+    @keyword_form(RecordingSettings(), IN_TRAINING)
     def __init__(
-        self, held_out: HeldOut | None = None, *, model: str = "model", **options: Unpack[Options]
+        self, held_out: HeldOut | None = None, *, model: str = "model", **options: Unpack[RecordingOptions]
     ) -> None:
         self.recording = Recording(held_out, **options)
         self.place = model
@@ -71,6 +73,8 @@ class OutlierProbe(Callback):
             autocast=trainer.precision_plugin.forward_context,
             eager=getattr(pl_module, "_compiler_ctx", None) is not None,
         )
+        if trainer.global_step == 0:
+            self.recording.after_step(0)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int

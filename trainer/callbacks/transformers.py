@@ -6,8 +6,9 @@ from typing import Any, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from osp_diag.probing.settings import keyword_form
 from osp_diag.runs.run import Run
-from osp_diag.trainer.callbacks.recording import HeldOut, Options, Recording
+from osp_diag.trainer.recording import IN_TRAINING, HeldOut, Recording, RecordingOptions, RecordingSettings
 
 __all__ = ["OutlierProbeCallback"]
 
@@ -29,7 +30,7 @@ class OutlierProbeCallback(TrainerCallback):
 
     Parameters
     ----------
-    held_out, options : see :class:`osp_diag.trainer.callbacks.recording.Recording`
+    held_out, options : see :class:`osp_diag.trainer.recording.Recording`
 
     Examples
     --------
@@ -38,7 +39,8 @@ class OutlierProbeCallback(TrainerCallback):
     >>> probe.run["osp_excess_kurtosis"]  # doctest: +SKIP
     """
 
-    def __init__(self, held_out: HeldOut | None = None, **options: Unpack[Options]) -> None:
+    @keyword_form(RecordingSettings(), IN_TRAINING)
+    def __init__(self, held_out: HeldOut | None = None, **options: Unpack[RecordingOptions]) -> None:
         self.recording = Recording(held_out, **options)
 
     @property
@@ -70,6 +72,8 @@ class OutlierProbeCallback(TrainerCallback):
             # The Trainer hands out the model within its compiled wrapper.
             eager=bool(args.torch_compile),
         )
+        if state.global_step == 0:
+            self.recording.after_step(0)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -95,10 +99,8 @@ class OutlierProbeCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        told = logs or {}
-        self.recording.scalars(
-            state.global_step, {name: told[key] for key, name in SERIES.items() if key in told}
-        )
+        values = {SERIES[key]: value for key, value in (logs or {}).items() if key in SERIES}
+        self.recording.scalars(state.global_step, values)
         self._before_save(control)
 
     def _before_save(self, control: TrainerControl) -> None:

@@ -6,16 +6,16 @@ from pathlib import Path
 
 from osp_diag.wording import did_you_mean, nearest
 
-__all__ = ["near_names"]
+__all__ = ["path_advice"]
 
 
-def near_names(path: Path) -> str:
+def path_advice(path: Path) -> str:
     """Advice for a path that does not exist: what in its directory is spelled nearly so."""
     parent = next((p for p in path.parents if p.is_dir()), None)
     if parent is None:
         return ""
-    missing = path.relative_to(parent).parts[0]
-    there = [entry.name for entry in parent.iterdir()]
-    if nearest(missing, there):
-        return f"; in {parent}, {did_you_mean(missing, there)}"
-    return f" (in {parent}, nothing is named like {missing!r})"
+    name = path.relative_to(parent).parts[0]
+    entries = [entry.name for entry in parent.iterdir()]
+    if nearest(name, entries):
+        return f"; in {parent}, {did_you_mean(name, entries)}"
+    return f" (in {parent}, nothing is named like {name!r})"

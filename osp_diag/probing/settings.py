@@ -1,0 +1,232 @@
+"""What a probe is asked for: which tokens, and what to measure. Each option is documented here, once.
+
+Functions take these options as keywords (``sites=["residual_*"]``), as an object, or both, where the keywords
+change the object. A new option is a field of the dataclass and a key of the TypedDict beside it, by which
+type checkers and editors know the keywords; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, cast
+
+from osp_diag.errors import UsageError
+from osp_diag.estimators import get_estimator
+from osp_diag.estimators.base import Estimator
+from osp_diag.schema import Protocol
+from osp_diag.tokens import BeginningOfSequence, TokenBatches, make_batches
+from osp_diag.wording import did_you_mean
+
+if TYPE_CHECKING:
+    from osp_diag.checkpoints import Checkpoint
+
+__all__ = [
+    "EstimatorSelection",
+    "MeasurementOptions",
+    "MeasurementSettings",
+    "Settings",
+    "TokenOptions",
+    "TokenSettings",
+    "keyword_form",
+]
+
+EstimatorSelection = Sequence[str | Estimator] | Mapping[str, Sequence[str | Estimator]]
+"""Estimators by name or instance, for every site or by pattern of sites."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options that are handed on together."""
+
+    def changed(self, options: dict[str, Any]) -> Self:
+        """A copy with the ``options`` that belong to it, which are taken out of the dictionary."""
+        names = [field.name for field in dataclasses.fields(self) if field.name in options]
+        return dataclasses.replace(self, **{name: options.pop(name) for name in names})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenSettings(Settings):
+    """Which tokens a checkpoint is run on.
+
+    Attributes
+    ----------
+    text
+        a UTF-8 file to read, or the text itself; where neither this nor dataset is named, a built-in
+        public-domain text.
+    dataset
+        a Hugging Face dataset, by hub id or local path.
+    tokens
+        how many tokens to run.
+    seq_len
+        tokens a sequence; by default 512, or the model's maximum if that is less.
+    batch_size
+        sequences a forward pass; by default about 1,024 tokens, 8,192 on a GPU.
+    protocol
+        real sequences, or every token as a sequence of its own as the released OSP script does.
+    bos
+        whether sequences begin with the beginning-of-sequence token; auto follows the tokenizer.
+    """
+
+    text: str | Path | None = None
+    dataset: str | None = None
+    tokens: int = 8192
+    seq_len: int | None = None
+    batch_size: int | None = None
+    protocol: Protocol = "sequence"
+    bos: BeginningOfSequence = "auto"
+
+    def batches(self, checkpoint: Checkpoint) -> TokenBatches:
+        """The sequences for a checkpoint, by its tokenizer: see :func:`osp_diag.tokens.make_batches`.
+
+        Raises
+        ------
+        TokenError, UsageError : they cannot be made, or do not fit the checkpoint
+        """
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del options["batch_size"]
+        return make_batches(
+            checkpoint.tokenizer,
+            max_length=checkpoint.max_length,
+            vocabulary_size=checkpoint.vocabulary_size,
+            **options,
+        )
+
+
+class TokenOptions(TypedDict, total=False):
+    """The keyword form of :class:`TokenSettings`."""
+
+    text: str | Path | None
+    dataset: str | None
+    tokens: int
+    seq_len: int | None
+    batch_size: int | None
+    protocol: Protocol
+    bos: BeginningOfSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasurementSettings(Settings):
+    """What is measured, where, and what is kept of it.
+
+    Attributes
+    ----------
+    sites : names or patterns (``"residual_*"``, ``"linear_input:*"``); None: all but the inputs of single
+        projections
+    estimators : names or instances, for all sites or by pattern of sites; None: the default ones of each site
+    delimiter_ids : token ids of the ``delimiter`` stratum; None: those of the tokenizer, and none without one
+    blocks, named_sites, example : where the sites cannot be guessed: see :func:`osp_diag.sites.find_sites`
+    compile : fold activations with ``torch.compile``; ``"auto"`` does so on CUDA
+    keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs
+    snapshot_tokens : so many positions of the first sequence have their raw activations kept for pictures
+    token_groups : so many groups of forward passes have their channel sums kept apart, by which a comparison
+        tells what is significant; 0: none
+
+    Raises
+    ------
+    EstimatorError : no estimator has that name
+    UsageError : a single token group
+    """
+
+    sites: Sequence[str] | None = None
+    estimators: EstimatorSelection | None = None
+    delimiter_ids: Sequence[int] | None = None
+    blocks: str | None = None
+    named_sites: Mapping[str, str] | None = None
+    example: Mapping[str, Any] | tuple[Any, ...] | None = None
+    compile: bool | Literal["auto"] = "auto"
+    keep_raw: bool = True
+    snapshot_tokens: int = 0
+    token_groups: int = 0
+
+    def __post_init__(self) -> None:
+        self.estimator_instances()
+        if self.token_groups < 0 or self.token_groups == 1:
+            raise UsageError(
+                f"token_groups={self.token_groups}: a bootstrap over groups of batches needs 2 or more; 0 "
+                "keeps none apart"
+            )
+
+    def estimator_instances(self) -> Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None:
+        """The estimators, each as an instance; None stands for the default ones."""
+        if isinstance(self.estimators, Mapping):
+            return {pattern: _instances(entries) for pattern, entries in self.estimators.items()}
+        return None if self.estimators is None else _instances(self.estimators)
+
+    def for_batches(self, batches: TokenBatches) -> Self:
+        """With the delimiters of these sequences unless some are named, and no more groups than sequences."""
+        groups = min(self.token_groups, len(batches.tokens))
+        delimiters = batches.delimiter_ids if self.delimiter_ids is None else self.delimiter_ids
+        return dataclasses.replace(self, delimiter_ids=delimiters, token_groups=groups if groups > 1 else 0)
+
+
+class MeasurementOptions(TypedDict, total=False):
+    """The keyword form of :class:`MeasurementSettings`."""
+
+    sites: Sequence[str] | None
+    estimators: EstimatorSelection | None
+    delimiter_ids: Sequence[int] | None
+    blocks: str | None
+    named_sites: Mapping[str, str] | None
+    example: Mapping[str, Any] | tuple[Any, ...] | None
+    compile: bool | Literal["auto"]
+    keep_raw: bool
+    snapshot_tokens: int
+    token_groups: int
+
+
+def _instances(estimators: Sequence[str | Estimator]) -> list[Estimator]:
+    return [get_estimator(entry) if isinstance(entry, str) else entry for entry in estimators]
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def keyword_form(*sources: Settings | Callable[..., Any]) -> Callable[[Function], Function]:
+    """Let a function show and check its ``**options``: ``help`` and notebooks list them, with their defaults.
+
+    Parameters
+    ----------
+    sources : settings, whose fields are the options and whose values the defaults; or a function, whose
+        keywords are. Of options of one name the first counts
+
+    Raises
+    ------
+    TypeError : from the function, for a keyword that it does not take; the message names the nearest
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = {parameter.name: parameter for parameter in own}
+        for source in sources:
+            for parameter in _keywords(source):
+                parameters.setdefault(parameter.name, parameter)
+        ordered = sorted(parameters.values(), key=lambda parameter: parameter.kind)
+
+        @functools.wraps(function)
+        def checked(*arguments: Any, **options: Any) -> Any:
+            for name in options:
+                if name not in parameters:
+                    owner = function.__qualname__.removesuffix(".__init__")
+                    names = [parameter for parameter in parameters if parameter != "self"]
+                    raise TypeError(f"{owner}() takes no {name!r}; {did_you_mean(name, names)}")
+            return function(*arguments, **options)
+
+        checked.__signature__ = signature.replace(parameters=ordered)  # type: ignore[attr-defined]
+        return cast(Function, checked)
+
+    return decorate
+
+
+def _keywords(source: Settings | Callable[..., Any]) -> list[inspect.Parameter]:
+    function = type(source) if isinstance(source, Settings) else source
+    return [
+        parameter.replace(default=getattr(source, parameter.name, parameter.default))
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    ]
