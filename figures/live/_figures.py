@@ -78,18 +78,18 @@ class AskedFigures:
 
     def _draw(self, asked: tuple[str, tuple[int, ...]]) -> PageFigure:
         """Of the moment that was last looked at: the page goes on meanwhile."""
-        version = self._version(asked)
         name, places = asked
-        labels = labels_of(self.runs)
+        version, labels = self._version(asked), labels_of(self.runs)
         left_out: list[str] = []
         moments: dict[int, Run] = {}
         fewest = in_report(name).fewest_steps
         for place in places:
             try:
-                moments[place] = self.runs[place].moment()
-                if len(moments[place].steps) < fewest:
-                    del moments[place]
+                moment = self.runs[place].moment()
+                if len(moment.steps) < fewest:
                     left_out.append(f"{labels[place]}: it needs {fewest} probed steps")
+                else:
+                    moments[place] = moment
             except OspDiagError as reason:
                 left_out.append(f"{labels[place]}: {reason}")
         picture, caption = None, ""

@@ -110,9 +110,8 @@ def _draw(placement: InReport, runs: Mapping[int, Any], found: Drawn, variant: s
     for trace in found.variants[variant]["data"]:
         if "text" in trace:
             trace["text"] = factored(trace["text"])
-    found.variants[variant]["caption"] = _step_shown(placement, list(runs.values())) + str(
-        dataset.attrs["caption"]
-    )
+    step = _step_shown(placement, list(runs.values()))
+    found.variants[variant]["caption"] = step + str(dataset.attrs["caption"])
     found.heading = found.heading or str(dataset.attrs["title"])
 
 

@@ -57,7 +57,7 @@ class Style:
     def at_places(self, places: Iterable[int]) -> Style:
         """The style for some of the runs that are shown together: each has the colour of its place."""
         colours = tuple(self.run_colours[place % len(self.run_colours)] for place in places)
-        return replace(self, run_colours=colours)
+        return replace(self, run_colours=colours) if len(set(colours)) == len(colours) else self
 
     def colours_of_runs(self, count: int) -> tuple[str, ...]:
         """The colours of ``count`` runs; of more than there are colours, shades of a map."""
