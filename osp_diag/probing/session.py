@@ -31,7 +31,7 @@ from osp_diag.probing.versions import library_versions
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
-from osp_diag.schema import ATTENTION, HEAD_SITES, LINEAR_INPUT, SITES
+from osp_diag.schema import ATTENTION, HEAD_SITES, HIDDEN_STATES, LINEAR_INPUT, SITES
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
@@ -107,7 +107,12 @@ class Probe:
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if settings.compile == "auto" else bool(settings.compile)
         self.deferred = on_accelerator if deferred == "auto" else bool(deferred)
-        self.absent = {site: why for site, why in self.site_map.absent.items() if self.wanted(site)}
+        # Which hidden states a model lacks is always recorded: the headline number depends on it.
+        self.absent = {
+            site: why
+            for site, why in self.site_map.absent.items()
+            if self.wanted(site) or site in HIDDEN_STATES
+        }
         self.attributes = {**self._identity(), **(attributes or {})}
         self._labels = StepLabels()
         self._records = Records(
