@@ -5,16 +5,14 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import OspDiagError
-from osp_diag.figures._placement import InReport
-from osp_diag.figures._registry import figure_module, in_report, names
+from osp_diag.figures._registry import in_report, names, summaries
 from osp_diag.figures.report.shown_figures import page_picture
-from osp_diag.figures.styles import RUN_COLOURS, Style, load_style
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.run import Run
 
@@ -40,13 +38,9 @@ class PageFigure:
 
 def figure_options() -> list[dict[str, str]]:
     """Every figure of the registry: what it shows, in the order of the report."""
-    listed = sorted(names(), key=lambda name: (in_report(name).place, name))
-    return [{"label": _title(name), "value": name} for name in listed]
-
-
-def _title(name: str) -> str:
-    line = (figure_module(name).__doc__ or name).splitlines()[0].rstrip(".")
-    return in_report(name).heading or line
+    lines = summaries()
+    order = sorted(names(), key=lambda name: (in_report(name).place, name))
+    return [{"label": in_report(name).heading or lines[name].line, "value": name} for name in order]
 
 
 class AskedFigures:
@@ -84,23 +78,23 @@ class AskedFigures:
 
     def _draw(self, asked: tuple[str, tuple[int, ...]]) -> PageFigure:
         """Of the moment that was last looked at: the page goes on meanwhile."""
-        version = self._version(asked)
         name, places = asked
-        labels = labels_of(self.runs)
+        version, labels = self._version(asked), labels_of(self.runs)
         left_out: list[str] = []
         moments: dict[int, Run] = {}
-        placement = in_report(name)
+        fewest = in_report(name).fewest_steps
         for place in places:
             try:
-                moments[place] = self.runs[place].moment()
-                if len(moments[place].steps) < placement.fewest_steps:
-                    del moments[place]
-                    left_out.append(f"{labels[place]}: it needs {placement.fewest_steps} probed steps")
+                moment = self.runs[place].moment()
+                if len(moment.steps) < fewest:
+                    left_out.append(f"{labels[place]}: it needs {fewest} probed steps")
+                else:
+                    moments[place] = moment
             except OspDiagError as reason:
                 left_out.append(f"{labels[place]}: {reason}")
         picture, caption = None, ""
         try:
-            picture, caption = _picture(name, placement, moments, labels, left_out)
+            picture, caption = _picture(name, moments, labels, left_out)
         except Exception as error:  # the page goes on, and says so
             kind = type(error).__name__
             left_out.append(f"it cannot be drawn ({kind}: {error}); this is a defect of osp-diag")
@@ -108,35 +102,30 @@ class AskedFigures:
 
 
 def _picture(
-    name: str, placement: InReport, runs: dict[int, Run], labels: Sequence[str], left_out: list[str]
+    name: str, runs: dict[int, Run], labels: Sequence[str], left_out: list[str]
 ) -> tuple[dict[str, Any] | None, str]:
     """The figure of all runs that it can be drawn of, and its caption; why not of others goes to left_out."""
-    if placement.pairs:
+    pairs = in_report(name).pairs
+    if pairs:
         runs = dict(list(runs.items())[:2])
     if not runs:
         return None, ""
     try:
-        picture, dataset = page_picture(name, placement, list(runs.values()), _style(runs))
+        picture, dataset = page_picture(name, runs)
         return picture, str(dataset.attrs["caption"])
     except OspDiagError as reason:
         problem = str(reason)
-    if len(runs) == 1 or placement.pairs:
+    if len(runs) == 1 or pairs:
         left_out.append(problem)
         return None, ""
     fitting = {}
     for place, run in runs.items():
         try:
-            page_picture(name, placement, [run], _style(runs))
+            page_picture(name, {place: run})
             fitting[place] = run
         except OspDiagError as reason:
             left_out.append(f"{labels[place]}: {reason}")
     if len(fitting) == len(runs):
         left_out.append(f"side by side: {problem}")
         return None, ""
-    return _picture(name, placement, fitting, labels, left_out)
-
-
-def _style(places: Iterable[int]) -> Style:
-    """The paper's, with the colours that these runs have all over the page."""
-    colours = tuple(RUN_COLOURS[place % len(RUN_COLOURS)] for place in places)
-    return replace(load_style("paper"), run_colours=colours)
+    return _picture(name, fitting, labels, left_out)

@@ -133,7 +133,7 @@ def _any_figure() -> Any:
     """The section that draws what a reader asks for, of all figures that there are."""
     from dash import dcc, html
 
-    labelled: Any = {"aria-labelledby": "figures-title"}
+    labelled: Any = {"aria-labelledby": "figures-title", "role": "group"}
     live: Any = {"aria-live": "polite"}
     asked = dcc.Dropdown(figure_options(), None, id="figure", placeholder="choose a figure")
     plot = dcc.Graph(id="figure-plot", config=_CONFIG | {"responsive": False}, responsive=False)
@@ -141,14 +141,14 @@ def _any_figure() -> Any:
         [
             html.H2("Figures", id="figures-title"),
             html.P(FIGURES_NOTE, className="note"),
-            html.Div(asked, role="group", **labelled),
+            html.Div(asked, **labelled),
             html.Ul(id="figure-left-out", className="alerts", **live),
-            html.Div(plot, id="figure-box", className="figure", hidden=True),
+            html.Div(plot, id="figure-box", className="figure", hidden=True, tabIndex="0", **labelled),
             html.P(id="figure-caption", className="note"),
             dcc.Store(id="figure-picture"),
             dcc.Store(id="figure-shown"),
         ],
-        **labelled,
+        **labelled | {"role": "region"},
     )
 
 

@@ -72,7 +72,9 @@ const Page = {
     if (!picture) return [{ data: [], layout: {} }, true, {}];
     const grid = getComputedStyle(document.documentElement).getPropertyValue("--grid").trim();
     const size = { width: `${picture.layout.width}px`, height: `${picture.layout.height}px` };
-    return [Themes.themed(picture, { dark, grid, runs: RUNS }), false, size];
+    const themed = Themes.themed(picture, { dark, grid, runs: RUNS });
+    Object.assign(themed.layout, { modebar: { bgcolor: "rgba(0,0,0,0)" }, uirevision: "kept" });
+    return [themed, false, size];
   },
 };
 """

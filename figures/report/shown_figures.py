@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import xarray as xr
@@ -15,7 +15,7 @@ from osp_diag.figures._registry import figure_module, in_report, names
 from osp_diag.figures.backend import load_backend
 from osp_diag.figures.report.comparison import alike, pairs_alike
 from osp_diag.figures.report.encoding import compacted, factored
-from osp_diag.figures.styles import Style, load_style
+from osp_diag.figures.styles import load_style
 
 __all__ = ["Drawn", "draw_figures", "page_picture", "shown_figures"]
 
@@ -65,7 +65,7 @@ def _together(
     name: str, placement: InReport, runs: Sequence[Any], labels: Sequence[str], group: Sequence[int]
 ) -> Drawn:
     found = Drawn(name, placement.heading)
-    fitting = []
+    fitting: dict[int, Any] = {}
     for index in group:
         run = runs[index]
         try:
@@ -74,8 +74,8 @@ def _together(
                     f"{labels[index]}: it needs {placement.fewest_steps} probed steps, and there is one"
                 )
                 continue
-            _draw(placement, [run], found, str(index))
-            fitting.append(run)
+            _draw(placement, {index: run}, found, str(index))
+            fitting[index] = run
         except OspDiagError as reason:
             found.left_out.append(f"{labels[index]}: {reason}")
     if len(fitting) > 1:
@@ -97,39 +97,40 @@ def _pairs(name: str, placement: InReport, runs: Sequence[Any], labels: Sequence
         both = f"{labels[first]} and {labels[second]}"
         found = Drawn(name, f"{placement.heading}: {both}")
         try:
-            _draw(placement, [runs[first], runs[second]], found, "all")
+            _draw(placement, {first: runs[first], second: runs[second]}, found, "all")
         except OspDiagError as reason:
             found.left_out.append(f"{both}: {reason}")
         drawn.append(found)
     return drawn
 
 
-def _draw(placement: InReport, runs: list[Any], found: Drawn, variant: str) -> None:
-    style = load_style("paper")
-    if variant != "all":  # a run keeps its colour
-        place = int(variant) % len(style.run_colours)
-        style = replace(style, run_colours=(*style.run_colours[place:], *style.run_colours[:place]))
-    found.variants[variant], dataset = page_picture(found.name, placement, runs, style)
+def _draw(placement: InReport, runs: Mapping[int, Any], found: Drawn, variant: str) -> None:
+    """Of runs by their places on the page."""
+    found.variants[variant], dataset = page_picture(found.name, runs)
     for trace in found.variants[variant]["data"]:
         if "text" in trace:
             trace["text"] = factored(trace["text"])
-    found.variants[variant]["caption"] = _step_shown(placement, runs) + str(dataset.attrs["caption"])
+    step = _step_shown(placement, list(runs.values()))
+    found.variants[variant]["caption"] = step + str(dataset.attrs["caption"])
     found.heading = found.heading or str(dataset.attrs["title"])
 
 
-def page_picture(
-    name: str, placement: InReport, runs: Sequence[Any], style: Style
-) -> tuple[dict[str, Any], xr.Dataset]:
-    """As ``figures.draw`` does it, but for the caption, which a page sets in its own type.
+def page_picture(name: str, runs: Mapping[int, Any]) -> tuple[dict[str, Any], xr.Dataset]:
+    """A figure as ``figures.draw`` does it, but for the caption, which a page sets in its own type.
+
+    Parameters
+    ----------
+    runs : by their places on the page, which give them their colours
 
     Returns
     -------
     ``data`` and ``layout`` for plotly, made small; and what was drawn, with the caption in its attrs
     """
-    figure = figure_module(name)
-    if placement.most_steps is not None:
-        runs = [thinned_run(run, placement.most_steps) for run in runs]
-    dataset = figure.prepare(list(runs), **placement.options)
+    figure, placement = figure_module(name), in_report(name)
+    most = placement.most_steps
+    shown = [run if most is None else thinned_run(run, most) for run in runs.values()]
+    dataset = figure.prepare(shown, **placement.options)
+    style = load_style("paper").at_places(runs)
     canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
     picture = canvas.finish(dataset).to_plotly_json()
     return compacted({"data": picture["data"], "layout": picture["layout"]}), dataset
