@@ -47,8 +47,11 @@ def images() -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     ("model", "config", "extra"),
-    [("ViTModel", "ViTConfig", 1), ("SiglipVisionModel", "SiglipVisionConfig", 0)]
-    + [("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", 1 + 3)],
+    [
+        ("ViTModel", "ViTConfig", 1),
+        ("SiglipVisionModel", "SiglipVisionConfig", 0),
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", 1 + 3),
+    ],
 )
 def test_patches_are_tokens(model: str, config: str, extra: int) -> None:
     options = {**VISION, "num_register_tokens": 3} if extra > 1 else VISION
@@ -172,7 +175,7 @@ def test_xlnet_has_its_tokens_first() -> None:
     np.testing.assert_array_equal(probe.run.at("residual_post")["token_count"][0, 0], [21, 3, 0, 18])
 
 
-# -- other ways to be called -----------------------------------------------------------------------------------
+# -- other ways to be called -------------------------------------------------------------------------------
 
 
 class Called(nn.Module):
@@ -205,5 +208,5 @@ def test_batch_dictionaries_and_single_sequences_are_read() -> None:
 
 def test_networks_without_tokens_are_refused_when_the_probe_is_made() -> None:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])
-    with pytest.raises(SiteError, match="not vectors of tokens .* name|not vectors of tokens"):
+    with pytest.raises(SiteError, match="which are not vectors of tokens"):
         Probe(transformers.ResNetModel(config).eval(), example=images())

@@ -46,18 +46,24 @@ class ForwardPass:
         self.layer: int | None = None
         """the layer of the block that runs now"""
 
-    def enter(self, arguments: Mapping[str, Any]) -> None:
+        self._prefixes = [prefix]
+        """what a decoder's arguments begin with at each level: nothing inside of the decoder itself"""
+
+    def enter(self, path: str, arguments: Mapping[str, Any]) -> None:
         """A module that holds the blocks begins to run."""
         if self.stream is None:
             self.levels.append(_flattened(arguments))
+            is_inside = self.prefix and self.prefix.rstrip("_") in path.split(".")
+            self._prefixes.append("" if is_inside else self.prefix)
+
+    def _inside_out(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """(arguments, what those of the blocks' tokens begin with), of the module nearest to the blocks first."""
+        return zip(reversed(self.levels), reversed(self._prefixes), strict=True)
 
     def named(self, name: str, shapes: Collection[tuple[int, ...]]) -> torch.Tensor | None:
         """The argument of this name and one of these shapes that stands nearest to the blocks."""
-        for arguments in reversed(self.levels):
-            # Beside an encoder, what a decoder's own modules call so is called otherwise outside.
-            prefixed = f"{self.prefix}{name}"
-            is_outside = self.prefix and any(key.startswith(self.prefix) for key in arguments)
-            value = arguments.get(prefixed if is_outside else name)
+        for arguments, prefix in self._inside_out():
+            value = arguments.get(f"{prefix}{name}")
             if isinstance(value, torch.Tensor) and tuple(value.shape) in shapes:
                 return value
         return None
@@ -86,9 +92,7 @@ class ForwardPass:
 
     def padding_mask(self, batch: int, tokens: int) -> torch.Tensor | None:
         """(batch, token) padding mask, if there is one; of one that covers a cache too, the end."""
-        for arguments in reversed(self.levels):
-            is_outside = self.prefix and any(key.startswith(self.prefix) for key in arguments)
-            prefix = self.prefix if is_outside else ""
+        for arguments, prefix in self._inside_out():
             mask = arguments.get(f"{prefix}attention_mask")
             if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[0] != batch:
                 continue
@@ -169,7 +173,8 @@ class SiteCapture:
             )
             for path in self._modules_around():
                 module = self.model.get_submodule(path)
-                self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                hook = self._enter_hook(path)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for path in self._layers:
                 block = self.model.get_submodule(path)
                 hook = self._block_hook(path)
@@ -235,9 +240,12 @@ class SiteCapture:
         parts = self.block_paths[0].split(".")
         return [".".join(parts[:count]) for count in range(1, len(parts))]
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self.current is not None:
-            self.current.enter(_arguments_by_name(module, args, kwargs))
+    def _enter_hook(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.current is not None:
+                self.current.enter(path, _arguments_by_name(module, args, kwargs))
+
+        return hook
 
     def _block_hook(self, path: str) -> Callable[..., None]:
         order = self._layers[path]

@@ -101,7 +101,7 @@ def _is_decoder(model: nn.Module, stack: str) -> bool:
     """Whether the blocks are the decoder of a model that also has an encoder, whose tokens are others."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    return re.search(r"(^|\.)decoder(s|\.|$)", stack) is not None
+    return "decoder" in stack.split(".")
 
 
 def _resolve_block(layer: int, event: Event, trace: Trace, hidden_size: int) -> Block:
