@@ -245,6 +245,7 @@ class Probe:
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
             causal_layers=self.site_map.causal_layers,
+            tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
             snapshots=snapshots,
@@ -264,6 +265,7 @@ class Probe:
             on_start=collector.start,
             on_stop=collector.stop,
             on_weight=collector.on_weight,
+            on_stream=collector.on_stream,
             prefix=self.site_map.prefix,
         )
         heads = (ATTENTION, *HEAD_SITES)

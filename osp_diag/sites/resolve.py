@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
@@ -16,9 +15,10 @@ from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, SITES
 from osp_diag.sites.attention_sites import attention_event, attention_sites, is_causal
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
+from osp_diag.sites.layout import has_tokens_first, with_layout
 from osp_diag.sites.names import SiteMap, Tap
 from osp_diag.sites.stack import find_stack, is_linear, is_norm
-from osp_diag.sites.trace import TOKENS, Event, Trace, fused_encoder_layers, trace_forward, unwrap
+from osp_diag.sites.trace import Event, Trace, fused_encoder_layers, trace_forward, unwrap
 
 __all__ = ["find_sites"]
 
@@ -66,6 +66,7 @@ def find_sites(
     first = events[0].input
     if first is None:
         raise SiteError(f"the blocks at {stack!r} receive no activations; name the stack with `blocks=`")
+    tokens_first = has_tokens_first(model, example, trace, events)
     traced_blocks = [
         _resolve_block(layer, event, trace, first.shape[-1]) for layer, event in enumerate(events)
     ]
@@ -83,24 +84,24 @@ def find_sites(
         blocks=stack,
         block_paths=tuple(event.name for event in events),
         hidden_size=first.shape[-1],
-        taps=tuple(taps),
+        taps=tuple(with_layout(tap, trace, first, tokens_first=tokens_first) for tap in taps),
         attention_layers=tuple(block.layer for block in traced_blocks if block.calls),
         causal_layers=frozenset(
             block.layer for block in traced_blocks if block.calls and is_causal(block.call)
         ),
         absent=_absent_sites(traced_blocks, {tap.site for tap in taps}),
         notes=_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
-        prefix="decoder_" if _is_decoder(model, example, first) else "",
+        tokens_first=tokens_first,
+        prefix="decoder_" if _is_decoder(model, stack) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
     )
 
 
-def _is_decoder(model: nn.Module, example: Any, state: torch.Tensor) -> bool:
+def _is_decoder(model: nn.Module, stack: str) -> bool:
     """Whether the blocks are the decoder of a model that also has an encoder, whose tokens are others."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    ids = example.get("decoder_input_ids") if isinstance(example, Mapping) else None
-    return state.shape[1] == (TOKENS - 1 if ids is None else ids.shape[1])
+    return "decoder" in stack.split(".")
 
 
 def _resolve_block(layer: int, event: Event, trace: Trace, hidden_size: int) -> Block:

@@ -6,6 +6,7 @@ several ways); the tensors of one real forward pass settle it. The pass is eight
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ __all__ = [
     "is_compiled",
     "run_example",
     "trace_forward",
+    "undisturbed",
     "unfused",
     "unwrap",
 ]
@@ -146,7 +148,7 @@ def _outputs(result: Any) -> dict[int | None, Any]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, random state and training flags put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -167,9 +169,12 @@ def _example_device(model: nn.Module) -> torch.device:
 
 
 def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None) -> Any:
-    """Call the model on an example batch, or on eight tokens if none is given."""
+    """Call the model on an example batch, or on eight tokens if none is given.
+
+    A dictionary is the model's keyword arguments, or, for a model that takes none of these names, its batch.
+    """
     if isinstance(example, Mapping):
-        return model(**example)
+        return model(**example) if _takes_keywords(model, example) else model(example)
     if example is not None:
         return model(*example)
     vocabulary = min(
@@ -189,6 +194,14 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
             keywords["decoder_input_ids"] = ids[:, 1:]
         return model(**keywords)
     return model(ids)
+
+
+def _takes_keywords(model: nn.Module, example: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(**example)
+    except TypeError:
+        return False
+    return True
 
 
 def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None) -> Trace:
@@ -218,7 +231,7 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
         trace.attention.append((trace.tick(), _on_host(call)))
 
     with ExitStack() as stack:
-        stack.enter_context(_undisturbed(model))
+        stack.enter_context(undisturbed(model))
         for name, module in model.named_modules():
             if name:
                 stack.callback(module.register_forward_pre_hook(start_hook(name), with_kwargs=True).remove)
