@@ -13,7 +13,7 @@ __all__ = ["call_again", "mark_projections"]
 _TOLERANCE = 0.05
 """Of the largest output: a projection that quantises its input as it runs is linear to about 1%."""
 _SPREAD = 8.0
-"""Standard deviation of the inputs that are tried: far outside of where an activation function is straight."""
+"""Standard deviation of the inputs that are tried: far outside of where activation functions are straight."""
 
 
 # Why what a module computes, and not what it is called: docs/decisions.md, Capture.

@@ -42,7 +42,7 @@ class Event:
     outputs: dict[int | None, torch.Tensor] = field(default_factory=dict)
     start: int = 0
     stop: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device | None = None
     """where the module's first activation was"""
     alone: bool = False
     """called with one tensor and nothing else"""
@@ -217,7 +217,7 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
             inputs = _floating_copies({**dict(enumerate(args)), **kwargs})
             arguments = [value for value in (*args, *kwargs.values()) if value is not None]
             event = Event(name, module, inputs, start=trace.tick(), alone=len(arguments) == len(inputs) == 1)
-            event.device = next((v.device for v in arguments if isinstance(v, torch.Tensor)), event.device)
+            event.device = next((v.device for v in arguments if isinstance(v, torch.Tensor)), None)
             trace.events.append(event)
             open_events.append(event)
 
