@@ -208,7 +208,7 @@ class AttentionObservation:
     ) -> AttentionObservation:
         """From logits that the model made itself, scaled and masked.
 
-        Entries at or below −1e30 (−32752 in float16), −Inf included, are not allowed. The last
+        Entries that :func:`~osp_diag.estimators.attention_mask.is_fill` tells are not allowed. The last
         ``extra_columns`` columns are learned sinks (gpt-oss). ``mask`` says whether the model is causal
         and may narrow what is allowed; it must not add to the logits again. Queries and keys are not
         known, so that what is computed from them comes out as NaN.

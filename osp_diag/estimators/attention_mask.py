@@ -14,16 +14,28 @@ from osp_diag.estimators._arrays import Array, index_range, namespace_of
 __all__ = ["AttentionMask", "QueryRows", "is_fill", "sampled_rows", "take_rows"]
 
 
-def is_fill(values: Array) -> Bool[Any, "..."]:
-    """True where an additive entry means "not allowed".
+_OUT_OF_SIGHT = 9000.0
+"""How far below its row's largest entry one has no weight: models fill with −1e4 or −1e9 too."""
 
-    That is at or below −1e30, and in float16 at or below half of its finite minimum.
+
+def is_fill(values: Array, allowed: Array | None = None) -> Bool[Any, "..."]:
+    """True where an additive entry or a logit means "not allowed".
+
+    That is at or below −1e30, in float16 at or below half of its finite minimum; and where ``allowed`` is
+    given, 9,000 or more below the largest entry of those allowed in its row (the last axis). exp(−9000) is
+    0 in every floating type, so a real bias (ALiBi at 10,000 tokens) loses nothing but its count.
 
     NaN is not a fill: it is passed on, so that its row is found and counted. Models fill with the finite
     minimum of a dtype that may be narrower, and some (CodeGen) scale logits only afterwards.
     """
     xp = namespace_of(values)
-    return values <= (-32752.0 if values.dtype == xp.float16 else -1e30)
+    filled = values <= (-32752.0 if values.dtype == xp.float16 else -1e30)
+    if allowed is None:
+        return filled
+    wide = xp.astype(values, xp.float32)
+    top = xp.max(xp.where(allowed & ~filled, wide, -xp.inf), axis=-1, keepdims=True)
+    # A row with +Inf has no largest entry to measure from.
+    return filled | ((wide <= top - _OUT_OF_SIGHT) & xp.isfinite(top))
 
 
 class QueryRows(NamedTuple):
@@ -86,8 +98,8 @@ class AttentionMask:
     window : query i sees keys with i − j < window. It is one-sided: a bidirectional window is given
         by ``tensor`` or ``function``.
     tensor : broadcastable to (batch, head, query, key); bool (True = allowed), or floating and added
-        to the logits. Additive entries at or below −1e30 (−32752 in float16), −Inf
-        included, count as not allowed; any other entry (ALiBi) as part of the logit.
+        to the logits. Additive entries that :func:`is_fill` tells (−Inf, the minimum of a type, −1e9
+        or −1e4 beside 0) count as not allowed; any other entry (ALiBi) as part of the logit.
     keys : (batch, key), non-zero where a key is not padding
     function : (batch, head, query, key indices) → bool, as FlexAttention's ``mask_mod``. It is called
         with index arrays that broadcast against each other.
@@ -172,7 +184,7 @@ class AttentionMask:
         part = _tensor_rows(self.tensor, rows)
         if not self.additive:
             return None, allowed & part
-        filled = is_fill(part)
+        filled = is_fill(part, allowed)
         bias = xp.astype(part, xp.float32)
         return xp.where(filled, xp.zeros_like(bias), bias), allowed & ~filled
 

@@ -43,6 +43,15 @@ class Event:
     outputs: dict[int | None, torch.Tensor] = field(default_factory=dict)
     start: int = 0
     stop: int = 0
+    device: torch.device | None = None
+    """where the module's first activation was"""
+    alone: bool = False
+    """called with one tensor and nothing else"""
+    attends: bool = False
+    """an attention call was made during it"""
+    projection: bool = False
+    """an outermost linear map"""
+    inside_projection: bool = False
 
     @property
     def input(self) -> torch.Tensor | None:
@@ -71,8 +80,9 @@ class Trace:
         return self.clock
 
     def within(self, outer: Event) -> list[Event]:
-        """Calls made during ``outer``, itself left out."""
-        return [event for event in self.events if outer.start < event.start and event.stop < outer.stop]
+        """Calls made during ``outer``, itself left out, and what projections are made of."""
+        inner = [event for event in self.events if outer.start < event.start and event.stop < outer.stop]
+        return [event for event in inner if not event.inside_projection]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -217,7 +227,9 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
     def start_hook(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = _floating_copies({**dict(enumerate(args)), **kwargs})
-            event = Event(name, module, inputs, start=trace.tick())
+            arguments = [value for value in (*args, *kwargs.values()) if value is not None]
+            event = Event(name, module, inputs, start=trace.tick(), alone=len(arguments) == len(inputs) == 1)
+            event.device = next((v.device for v in arguments if isinstance(v, torch.Tensor)), None)
             trace.events.append(event)
             open_events.append(event)
 
@@ -229,6 +241,8 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
 
     def on_call(call: AttentionCall) -> None:
         trace.attention.append((trace.tick(), _on_host(call)))
+        for event in open_events:
+            event.attends = True
 
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
