@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,12 +24,16 @@ import numpy as np
 import torch
 import xarray as xr
 
-from benchmarks.machine import machine
 from osp_diag.analyses.live import standing
 from osp_diag.figures.live._data import Choice
 from osp_diag.figures.live._page import pictures
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
+
+# Made-up runs grow as those of the tests do, which are in a clone, as this script is, and not installed.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.machine import machine
 from tests.growing_runs import ATTRIBUTES, activation, groups, scalars
 
 LAYERS, HEADS = 24, 16
@@ -44,7 +49,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, nargs="+", default=[100, 1_000, 10_000])
     parser.add_argument("--rounds", type=int, default=9)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     print(f"{LAYERS} layers, {HEADS} heads, {len(SITES) + 3} sites; {machine(torch.device('cpu'))}\n")
     print("| probed steps | first look, ms | after one more step, ms | × | nothing new, ms | sent, kB |")
     print("|---|---|---|---|---|---|")
@@ -52,13 +57,13 @@ def main() -> None:
         path, first = Path(folder) / "run.zarr", None
         with RunWriter(path, ATTRIBUTES, block=200) as writer:
             written = 0
-            for count in asked.steps:
+            for count in options.steps:
                 _grow(writer, range(written, count))
-                written = count + asked.rounds
-                found = _measure(path, writer, count, asked.rounds)
-                first = first or found["step"]
-                times = f"{found['open']:.0f} | {found['step']:.1f} | {found['step'] / first:.2f}"
-                rest = f"{found['idle']:.1f} | {found['bytes'] / 1000:.0f}"
+                written = count + options.rounds
+                costs = _measure(path, writer, count, options.rounds)
+                first = first or costs["step"]
+                times = f"{costs['open']:.0f} | {costs['step']:.1f} | {costs['step'] / first:.2f}"
+                rest = f"{costs['idle']:.1f} | {costs['bytes'] / 1000:.0f}"
                 print(f"| {count:,} | {times} | {rest} |", flush=True)
 
 
@@ -83,8 +88,8 @@ def _measure(path: Path, writer: RunWriter, count: int, rounds: int) -> dict[str
 def _look(run: FollowedRun) -> int:
     """What the server does when a browser asks; returns how many bytes it sends."""
     run.refresh()
-    told = standing(run).as_dict()
-    return len(json.dumps([told, pictures([run], Choice((0,)))]))
+    facts = standing(run).as_dict()
+    return len(json.dumps([facts, pictures([run], Choice((0,)))]))
 
 
 def _timed(work: Callable[[], Any]) -> float:

@@ -130,8 +130,12 @@ SINKS = (
 
 def one_reading() -> list[str]:
     """Estimators that need no third reading: every kurtosis, exact max/median, channel sums."""
-    chosen = default_estimators(observes="activation", site="attention_input")
-    return [e.name for e in chosen if not any(m.reads_elements for m in e.measurements)]
+    estimators = default_estimators(observes="activation", site="attention_input")
+    return [
+        estimator.name
+        for estimator in estimators
+        if not any(measurement.reads_elements for measurement in estimator.measurements)
+    ]
 
 
 def levels() -> dict[str, dict[str, Sequence[str]] | None]:
@@ -150,10 +154,10 @@ def levels() -> dict[str, dict[str, Sequence[str]] | None]:
     }
 
 
-def probed(bench: Bench, chosen: dict[str, Sequence[str]] | None, *, compiled: bool) -> Forward:
+def probed(bench: Bench, estimators: dict[str, Sequence[str]] | None, *, compiled: bool) -> Forward:
     """A forward pass with the probe attached: the device's share, which is what slows the step."""
-    sites = None if chosen is None else list(chosen)
-    probe = Probe(bench.model, sites=sites, estimators=chosen, compile=compiled, keep_raw=False)
+    sites = None if estimators is None else list(estimators)
+    probe = Probe(bench.model, sites=sites, estimators=estimators, compile=compiled, keep_raw=False)
 
     def forward() -> None:
         with probe.collect():
@@ -169,6 +173,7 @@ def hidden_states(bench: Bench) -> Forward:
         out = bench.model(input_ids=bench.ids, use_cache=False, output_hidden_states=True)
         for state in out.hidden_states:
             x = state.float()
+            # mean(x⁴) / var(x)² − 3, no less than 0, of each token; then the mean over tokens
             scale = x.var(-1).clamp_min(1e-12)
             ((x**4).mean(-1) / scale**2 - 3).clamp_min(0).mean().item()
 
@@ -188,6 +193,7 @@ def square_attention(bench: Bench) -> Forward:
         key = key.repeat_interleave(config.num_attention_heads // config.num_key_value_heads, 1)
         causal = torch.ones(tokens, tokens, dtype=torch.bool, device=hidden.device).triu(1)
         for row in range(batch):
+            # softmax(q·kᵀ / √d) under the causal mask, and its sums over queries
             logits = (query[row] @ key[row].transpose(-1, -2)).float() * module.scaling
             logits.masked_fill(causal, float("-inf")).softmax(-1).sum(-2)
 
@@ -268,8 +274,8 @@ def check(device: torch.device) -> None:
             x = torch.randn(2, 512, channels, device=device, generator=generator).to(dtype)
             x[:, 7, 3] = 25_800
             x[1, 9, 2] = float("nan")
-            found = site_statistics(x, part_of_tokens(strata), bits)
-            fused = FusedObservation(x, strata, found, significant_bits=bits)
+            row_and_channel_statistics = site_statistics(x, part_of_tokens(strata), bits)
+            fused = FusedObservation(x, strata, row_and_channel_statistics, significant_bits=bits)
             generic = ActivationObservation(x, strata)
             assert torch.equal(fused.median, generic.median)
             for pair in zip(
@@ -302,14 +308,14 @@ def check(device: torch.device) -> None:
 
 def variants_of(bench: Bench, *, compiled: bool, all_levels: bool) -> tuple[list[Variant], dict[str, str]]:
     """What is timed, the bare pass first; and what is left out, with the reason."""
-    found = [Variant("bare forward", bench.bare)]
+    variants = [Variant("bare forward", bench.bare)]
     skipped: dict[str, str] = {}
-    for label, chosen in levels().items():
-        if all_levels or chosen is not None:
+    for label, estimators in levels().items():
+        if all_levels or estimators is not None:
             how = "compiled" if compiled else "eager"
-            found.append(Variant(f"probe {label}, {how}", probed(bench, chosen, compiled=compiled)))
-    found.append(Variant("output_hidden_states + OSP kurtosis with .item()", hidden_states(bench)))
-    found.append(Variant("T×T softmax per layer", square_attention(bench)))
+            variants.append(Variant(f"probe {label}, {how}", probed(bench, estimators, compiled=compiled)))
+    variants.append(Variant("output_hidden_states + OSP kurtosis with .item()", hidden_states(bench)))
+    variants.append(Variant("T×T softmax per layer", square_attention(bench)))
     peers = {
         "nnsight": ("nnsight trace saving block outputs", nnsight_trace),
         "transformer_lens": ("TransformerLens run_with_cache", transformer_lens_cache),
@@ -319,8 +325,8 @@ def variants_of(bench: Bench, *, compiled: bool, all_levels: bool) -> tuple[list
             skipped[label] = f"{package} is not installed"
             continue
         with building(label, skipped):
-            found.append(Variant(label, build(bench)))
-    return found, skipped
+            variants.append(Variant(label, build(bench)))
+    return variants, skipped
 
 
 def main() -> None:

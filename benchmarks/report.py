@@ -41,10 +41,10 @@ def site(layers: list[int], growth: float, rng: np.random.Generator) -> xr.Datas
     rms = 1 + 0.1 * rng.standard_normal((*shape, CHANNELS))
     rms[..., [7, 300, 1999]] += 40 * growth
     kurtosis = 0.04 * np.exp(6 * growth + 0.1 * rng.standard_normal(shape))
-    told = {"estimator": "osp_excess_kurtosis/1", "floor": 0.0416, "ceiling": float(CHANNELS - 3)}
+    attributes = {"estimator": "osp_excess_kurtosis/1", "floor": 0.0416, "ceiling": float(CHANNELS - 3)}
     return xr.Dataset(
         {
-            "osp_excess_kurtosis": (by_stratum, kurtosis, told),
+            "osp_excess_kurtosis": (by_stratum, kurtosis, attributes),
             "fisher_kurtosis": (by_stratum, kurtosis, {"estimator": "fisher_kurtosis/1"}),
             "max_median_ratio": (by_stratum, 4 + 40 * growth + rng.random(shape)),
             "absolute_maximum": (by_stratum, 4 + 160 * growth + rng.random(shape)),
@@ -129,9 +129,9 @@ def write(path: Path, steps: int, seed: int = 0) -> None:
 def measure(paths: list[Path], out: Path) -> dict[str, float]:
     """In a fresh process: seconds from opening to the written page, its size, and the peak of memory."""
     command = [sys.executable, __file__, "--one", str(out), *map(str, paths)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    process = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    costs: dict[str, float] = json.loads(process.stdout.splitlines()[-1])
+    return costs
 
 
 def one(out: Path, paths: list[Path]) -> None:
@@ -144,15 +144,15 @@ def one(out: Path, paths: list[Path]) -> None:
     runs = [open_run(path) for path in paths]
     opened = time.perf_counter()
     write_report(runs, out)
-    done = time.perf_counter()
+    written = time.perf_counter()
     used = resource.getrusage(resource.RUSAGE_SELF)
     print(
         json.dumps(
             {
                 "import": imported - begin,
                 "open": opened - imported,
-                "report": done - opened,
-                "total": done - begin,
+                "report": written - opened,
+                "total": written - begin,
                 "cpu": used.ru_utime + used.ru_stime,
                 "peak_mib": used.ru_maxrss / 1024,
                 "page_mb": out.stat().st_size / 1e6,
@@ -169,15 +169,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many")
     parser.add_argument("--keep", type=Path, help="write the runs here, and take those that are there")
     parser.add_argument("--one", nargs="+", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.one:
-        one(given.one[0], given.one[1:])
+    options = parser.parse_args()
+    if options.one:
+        one(options.one[0], options.one[1:])
         return
     import torch
     from machine import machine
 
     print(
-        f"{LAYERS} layers, {CHANNELS} channels, {HEADS} heads, {given.runs} run(s); "
+        f"{LAYERS} layers, {CHANNELS} channels, {HEADS} heads, {options.runs} run(s); "
         f"{machine(torch.device('cpu'))}"
     )
     print(
@@ -185,14 +185,14 @@ def main() -> None:
         "|---|---|---|---|---|---|---|---|"
     )
     with tempfile.TemporaryDirectory() as scratch:
-        folder = given.keep or Path(scratch)
-        for steps in given.steps:
-            paths = [folder / f"{steps}-{seed}.zarr" for seed in range(given.runs)]
+        folder = options.keep or Path(scratch)
+        for steps in options.steps:
+            paths = [folder / f"{steps}-{seed}.zarr" for seed in range(options.runs)]
             for seed, path in enumerate(paths):
                 if not path.exists():
                     write(path, steps, seed)
-            rounds = [measure(paths, Path(scratch) / "report.html") for _ in range(given.rounds)]
-            median = {key: float(np.median([found[key] for found in rounds])) for key in rounds[0]}
+            rounds = [measure(paths, Path(scratch) / "report.html") for _ in range(options.rounds)]
+            median = {key: float(np.median([costs[key] for costs in rounds])) for key in rounds[0]}
             numbers = (median[key] for key in ("import", "open", "report", "total", "cpu"))
             cells = [f"{steps:,}", *(f"{value:.2f}" for value in numbers)]
             cells += [f"{median['peak_mib']:.0f}", f"{median['page_mb']:.1f}"]

@@ -122,8 +122,8 @@ def our_optimizer(
     """A step of one of our optimizers on the benchmark's parameters, and its state's bytes."""
     # A rate at which nothing moves far.
     optimizer = OptimizerConfig(name=name, lr=1e-9)
-    chosen = TrainConfig(model=bench.config.model, optimizer=optimizer)
-    optimizers = build_optimizer(bench.model, chosen)
+    config = TrainConfig(model=bench.config.model, optimizer=optimizer)
+    optimizers = build_optimizer(bench.model, config)
     optimizers.set_learning_rate(1.0)
     return optimizers.step, lambda: optimizers.state_bytes
 
@@ -131,7 +131,7 @@ def our_optimizer(
 def torch_muon(bench: Bench) -> tuple[Callable[[], None], Callable[[], int]]:
     """torch's own Muon on the same matrices, with fused AdamW on the rest."""
     routes = route(bench.model, TrainConfig(model=bench.config.model)).routes
-    hidden = {found.name for found in routes if found.optimizer == "muon"}
+    hidden = {entry.name for entry in routes if entry.optimizer == "muon"}
     named = dict(bench.model.named_parameters())
     muon = torch.optim.Muon(
         [named[name] for name in named if name in hidden and named[name].ndim == 2],
@@ -163,8 +163,9 @@ def newton_schulz_flops(bench: Bench, steps: int = 5) -> float:
     total = 0.0
     for name, parameter in bench.model.named_parameters():
         if parameter.ndim == 2 and not name.endswith(("embed_tokens.weight", "lm_head.weight")):
-            short, long = sorted(parameter.shape)
-            total += steps * 2 * (2 * short**2 * long + short**3)
+            m, n = sorted(parameter.shape)
+            # A = XXᵀ takes 2m²n, A² 2m³, and (bA + cA²)X 2m²n, with X of shape (m, n), m ≤ n.
+            total += steps * 2 * (2 * m**2 * n + m**3)
     return total
 
 
@@ -250,6 +251,7 @@ def measure(
         for entry in timed.values():
             bench.time(entry)
     memory = {"muon": our_bytes(), "adam": adam_bytes(), "torch_muon": their_bytes()}
+    # What training pays: the probe with passes behind it, less the same passes alone.
     paid = zip(timed["probe_and_passes"].seconds, timed["passes"].seconds, strict=True)
     timed["probe"] = Timed("probe of one micro-batch, as training pays for it", lambda: None)
     timed["probe"].seconds = [both - passes for both, passes in paid]
@@ -268,26 +270,26 @@ def passes_of(tokens: int, step_tokens: int) -> int:
     return max(1, round(step_tokens / tokens))
 
 
-def report(found: dict[str, Any], step_tokens: int, device: torch.device) -> None:
+def report(numbers: dict[str, Any], step_tokens: int, device: torch.device) -> None:
     """Print what the numbers say."""
-    seconds, tokens = found["seconds"], found["tokens"]
+    seconds, tokens = numbers["seconds"], numbers["tokens"]
     passes = passes_of(tokens, step_tokens)
     print("| what | ms |\n|---|---|")
     for name, value in seconds.items():
-        print(f"| {found['names'][name]} | {value * 1e3:.2f} |")
+        print(f"| {numbers['names'][name]} | {value * 1e3:.2f} |")
     print()
     step = {name: passes * seconds["pass"] + seconds[name] for name in ("muon", "torch_muon", "adam")}
-    done = passes * tokens
+    step_size = passes * tokens
     for name, value in step.items():
-        line = f"{found['names'][name]}: {done / value:,.0f} tokens/s at {done:,} tokens a step"
+        line = f"{numbers['names'][name]}: {step_size / value:,.0f} tokens/s at {step_size:,} tokens a step"
         line += f", {step['adam'] / value:.2%} of AdamW's"
         peak = peak_flops(device)
         if peak is not None:
-            line += f", MFU {done * found['flops_per_token'] / value / peak:.1%}"
+            line += f", MFU {step_size * numbers['flops_per_token'] / value / peak:.1%}"
         print(line)
-    floor = found["newton_schulz_flops"] / (done * found["flops_per_token"])
+    floor = numbers["newton_schulz_flops"] / (step_size * numbers["flops_per_token"])
     print(f"Newton-Schulz is {floor:.2%} of a step's operations: the floor of what Muon costs")
-    memory = found["optimizer_bytes"]
+    memory = numbers["optimizer_bytes"]
     print(
         f"optimizer state: Muon {memory['muon'] / 2**20:,.1f} MiB, AdamW {memory['adam'] / 2**20:,.1f} MiB, "
         f"{memory['muon'] / memory['adam'] - 1:+.1%}"
@@ -319,7 +321,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     bench = Bench(options.shape, options.device, compiled=options.compile, micro=options.micro_batch)
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(
+        numbers = measure(
             bench,
             options.rounds,
             compiled=options.compile,
@@ -331,10 +333,10 @@ def main() -> None:
         f"{machine(bench.device)}; {options.shape}, batch {tuple(bench.ids[:, 1:].shape)}; "
         f"median of {options.rounds}\n"
     )
-    report(found, options.step_tokens, bench.device)
+    report(numbers, options.step_tokens, bench.device)
     if options.out:
         Path(options.out).write_text(
-            json.dumps({"machine": machine(bench.device), "shape": options.shape} | found)
+            json.dumps({"machine": machine(bench.device), "shape": options.shape} | numbers)
         )
 
 

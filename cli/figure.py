@@ -96,9 +96,9 @@ def _parsed(entry: str) -> tuple[str, Any]:
 
 
 def _value(text: str) -> Any:
-    named: dict[str, Any] = {"true": True, "false": False, "none": None}
-    if text.lower() in named:
-        return named[text.lower()]
+    constants: dict[str, Any] = {"true": True, "false": False, "none": None}
+    if text.lower() in constants:
+        return constants[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

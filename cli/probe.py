@@ -87,12 +87,12 @@ def run(
         osp-diag probe path/to/model --list-sites
         osp-diag probe path/to/model --name-site 'mlp_hidden=blocks.*.ff.w2:input'
     """
-    named = dict(_named_site(entry) for entry in name_site)
+    named_sites = dict(_site_pattern(entry) for entry in name_site)
     _check(token_settings)
     measurement_settings = MeasurementSettings(
         sites=sites or None,
         estimators=estimators or None,
-        named_sites=named,
+        named_sites=named_sites,
         blocks=blocks,
         compile=compile == "yes" if compile != "auto" else "auto",
         keep_raw=not without_raw,
@@ -106,7 +106,7 @@ def run(
     from osp_diag.probing.ranks import is_first_rank
 
     with joined_ranks():
-        opened = open_checkpoint(
+        model_checkpoint = open_checkpoint(
             checkpoint,
             dtype=dtype,
             device=device,
@@ -118,12 +118,12 @@ def run(
             from osp_diag.sites import find_sites
 
             if is_first_rank():
-                print(find_sites(opened.model, blocks=blocks, named=named).describe())
+                print(find_sites(model_checkpoint.model, blocks=blocks, named=named_sites).describe())
             return 0
         from osp_diag.cli.probe_protocols import measure
 
         runs = measure(
-            opened,
+            model_checkpoint,
             token_settings,
             measurement_settings,
             compare=not single_protocol and not sites and not estimators,
@@ -155,7 +155,7 @@ def _report(runs: Mapping[Protocol, Run], out: Path | None, as_json: bool) -> in
     return 1 if summary.nonfinite_tokens else 0
 
 
-def _named_site(entry: str) -> tuple[str, str]:
+def _site_pattern(entry: str) -> tuple[str, str]:
     site, separator, pattern = entry.partition("=")
     if not separator or not site or not pattern:
         raise UsageError(

@@ -86,11 +86,11 @@ def run(
 def _as_json(followed: list[FollowedRun], alerts: AlertFile | None) -> int:
     from osp_diag.analyses.live import standing
 
-    found = [standing(one) for one in followed]
+    standings = [standing(one) for one in followed]
     if alerts is not None:
-        alerts.add(found)
-    print(json_format.dumps({"runs": [one.as_dict() for one in found]}, indent=2))
-    return int(any(one.bad for one in found))
+        alerts.add(standings)
+    print(json_format.dumps({"runs": [one.as_dict() for one in standings]}, indent=2))
+    return int(any(one.bad for one in standings))
 
 
 def _check(run: FollowedRun, *, must_exist: bool) -> None:
@@ -99,9 +99,9 @@ def _check(run: FollowedRun, *, must_exist: bool) -> None:
     if run.state == "unreadable":
         raise StoreError(run.problem)
     if run.state in ("absent", "empty") and must_exist:
-        what = "no run" if run.state == "absent" else "no step yet in the run"
+        lack = "no run" if run.state == "absent" else "no step yet in the run"
         raise StoreError(
-            f"{what} at {run.path}; check the path, or leave --once and --json out to wait for it"
+            f"{lack} at {run.path}; check the path, or leave --once and --json out to wait for it"
         )
     if run.state == "absent" and not run.path.absolute().parent.is_dir():
         raise UsageError(

@@ -18,7 +18,7 @@ __all__ = ["AlertFile"]
 
 
 class AlertFile:
-    """A file that gets a line when an alert is first found; one that is found at every look is told once.
+    """A file that gets a line when an alert is first raised; one that stands at every look gets no other.
 
     Raises
     ------
@@ -31,22 +31,22 @@ class AlertFile:
         if not path.parent.is_dir():
             raise UsageError(f"watch: --out {path}: the folder {path.parent} does not exist; make it first")
         self.path = path
-        self._found: set[tuple[str, str, int, int]] = set()
+        self._keys: set[tuple[str, str, int, int]] = set()
         self._write("w", "")
 
     def add(self, standings: Sequence[Standing]) -> None:
-        """Write the alerts that the last look had not found: time, run, and the alert's own fields."""
+        """Write the alerts that were not there at the last look: time, run, and the alert's own fields."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        lines, found = [], set()
+        lines, keys = [], set()
         for one in standings:
             alike: Counter[tuple[str, int]] = Counter()
             for alert in one.alerts:
                 key = (one.path, alert.rule, alert.step, alike[alert.rule, alert.step])
                 alike[alert.rule, alert.step] += 1
-                found.add(key)
-                if key not in self._found:
+                keys.add(key)
+                if key not in self._keys:
                     lines.append(json.dumps({"time": now, "run": one.path} | alert.as_dict()) + "\n")
-        self._found = found
+        self._keys = keys
         if lines:
             self._write("a", "".join(lines))
 

@@ -44,39 +44,39 @@ def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile 
     from osp_diag.analyses.live import standing
     from osp_diag.analyses.run_labels import labels_of
 
-    def judged() -> list[Standing]:
-        found = [standing(run) for run in runs]
+    def standings_now() -> list[Standing]:
+        standings = [standing(run) for run in runs]
         if alerts is not None:
-            alerts.add(found)
-        return found
+            alerts.add(standings)
+        return standings
 
-    def picture(found: Sequence[Standing]) -> RenderableType:
-        return _picture(found, labels_of(runs), console)
+    def picture(standings: Sequence[Standing]) -> RenderableType:
+        return _picture(standings, labels_of(runs), console)
 
     console = Console(highlight=False)
-    found = judged()
+    standings = standings_now()
     if every is None:
-        console.print(picture(found))
-        return _code(found)
+        console.print(picture(standings))
+        return _code(standings)
     try:
         if console.is_terminal:
             # The last picture stays in the terminal, below what was there before.
             with Live(console=console, screen=True, auto_refresh=False) as live:
                 while True:
-                    found = judged()
-                    live.update(picture(found), refresh=True)
+                    standings = standings_now()
+                    live.update(picture(standings), refresh=True)
                     time.sleep(every)
                     _look(runs)
-        console.print(picture(found))
+        console.print(picture(standings))
         while True:
             time.sleep(every)
             if _look(runs):
-                found = judged()
-                console.print(picture(found))
+                standings = standings_now()
+                console.print(picture(standings))
     except KeyboardInterrupt:  # how one stops watching
         if console.is_terminal:
-            console.print(picture(found))
-    return _code(found)
+            console.print(picture(standings))
+    return _code(standings)
 
 
 def _look(runs: Sequence[FollowedRun]) -> bool:
@@ -85,16 +85,16 @@ def _look(runs: Sequence[FollowedRun]) -> bool:
     return [run.refresh().version for run in runs] != before
 
 
-def _code(found: Sequence[Standing]) -> int:
-    return int(any(one.bad for one in found))
+def _code(standings: Sequence[Standing]) -> int:
+    return int(any(one.bad for one in standings))
 
 
-def _picture(found: Sequence[Standing], labels: Sequence[str], console: Console) -> RenderableType:
-    ratios = [over_floor(one.kurtosis) for one in found if one.kurtosis is not None]
+def _picture(standings: Sequence[Standing], labels: Sequence[str], console: Console) -> RenderableType:
+    ratios = [over_floor(one.kurtosis) for one in standings if one.kurtosis is not None]
     tops = [ratio[np.isfinite(ratio)].max(initial=LEAST_TOP) for ratio in ratios]
-    height = console.height // max(1, len(found)) - _OTHER_ROWS if console.is_terminal else 96
+    height = console.height // max(1, len(standings)) - _OTHER_ROWS if console.is_terminal else 96
     parts = []
-    for one, label in zip(found, labels, strict=True):
+    for one, label in zip(standings, labels, strict=True):
         text = standing_as_text(
             one,
             width=console.width - 4,
@@ -139,22 +139,24 @@ def _facts(one: Standing) -> list[str]:
     step = f"step {one.last_step:,}{of}, " if one.last_step is not None else ""
     lines = [f"{_printable(one.path)}" + (f" ({_printable(one.description)})" if one.description else "")]
     lines.append(step + one.life)
-    told = one.scalars
-    if "loss" in told:
-        held_out = f" (held out {told['held_out_loss']:.4g})" if "held_out_loss" in told else ""
-        lines.append(f"loss {told['loss']:.4g}{held_out}" + _named(told, "learning_rate", "gradient_norm"))
+    scalars = one.scalars
+    if "loss" in scalars:
+        held_out = f" (held out {scalars['held_out_loss']:.4g})" if "held_out_loss" in scalars else ""
+        lines.append(
+            f"loss {scalars['loss']:.4g}{held_out}" + _named(scalars, "learning_rate", "gradient_norm")
+        )
     speed = []
-    if "tokens_per_second" in told:
-        speed.append(f"{told['tokens_per_second']:,.0f} tokens/s")
-    if "model_flops_utilisation" in told:
-        speed.append(f"MFU {told['model_flops_utilisation']:.1%}")
+    if "tokens_per_second" in scalars:
+        speed.append(f"{scalars['tokens_per_second']:,.0f} tokens/s")
+    if "model_flops_utilisation" in scalars:
+        speed.append(f"MFU {scalars['model_flops_utilisation']:.1%}")
     if one.probing is not None:
         speed.append(f"probing takes {one.probing:.1%} of the time")
     return lines + ([", ".join(speed)] if speed else [])
 
 
-def _named(told: dict[str, float], *names: str) -> str:
-    return "".join(f", {name.replace('_', ' ')} {told[name]:.3g}" for name in names if name in told)
+def _named(scalars: dict[str, float], *names: str) -> str:
+    return "".join(f", {name.replace('_', ' ')} {scalars[name]:.3g}" for name in names if name in scalars)
 
 
 def _kurtosis_rows(kurtosis: xr.DataArray, width: int, rows: int, top: float, bars: str) -> list[Text]:
@@ -164,6 +166,7 @@ def _kurtosis_rows(kurtosis: xr.DataArray, width: int, rows: int, top: float, ba
     steps = kurtosis["step"].values
     head = f"OSP kurtosis over its floor ({floor}), {bars[0]} 1\u00d7 to {bars[-1]} {number(top)}\u00d7"
     head += f", steps {steps[0]:,} to {steps[-1]:,}"
+    # log(κ / floor) / log(top): 0 at the floor, 1 at the highest bar
     with np.errstate(divide="ignore", invalid="ignore"):
         share = np.log(ratio) / np.log(top)
     labels = [str(name) for name in kurtosis["hidden_state"].values]
@@ -175,9 +178,9 @@ def _sink_rows(sinks: xr.DataArray, width: int, rows: int, bars: str) -> list[Te
     epsilon = f"{sinks.attrs['epsilon']:g}"
     head = f"sink rate: heads that give the first token over {epsilon} of their attention"
     labels = [f"layer {layer}" for layer in sinks["layer"].values]
-    shown = sinks.values
-    values = [f"{row[-1]:.0%}" if np.isfinite(row[-1]) else "none" for row in shown]
-    return [Text(head, style="dim"), *_bar_rows(labels, shown, values, width, rows, bars)]
+    rates = sinks.values
+    values = [f"{row[-1]:.0%}" if np.isfinite(row[-1]) else "none" for row in rates]
+    return [Text(head, style="dim"), *_bar_rows(labels, rates, values, width, rows, bars)]
 
 
 def _bar_rows(

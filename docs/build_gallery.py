@@ -69,7 +69,7 @@ def main(arguments: Sequence[str]) -> int:
         return 2
     if not arguments:
         make_results_of_made_up_runs()
-    for name in drawn():
+    for name in page_entries():
         draw(name, PICTURES / f"{name}.png")
     PAGE.write_text(page(), encoding="utf-8")
     return 0
@@ -82,7 +82,7 @@ def entries() -> dict[str, InGallery]:
     return {name: placements[name] for name in order}
 
 
-def drawn() -> dict[str, InGallery]:
+def page_entries() -> dict[str, InGallery]:
     """The entries on the page: all that name runs, and those drawn of made-up runs so far."""
     return {
         name: entry for name, entry in entries().items() if entry.runs or (RESULTS / f"{name}.nc").exists()
@@ -92,13 +92,13 @@ def drawn() -> dict[str, InGallery]:
 def check() -> list[str]:
     """What is missing, or left over: one line each."""
     problems = []
-    for name in drawn():
-        wanted = (RESULTS / f"{name}.nc", PICTURES / f"{name}.png")
-        problems += [f"{path.relative_to(DOCS)} is missing" for path in wanted if not path.exists()]
-    known = {f"{name}{suffix}" for name in figures.names() for suffix in (".nc", ".png")}
+    for name in page_entries():
+        files = (RESULTS / f"{name}.nc", PICTURES / f"{name}.png")
+        problems += [f"{path.relative_to(DOCS)} is missing" for path in files if not path.exists()]
+    names = {f"{name}{suffix}" for name in figures.names() for suffix in (".nc", ".png")}
     present = [*RESULTS.glob("*"), *PICTURES.glob("*.*")]
     problems += [
-        f"{path.relative_to(DOCS)} belongs to no figure" for path in present if path.name not in known
+        f"{path.relative_to(DOCS)} belongs to no figure" for path in present if path.name not in names
     ]
     if not problems and (not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page()):
         problems.append("gallery.md is out of date: run `python docs/build_gallery.py`")
@@ -167,14 +167,14 @@ def draw(name: str, out: Path, width: str | None = None) -> None:
 
 def page() -> str:
     """The text of gallery.md."""
-    return "\n".join([PREAMBLE, *(section(name, entry) for name, entry in drawn().items())])
+    return "\n".join([PREAMBLE, *(section(name, entry) for name, entry in page_entries().items())])
 
 
 def section(name: str, entry: InGallery) -> str:
     """A heading, what to see, the picture, its caption and the command that draws it from runs."""
     attributes = load(name).attrs
-    other = [alias for alias, figure in figures.aliases().items() if figure == name]
-    also = f"Also {', '.join(f'`{alias}`' for alias in other)}. " if other else ""
+    aliases = [alias for alias, figure in figures.aliases().items() if figure == name]
+    also = f"Also {', '.join(f'`{alias}`' for alias in aliases)}. " if aliases else ""
     runs = entry.runs or ("first", "second")
     words = ["osp-diag", "figure", name, *(f"runs/{run}.zarr" for run in runs)]
     words += [word for key, value in entry.options.items() for word in ("--option", f"{key}={value}")]

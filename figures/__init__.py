@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from osp_diag.figures.styles import Style
+    from osp_diag.runs.run import Run
 
 if __name__ != "osp_diag.figures":
     raise ImportError(
@@ -49,7 +52,7 @@ def aliases() -> dict[str, str]:
 
 def draw(
     name: str,
-    runs: Any | Sequence[Any],
+    runs: Run | str | Path | xr.Dataset | Sequence[Run | str | Path],
     *,
     out: str | os.PathLike[str] | None = None,
     backend: str | None = None,
@@ -90,7 +93,7 @@ def draw(
         default_width,
         figure_module,
     )
-    from osp_diag.figures._runs import opened
+    from osp_diag.figures._runs import open_runs
     from osp_diag.figures.backend import backend_for, load_backend
     from osp_diag.figures.styles import load_style
 
@@ -100,16 +103,18 @@ def draw(
     if path is not None and not path.parent.is_dir():
         raise UsageError(f"cannot write {path}: the folder {path.parent} does not exist; make it first")
     look = load_style(style)
-    chosen = width or default_width(name)
-    if chosen not in look.widths:
-        raise UsageError(f"the style {look.name} has no width {chosen!r}; it has {', '.join(look.widths)}")
+    column_width = width or default_width(name)
+    if column_width not in look.widths:
+        raise UsageError(
+            f"the style {look.name} has no width {column_width!r}; it has {', '.join(look.widths)}"
+        )
     if isinstance(runs, xr.Dataset):
         dataset = check_prepared(name, runs, options)
     else:
         check_options(name, figure.prepare, options)
-        dataset = figure.prepare(opened(runs), **options)
+        dataset = figure.prepare(open_runs(runs), **options)
         dataset.attrs["figure"] = canonical(name)
-    canvas = figure.draw(dataset, library, style=look, width=chosen)
+    canvas = figure.draw(dataset, library, style=look, width=column_width)
     canvas.caption(dataset.attrs["caption"])
     if path is not None:
         try:

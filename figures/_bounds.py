@@ -39,6 +39,6 @@ def draw_bounds(
     panel: Panel, floors: Iterable[float], ceilings: Iterable[float], *, floor: str = "floor"
 ) -> None:
     """Both as lines, one for each width that the runs have; ``floor`` is what the lower one is called."""
-    for values, said in ((floors, floor), (ceilings, "ceiling")):
+    for values, label in ((floors, floor), (ceilings, "ceiling")):
         for value in sorted({float(value) for value in values if np.isfinite(value)}):
-            panel.level(value, f"{said} {number(value)}")
+            panel.level(value, f"{label} {number(value)}")

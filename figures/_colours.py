@@ -46,9 +46,9 @@ def colour_table(name: str) -> Float[np.ndarray, "entry 3"]:
     stem, reverse = (name[:-2], True) if name.endswith("_r") else (name, False)
     path = _directory() / f"{stem}.txt"
     if not path.is_file():
-        known = sorted(file.stem for file in _directory().glob("*.txt"))
+        names = sorted(file.stem for file in _directory().glob("*.txt"))
         raise UsageError(
-            f"no colour map is named {name!r}; {did_you_mean(stem, known, 'add _r to reverse one')}"
+            f"no colour map is named {name!r}; {did_you_mean(stem, names, 'add _r to reverse one')}"
         )
     table = np.loadtxt(path)
     return table[::-1] if reverse else table

@@ -21,19 +21,20 @@ def spans(size: int, bins: int) -> list[str] | None:
     return [f"{a} to {b}" if b > a else str(a) for a, b in zip(starts, ends, strict=True)]
 
 
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places for labels: as near to ``wanted`` as they can be, ``gap`` apart, inside [low, high].
+def spread(targets: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Places for labels: as near to ``targets`` as they can be, ``gap`` apart, inside [low, high].
 
-    The order of ``wanted`` is kept. If they cannot all fit, they are set evenly over the interval.
+    The order of ``targets`` is kept. If they cannot all fit, they are set evenly over the interval.
     """
-    order = np.argsort(wanted, kind="stable")
+    order = np.argsort(targets, kind="stable")
     count = len(order)
     if not count:
         return []
     if gap * (count - 1) >= high - low:
         even = np.linspace(low, high, count)
         return [float(even[rank]) for rank in np.argsort(order, kind="stable")]
-    places = np.clip(np.asarray(wanted, dtype=float)[order], low, high)
+    places = np.clip(np.asarray(targets, dtype=float)[order], low, high)
+    # Neighbours that overlap push each other apart, by half the overlap each.
     for _ in range(200):
         overlap = gap - np.diff(places)
         if not (overlap > 1e-9).any():
@@ -42,6 +43,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
         places[:-1] -= push
         places[1:] += push
         places = np.clip(places, low, high)
+    # What is left of an overlap: one sweep up for the gap, one down so that all stay below ``high``.
     for i in range(1, count):
         places[i] = max(places[i], places[i - 1] + gap)
     for i in range(count - 1, -1, -1):
@@ -51,5 +53,5 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
 
 def counts_few(places: Float[np.ndarray, " place"]) -> bool:
     """Whether these are a few whole numbers, such as layers, between which an axis needs no ticks."""
-    known = places[np.isfinite(places)]
-    return bool(known.size) and bool((known == np.round(known)).all()) and float(np.ptp(known)) <= 10
+    finite = places[np.isfinite(places)]
+    return bool(finite.size) and bool((finite == np.round(finite)).all()) and float(np.ptp(finite)) <= 10

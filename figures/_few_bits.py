@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import xarray as xr
 
 from osp_diag.analyses.few_bits import comparable_results
+from osp_diag.runs.run import Run
 
 __all__ = ["results_and_remark"]
 
 
-def results_and_remark(runs: list[Any], scheme: str) -> tuple[list[xr.Dataset], str]:
+def results_and_remark(runs: list[Run], scheme: str) -> tuple[list[xr.Dataset], str]:
     """Of each run its results on the tokens that all share, and what these results are."""
+    # Why only the same tokens compare: docs/decisions.md, Figures.
     results = comparable_results(runs, scheme)
     last = results[0].isel(setting=-1)
     remark = (

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.runs.headline import hidden_states
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES
 
 __all__ = ["KURTOSIS", "kurtosis_by_step"]
@@ -18,7 +17,7 @@ KURTOSIS = "osp_excess_kurtosis/1, mean over hidden states"
 """What captions call it."""
 
 
-def kurtosis_by_step(run: Any, figure: str, stratum: str = "all") -> tuple[np.ndarray, np.ndarray]:
+def kurtosis_by_step(run: Run, figure: str, stratum: str = "all") -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the mean over hidden states at each.
 
     Raises
@@ -26,14 +25,15 @@ def kurtosis_by_step(run: Any, figure: str, stratum: str = "all") -> tuple[np.nd
     StoreError : it was not measured at the embedding and the blocks' outputs
     UsageError : no stratum of that name
     """
+    # Why all of them or no number: docs/decisions.md, The house.
     states, problem = hidden_states(
         {site: run.at(site) for site in HIDDEN_STATES if site in run.sites}, run.declared_absent
     )
     if not states:
         raise StoreError(f"{figure}: in the run of {model_name(run.attrs)} {problem}; probe with both sites")
-    known = [str(name) for name in states[0]["stratum"].values]
-    if stratum not in known:
-        raise UsageError(f"{figure}: stratum is one of {', '.join(known)}, not {stratum!r}")
+    strata = [str(name) for name in states[0]["stratum"].values]
+    if stratum not in strata:
+        raise UsageError(f"{figure}: stratum is one of {', '.join(strata)}, not {stratum!r}")
     parts = [state.sel(stratum=stratum).drop_vars(["layer", "stratum"]).load() for state in states]
     mean = xr.concat(parts, "state").mean("state")
     return run.steps.astype(float), mean.transpose("step").values

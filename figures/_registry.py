@@ -1,6 +1,7 @@
 """Figures are found, not registered: every public module of this package is one.
 
-What it says of itself (other names, its width, its place in the report and in the gallery) stands in it, too.
+What it says of itself (other names, its width, its place in the report and in the gallery) stands in it, too:
+docs/decisions.md, Figures.
 """
 
 from __future__ import annotations
@@ -81,11 +82,11 @@ def canonical(name: str) -> str:
 
 def figure_module(name: str) -> Any:
     """The module of a figure by its name or alias; an unknown one is answered with the nearest names."""
-    found = canonical(name)
-    if found not in names():
+    figure = canonical(name)
+    if figure not in names():
         hint = did_you_mean(name, [*names(), *aliases()], "`osp-diag figure --help` lists them")
         raise UsageError(f"no figure is named {name!r}; {hint}")
-    return importlib.import_module(f"{figures.__name__}.{found}")
+    return importlib.import_module(f"{figures.__name__}.{figure}")
 
 
 def default_width(name: str) -> str:
@@ -95,15 +96,15 @@ def default_width(name: str) -> str:
 
 def in_report(name: str) -> InReport:
     """How a figure stands in the report; the end of it for one that says nothing."""
-    return _stated(name, "REPORT", InReport)
+    return _placement_of(name, "REPORT", InReport)
 
 
 def in_gallery(name: str) -> InGallery:
     """How a figure stands in the gallery; the end of it, drawn of made-up runs, for one that says nothing."""
-    return _stated(name, "GALLERY", InGallery)
+    return _placement_of(name, "GALLERY", InGallery)
 
 
-def _stated(name: str, constant: str, kind: type[_Placement]) -> _Placement:
+def _placement_of(name: str, constant: str, kind: type[_Placement]) -> _Placement:
     placement = getattr(figure_module(name), constant, None)
     if placement is None:
         return kind()
@@ -152,22 +153,25 @@ def _source(name: str) -> str:
 
 def check_options(name: str, prepare: Callable[..., xr.Dataset], options: dict[str, Any]) -> None:
     """Refuse an option that the figure does not have, before any data is read."""
-    known = [parameter for parameter in inspect.signature(prepare).parameters if parameter != "runs"]
+    parameters = [parameter for parameter in inspect.signature(prepare).parameters if parameter != "runs"]
     hints = get_type_hints(prepare)
     for option, value in options.items():
-        if option not in known:
-            raise UsageError(f"the figure {name} has no option {option!r}; {did_you_mean(option, known)}")
+        if option not in parameters:
+            raise UsageError(
+                f"the figure {name} has no option {option!r}; {did_you_mean(option, parameters)}"
+            )
         if not _fits(value, hints[option]):
-            raise UsageError(f"the figure {name} takes for {option} {_said(hints[option])}, not {value!r}")
+            raise UsageError(
+                f"the figure {name} takes for {option} {_in_words(hints[option])}, not {value!r}"
+            )
 
 
 def check_prepared(name: str, dataset: xr.Dataset, options: dict[str, Any]) -> xr.Dataset:
     """Refuse data of another figure, and options, which come too late for data that are prepared."""
-    made_for = dataset.attrs.get("figure")
-    if made_for != canonical(name):
-        whose = f"for {made_for}" if made_for else "by the backend `none`"
-        told = "was prepared" if made_for else "was not prepared"
-        raise UsageError(f"the figure {name} cannot be drawn from this Dataset, which {told} {whose}")
+    owner = dataset.attrs.get("figure")
+    if owner != canonical(name):
+        origin = f"was prepared for {owner}" if owner else "was not prepared by the backend `none`"
+        raise UsageError(f"the figure {name} cannot be drawn from this Dataset, which {origin}")
     if options:
         raise UsageError(
             f"the figure {name} is drawn from data that are prepared already, so {', '.join(options)} cannot "
@@ -193,7 +197,7 @@ def _fits(value: Any, hint: Any) -> bool:
     return False
 
 
-def _said(hint: Any) -> str:
+def _in_words(hint: Any) -> str:
     words = {
         int: "a whole number",
         float: "a number",

@@ -10,22 +10,23 @@ import xarray as xr
 
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run, open_run
 from osp_diag.runs.steps import at_step, step_of
 
 __all__ = [
     "identifier",
-    "opened",
+    "open_runs",
     "per_run",
-    "shown_token",
     "snapshot",
     "snapshot_sites",
     "snapshot_step",
     "statistics",
+    "token_label",
     "token_texts",
 ]
 
 
-def opened(runs: Any) -> list[Any]:
+def open_runs(runs: Any) -> list[Run]:
     """One run or several, open or as paths, as a list of open runs."""
     if isinstance(runs, str | Path) or hasattr(runs, "at"):
         runs = [runs]
@@ -33,26 +34,20 @@ def opened(runs: Any) -> list[Any]:
         raise UsageError(
             f"a figure is drawn from runs (open ones or their paths), not from {type(runs).__name__}"
         )
-    found = [_open(run) if isinstance(run, str | Path) else run for run in runs]
-    if not found:
+    run_list = [open_run(run) if isinstance(run, str | Path) else run for run in runs]
+    if not run_list:
         raise UsageError("a figure needs at least one run: give the path that `osp-diag probe --out` wrote")
-    return found
+    return run_list
 
 
-def _open(path: str | Path) -> Any:
-    from osp_diag.runs.run import open_run
-
-    return open_run(path)
-
-
-def _why(run: Any, site: str) -> str:
+def _reason_of_absence(run: Run, site: str) -> str:
     """The reason that the run itself gives for a site's absence."""
     reason = run.absent_sites.get(site)
     return f" ({reason})" if reason else ""
 
 
 def statistics(
-    run: Any, site: str, variables: Iterable[str], figure: str, step: int | None = None
+    run: Run, site: str, variables: Iterable[str], figure: str, step: int | None = None
 ) -> xr.Dataset:
     """Variables of a site at one step, loaded; a StoreError says how to get what is missing.
 
@@ -61,21 +56,21 @@ def statistics(
     variables : names of estimator outputs that the figure cannot do without
     figure : the name of the figure, for the message
     """
-    wanted = list(variables)
+    names = list(variables)
     try:
         dataset = run.at(site)
     except (OspDiagError, KeyError):
         raise StoreError(
             f"{figure} needs the site {site!r}, which the run of {model_name(run.attrs)} does not hold"
-            f"{_why(run, site)}; if the model has it, probe again with it among --sites"
+            f"{_reason_of_absence(run, site)}; if the model has it, probe again with it among --sites"
         ) from None
-    missing = [name for name in wanted if name not in dataset]
+    missing = [name for name in names if name not in dataset]
     if missing:
         raise StoreError(
             f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {model_name(run.attrs)} does "
             "not hold; probe again with the estimator among --estimators"
         )
-    return at_step(dataset[wanted], step_of(run, step)).load()
+    return at_step(dataset[names], step_of(run, step)).load()
 
 
 def identifier(values: xr.DataArray) -> str:
@@ -84,32 +79,32 @@ def identifier(values: xr.DataArray) -> str:
     return estimator if estimator.startswith(str(values.name)) else f"{values.name} ({estimator})"
 
 
-def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:
+def snapshot(run: Run, site: str, figure: str) -> xr.DataArray:
     """The raw activations of the first sequence at a site: (layer, token, channel) or with heads."""
     try:
         return run.snapshot(site)["activation"].load()
     except (OspDiagError, KeyError):
         raise StoreError(
             f"{figure} draws raw activations, and the run of {model_name(run.attrs)} holds no snapshot of "
-            f"{site!r}{_why(run, site)}; probe again and let it keep snapshots of that site"
+            f"{site!r}{_reason_of_absence(run, site)}; probe again and let it keep snapshots of that site"
         ) from None
 
 
-def snapshot_step(run: Any) -> int:
+def snapshot_step(run: Run) -> int:
     """The step of the raw activations: a run keeps those of its first probe."""
     step_of(run)  # refuses a run without any
     return int(run.steps[0])
 
 
-def snapshot_sites(run: Any) -> list[str]:
+def snapshot_sites(run: Run) -> list[str]:
     """The sites of which a run keeps raw activations."""
-    kept = run.tree.children.get("snapshot")
-    nodes = () if kept is None else kept.subtree
+    group = run.tree.children.get("snapshot")
+    nodes = () if group is None else group.subtree
     paths = [node.path.removeprefix("/snapshot/") for node in nodes if "activation" in node.data_vars]
     return [path.replace("/", ":", 1) for path in paths]
 
 
-def token_texts(run: Any, count: int) -> list[str]:
+def token_texts(run: Run, count: int) -> list[str]:
     """The text of the first tokens of the snapshot, or their positions where no text was kept."""
     try:
         texts = [str(text) for text in run["snapshot"]["token_text"].values[:count]]
@@ -131,8 +126,8 @@ def per_run(parts: list[xr.Dataset], labels: list[str]) -> xr.Dataset:
     )
 
 
-def shown_token(text: str, longest: int = 12) -> str:
+def token_label(text: str, longest: int = 12) -> str:
     """A token's text for an axis: blanks made visible where nothing else is there, long ones cut."""
     plain = text.replace("\u0120", " ").replace("\u2581", " ")
-    shown = plain.strip() or repr(plain)[1:-1].replace(" ", "\u2423") or "''"
-    return shown if len(shown) <= longest else shown[: longest - 1] + "\u2026"
+    label = plain.strip() or repr(plain)[1:-1].replace(" ", "\u2423") or "''"
+    return label if len(label) <= longest else label[: longest - 1] + "\u2026"

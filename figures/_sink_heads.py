@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -11,13 +9,14 @@ from osp_diag.analyses.summary.numbers import sink_rate_at
 from osp_diag.errors import StoreError
 from osp_diag.figures._runs import statistics
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.schema import SINK_EPSILON, SINK_POSITION
 
 __all__ = ["heads_by_sink"]
 
 
 def heads_by_sink(
-    run: Any, layers: list[int], figure: str, *, head: int | None = None, step: int | None = None
+    run: Run, layers: list[int], figure: str, *, head: int | None = None, step: int | None = None
 ) -> xr.Dataset:
     """The heads of these layers, the strongest sink first.
 
@@ -32,8 +31,8 @@ def heads_by_sink(
     ``layer``, ``head``, ``sink_rate`` (ε = 0.3, k = 0) and ``first_token_attention`` along ``place``. A rate
     is a multiple of 1 / sequences; attention to the first token decides among equals.
     """
-    found = statistics(run, "attention", ("sink_rate", "first_token_attention"), figure, step)
-    rate = sink_rate_at(found["sink_rate"])
+    attention = statistics(run, "attention", ("sink_rate", "first_token_attention"), figure, step)
+    rate = sink_rate_at(attention["sink_rate"])
     if rate is None:
         raise StoreError(
             f"{figure} orders heads by their sink rate at ε = {SINK_EPSILON:g} and position {SINK_POSITION}, "
@@ -42,8 +41,9 @@ def heads_by_sink(
         )
     rate = rate.sel(layer=[layer for layer in layers if layer in rate["layer"].values])
     rate = rate.transpose("layer", "head")
-    mass = found["first_token_attention"].sel(stratum="all", drop=True).sel(layer=rate["layer"])
+    mass = attention["first_token_attention"].sel(stratum="all", drop=True).sel(layer=rate["layer"])
     mass = mass.transpose("layer", "head")
+    # A millionth of a mass, at most 1, is less than the distance of two rates: it decides among equals alone.
     score = np.nan_to_num(rate.values, nan=-1.0) + 1e-6 * np.nan_to_num(mass.values)
     order = np.argsort(-score, axis=None, kind="stable")
     rows, columns = np.unravel_index(order, score.shape)

@@ -10,7 +10,7 @@ import xarray as xr
 
 from osp_diag.errors import UsageError
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._runs import shown_token
+from osp_diag.figures._runs import token_label
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.wording import number
@@ -21,7 +21,7 @@ __all__ = [
     "check_z_scale",
     "draw_surfaces",
     "in_block_order",
-    "layers_asked",
+    "layer_columns",
     "short_name",
     "stacked",
     "with_layers",
@@ -69,7 +69,7 @@ def stacked(surfaces: Sequence[xr.Dataset], dim: str, names: Sequence[str]) -> x
     )
 
 
-def layers_asked(layer: int | Sequence[int] | None) -> list[int | None]:
+def layer_columns(layer: int | Sequence[int] | None) -> list[int | None]:
     """One column for each layer that is asked for; None stands for the figure's own choice."""
     if layer is None or isinstance(layer, int):
         return [layer]
@@ -80,8 +80,8 @@ def with_layers(labels: Sequence[str], layers: Sequence[int]) -> list[str]:
     """Labels of columns that tell several layers of one run apart."""
     if len(set(labels)) == len(labels):
         return list(labels)
-    whose = [f"{label}, " if len(set(labels)) > 1 else "" for label in labels]
-    return [f"{who}layer {layer}" for who, layer in zip(whose, layers, strict=True)]
+    prefixes = [f"{label}, " if len(set(labels)) > 1 else "" for label in labels]
+    return [f"{prefix}layer {layer}" for prefix, layer in zip(prefixes, layers, strict=True)]
 
 
 def in_block_order(names: Iterable[str]) -> list[str]:
@@ -115,19 +115,21 @@ def draw_surfaces(dataset: xr.Dataset, axes: Axes, backend: Backend, *, style: S
     lowest = {column: max(r for r, c in places.values() if c == column) for _, column in places.values()}
     for (name_index, run_index), (row, column) in places.items():
         part = dataset.isel({axes.row: name_index, "run": run_index})
-        run, shown = str(runs[run_index]), short_name(str(names[name_index]))
-        said = {axis: axis.replace("_", " ") for axis in (axes.x, axes.y)}
+        run, name = str(runs[run_index]), short_name(str(names[name_index]))
+        axis_labels = {axis: axis.replace("_", " ") for axis in (axes.x, axes.y)}
         if narrow:  # "input" and "output" fit under a small panel, and once under a column will do
-            said = {axis: axis.partition("_")[0] if row == lowest[column] else "" for axis in said}
+            axis_labels = {
+                axis: axis.partition("_")[0] if row == lowest[column] else "" for axis in axis_labels
+            }
         several = len(runs) > 1 and not run.startswith("layer ")
-        title, subtitle = _heading(run if several else "", shown, part, axes, inches / columns)
+        title, subtitle = _heading(run if several else "", name, part, axes, inches / columns)
         panel = canvas.panel(
             row,
             column,
             title=title,
             subtitle=subtitle,
-            x_label=said[axes.x],
-            y_label=said[axes.y],
+            x_label=axis_labels[axes.x],
+            y_label=axis_labels[axes.y],
             z_label="" if narrow else axes.quantity,
         )
         if np.isfinite(part["peak"]):
@@ -137,33 +139,33 @@ def draw_surfaces(dataset: xr.Dataset, axes: Axes, backend: Backend, *, style: S
 
 def _places(names: int, runs: int, fitting: int) -> dict[tuple[int, int], tuple[int, int]]:
     """(name, run) → (row, column) of the grid, of which no place stays empty."""
-    every = [(name, run) for name in range(names) for run in range(runs)]
+    pairs = [(name, run) for name in range(names) for run in range(runs)]
     if (runs == 1 and names <= min(3, fitting - 1)) or (runs > fitting >= names):
-        return {(name, run): (run, name) for name, run in every}
+        return {(name, run): (run, name) for name, run in pairs}
     per_row = max(count for count in range(1, min(runs, fitting) + 1) if runs % count == 0)
     rows = runs // per_row
-    return {(name, run): (name * rows + run // per_row, run % per_row) for name, run in every}
+    return {(name, run): (name * rows + run // per_row, run % per_row) for name, run in pairs}
 
 
-def _heading(run: str, shown: str, part: xr.Dataset, axes: Axes, inches: float) -> tuple[str, str]:
+def _heading(run: str, name: str, part: xr.Dataset, axes: Axes, inches: float) -> tuple[str, str]:
     """Title and subtitle that fit over a panel; ``run`` is empty where there is only one."""
     narrow = inches < _NARROW
     if not np.isfinite(part["peak"]):
-        said = "not in this run"
+        facts = "not in this run"
     else:
         layer = f"layer {int(part['layer'])}"
         # Of several runs in the smallest panels, the caption has to say it.
         layer = "" if layer in run or (run and inches < _SMALLEST) else f"{layer}, "
-        said = f"{layer}max {number(float(part['peak']))}"
+        facts = f"{layer}max {number(float(part['peak']))}"
         if not narrow:
             places = (f"{axis.partition('_')[0]} {int(part[f'peak_{axis}'])}" for axis in (axes.x, axes.y))
-            said = f"{said} at {', '.join(places)}"
+            facts = f"{facts} at {', '.join(places)}"
     if not run:
-        return shown, said
+        return name, facts
     letters = int(inches * _LETTERS)
     if narrow:
-        return shown_token(run, letters), f"{shown}, {said}"
-    return f"{shown_token(run, letters - len(shown) - 2)}: {shown}", said
+        return token_label(run, letters), f"{name}, {facts}"
+    return f"{token_label(run, letters - len(name) - 2)}: {name}", facts
 
 
 def _draw_one(panel: Panel, part: xr.Dataset, axes: Axes, top: float, style: Style) -> None:
@@ -174,6 +176,6 @@ def _draw_one(panel: Panel, part: xr.Dataset, axes: Axes, top: float, style: Sty
     panel.surface(values.values, x, y, scale=scale, colour_map=style.surface_map, quantity=axes.quantity)
     panel.limits("z", 0.0, scale.high)
     if f"{axes.y}_text" in part:
-        texts = [shown_token(str(text)) for text in part[f"{axes.y}_text"].values[: len(y)]]
+        texts = [token_label(str(text)) for text in part[f"{axes.y}_text"].values[: len(y)]]
         if len(y) <= _FEW_TICKS and all(texts):
             panel.ticks("y", y.tolist(), texts)

@@ -5,8 +5,6 @@ Each column is tinted from its best value (light) to its worst (dark), on a loga
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -21,6 +19,7 @@ from osp_diag.figures._placement import SIX_RECIPES, InGallery
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
@@ -36,7 +35,7 @@ LIGHTEST = 3.0
 __all__ = ["ALIASES", "GALLERY", "draw", "prepare"]
 
 
-def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
+def prepare(runs: list[Run], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
     """The numbers of the table.
 
     Parameters
@@ -51,14 +50,14 @@ def prepare(runs: list[Any], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
     results, remark = results_and_remark(runs, scheme)
     steps = [step_of(run) for run in runs]
     settings = [
-        bits for bits in SETTINGS if any(np.isfinite(perplexity_at(found, *bits)) for found in results)
+        bits for bits in SETTINGS if any(np.isfinite(perplexity_at(table, *bits)) for table in results)
     ]
     rows = [
         [
             float(kurtosis_by_step(run, "ablation_table")[1][-1]),
-            *(perplexity_at(found, *bits) for bits in settings),
+            *(perplexity_at(table, *bits) for bits in settings),
         ]
-        for run, found in zip(runs, results, strict=True)
+        for run, table in zip(runs, results, strict=True)
     ]
     columns = ["OSP kurtosis", *(f"perplexity {notation(*bits)}" for bits in settings)]
     labels = labels_of(runs, steps)
@@ -119,10 +118,12 @@ def _shades(values: np.ndarray) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where(values > 0, np.log(values), np.nan)
     logs = np.where(np.isposinf(logs), np.nan, logs)
-    known = np.isfinite(logs)
-    low = np.min(logs, axis=0, where=known, initial=np.inf)
-    high = np.max(logs, axis=0, where=known, initial=-np.inf)
+    finite = np.isfinite(logs)
+    low = np.min(logs, axis=0, where=finite, initial=np.inf)
+    high = np.max(logs, axis=0, where=finite, initial=-np.inf)
     span = np.where(high > low, high - low, 1.0)
-    shades = np.where(known, (logs - low) / span, np.nan)
+    # (log v − log least) / (log largest − log least)
+    shades = np.where(finite, (logs - low) / span, np.nan)
+    # The logarithm of 0 is below every other, that of infinity above.
     shades = np.where(values == 0, 0.0, shades)
     return np.where(np.isposinf(values), 1.0, shades)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -26,7 +25,7 @@ from osp_diag.figures._surfaces import (
     check_z_scale,
     draw_surfaces,
     in_block_order,
-    layers_asked,
+    layer_columns,
     short_name,
     stacked,
     with_layers,
@@ -34,6 +33,7 @@ from osp_diag.figures._surfaces import (
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 
 ALIASES = ("fig2", "fig8", "fig9", "surface")
 REPORT = InReport("What the activations of the hottest layer look like", place=30, raw_activations=True)
@@ -46,7 +46,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     sites: str | Sequence[str] = ("attention_input", "mlp_input"),
     layer: int | Sequence[int] | None = None,
@@ -73,13 +73,13 @@ def prepare(
     check_z_scale("activation_surface", z_scale)
     if channels < 2 or tokens < 2 or not sites:
         raise UsageError("activation_surface: a surface needs a site and at least 2 channels and 2 tokens")
-    chosen = _expanded(runs, [sites] if isinstance(sites, str) else list(sites))
-    asked = layers_asked(layer)
-    parts = [_of_run(run, chosen, one, channels, tokens) for run in runs for one in asked]
+    site_names = _site_names(runs, [sites] if isinstance(sites, str) else list(sites))
+    columns = layer_columns(layer)
+    parts = [_of_run(run, site_names, column, channels, tokens) for run in runs for column in columns]
     steps = [snapshot_step(run) for run in runs]
-    labels = [label for label in labels_of(runs, steps) for _ in asked]
+    labels = [label for label in labels_of(runs, steps) for _ in columns]
     dataset = per_run(parts, with_layers(labels, [int(part["layer"]) for part in parts]))
-    title = f"|activation| over channel and token: {', '.join(map(short_name, chosen))}"
+    title = f"|activation| over channel and token: {', '.join(map(short_name, site_names))}"
     layers = ", ".join(dict.fromkeys(str(int(part["layer"])) for part in parts))
     how = f"layer {layers}" if layer is not None else f"layer {layers} (where the maximum is largest)"
     dataset.attrs = {
@@ -96,12 +96,12 @@ def prepare(
     return dataset
 
 
-def _expanded(runs: list[Any], sites: list[str]) -> list[str]:
+def _site_names(runs: list[Run], sites: list[str]) -> list[str]:
     """Sites by name; a pattern stands for those of which every run keeps a snapshot."""
-    found: list[str] = []
+    names: list[str] = []
     for site in sites:
         if "*" not in site:
-            found.append(site)
+            names.append(site)
             continue
         shared = [name for name in snapshot_sites(runs[0]) if fnmatchcase(name, site)]
         shared = [name for name in shared if all(name in snapshot_sites(run) for run in runs[1:])]
@@ -114,11 +114,11 @@ def _expanded(runs: list[Any], sites: list[str]) -> list[str]:
         # The head's input is there once, beside sites that every block has.
         depth = {name: runs[0].snapshot(name).sizes["layer"] for name in shared}
         deepest = max(depth.values())
-        found += in_block_order(name for name in shared if depth[name] > 1 or deepest == 1)
-    return list(dict.fromkeys(found))
+        names += in_block_order(name for name in shared if depth[name] > 1 or deepest == 1)
+    return list(dict.fromkeys(names))
 
 
-def _of_run(run: Any, sites: list[str], layer: int | None, channels: int, tokens: int) -> xr.Dataset:
+def _of_run(run: Run, sites: list[str], layer: int | None, channels: int, tokens: int) -> xr.Dataset:
     arrays = {site: abs(snapshot(run, site, "activation_surface")) for site in sites}
     for site, array in arrays.items():
         if array.dims != ("layer", "token", "channel"):
@@ -138,13 +138,13 @@ def _of_run(run: Any, sites: list[str], layer: int | None, channels: int, tokens
     part = stacked(surfaces, "site", sites)
     texts = token_texts(run, next(iter(arrays.values())).sizes["token"])
     starts = part["first_token"].isel(site=0).values
-    named = [
+    token_labels = [
         texts[int(start)] if np.isfinite(start) and len(starts) == len(texts) else "" for start in starts
     ]
-    return part.assign(layer=float(index), token_text=(("token",), named))
+    return part.assign(layer=float(index), token_text=(("token",), token_labels))
 
 
-def _layer(run: Any, arrays: dict[str, xr.DataArray], layer: int | None) -> int:
+def _layer(run: Run, arrays: dict[str, xr.DataArray], layer: int | None) -> int:
     """The layer asked for, or the one whose activations reach highest at any of the sites."""
     shared = sorted(set.intersection(*({int(v) for v in array["layer"].values} for array in arrays.values())))
     if layer is not None:

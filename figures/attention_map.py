@@ -2,7 +2,7 @@
 
 A run keeps no T×T array. It keeps the queries and keys of its first sequence, and what makes logits of them
 (scale, soft cap, bias and mask, sink logits); the maps of the few heads that are drawn are computed from
-these, exactly as the model computes them.
+these, exactly as the model computes them: docs/decisions.md, Figures.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import KINDS, ColourScale
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import shown_token, snapshot, snapshot_step, token_texts
+from osp_diag.figures._runs import snapshot, snapshot_step, token_label, token_texts
 from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 
 ALIASES = ("attention",)
 REPORT = InReport("Where the strongest sink looks", place=80, raw_activations=True)
@@ -39,7 +40,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     heads: str | Sequence[str] | None = None,
     tokens: int = 24,
@@ -71,18 +72,21 @@ def prepare(
         raise UsageError(f"attention_map: colours is one of {', '.join(KINDS)}, not {colours!r}")
     if tokens < 2:
         raise UsageError(f"attention_map: tokens is 2 or more, not {tokens}")
-    asked = None if heads is None else _asked([heads] if isinstance(heads, str) else heads)
+    named_heads = None if heads is None else _parsed_heads([heads] if isinstance(heads, str) else heads)
     # Snapshots are of the first probed step.
     steps = [snapshot_step(run) for run in runs]
-    kept = [_Kept(run) for run in runs]
+    snapshots = [_AttentionSnapshot(run) for run in runs]
     sinks = 3 if len(runs) == 1 else 1
-    chosen = [asked or one.default_heads(sinks, step) for one, step in zip(kept, steps, strict=True)]
-    maps = [one.maps(pairs) for one, pairs in zip(kept, chosen, strict=True)]
-    dataset = _side_by_side(kept, chosen, maps, tokens).assign_coords(run=labels_of(runs, steps))
+    pairs_of_runs = [
+        named_heads or run_snapshot.default_heads(sinks, step)
+        for run_snapshot, step in zip(snapshots, steps, strict=True)
+    ]
+    maps = [run_snapshot.maps(pairs) for run_snapshot, pairs in zip(snapshots, pairs_of_runs, strict=True)]
+    dataset = _side_by_side(snapshots, pairs_of_runs, maps, tokens).assign_coords(run=labels_of(runs, steps))
     title = "Attention of chosen heads by query and key"
     which = (
         "heads as given"
-        if asked
+        if named_heads
         else "strongest sink heads (sink_rate/1 at ε = 0.3, one a layer), and the head that attends least to "
         "the first token (first_token_attention/1)"
     )
@@ -99,7 +103,7 @@ def prepare(
     return dataset
 
 
-def _asked(heads: Sequence[str]) -> list[tuple[int, int]]:
+def _parsed_heads(heads: Sequence[str]) -> list[tuple[int, int]]:
     """``["4:1"]`` → [(4, 1)]."""
     pairs = []
     for text in heads:
@@ -112,10 +116,13 @@ def _asked(heads: Sequence[str]) -> list[tuple[int, int]]:
     return pairs
 
 
-class _Kept:
-    """What a run keeps of the attention of its first sequence."""
+class _AttentionSnapshot:
+    """What a run keeps of the attention of its first sequence.
 
-    def __init__(self, run: Any) -> None:
+    In ``truncated_layers`` queries also see keys behind the tokens of the snapshot.
+    """
+
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.query = snapshot(run, "query_post_rope", "attention_map")
         self.key = snapshot(run, "key_post_rope", "attention_map")
@@ -126,18 +133,22 @@ class _Kept:
                 f"attention_map: the run of {model_name(run.attrs)} does not say with which scale and mask "
                 "its logits are made; probe again with this version"
             ) from None
-        have = [set(array["layer"].values.tolist()) for array in (self.query, self.key, self.rule)]
-        self.layers = sorted(set.intersection(*have))
-        self.beyond = {int(one) for one in self.rule["layer"].values[self.rule["sees_beyond"].values > 0]}
+        layer_sets = [set(array["layer"].values.tolist()) for array in (self.query, self.key, self.rule)]
+        self.layers = sorted(set.intersection(*layer_sets))
+        self.truncated_layers = {
+            int(layer) for layer in self.rule["layer"].values[self.rule["sees_beyond"].values > 0]
+        }
 
     def default_heads(self, sinks: int, step: int) -> list[tuple[int, int]]:
         """The strongest sink heads, one a layer, and the head that attends least to the first token."""
-        whole = [layer for layer in self.layers if layer not in self.beyond] or self.layers
-        ranked = heads_by_sink(self.run, whole, "attention_map", step=step)
-        places = np.unique(ranked["layer"].values, return_index=True)[1]  # the strongest of each layer
+        complete_layers = [
+            layer for layer in self.layers if layer not in self.truncated_layers
+        ] or self.layers
+        ranked = heads_by_sink(self.run, complete_layers, "attention_map", step=step)
+        strongest = np.unique(ranked["layer"].values, return_index=True)[1]  # the strongest of each layer
         least = int(np.argmin(ranked["first_token_attention"].values))
-        chosen = dict.fromkeys([*sorted(places)[:sinks], least])
-        return [(int(ranked["layer"][place]), int(ranked["head"][place])) for place in chosen]
+        places = dict.fromkeys([*sorted(strongest)[:sinks], least])
+        return [(int(ranked["layer"][place]), int(ranked["head"][place])) for place in places]
 
     def maps(self, pairs: Sequence[tuple[int, int]]) -> Float[np.ndarray, "map query key"]:
         """Attention of these heads."""
@@ -149,13 +160,13 @@ class _Kept:
 
     def _map(self, layer: int, head: int) -> Float[np.ndarray, "query key"]:
         count = self.query.sizes["head"]
-        for said, wanted, known in (("layer", layer, self.layers), ("head", head, range(count))):
-            if wanted not in known:
+        for dim, index, indices in (("layer", layer, self.layers), ("head", head, range(count))):
+            if index not in indices:
                 raise UsageError(
-                    f"attention_map: the snapshot of {model_name(self.run.attrs)} has no {said} {wanted}; it "
-                    f"has {', '.join(map(str, known))}"
+                    f"attention_map: the snapshot of {model_name(self.run.attrs)} has no {dim} {index}; it "
+                    f"has {', '.join(map(str, indices))}"
                 )
-        if layer in self.beyond:
+        if layer in self.truncated_layers:
             raise StoreError(
                 f"attention_map: in layer {layer} of {model_name(self.run.attrs)} queries also see keys "
                 f"behind the {self.query.sizes['token']} tokens that were kept; probe again with "
@@ -167,6 +178,7 @@ class _Kept:
             array.sel(layer=layer).isel(head=which).transpose("token", "head_channel").values.astype(float)
             for array, which in ((self.query, head), (self.key, self.key_head(head)))
         )
+        # scale·q·kᵀ, then the soft cap, then bias and mask (−∞): the order in which models apply them.
         logits = float(rule["scale"]) * query @ key.T
         softcap = float(rule["softcap"])
         if np.isfinite(softcap):
@@ -178,33 +190,39 @@ class _Kept:
 def _softmax(logits: Float[np.ndarray, "query key"], sink: float) -> Float[np.ndarray, "query key"]:
     """Over keys and the sink logit; NaN where a key is not allowed."""
     allowed = np.isfinite(logits)
+    # exp(l − max l), so that no exponential overflows; of a query that sees nothing the maximum is −∞.
     top = np.maximum(np.max(logits, axis=1, keepdims=True, initial=sink), -1e300)
     weights = np.exp(logits - top)
+    # The sink logit takes its share of the sum, and has no column of its own.
     total = weights.sum(axis=1, keepdims=True) + np.exp(sink - top)
     return np.divide(weights, total, out=np.full(logits.shape, np.nan), where=allowed & (total > 0))
 
 
 def _side_by_side(
-    kept: Sequence[_Kept],
-    chosen: Sequence[Sequence[tuple[int, int]]],
+    snapshots: Sequence[_AttentionSnapshot],
+    pairs_of_runs: Sequence[Sequence[tuple[int, int]]],
     maps: Sequence[np.ndarray],
     tokens: int,
 ) -> xr.Dataset:
     """All runs in one dataset, the smaller ones padded."""
-    most = max(map(len, chosen))
-    length = min(tokens, max(found.shape[1] for found in maps))
+    most = max(map(len, pairs_of_runs))
+    length = min(tokens, max(maps_of_run.shape[1] for maps_of_run in maps))
     attention = np.full((len(maps), most, length, length), np.nan)
     places = np.full((3, len(maps), most), np.nan)
     texts = np.full((len(maps), length), "", dtype=object)
-    for index, (one, pairs, found) in enumerate(zip(kept, chosen, maps, strict=True)):
-        part = found[:, :length, :length]
+    for index, (run_snapshot, pairs, maps_of_run) in enumerate(
+        zip(snapshots, pairs_of_runs, maps, strict=True)
+    ):
+        part = maps_of_run[:, :length, :length]
         attention[index, : len(pairs), : part.shape[1], : part.shape[2]] = part
-        places[:, index, : len(pairs)] = np.array([(*pair, one.key_head(pair[1])) for pair in pairs]).T
-        texts[index, : part.shape[1]] = token_texts(one.run, part.shape[1])
-    told = {"units": "1", "definition": "share of the query's attention that the key receives"}
+        places[:, index, : len(pairs)] = np.array(
+            [(*pair, run_snapshot.key_head(pair[1])) for pair in pairs]
+        ).T
+        texts[index, : part.shape[1]] = token_texts(run_snapshot.run, part.shape[1])
+    attributes = {"units": "1", "definition": "share of the query's attention that the key receives"}
     return xr.Dataset(
         {
-            "attention": (("run", "map", "query_token", "key_token"), attention, told),
+            "attention": (("run", "map", "query_token", "key_token"), attention, attributes),
             **{name: (("run", "map"), places[i]) for i, name in enumerate(("layer", "head", "key_head"))},
             "token_text": (("run", "query_token"), texts.astype(str)),
         },
@@ -226,15 +244,15 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     kind = dataset.attrs["colours"]
     scale = ColourScale(_SMALLEST if kind == "log" else 0.0, 1.0, kind, threshold=0.01)
     colours: dict[str, Any] = {"scale": scale, "colour_map": style.share_map}
-    drawn = []
+    map_panels = []
     for place, (run, index) in enumerate(panels):
         row, column = divmod(place, columns)
         part = dataset.isel(run=run, map=index)
         values = part["attention"].dropna("query_token", how="all").dropna("key_token", how="all")
         texts = [
-            shown_token(text, _LONGEST) for text in part["token_text"].values[: values.sizes["key_token"]]
+            token_label(text, _LONGEST) for text in part["token_text"].values[: values.sizes["key_token"]]
         ]
-        named = [f"{place} \u201c{text}\u201d" for place, text in enumerate(texts)]
+        token_names = [f"{place} \u201c{text}\u201d" for place, text in enumerate(texts)]
         first = float(values.isel(key_token=0).mean())
         panel = canvas.panel(
             row,
@@ -251,13 +269,13 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             x,
             y[::-1],
             quantity="attention",
-            x_texts=named,
-            y_texts=named[::-1],
+            x_texts=token_names,
+            y_texts=token_names[::-1],
             **colours,
         )
         if len(texts) <= _NAMED:
             panel.ticks("x", x.tolist(), texts)
             panel.ticks("y", y.tolist(), texts)
-        drawn.append(panel)
-    canvas.colour_bar(drawn, label="attention", **colours)
+        map_panels.append(panel)
+    canvas.colour_bar(map_panels, label="attention", **colours)
     return canvas

@@ -6,8 +6,6 @@ down, weights as they are. One line a run, on the same tokens.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -20,6 +18,7 @@ from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
 from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig4",)
@@ -38,7 +37,7 @@ _WIDE_RANGE = 10.0
 __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
-def prepare(runs: list[Any], *, relative: bool = False, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
+def prepare(runs: list[Run], *, relative: bool = False, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
     """Perplexity by bits of weights, and of activations.
 
     Parameters
@@ -53,14 +52,14 @@ def prepare(runs: list[Any], *, relative: bool = False, scheme: str = ROUND_TO_N
     """
     results, remark = results_and_remark(runs, scheme)
     steps = [step_of(run) for run in runs]
-    bits = sorted({int(b) for found in results for name in SWEEPS.values() for b in found[name].values})[::-1]
+    bits = sorted({int(b) for table in results for name in SWEEPS.values() for b in table[name].values})[::-1]
     values = np.array(
         [
             [
-                [perplexity_at(found, b, UNQUANTIZED) for b in bits],
-                [perplexity_at(found, UNQUANTIZED, b) for b in bits],
+                [perplexity_at(table, b, UNQUANTIZED) for b in bits],
+                [perplexity_at(table, UNQUANTIZED, b) for b in bits],
             ]
-            for found in results
+            for table in results
         ]
     )
     if (np.isfinite(values).sum(-1) < 2).all():
@@ -90,8 +89,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     stacked = inches < 5
     rows, columns = (2, 1) if stacked else (1, 2)
     canvas = backend.canvas(rows, columns, width=inches, height=2.35 * rows, style=style, share_y=not stacked)
-    known = dataset["perplexity"].values[np.isfinite(dataset["perplexity"].values)]
-    wide = bool(known.size) and known.max() > _WIDE_RANGE * known.min()
+    finite = dataset["perplexity"].values[np.isfinite(dataset["perplexity"].values)]
+    wide = bool(finite.size) and finite.max() > _WIDE_RANGE * finite.min()
     colours = style.colours_of_runs(dataset.sizes["run"])
     panels = []
     for index, sweep in enumerate(dataset["sweep"].values):
@@ -103,15 +102,15 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             y_scale="log" if wide else "linear",
         )
         part = dataset["perplexity"].sel(sweep=sweep)
-        held = part.dropna("bits", how="all")
-        places = np.arange(held.sizes["bits"], dtype=float)
-        for place, run in enumerate(held["run"].values):
-            values = held.sel(run=run).values
+        measured = part.dropna("bits", how="all")
+        places = np.arange(measured.sizes["bits"], dtype=float)
+        for place, run in enumerate(measured["run"].values):
+            values = measured.sel(run=run).values
             values = np.where(np.isfinite(values), values, np.nan)
             colour = colours[place]
             panel.line(places, values, label=str(run), colour=colour, dash=_DASHES[place % len(_DASHES)])
             panel.scatter(places, values, label="", colour=colour)
-        panel.ticks("x", places.tolist(), [str(int(b)) for b in held["bits"].values])
+        panel.ticks("x", places.tolist(), [str(int(b)) for b in measured["bits"].values])
         panels.append(panel)
     canvas.legend(panels[0])
     return canvas

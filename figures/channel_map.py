@@ -16,6 +16,7 @@ from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("channels",)
@@ -26,7 +27,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     site: str = "residual_post",
     statistic: str = "channel_rms",
@@ -54,20 +55,20 @@ def prepare(
         raise UsageError(f"channel_map: pixels must be at least 1 and hot at least 0, not {pixels} and {hot}")
     parts, steps, identifiers = [], [], []
     for run in runs:
-        found = statistics(run, site, (statistic,), "channel_map", step)[statistic]
-        if "channel" not in found.dims:
+        by_channel = statistics(run, site, (statistic,), "channel_map", step)[statistic]
+        if "channel" not in by_channel.dims:
             raise UsageError(
                 f"channel_map: {statistic} has no channels; give one that has, such as channel_rms"
             )
-        if "stratum" in found.dims:
-            if stratum not in found["stratum"].values:
+        if "stratum" in by_channel.dims:
+            if stratum not in by_channel["stratum"].values:
                 raise UsageError(
                     f"channel_map: no stratum is named {stratum!r}; there are all, first, delimiter, rest"
                 )
-            found = found.sel(stratum=stratum, drop=True)
-        identifiers.append(identifier(found))
-        values = np.abs(found.transpose("layer", "channel").values.astype(np.float64))
-        parts.append(_pooled(values, found["layer"].values, pixels, hot))
+            by_channel = by_channel.sel(stratum=stratum, drop=True)
+        identifiers.append(identifier(by_channel))
+        values = np.abs(by_channel.transpose("layer", "channel").values.astype(np.float64))
+        parts.append(_pooled(values, by_channel["layer"].values, pixels, hot))
         steps.append(step_of(run, step))
     dataset = per_run(parts, labels_of(runs, steps))
     title = f"{statistic} of {site} by layer and channel, {stratum} tokens"
@@ -83,7 +84,7 @@ def prepare(
 
 def _pooled(values: np.ndarray, layers: np.ndarray, pixels: int, hot: int) -> xr.Dataset:
     channels = values.shape[1]
-    found = hottest(values, hot)
+    hot_channels = hottest(values, hot)
     return xr.Dataset(
         {
             "value": (("layer", "column"), max_pool(values, 1, pixels)),
@@ -91,7 +92,7 @@ def _pooled(values: np.ndarray, layers: np.ndarray, pixels: int, hot: int) -> xr
             "channels": float(channels),
             "hot_channel": (
                 ("place",),
-                np.pad(found.astype(float), (0, hot - len(found)), constant_values=np.nan),
+                np.pad(hot_channels.astype(float), (0, hot - len(hot_channels)), constant_values=np.nan),
             ),
         },
         coords={"layer": layers, "column": np.arange(min(channels, pixels)), "place": np.arange(hot)},
@@ -100,6 +101,7 @@ def _pooled(values: np.ndarray, layers: np.ndarray, pixels: int, hot: int) -> xr
 
 def hottest(values: np.ndarray, count: int, times: float = 5.0) -> np.ndarray:
     """Channels whose largest ratio to their layer's median channel exceeds ``times``, hottest first."""
+    # x_j / median_j x of each layer, and of each channel the largest of its layers
     median = np.nanmedian(values, axis=1, keepdims=True)
     ratio = np.divide(values, median, out=np.zeros_like(values), where=median > 0).max(axis=0)
     order = np.argsort(-ratio, kind="stable")[:count]

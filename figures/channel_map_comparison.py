@@ -2,7 +2,7 @@
 
 Every channel is shown relative to the median channel of its layer, so that scales do not matter. The
 difference is that of channels with the same index, or, where widths differ, of sorted profiles: the hottest
-channel against the hottest, the top 1% against the top 1%.
+channel against the hottest, the top 1% against the top 1%. Why so: docs/decisions.md, Analyses.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
@@ -37,7 +38,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     site: str = "residual_post",
     stratum: str = "all",
@@ -72,11 +73,11 @@ def prepare(
         )
     if match is not None and match not in MATCHES:
         raise UsageError(f"channel_map_comparison: match is {' or '.join(MATCHES)}, not {match!r}")
-    runs, steps = _two(runs, step, other_step)
-    compared = compare_channels(
+    runs, steps = _sides(runs, step, other_step)
+    comparison = compare_channels(
         runs[0], runs[1], step=steps[0], other_step=steps[1], stratum=stratum, sites=[site]
     )
-    data = compared.data.sel(site=site).sortby("layer")
+    data = comparison.data.sel(site=site).sortby("layer")
     widths = [int(width) for width in data["width"].values]
     if match == "index" and widths[0] != widths[1]:
         raise UsageError(
@@ -84,21 +85,21 @@ def prepare(
             "matches; give match=profile"
         )
     match = match or ("index" if widths[0] == widths[1] else "profile")
-    found = _maps(runs, steps, site, stratum, pixels)
-    found = found.assign(_difference(data, widths, match, pixels) | _hot(data, site, hot))
+    dataset = _maps(runs, steps, site, stratum, pixels)
+    dataset = dataset.assign(_difference(data, widths, match, pixels) | _hot(data, site, hot))
     title = f"Channels of {site} by layer, {stratum} tokens, and how two models differ"
     estimator = str(data["relative_rms"].attrs["estimator"])
-    said = [f"channel_rms ({estimator}) over the median channel of its layer"]
-    found.attrs = {
+    estimators = [f"channel_rms ({estimator}) over the median channel of its layer"]
+    dataset.attrs = {
         "title": title,
-        "caption": caption(title, runs, steps, said, _remarks(data, widths, match, pixels)),
+        "caption": caption(title, runs, steps, estimators, _remarks(data, widths, match, pixels)),
         "match": match,
         "quantity": f"channel_rms / median\n{estimator}",
     }
-    return found.assign_coords(run=data["run"].values)
+    return dataset.assign_coords(run=data["run"].values)
 
 
-def _two(runs: list[Any], step: int | None, other_step: int | None) -> tuple[list[Any], list[int]]:
+def _sides(runs: list[Run], step: int | None, other_step: int | None) -> tuple[list[Run], list[int]]:
     """The two sides and their steps."""
     if len(runs) > 2:
         raise UsageError(f"channel_map_comparison takes two runs, or one; it was given {len(runs)}")
@@ -117,7 +118,7 @@ def _two(runs: list[Any], step: int | None, other_step: int | None) -> tuple[lis
     return [run, run], [first, last]
 
 
-def _maps(runs: list[Any], steps: list[int], site: str, stratum: str, pixels: int) -> xr.Dataset:
+def _maps(runs: list[Run], steps: list[int], site: str, stratum: str, pixels: int) -> xr.Dataset:
     """Each run on all its own layers, matched or not: a spike may be in any."""
     parts = []
     for run, step in zip(runs, steps, strict=True):
@@ -146,9 +147,9 @@ def _difference(data: xr.Dataset, widths: list[int], match: str, pixels: int) ->
     else:
         shares = data["width_share"].values
         # From a little before the hottest channel's own share, so that it has cells to be seen in.
-        shown = np.arange(len(shares)) >= np.searchsorted(shares, 1 / max(widths)) - 3
-        pooled = data["sorted_difference"].transpose("layer", "width_share").values[:, shown]
-        places = np.log10(shares[shown])
+        drawn = np.arange(len(shares)) >= np.searchsorted(shares, 1 / max(widths)) - 3
+        pooled = data["sorted_difference"].transpose("layer", "width_share").values[:, drawn]
+        places = np.log10(shares[drawn])
     return {
         "difference": (("difference_layer", "place"), pooled),
         "difference_layer": ("difference_layer", data["layer"].values),
@@ -164,23 +165,26 @@ def _farthest(values: Float[np.ndarray, "layer channel"], pixels: int) -> Float[
 
 def _hot(data: xr.Dataset, site: str, hot: int) -> dict[str, Any]:
     """The hottest channels of each run; the table of the comparison has them hottest first."""
-    found = np.full((2, hot), np.nan)
+    hot_channels = np.full((2, hot), np.nan)
     for side in range(2):
-        mine = (data["hot_site"].values == site) & (data["hot_layers"].values[side] > 0)
-        ratio = data["hot_ratio"].values[side][mine]
-        channels = data["hot_channel"].values[mine][np.argsort(-ratio, kind="stable")][:hot]
-        found[side, : len(channels)] = channels
-    return {"hot_channel": (("run", "rank"), found)}
+        at_site = (data["hot_site"].values == site) & (data["hot_layers"].values[side] > 0)
+        ratio = data["hot_ratio"].values[side][at_site]
+        channels = data["hot_channel"].values[at_site][np.argsort(-ratio, kind="stable")][:hot]
+        hot_channels[side, : len(channels)] = channels
+    return {"hot_channel": (("run", "rank"), hot_channels)}
 
 
 def _remarks(data: xr.Dataset, widths: list[int], match: str, pixels: int) -> list[str]:
-    said = (
+    matching = (
         "Difference: log10 of the ratio, channels matched by index"
         if match == "index"
         else "Difference: log10 of the ratio, channels sorted by size and matched by their share of the width"
     )
     mean = float(data["profile_distance"].mean())
-    remarks = [said, f"Distance of sorted profiles (Wasserstein), mean over layers: {number(mean)} decades"]
+    remarks = [
+        matching,
+        f"Distance of sorted profiles (Wasserstein), mean over layers: {number(mean)} decades",
+    ]
     if max(widths) > pixels:
         remarks.append(
             f"Columns are the maximum over neighbouring channels where there are more than {pixels}"
@@ -207,10 +211,12 @@ def _draw_map(part: xr.Dataset, canvas: Canvas, row: int, colours: dict[str, Any
     panel = canvas.panel(row, 0, title=str(part["run"].item()), y_label="layer", x_label="channel")
     centres = (np.arange(columns) + 0.5) * width / columns - 0.5
     values = part["value"].transpose("layer", "column").values[:, :columns]
-    own = np.isfinite(values).any(axis=1)
-    layers = part["layer"].values[own].astype(float)
-    named = spans(width, columns)
-    panel.heat_map(values[own], centres, layers, quantity="channel_rms / median", x_texts=named, **colours)
+    measured = np.isfinite(values).any(axis=1)
+    layers = part["layer"].values[measured].astype(float)
+    channel_texts = spans(width, columns)
+    panel.heat_map(
+        values[measured], centres, layers, quantity="channel_rms / median", x_texts=channel_texts, **colours
+    )
     hot = sorted(int(channel) for channel in part["hot_channel"].values if np.isfinite(channel))
     panel.marks([float(channel) for channel in hot], [str(channel) for channel in hot])
     return panel

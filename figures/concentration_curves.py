@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -16,6 +14,7 @@ from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("concentration",)
@@ -30,7 +29,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any], *, site: str = "residual_post", stratum: str = "all", step: int | None = None
+    runs: list[Run], *, site: str = "residual_post", stratum: str = "all", step: int | None = None
 ) -> xr.Dataset:
     """The share of Σ x² in the k largest channels, by layer.
 
@@ -49,8 +48,8 @@ def prepare(
     for run in runs:
         rms = statistics(run, site, ("channel_rms",), "concentration_curves", step)["channel_rms"]
         if stratum not in rms["stratum"].values:
-            known = ", ".join(str(name) for name in rms["stratum"].values)
-            raise UsageError(f"concentration_curves: no stratum is named {stratum!r}; there are {known}")
+            strata = ", ".join(str(name) for name in rms["stratum"].values)
+            raise UsageError(f"concentration_curves: no stratum is named {stratum!r}; there are {strata}")
         identifiers.append(identifier(rms))
         rms = rms.sel(stratum=stratum, drop=True).transpose("layer", "channel")
         parts.append(_curves(rms))
@@ -87,7 +86,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     columns = min(runs, 1 if inches < 5 else _COLUMNS)
     rows = -(-runs // columns)
     canvas = backend.canvas(rows, columns, width=inches, height=2.5 * rows, style=style, share_y=columns > 1)
-    layers = [_own_layers(dataset.isel(run=index)) for index in range(runs)]
+    layers = [_layers_of(dataset.isel(run=index)) for index in range(runs)]
     same = len(set(layers)) == 1
     panels = []
     for index in range(runs):
@@ -100,23 +99,23 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             y_label="" if index % columns else f"share of energy\n{dataset.attrs['site']}",
             x_scale="log",
         )
-        known = np.isfinite(part["count"].values)
-        x = part["count"].values[known] / float(part["width"])
+        present = np.isfinite(part["count"].values)
+        x = part["count"].values[present] / float(part["width"])
         last = max(len(layers[index]) - 1, 1)
         colours = sample("batlow", len(layers[index]), 0.02, 0.85)
-        named = set(np.linspace(0, last, min(last + 1, _NAMED)).round().astype(int).tolist())
+        labelled = set(np.linspace(0, last, min(last + 1, _NAMED)).round().astype(int).tolist())
         for place, layer in enumerate(layers[index]):
             label = f"layer {layer}" if same else f"depth {place / last:.0%}"
-            y = part["energy_share"].sel(layer=layer).values[known]
-            panel.line(x, y, label=label if place in named else "", colour=colours[place])
+            y = part["energy_share"].sel(layer=layer).values[present]
+            panel.line(x, y, label=label if place in labelled else "", colour=colours[place])
         panel.line(x, x, label="equal channels", colour=style.grey, dash="dashed")
         panel.limits("y", 0.0, 1.02)
         panels.append(panel)
-    canvas.legend(panels[int(np.argmax([len(own) for own in layers]))])
+    canvas.legend(panels[int(np.argmax([len(layers_of_run) for layers_of_run in layers]))])
     return canvas
 
 
-def _own_layers(part: xr.Dataset) -> tuple[int, ...]:
+def _layers_of(part: xr.Dataset) -> tuple[int, ...]:
     """The layers that this run has; others pad it."""
-    known = np.isfinite(part["energy_share"].transpose("layer", "point").values).any(axis=1)
-    return tuple(int(layer) for layer in part["layer"].values[known])
+    present = np.isfinite(part["energy_share"].transpose("layer", "point").values).any(axis=1)
+    return tuple(int(layer) for layer in part["layer"].values[present])

@@ -7,8 +7,6 @@ floor) and what a one-hot token gives (the ceiling).
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -20,6 +18,7 @@ from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("depth",)
@@ -32,7 +31,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     site: str = "residual_post",
     estimator: str = "osp_excess_kurtosis",
@@ -57,21 +56,23 @@ def prepare(
         raise UsageError(f"depth_profile: arrange is {' or '.join(ARRANGEMENTS)}, not {arrange!r}")
     parts, steps, identifiers = [], [], []
     for run in runs:
-        found = statistics(run, site, ("top_magnitude", "median_magnitude", estimator), "depth_profile", step)
-        if "stratum" not in found[estimator].dims:
+        measured = statistics(
+            run, site, ("top_magnitude", "median_magnitude", estimator), "depth_profile", step
+        )
+        if "stratum" not in measured[estimator].dims:
             raise UsageError(f"depth_profile: {estimator} has no strata; give an estimator that has them")
-        notes = found[estimator].attrs
-        identifiers.append(identifier(found[estimator]))
-        magnitudes = found["top_magnitude"]
+        attributes = measured[estimator].attrs
+        identifiers.append(identifier(measured[estimator]))
+        magnitudes = measured["top_magnitude"]
         part = xr.Dataset(
             {
                 "top_magnitude": magnitudes.sel(stratum="all", drop=True)
                 if "stratum" in magnitudes.dims
                 else magnitudes,
-                "median_magnitude": found["median_magnitude"],
-                "kurtosis": found[estimator],
-                "floor": bound(notes, "floor"),
-                "ceiling": bound(notes, "ceiling"),
+                "median_magnitude": measured["median_magnitude"],
+                "kurtosis": measured[estimator],
+                "floor": bound(attributes, "floor"),
+                "ceiling": bound(attributes, "ceiling"),
             }
         )
         parts.append(part)
@@ -84,10 +85,10 @@ def prepare(
             title,
             runs,
             steps,
-            [identifier(found["top_magnitude"]), *identifiers],
+            [identifier(measured["top_magnitude"]), *identifiers],
         ),
         "site": site,
-        "magnitude": identifier(found["top_magnitude"]),
+        "magnitude": identifier(measured["top_magnitude"]),
         "estimator": ", ".join(dict.fromkeys(identifiers)),
         "arrange": arrange,
     }
@@ -130,11 +131,13 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         draw_bounds(kurtosis, part["floor"].values, part["ceiling"].values, floor="Gaussian floor")
         if low is not None and high is not None:
             kurtosis.limits("y", low, high)
-        if overlaid:
-            canvas.legend(magnitude)
-        else:
+        if not beside and not overlaid:
             magnitude.legend()
             kurtosis.legend()
+    if overlaid:
+        canvas.legend(magnitude)
+    elif beside:  # columns of several runs are too narrow for legends of their own
+        canvas.legend(magnitude, kurtosis)
     return canvas
 
 

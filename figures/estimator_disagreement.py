@@ -21,6 +21,7 @@ from osp_diag.figures._runs import per_run
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("disagreement",)
@@ -34,7 +35,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     site: str = "residual_post",
     stratum: str = "all",
@@ -86,7 +87,7 @@ def prepare(
     return dataset
 
 
-def _of_run(run: Any, step: int, site: str, stratum: str, by: str) -> xr.Dataset:
+def _of_run(run: Run, step: int, site: str, stratum: str, by: str) -> xr.Dataset:
     """Every kurtosis by place, with its floor and ceiling there."""
     sites = [site] if by == "layer" else run.sites
     if site not in run.sites:
@@ -96,15 +97,15 @@ def _of_run(run: Any, step: int, site: str, stratum: str, by: str) -> xr.Dataset
             + (f" ({reason})" if reason else f"; it has {', '.join(run.sites)}")
         )
     parts = []
-    for one in sites:
-        found = _kurtoses(run, one, step, stratum)
-        if not found:
+    for place in sites:
+        kurtoses = _kurtoses(run, place, step, stratum)
+        if not kurtoses:
             continue
         if by == "layer":
-            layers = next(iter(found.values()))["layer"].values
-            parts += [_at(found, layer, int(layer)) for layer in layers]
+            layers = next(iter(kurtoses.values()))["layer"].values
+            parts += [_at(kurtoses, layer, int(layer)) for layer in layers]
         else:
-            parts.append(_at(found, None, one))
+            parts.append(_at(kurtoses, None, place))
     if not parts:
         raise StoreError(
             f"estimator_disagreement: the run of {model_name(run.attrs)} holds no kurtosis at {site!r}; "
@@ -113,9 +114,9 @@ def _of_run(run: Any, step: int, site: str, stratum: str, by: str) -> xr.Dataset
     return xr.concat(parts, "place", join="outer", data_vars="all", coords="minimal", compat="override")
 
 
-def _kurtoses(run: Any, site: str, step: int, stratum: str) -> dict[str, xr.DataArray]:
+def _kurtoses(run: Run, site: str, step: int, stratum: str) -> dict[str, xr.DataArray]:
     """Main output (layer) of every estimator of a kurtosis, by identifier."""
-    found: dict[str, xr.DataArray] = {}
+    kurtoses: dict[str, xr.DataArray] = {}
     dataset = run.at(site)
     for name in dataset.data_vars:
         values = dataset[name]
@@ -125,26 +126,28 @@ def _kurtoses(run: Any, site: str, step: int, stratum: str) -> dict[str, xr.Data
             continue
         if set(values.dims) - {"step"} != {"layer", "stratum"}:
             continue
-        known = [str(one) for one in values["stratum"].values]
-        if stratum not in known:
-            raise UsageError(f"estimator_disagreement: stratum is one of {', '.join(known)}, not {stratum!r}")
+        strata = [str(label) for label in values["stratum"].values]
+        if stratum not in strata:
+            raise UsageError(
+                f"estimator_disagreement: stratum is one of {', '.join(strata)}, not {stratum!r}"
+            )
         values = values.sel(stratum=stratum, drop=True)
-        found[estimator] = (values.sel(step=step) if "step" in values.dims else values).load()
-    return dict(sorted(found.items()))
+        kurtoses[estimator] = (values.sel(step=step) if "step" in values.dims else values).load()
+    return dict(sorted(kurtoses.items()))
 
 
-def _at(found: dict[str, xr.DataArray], layer: Any, place: Any) -> xr.Dataset:
+def _at(kurtoses: dict[str, xr.DataArray], layer: Any, place: Any) -> xr.Dataset:
     """All of them at one layer, or their mean over layers."""
     columns = {
         "kurtosis": [
             float(values.mean("layer") if layer is None else values.sel(layer=layer))
-            for values in found.values()
+            for values in kurtoses.values()
         ],
-        **{end: [bound(values.attrs, end) for values in found.values()] for end in ("floor", "ceiling")},
+        **{end: [bound(values.attrs, end) for values in kurtoses.values()] for end in ("floor", "ceiling")},
     }
     return xr.Dataset(
         {name: ("estimator", values) for name, values in columns.items()},
-        coords={"estimator": list(found)},
+        coords={"estimator": list(kurtoses)},
     ).expand_dims(place=[place])
 
 
@@ -188,8 +191,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
 
 def _range(dataset: xr.Dataset) -> tuple[float, float]:
     """Ends of the logarithmic axes."""
-    every = np.concatenate([np.ravel(dataset[name].values) for name in ("kurtosis", "floor", "ceiling")])
-    positive = every[np.isfinite(every) & (every > 0)]
+    numbers = np.concatenate([np.ravel(dataset[name].values) for name in ("kurtosis", "floor", "ceiling")])
+    positive = numbers[np.isfinite(numbers) & (numbers > 0)]
     if not positive.size:
         return 0.1, 10.0
     return float(positive.min()) / 2, float(positive.max()) * 2
@@ -219,8 +222,8 @@ def _ranges(panel: Panel, part: xr.Dataset, colours: list[str], low: float, high
         values, floors, ceilings = (
             part[name].isel(estimator=row).values for name in ("kurtosis", "floor", "ceiling")
         )
-        known = np.isfinite(values)
-        if not known.any():
+        measured = np.isfinite(values)
+        if not measured.any():
             continue
         floor = np.nanmin(floors) if np.isfinite(floors).any() else low
         ceiling = np.nanmax(ceilings) if np.isfinite(ceilings).any() else high
@@ -228,9 +231,9 @@ def _ranges(panel: Panel, part: xr.Dataset, colours: list[str], low: float, high
             np.array([max(floor, low), ceiling]), np.array([row, row], dtype=float), label="", colour=grey
         )
         panel.scatter(
-            np.maximum(values[known], low),
-            np.full(int(known.sum()), row, dtype=float),
+            np.maximum(values[measured], low),
+            np.full(int(measured.sum()), row, dtype=float),
             label="",
             colour=colour,
-            texts=[f"{by} {place}" for place in part["place"].values[known]],
+            texts=[f"{by} {place}" for place in part["place"].values[measured]],
         )

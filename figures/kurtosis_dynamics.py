@@ -8,7 +8,6 @@ floor). Any number of runs, each with its own steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -24,6 +23,7 @@ from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
 
@@ -40,7 +40,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any], *, against: str | None = None, stratum: str = "all", smoothing: float = 0.02
+    runs: list[Run], *, against: str | None = None, stratum: str = "all", smoothing: float = 0.02
 ) -> xr.Dataset:
     """Loss and kurtosis by step.
 
@@ -99,7 +99,7 @@ def prepare(
     return dataset
 
 
-def _loss(run: Any) -> tuple[np.ndarray, np.ndarray]:
+def _loss(run: Run) -> tuple[np.ndarray, np.ndarray]:
     series = run.series
     if "loss" not in series:
         raise StoreError(
@@ -109,7 +109,7 @@ def _loss(run: Any) -> tuple[np.ndarray, np.ndarray]:
     return series["step"].values.astype(float), series["loss"].values.astype(float)
 
 
-def _tokens_per_step(run: Any) -> float:
+def _tokens_per_step(run: Run) -> float:
     """NaN where the loop that wrote the run does not say."""
     return float(run.attrs.get("tokens_per_step") or "nan")
 
@@ -117,13 +117,14 @@ def _tokens_per_step(run: Any) -> float:
 def _smoothed(loss: Float[np.ndarray, " record"], share: float) -> Float[np.ndarray, " record"]:
     """Mean over a window around each record, smaller at the ends; NaN stays, and counts for nobody else."""
     reach = round(share * len(loss)) // 2
-    known = np.isfinite(loss)
-    total = np.concatenate([[0.0], np.cumsum(np.where(known, loss, 0.0))])
-    count = np.concatenate([[0], np.cumsum(known)])
+    finite = np.isfinite(loss)
+    # With running sums S and n, the mean over [i − reach, i + reach] is a difference of S over one of n.
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, loss, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
     places = np.arange(len(loss))
     first, last = np.maximum(places - reach, 0), np.minimum(places + reach + 1, len(loss))
     mean = (total[last] - total[first]) / np.maximum(count[last] - count[first], 1)
-    return np.where(known, mean, np.nan)
+    return np.where(finite, mean, np.nan)
 
 
 def _padded(rows: list[np.ndarray]) -> np.ndarray:
@@ -138,8 +139,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     stacked = inches < 5
     rows, columns = (2, 1) if stacked else (1, 2)
     canvas = backend.canvas(rows, columns, width=inches, height=2.35 * rows, style=style)
-    unit, said = _unit(dataset)
-    x_label = f"tokens seen{said}" if dataset.attrs["against"] == "tokens" else f"step{said}"
+    unit, suffix = _unit(dataset)
+    x_label = f"tokens seen{suffix}" if dataset.attrs["against"] == "tokens" else f"step{suffix}"
     loss = canvas.panel(0, 0, x_label="" if stacked else x_label, y_label="training loss (nats)")
     kurtosis = canvas.panel(
         *((1, 0) if stacked else (0, 1)),
@@ -202,4 +203,4 @@ def _unit(dataset: xr.Dataset) -> tuple[float, str]:
         for part in parts
         for name in ("loss_step", "kurtosis_step")
     ]
-    return next(((unit, said) for unit, said in _UNITS if max(ends) >= 10 * unit), (1.0, ""))
+    return next(((unit, suffix) for unit, suffix in _UNITS if max(ends) >= 10 * unit), (1.0, ""))

@@ -7,8 +7,6 @@ all heads where none sinks, or one head.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -21,6 +19,7 @@ from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig6", "logits")
@@ -38,7 +37,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     layer: int | None = None,
     head: int | None = None,
@@ -78,9 +77,8 @@ def prepare(
         dataset["low"][:], dataset["high"][:] = dataset["low"].min(), dataset["high"].max()
     title = "Densities of attention logits, sink key and other keys"
     identifiers = list(dict.fromkeys(name for part in parts for name in part["density"].attrs["estimators"]))
-    remark = (
-        f"Logits as they enter the softmax, at sampled queries. Mean over {_said(dataset['heads'].values)}"
-    )
+    heads = _in_words(dataset["heads"].values)
+    remark = f"Logits as they enter the softmax, at sampled queries. Mean over {heads}"
     dataset.attrs = {
         "title": title,
         "caption": caption(title, runs, steps, identifiers, [remark]),
@@ -89,31 +87,33 @@ def prepare(
     return dataset
 
 
-def _said(heads: np.ndarray) -> str:
+def _in_words(heads: np.ndarray) -> str:
     return " / ".join(dict.fromkeys(str(part) for part in heads))
 
 
 def _of_run(
-    run: Any, layer: int | None, head: int | None, limit: float | None, step: int | None
+    run: Run, layer: int | None, head: int | None, limit: float | None, step: int | None
 ) -> xr.Dataset:
-    found = statistics(run, "attention", ("logit_density", "sink_rate"), "logit_densities", step)
-    density = found["logit_density"].transpose("layer", "head", "key_class", "logit_bin")
-    for said, wanted in (("layer", layer), ("head", head)):
-        known = density[said].values
-        if wanted is not None and wanted not in known:
+    attention = statistics(run, "attention", ("logit_density", "sink_rate"), "logit_densities", step)
+    density = attention["logit_density"].transpose("layer", "head", "key_class", "logit_bin")
+    for dim, label in (("layer", layer), ("head", head)):
+        labels = density[dim].values
+        if label is not None and label not in labels:
             raise UsageError(
-                f"logit_densities: the run of {model_name(run.attrs)} has no {said} {wanted}; it has "
-                f"{', '.join(map(str, known))}"
+                f"logit_densities: the run of {model_name(run.attrs)} has no {dim} {label}; it has "
+                f"{', '.join(map(str, labels))}"
             )
     measured = np.isfinite(density.values).all(axis=(2, 3))
-    chosen, heads = _heads(found, measured, layer, head)
-    if not chosen.any():
+    averaged, heads = _heads(attention, measured, layer, head)
+    if not averaged.any():
         raise StoreError(
             f"logit_densities: the run of {model_name(run.attrs)} has no logits in {heads}; sequences of one "
             "token have none but of the sink key, so probe real sequences"
         )
-    mean = density.values[chosen].mean(axis=0)
-    identifiers = [str(found[name].attrs.get("estimator", name)) for name in ("logit_density", "sink_rate")]
+    mean = density.values[averaged].mean(axis=0)
+    identifiers = [
+        str(attention[name].attrs.get("estimator", name)) for name in ("logit_density", "sink_rate")
+    ]
     edges = logit_edges(density["logit_bin"].values)
     quantiles = np.array([_quantiles(row, edges, (0.005, 0.5, 0.995)) for row in mean])
     low, high = (-limit, limit) if limit else (quantiles[:, 0].min(), quantiles[:, 2].max())
@@ -133,18 +133,18 @@ def _of_run(
 
 
 def _heads(
-    found: xr.Dataset, measured: np.ndarray, layer: int | None, head: int | None
+    attention: xr.Dataset, measured: np.ndarray, layer: int | None, head: int | None
 ) -> tuple[np.ndarray, str]:
     """Which heads to average over, as a mask over (layer, head), and in words."""
-    rate = found["sink_rate"]
-    near = int(np.argmin(np.abs(rate["epsilon"].values - 0.3)))
-    rate = rate.isel(epsilon=near).sel(sink_position=0).transpose("layer", "head")
+    rate = attention["sink_rate"]
+    index = int(np.argmin(np.abs(rate["epsilon"].values - 0.3)))
+    rate = rate.isel(epsilon=index).sel(sink_position=0).transpose("layer", "head")
     within = measured.copy()
     if layer is not None:
-        within &= (found["layer"].values == layer)[:, None]
+        within &= (attention["layer"].values == layer)[:, None]
     place = "" if layer is None else f" of layer {layer}"
     if head is not None:
-        return within & (found["head"].values == head)[None, :], f"layer {layer}, head {head}"
+        return within & (attention["head"].values == head)[None, :], f"layer {layer}, head {head}"
     sinks = within & (rate.values >= SINKS)
     count = int(within.sum())
     if sinks.any():
@@ -152,15 +152,17 @@ def _heads(
     return within, f"all {count} heads{place}, none sinks"
 
 
-def _quantiles(density: np.ndarray, edges: np.ndarray, at: tuple[float, ...]) -> list[float]:
-    reached = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
-    return [float(np.interp(q * reached[-1], reached, edges)) for q in at]
+def _quantiles(density: np.ndarray, edges: np.ndarray, shares: tuple[float, ...]) -> list[float]:
+    # The distribution function at the edges; a quantile is where it reaches that share of the whole.
+    cumulative = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
+    return [float(np.interp(q * cumulative[-1], cumulative, edges)) for q in shares]
 
 
 def _rebinned(density: np.ndarray, edges: np.ndarray, at: np.ndarray) -> np.ndarray:
     """The density in bins between the places ``at``; no mass is lost within them."""
-    reached = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
-    return np.asarray(np.diff(np.interp(at, edges, reached)) / np.diff(at))
+    # Differences of the distribution function, over the widths of the new bins.
+    cumulative = np.concatenate([[0.0], np.cumsum(density * np.diff(edges))])
+    return np.asarray(np.diff(np.interp(at, edges, cumulative)) / np.diff(at))
 
 
 def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:

@@ -1,4 +1,7 @@
-"""When outliers appear, layer by layer: log kurtosis over layer and training step, with the onsets marked."""
+"""When outliers appear, layer by layer: log kurtosis over layer and training step, with the onsets marked.
+
+Why change points, and why with intervals: docs/decisions.md, Analyses.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("timeline",)
@@ -28,7 +32,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     site: str = "residual_post",
     stratum: str = "all",
@@ -59,15 +63,15 @@ def prepare(
     labels = labels_of(runs, steps)
     for run, label in zip(runs, labels, strict=True):
         ratio = log_kurtosis(run, sites=[site]).sel(site=site)
-        known = [str(name) for name in ratio["stratum"].values]
-        if stratum not in known:
-            raise UsageError(f"outlier_timeline: stratum is one of {', '.join(known)}, not {stratum!r}")
+        strata = [str(name) for name in ratio["stratum"].values]
+        if stratum not in strata:
+            raise UsageError(f"outlier_timeline: stratum is one of {', '.join(strata)}, not {stratum!r}")
         estimators.append(str(ratio.attrs["estimator"]))
         long_enough = len(run.steps) >= FEWEST_PROBES
-        found = None
+        onset = None
         if long_enough:
-            found = onsets(run, sites=[site], strata=[stratum], departure=departure, draws=draws)
-        parts.append(_panel(ratio.sel(stratum=stratum), found, stratum, pixels))
+            onset = onsets(run, sites=[site], strata=[stratum], departure=departure, draws=draws)
+        parts.append(_panel(ratio.sel(stratum=stratum), onset, stratum, pixels))
         if not long_enough:
             short.append(label)
     title = f"OSP kurtosis of {site} over its noise by layer and step, {stratum} tokens"
@@ -80,8 +84,8 @@ def prepare(
     if short:
         remarks.append(f"No onsets for {', '.join(short)}: fewer than {FEWEST_PROBES} probed steps")
     pooled = any(len(run.steps) > pixels for run in runs)
-    said = f"the maximum over neighbouring probed steps, {pixels} in all" if pooled else "probed steps"
-    remarks.append(f"Columns are {said}, not always equally far apart")
+    columns = f"the maximum over neighbouring probed steps, {pixels} in all" if pooled else "probed steps"
+    remarks.append(f"Columns are {columns}, not always equally far apart")
     dataset = xr.concat(
         parts, dim=xr.DataArray(labels, dims="run", name="run"), join="outer", combine_attrs="override"
     )
@@ -94,7 +98,7 @@ def prepare(
     return dataset
 
 
-def _panel(ratio: xr.DataArray, found: xr.Dataset | None, stratum: str, pixels: int) -> xr.Dataset:
+def _panel(ratio: xr.DataArray, onset: xr.Dataset | None, stratum: str, pixels: int) -> xr.Dataset:
     """One run's map. The formula can give 0, which a logarithmic colour shows as its lowest."""
     values = np.exp(ratio.transpose("layer", "step").values)
     steps = ratio["step"].values
@@ -102,7 +106,7 @@ def _panel(ratio: xr.DataArray, found: xr.Dataset | None, stratum: str, pixels: 
     part = xr.Dataset(
         {
             "value": (("layer", "column"), max_pool(values, 1, pixels)),
-            "marked": found is not None,
+            "marked": onset is not None,
         },
         coords={
             "layer": ratio["layer"].values,
@@ -112,8 +116,9 @@ def _panel(ratio: xr.DataArray, found: xr.Dataset | None, stratum: str, pixels: 
     )
     for name in ("onset", "onset_low", "onset_high"):
         at = np.full(len(values), np.nan)
-        if found is not None:
-            at = found[name].isel(site=0).sel(stratum=stratum).values
+        if onset is not None:
+            at = onset[name].isel(site=0).sel(stratum=stratum).values
+        # A step's column is the last that begins at or before it.
         column = np.searchsorted(steps[starts], at, side="right") - 1.0
         part[name] = ("layer", np.where(np.isfinite(at), column, np.nan))
     return part.reset_coords("step")
@@ -123,8 +128,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     """One map a run, one under the other, all on the same colours."""
     runs = dataset.sizes["run"]
     inches = style.widths[width]
-    each = min(max(1.75, 0.09 * dataset.sizes["layer"] + 1.1), 4.0)
-    canvas = backend.canvas(runs, 1, width=inches, height=each * runs, style=style)
+    panel_height = min(max(1.75, 0.09 * dataset.sizes["layer"] + 1.1), 4.0)
+    canvas = backend.canvas(runs, 1, width=inches, height=panel_height * runs, style=style)
     values = dataset["value"].values
     top = float(np.max(values, where=np.isfinite(values), initial=2 * dataset.attrs["departure"]))
     # 1 is noise; what lies below it is noise too, and would only take colours away from the rest
@@ -162,19 +167,21 @@ def _draw_map(part: xr.Dataset, panel: Panel, quantity: str, colours: dict[str, 
     steps = part["step"].values
     # as many as stand side by side: long numbers would be turned upright
     most = _TICKS if np.nanmax(steps) >= 1000 else 2 * _TICKS
-    shown = np.unique(np.linspace(0, columns - 1, min(columns, most)).astype(int))
-    panel.ticks("x", [float(place) for place in shown], [f"{steps[place]:,.0f}" for place in shown])
+    tick_columns = np.unique(np.linspace(0, columns - 1, min(columns, most)).astype(int))
+    panel.ticks(
+        "x", [float(place) for place in tick_columns], [f"{steps[place]:,.0f}" for place in tick_columns]
+    )
 
 
 def _draw_onsets(part: xr.Dataset, panel: Panel, style: Style) -> None:
     """A dot a layer, and a bar over its interval, in white: a rise begins in the dark half of the colours."""
     layers = part["layer"].values.astype(float)
     onset = part["onset"].values
-    there = np.isfinite(onset)
-    if not there.any():
+    departed = np.isfinite(onset)
+    if not departed.any():
         return
     for layer, low, high in zip(
-        layers[there], part["onset_low"].values[there], part["onset_high"].values[there], strict=True
+        layers[departed], part["onset_low"].values[departed], part["onset_high"].values[departed], strict=True
     ):
         panel.line(np.array([low, high]), np.array([layer, layer]), label="", colour="#ffffff")
-    panel.scatter(onset[there], layers[there], label="", colour="#ffffff")
+    panel.scatter(onset[departed], layers[departed], label="", colour="#ffffff")

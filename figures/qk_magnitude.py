@@ -22,6 +22,7 @@ from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 
 ALIASES = ("fig5", "qk")
 REPORT = InReport("Queries and keys of the strongest sink", place=90, raw_activations=True)
@@ -34,7 +35,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     layer: int | None = None,
     head: int | None = None,
@@ -81,16 +82,16 @@ def prepare(
     return dataset
 
 
-def _of_run(run: Any, layer: int | None, head: int | None, rope: str, tokens: int) -> xr.Dataset:
+def _of_run(run: Run, layer: int | None, head: int | None, rope: str, tokens: int) -> xr.Dataset:
     query = snapshot(run, f"query_{rope}_rope", "qk_magnitude")
     key = snapshot(run, f"key_{rope}_rope", "qk_magnitude")
     shared = sorted({int(v) for v in query["layer"].values} & {int(v) for v in key["layer"].values})
     heads, key_heads = query.sizes["head"], key.sizes["head"]
-    for said, wanted, known in (("layer", layer, shared), ("head", head, range(heads))):
-        if wanted is not None and wanted not in known:
+    for dim, index, indices in (("layer", layer, shared), ("head", head, range(heads))):
+        if index is not None and index not in indices:
             raise UsageError(
-                f"qk_magnitude: the snapshot of {model_name(run.attrs)} has no {said} {wanted}; it has "
-                f"{', '.join(map(str, known))}"
+                f"qk_magnitude: the snapshot of {model_name(run.attrs)} has no {dim} {index}; it has "
+                f"{', '.join(map(str, indices))}"
             )
     rate = float("nan")
     if layer is None or head is None:

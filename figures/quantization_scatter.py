@@ -6,8 +6,6 @@ left and those that lose nothing on the diagonal. The other axis can be the OSP 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -22,6 +20,7 @@ from osp_diag.figures.backend import AxisScale, Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig1",)
@@ -43,7 +42,7 @@ __all__ = ["ALIASES", "GALLERY", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     against: str = "perplexity",
     weight_bits: int = 4,
@@ -69,11 +68,13 @@ def prepare(
     steps = [step_of(run) for run in runs]
     bits = notation(weight_bits, activation_bits)
     few = [
-        _measured(run, found, weight_bits, activation_bits) for run, found in zip(runs, results, strict=True)
+        _perplexity(run, table, weight_bits, activation_bits)
+        for run, table in zip(runs, results, strict=True)
     ]
     if against == "perplexity":
         full = [
-            _measured(run, found, UNQUANTIZED, UNQUANTIZED) for run, found in zip(runs, results, strict=True)
+            _perplexity(run, table, UNQUANTIZED, UNQUANTIZED)
+            for run, table in zip(runs, results, strict=True)
         ]
     elif against == "kurtosis":
         full = [float(kurtosis_by_step(run, "quantization_scatter")[1][-1]) for run in runs]
@@ -93,7 +94,7 @@ def prepare(
     return dataset
 
 
-def _measured(run: Any, results: xr.Dataset, weight_bits: int, activation_bits: int) -> float:
+def _perplexity(run: Run, results: xr.Dataset, weight_bits: int, activation_bits: int) -> float:
     value = perplexity_at(results, weight_bits, activation_bits)
     if np.isnan(value):
         bits = notation(weight_bits, activation_bits)
@@ -104,7 +105,7 @@ def _measured(run: Any, results: xr.Dataset, weight_bits: int, activation_bits: 
     return value
 
 
-def _tokens(run: Any, step: int) -> float:
+def _tokens(run: Run, step: int) -> float:
     per_step = run.attrs.get("tokens_per_step")
     if not per_step:
         raise StoreError(
@@ -145,16 +146,16 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
 
 
 def _scale(values: np.ndarray) -> AxisScale:
-    known = values[np.isfinite(values) & (values > 0)]
-    return "log" if known.size and known.max() > _WIDE_RANGE * known.min() else "linear"
+    finite = values[np.isfinite(values) & (values > 0)]
+    return "log" if finite.size and finite.max() > _WIDE_RANGE * finite.min() else "linear"
 
 
 def _limits(values: np.ndarray, scale: AxisScale) -> tuple[float, float]:
     """A margin of an eighth of the range on either side, on the axis as it is drawn."""
-    known = values[np.isfinite(values) & (values > 0 if scale == "log" else True)]
-    if not known.size:
+    finite = values[np.isfinite(values) & (values > 0 if scale == "log" else True)]
+    if not finite.size:
         return 0.0, 1.0
-    low, high = float(known.min()), float(known.max())
+    low, high = float(finite.min()), float(finite.max())
     if scale == "log":
         margin = (high / low) ** 0.125 if high > low else 1.1
         return low / margin, high * margin

@@ -20,6 +20,7 @@ from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
 from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("emergence_of_sinks",)
@@ -35,7 +36,7 @@ MOST_TICKS = 12
 __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
-def prepare(runs: list[Any], *, epsilon: float = 0.3, sink_rate: float = 0.5) -> xr.Dataset:
+def prepare(runs: list[Run], *, epsilon: float = 0.3, sink_rate: float = 0.5) -> xr.Dataset:
     """Sink rates by head and step.
 
     Parameters
@@ -53,8 +54,8 @@ def prepare(runs: list[Any], *, epsilon: float = 0.3, sink_rate: float = 0.5) ->
     for run in runs:
         rate = statistics(run, "attention", ("sink_rate",), "sink_emergence")["sink_rate"]
         identifiers.append(str(rate.attrs.get("estimator", "sink_rate")))
-        found = sink_emergence(run, rules=rules)
-        part = found[["sink_rate", "emergence_step"]].transpose("layer", "head", "step")
+        emergence = sink_emergence(run, rules=rules)
+        part = emergence[["sink_rate", "emergence_step"]].transpose("layer", "head", "step")
         parts.append(part.rename(step="probed_step"))
         steps.append(step_of(run))
     dataset = per_run(parts, labels_of(runs, steps)).rename(probed_step="step").sortby("step")
@@ -101,11 +102,13 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         )
         emerged = part["emergence_step"].sel(layer=rate["layer"], head=rate["head"])
         _dots(panel, emerged.transpose("layer", "head").values.ravel(), rate["step"].values, style)
-        shown = _spread(probed)
-        panel.ticks("x", [float(place) for place in shown], [f"{int(rate['step'][p]):,}" for p in shown])
-        firsts = _spread(layers)
-        centres = [float(place * heads + (heads - 1) / 2) for place in firsts]
-        panel.ticks("y", centres, [str(int(rate["layer"][place])) for place in firsts])
+        step_places = _spread(probed)
+        panel.ticks(
+            "x", [float(place) for place in step_places], [f"{int(rate['step'][p]):,}" for p in step_places]
+        )
+        layer_places = _spread(layers)
+        centres = [float(place * heads + (heads - 1) / 2) for place in layer_places]
+        panel.ticks("y", centres, [str(int(rate["layer"][place])) for place in layer_places])
         panels.append(panel)
     canvas.colour_bar(panels, label=dataset.attrs["quantity"], **colours)
     return canvas

@@ -6,8 +6,6 @@ sink of each run is taken unless a layer and a head are given.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import xarray as xr
 
@@ -20,6 +18,7 @@ from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("sink_channels",)
@@ -32,7 +31,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     layer: int | None = None,
     head: int | None = None,
@@ -51,21 +50,23 @@ def prepare(
     -------
     ``channel`` (run, head_channel) and ``frequency`` (run, rotary_frequency): logits that add up to the mean
     sink logit (frequencies to the part of rotated channels); ``wavelength`` (run, rotary_frequency; NaN where
-    not known), ``layer``, ``head``, ``sink_rate``, ``kind`` and ``said`` (run; the class of the head,
-    and what qualifies it).
+    not known), ``layer``, ``head``, ``sink_rate``, ``kind`` and ``description`` (run; the class of the
+    head, alone and with what qualifies it).
     """
     parts, steps = [], []
     identifiers = []
     for run in runs:
         steps.append(step_of(run, step))
-        needed = statistics(run, "attention", ("sink_logit_contribution",), "sink_implementation", step)
-        identifiers += [needed["sink_logit_contribution"].attrs.get("estimator", ""), "sink_rate/1"]
-        found = sink_implementation(run, steps=steps[-1:], rope_theta=rope_theta).isel(step=0, drop=True)
-        parts.append(_of_run(found, run, layer, head))
+        measured = statistics(run, "attention", ("sink_logit_contribution",), "sink_implementation", step)
+        identifiers += [measured["sink_logit_contribution"].attrs.get("estimator", ""), "sink_rate/1"]
+        implementation = sink_implementation(run, steps=steps[-1:], rope_theta=rope_theta).isel(
+            step=0, drop=True
+        )
+        parts.append(_of_run(implementation, run, layer, head))
     dataset = per_run(parts, labels_of(runs, steps))
     title = "The sink logit of one head by channel and rotary frequency"
     which = "the head given" if None not in (layer, head) else "the head with the highest sink rate"
-    classes = " / ".join(str(said) for said in dataset["said"].values)
+    classes = " / ".join(str(description) for description in dataset["description"].values)
     remark = f"Mean over queries of scale · q_j · k_sink,j, {which}; frequencies add up their two channels"
     dataset.attrs = {
         "title": title,
@@ -77,43 +78,44 @@ def prepare(
     return dataset
 
 
-def _of_run(found: xr.Dataset, run: Any, layer: int | None, head: int | None) -> xr.Dataset:
-    allowed = np.ones((found.sizes["layer"], found.sizes["head"]), bool)
-    for axis, (said, wanted) in enumerate((("layer", layer), ("head", head))):
-        known = found[said].values
-        if wanted is None:
+def _of_run(implementation: xr.Dataset, run: Run, layer: int | None, head: int | None) -> xr.Dataset:
+    allowed = np.ones((implementation.sizes["layer"], implementation.sizes["head"]), bool)
+    for axis, (dim, label) in enumerate((("layer", layer), ("head", head))):
+        labels = implementation[dim].values
+        if label is None:
             continue
-        if wanted not in known:
+        if label not in labels:
             raise UsageError(
-                f"sink_implementation: the run of {model_name(run.attrs)} has no {said} {wanted}; it has "
-                f"{', '.join(map(str, known))}"
+                f"sink_implementation: the run of {model_name(run.attrs)} has no {dim} {label}; it has "
+                f"{', '.join(map(str, labels))}"
             )
-        allowed &= np.expand_dims(known == wanted, 1 - axis)
-    rate, mass = (np.nan_to_num(found[name].values, nan=-1.0) for name in ("sink_rate", "sink_mass"))
+        allowed &= np.expand_dims(labels == label, 1 - axis)
+    rate, mass = (np.nan_to_num(implementation[name].values, nan=-1.0) for name in ("sink_rate", "sink_mass"))
+    # Attention to the first token decides among heads of equal rates alone.
     score = np.where(allowed, rate + 1e-6 * mass, -np.inf)
     row, column = np.unravel_index(int(np.argmax(score)), score.shape)
-    at = found.isel(layer=int(row), head=int(column))
+    at = implementation.isel(layer=int(row), head=int(column))
     kind = str(at["kind"].item())
-    qualified = dict.fromkeys([kind, str(at["channel_use"].item()), str(at["geometry"].item())])
-    pairs = found.sizes.get("frequency", 0)
-    unknown = np.full(pairs, np.nan)
+    descriptions = dict.fromkeys([kind, str(at["channel_use"].item()), str(at["geometry"].item())])
+    pairs = implementation.sizes.get("frequency", 0)
+    blank = np.full(pairs, np.nan)
     return xr.Dataset(
         {
             "channel": (("head_channel",), at["sink_logit_contribution"].values),
-            "frequency": (("rotary_frequency",), at["frequency_contribution"].values if pairs else unknown),
+            "frequency": (("rotary_frequency",), at["frequency_contribution"].values if pairs else blank),
             "wavelength": (
                 ("rotary_frequency",),
-                at["wavelength"].values if "wavelength" in at.coords else unknown,
+                at["wavelength"].values if "wavelength" in at.coords else blank,
             ),
             "layer": float(at["layer"]),
             "head": float(at["head"]),
             "sink_rate": float(at["sink_rate"]),
             "kind": kind,
-            "said": ", ".join(qualified),
-            "rotary_layout": str(found.attrs["rotary_layout"]),
+            "description": ", ".join(descriptions),
+            "rotary_layout": str(implementation.attrs["rotary_layout"]),
         },
         coords={
-            "head_channel": np.arange(found.sizes["head_channel"]),
+            "head_channel": np.arange(implementation.sizes["head_channel"]),
             "rotary_frequency": np.arange(pairs),
         },
     )
@@ -149,10 +151,10 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
 
 
 def _frequency_label(wavelength: np.ndarray) -> str:
-    known = wavelength[np.isfinite(wavelength)]
-    if not known.size:
+    finite = wavelength[np.isfinite(wavelength)]
+    if not finite.size:
         return "rotary frequency, fastest first"
-    return f"rotary frequency, {known[0]:,.0f} to {known[-1]:,.0f} tokens per turn"
+    return f"rotary frequency, {finite[0]:,.0f} to {finite[-1]:,.0f} tokens per turn"
 
 
 def _bars(panel: Panel, values: np.ndarray, colour: str, what: str) -> None:
@@ -160,6 +162,7 @@ def _bars(panel: Panel, values: np.ndarray, colour: str, what: str) -> None:
     values = values[np.isfinite(values)]
     if not values.size:
         return
+    # The outline of the bars: both edges of each, at its height.
     edges = np.repeat(np.arange(values.size + 1) - 0.5, 2)[1:-1]
     outline = np.repeat(values, 2)
     panel.line(
@@ -173,7 +176,8 @@ def _bars(panel: Panel, values: np.ndarray, colour: str, what: str) -> None:
     )
     size = np.abs(values)
     order = np.argsort(-size, kind="stable")
+    # The fewest bars, largest first, that together reach 90% of Σ|value|.
     needed = int((np.cumsum(size[order]) < 0.9 * size.sum()).sum()) + 1
-    named = sorted(int(place) for place in order[: min(needed, NAMED)])
-    panel.marks([float(place) for place in named], [str(place) for place in named])
+    marked = sorted(int(place) for place in order[: min(needed, NAMED)])
+    panel.marks([float(place) for place in marked], [str(place) for place in marked])
     panel.limits("x", -0.5, values.size - 0.5)

@@ -16,6 +16,7 @@ from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("sinks",)
@@ -26,7 +27,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     epsilon: float = 0.3,
     sink_position: int = 0,
@@ -47,11 +48,11 @@ def prepare(
     """
     parts, steps, identifiers = [], [], []
     for run in runs:
-        found = statistics(run, "attention", ("sink_rate", "first_token_attention"), "sink_map", step)
-        rate = _chosen(found["sink_rate"], run, epsilon, sink_position)
-        received = found["first_token_attention"].sel(stratum=stratum, drop=True)
+        attention = statistics(run, "attention", ("sink_rate", "first_token_attention"), "sink_map", step)
+        rate = _rate_at(attention["sink_rate"], run, epsilon, sink_position)
+        received = attention["first_token_attention"].sel(stratum=stratum, drop=True)
         parts.append(xr.Dataset({"sink_rate": rate, "first_token_attention": received}))
-        identifiers += [identifier(found[name]) for name in found]
+        identifiers += [identifier(attention[name]) for name in attention]
         steps.append(step_of(run, step))
     dataset = per_run(parts, labels_of(runs, steps))
     title = "Attention sinks by layer and head"
@@ -72,17 +73,17 @@ def prepare(
     return dataset
 
 
-def _chosen(rate: xr.DataArray, run: Any, epsilon: float, position: int) -> xr.DataArray:
+def _rate_at(rate: xr.DataArray, run: Run, epsilon: float, position: int) -> xr.DataArray:
     """The rate at the ε and k asked for; the run holds a few of each."""
-    for dim, wanted in (("epsilon", epsilon), ("sink_position", position)):
+    for dim, label in (("epsilon", epsilon), ("sink_position", position)):
         if dim not in rate.dims:
             continue
-        known = rate[dim].values
-        index = int(np.argmin(np.abs(known - wanted)))
-        if abs(float(known[index]) - wanted) > 1e-9:
+        labels = rate[dim].values
+        index = int(np.argmin(np.abs(labels - label)))
+        if abs(float(labels[index]) - label) > 1e-9:
             raise UsageError(
-                f"sink_map: the run of {model_name(run.attrs)} has no {dim} {wanted:g}; it has "
-                f"{', '.join(f'{float(value):g}' for value in known)}"
+                f"sink_map: the run of {model_name(run.attrs)} has no {dim} {label:g}; it has "
+                f"{', '.join(f'{float(value):g}' for value in labels)}"
             )
         rate = rate.isel({dim: index}, drop=True)
     return rate
@@ -96,21 +97,21 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     height = min(max(1.9, 0.06 * layers_shown + 1.0), 4.0) * runs
     canvas = backend.canvas(runs, 2, width=inches, height=height, style=style)
     colours: dict[str, Any] = {"scale": ColourScale(0.0, 1.0), "colour_map": style.share_map}
-    names = {
+    subtitles = {
         "sink_rate": "{sink_rate}, \u03b5 = {epsilon:g}, k = {sink_position}".format(**dataset.attrs),
         "first_token_attention": dataset.attrs["first_token_attention"],
     }
     panels = []
     for row in range(runs):
         part = dataset.isel(run=row)
-        for column, (name, said) in enumerate(names.items()):
+        for column, (name, subtitle) in enumerate(subtitles.items()):
             values = part[name].transpose("layer", "head")
             values = values.dropna("layer", how="all").dropna("head", how="all")
             panel = canvas.panel(
                 row,
                 column,
                 title=str(part["run"].item()) if column == 0 else "",
-                subtitle=said,
+                subtitle=subtitle,
                 x_label="head" if row == runs - 1 else "",
                 y_label="" if column else "layer",
             )

@@ -19,6 +19,7 @@ from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("strata",)
@@ -31,7 +32,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     site: str = "residual_post",
     estimator: str = "osp_excess_kurtosis",
@@ -51,24 +52,25 @@ def prepare(
     ``kurtosis`` and ``ratio`` (run, layer, stratum), NaN where a stratum has no tokens; ``kurtosis_floor``,
     ``kurtosis_ceiling``, ``ratio_floor``, ``ratio_ceiling`` (run), NaN where there is none.
     """
-    asked = dict(zip(_STATISTICS, (estimator, ratio), strict=True))
+    names = dict(zip(_STATISTICS, (estimator, ratio), strict=True))
     parts, steps = [], []
     for run in runs:
-        found = statistics(run, site, tuple(asked.values()), "stratum_comparison", step)
-        for name in asked.values():
-            if set(found[name].dims) != {"layer", "stratum"}:
+        measured = statistics(run, site, tuple(names.values()), "stratum_comparison", step)
+        for name in names.values():
+            dims = measured[name].dims
+            if set(dims) != {"layer", "stratum"}:
                 raise UsageError(
-                    f"stratum_comparison: {name} has the dimensions {', '.join(map(str, found[name].dims))}; "
+                    f"stratum_comparison: {name} has the dimensions {', '.join(map(str, dims))}; "
                     "give a statistic by layer and stratum"
                 )
         variables: dict[str, Any] = {}
-        for kind, name in asked.items():
-            variables[kind] = found[name].transpose("layer", "stratum")
+        for kind, name in names.items():
+            variables[kind] = measured[name].transpose("layer", "stratum")
             for end in ("floor", "ceiling"):
-                variables[f"{kind}_{end}"] = bound(found[name].attrs, end)
+                variables[f"{kind}_{end}"] = bound(measured[name].attrs, end)
         parts.append(xr.Dataset(variables))
         steps.append(step_of(run, step))
-    labels = {kind: identifier(found[name]) for kind, name in asked.items()}
+    labels = {kind: identifier(measured[name]) for kind, name in names.items()}
     dataset = per_run(parts, labels_of(runs, steps))
     title = f"Kurtosis and largest activation of {site} by stratum of tokens"
     remark = "Strata: first tokens of the sequences, delimiters, the rest; all is their union"

@@ -1,14 +1,14 @@
 """|W| over input × output channel as a surface: Figures 10 and 11 of the OSP paper.
 
 A row a projection, a column a run or a layer, each surface on its own height unless ``z_scale="shared"``.
-Neighbouring channels are pooled by their maximum, so that a single large weight keeps its height.
+Neighbouring channels are pooled by their maximum, so that a single large weight keeps its height. Which maps
+a run holds by default, and why pooled: docs/decisions.md, Figures.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -25,7 +25,7 @@ from osp_diag.figures._surfaces import (
     check_z_scale,
     draw_surfaces,
     in_block_order,
-    layers_asked,
+    layer_columns,
     short_name,
     stacked,
     with_layers,
@@ -33,6 +33,7 @@ from osp_diag.figures._surfaces import (
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 ALIASES = ("fig10", "fig11")
@@ -46,7 +47,7 @@ __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(
-    runs: list[Any],
+    runs: list[Run],
     *,
     weights: str | Sequence[str] | None = None,
     layer: int | Sequence[int] | None = None,
@@ -74,22 +75,22 @@ def prepare(
     check_z_scale("weight_surface", z_scale)
     if cells < 2:
         raise UsageError("weight_surface: a surface needs at least 2 cells a side")
-    chosen = _chosen(runs, [weights] if isinstance(weights, str) else weights)
-    asked = layers_asked(layer)
+    projections = _projections(runs, [weights] if isinstance(weights, str) else weights)
+    columns = layer_columns(layer)
     if layer is None and len(runs) == 1:
-        held = _shared_layers(runs[0], chosen)
-        asked = [held[place] for place in evenly(len(held), LAYERS)]
-    parts = [_of_run(run, chosen, one, cells) for run in runs for one in asked]
+        layers_of_run = _shared_layers(runs[0], projections)
+        columns = [layers_of_run[place] for place in evenly(len(layers_of_run), LAYERS)]
+    parts = [_of_run(run, projections, column, cells) for run in runs for column in columns]
     steps = [step_of(run) for run in runs]
-    labels = [label for label in labels_of(runs, steps) for _ in asked]
+    labels = [label for label in labels_of(runs, steps) for _ in columns]
     dataset = per_run(parts, with_layers(labels, [int(part["layer"]) for part in parts]))
-    title = f"|W| over input and output channel: {', '.join(map(short_name, chosen))}"
+    title = f"|W| over input and output channel: {', '.join(map(short_name, projections))}"
     layers = ", ".join(dict.fromkeys(str(int(part["layer"])) for part in parts))
-    chosen_by = " (where the largest weight is largest)" if layer is None and len(runs) > 1 else ""
+    criterion = " (where the largest weight is largest)" if layer is None and len(runs) > 1 else ""
     dataset.attrs = {
         "title": title,
         "caption": caption(
-            f"{title}, layer {layers}{chosen_by}",
+            f"{title}, layer {layers}{criterion}",
             runs,
             steps,
             [],
@@ -100,7 +101,7 @@ def prepare(
     return dataset
 
 
-def _chosen(runs: list[Any], wanted: Sequence[str] | None) -> list[str]:
+def _projections(runs: list[Run], patterns: Sequence[str] | None) -> list[str]:
     for run in runs:
         if not run.weight_maps:
             raise StoreError(
@@ -109,55 +110,55 @@ def _chosen(runs: list[Any], wanted: Sequence[str] | None) -> list[str]:
                 "`osp-diag export` writes)"
             )
     shared = [name for name in runs[0].weight_maps if all(name in run.weight_maps for run in runs[1:])]
-    found = []
-    for pattern in ["*"] if wanted is None else wanted:
-        hits = [
+    names = []
+    for pattern in ["*"] if patterns is None else patterns:
+        matches = [
             name
             for name in shared
             if pattern in (name, name.rpartition(".")[2]) or fnmatchcase(name, pattern)
         ]
-        if not hits:
+        if not matches:
             raise StoreError(
                 f"weight_surface: no map of weights that the runs share matches {pattern!r}; there are "
                 f"{', '.join(in_block_order(shared)) or 'none'}; probe again with it among --weights"
             )
-        found += in_block_order(hits)
-    return list(dict.fromkeys(found))
+        names += in_block_order(matches)
+    return list(dict.fromkeys(names))
 
 
-def _shared_layers(run: Any, chosen: list[str]) -> list[int]:
+def _shared_layers(run: Run, projections: list[str]) -> list[int]:
     """The layers of which the run holds all of these projections; if there are none, those of any."""
-    each = [set(run.weight_map(name)["layer"].values.tolist()) for name in chosen]
-    return sorted(set.intersection(*each) or set.union(*each))
+    layer_sets = [set(run.weight_map(name)["layer"].values.tolist()) for name in projections]
+    return sorted(set.intersection(*layer_sets) or set.union(*layer_sets))
 
 
-def _of_run(run: Any, chosen: list[str], layer: int | None, cells: int) -> xr.Dataset:
-    maps = {name: run.weight_map(name).load() for name in chosen}
-    held = sorted({int(value) for found in maps.values() for value in found["layer"].values})
+def _of_run(run: Run, projections: list[str], layer: int | None, cells: int) -> xr.Dataset:
+    maps = {name: run.weight_map(name).load() for name in projections}
+    layers = sorted({int(value) for weight_map in maps.values() for value in weight_map["layer"].values})
     if layer is None:
-        peaks = {index: max(_peak(found, index) for found in maps.values()) for index in held}
+        peaks = {index: max(_peak(weight_map, index) for weight_map in maps.values()) for index in layers}
         layer = max(peaks, key=lambda index: peaks[index])
-    elif layer not in held:
+    elif layer not in layers:
         raise UsageError(
             f"weight_surface: the run of {model_name(run.attrs)} holds no weights of layer {layer}; it has "
-            f"{', '.join(map(str, held))}"
+            f"{', '.join(map(str, layers))}"
         )
-    surfaces = [_surface(found, layer, cells) for found in maps.values()]
-    return stacked(surfaces, "projection", chosen).assign(layer=float(layer))
+    surfaces = [_surface(weight_map, layer, cells) for weight_map in maps.values()]
+    return stacked(surfaces, "projection", projections).assign(layer=float(layer))
 
 
-def _peak(found: xr.Dataset, layer: int) -> float:
-    if layer not in found["layer"].values:
+def _peak(weight_map: xr.Dataset, layer: int) -> float:
+    if layer not in weight_map["layer"].values:
         return -np.inf
-    return float(np.nanmax(found["column_maximum"].sel(layer=layer).values))
+    return float(np.nanmax(weight_map["column_maximum"].sel(layer=layer).values))
 
 
-def _surface(found: xr.Dataset, layer: int, cells: int) -> xr.Dataset:
+def _surface(weight_map: xr.Dataset, layer: int, cells: int) -> xr.Dataset:
     """One map, pooled further; a single empty cell where the projection has none in this layer."""
-    if layer not in found["layer"].values:
+    if layer not in weight_map["layer"].values:
         nothing, peak = np.zeros(1), (np.nan, np.nan, np.nan)
         return _labelled(np.full((1, 1), np.nan), nothing, nothing, peak)
-    at = found.sel(layer=layer)
+    at = weight_map.sel(layer=layer)
     # Blocks of different widths are stored padded.
     at = at.dropna("output_cell", how="all", subset=["weight"]).dropna(
         "input_cell", how="all", subset=["weight"]

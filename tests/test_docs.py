@@ -373,7 +373,7 @@ def _made_up() -> list[osp_diag.Run]:
 def _cheap_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
     """Let the verbs prepare what they would draw, from made-up runs, and draw nothing: other tests do."""
     from osp_diag.figures.backend import backend_for
-    from osp_diag.figures.report import shown_figures
+    from osp_diag.figures.report import pictures
 
     drawn: list[str] = []
     draw = figures.draw
@@ -386,5 +386,5 @@ def _cheap_figures(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[str]]:
         return draw(name, chosen, backend="none", style=style, width=width, **options)
 
     monkeypatch.setattr(figures, "draw", prepare)
-    monkeypatch.setattr(shown_figures, "names", list)
+    monkeypatch.setattr(pictures, "names", list)
     return lambda: drawn

@@ -15,7 +15,7 @@ from osp_diag.figures._colours import ColourScale, colour_table
 from osp_diag.figures._decimate import bin_starts, max_pool, spread
 from osp_diag.figures._placement import InGallery, InReport
 from osp_diag.figures._registry import default_width, figure_module, in_gallery, in_report, summaries
-from osp_diag.figures._runs import shown_token
+from osp_diag.figures._runs import token_label
 from osp_diag.figures.backend import none
 from osp_diag.figures.styles import load_style
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, without
@@ -102,12 +102,12 @@ def test_colour_maps_are_read_without_matplotlib_and_can_be_cut_and_reversed():
 
 
 def test_tokens_are_shown_so_that_one_can_read_them():
-    assert shown_token(" cost") == "cost"
-    assert shown_token("\u0120day") == "day"
-    assert shown_token("\n") == "\\n"
-    assert shown_token("  ") == "\u2423\u2423"
-    assert shown_token("") == "''"
-    assert shown_token("incomprehensibilities") == "incomprehen\u2026"
+    assert token_label(" cost") == "cost"
+    assert token_label("\u0120day") == "day"
+    assert token_label("\n") == "\\n"
+    assert token_label("  ") == "\u2423\u2423"
+    assert token_label("") == "''"
+    assert token_label("incomprehensibilities") == "incomprehen\u2026"
 
 
 # -- the registry ----------------------------------------------------------------------------------------
@@ -206,6 +206,14 @@ def test_depth_profile_of_several_runs(run, clean):
     assert len(levels) == 4  # two widths, each with its floor and ceiling
     found = data("depth_profile", [run, small])
     assert np.isnan(found["kurtosis"].sel(run="smaller", layer=5)).all()
+
+
+def test_depth_profiles_beside_each_other_share_one_legend_above_all(run, clean):
+    drawn = figures.draw("depth_profile", [run, clean, run], backend="plotly")
+    labelled = [trace for trace in drawn.data if trace.showlegend]
+    assert len({trace.legend for trace in labelled}) == 1
+    names = ["top 1", "top 2", "top 3", "median", "all tokens", "first", "delimiter", "rest"]
+    assert [trace.name for trace in labelled] == names
 
 
 # -- activation surface ----------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from osp_diag.errors import UsageError
 from tests.gallery import gallery
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run
 
-NAMES = tuple(gallery().drawn())
+NAMES = tuple(gallery().page_entries())
 
 
 def test_every_figure_has_a_picture_and_the_page_is_up_to_date(capsys):
@@ -31,7 +31,7 @@ def test_a_figure_that_names_no_runs_is_drawn_of_made_up_ones(monkeypatch, tmp_p
     shutil.copytree(gallery().RESULTS, tmp_path / "gallery" / "data")
     for constant, path in (("PICTURES", "gallery"), ("RESULTS", "gallery/data"), ("PAGE", "gallery.md")):
         monkeypatch.setattr(gallery(), constant, tmp_path / path)
-    assert list(gallery().drawn()) == ["sink_map"]
+    assert list(gallery().page_entries()) == ["sink_map"]
     assert gallery().main([]) == 0
     assert (tmp_path / "gallery" / "a_new_one.png").stat().st_size > 10_000
     text = (tmp_path / "gallery.md").read_text(encoding="utf-8")

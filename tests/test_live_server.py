@@ -13,7 +13,7 @@ from osp_diag.figures.live._figures import figure_options
 from osp_diag.figures.live._layout import CONTROLS, GRAPHS
 from osp_diag.figures.live._page import FIGURE_PARTS, Watched
 from osp_diag.figures.live._server import application, is_loopback
-from osp_diag.figures.report.shown_figures import shown_figures
+from osp_diag.figures.report.pictures import report_figures
 from osp_diag.figures.styles import RUN_COLOURS
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
@@ -199,7 +199,7 @@ def asked_figure(client, name, told=None, places=(0,)):
 def test_every_figure_is_offered_in_the_order_of_the_report():
     offered = [option["value"] for option in figure_options()]
     assert sorted(offered) == names()
-    assert [name for name in offered if name in shown_figures()] == list(shown_figures())
+    assert [name for name in offered if name in report_figures()] == list(report_figures())
     labels = [option["label"] for option in figure_options()]
     assert len(set(labels)) == len(labels)
     assert all(labels)

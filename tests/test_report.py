@@ -16,7 +16,7 @@ from osp_diag.figures.report import build_report, write_report
 from osp_diag.figures.report.comparison import alike
 from osp_diag.figures.report.encoding import compacted, factored, packed, packed_log, script_json
 from osp_diag.figures.report.explorer import explorer_data
-from osp_diag.figures.report.shown_figures import draw_figures, shown_figures
+from osp_diag.figures.report.pictures import draw_figures, report_figures
 from tests.report_runs import HOSTILE_NAME, checkpoint, hostile_checkpoint, spiked, trainings
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
 from tests.training_runs import minute
@@ -44,9 +44,9 @@ def before_plotly(html: str) -> str:
 @pytest.fixture
 def without_figures(monkeypatch):
     """For what has nothing to do with them, and sooner done."""
-    from osp_diag.figures.report import shown_figures
+    from osp_diag.figures.report import pictures
 
-    monkeypatch.setattr(shown_figures, "names", list)
+    monkeypatch.setattr(pictures, "names", list)
 
 
 @pytest.fixture(scope="module")
@@ -141,14 +141,14 @@ def test_every_figure_is_on_the_page_or_shown_by_the_linked_charts():
     from osp_diag.figures import names
 
     drawn = [figure.name for figure in draw_figures([checkpoint(), checkpoint()], ["a", "b"])]
-    assert drawn == list(shown_figures())
+    assert drawn == list(report_figures())
     linked = {"channel_map", "sink_map", "sink_implementation", "stratum_comparison"}
     assert set(drawn) | linked == set(names())
     assert linked.isdisjoint(drawn)
 
 
 def test_the_page_goes_from_the_training_to_what_quantization_costs():
-    headings = [placement.heading for placement in shown_figures().values() if placement.heading]
+    headings = [placement.heading for placement in report_figures().values() if placement.heading]
     assert headings == [
         "How loss and kurtosis went in training",
         "When outliers appeared, layer by layer",
@@ -167,11 +167,11 @@ def test_the_page_goes_from_the_training_to_what_quantization_costs():
 
 
 def test_a_figure_that_says_nothing_of_the_report_comes_last_under_its_title(monkeypatch, new_figure):
-    from osp_diag.figures.report import shown_figures
+    from osp_diag.figures.report import pictures
 
     new_figure("a_new_one", "from osp_diag.figures.concentration_curves import draw, prepare\n")
     chosen = ["a_new_one", "concentration_curves", "depth_profile", "sink_map"]
-    monkeypatch.setattr(shown_figures, "names", lambda: chosen)
+    monkeypatch.setattr(pictures, "names", lambda: chosen)
     drawings = draw_figures([checkpoint()], ["a"])
     assert [drawing.name for drawing in drawings] == ["depth_profile", "concentration_curves", "a_new_one"]
     assert drawings[2].heading.startswith("Share of the energy")

@@ -6,7 +6,7 @@ import pytest
 
 from osp_diag import figures
 from osp_diag.figures.report import write_report
-from osp_diag.figures.report.shown_figures import draw_figures
+from osp_diag.figures.report.pictures import draw_figures
 from tests.browser import visit
 from tests.recipe_runs import training_run
 from tests.report_runs import GROWING, trainings

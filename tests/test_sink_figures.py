@@ -97,16 +97,16 @@ def test_the_strongest_sink_is_shown_by_channel_and_frequency(run, quiet):
     found = data("sink_implementation", [run, quiet])
     strong = found.sel(run="planted")
     assert strong["head"].item() == 0
-    assert strong["said"].item() == "negative infinity, concentrated, alignment"
+    assert strong["description"].item() == "negative infinity, concentrated, alignment"
     assert int(np.argmax(strong["channel"].values)) == HOT
     layer = int(strong["layer"].item())
     own = sink_implementation(run, steps=[40]).sel(step=40, layer=layer, head=0)
     np.testing.assert_array_equal(strong["channel"], own["sink_logit_contribution"])
     np.testing.assert_array_equal(strong["frequency"], own["frequency_contribution"])
-    assert found["said"].sel(run="quiet").item() == "no sink"
+    assert found["description"].sel(run="quiet").item() == "no sink"
     assert "Class: negative infinity, concentrated, alignment / no sink" in found.attrs["caption"]
     given = data("sink_implementation", run, layer=1, head=4)
-    assert given["said"].item() == "balanced, spread, alignment"
+    assert given["description"].item() == "balanced, spread, alignment"
     assert "the head given" in given.attrs["caption"]
     with pytest.raises(UsageError, match=r"the run of planted has no layer 5; it has 0, 1"):
         data("sink_implementation", run, layer=5)

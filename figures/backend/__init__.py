@@ -2,7 +2,8 @@
 
 A figure calls ``backend.canvas(...)``, then ``canvas.panel(row, column)`` for each set of axes, and
 draws on the panels. It never names matplotlib or plotly. Colours are ``#rrggbb``; sizes are inches and
-points. The ``none`` backend draws nothing: it records the calls and returns the data.
+points. The ``none`` backend draws nothing: it records the calls and returns the data. Why primitives:
+docs/decisions.md, Figures.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ class Canvas(Protocol):
     ) -> Panel:
         """The axes at a place of the grid."""
 
-    def legend(self, panel: Panel) -> None:
-        """The labels of one panel that hold for all, above the whole figure."""
+    def legend(self, *panels: Panel) -> None:
+        """The labels of these panels, which hold for all others too, above the whole figure."""
 
     def colour_bar(self, panels: Sequence[Panel], *, scale: ColourScale, colour_map: str, label: str) -> None:
         """One bar at the right of ``panels``, which share its scale."""

@@ -26,7 +26,7 @@ def plain(text: str) -> str:
     return html.escape(text, quote=False).replace("\n", "<br>")
 
 
-def _hovered(text: str) -> str:
+def _hover_text(text: str) -> str:
     """As :func:`plain`, in a template in which plotly would put numbers for ``%{x}``."""
     return plain(text).replace("%{", "%\u200b{")
 
@@ -41,10 +41,10 @@ def colour_scale(name: str) -> list[list[Any]]:
     return [[float(i / 63), hexadecimal(table[place])] for i, place in enumerate(places)]
 
 
-def _listed(values: Float[np.ndarray, "..."]) -> list[Any]:
+def _as_list(values: Float[np.ndarray, "..."]) -> list[Any]:
     """NaN as None: gaps in lines and holes in maps."""
-    listed: list[Any] = np.where(np.isfinite(values), values.astype(object), np.array(None)).tolist()
-    return listed
+    as_list: list[Any] = np.where(np.isfinite(values), values.astype(object), np.array(None)).tolist()
+    return as_list
 
 
 class Panel:
@@ -101,12 +101,12 @@ class Panel:
         upper: Float[np.ndarray, " point"] | None = None,
         texts: Sequence[str] | None = None,
     ) -> None:
-        shown = np.where(y > 0, y, np.nan) if self.log_y else y
-        mode = "markers" if np.isfinite(shown).sum() == 1 else "lines"
+        positive = np.where(y > 0, y, np.nan) if self.log_y else y
+        mode = "markers" if np.isfinite(positive).sum() == 1 else "lines"
         self._add(
             go.Scatter(
-                x=_listed(x),
-                y=_listed(shown),
+                x=_as_list(x),
+                y=_as_list(positive),
                 name=plain(label),
                 mode=mode,
                 legend=f"legend{self.suffix}",
@@ -114,13 +114,13 @@ class Panel:
                 line={"color": colour, "dash": _DASHES[dash], "width": 2.2},
             )
         )
-        self._hovers.append((self.traces[-1], f"<extra>{_hovered(label)}</extra>", (texts, None)))
+        self._hovers.append((self.traces[-1], f"<extra>{_hover_text(label)}</extra>", (texts, None)))
         if lower is not None and upper is not None:
             red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
             self._add(
                 go.Scatter(
-                    x=_listed(np.concatenate([x, x[::-1]])),
-                    y=_listed(np.concatenate([upper, lower[::-1]])),
+                    x=_as_list(np.concatenate([x, x[::-1]])),
+                    y=_as_list(np.concatenate([upper, lower[::-1]])),
                     fill="toself",
                     fillcolor=f"rgba({red},{green},{blue},0.18)",
                     line={"width": 0},
@@ -163,8 +163,8 @@ class Panel:
     ) -> None:
         self._add(
             go.Scatter(
-                x=_listed(x),
-                y=_listed(y),
+                x=_as_list(x),
+                y=_as_list(y),
                 name=plain(label),
                 mode="markers",
                 legend=f"legend{self.suffix}",
@@ -172,7 +172,7 @@ class Panel:
                 marker={"color": colour, "size": 6},
             )
         )
-        self._hovers.append((self.traces[-1], f"<extra>{_hovered(label)}</extra>", (texts, None)))
+        self._hovers.append((self.traces[-1], f"<extra>{_hover_text(label)}</extra>", (texts, None)))
 
     def heat_map(
         self,
@@ -188,18 +188,18 @@ class Panel:
     ) -> None:
         self._add(
             go.Heatmap(
-                z=_listed(np.where(np.isfinite(values), scale.place(values), np.nan)),
+                z=_as_list(np.where(np.isfinite(values), scale.place(values), np.nan)),
                 x=x.tolist(),
                 y=y.tolist(),
-                customdata=_listed(values),
+                customdata=_as_list(values),
                 zmin=float(scale.place(np.asarray(scale.low))),
                 zmax=float(scale.place(np.asarray(scale.high))),
                 colorscale=colour_scale(colour_map),
                 showscale=False,
             )
         )
-        said = f"{plain(quantity)} %{{customdata:,.4g}}<extra></extra>"
-        self._hovers.append((self.traces[-1], said, (x_texts, y_texts)))
+        value_template = f"{plain(quantity)} %{{customdata:,.4g}}<extra></extra>"
+        self._hovers.append((self.traces[-1], value_template, (x_texts, y_texts)))
         half = [(axis[1] - axis[0]) / 2 if len(axis) > 1 else 0.5 for axis in (x, y)]
         self.range = (float(x[0] - half[0]), float(x[-1] + half[0]))
         self.axis("x", range=list(self.range), showgrid=False, mirror=True)
@@ -208,15 +208,15 @@ class Panel:
     def write_hovers(self, x_name: str, y_name: str) -> None:
         """Say at the pointer what is there, by the names of the axes; those of inner panels are elsewhere."""
         x_name, y_name = (name.partition(",")[0] for name in (x_name, y_name))
-        for trace, said, (columns, rows) in self._hovers:
+        for trace, value_template, (columns, rows) in self._hovers:
             at_x, at_y = f"{x_name} %{{x}}", f"{y_name} %{{y}}"
             if trace.type != "heatmap":
                 number = f"{x_name} %{{x:,.6~g}}"
                 # Where the axis names its places, the value is along x.
-                shown = ["%{y}", number] if self.tick_width else [f"{y_name} %{{y:,.4g}}"]
+                values = ["%{y}", number] if self.tick_width else [f"{y_name} %{{y:,.4g}}"]
                 first = "%{text}" if columns is not None else "" if self.tick_width else number
                 trace.text = columns if columns is None else list(map(plain, columns))
-                trace.hovertemplate = "<br>".join(filter(None, [first, *shown])) + said
+                trace.hovertemplate = "<br>".join(filter(None, [first, *values])) + value_template
                 continue
             if columns is not None and rows is not None:
                 at_x, at_y = "", "%{text}"
@@ -230,7 +230,7 @@ class Panel:
             elif rows is not None:
                 at_y = f"{y_name} %{{text}}"
                 trace.text = [[plain(row)] * len(trace.x) for row in rows]
-            trace.hovertemplate = "<br>".join(filter(None, [at_y, at_x, said]))
+            trace.hovertemplate = "<br>".join(filter(None, [at_y, at_x, value_template]))
 
     def surface(
         self,
@@ -245,7 +245,7 @@ class Panel:
         scene = self.figure.layout[f"scene{self.suffix}"]
         self._add(
             go.Surface(
-                z=_listed(values),
+                z=_as_list(values),
                 x=x.tolist(),
                 y=y.tolist(),
                 surfacecolor=scale.place(values).tolist(),
@@ -263,12 +263,14 @@ class Panel:
 
     def ticks(self, axis: Literal["x", "y", "z"], places: Sequence[float], texts: Sequence[str]) -> None:
         # A scene draws its text in WebGL, which drops tags and does not know entities.
-        shown = _without_tags if self.three_dimensional else plain
+        literal = _without_tags if self.three_dimensional else plain
         if axis == "x":
             self.tick_texts = list(texts)
         if axis == "y":
             self.tick_width = 7.5 * max(map(len, texts), default=0)
-        self.axis(axis, tickvals=[float(place) for place in places], ticktext=[shown(text) for text in texts])
+        self.axis(
+            axis, tickvals=[float(place) for place in places], ticktext=[literal(text) for text in texts]
+        )
 
     def marks(self, x: Sequence[float], texts: Sequence[str]) -> None:
         self.mark_places = list(zip(x, texts, strict=True))

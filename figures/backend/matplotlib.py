@@ -6,7 +6,7 @@ Figures are made without pyplot, so that nothing global is touched and nothing h
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
@@ -15,14 +15,15 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import Colormap, ListedColormap, LogNorm, Normalize, SymLogNorm
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogFormatter, LogLocator, MaxNLocator, NullLocator
 
-from osp_diag.figures._colours import ColourScale
+from osp_diag.figures._colours import ColourScale, colour_table
 from osp_diag.figures._decimate import counts_few, spread
-from osp_diag.figures.backend._matplotlib_colours import colour_map_of, edges_of, norm_of
-from osp_diag.figures.backend._matplotlib_text import file_metadata, fitting, plain, wrapped
 from osp_diag.figures.styles import Style
 
 __all__ = ["Canvas", "Panel", "canvas"]
@@ -57,6 +58,75 @@ class _PlainMinor(LogFormatter):
         return f"{x:,g}" if super().__call__(x, pos) else ""
 
 
+def _colour_map(name: str) -> Colormap:
+    return ListedColormap(colour_table(name), name=name).with_extremes(bad="#ffffff")
+
+
+def _norm(scale: ColourScale) -> Normalize:
+    if scale.kind == "log":
+        return LogNorm(scale.low, scale.high, clip=True)
+    if scale.kind == "symlog":
+        return SymLogNorm(scale.threshold, vmin=scale.low, vmax=scale.high, clip=True)
+    return Normalize(scale.low, scale.high, clip=True)
+
+
+def _edges(centres: Float[np.ndarray, " cell"]) -> Float[np.ndarray, " edge"]:
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    # Half-way between centres; the outermost as far beyond the last centre as the edge before it.
+    between = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - between[0]], between, [2 * centres[-1] - between[-1]]])
+
+
+@cache
+def _glyphs(family: str) -> frozenset[int]:
+    return frozenset(get_font(findfont(family)).get_charmap())
+
+
+def _plain(text: str) -> str:
+    """Text to be shown as it is: no mathematics between dollars, a box where the font has no glyph."""
+    glyphs = _glyphs(mpl.rcParams["font.sans-serif"][0])
+    printable = "".join(c if c == "\n" or ord(c) in glyphs else "\u25a1" for c in text)
+    return printable.replace("$", r"\$")
+
+
+def _legend_columns(labels: Sequence[str], room: float) -> int:
+    """How many columns of a legend fit into ``room`` points."""
+    size = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points()
+    dressing = (mpl.rcParams["legend.handlelength"] + mpl.rcParams["legend.columnspacing"] + 0.6) * size
+    widest = max((_width(label, size) for label in labels), default=0.0) + dressing
+    total = sum(_width(label, size) + dressing for label in labels)
+    return max(1, len(labels) if total <= room else int(room // widest))
+
+
+def _width(text: str, size: float) -> float:
+    """Points that a line of text takes."""
+    font = FontProperties(family=mpl.rcParams["font.family"], size=size)
+    return float(text_to_path.get_text_width_height_descent(text.replace("\\$", "$"), font, ismath=False)[0])
+
+
+def _wrapped(text: str, size: float, room: float) -> list[str]:
+    """Lines of at most ``room`` points, measured in the font itself."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and _width(longer, size) <= room:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def _file_metadata(suffix: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Title and caption under the names of the format; no date, so that equal figures are equal files."""
+    title, caption = metadata["title"], metadata["caption"]
+    if suffix == ".pdf":
+        return {"Title": title, "Subject": caption, "Creator": "osp_diag", "CreationDate": None}
+    if suffix == ".svg":
+        return {"Title": title, "Description": caption, "Creator": "osp_diag", "Date": None}
+    return {"Title": title, "Description": caption, "Software": "osp_diag"}
+
+
 class Panel:
     """One Axes."""
 
@@ -67,10 +137,10 @@ class Panel:
 
     def head(self, title: str, subtitle: str) -> None:
         """Title in bold, and under it in plain what is special to the panel."""
-        self.title = plain(title)
+        self.title = _plain(title)
         if subtitle:
             self.axes.annotate(
-                plain(subtitle),
+                _plain(subtitle),
                 (0, 1),
                 xycoords="axes fraction",
                 xytext=(0, 3),
@@ -98,7 +168,7 @@ class Panel:
         texts: Sequence[str] | None = None,
     ) -> None:
         mark = "o" if np.isfinite(y).sum() == 1 else None
-        self.axes.plot(x, y, label=plain(label), color=colour, linestyle=_DASHES[dash], marker=mark)
+        self.axes.plot(x, y, label=_plain(label), color=colour, linestyle=_DASHES[dash], marker=mark)
         if self.axes.get_xscale() == "linear" and counts_few(x):
             self.axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if lower is not None and upper is not None:
@@ -108,7 +178,7 @@ class Panel:
     def level(self, value: float, text: str) -> None:
         self.axes.axhline(value, color=self.style.grey, linewidth=0.7, linestyle=(0, (2, 1.5)), zorder=1)
         self.axes.annotate(
-            plain(text),
+            _plain(text),
             (1.0, value),
             xycoords=("axes fraction", "data"),
             xytext=(0, 1.5),
@@ -129,7 +199,7 @@ class Panel:
         colour: str,
         texts: Sequence[str] | None = None,
     ) -> None:
-        self.axes.scatter(x, y, label=plain(label), color=colour, s=9, linewidths=0, zorder=3)
+        self.axes.scatter(x, y, label=_plain(label), color=colour, s=9, linewidths=0, zorder=3)
 
     @_under_style
     def heat_map(
@@ -144,13 +214,13 @@ class Panel:
         x_texts: Sequence[str] | None = None,
         y_texts: Sequence[str] | None = None,
     ) -> None:
-        left, right = edges_of(x)[[0, -1]]
-        bottom, top = edges_of(y)[[0, -1]]
-        shown = np.maximum(values, scale.low) if scale.kind == "log" else values
+        left, right = _edges(x)[[0, -1]]
+        bottom, top = _edges(y)[[0, -1]]
+        clipped = np.maximum(values, scale.low) if scale.kind == "log" else values
         self.axes.imshow(
-            np.ma.masked_invalid(shown),
-            norm=norm_of(scale),
-            cmap=colour_map_of(colour_map),
+            np.ma.masked_invalid(clipped),
+            norm=_norm(scale),
+            cmap=_colour_map(colour_map),
             aspect="auto",
             origin="lower",
             extent=(left, right, bottom, top),
@@ -174,7 +244,7 @@ class Panel:
         quantity: str,
     ) -> None:
         corners = [values[:-1, :-1], values[1:, :-1], values[:-1, 1:], values[1:, 1:]]
-        colours = colour_map_of(colour_map)(scale.fraction(np.fmax.reduce(corners)))
+        colours = _colour_map(colour_map)(scale.fraction(np.fmax.reduce(corners)))
         across, along = np.meshgrid(x, y)
         self.axes.plot_surface(
             across,
@@ -199,7 +269,7 @@ class Panel:
         target = getattr(self.axes, f"{axis}axis")
         target.set_major_locator(FixedLocator(list(places)))
         target.set_minor_locator(NullLocator())
-        getattr(self.axes, f"set_{axis}ticklabels")([plain(text) for text in texts])
+        getattr(self.axes, f"set_{axis}ticklabels")([_plain(text) for text in texts])
         longest = max(map(len, texts), default=0)
         if hasattr(self.axes, "zaxis"):
             target.labelpad += 1.6 * longest
@@ -217,7 +287,7 @@ class Panel:
         gap = (max(map(len, texts), default=1) + 1.2) * 0.62 * 6.5 / _INCH / inches * (high - low)
         for place, where, text in zip(x, spread(list(x), gap, low, high), texts, strict=True):
             self.axes.annotate(
-                plain(text),
+                _plain(text),
                 (place, 1.0),
                 xycoords=("data", "axes fraction"),
                 xytext=(where, 1.055),
@@ -240,10 +310,10 @@ class Panel:
     @_under_style
     def annotate(self, x: float, y: float, text: str, *, centred: bool = False) -> None:
         if centred:
-            self.axes.text(x, y, plain(text), ha="center", va="center", fontsize=7)
+            self.axes.text(x, y, _plain(text), ha="center", va="center", fontsize=7)
             return
         self.axes.annotate(
-            plain(text),
+            _plain(text),
             (x, y),
             xytext=(3, 3),
             textcoords="offset points",
@@ -259,7 +329,7 @@ class Panel:
         handles, labels = self.axes.get_legend_handles_labels()
         grid = self.axes.get_gridspec()
         room = self.axes.figure.get_figwidth() * _INCH * 0.86 / grid.ncols
-        columns = fitting(labels, room)
+        columns = _legend_columns(labels, room)
         self.axes.legend(
             loc="lower left", bbox_to_anchor=(0, 1.0), ncols=columns, borderaxespad=0.1, borderpad=0.2
         )
@@ -311,8 +381,8 @@ class Canvas:
         axes = self.axes[row, column]
         panel = Panel(axes, self.style)
         panel.head(title, subtitle)
-        axes.set_xlabel(plain(x_label))
-        axes.set_ylabel(plain(y_label))
+        axes.set_xlabel(_plain(x_label))
+        axes.set_ylabel(_plain(y_label))
         axes.set_xscale(x_scale)
         axes.set_yscale(y_scale)
         for axis, scale in ((axes.xaxis, x_scale), (axes.yaxis, y_scale)):
@@ -329,7 +399,7 @@ class Canvas:
         """From above a corner, the floor nearly empty of lines, labels close to their axes."""
         axes.view_init(elev=28, azim=-52)
         axes.set_box_aspect((1.25, 1.0, 0.8), zoom=1.12)
-        axes.set_zlabel(plain(z_label), labelpad=-6)
+        axes.set_zlabel(_plain(z_label), labelpad=-6)
         axes.xaxis.labelpad = axes.yaxis.labelpad = -6
         axes.zaxis.set_major_locator(MaxNLocator(4))
         for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
@@ -338,18 +408,22 @@ class Canvas:
         axes.tick_params(pad=-3, labelsize=6)
 
     @_under_style
-    def legend(self, panel: Panel) -> None:
-        handles, labels = panel.axes.get_legend_handles_labels()
-        columns = fitting(labels, self.figure.get_figwidth() * _INCH * 0.97)
+    def legend(self, *panels: Panel) -> None:
+        handles, labels = [], []
+        for panel in panels:
+            panel_handles, panel_labels = panel.axes.get_legend_handles_labels()
+            handles += panel_handles
+            labels += panel_labels
+        columns = _legend_columns(labels, self.figure.get_figwidth() * _INCH * 0.97)
         self.figure.legend(handles, labels, loc="outside upper left", ncols=columns, borderpad=0.2)
 
     @_under_style
     def colour_bar(self, panels: Sequence[Panel], *, scale: ColourScale, colour_map: str, label: str) -> None:
-        mappable = mpl.cm.ScalarMappable(norm_of(scale), colour_map_of(colour_map))
+        mappable = mpl.cm.ScalarMappable(_norm(scale), _colour_map(colour_map))
         bar = self.figure.colorbar(
             mappable, ax=[panel.axes for panel in panels], aspect=24, pad=0.015, fraction=0.05
         )
-        bar.set_label(plain(label))
+        bar.set_label(_plain(label))
         bar.outline.set_linewidth(0.5)
         ticks = scale.ticks()
         bar.set_ticks(ticks, labels=[f"{tick:,g}" for tick in ticks])
@@ -358,7 +432,7 @@ class Canvas:
     @_under_style
     def caption(self, text: str) -> None:
         size = self.style.caption_size
-        lines = wrapped(plain(text), size, self.figure.get_figwidth() * _INCH * 0.975)
+        lines = _wrapped(_plain(text), size, self.figure.get_figwidth() * _INCH * 0.975)
         extra = (len(lines) * size * 1.3 + 6) / _INCH
         width, height = self.figure.get_size_inches()
         self.figure.set_size_inches(width, height + extra)
@@ -371,7 +445,7 @@ class Canvas:
 
     @_under_style
     def save(self, path: Path, metadata: Mapping[str, str]) -> None:
-        self.figure.savefig(path, metadata=file_metadata(path.suffix.lower(), metadata))
+        self.figure.savefig(path, metadata=_file_metadata(path.suffix.lower(), metadata))
 
 
 def canvas(

@@ -59,8 +59,9 @@ class Canvas:
     def panel(self, row: int, column: int, **labels: str) -> Panel:
         return self.panels.setdefault((row, column), Panel(**labels))
 
-    def legend(self, panel: Panel) -> None:
-        panel.legend()
+    def legend(self, *panels: Panel) -> None:
+        for panel in panels:
+            panel.legend()
 
     def colour_bar(self, panels: Sequence[Panel], **options: Any) -> None:
         self.colour_bars.append({"panels": list(panels), **options})

@@ -34,6 +34,11 @@ _LEFT, _RIGHT, _BELOW = 74, 22, 58
 _TICKS = 38  # of _LEFT
 _TOOLS = 26  # of plotly's own buttons, above everything
 _TITLE, _SUBTITLE, _LINE, _BAR = 30, 18, 16, 96
+_LEGEND_KEY, _LETTER, _LEGEND_LINE = (
+    48,
+    7,
+    19,
+)  # of an entry: its line with gaps, a letter of it; a further row
 
 
 class Canvas:
@@ -59,7 +64,7 @@ class Canvas:
         self.panels: dict[tuple[int, int], Panel] = {}
         self.bars: list[tuple[str, list[Panel]]] = []
         self.text = ""
-        self.common_legend: Panel | None = None
+        self.common_legend: tuple[Panel, ...] = ()
         self.label_lines = [0] * columns
         self._placed = False
 
@@ -116,8 +121,8 @@ class Canvas:
             panel.axis("y", matches=f"y{self.panels[row, 0].suffix}", showticklabels=False)
         return panel
 
-    def legend(self, panel: Panel) -> None:
-        self.common_legend = panel
+    def legend(self, *panels: Panel) -> None:
+        self.common_legend = panels
 
     def colour_bar(self, panels: Sequence[Panel], *, scale: ColourScale, colour_map: str, label: str) -> None:
         name = "coloraxis" if not self.bars else f"coloraxis{len(self.bars) + 1}"
@@ -146,7 +151,7 @@ class Canvas:
         beside = [_LEFT] * self.columns
         for (_, column), panel in self.panels.items():
             beside[column] = max(beside[column], round(_LEFT + panel.tick_width - _TICKS))
-        beside = [each + _LINE * lines for each, lines in zip(beside, self.label_lines, strict=True)]
+        beside = [margin + _LINE * lines for margin, lines in zip(beside, self.label_lines, strict=True)]
         left = 10 if self.three_dimensional else beside[0]
         shared = self.three_dimensional or self.share_y
         behind = [_RIGHT if shared else between for between in beside[1:]] + [_RIGHT]
@@ -155,9 +160,9 @@ class Canvas:
             behind[column] = max(
                 behind[column], _BAR + (beside[column + 1] if column < self.columns - 1 else 0)
             )
-        each = (self.width - left - sum(behind)) / self.columns
-        starts = [left + sum(behind[:column]) + each * column for column in range(self.columns)]
-        return [(start, start + each) for start in starts]
+        column_width = (self.width - left - sum(behind)) / self.columns
+        starts = [left + sum(behind[:column]) + column_width * column for column in range(self.columns)]
+        return [(start, start + column_width) for start in starts]
 
     def _row_heads(self) -> list[float]:
         """Pixels above the panels of each row, for titles, legends and marks."""
@@ -170,8 +175,17 @@ class Canvas:
                 + (LEGEND if any(panel.has_legend for panel in panels) else 0)
                 + (MARKS if any(panel.mark_places for panel in panels) else 0)
             )
-        heads[0] += LEGEND if self.common_legend else 0
+        heads[0] += self._common_legend_height()
         return heads
+
+    def _common_legend_height(self) -> float:
+        """Pixels; plotly sets entries that do not fit one row in columns as wide as the widest of them."""
+        names = [trace.name for panel in self.common_legend for trace in panel.traces if trace.showlegend]
+        if not names:
+            return 0
+        widths = [_LEGEND_KEY + _LETTER * len(name) for name in names]
+        per_row = len(names) if sum(widths) <= self.width else max(1, int(self.width // max(widths)))
+        return LEGEND + _LEGEND_LINE * (-(-len(names) // per_row) - 1)
 
     def _place(self) -> None:
         """Lay everything out; once, when all is known."""
@@ -185,26 +199,32 @@ class Canvas:
         deepest = max((panel.tick_depth(panel_width) for panel in self.panels.values()), default=0.0)
         below = 8 if self.three_dimensional else _BELOW + max(deepest, 0.0)
         heads = self._row_heads()
-        each = (self.height - sum(heads) - below * self.rows) / self.rows
+        row_height = (self.height - sum(heads) - below * self.rows) / self.rows
         for (row, column), panel in self.panels.items():
             left, right = columns[column]
-            top = sum(heads[: row + 1]) + row * (each + below)
+            top = sum(heads[: row + 1]) + row * (row_height + below)
             panel.place(
                 left / self.width,
                 right / self.width,
-                1 - (top + each) / self.height,
+                1 - (top + row_height) / self.height,
                 1 - top / self.height,
                 right - left,
             )
             if not self.three_dimensional:
                 panel.write_hovers(self._axis_name(row, column, "x"), self._axis_name(row, column, "y"))
         self._place_bars()
-        shown = [panel for panel in self.panels.values() if panel.has_legend or panel is self.common_legend]
+        with_legend = [
+            panel for panel in self.panels.values() if panel.has_legend or panel in self.common_legend
+        ]
         for panel in self.panels.values():
-            for trace in panel.traces if panel not in shown else ():
+            for trace in panel.traces if panel not in with_legend else ():
                 trace.showlegend = False
         if self.common_legend:
-            self.common_legend.layout(
+            first = self.common_legend[0]
+            for trace in (trace for panel in self.common_legend[1:] for trace in panel.traces):
+                if trace.showlegend:
+                    trace.legend = f"legend{first.suffix}"
+            first.layout(
                 "legend",
                 x=10 / self.width,
                 y=1,
@@ -236,8 +256,8 @@ class Canvas:
     def _axis_name(self, row: int, column: int, axis: str) -> str:
         """The label of a panel's axis in one line; that of its column or row where it has none of its own."""
         along = 1 if axis == "x" else 0
-        near = [panel for place, panel in self.panels.items() if place[along] == (row, column)[along]]
-        for panel in (self.panels[row, column], *reversed(near)):
+        aligned = [panel for place, panel in self.panels.items() if place[along] == (row, column)[along]]
+        for panel in (self.panels[row, column], *reversed(aligned)):
             text = self.figure.layout[f"{axis}axis{panel.suffix}"].title.text
             if text:
                 return str(text).replace("<br>", " ")

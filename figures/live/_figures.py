@@ -12,7 +12,7 @@ from typing import Any
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import OspDiagError
 from osp_diag.figures._registry import in_report, names, summaries
-from osp_diag.figures.report.shown_figures import page_picture
+from osp_diag.figures.report.pictures import page_picture
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.run import Run
 

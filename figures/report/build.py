@@ -1,4 +1,7 @@
-"""From runs to one page: the analyses are asked, the answers go into a template."""
+"""From runs to one page: the analyses are asked, the answers go into a template.
+
+Why one file with everything in it: docs/decisions.md, Pages.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,18 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.summary.verdict import Verdict, verdict
 from osp_diag.errors import OspDiagError, UsageError
 from osp_diag.figures._colours import sample
-from osp_diag.figures._runs import opened
+from osp_diag.figures._runs import open_runs
 from osp_diag.figures.report.comparison import compared_pairs, key_numbers, others, sentences
 from osp_diag.figures.report.definitions import definitions_of
 from osp_diag.figures.report.encoding import script_json
 from osp_diag.figures.report.explorer import explorer_data
 from osp_diag.figures.report.heads import Heads, heads_of
 from osp_diag.figures.report.heads import definitions as head_definitions
-from osp_diag.figures.report.page import rendered
-from osp_diag.figures.report.shown_figures import draw_figures
+from osp_diag.figures.report.page import render_page
+from osp_diag.figures.report.pictures import draw_figures
 from osp_diag.figures.report.tables import channel_table, head_table, layer_table
 from osp_diag.figures.styles import RUN_COLOURS
+from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 __all__ = ["Report", "build_report", "check_out", "write_report"]
@@ -43,13 +47,14 @@ class Report:
 
 
 @dataclass(frozen=True)
-class _Told:
+class _RunVerdict:
     """What the page says of one run."""
 
     label: str
     verdict: Verdict
-    emerged: Emergence | None
-    not_emerged: str
+    emergence: Emergence | None
+    problem: str
+    """why there is no emergence"""
     statement: str
 
 
@@ -95,72 +100,76 @@ def check_out(path: Path) -> None:
 
 def build_report(runs: Any) -> Report:
     """As :func:`write_report`, without writing it."""
-    found = opened(runs)
-    steps = [step_of(run) for run in found]
-    labels = labels_of(found, steps)
-    heads = [heads_of(run) for run in found]
-    told = [_told(run, label, head) for run, label, head in zip(found, labels, heads, strict=True)]
-    verdicts = [one.verdict for one in told]
-    drawn = draw_figures(found, labels)
+    run_list = open_runs(runs)
+    steps = [step_of(run) for run in run_list]
+    labels = labels_of(run_list, steps)
+    heads = [heads_of(run) for run in run_list]
+    run_verdicts = [
+        _run_verdict(run, label, head) for run, label, head in zip(run_list, labels, heads, strict=True)
+    ]
+    verdicts = [one.verdict for one in run_verdicts]
+    pictures = draw_figures(run_list, labels)
     words = head_definitions()
     tables = [
-        layer_table(found, labels),
+        layer_table(run_list, labels),
         head_table(heads, labels, words),
-        channel_table(found, labels, [one.emerged for one in told]),
+        channel_table(run_list, labels, [one.emergence for one in run_verdicts]),
     ]
-    left_out = [f"{figure.name}: {reason}" for figure in drawn for reason in dict.fromkeys(figure.left_out)]
+    left_out = [
+        f"{picture.name}: {reason}" for picture in pictures for reason in dict.fromkeys(picture.left_out)
+    ]
     data = {
-        "runs": explorer_data(found, labels),
+        "runs": explorer_data(run_list, labels),
         "heads": [{"rows": head.rows, "parts": head.parts} for head in heads],
         "head_words": words,
-        "figures": [figure.variants for figure in drawn if figure.variants],
+        "figures": [picture.variants for picture in pictures if picture.variants],
         "colours": {
             "magnitude": sample("batlow", 24),
             "share": sample("lipari_r", 24),
             "runs": RUN_COLOURS,
         },
     }
-    html = rendered(
+    html = render_page(
         title=f"{', '.join(labels)}: outliers and attention sinks",
         labels=labels,
-        told=told,
-        sentences=sentences(found, verdicts, labels),
-        numbers=key_numbers(verdicts, labels) if len(found) > 1 else None,
-        pairs=compared_pairs(found, labels),
-        others=others(found, labels),
-        figures=[figure for figure in drawn if figure.variants],
+        run_verdicts=run_verdicts,
+        sentences=sentences(run_list, verdicts, labels),
+        numbers=key_numbers(verdicts, labels) if len(run_list) > 1 else None,
+        pairs=compared_pairs(run_list, labels),
+        others=others(run_list, labels),
+        figures=[picture for picture in pictures if picture.variants],
         left_out=left_out,
         tables=[table for table in tables if table.rows],
-        definitions=definitions_of(found),
-        provenance=[_provenance(run) for run in found],
+        definitions=definitions_of(run_list),
+        provenance=[_provenance(run) for run in run_list],
         data=script_json(data),
     )
     return Report(html, tuple(verdicts), tuple(labels), tuple(left_out))
 
 
-def _told(run: Any, label: str, head: Heads) -> _Told:
-    emerged, problem = None, ""
+def _run_verdict(run: Run, label: str, head: Heads) -> _RunVerdict:
+    emergence, problem = None, ""
     try:
-        emerged = trace_emergence(
+        emergence = trace_emergence(
             run, strata=_strata(run), draws=DRAWS, probes=PROBES, channel_probes=CHANNEL_PROBES
         )
     except OspDiagError as reason:
         problem = str(reason)
-    onsets = emerged.onsets if emerged is not None else None
-    found = verdict(run, onsets=onsets, sinks=head.found)
-    return _Told(label, found, emerged, problem, head.statement or head.problem)
+    onsets = emergence.onsets if emergence is not None else None
+    judgement = verdict(run, onsets=onsets, sinks=head.implementation)
+    return _RunVerdict(label, judgement, emergence, problem, head.statement or head.problem)
 
 
-def _strata(run: Any) -> list[str] | None:
+def _strata(run: Run) -> list[str] | None:
     """Those that the text speaks of; all where a run has others."""
     for site in run.sites:
         if "osp_excess_kurtosis" in run.at(site):
-            known = [str(name) for name in run.at(site)["stratum"].values]
-            return [name for name in ("first", "rest") if name in known] or None
+            strata = [str(name) for name in run.at(site)["stratum"].values]
+            return [name for name in ("first", "rest") if name in strata] or None
     return None
 
 
-def _provenance(run: Any) -> list[tuple[str, str]]:
+def _provenance(run: Run) -> list[tuple[str, str]]:
     """Everything that determines the numbers, in reading order."""
     facts = [(str(key).replace("_", " "), str(value)) for key, value in run.summary_attributes.items()]
     count = len(run.steps)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from osp_diag.errors import EstimatorError
+from osp_diag.runs.run import Run
 
 __all__ = ["Definition", "definitions_of"]
 
@@ -25,7 +25,7 @@ class Definition:
     """citation and address, which is http(s) or empty"""
 
 
-def definitions_of(runs: Sequence[Any]) -> list[Definition]:
+def definitions_of(runs: Sequence[Run]) -> list[Definition]:
     """One for each estimator that any of the runs names, by identifier."""
     named = sorted({str(name) for run in runs for name in run.estimators})
     return [_definition(name) for name in named]

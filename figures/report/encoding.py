@@ -37,10 +37,11 @@ def packed_log(values: np.ndarray, low: float = 1e-3) -> dict[str, Any]:
 
     What is below ``low`` becomes ``low``; NaN and infinity have a code of their own.
     """
-    known = np.isfinite(values)
-    high = max(float(values[known].max(initial=low)), low * 10)
-    place = np.log(np.clip(np.where(known, values, low), low, high) / low) / math.log(high / low)
-    codes = np.where(known, np.round(place * 65534), 65535).astype(np.uint16)
+    finite = np.isfinite(values)
+    high = max(float(values[finite].max(initial=low)), low * 10)
+    # log(x / low) / log(high / low), in [0, 1]
+    place = np.log(np.clip(np.where(finite, values, low), low, high) / low) / math.log(high / low)
+    codes = np.where(finite, np.round(place * 65534), 65535).astype(np.uint16)
     return packed(codes) | {"kind": "log", "low": low, "high": high}
 
 

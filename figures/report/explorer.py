@@ -18,6 +18,7 @@ from osp_diag.errors import OspDiagError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.figures.report.encoding import packed, packed_log
+from osp_diag.runs.run import Run
 from osp_diag.schema import SINK_EPSILON
 
 __all__ = ["STATISTICS", "explorer_data"]
@@ -44,7 +45,7 @@ COURSE = 200
 """Columns of the course over training."""
 
 
-def explorer_data(runs: list[Any], labels: list[str]) -> list[dict[str, Any]]:
+def explorer_data(runs: list[Run], labels: list[str]) -> list[dict[str, Any]]:
     """One dictionary a run, ready for JSON; arrays are packed.
 
     Each has ``label``, ``steps`` (those of the slider), ``step_count``, and ``profiles``, ``channels``,
@@ -55,7 +56,7 @@ def explorer_data(runs: list[Any], labels: list[str]) -> list[dict[str, Any]]:
     return [_of_run(run, label, most) for run, label in zip(runs, labels, strict=True)]
 
 
-def _statistics_at(run: Any, site: str) -> dict[str, xr.DataArray]:
+def _statistics_at(run: Run, site: str) -> dict[str, xr.DataArray]:
     """Those of a site that are by step, layer and stratum."""
     if site not in run.sites:
         return {}
@@ -67,7 +68,7 @@ def _statistics_at(run: Any, site: str) -> dict[str, xr.DataArray]:
     }
 
 
-def _cells_per_step(run: Any) -> int:
+def _cells_per_step(run: Run) -> int:
     profiles = sum(values[0].size for site in SITES for values in _statistics_at(run, site).values())
     channels = 0
     if CHANNEL_SITE in run.sites and "channel_rms" in run.at(CHANNEL_SITE):
@@ -76,25 +77,25 @@ def _cells_per_step(run: Any) -> int:
     return profiles + channels
 
 
-def _of_run(run: Any, label: str, most: int) -> dict[str, Any]:
-    kept = evenly(len(run.steps), most)
+def _of_run(run: Run, label: str, most: int) -> dict[str, Any]:
+    places = evenly(len(run.steps), most)
     highest = _highest_step(run)
-    kept = kept if highest is None else np.union1d(kept, highest)
+    places = places if highest is None else np.union1d(places, highest)
     parts = {
-        "channels": _channels(run, kept),
-        "sinks": _sinks(run, kept),
-        "course": _course(run) if len(kept) < len(run.steps) else None,
+        "channels": _channels(run, places),
+        "sinks": _sinks(run, places),
+        "course": _course(run) if len(places) < len(run.steps) else None,
     }
     return {
         "label": label,
-        "steps": [int(step) for step in run.steps[kept]],
+        "steps": [int(step) for step in run.steps[places]],
         "step_count": len(run.steps),
-        "profiles": _profiles(run, kept),
-        **{name: found for name, found in parts.items() if found is not None},
+        "profiles": _profiles(run, places),
+        **{name: part for name, part in parts.items() if part is not None},
     }
 
 
-def _highest_step(run: Any) -> int | None:
+def _highest_step(run: Run) -> int | None:
     """The place of the step with the highest kurtosis, which no thinning may lose."""
     values = _statistics_at(run, CHANNEL_SITE).get("osp_excess_kurtosis")
     if values is None or len(run.steps) < 3:
@@ -103,9 +104,9 @@ def _highest_step(run: Any) -> int | None:
     return int(np.nanargmax(by_step)) if np.isfinite(by_step).any() else None
 
 
-def _profiles(run: Any, kept: np.ndarray) -> list[dict[str, Any]]:
+def _profiles(run: Run, places: np.ndarray) -> list[dict[str, Any]]:
     """One entry a site, the sites in the order of :data:`SITES`."""
-    found = []
+    profiles = []
     for site in SITES:
         statistics = _statistics_at(run, site)
         if not statistics:
@@ -118,32 +119,32 @@ def _profiles(run: Any, kept: np.ndarray) -> list[dict[str, Any]]:
             "statistics": {},
         }
         for name, values in statistics.items():
-            at = values.isel(step=kept).transpose("step", "layer", "stratum").load()
+            at = values.isel(step=places).transpose("step", "layer", "stratum").load()
             entry["statistics"][name] = packed(at.values) | _bounds(run, name, values)
-        found.append(entry)
-    return found
+        profiles.append(entry)
+    return profiles
 
 
-def _bounds(run: Any, name: str, values: xr.DataArray) -> dict[str, Any]:
+def _bounds(run: Run, name: str, values: xr.DataArray) -> dict[str, Any]:
     """Floor and ceiling, and what determines the numbers."""
     attrs = values.attrs
-    told: dict[str, Any] = {"estimator": str(attrs.get("estimator", name))}
+    entry: dict[str, Any] = {"estimator": str(attrs.get("estimator", name))}
     for bound in ("floor", "ceiling"):
         if isinstance(attrs.get(bound), int | float) and np.isfinite(attrs[bound]):
-            told[bound] = float(attrs[bound])
-    if name == "osp_excess_kurtosis" and "floor" not in told and run.attrs.get("hidden_size"):
-        told["floor"] = gaussian_floor(int(run.attrs["hidden_size"]))
-    return told
+            entry[bound] = float(attrs[bound])
+    if name == "osp_excess_kurtosis" and "floor" not in entry and run.attrs.get("hidden_size"):
+        entry["floor"] = gaussian_floor(int(run.attrs["hidden_size"]))
+    return entry
 
 
-def _channels(run: Any, kept: np.ndarray) -> dict[str, Any] | None:
+def _channels(run: Run, places: np.ndarray) -> dict[str, Any] | None:
     """RMS of channels over that of their layer's median channel, max-pooled, and which channel it is of."""
     if CHANNEL_SITE not in run.sites or "channel_rms" not in run.at(CHANNEL_SITE):
         return None
     rms = run.at(CHANNEL_SITE)["channel_rms"].transpose("step", "stratum", "layer", "channel")
     strata = [name for name in CHANNEL_STRATA if name in rms["stratum"].values]
     ratios, channels = [], []
-    for place in kept:  # step by step, because one can be megabytes
+    for place in places:  # step by step, because one can be megabytes
         ratio, channel = _pooled(rms.isel(step=int(place)).sel(stratum=strata).values)
         ratios.append(ratio)
         channels.append(channel)
@@ -174,7 +175,7 @@ def _pooled(rms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return pooled, np.stack(bins, axis=-1)
 
 
-def _sinks(run: Any, kept: np.ndarray) -> dict[str, Any] | None:
+def _sinks(run: Run, places: np.ndarray) -> dict[str, Any] | None:
     """Sink rates by head at the first position."""
     if "attention" not in run.sites or "sink_rate" not in run.at("attention"):
         return None
@@ -182,7 +183,7 @@ def _sinks(run: Any, kept: np.ndarray) -> dict[str, Any] | None:
     if rate is None:
         return None
     rate = rate.transpose("step", "layer", "head")
-    values = rate.isel(step=kept).values
+    values = rate.isel(step=places).values
     if not np.isfinite(values).any():
         return None
     return {
@@ -193,7 +194,7 @@ def _sinks(run: Any, kept: np.ndarray) -> dict[str, Any] | None:
     }
 
 
-def _course(run: Any) -> dict[str, Any] | None:
+def _course(run: Run) -> dict[str, Any] | None:
     """Statistics of block outputs at every probed step, neighbouring steps pooled by their maximum."""
     statistics = _statistics_at(run, CHANNEL_SITE)
     if not statistics:

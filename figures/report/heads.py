@@ -13,6 +13,7 @@ from osp_diag.analyses.sinks.statement import sink_statement
 from osp_diag.analyses.thinned_run import thinned_run
 from osp_diag.errors import OspDiagError
 from osp_diag.figures.report.encoding import packed
+from osp_diag.runs.run import Run
 
 __all__ = ["EVIDENCE", "Heads", "heads_of"]
 
@@ -32,7 +33,7 @@ MOST = 200
 class Heads:
     """What a page says of a run's heads at its last step."""
 
-    found: xr.Dataset | None = None
+    implementation: xr.Dataset | None = None
     """what ``sink_implementation`` returned"""
     statement: str = ""
     problem: str = ""
@@ -43,14 +44,14 @@ class Heads:
     """packed: ``channel`` and ``frequency`` (head of rows, part)"""
 
 
-def heads_of(run: Any) -> Heads:
+def heads_of(run: Run) -> Heads:
     """Classes, evidence and the parts of the sink logit of every head."""
     try:
-        found = sink_implementation(thinned_run(run, STEPS))
-        statement = sink_statement(found)
+        implementation = sink_implementation(thinned_run(run, STEPS))
+        statement = sink_statement(implementation)
     except OspDiagError as reason:
         return Heads(problem=str(reason))
-    at = found.isel(step=-1)
+    at = implementation.isel(step=-1)
     layers, heads = at["layer"].values, at["head"].values
     strength = np.nan_to_num(at["sink_rate"].values, nan=-1) + 1e-6 * np.nan_to_num(at["sink_mass"].values)
     order = np.argsort(-strength, axis=None, kind="stable")
@@ -58,19 +59,19 @@ def heads_of(run: Any) -> Heads:
     rows = []
     for flat in order:
         row, column = np.unravel_index(int(flat), strength.shape)
-        told = {name: _plain(values[row, column]) for name, values in columns.items()}
-        rows.append({"layer": int(layers[row]), "head": int(heads[column]), **told})
+        values = {name: _plain(by_head[row, column]) for name, by_head in columns.items()}
+        rows.append({"layer": int(layers[row]), "head": int(heads[column]), **values})
     parts: dict[str, Any] = {}
     for key, name, dim in (
         ("channel", "sink_logit_contribution", "head_channel"),
         ("frequency", "frequency_contribution", "frequency"),
     ):
         if name in at:
-            values = at[name].transpose("layer", "head", dim).values
-            parts[key] = packed(values.reshape(-1, values.shape[-1])[order[:MOST]])
+            by_head = at[name].transpose("layer", "head", dim).values
+            parts[key] = packed(by_head.reshape(-1, by_head.shape[-1])[order[:MOST]])
     if "wavelength" in at.coords:
         parts["wavelength"] = [float(value) for value in at["wavelength"].values]
-    return Heads(found, statement, "", rows, parts)
+    return Heads(implementation, statement, "", rows, parts)
 
 
 def _by_head(at: xr.Dataset, name: str) -> np.ndarray:

@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from osp_diag.figures.report.tables import shown
+from osp_diag.figures.report.tables import cell_text
 
-__all__ = ["rendered"]
+__all__ = ["render_page"]
 
 WORDS = {
     "broken": ("✖", "broken"),
@@ -31,7 +31,7 @@ SCRIPTS = (
 )
 
 
-def rendered(**context: Any) -> str:
+def render_page(**context: Any) -> str:
     """The page of ``page.html.jinja``; everything in ``context`` is escaped unless it is markup already."""
     template = _environment().get_template("page.html.jinja")
     scripts = [_static(name) for name in SCRIPTS]
@@ -48,7 +48,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["cell"] = shown
+    environment.filters["cell"] = cell_text
     environment.filters["in_full"] = _in_full
     environment.filters["count"] = lambda value: f"{value:,}"
     return environment

@@ -10,8 +10,10 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.channels.profiles import HOT, is_hot, relative_rms
+from osp_diag.analyses.emergence.history import Emergence
 from osp_diag.figures.report.explorer import SITES
 from osp_diag.figures.report.heads import EVIDENCE, WORDS, Heads
+from osp_diag.runs.run import Run
 from osp_diag.wording import number
 
 __all__ = ["Table", "channel_table", "head_table", "layer_table"]
@@ -40,7 +42,7 @@ class Table:
         return self
 
 
-def shown(value: Any) -> str:
+def cell_text(value: Any) -> str:
     """A cell for the eye."""
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         return ""
@@ -57,7 +59,7 @@ _BY_LAYER = (
 )
 
 
-def layer_table(runs: Sequence[Any], labels: Sequence[str]) -> Table:
+def layer_table(runs: Sequence[Run], labels: Sequence[str]) -> Table:
     """A row for each run, site and layer, at the last step."""
     columns = [("run", ""), ("site", "where"), ("layer", "from 0")]
     columns += [(heading, f"{name}, {stratum} tokens") for heading, name, stratum in _BY_LAYER]
@@ -102,10 +104,12 @@ def _hottest(at: xr.Dataset) -> tuple[list[int | None], list[float | None]]:
     return channels, ratios
 
 
-def channel_table(runs: Sequence[Any], labels: Sequence[str], emerged: Sequence[Any]) -> Table:
+def channel_table(
+    runs: Sequence[Run], labels: Sequence[str], emergences: Sequence[Emergence | None]
+) -> Table:
     """Hot channels of block outputs: where, how hot, and in a training run since when.
 
-    ``emerged`` holds an :class:`osp_diag.analyses.emergence.history.Emergence` or None for each run.
+    ``emergences`` has an entry for each run; None where its emergence could not be traced.
     """
     columns = [
         ("run", ""),
@@ -137,28 +141,28 @@ def channel_table(runs: Sequence[Any], labels: Sequence[str], emerged: Sequence[
                     int(hot[:, channel].sum()),
                     int(rms["layer"].values[layer]),
                     float(ratio[layer, channel]),
-                    _birth(emerged[place], stratum, int(channel)),
+                    _birth(emergences[place], stratum, int(channel)),
                 ]
                 rows.append((place, cells))
         table.rows += sorted(rows, key=lambda row: -row[1][5])
     return table.shortened()
 
 
-def _birth(emerged: Any, stratum: str, channel: int) -> int | None:
-    if emerged is None or emerged.channels is None or stratum not in emerged.channels["stratum"].values:
+def _birth(emergence: Emergence | None, stratum: str, channel: int) -> int | None:
+    if emergence is None or emergence.channels is None or stratum not in emergence.channels["stratum"].values:
         return None
-    birth = emerged.channels["birth"].sel(stratum=stratum).transpose("layer", "channel").values[:, channel]
+    birth = emergence.channels["birth"].sel(stratum=stratum).transpose("layer", "channel").values[:, channel]
     return int(np.nanmin(birth)) if np.isfinite(birth).any() else None
 
 
-def head_table(heads: Sequence[Heads], labels: Sequence[str], told: dict[str, str]) -> Table:
+def head_table(heads: Sequence[Heads], labels: Sequence[str], definitions: dict[str, str]) -> Table:
     """A row for each head, strongest sinks first."""
     names = (*WORDS, *EVIDENCE)
     columns = [("run", ""), ("layer", ""), ("head", "")]
-    columns += [(name.replace("_", " "), told[name]) for name in names]
+    columns += [(name.replace("_", " "), definitions[name]) for name in names]
     table = Table("heads", "Heads at the last step", columns)
-    for place, found in enumerate(heads):
-        for row in found.rows:
+    for place, of_run in enumerate(heads):
+        for row in of_run.rows:
             cells = [labels[place], row["layer"], row["head"], *(row.get(name) for name in names)]
             table.rows.append((place, cells))
     return table.shortened()

@@ -69,8 +69,8 @@ def load_style(style: Style | str) -> Style:
     """A style as it is, or by its name."""
     if isinstance(style, Style):
         return style
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    if style not in known:
-        raise UsageError(f"no figure style is named {style!r}; {did_you_mean(style, known)}")
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    if style not in names:
+        raise UsageError(f"no figure style is named {style!r}; {did_you_mean(style, names)}")
     loaded: Style = importlib.import_module(f"{__name__}.{style}").STYLE
     return loaded
