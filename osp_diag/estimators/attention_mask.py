@@ -63,9 +63,9 @@ def take_rows(array: Array, rows: QueryRows, axis: int) -> Array:
         return xp.take_along_axis(
             whole, xp.broadcast_to(xp.reshape(rows.queries, tuple(index)), tuple(shape)), axis=axis
         )
-    index = [slice(None)] * array.ndim
-    index[axis] = slice(*rows.span)
-    return array[tuple(index)]
+    cut: list[slice] = [slice(None)] * array.ndim
+    cut[axis] = slice(*rows.span)
+    return array[tuple(cut)]
 
 
 def sampled_rows(count: int, valid: Float[Any, "batch token"]) -> tuple[QueryRows, Float[Any, "batch row"]]:
