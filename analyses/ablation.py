@@ -169,6 +169,7 @@ def _activations(row: _Row, run: Run) -> None:
     """What the last step of a run on real sequences says of its activations and its attention."""
     _kurtosis(row, run)
     row.coordinates["sequence_length"] = int(run.attrs.get("sequence_length", 0))
+    # Of each stratum the mean over layers, with the largest layer beside it.
     ratio = _at(row, run, "residual_post", "max_median_ratio")
     if ratio is not None:
         row.values["max_median_ratio"] = _reduced(ratio, "layer")
@@ -205,6 +206,7 @@ def _kurtosis(row: _Row, run: Run) -> None:
         if other_protocols is None
         else xr.concat([other_protocols, kurtosis], "protocol")
     )
+    # 1 is what Gaussian noise of this width scores: docs/decisions.md, Estimators.
     floor = gaussian_floor(width)
     row.values["osp_kurtosis_over_floor"] = row.values["osp_kurtosis"] / floor
     row.values |= {"floor": floor, "ceiling": float(width - 3)}

@@ -176,6 +176,7 @@ def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
                 f"are not those of {checkpoint.name}; give the run that was probed from this checkpoint"
             )
         return
+    # Equal sizes do not prove equal weights, but other sizes are another model.
     for name, field in (("number_of_layers", "num_hidden_layers"), ("hidden_size", "hidden_size")):
         size = getattr(checkpoint.config, field, None)
         if size is not None and size != attributes.get(name):

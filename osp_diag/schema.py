@@ -30,6 +30,7 @@ __all__ = [
     "SINK_POSITION",
     "SITES",
     "SNAPSHOT",
+    "STEP",
     "STRATA",
     "STRATUM_WORDS",
     "TOKEN_GROUPS",
@@ -109,6 +110,8 @@ RAW = "raw"
 SNAPSHOT = "snapshot"
 TOKEN_GROUPS = "token_groups"
 SERIES = "series"
+STEP = "step"
+"""The dimension of what is probed."""
 LOGGED_STEP = "logged_step"
 """The dimension of the scalars in the group ``series``."""
 VOCABULARY = "vocabulary"
@@ -152,7 +155,7 @@ def group_path(site: str) -> str:
 
 
 def site_of_path(path: str) -> str:
-    """The site that is kept at a path; the other way round."""
+    """The site whose group is at a path: the inverse of :func:`group_path`."""
     return path.strip("/").replace("/", ":", 1)
 
 
@@ -169,7 +172,7 @@ def network_order(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
     """
     rank = {site: place for place, site in enumerate(SITES)}
 
-    def key(place: tuple[str, int]) -> tuple[float, int, str]:
+    def position(place: tuple[str, int]) -> tuple[float, int, str]:
         site, layer = place
         if site == "embedding":
             return (float("-inf"), 0, site)
@@ -177,4 +180,4 @@ def network_order(places: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
             return (float("inf"), 0, site)
         return (float(layer), rank.get(site, len(rank)), site)
 
-    return sorted(places, key=key)
+    return sorted(places, key=position)

@@ -157,11 +157,13 @@ def make_batches(
     if ids is not None and np.ndim(ids) == 2:
         sequences = _whole_sequences(ids, attention_mask, tokens, seq_len, bos, max_length)
     else:
+        # The published protocol has no BOS, and ids of the user's own are taken as they are.
         is_bare = protocol == "osp-published" or (ids is not None and bos == "auto")
         opening = () if is_bare else opening_tokens(tokenizer, bos)
         stream = _Stream(tokenizer, text, dataset, ids, split, text_column)
         sequences = _cut_stream(stream, tokens, seq_len, max_length, opening)
     if protocol == "osp-published":
+        # As the released script does it: every token that is no padding becomes a sequence at position 0.
         present = sequences.tokens[sequences.mask == 1][:, None]
         sequences = _Sequences(present, np.ones_like(present), (), sequences.source, sequences.notes)
     if vocabulary_size is not None:
@@ -220,6 +222,8 @@ class _Stream:
         """The first ``count`` ids, or all there are."""
         if self._ids is not None:
             return self._ids[:count]
+        # A text is read from its start, twice as far each time, until it gives enough tokens and a margin,
+        # since the last tokens of a text that was cut may not be those of the whole text.
         characters = CHARACTERS_PER_TOKEN * (count + MARGIN)
         while True:
             text, exhausted = self._text.prefix(characters)
@@ -239,6 +243,7 @@ def _cut_stream(
             f"tokens={tokens} is less than one sequence of seq_len={length}; pass --tokens {length} or more, "
             f"or --seq-len {tokens}"
         )
+    # Each sequence is the opening tokens and `body` tokens of the stream; what is left over is dropped.
     body = length - len(opening)
     if body < 1:
         raise UsageError(
@@ -281,6 +286,7 @@ def _whole_sequences(
         )
     if max_length is not None and length > max_length:
         raise _too_long(length, max_length)
+    # Masks may come as booleans or as numbers other than 1.
     present = np.ones_like(values) if mask is None else (_integers(mask) != 0).astype(np.int64)
     if present.shape != values.shape:
         raise TokenError(f"the attention mask has shape {present.shape}, the token ids {values.shape}")
@@ -330,6 +336,7 @@ def _check_vocabulary(tokens: np.ndarray, vocabulary_size: int, tokenizer: Any |
 
 
 def _fingerprint(tokens: np.ndarray, mask: np.ndarray, protocol: str) -> str:
+    # Little-endian int64 on every machine, and the shape, since other sequences can have the same bytes.
     digest = hashlib.sha256(f"{protocol}|{tokens.shape}|".encode())
     digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
     digest.update(np.ascontiguousarray(mask, dtype="<i8").tobytes())

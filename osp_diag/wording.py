@@ -1,5 +1,4 @@
-"""How this project writes a number, a near miss, a list and a time; one home for each, imported by all
-pages."""
+"""How every message and page writes a number, a near miss, a list and a time."""
 
 from __future__ import annotations
 
@@ -20,15 +19,16 @@ def number(value: float) -> str:
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:
-    """The names that somebody who wrote ``name`` may have meant: alike, or containing it; the likeliest
-    first."""
-    there = list(names)
-    alike = difflib.get_close_matches(name, there, n=most, cutoff=0.5)
+    """Up to ``most`` names like a misspelt ``name``, or else those that contain it; the likeliest first."""
+    candidates = list(names)
+    alike = difflib.get_close_matches(name, candidates, n=most, cutoff=0.5)
     if alike:
         # Beside a slip of one letter, a name that shares half of them is no help.
-        likeness = {other: difflib.SequenceMatcher(None, other, name).ratio() for other in alike}
-        alike = [other for other in alike if likeness[other] >= likeness[alike[0]] - 0.2]
-    return alike or [other for other in there if name and name.lower() in other.lower()][:most]
+        likeness = {candidate: difflib.SequenceMatcher(None, candidate, name).ratio() for candidate in alike}
+        alike = [candidate for candidate in alike if likeness[candidate] >= likeness[alike[0]] - 0.2]
+    return (
+        alike or [candidate for candidate in candidates if name and name.lower() in candidate.lower()][:most]
+    )
 
 
 def did_you_mean(name: str, names: Iterable[str], where: str = "") -> str:
@@ -38,15 +38,15 @@ def did_you_mean(name: str, names: Iterable[str], where: str = "") -> str:
     ----------
     where : how to list all names ("run.statistics lists them")
     """
-    there = list(names)
-    meant = nearest(name, there)
-    if meant:
-        text = f"did you mean {' or '.join(meant)}?"
-    elif there:
-        text = f"there are {listed(there)}" if len(there) > 1 else f"there is only {there[0]}"
+    candidates = list(names)
+    likely = nearest(name, candidates)
+    if likely:
+        text = f"did you mean {' or '.join(likely)}?"
+    elif candidates:
+        text = f"there are {listed(candidates)}" if len(candidates) > 1 else f"there is only {candidates[0]}"
     else:
         text = "there are none"
-    return f"{text} ({where})" if where and there else text
+    return f"{text} ({where})" if where and candidates else text
 
 
 def listed(words: Sequence[str], most: int = 12) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators.attention import AttentionMask, AttentionObservation
+from osp_diag.estimators.attention_mask import is_fill
 from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.estimators.base import Estimator
 from osp_diag.estimators.query_key import HeadsObservation
@@ -162,6 +163,36 @@ def test_bfloat16_mask_fill_counts_as_not_allowed() -> None:
     softmax = observation.softmax
     np.testing.assert_allclose(softmax.key_mass.sum(dim=-1), allowed.shape[-1], rtol=1e-5)
     assert softmax.key_mass[..., -1].max() < 1  # only the last query sees the last key
+
+
+@pytest.mark.parametrize("fill", [-1e4, -1e9])
+@pytest.mark.parametrize("backend", ["numpy", "torch"])
+def test_fills_of_any_size_are_masks(fill: float, backend: str) -> None:
+    case = make_case(4, left=(5, 0, 11))
+    to = np.asarray if backend == "numpy" else torch.as_tensor
+    keys = np.where(case.keys, 0, fill)[:, None, None].astype(np.float32)
+    later = np.where(causal_fill(23) < 0, fill, 0).astype(np.float32)
+    filled = replace(case, keys=None, additive=keys + later)
+    assert_same(run(filled, backend), run(case))
+    dense = dense_logits(case)[0].astype(np.float32) + keys + later
+    observation = AttentionObservation.from_logits(
+        to(dense), to(case.value), to(case.strata), query_sample=None, tile=12
+    )
+    found = finalised(ATTENTION.measure(observation), observation.layout)
+    expected = run(case)
+    assert_same(
+        {k: v for k, v in found.items() if not np.isnan(v).all()},
+        {k: expected[k] for k, v in found.items() if not np.isnan(v).all()},
+    )
+
+
+def test_a_bias_that_falls_far_is_no_fill() -> None:
+    # What a query sees of itself may lie far below keys that it must not see.
+    bias = np.linspace(-20000, 0, 5)[None]
+    assert is_fill(bias, np.tril(np.ones((5, 5), bool))).tolist() == [
+        [key < query - 1 for key in range(5)] for query in range(5)
+    ]
+    assert not is_fill(np.array([[np.inf, 0.0], [np.nan, 0.0]]), np.ones((2, 2), bool)).any()
 
 
 def test_autocast_does_not_lower_the_products() -> None:

@@ -10,7 +10,7 @@ from scipy.stats import kstest
 
 import osp_diag
 from osp_diag.analyses.channels.comparison import compare_channels
-from osp_diag.analyses.channels.significance import grouped
+from osp_diag.analyses.channels.significance import group_sums
 from osp_diag.cli.main import main
 from tests.channel_runs import grouped_run, profile
 from tests.tiny_checkpoints import byte_tokenizer, llama
@@ -46,7 +46,7 @@ def test_without_a_difference_p_is_uniform_and_little_is_found(paired):
 
     heights = np.stack([profile(600)])
     one, two = pair(1, heights, heights, paired=paired)
-    sums = [grouped(run, "residual_post", 7, "all") for run in (one, two)]
+    sums = [group_sums(run, "residual_post", 7, "all") for run in (one, two)]
     rng = np.random.default_rng(2)
     draws = [module._weights(rng, 8) for _ in range(2)]
     if paired:

@@ -27,6 +27,7 @@ from osp_diag import figures
 from osp_diag.cli.discovery import find_verbs
 from osp_diag.cli.options import call_described_by
 from osp_diag.estimators import all_estimators
+from osp_diag.trainer import recipes
 from tests.doc_blocks import ROOT, Block, blocks_of, commands_in, inline_commands, osp_diag_words
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, write_run
 
@@ -53,6 +54,7 @@ SMALLER = {
 ONLY_READ = {
     "demo": "trains two models",
     "export": "needs a training run and its checkpoint",
+    "pack": "tests of the verb run it",
     "probe": "tests of the verb run it; the Python blocks run what it calls",
     "quantize": "loads a model",
     "train": "tests of the verb run it; the Python block of docs/training.md runs what it calls",
@@ -77,7 +79,13 @@ def probed(tmp_path_factory) -> Path:
     model = transformers.LlamaForCausalLM(config).eval()
     options: dict[str, Any] = {
         "sites": ["residual_post", "attention"],
-        "estimators": ["osp_excess_kurtosis", "channel_moments", "channel_concentration", "sink_rate"],
+        "estimators": [
+            "osp_excess_kurtosis",
+            "channel_moments",
+            "channel_concentration",
+            "sink_rate",
+            "first_token_attention",
+        ],
         "snapshot_tokens": 8,
     }
     with osp_diag.Probe(model, **options, out=path) as probe, probe.step(0):
@@ -98,14 +106,16 @@ def place(tmp_path, monkeypatch) -> Iterator[Path]:
     """An empty current folder, which estimators, figures and plain modules are found in, too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    packages = {"estimators": osp_diag.estimators, "figures": figures}
+    packages = {"estimators": osp_diag.estimators, "figures": figures, "recipes": recipes}
     for name, package in packages.items():
         (tmp_path / "saved" / name).mkdir(parents=True)
         monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path / "saved" / name)])
     before = set(sys.modules)
     all_estimators.cache_clear()
+    recipes.recipes.cache_clear()
     yield tmp_path
     all_estimators.cache_clear()
+    recipes.recipes.cache_clear()
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", "")).startswith(str(tmp_path)):
             parent, _, child = name.rpartition(".")
@@ -163,6 +173,10 @@ def add_a_figure(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> 
     yield {}
 
 
+def add_a_recipe(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
+    yield from ()
+
+
 def add_an_estimator(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     from tests.training_loops import transformers
 
@@ -210,6 +224,7 @@ def tutorial(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
 STAND_INS: dict[str, Callable[..., Iterator[Namespace]]] = {
     "README.md": readme,
     "docs/add_a_figure.md": add_a_figure,
+    "docs/add_a_recipe.md": add_a_recipe,
     "docs/add_a_site_pattern.md": add_a_site_pattern,
     "docs/add_an_estimator.md": add_an_estimator,
     "docs/training.md": training,
@@ -258,15 +273,16 @@ def test_python_blocks_run_in_order(page, place, probed, monkeypatch):
         assert next(stand_ins, None) is None
 
 
-@pytest.mark.parametrize("page", ["docs/add_a_figure.md", "docs/add_an_estimator.md"])
+@pytest.mark.parametrize("page", ["docs/add_a_figure.md", "docs/add_a_recipe.md", "docs/add_an_estimator.md"])
 def test_the_tests_that_a_page_has_saved_pass(page, place):
     """In a process of their own, with the files where the packages look for theirs."""
     tests = save(place, blocks_of(ROOT / page))
     assert len(tests) == 1
     (place / "saved" / "tests" / "conftest.py").write_text(
-        "import osp_diag.estimators, osp_diag.figures\n"
+        "import osp_diag.estimators, osp_diag.figures, osp_diag.trainer.recipes\n"
         f"osp_diag.estimators.__path__.append({str(place / 'saved' / 'estimators')!r})\n"
         f"osp_diag.figures.__path__.append({str(place / 'saved' / 'figures')!r})\n"
+        f"osp_diag.trainer.recipes.__path__.append({str(place / 'saved' / 'recipes')!r})\n"
     )
     command = [sys.executable, "-W", "error", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
@@ -345,7 +361,7 @@ def _check_verb(words: list[str], synthetic: dict[str, Path]) -> None:
         if word.endswith(".zarr") and not Path(word).exists():
             Path(word).parent.mkdir(parents=True, exist_ok=True)
             Path(word).symlink_to(synthetic["osp" if "osp" in word else "adam"])
-    assert function(*call.positional, **call.named) in (None, 0)
+    assert function(*call.positional, **call.keywords) in (None, 0)
 
 
 @cache

@@ -81,6 +81,14 @@ def test_a_reader_chooses_layers_sites_and_runs(tmp_path):
         titles = [button.get_attribute("data-title") for button in buttons.all()]
         assert titles == ["Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"]
 
+        choose(page, "figure", "How loss and kurtosis went in training")
+        wait_for(page, "() => document.querySelector('#figure-plot .js-plotly-plot')?.data?.length > 4")
+        assert {"one", "&lt;i&gt;two&lt;/i&gt;"} < {line["name"] for line in drawn(page, "figure-plot")}
+        assert page.locator("#figure-caption").inner_text().startswith("Training loss and OSP kurtosis of")
+        choose(page, "figure", "What quantization costs")
+        page.get_by_text("holds no results at few bits").first.wait_for(timeout=PATIENCE)
+        wait_for(page, "() => document.querySelector('#figure-box').hidden")
+
         highest = max(drawn(page, "kurtosis-curves")[0]["y"])
         choose(page, "layer", "0")
         wait_for(page, f"() => {Y_MAX} < {0.5 * highest}")
@@ -119,11 +127,16 @@ def choose(page, name, option):
 @pytest.mark.slow
 def test_the_page_fits_and_follows_the_colours_of_the_system(tmp_path):
     run = grown_run(tmp_path / "run.zarr", model_name="a-model-with-a-long-name/" + "and-no-spaces-" * 8)
-    colours = {}
+    colours, inks = {}, {}
     with served(run) as address:
         for width, dark in ((1280, False), (400, True)):
             with visit(address, width=width, dark=dark) as seen:
                 seen.page.wait_for_selector("#loss .scatterlayer .trace", timeout=PATIENCE)
+                choose(seen.page, "figure", "How loss and kurtosis went in training")
+                seen.page.wait_for_selector("#figure-plot .main-svg .xtick text", timeout=PATIENCE)
+                inks[dark] = seen.page.evaluate(
+                    "getComputedStyle(document.querySelector('#figure-plot .xtick text')).fill"
+                )
                 assert seen.page.evaluate("document.documentElement.scrollWidth") <= width
                 colours[dark] = seen.page.evaluate(
                     "[getComputedStyle(document.body).backgroundColor,"
@@ -132,6 +145,8 @@ def test_the_page_fits_and_follows_the_colours_of_the_system(tmp_path):
                 assert seen.problems == []
     assert colours[False] == ["rgb(255, 255, 255)", "rgb(29, 33, 37)"]
     assert colours[True] == ["rgb(20, 23, 26)", "rgb(230, 232, 234)"]
+    assert inks == {False: "rgb(38, 38, 38)", True: inks[True]}
+    assert min(map(int, inks[True][4:-1].split(","))) > 180, "light on dark"
 
 
 @pytest.mark.slow

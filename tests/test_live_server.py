@@ -7,10 +7,14 @@ import socket
 import pytest
 
 from osp_diag.cli.main import main
+from osp_diag.figures import names
 from osp_diag.figures.live._data import Choice
+from osp_diag.figures.live._figures import figure_options
 from osp_diag.figures.live._layout import CONTROLS, GRAPHS
-from osp_diag.figures.live._page import Watched
+from osp_diag.figures.live._page import FIGURE_PARTS, Watched
 from osp_diag.figures.live._server import application, is_loopback
+from osp_diag.figures.report.pictures import report_figures
+from osp_diag.figures.styles import RUN_COLOURS
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, followed, grown_run, record
@@ -162,6 +166,112 @@ def test_the_page_may_load_nothing_from_elsewhere(page):
 def test_which_addresses_are_this_machine_alone():
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost")] == [True] * 3
     assert [is_loopback(host) for host in ("0.0.0.0", "192.168.1.5", "example.org")] == [False] * 3
+
+
+# -- figures of the registry -----------------------------------------------------------------------------
+
+
+def asked_figure(client, name, told=None, places=(0,)):
+    """What the browser sends for the figure that is chosen, and what it gets."""
+    outputs = [{"id": place[0], "property": place[1]} for place in FIGURE_PARTS.values()]
+    joined = "...".join(f"{output['id']}.{output['property']}" for output in outputs)
+    body = {
+        "output": f"..{joined}..",
+        "outputs": outputs,
+        "inputs": [
+            {"id": "tick", "property": "n_intervals", "value": 1},
+            {"id": "figure", "property": "value", "value": name},
+            {"id": "runs", "property": "value", "value": list(places)},
+        ],
+        "state": [{"id": "figure-shown", "property": "data", "value": told}],
+        "changedPropIds": ["tick.n_intervals"],
+    }
+    answer = client.post("/_dash-update-component", json=body, headers={"Host": "127.0.0.1:8050"})
+    assert answer.status_code == 200, answer.text
+    sent = answer.json["response"]
+    if not sent:  # nothing new
+        return None
+    picture = sent["figure-picture"]["data"]
+    texts = json.dumps(sent["figure-left-out"]["children"]), sent["figure-caption"]["children"]
+    return sent["figure-shown"]["data"], picture, *texts
+
+
+def test_every_figure_is_offered_in_the_order_of_the_report():
+    offered = [option["value"] for option in figure_options()]
+    assert sorted(offered) == names()
+    assert [name for name in offered if name in report_figures()] == list(report_figures())
+    labels = [option["label"] for option in figure_options()]
+    assert len(set(labels)) == len(labels)
+    assert all(labels)
+
+
+def test_a_figure_is_drawn_when_it_is_asked_for_and_anew_when_the_run_has_grown(page, monkeypatch):
+    run, client = page
+    monkeypatch.setattr("osp_diag.figures.live._figures.REST", 0.0)
+    assert asked_figure(client, None) is None
+    told, picture, left_out, caption = asked_figure(client, "kurtosis_dynamics")
+    assert picture["data"][-1]["x"][-1] == 50
+    assert caption.startswith("Training loss and OSP kurtosis of the hidden states. grown")
+    assert left_out == "[]"
+    assert asked_figure(client, "kurtosis_dynamics", told) is None
+    with RunWriter(run.path, ATTRIBUTES, resume=True) as writer:
+        record(writer, [60])
+    assert asked_figure(client, "kurtosis_dynamics", told)[1]["data"][-1]["x"][-1] == 60
+    assert asked_figure(client, None, told) == (None, None, "null", None)
+
+
+def test_a_figure_that_took_long_rests(page, monkeypatch):
+    run, client = page
+    monkeypatch.setattr("osp_diag.figures.live._figures.REST", 1e6)
+    told = asked_figure(client, "depth_profile")[0]
+    with RunWriter(run.path, ATTRIBUTES, resume=True) as writer:
+        record(writer, [60])
+    assert asked_figure(client, "depth_profile", told) is None
+    assert asked_figure(client, "depth_profile")[0] == told, "another browser gets the one there is"
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("activation_surface", "holds no snapshot of"),
+        ("weight_surface", "probe the checkpoint with"),
+        ("bit_width_sweep", "holds no results at few bits"),
+        ("channel_map_comparison", "channel"),
+    ],
+)
+def test_a_figure_that_cannot_be_drawn_says_why(page, name, reason):
+    _, picture, left_out, _ = asked_figure(page[1], name)
+    assert picture is None
+    assert reason in left_out
+
+
+def test_a_figure_of_some_runs_says_why_not_of_the_others_and_keeps_their_colours(tmp_path):
+    runs = [
+        followed(tmp_path / "waiting.zarr"),
+        followed(grown_run(tmp_path / "one.zarr", range(0, 10, 10), model_name="one")),
+        followed(grown_run(tmp_path / "long.zarr", model_name="<b>long</b>")),
+    ]
+    client = application(runs).server.test_client()
+    _, picture, left_out, _ = asked_figure(client, "kurtosis_dynamics", places=(0, 1, 2))
+    assert "one: it needs 2 probed steps" in left_out
+    assert "waiting: it needs 2 probed steps" in left_out
+    colours = {trace["line"]["color"] for trace in picture["data"] if trace.get("showlegend") is not False}
+    assert colours & set(RUN_COLOURS) == {RUN_COLOURS[2]}
+    assert "<b>long" not in json.dumps(picture)
+
+
+@pytest.mark.parametrize("name", ["../etc", "_registry", "report", "os", "", 3, {"a": 1}, ["sink_map"]])
+def test_whatever_a_browser_asks_for_is_a_figure_or_nothing(page, name):
+    assert asked_figure(page[1], name) is None
+
+
+def test_a_defect_of_a_figure_is_told_and_the_page_goes_on(page, monkeypatch):
+    def broken(*_):
+        raise ZeroDivisionError("by zero")
+
+    monkeypatch.setattr("osp_diag.figures.live._figures.page_picture", broken)
+    left_out = asked_figure(page[1], "sink_map")[2]
+    assert "it cannot be drawn (ZeroDivisionError: by zero); this is a defect of osp-diag" in left_out
 
 
 # -- the verb --------------------------------------------------------------------------------------------

@@ -388,11 +388,10 @@ def test_a_decoders_tokens_are_its_own() -> None:
     with torch.no_grad(), probe.step(0):
         model(**batch, **decoder)
     assert numbers(probe)["/residual_post/token_count"][0, 0] == 24 - 5
-    refused = pytest.raises(
-        CaptureError, match="call the model with decoder_input_ids or decoder_inputs_embeds"
-    )
-    with refused, torch.no_grad(), probe.step(1):
+    # The decoder makes its own tokens of labels: as many, none of which is padding.
+    with torch.no_grad(), probe.step(1):
         model(**batch, labels=batch["input_ids"])
+    assert numbers(probe)["/residual_post/token_count"][0, 0] == 24
 
 
 def test_packed_documents_each_have_a_first_token() -> None:
@@ -543,7 +542,7 @@ def watching_statistics(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watching]:
     measures: list[tuple[Any, str]] = [
         (collector.Collector, "on_activation"),
         (collector.Collector, "_fold_attention"),
-        (collector.Collector, "start"),
+        (collector.Collector, "on_stream"),
     ]
     for owner, name in measures:
         plain = getattr(owner, name)

@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 
 from osp_diag.cli.main import main
-from osp_diag.trainer import probing
+from osp_diag.trainer import recording
 from osp_diag.trainer.config_values import as_dictionary
 from osp_diag.trainer.loop import train
 from tests.test_train_loop import assert_same_run
@@ -23,7 +23,7 @@ KILLS = 5
 def command_line(words, errors, deferred):
     """``osp-diag`` with these words, in a process of its own."""
     if deferred:  # as on a GPU
-        probing.Probe = partial(probing.Probe, deferred=True)
+        recording.Probe = partial(recording.Probe, deferred=True)
     with errors.open("w") as file, redirect_stderr(file):
         sys.exit(main(words))
 

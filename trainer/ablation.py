@@ -38,7 +38,7 @@ class _Process:
     process: subprocess.Popen[bytes]
     log: Path
     gpu: str | None
-    begun_at: int
+    log_start: int
     """Bytes of the log that are of earlier lives of the run."""
 
 
@@ -50,22 +50,23 @@ def memory_of_a_run(config: TrainConfig) -> float:
     and the logits with their gradient (8 bytes a token and vocabulary entry).
     """
     model = config.model
+    # Of a block: four matrices of attention (GQA would be less), three of the feed-forward.
     matrices = 4 * model.hidden_size**2 + 3 * model.hidden_size * model.feed_forward_size
     parameters = model.layers * matrices + 2 * model.vocabulary_size * model.hidden_size
     tokens = (config.micro_batch_size or config.batch_size) * config.data.sequence_length
-    kept = 34 if config.dtype == "bfloat16" else 68
+    bytes_per_channel = 34 if config.dtype == "bfloat16" else 68
     return (
         16 * parameters
-        + tokens * model.layers * model.hidden_size * kept
+        + tokens * model.layers * model.hidden_size * bytes_per_channel
         + 8 * tokens * model.vocabulary_size
     )
 
 
 def visible_gpus() -> list[str]:
     """The GPUs that this process may use, as ``CUDA_VISIBLE_DEVICES`` names them."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    variable = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = torch.cuda.device_count()
-    return named.split(",")[:count] if named else list(map(str, range(count)))
+    return variable.split(",")[:count] if variable else list(map(str, range(count)))
 
 
 def concurrent_runs(configs: Mapping[str, TrainConfig]) -> int:
@@ -101,7 +102,7 @@ def train_all(
     waiting = [name for name in configs if not (resume and _finished(out / f"{name}.zarr", configs[name]))]
     running: list[_Process] = []
     gpus = visible_gpus()
-    begun = time.monotonic()
+    start = time.monotonic()
     restarts: Counter[str] = Counter()
     try:
         while waiting or running:
@@ -119,7 +120,7 @@ def train_all(
                     running.append(_start(entry.name, configs[entry.name], out, number, True, entry.gpu))
                     continue
                 _check(entry)
-                announce(f"{entry.name} finished after {time.monotonic() - begun:.0f} s")
+                announce(f"{entry.name} finished after {time.monotonic() - start:.0f} s")
     finally:
         for entry in running:
             entry.process.terminate()
@@ -129,23 +130,23 @@ def train_all(
 
 
 def _finished(run: Path, config: TrainConfig) -> bool:
-    saved = latest(folder_of(run)) if run.exists() else None
-    return saved is not None and saved.step == config.steps
+    checkpoint = latest(folder_of(run)) if run.exists() else None
+    return checkpoint is not None and checkpoint.step == config.steps
 
 
 def _start(
     name: str, config: TrainConfig, out: Path, at_a_time: int, resume: bool, gpu: str | None
 ) -> _Process:
-    described = out / f"{name}.json"
-    described.write_text(json.dumps(as_dictionary(config), indent=1), encoding="utf-8")
+    config_file = out / f"{name}.json"
+    config_file.write_text(json.dumps(as_dictionary(config), indent=1), encoding="utf-8")
     mode = "--resume" if resume else "--overwrite"
-    command = [sys.executable, "-m", "osp_diag", "train", "--config", str(described)]
+    command = [sys.executable, "-m", "osp_diag", "train", "--config", str(config_file)]
     command += ["--out", str(out / f"{name}.zarr"), mode]
     # Processes that each take every core slow one another down.
     threads = str(max(1, (os.cpu_count() or 1) // at_a_time))
     log = out / f"{name}.log"
     with log.open("ab" if resume else "wb") as file:
-        begun_at = file.tell()
+        log_start = file.tell()
         process = subprocess.Popen(
             command,
             stdout=file,
@@ -155,7 +156,7 @@ def _start(
             | {"OMP_NUM_THREADS": threads}
             | ({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}),
         )
-    return _Process(name, process, log, gpu, begun_at)
+    return _Process(name, process, log, gpu, log_start)
 
 
 def _check(entry: _Process) -> None:
@@ -168,12 +169,12 @@ def _check(entry: _Process) -> None:
 
 def _failure(entry: _Process) -> str:
     """That a run failed, and what its log says of it."""
-    lines = entry.log.read_bytes()[entry.begun_at :].decode(errors="replace").splitlines()
+    lines = entry.log.read_bytes()[entry.log_start :].decode(errors="replace").splitlines()
     head = f"the run {entry.name} failed with exit code {entry.process.returncode}; from {entry.log}:"
-    return "\n".join([head, *(f"  {line}" for line in _telling(lines))])
+    return "\n".join([head, *(f"  {line}" for line in _last_lines(lines))])
 
 
-def _telling(lines: list[str]) -> list[str]:
-    """The lines from where the run says what happened; native code may print a long trace after it."""
-    said = [number for number, line in enumerate(lines) if line.startswith("osp-diag:")]
-    return lines[said[-1] :][:LAST_LINES] if said else lines[-LAST_LINES:]
+def _last_lines(lines: list[str]) -> list[str]:
+    """The log from the run's own message on; native code may print a long trace after it."""
+    messages = [number for number, line in enumerate(lines) if line.startswith("osp-diag:")]
+    return lines[messages[-1] :][:LAST_LINES] if messages else lines[-LAST_LINES:]

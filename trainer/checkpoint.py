@@ -24,10 +24,10 @@ from osp_diag.trainer.config_values import as_dictionary, differences
 
 __all__ = [
     "CheckpointFolder",
-    "Saved",
+    "TrainingCheckpoint",
     "check_beside",
+    "delete_checkpoints",
     "folder_of",
-    "forget",
     "identity_of",
     "latest",
     "without_single_process_warnings",
@@ -37,6 +37,7 @@ PART = ".part"
 HOST_STATE = "state.json"
 NAME = re.compile(r"step-(\d+)")
 
+# Why these: docs/decisions.md, Training.
 FREE = (
     "checkpoint.",
     "parallel.",
@@ -62,7 +63,7 @@ def folder_of(run: str | os.PathLike[str]) -> Path:
 
 
 @dataclass(frozen=True)
-class Saved:
+class TrainingCheckpoint:
     """One complete checkpoint.
 
     Attributes
@@ -118,10 +119,10 @@ def without_single_process_warnings() -> Iterator[None]:
         yield
 
 
-def latest(folder: Path) -> Saved | None:
+def latest(folder: Path) -> TrainingCheckpoint | None:
     """The newest complete checkpoint of a folder; None where there is none."""
-    found = _complete(folder)
-    return _read(found[-1]) if found else None
+    complete = _complete(folder)
+    return _read(complete[-1]) if complete else None
 
 
 def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
@@ -138,7 +139,7 @@ def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
     raise TrainingError(f"{folder} holds checkpoints of a run, but {run} is not there; {advice}")
 
 
-def forget(folder: Path) -> None:
+def delete_checkpoints(folder: Path) -> None:
     """Delete the checkpoints of a run that is to be replaced; nothing but checkpoints is ever deleted."""
     for entry in folder.glob("step-*") if folder.is_dir() else ():
         if NAME.fullmatch(entry.name.removesuffix(PART)):
@@ -148,14 +149,14 @@ def forget(folder: Path) -> None:
 def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    named = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)]
-    return sorted(named, key=lambda entry: int(entry.name.removeprefix("step-")))
+    entries = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)]
+    return sorted(entries, key=lambda entry: int(entry.name.removeprefix("step-")))
 
 
-def _read(path: Path) -> Saved:
+def _read(path: Path) -> TrainingCheckpoint:
     try:
         state = json.loads((path / HOST_STATE).read_text(encoding="utf-8"))
-        return Saved(path, int(state["step"]), from_dictionary(state["config"]), state["data"])
+        return TrainingCheckpoint(path, int(state["step"]), from_dictionary(state["config"]), state["data"])
     except (OSError, ValueError, KeyError) as error:
         raise TrainingError(
             f"{path} is no checkpoint of this version ({error}); delete it to resume from the one before"
@@ -163,10 +164,11 @@ def _read(path: Path) -> Saved:
 
 
 class CheckpointFolder:
-    """Writes checkpoints and forgets old ones.
+    """Writes checkpoints and deletes old ones.
 
     A checkpoint is written into ``step-N.part`` and renamed to ``step-N`` once every rank's tensors and the
-    host's state are on disk; whatever kills the process, a folder named ``step-N`` is complete.
+    host's state are on disk; whatever kills the process, a folder named ``step-N`` is complete
+    (docs/decisions.md, Training).
 
     Parameters
     ----------
@@ -180,8 +182,8 @@ class CheckpointFolder:
         # Collectives of a background thread must not mix with those of the training step.
         self._group = dist.new_group(backend="gloo") if is_distributed() else None
         if is_first_rank() and folder.is_dir():
-            for rest in folder.glob(f"step-*{PART}"):
-                shutil.rmtree(rest)
+            for part in folder.glob(f"step-*{PART}"):
+                shutil.rmtree(part)
 
     def save(
         self,
@@ -253,13 +255,13 @@ class CheckpointFolder:
 
 
 @contextmanager
-def _disk_errors(where: Path) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
     """Turn what a full or read-only disk raises into a message."""
     try:
         yield
     except (OSError, RuntimeError, dcp.CheckpointException) as error:
         raise TrainingError(
-            f"the checkpoint {where} could not be written ({error}); free some space or give another --out, "
+            f"the checkpoint {path} could not be written ({error}); free some space or give another --out, "
             "and resume: the checkpoints before it are whole"
         ) from error
 

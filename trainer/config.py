@@ -235,9 +235,9 @@ class DataConfig:
             raise UsageError(
                 f"data.validation_fraction={self.validation_fraction}: hold out a part, between 0 and 1"
             )
-        needed = {"text": "path", "jsonl": "path", "parquet": "path", "tokens": "path"}
-        needed |= {"huggingface": "dataset", "mixture": "mixture"}
-        name = needed.get(self.source)
+        key_of = {"text": "path", "jsonl": "path", "parquet": "path", "tokens": "path"}
+        key_of |= {"huggingface": "dataset", "mixture": "mixture"}
+        name = key_of.get(self.source)
         if name is not None and not getattr(self, name):
             raise UsageError(f"data.{name} is missing, which data.source={self.source} reads")
 

@@ -117,28 +117,28 @@ def with_changes(config: Config, changes: Mapping[str, Any]) -> Config:
 
 def _changed(config: Any, changes: dict[str, Any], prefix: str) -> Any:
     hints = _hints(type(config))
-    own: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
-        head, _, rest = key.partition(".")
+        head, _, path = key.partition(".")
         full = dotted(prefix, key)
-        if head not in hints or (rest and not dataclasses.is_dataclass(hints[head])):
-            meant = did_you_mean(full, as_dictionary(config, prefix))
-            raise UsageError(f"there is no {full!r} in the configuration; {meant}")
-        if rest:
-            nested.setdefault(head, {})[rest] = value
+        if head not in hints or (path and not dataclasses.is_dataclass(hints[head])):
+            suggestion = did_you_mean(full, as_dictionary(config, prefix))
+            raise UsageError(f"there is no {full!r} in the configuration; {suggestion}")
+        if path:
+            nested.setdefault(head, {})[path] = value
         elif dataclasses.is_dataclass(hints[head]) and isinstance(value, str):
             raise UsageError(
-                f"{full} is a group of values; set one of them, such as {full}.{_first(hints[head])}"
+                f"{full} is a group of values; set one of them, such as {full}.{_first_field(hints[head])}"
             )
         else:
-            own[head] = _read(value, hints[head], full) if isinstance(value, str) else value
+            values[head] = _read(value, hints[head], full) if isinstance(value, str) else value
     for head, inner in nested.items():
-        own[head] = _changed(getattr(config, head), inner, dotted(prefix, head))
-    return dataclasses.replace(config, **own)
+        values[head] = _changed(getattr(config, head), inner, dotted(prefix, head))
+    return dataclasses.replace(config, **values)
 
 
-def _first(kind: Any) -> str:
+def _first_field(kind: Any) -> str:
     return dataclasses.fields(kind)[0].name
 
 

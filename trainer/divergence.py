@@ -1,7 +1,8 @@
 """Noticing that a step went wrong before it does harm, on the device, and finding where it began.
 
 A bad step is made to do nothing: its update is cancelled on the device by a flag, so that weights and
-optimizer state stay those of the last good step although the host learns of it only some steps later.
+optimizer state stay those of the last good step although the host learns of it only some steps later
+(docs/decisions.md, Training).
 """
 
 from __future__ import annotations
@@ -51,20 +52,22 @@ class Watch:
         if self.config.policy == "stop":
             bad |= self.stopped
             self.stopped |= bad
+        # Without a branch, which would wait for the device: a bad step writes back what the ring has there.
         place = (self.count % self.config.window).reshape(1)
-        kept = torch.where(bad, self.losses.gather(0, place), loss.detach().to(self.losses.dtype).reshape(1))
-        self.losses.scatter_(0, place, kept)
+        entry = torch.where(bad, self.losses.gather(0, place), loss.detach().to(self.losses.dtype).reshape(1))
+        self.losses.scatter_(0, place, entry)
         self.count += ~bad
         return bad
 
     def _is_spike(self, loss: Tensor) -> Tensor:
-        known = torch.clamp(self.count, max=self.config.window)
-        valid = torch.arange(self.config.window, device=loss.device) < known
-        many = torch.clamp(known, min=1)
-        mean = torch.where(valid, self.losses, 0).sum() / many
-        variance = torch.where(valid, (self.losses - mean) ** 2, 0).sum() / many
+        filled = torch.clamp(self.count, max=self.config.window)
+        # Mean and standard deviation over the part of the ring that is filled.
+        valid = torch.arange(self.config.window, device=loss.device) < filled
+        count = torch.clamp(filled, min=1)
+        mean = torch.where(valid, self.losses, 0).sum() / count
+        variance = torch.where(valid, (self.losses - mean) ** 2, 0).sum() / count
         limit = mean + self.config.spike * variance.sqrt()  # type: ignore[operator]
-        return (known >= min(LEAST, self.config.window)) & (loss > limit)
+        return (filled >= min(LEAST, self.config.window)) & (loss > limit)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to judge alike."""
@@ -91,22 +94,22 @@ def first_bad_tensor(model: nn.Module, losses: Iterable[Tensor]) -> str | None:
     str : or None where nothing of this rank is NaN or Inf
     """
     model = unwrap(model)
-    found = [
+    causes = [
         f"parameter {name} holds NaN or Inf before the step"
         for name, parameter in model.named_parameters()
         if not _finite(parameter)
     ]
-    with _watched(model, found):
+    with _watched(model, causes):
         for loss in losses:
-            if not found and not _finite(loss):
-                found.append("the loss is the first that is not finite")
+            if not causes and not _finite(loss):
+                causes.append("the loss is the first that is not finite")
             loss.backward()
-    found += [
+    causes += [
         f"the gradient of {name} is the first that is not finite"
         for name, parameter in reversed(list(model.named_parameters()))
         if parameter.grad is not None and not _finite(parameter.grad)
     ]
-    return found[0] if found else None
+    return causes[0] if causes else None
 
 
 def _finite(values: Tensor) -> bool:
@@ -115,13 +118,13 @@ def _finite(values: Tensor) -> bool:
 
 
 @contextmanager
-def _watched(model: nn.Module, found: list[str]) -> Iterator[None]:
+def _watched(model: nn.Module, causes: list[str]) -> Iterator[None]:
     """Hooks that note the first module output, or gradient of one, that is not finite."""
     handles = []
 
-    def note(tensor: Tensor, what: str) -> None:
-        if not found and not _finite(tensor):
-            found.append(f"{what} is the first that is not finite")
+    def note(tensor: Tensor, origin: str) -> None:
+        if not causes and not _finite(tensor):
+            causes.append(f"{origin} is the first that is not finite")
 
     def watch(name: str, module: nn.Module) -> None:
         def forward(_: nn.Module, __: object, output: object) -> None:

@@ -21,8 +21,8 @@ from osp_diag.trainer.folding import (
     check_exactness,
     check_state,
     folded_weights,
+    folding_sentences,
     stock_architecture,
-    what_was_folded,
 )
 from osp_diag.trainer.folding import is_tied as is_exported_tied
 from osp_diag.trainer.model import Llama
@@ -123,7 +123,7 @@ def export(
             architecture=stock_architecture(config),
             parameters=sum(parameter.numel() for parameter in stock.parameters()),
             dtype=dtype,
-            folded=tuple(what_was_folded(config)),
+            folded=tuple(folding_sentences(config)),
             largest_difference=difference,
         )
         text = model_card(out.name, config, card or {}, report.folded)
@@ -155,12 +155,12 @@ def _stock_model(state: Mapping[str, Tensor], config: ModelConfig, tokenizer: An
     import transformers
 
     architecture = stock_architecture(config)
-    own: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     kind: Any = transformers.LlamaConfig
     if architecture == "Qwen3ForCausalLM":
-        kind, own = transformers.Qwen3Config, {"use_sliding_window": False}
+        kind, options = transformers.Qwen3Config, {"use_sliding_window": False}
     else:
-        own = {"mlp_bias": False}
+        options = {"mlp_bias": False}
     stock_config = kind(
         vocab_size=config.vocabulary_size,
         hidden_size=config.hidden_size,
@@ -179,7 +179,7 @@ def _stock_model(state: Mapping[str, Tensor], config: ModelConfig, tokenizer: An
         bos_token_id=getattr(tokenizer, "bos_token_id", None),
         eos_token_id=getattr(tokenizer, "eos_token_id", None),
         pad_token_id=getattr(tokenizer, "pad_token_id", None),
-        **own,
+        **options,
     )
     with torch.random.fork_rng(devices=[]):
         model = getattr(transformers, architecture)(stock_config).float().eval()
@@ -224,9 +224,9 @@ def _reloaded_logits(directory: Path, config: ModelConfig) -> Float[Tensor, "seq
     return _logits(model.eval(), config)
 
 
-def _compared(found: Tensor, expected: Tensor, how: str) -> float:
+def _compared(logits: Tensor, expected: Tensor, how: str) -> float:
     """The largest difference of any logit."""
-    difference = float((found - expected).abs().max())
+    difference = float((logits - expected).abs().max())
     if not difference <= TOLERANCE:
         raise TrainingError(
             f"the logits of the exported model {how} differ from the training model's by {difference:.3g}, "

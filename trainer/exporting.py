@@ -8,7 +8,7 @@ from typing import Any
 from osp_diag.errors import TrainingError
 from osp_diag.runs.headline import headline
 from osp_diag.runs.run import Run, open_run
-from osp_diag.trainer.checkpoint import Saved, folder_of, latest
+from osp_diag.trainer.checkpoint import TrainingCheckpoint, folder_of, latest
 from osp_diag.trainer.config import DataConfig
 from osp_diag.trainer.config_values import as_dictionary
 from osp_diag.trainer.data.tokenizing import open_tokenizer
@@ -27,14 +27,14 @@ def export_run(
     ------
     TrainingError : the run has no checkpoint, or no exact stock form
     """
-    saved = _newest(run)
-    model = trained_model(saved)
+    checkpoint = _newest(run)
+    model = trained_model(checkpoint)
     return export(
         model.state_dict(),
-        saved.config.model,
+        checkpoint.config.model,
         Path(out),
-        tokenizer=_tokenizer(saved.config.data),
-        card=_card(saved, open_run(run)),
+        tokenizer=_tokenizer(checkpoint.config.data),
+        card=_card(checkpoint, open_run(run)),
         dtype=dtype,
         check=check,
     )
@@ -46,24 +46,24 @@ def _tokenizer(config: DataConfig) -> Any:
     return None if came_without else open_tokenizer(config.tokenizer)
 
 
-def trained_model(saved: Saved) -> Llama:
+def trained_model(checkpoint: TrainingCheckpoint) -> Llama:
     """The model of a checkpoint, on the CPU in float32."""
-    model = Llama(saved.config.model)
-    saved.load({"model": model.state_dict()})
+    model = Llama(checkpoint.config.model)
+    checkpoint.load({"model": model.state_dict()})
     return model.eval()
 
 
-def _newest(run: str | Path) -> Saved:
-    saved = latest(folder_of(run))
-    if saved is None:
+def _newest(run: str | Path) -> TrainingCheckpoint:
+    checkpoint = latest(folder_of(run))
+    if checkpoint is None:
         raise TrainingError(
             f"there is no checkpoint of {run} (it would be in {folder_of(run)}); train with "
             "`osp-diag train`, and keep both folders together"
         )
-    return saved
+    return checkpoint
 
 
-def _card(saved: Saved, run: Run) -> dict[str, Any]:
+def _card(checkpoint: TrainingCheckpoint, run: Run) -> dict[str, Any]:
     """What the model card says: the recipe, and the numbers of the last probed step."""
     series = run.series
     losses = {
@@ -72,10 +72,10 @@ def _card(saved: Saved, run: Run) -> dict[str, Any]:
         if name in series and series[name].notnull().any()
     }
     return {
-        "recipe": saved.config.name,
-        "steps": saved.step,
-        "tokens": saved.step * saved.config.tokens_per_step,
+        "recipe": checkpoint.config.name,
+        "steps": checkpoint.step,
+        "tokens": checkpoint.step * checkpoint.config.tokens_per_step,
         "training_data": run.attrs.get("training_data", ""),
-        "config": as_dictionary(saved.config),
+        "config": as_dictionary(checkpoint.config),
         "statistics": {**losses, **headline(run)},
     }

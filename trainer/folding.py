@@ -11,7 +11,7 @@ from osp_diag.errors import TrainingError
 from osp_diag.trainer.config import ModelConfig
 from osp_diag.trainer.model import Llama
 
-__all__ = ["check_exactness", "check_state", "folded_weights", "stock_architecture", "what_was_folded"]
+__all__ = ["check_exactness", "check_state", "folded_weights", "folding_sentences", "stock_architecture"]
 
 _IMPOSSIBLE = {
     "softmax_off_by_one": (
@@ -52,19 +52,19 @@ def check_state(state: Mapping[str, Tensor], config: ModelConfig) -> None:
     """
     with torch.device("meta"):
         expected = {name: tuple(value.shape) for name, value in Llama(config).state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in state.items()}
-    wrong = [f"{name} is missing" for name in expected if name not in found]
-    wrong += [f"{name} belongs to no such model" for name in found if name not in expected]
-    wrong += [
-        f"{name} is {found[name]} and not {shape}"
+    shapes = {name: tuple(value.shape) for name, value in state.items()}
+    problems = [f"{name} is missing" for name in expected if name not in shapes]
+    problems += [f"{name} belongs to no such model" for name in shapes if name not in expected]
+    problems += [
+        f"{name} is {shapes[name]} and not {shape}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in shapes and shapes[name] != shape
     ]
-    if wrong:
-        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise TrainingError(
             f"the weights are not those of the model that the configuration describes: "
-            f"{', '.join(wrong[:5])}{more}; give the configuration that they were trained with"
+            f"{', '.join(problems[:5])}{more}; give the configuration that they were trained with"
         )
 
 
@@ -87,7 +87,9 @@ def folded_weights(state: Mapping[str, Tensor], config: ModelConfig) -> Iterator
     """
     embedding, head = state["model.embed_tokens.weight"], state["lm_head.weight"]
     if config.embedding_projection:
+        # E·Pᵀ: row i becomes P·e_i.
         embedding = _double(embedding) @ _double(state["model.embedding_projection.weight"]).T
+        # W·P'
         head = _double(head) @ _double(state["unembedding_projection.weight"])
     yield "model.embed_tokens.weight", embedding.cpu()
     if not is_tied(config):
@@ -118,22 +120,22 @@ def _gains(config: ModelConfig) -> Iterator[tuple[str, int]]:
     yield "model.norm.weight", config.hidden_size
 
 
-def what_was_folded(config: ModelConfig) -> list[str]:
+def folding_sentences(config: ModelConfig) -> list[str]:
     """A sentence for everything in which the exported weights differ from the trained ones."""
-    done = []
+    sentences = []
     if config.embedding_projection:
-        done.append("Embedding projections are multiplied into embedding and head, in float64.")
+        sentences.append("Embedding projections are multiplied into embedding and head, in float64.")
     if config.embedding_projection and config.tie_embeddings:
-        done.append(
+        sentences.append(
             "Embedding and head, one matrix in training, became two: each took its own projection "
             "(tie_word_embeddings is false)."
         )
     if config.norm == "ssnorm":
-        done.append("The scalar gain of every SSNorm stands in all channels of an RMSNorm's gain.")
+        sentences.append("The scalar gain of every SSNorm stands in all channels of an RMSNorm's gain.")
     if config.norm == "srmsnorm":
-        done.append("Norms without gains became RMSNorms with a constant one.")
+        sentences.append("Norms without gains became RMSNorms with a constant one.")
     if config.query_key_norm:
-        done.append(
+        sentences.append(
             "Queries and keys are normed, unlike Llama's: the architecture is Qwen3, otherwise the same."
         )
-    return done
+    return sentences

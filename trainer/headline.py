@@ -21,7 +21,7 @@ _LARGEST_OF_LAYERS = (
     ("largest_max_median_ratio", "residual_post", "max_median_ratio"),
     ("largest_down_projection_input", "mlp_hidden", "absolute_maximum"),
 )
-"""Name, site and statistic, of which the largest layer is told."""
+"""Name, site and statistic, of which the largest over layers is logged."""
 
 
 def headline(groups: Mapping[str, xr.Dataset], absent: Mapping[str, str] | None = None) -> dict[str, float]:
@@ -41,15 +41,17 @@ def headline(groups: Mapping[str, xr.Dataset], absent: Mapping[str, str] | None 
     absent : sites that the model was found not to have: :attr:`osp_diag.Probe.absent`
     """
     residual = headline_of(groups, absent)
-    found: dict[str, float | None] = {
+    numbers: dict[str, float | None] = {
         KURTOSIS: residual.get(KURTOSIS),
         "largest_activation": residual.get("absolute_maximum"),
     }
     for name, site, statistic in _LARGEST_OF_LAYERS:
-        found[name] = _reduced(_values(groups, site, statistic), np.max)
-    found["sink_rate"] = _reduced(_sink_rate(groups), np.mean)
-    found["first_token_attention"] = _reduced(_values(groups, "attention", "first_token_attention"), np.mean)
-    return {PREFIX + name: value for name, value in found.items() if value is not None}
+        numbers[name] = _reduced(_values(groups, site, statistic), np.max)
+    numbers["sink_rate"] = _reduced(_sink_rate(groups), np.mean)
+    numbers["first_token_attention"] = _reduced(
+        _values(groups, "attention", "first_token_attention"), np.mean
+    )
+    return {PREFIX + name: value for name, value in numbers.items() if value is not None}
 
 
 def _values(groups: Mapping[str, xr.Dataset], site: str, statistic: str) -> xr.DataArray | None:
@@ -63,16 +65,16 @@ def _sink_rate(groups: Mapping[str, xr.Dataset]) -> xr.DataArray | None:
     rates = _values(groups, "attention", "sink_rate")
     if rates is None:
         return None
-    near = np.isclose(rates["epsilon"], SINK_EPSILON)
-    return rates.isel(epsilon=near, sink_position=rates["sink_position"] == SINK_POSITION)
+    is_epsilon = np.isclose(rates["epsilon"], SINK_EPSILON)
+    return rates.isel(epsilon=is_epsilon, sink_position=rates["sink_position"] == SINK_POSITION)
 
 
-def _reduced(values: xr.DataArray | None, how: object) -> float | None:
-    """``how`` over all layers and heads that have a number."""
+def _reduced(values: xr.DataArray | None, reduction: object) -> float | None:
+    """``reduction`` over all layers and heads that have a number."""
     if values is None:
         return None
-    known = values.values[~np.isnan(values.values)]
-    return float(how(known)) if known.size else None  # type: ignore[operator]
+    finite = values.values[~np.isnan(values.values)]
+    return float(reduction(finite)) if finite.size else None  # type: ignore[operator]
 
 
 class HeadlineLog:
@@ -88,7 +90,7 @@ class HeadlineLog:
         self._probe, self._logger = probe, logger
         self._pending: tuple[int, dict[str, float]] | None = None
 
-    def measured(self, step: int, values: Mapping[str, float]) -> None:
+    def after_probe(self, step: int, values: Mapping[str, float]) -> None:
         """The probe has measured ``step``; ``values`` go beside its headline."""
         self._pending = (step, dict(values))
         if not self._probe.deferred:

@@ -73,6 +73,7 @@ class HeldOutLoss:
 
     def mean(self) -> float:
         """Over the sequences of all ranks, all of one length."""
+        # Σ (mean loss · sequences) of the passes, over all sequences; both summed over the ranks.
         total = torch.stack(self._sums).sum()
         total, sequences = summed(torch.stack([total, torch.full_like(total, self._sequences)]))
         return float(total / sequences)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
+from osp_diag.probing.ranks import rank_of_all
 from osp_diag.trainer.checkpoint import identity_of
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.data import TrainingData
 from osp_diag.trainer.optimizers import Optimizers
-from osp_diag.trainer.parallel import rank_and_ranks
 
 __all__ = ["announcement", "run_attributes"]
 
@@ -26,7 +26,7 @@ def run_attributes(config: TrainConfig, data: TrainingData, optimizers: Optimize
         "tokens_per_step": config.tokens_per_step,
         "autocast": config.dtype,
         "routing": optimizers.routing.table(),
-        "ranks": rank_and_ranks()[1],
+        "ranks": rank_of_all()[1],
     }
 
 
@@ -35,7 +35,7 @@ def announcement(
 ) -> str:
     """What a user should see before the first step."""
     parameters = sum(parameter.numel() for parameter in optimizers.parameters.values())
-    ranks = rank_and_ranks()[1]
+    ranks = rank_of_all()[1]
     lines = [
         f"{config.name}: {parameters / 1e6:.1f}M parameters on {device}"
         + (f" × {ranks} ({config.parallel.mode})" if ranks > 1 else ""),

@@ -15,11 +15,11 @@ class Interruption:
 
     Attributes
     ----------
-    asked : whether a signal came
+    is_requested : whether a signal came
     """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.is_requested = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -36,6 +36,6 @@ class Interruption:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self.is_requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.is_requested = True

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from osp_diag.errors import DivergenceError
 from osp_diag.probing.checkpoint import joined_ranks
 from osp_diag.probing.identity import token_attributes
-from osp_diag.probing.ranks import is_distributed, is_first_rank
+from osp_diag.probing.ranks import is_distributed, is_first_rank, rank_of_all
 from osp_diag.probing.saving import check_out
 from osp_diag.runs.folder import check_destination
 from osp_diag.runs.run import Run, open_run
@@ -23,10 +23,10 @@ from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
 from osp_diag.trainer.checkpoint import (
     CheckpointFolder,
-    Saved,
+    TrainingCheckpoint,
     check_beside,
+    delete_checkpoints,
     folder_of,
-    forget,
     latest,
     without_single_process_warnings,
 )
@@ -45,9 +45,8 @@ from osp_diag.trainer.parallel import (
     check_ranks,
     distribute,
     first_of_ranks,
-    rank_and_ranks,
+    gathered,
     summed,
-    whole,
 )
 from osp_diag.trainer.recording import Recording, due_steps
 from osp_diag.trainer.scalars import Clock, Scalars
@@ -120,13 +119,13 @@ class Training:
         loggers: Sequence[str],
     ) -> None:
         self.config = config
-        self.rank, self.ranks = rank_and_ranks()
+        self.rank, self.ranks = rank_of_all()
         check_ranks(config, self.ranks)
         self.device = device_of(config.device)
         self.progress: Progress | None = None
-        saved = latest(folder_of(out)) if resume else None
-        if saved is not None:
-            saved.check(config)
+        checkpoint = latest(folder_of(out)) if resume else None
+        if checkpoint is not None:
+            checkpoint.check(config)
         self.data = open_data(
             config.data,
             batch_size=config.batch_size,
@@ -141,20 +140,20 @@ class Training:
         self._build_model()
         self.optimizers = build_optimizer(self.model, config)
         self.interruption = Interruption()
-        self.asked_to_stop = False
+        self.must_stop = False
         self.watch = Watch(config.divergence, self.device)
         self.scalars = Scalars(self.device)
         self.step = 0
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
         held_out = held_out_batches(config, self.data)
-        if saved is not None:
-            self._restore(saved)
+        if checkpoint is not None:
+            self._restore(checkpoint)
         self.recording = self._begin_recording(
             held_out, out, resume=resume, overwrite=overwrite, loggers=loggers
         )
         stack.callback(self.recording.end)
         if overwrite and self.rank == 0:
-            forget(folder_of(out))
+            delete_checkpoints(folder_of(out))
         self.checkpoints = CheckpointFolder(folder_of(out), config.checkpoint)
         stack.callback(self.checkpoints.wait)
         self._rehearse()
@@ -205,14 +204,14 @@ class Training:
         )
         return recording
 
-    def _restore(self, saved: Saved) -> None:
+    def _restore(self, checkpoint: TrainingCheckpoint) -> None:
         tensors = self._tensors()
-        saved.load(tensors)
+        checkpoint.load(tensors)
         unwrap(self.model).load_state_dict(tensors["model"])
         self.optimizers.load_state_dict(tensors["optimizer"])
         self.watch.load_state_dict(tensors["watch"])
-        self.data.load_state_dict(saved.data)
-        self.step = saved.step
+        self.data.load_state_dict(checkpoint.data)
+        self.step = checkpoint.step
 
     def _tensors(self) -> dict[str, Any]:
         return {
@@ -257,7 +256,7 @@ class Training:
                 self._record(wait=self._wants_host(self.step))
                 self.recording.after_step(self.step)
                 self._save(self.step)
-                if self.asked_to_stop:
+                if self.must_stop:
                     self._interrupt()
         self._record(wait=True)
         self._save_now(self.step)
@@ -267,7 +266,7 @@ class Training:
         return self.recording.due(step) or step == self.config.steps or (every > 0 and step % every == 0)
 
     def _train_step(self, step: int) -> None:
-        begun = Clock(self.device)
+        start = Clock(self.device)
         batch = self.data.next_batch()
         self.batches.append((step, batch))
         self.data_states.append((step, self.data.state_dict()))
@@ -282,30 +281,31 @@ class Training:
         bad = self.watch.judge(loss, norm)
         self.optimizers.step(skip=bad)
         self.optimizers.zero_grad()
-        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": self._asked_to_stop()}
+        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": self._signal_count()}
         if logged:
             updates = self.optimizers.update_rms()
             numbers |= {f"update_rms_{name.replace('.', '_')}": value for name, value in updates.items()}
         host = {"learning_rate": factor * self.config.optimizer.lr} if logged else {}
-        self.scalars.add(step, numbers, host, begun)
+        self.scalars.add(step, numbers, host, start)
 
     def _gradients(self, batch: Batch) -> Tensor:
         """Accumulate the gradients of one batch; returns the mean loss over all ranks' tokens."""
-        micro = list(self._micro_batches(batch))
-        labelled = torch.stack([(part.labels != IGNORED).sum() for part in micro])
-        everyone = summed(labelled.sum().float())
+        # The mean over all labels: Σ over micro-batches and ranks of mean loss · (its labels / all labels).
+        parts = list(self._micro_batches(batch))
+        label_counts = torch.stack([(part.labels != IGNORED).sum() for part in parts])
+        total = summed(label_counts.sum().float())
         losses = []
-        for number, part in enumerate(micro):
-            with accumulating(self.model, last=number == len(micro) - 1):
-                loss = self._loss(part) * (labelled[number] / everyone)
+        for number, part in enumerate(parts):
+            with accumulating(self.model, last=number == len(parts) - 1):
+                loss = self._loss(part) * (label_counts[number] / total)
                 # DDP and FSDP take the mean of the ranks' gradients; this is a share of the whole loss.
                 (loss * self.ranks).backward()
             losses.append(loss.detach())
         return summed(torch.stack(losses).sum())
 
-    def _asked_to_stop(self) -> Tensor:
+    def _signal_count(self) -> Tensor:
         """How many ranks were sent a signal: all have to stop after the same step."""
-        return summed(torch.full((), float(self.interruption.asked), device=self.device))
+        return summed(torch.full((), float(self.interruption.is_requested), device=self.device))
 
     def _loss(self, batch: Batch) -> Tensor:
         with self._autocast():
@@ -318,9 +318,10 @@ class Training:
 
     def _clip(self) -> Tensor:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = whole(torch.nn.utils.get_total_norm(gradients))
+        norm = gathered(torch.nn.utils.get_total_norm(gradients))
         limit = self.config.optimizer.gradient_clip
         if limit is not None:
+            # g ← g · min(1, limit / ‖g‖), without waiting for the norm on the host.
             torch._foreach_mul_(gradients, torch.clamp(limit / (norm + 1e-6), max=1.0))
         return norm
 
@@ -329,19 +330,19 @@ class Training:
     def _record(self, *, wait: bool = False) -> None:
         """Write the scalars that have reached the host, and look whether a step went wrong."""
         for step, values in self.scalars.arrived(wait=wait):
-            bad, asked = values.pop("skipped") > 0, values.pop("signals") > 0
+            bad, is_interrupted = values.pop("skipped") > 0, values.pop("signals") > 0
             if bad and self.config.divergence.policy == "stop":
                 self._stop(step, values)
             if "learning_rate" in values:
                 self._write(step, values | ({"skipped_step": 1.0} if bad else {}))
-            self.asked_to_stop |= asked
+            self.must_stop |= is_interrupted
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         rate = self.config.tokens_per_step / values["step_seconds"]
         values["tokens_per_second"] = rate
-        used = model_flops_utilisation(rate, self.flops_per_token, self.device, self.ranks)
-        if used is not None:
-            values["model_flops_utilisation"] = used
+        utilisation = model_flops_utilisation(rate, self.flops_per_token, self.device, self.ranks)
+        if utilisation is not None:
+            values["model_flops_utilisation"] = utilisation
         self.recording.scalars(step, values, logged=True)
         if self.progress is not None and is_first_rank():
             self.progress(step, self.config.steps, values)
@@ -381,10 +382,10 @@ class Training:
             self._save_now(self.step)
         # So that who watches the run sees it; resuming takes it back.
         self._write(step, {**values, "stopped_step": 1.0})
-        what = f"loss {values['loss']:.4g}, gradient norm {values['gradient_norm']:.4g}"
+        numbers = f"loss {values['loss']:.4g}, gradient norm {values['gradient_norm']:.4g}"
         kind = "diverged" if not math.isfinite(values["loss"] + values["gradient_norm"]) else "spiked"
         raise DivergenceError(
-            f"step {step} {kind} ({what}): {cause}; the state after step {self.step} is saved. Go on with "
+            f"step {step} {kind} ({numbers}): {cause}; the state after step {self.step} is saved. Go on with "
             "--resume and divergence.policy=skip to pass over such steps, or begin again with a lower "
             "optimizer.lr"
         )

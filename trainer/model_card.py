@@ -38,16 +38,18 @@ def model_card(name: str, config: ModelConfig, card: Mapping[str, Any], folded: 
         ``statistics`` (name → number), each as far as known; what else it holds is listed as well
     folded : what the export did to the weights
     """
-    known = dict(card)
-    configuration, statistics = known.pop("config", {}), known.pop("statistics", {})
+    facts = dict(card)
+    configuration, statistics = facts.pop("config", {}), facts.pop("statistics", {})
     parts = [
         FRONT + f"# {name}",
         LOADING,
         "## Training",
-        "\n".join(f"- {label.replace('_', ' ')}: {_shown(value)}" for label, value in _facts(config, known)),
+        "\n".join(
+            f"- {label.replace('_', ' ')}: {_as_text(value)}" for label, value in _facts(config, facts)
+        ),
     ]
     if statistics:
-        rows = [f"| {label} | {_shown(value)} |" for label, value in statistics.items()]
+        rows = [f"| {label} | {_as_text(value)} |" for label, value in statistics.items()]
         parts += ["## Final statistics", "\n".join(["| statistic | value |", "|---|---|", *rows])]
     if folded:
         parts += ["## What the export changed", "\n".join(f"- {sentence}" for sentence in folded)]
@@ -57,12 +59,12 @@ def model_card(name: str, config: ModelConfig, card: Mapping[str, Any], folded: 
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(config: ModelConfig, known: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    told = [(label, value) for label, value in known.items() if value not in ("", None)]
-    return [*told, ("norm", config.norm), ("embedding_projection", config.embedding_projection)]
+def _facts(config: ModelConfig, facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    lines = [(label, value) for label, value in facts.items() if value not in ("", None)]
+    return [*lines, ("norm", config.norm), ("embedding_projection", config.embedding_projection)]
 
 
-def _shown(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):

@@ -20,16 +20,10 @@ __all__ = [
     "check_ranks",
     "distribute",
     "first_of_ranks",
-    "rank_and_ranks",
+    "gathered",
     "reshard",
     "summed",
-    "whole",
 ]
-
-
-def rank_and_ranks() -> tuple[int, int]:
-    """This process's number, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if is_distributed() else (0, 1)
 
 
 def check_ranks(config: TrainConfig, ranks: int) -> None:
@@ -43,10 +37,10 @@ def check_ranks(config: TrainConfig, ranks: int) -> None:
         raise UsageError(
             f"batch_size={config.batch_size} cannot be dealt to {ranks} ranks; give a multiple of {ranks}"
         )
-    mine = config.batch_size // ranks
-    if config.micro_batch_size is not None and mine % config.micro_batch_size:
+    share = config.batch_size // ranks
+    if config.micro_batch_size is not None and share % config.micro_batch_size:
         raise UsageError(
-            f"micro_batch_size={config.micro_batch_size} does not divide the {mine} sequences of a rank "
+            f"micro_batch_size={config.micro_batch_size} does not divide the {share} sequences of a rank "
             f"(batch_size={config.batch_size} over {ranks} ranks)"
         )
     mode, shard = config.parallel.mode, config.parallel.shard
@@ -123,14 +117,14 @@ def summed(value: Tensor) -> Tensor:
 
 
 def first_of_ranks(text: str | None) -> str | None:
-    """What the first rank that has something to say says, on every rank."""
+    """The text of the first rank that has one, on every rank; None where none has."""
     if not is_distributed():
         return text
-    everyone: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, text)
-    return next((said for said in everyone if said is not None), None)
+    texts: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(texts, text)
+    return next((text for text in texts if text is not None), None)
 
 
-def whole(value: Tensor) -> Tensor:
-    """A sharded scalar as a plain one."""
+def gathered(value: Tensor) -> Tensor:
+    """A sharded tensor as a plain one, whole on every rank; a collective."""
     return value.full_tensor() if isinstance(value, DTensor) else value

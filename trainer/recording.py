@@ -116,7 +116,8 @@ class Recording:
     well) or of its own forward passes, all micro-batches together (``on="training"``).
 
     Where training goes on from a checkpoint of step s, the run goes on too: what it had recorded after s is
-    dropped, since it will be made again. All ranks have to call everything; the first one writes.
+    dropped, since it will be made again. All ranks have to call everything; the first one writes. Why one
+    class for all loops: docs/decisions.md, Training.
 
     Parameters
     ----------
@@ -175,7 +176,7 @@ class Recording:
         tokenizer = settings.tokenizer if settings.tokenizer is not None else tokenizer
         attributes: dict[str, Any] = {"probed_on": settings.on}
         if settings.on == "held_out":
-            self._batches = self._held_out(model, tokenizer)
+            self._batches = self._held_out_batches(model, tokenizer)
             measurement = measurement.for_batches(self._batches)
             attributes |= token_attributes(self._batches)
         resume = step > 0 if resume is None else resume
@@ -196,7 +197,7 @@ class Recording:
             stack.callback(probe.close)
             if resume:
                 probe.truncate_after(step if step > 0 else -1)
-            logger = self._opened_logger(config or {}, stack)
+            logger = self._open_logger(config or {}, stack)
             self._logger = logger if settings.loggers and is_first_rank() else None
             self._headlines = HeadlineLog(probe, self._logger)
             # A loop that raises tells nobody: what is buffered is written when this object, or Python, ends.
@@ -230,7 +231,7 @@ class Recording:
             return
         (step, stack), self._open = self._open, None
         stack.close()
-        self._measured(step, {})
+        self._after_probe(step, {})
 
     def after_step(self, step: int) -> None:
         """Update number ``step`` has been made; 0 before the first one."""
@@ -248,7 +249,7 @@ class Recording:
             batches = map(loss.labelled, batches)
         with self._autocast(), loss or nullcontext():
             self.probe.measure(step, batches)
-        self._measured(step, {} if loss is None else {"held_out_loss": loss.mean()})
+        self._after_probe(step, {} if loss is None else {"held_out_loss": loss.mean()})
 
     def scalars(self, step: int, values: Mapping[str, float], *, logged: bool = False) -> None:
         """Keep numbers of ``step``. What a step has already, and what the resumed run has, stays as it is.
@@ -303,9 +304,9 @@ class Recording:
 
     # Parts
 
-    def _measured(self, step: int, values: Mapping[str, float]) -> None:
+    def _after_probe(self, step: int, values: Mapping[str, float]) -> None:
         """A probe of ``step`` is done; ``values`` belong to it."""
-        self._headlines.measured(step, self._append(step, values))
+        self._headlines.after_probe(step, self._append(step, values))
 
     def _append(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
         """Append what the row of ``step`` does not have yet, and return that."""
@@ -319,7 +320,7 @@ class Recording:
             self.probe.append_series(step, fresh)
         return fresh
 
-    def _held_out(self, model: nn.Module, tokenizer: Any) -> TokenBatches:
+    def _held_out_batches(self, model: nn.Module, tokenizer: Any) -> TokenBatches:
         if isinstance(self.held_out, TokenBatches):
             return self.held_out
         settings = getattr(unwrap(model), "config", None)
@@ -338,14 +339,14 @@ class Recording:
         longest = getattr(settings, "max_position_embeddings", None)
         return make_batches(tokenizer, tokens=ProbeConfig().tokens, max_length=longest)
 
-    def _opened_logger(self, config: Mapping[str, Any], stack: ExitStack) -> Logger:
+    def _open_logger(self, config: Mapping[str, Any], stack: ExitStack) -> Logger:
         loggers, out = self.settings.loggers, self.settings.out
         if isinstance(loggers, Logger):
             return loggers
         name = self.settings.run_name or ("run" if out is None else Path(out).stem)
-        opened = open_loggers(loggers, run=name, config=config, resumed_after=self._resumed_after)
-        stack.callback(opened.close)
-        return opened
+        logger = open_loggers(loggers, run=name, config=config, resumed_after=self._resumed_after)
+        stack.callback(logger.close)
+        return logger
 
 
 def _nothing() -> None:

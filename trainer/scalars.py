@@ -45,8 +45,8 @@ class _Pending:
     names: tuple[str, ...]
     values: Tensor
     host: dict[str, float]
-    begun: Clock
-    ended: Clock
+    start: Clock
+    end: Clock
 
 
 class Scalars:
@@ -67,14 +67,14 @@ class Scalars:
         self._lag = lag if lag is not None else 2 if device.type == "cuda" else 0
         self._queue: deque[_Pending] = deque()
 
-    def add(self, step: int, numbers: Mapping[str, Tensor], host: Mapping[str, float], begun: Clock) -> None:
+    def add(self, step: int, numbers: Mapping[str, Tensor], host: Mapping[str, float], start: Clock) -> None:
         """Send a step's device scalars on their way; ``host`` holds what the host knows already."""
         stacked = torch.stack([value.detach().to(torch.float64).reshape(()) for value in numbers.values()])
         values = stacked
         if self._device.type == "cuda":
             values = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
             values.copy_(stacked, non_blocking=True)
-        self._queue.append(_Pending(step, tuple(numbers), values, dict(host), begun, Clock(self._device)))
+        self._queue.append(_Pending(step, tuple(numbers), values, dict(host), start, Clock(self._device)))
 
     def arrived(self, *, wait: bool = False) -> Iterator[tuple[int, dict[str, float]]]:
         """The steps that are due to be read, oldest first, with ``step_seconds`` beside their numbers.
@@ -82,7 +82,10 @@ class Scalars:
         ``wait`` reads all that were sent.
         """
         while len(self._queue) > (0 if wait else self._lag):
-            first = self._queue.popleft()
-            first.ended.wait()
-            read = dict(zip(first.names, first.values.tolist(), strict=True))
-            yield first.step, {**first.host, **read, "step_seconds": first.ended.seconds_since(first.begun)}
+            oldest = self._queue.popleft()
+            oldest.end.wait()
+            numbers = dict(zip(oldest.names, oldest.values.tolist(), strict=True))
+            yield (
+                oldest.step,
+                {**oldest.host, **numbers, "step_seconds": oldest.end.seconds_since(oldest.start)},
+            )

@@ -23,7 +23,7 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    return next((flops for known, flops in PEAK.items() if known in name), None)
+    return next((flops for model, flops in PEAK.items() if model in name), None)
 
 
 def model_flops_utilisation(

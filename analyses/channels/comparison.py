@@ -112,6 +112,7 @@ def compare_channels(
     """
     _check_protocols(first, second)
     steps = (step_of(first, step), step_of(second, step if other_step is None else other_step))
+    # Site by site: both profiles, the pairs of layers, and significance where both hold sums by group.
     notes = [*_token_notes(first, second, stratum), *_basis_notes(first, second)]
     parts: list[xr.Dataset] = []
     resampled: dict[str, tuple[int, int, bool]] = {}
@@ -153,6 +154,7 @@ def _same_tokens(first: Run, second: Run, first_sums: GroupSums, second_sums: Gr
     keys = ("token_fingerprint", "sequence_length", "batch_size", "ranks")
     same = all(first.attrs.get(key) == second.attrs.get(key) for key in keys)
     alike = first_sums.count.shape[0] == second_sums.count.shape[0]
+    # Fingerprints do not say how the tokens were cut into groups; batches and counts do.
     has_fingerprint = first.attrs.get("token_fingerprint") is not None
     return (
         has_fingerprint and same and alike and bool((first_sums.count[:, 0] == second_sums.count[:, 0]).all())

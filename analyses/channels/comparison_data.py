@@ -194,12 +194,14 @@ def hot_channel_table(data: xr.Dataset) -> xr.Dataset:
     for site in data["site"].values:
         part = data.sel(site=site)
         relative = part["relative_rms"].transpose("run", "layer", "channel").values.astype(float)
+        # Over layers: the largest ratio of each channel (0 where nothing is), and in how many it is hot.
         highest = np.nanmax(np.where(np.isnan(relative), 0.0, relative), axis=1)
         layers = is_hot(relative).sum(axis=1)
         for kind, members in _kinds(
             layers > 0, same_width=bool(part["width"][0] == part["width"][1])
         ).items():
             for channel in np.flatnonzero(members):
+                # Of unequal widths, an index is a channel of one run only, and says nothing of the other.
                 only_run = {ONLY_FIRST: 0, ONLY_SECOND: 1}.get(kind)
                 absent_run = (
                     None if only_run is None or part["width"][0] == part["width"][1] else 1 - only_run

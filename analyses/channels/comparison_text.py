@@ -310,6 +310,7 @@ def _writers_behind(data: xr.Dataset) -> Iterator[str]:
             behind = rows.sel(output_channel=hot)
             if hot.size and bool(behind.notnull().any()):
                 channel = int(behind["output_channel"].values[int(np.nanargmax(behind.values))])
+                # 1 is the largest row; NaN compares as not larger.
                 rank = int((rows > behind.max()).sum()) + 1
                 yield (
                     f"Rows of {name} that write {letter}'s hot channels ({_channel_names(hot)}): max |W| up "

@@ -66,7 +66,7 @@ def compared_weights(first: Run, second: Run, steps: tuple[int, int]) -> tuple[x
                 combine_attrs="override",
             )
         )
-    writers = [group_parts for group_parts in map(_writers, (first, second)) if group_parts is not None]
+    writers = [part for part in map(_writers, (first, second)) if part is not None]
     if len(writers) == 2:
         parts.append(
             xr.concat(
@@ -74,7 +74,8 @@ def compared_weights(first: Run, second: Run, steps: tuple[int, int]) -> tuple[x
             )
         )
     by_channel = [_by_channel(run) for run in (first, second)]
-    if all(group_parts.data_vars for group_parts in by_channel):
+    # Gains and rows by channel say more than the statistics above, whose absence then needs no note.
+    if all(part.data_vars for part in by_channel):
         parts.append(
             xr.concat(
                 by_channel, "run", join="outer", data_vars="all", coords="minimal", combine_attrs="override"
@@ -104,6 +105,7 @@ def _writers(run: Run) -> xr.Dataset | None:
         return None
     for name in names:
         rows = run.weight_map(name)["row_maximum"]
+        # Only projections into the residual stream have its channels as rows.
         if rows.sizes["output_channel"] != width:
             continue
         ratio = over_median(rows.load(), "output_channel").expand_dims(projection=[name])
@@ -128,6 +130,7 @@ def _by_channel(run: Run) -> xr.Dataset:
     by_channel = weights.rename(
         {dim: new for dim, new in (("channel", "weight_channel"),) if dim in weights.dims}
     ).load()
+    # Gains inside and outside the blocks on one axis; a norm outside has no layer and stands at −1.
     ratios: dict[str, xr.DataArray] = {}
     gains = []
     if "norm_gain" in by_channel:
@@ -157,6 +160,7 @@ def _group(run: Run, group: str, names: dict[str, str], step: int) -> xr.Dataset
     if group not in (*run.sites, *run.beside):
         return None
     dataset = run[group]
+    # Older runs have the names without their group's; either is renamed to the one of a comparison.
     names_in_run = {
         old if old in dataset else new: new for new, old in names.items() if {old, new} & set(dataset)
     }

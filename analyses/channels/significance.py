@@ -119,11 +119,13 @@ def with_significance(
     ``_difference_q``. Where the widths are equal also ``difference_margin``, ``difference_q`` (layer,
     channel) and ``different_channels`` (layer).
     """
+    # Row i of either side is now the i-th pair of matched layers.
     first, second = (side.at([pair[place] for pair in pairs]) for place, side in enumerate((first, second)))
     rng = np.random.default_rng(_SEED)
     draws = [_weights(rng, side.groups) for side in (first, second)]
     if paired:
         draws[1] = draws[0]
+    # G − 1 degrees of freedom; for a difference of two runs the smaller, which errs to the wide side.
     freedom = min(first.groups, second.groups) - 1
     columns: dict[str, list[Any]] = {}
     for layer in range(len(pairs)):
@@ -235,6 +237,7 @@ def _margin(error: Any, freedom: int) -> Any:
 def _p(estimate: Any, error: Any, freedom: int) -> Any:
     """Two-sided p of no difference; 1 where there is none at all."""
     with np.errstate(divide="ignore", invalid="ignore"):
+        # P(|T| ≥ |estimate| / error) of Student's t; without error and difference it is 0/0, and 1 below.
         p = 2 * t.sf(np.abs(estimate) / error, freedom)
     return np.where(np.asarray(estimate) == 0, 1.0, p)
 

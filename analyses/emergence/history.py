@@ -104,6 +104,7 @@ def trace_emergence(
 def _short(run: Run, onset_data: xr.Dataset, probes: int) -> Run:
     """The run at few steps, among them each stratum's first onset, with its channels in memory."""
     onset = onset_data["onset"].sel(site=onset_data["site"] == "residual_post").values
+    # The first onset in any layer, by stratum; infinite where none departs.
     firsts = np.fmin.reduce(onset.reshape(-1, onset.shape[-1]), axis=0, initial=np.inf)
     short = thinned_run(run, probes, always=firsts[np.isfinite(firsts)].astype(int).tolist())
     nodes = {"/": short.tree.to_dataset()}
@@ -178,6 +179,7 @@ def onsets(
         if np.isnan(values["noise"].values[place[:2]]):
             continue
         label = "/".join(str(values[dim].values[i]) for dim, i in zip(values.dims, place, strict=False))
+        # A seed of each series' own, from its label: a series has the same interval whatever is beside it.
         emergences[place] = emergence_of_series(
             steps[places],
             np.maximum(values.values[place], 0.0),
@@ -237,6 +239,7 @@ def _of_site(run: Run, site: str) -> xr.DataArray:
     if site == "mlp_hidden" and kurtosis["step"].values[0] == 0:
         noise = np.fmax(noise, kurtosis.isel(step=0).sel(stratum="all").values)
     with np.errstate(divide="ignore"):
+        # κ of 0 gives −∞, which counts as noise: the estimator of the OSP script is cut off at 0.
         values = np.log(kurtosis.values / noise[:, None])
     return xr.DataArray(
         values[None],
@@ -274,6 +277,7 @@ def _labelled(emergences: np.ndarray, values: xr.DataArray) -> xr.Dataset:
         source = {"doubling_time": "doubling", "growth_start": "start"}.get(name, name)
         for index, end in enumerate(("", "_low", "_high")):
             array = of(source, index)
+            # y = ln(κ / noise), so κ = noise · exp(y).
             array = noise * np.exp(array) if name == "plateau" else array
             text = (
                 f"{'lower' if end == '_low' else 'upper'} end of the interval of {name}"
@@ -312,6 +316,7 @@ def _first(onset_data: xr.Dataset) -> xr.Dataset:
         layers.append(float(first[1]) if first else np.nan)
         steps.append(onset[first] if first else np.nan)
         late = float(part["onset_high"].sel(site=first[0], layer=first[1])) if first else np.nan
+        # Rivals may have departed first, too: their intervals begin before the first one's ends.
         rivals.append(
             ", ".join(
                 f"{site} {layer}"

@@ -43,6 +43,7 @@ def outlier_writers(run: Run, *, top: int = TOP) -> xr.Dataset:
     layers = []
     for layer in post["layer"].values:
         out = post.sel(layer=layer).transpose("step", "stratum", "channel").load().values
+        # The `top` largest channels of each step and stratum; they need not stay the same over training.
         channels = np.argsort(-out, axis=-1, kind="stable")[..., :top]
         entering, middle, late = (_energy(source, layer, channels) for source in sources)
         if method == "stream":
@@ -52,6 +53,7 @@ def outlier_writers(run: Run, *, top: int = TOP) -> xr.Dataset:
         layers.append(np.stack([entering, middle, late]))
     energy = np.stack(layers, axis=2)
     written = energy[1] + energy[2]
+    # attention / (attention + MLP), NaN where the block wrote nothing.
     share = np.divide(energy[1], written, out=np.full(written.shape, np.nan), where=written > 0)
     dims = ("step", "layer", "stratum")
     attrs = {"site": "residual_post", "top": top, "method": method, "unknown": unknown}
@@ -85,6 +87,7 @@ def outlier_writers(run: Run, *, top: int = TOP) -> xr.Dataset:
 
 def _writer(energy: np.ndarray, share: np.ndarray) -> np.ndarray:
     entering, written = energy[0], energy[1] + energy[2]
+    # Two thirds of what the block wrote make a writer, unless more energy entered than the block wrote.
     writers = np.where(share >= CLEAR, "attention", np.where(share <= 1 - CLEAR, "MLP", "both"))
     writers = np.where(entering > written, "earlier", writers)
     measured = np.isfinite(energy).all(axis=0) & (entering + written > 0)
@@ -110,6 +113,7 @@ def _sources(run: Run) -> tuple[list[dict[int, xr.DataArray]], str, str]:
 
 def _entering(run: Run) -> dict[int, xr.DataArray]:
     """What enters each block: ``residual_pre``, or the output of the block before it."""
+    # A block's entrance is the output of the one before; a measured residual_pre overrules it.
     before = {layer + 1: values for layer, values in _by_layer(run, "residual_post").items()}
     embedding = list(_by_layer(run, "embedding").values())
     return before | ({0: embedding[0]} if embedding else {}) | _by_layer(run, "residual_pre")

@@ -56,6 +56,7 @@ def _median(at: xr.Dataset, name: str, sinks: np.ndarray) -> float:
     """Over the sink heads; NaN where it was not measured."""
     if name not in at:
         return float("nan")
+    # Transposed, so that a variable of layers alone is repeated over heads and not the other way round.
     values = np.broadcast_to(at[name].values.T, sinks.T.shape).T[sinks]
     values = values[np.isfinite(values)]
     return float(np.median(values)) if values.size else float("nan")
@@ -89,6 +90,7 @@ def _logits(at: xr.Dataset, kinds: np.ndarray, sinks: np.ndarray) -> str:
         if (count := int((kinds == name).sum()))
     ]
     sink, others = _median(at, "sink_logit", sinks), _median(at, "other_logit", sinks)
+    # Rounded, plus 0.0 below: a small negative skew would read "−0.00".
     skew = at["logit_skew"].sel(key_class="other").transpose("layer", "head").values[sinks]
     return (
         f"Logits: {', '.join(counts)}. The sink key's lie at {sink:+.3g}, the others' at {others:+.3g}; "

@@ -125,6 +125,7 @@ def massive(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     if "massive_activation_count" in blocks:
         count = blocks["massive_activation_count"].sortby("layer").load()
+        # (layer): mean number in a sequence, over all strata.
         everywhere = np.nan_to_num(count.sel(stratum="all").values)
         present = np.flatnonzero(everywhere > 0)
         fields["massive_per_sequence"] = float(everywhere.max(initial=0.0))
@@ -154,6 +155,7 @@ def _jump(top: xr.DataArray) -> dict[str, Any]:
     values = top.values
     if values.size < 2 or not (values[:-1] > 0).all():
         return {}
+    # max|x| of block i + 1 over that of block i.
     factors = values[1:] / values[:-1]
     largest = int(np.nanargmax(factors)) if np.isfinite(factors).any() else 0
     if not factors[largest] >= JUMP:

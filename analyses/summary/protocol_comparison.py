@@ -60,6 +60,7 @@ def compare_protocols(sequence_run: Run, published_run: Run) -> ProtocolComparis
                 f"compare_protocols takes a run of the protocol `sequence` and one of `osp-published`, in "
                 f"that order; where {protocol!r} belongs, it was given {run.attrs.get('protocol')!r}"
             )
+    # Two protocols are two runs, so that both are of one model has to be checked: docs/decisions.md, Runs.
     prints = {run.attrs.get("model_fingerprint") for run in (sequence_run, published_run)}
     if len(prints) > 1:
         raise UsageError(
@@ -84,6 +85,7 @@ def compare_protocols(sequence_run: Run, published_run: Run) -> ProtocolComparis
 
 def _explanation(sequence: float, published: float) -> str:
     fed = "The script feeds every token as a sequence of length 1, so that every token sits at position 0"
+    # Within a quarter of each other they are said to agree.
     if published > 1.25 * sequence:
         return f"{fed} and becomes a sink or spike token, as only the first token of a real sequence does."
     if published < 0.8 * sequence:

@@ -140,6 +140,7 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
         "step": probed,
     }
     fields |= kurtosis(sites, _integer(attrs.get("hidden_size")), run.declared_absent)
+    # Later numbers read earlier ones: which tokens are ordinary depends on the kurtosis by stratum.
     fields |= massive(sites) | largest(sites) | everyday(sites, fields)
     if fields["sequence_length"] != 1:  # one token attends to nothing but itself
         fields |= sinks(sites)

@@ -238,6 +238,7 @@ def _hottest(run: Run, step: int) -> tuple[float, int, int] | None:
     ratio = relative_rms(rms.values.astype(np.float64))
     if not np.isfinite(ratio).any():
         return None
+    # Relative to the median channel of the layer, as everywhere: docs/decisions.md, Analyses.
     row, channel = np.unravel_index(int(np.nanargmax(ratio)), ratio.shape)
     return float(ratio[row, channel]), int(rms["layer"].values[row]), int(rms["channel"].values[channel])
 
@@ -263,14 +264,12 @@ def _kinds(step: int, sinks: xr.Dataset | None) -> str:
     if sinks is None or step not in sinks["step"].values:
         return ""
     kinds, counts = np.unique(sinks["kind"].sel(step=step).values, return_counts=True)
-    frequencies = [(int(count), str(kind)) for kind, count in zip(kinds, counts, strict=True)]
-    frequencies = [
-        pair for pair in sorted(frequencies, reverse=True) if pair[1] not in ("no sink", "not measured")
+    sink_kinds = [(int(count), str(kind)) for kind, count in zip(kinds, counts, strict=True)]
+    sink_kinds = [
+        pair for pair in sorted(sink_kinds, reverse=True) if pair[1] not in ("no sink", "not measured")
     ]
     return (
-        f". Their logits: {', '.join(f'{kind} {count}' for count, kind in frequencies)}"
-        if frequencies
-        else ""
+        f". Their logits: {', '.join(f'{kind} {count}' for count, kind in sink_kinds)}" if sink_kinds else ""
     )
 
 
@@ -301,6 +300,7 @@ def _emergence(onsets: xr.Dataset) -> Finding:
     part = onsets.sel(site="residual_post")
     strata = [str(name) for name in part["stratum"].values if name != "all"]
     part = part.sel(stratum=strata).transpose("layer", "stratum")
+    # Outliers that go away again are no finding: an onset counts where y is above the departure at the end.
     onset = np.where(part["raised_at_end"].values, part["onset"].values, np.nan)
     outputs = int((part["state"] != "").any("stratum").sum())
     if not np.isfinite(onset).any():

@@ -10,8 +10,10 @@ import numpy as np
 from osp_diag.analyses.live import Standing
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.figures.live._data import LARGEST, MEAN, Choice, chosen, floor_of, offered
+from osp_diag.figures.live._figures import figure_options
 from osp_diag.figures.live._pictures import Shown
 from osp_diag.runs.following import FollowedRun
+from osp_diag.schema import STRATUM_WORDS
 
 __all__ = [
     "CONTROLS",
@@ -23,6 +25,7 @@ __all__ = [
     "labels_of",
     "layout",
     "options",
+    "reasons",
 ]
 
 TITLE = "osp-diag, live"
@@ -34,18 +37,13 @@ GRAPHS = {
     "loss": "loss by step",
     "speed": "tokens a second by step",
 }
+FIGURES_NOTE = "Of the runs chosen above, as the report has them; drawn anew as they grow."
 CONTROLS = ("runs", "site", "statistic", "stratum", "layer")
 _CONFIG: Any = {
     "displaylogo": False,
     # Only these: plotly would add a button that uploads the picture to its maker.
     "modeBarButtons": [["toImage"], ["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]],
     "plotlyServerURL": "",
-}
-_STRATA = {
-    "all": "all tokens",
-    "first": "first token",
-    "delimiter": "delimiters",
-    "rest": "other tokens",
 }
 
 
@@ -126,7 +124,31 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
                 "loss",
                 "speed",
             ),
+            _any_figure(),
         ]
+    )
+
+
+def _any_figure() -> Any:
+    """The section that draws what a reader asks for, of all figures that there are."""
+    from dash import dcc, html
+
+    labelled: Any = {"aria-labelledby": "figures-title", "role": "group"}
+    live: Any = {"aria-live": "polite"}
+    asked = dcc.Dropdown(figure_options(), None, id="figure", placeholder="choose a figure")
+    plot = dcc.Graph(id="figure-plot", config=_CONFIG | {"responsive": False}, responsive=False)
+    return html.Section(
+        [
+            html.H2("Figures", id="figures-title"),
+            html.P(FIGURES_NOTE, className="note"),
+            html.Div(asked, **labelled),
+            html.Ul(id="figure-left-out", className="alerts", **live),
+            html.Div(plot, id="figure-box", className="figure", hidden=True, tabIndex="0", **labelled),
+            html.P(id="figure-caption", className="note"),
+            dcc.Store(id="figure-picture"),
+            dcc.Store(id="figure-shown"),
+        ],
+        **labelled | {"role": "region"},
     )
 
 
@@ -138,7 +160,7 @@ def options(runs: Sequence[FollowedRun], choice: Choice) -> list[list[dict[str, 
         return [{"label": n, "value": n} for n in dict.fromkeys([*names, present])]
 
     named = [{"label": label, "value": place} for place, label in enumerate(labels_of(runs))]
-    strata = [{"label": _STRATA.get(s, s), "value": s} for s in offer.strata or [choice.stratum]]
+    strata = [{"label": STRATUM_WORDS.get(s, s), "value": s} for s in offer.strata or [choice.stratum]]
     layers = [{"label": "largest", "value": LARGEST}, {"label": "mean", "value": MEAN}]
     layers += [{"label": str(layer), "value": str(layer)} for layer in offer.layers]
     return [
@@ -199,6 +221,13 @@ def alert_items(standings: Sequence[Standing], labels: Sequence[str]) -> list[An
     return [
         html.Li([html.Strong(f"{label}: "), alert.text], className=alert.severity) for label, alert in found
     ]
+
+
+def reasons(left_out: Sequence[str]) -> list[Any]:
+    """Why a figure is not drawn, or not of some runs."""
+    from dash import html
+
+    return [html.Li([html.Strong("not drawn: "), reason], className="watch") for reason in left_out]
 
 
 def definition(runs: Sequence[FollowedRun], choice: Choice) -> str:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["INDEX"]
+import json
+from importlib.resources import files
+
+from osp_diag.figures.styles import RUN_COLOURS
+
+__all__ = ["FIGURE_SCRIPT", "INDEX"]
 
 STYLES = """
 :root { color-scheme: light dark; --ink: #1d2125; --soft: #5b636b; --paper: #ffffff; --card: #f4f5f7;
@@ -45,18 +50,46 @@ p.note { color: var(--soft); margin: 0 0 4px; font-size: .9rem; }
 @media (max-width: 860px) { .pair { grid-template-columns: minmax(0, 1fr); }
   main { padding: 8px 10px 32px; } }
 :focus-visible { outline: 3px solid var(--focus); outline-offset: 2px; }
-.js-plotly-plot .main-svg .cartesianlayer text, .js-plotly-plot .main-svg .infolayer text,
-.js-plotly-plot .main-svg .legend text { fill: var(--ink) !important; }
-.js-plotly-plot .gridlayer path { stroke: var(--grid) !important; }
+.pair .js-plotly-plot .main-svg .cartesianlayer text, .pair .js-plotly-plot .main-svg .infolayer text,
+.pair .js-plotly-plot .main-svg .legend text { fill: var(--ink) !important; }
+.pair .js-plotly-plot .gridlayer path { stroke: var(--grid) !important; }
+.figure { overflow-x: auto; margin-top: 8px; }
 .js-plotly-plot .modebar-btn path { fill: var(--soft) !important; }
 """
+
+SCRIPT = (
+    (files("osp_diag.figures.report") / "static" / "themes.js").read_text(encoding="utf-8")
+    + f"const RUNS = {json.dumps(RUN_COLOURS)};"
+    + """
+const Page = {
+  dark: matchMedia("(prefers-color-scheme: dark)"),
+  drawn: [],
+  /* A figure in the colours of the page; nothing new if neither it nor they have changed. */
+  figure(picture) {
+    const dark = this.dark.matches;
+    if (this.drawn[0] === picture && this.drawn[1] === dark) return Array(3).fill(dash_clientside.no_update);
+    this.drawn = [picture, dark];
+    if (!picture) return [{ data: [], layout: {} }, true, {}];
+    const grid = getComputedStyle(document.documentElement).getPropertyValue("--grid").trim();
+    const size = { width: `${picture.layout.width}px`, height: `${picture.layout.height}px` };
+    const themed = Themes.themed(picture, { dark, grid, runs: RUNS });
+    Object.assign(themed.layout, { modebar: { bgcolor: "rgba(0,0,0,0)" }, uirevision: "kept" });
+    return [themed, false, size];
+  },
+};
+"""
+)
+FIGURE_SCRIPT = "(picture, _) => Page.figure(picture)"
+"""What the browser does with a figure that it was sent, and from time to time."""
 
 INDEX = (
     """<!DOCTYPE html>
 <html lang="en">
 <head>{%metas%}<link rel="icon" href="data:,"><title>{%title%}</title>{%css%}<style>"""
     + STYLES
-    + """</style></head>
+    + """</style><script>"""
+    + SCRIPT
+    + """</script></head>
 <body>{%app_entry%}<footer>{%config%}{%scripts%}{%renderer%}</footer></body>
 </html>"""
 )

@@ -8,7 +8,9 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from osp_diag.analyses.live import standing
+from osp_diag.figures._registry import names
 from osp_diag.figures.live._data import LARGEST, MEAN, Choice, chosen, scalars, sinks
+from osp_diag.figures.live._figures import AskedFigures
 from osp_diag.figures.live._layout import (
     CONTROLS,
     GRAPHS,
@@ -19,8 +21,9 @@ from osp_diag.figures.live._layout import (
     labels_of,
     layout,
     options,
+    reasons,
 )
-from osp_diag.figures.live._look import INDEX
+from osp_diag.figures.live._look import FIGURE_SCRIPT, INDEX
 from osp_diag.figures.live._pictures import Shown, curves, heat_maps, scalar_curves
 from osp_diag.runs.following import FollowedRun
 
@@ -31,6 +34,13 @@ __all__ = ["Watched", "make_page", "pictures"]
 
 
 LOSSES = ("loss", "held_out_loss", "validation_loss")
+FIGURE_PARTS = {
+    "picture": ("figure-picture", "data"),
+    "caption": ("figure-caption", "children"),
+    "left_out": ("figure-left-out", "children"),
+    "shown": ("figure-shown", "data"),
+}
+"""What a figure that was asked for changes on the page."""
 SIDE_BY_SIDE = {name: f"{name.split('-')[0]}-maps" for name in list(GRAPHS)[:4]}
 """Picture → the maps whose height its box has."""
 
@@ -144,4 +154,32 @@ def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash
             answer["definition"] = definition(watched.runs, choice)
             return answer | {"shown": now}
 
+    figures = AskedFigures(watched.runs)
+
+    @app.callback(
+        {name: Output(*place) for name, place in FIGURE_PARTS.items()},
+        [Input("tick", "n_intervals"), Input("figure", "value"), Input("runs", "value")],
+        [State("figure-shown", "data")],
+    )
+    def draw_figure(_: Any, name: Any, places: Any, shown: Any) -> dict[str, Any]:
+        nothing: dict[str, Any] = dict.fromkeys(FIGURE_PARTS, no_update)
+        if name not in names():
+            return nothing if shown is None else dict.fromkeys(FIGURE_PARTS)
+        with watched.still():
+            choice = watched.choice(places, None, None, None, None)
+        figure = figures.answer(name, choice.runs)
+        if figure is None or figure.version == shown:
+            return nothing
+        return {
+            "picture": figure.picture,
+            "caption": figure.caption,
+            "left_out": reasons(figure.left_out),
+            "shown": figure.version,
+        }
+
+    app.clientside_callback(
+        FIGURE_SCRIPT,
+        [Output("figure-plot", "figure"), Output("figure-box", "hidden"), Output("figure-plot", "style")],
+        [Input("figure-picture", "data"), Input("tick", "n_intervals")],
+    )
     return app

@@ -19,7 +19,16 @@ WORDS = {
     "clear": ("✓", "clear"),
     "unknown": ("?", "not measured"),
 }
-SCRIPTS = ("state.js", "plots.js", "explorer.js", "heads.js", "figures.js", "tables.js", "main.js")
+SCRIPTS = (
+    "state.js",
+    "themes.js",
+    "plots.js",
+    "explorer.js",
+    "heads.js",
+    "figures.js",
+    "tables.js",
+    "main.js",
+)
 
 
 def render_page(**context: Any) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import xarray as xr
 
 from osp_diag.analyses.thinned_run import thinned_run
 from osp_diag.errors import OspDiagError
@@ -16,7 +18,7 @@ from osp_diag.figures.report.encoding import compacted, factored
 from osp_diag.figures.styles import load_style
 from osp_diag.runs.run import Run
 
-__all__ = ["Picture", "draw_figures", "report_figures"]
+__all__ = ["Picture", "draw_figures", "page_picture", "report_figures"]
 
 
 @dataclass
@@ -64,7 +66,7 @@ def _together(
     name: str, placement: InReport, runs: Sequence[Run], labels: Sequence[str], group: Sequence[int]
 ) -> Picture:
     picture = Picture(name, placement.heading)
-    fitting = []
+    fitting: dict[int, Run] = {}
     for index in group:
         run = runs[index]
         try:
@@ -73,8 +75,8 @@ def _together(
                     f"{labels[index]}: it needs {placement.fewest_steps} probed steps, and there is one"
                 )
                 continue
-            _draw(placement, [run], picture, str(index))
-            fitting.append(run)
+            _draw(placement, {index: run}, picture, str(index))
+            fitting[index] = run
         except OspDiagError as reason:
             picture.left_out.append(f"{labels[index]}: {reason}")
     if len(fitting) > 1:
@@ -96,28 +98,43 @@ def _pairs(name: str, placement: InReport, runs: Sequence[Run], labels: Sequence
         both = f"{labels[first]} and {labels[second]}"
         picture = Picture(name, f"{placement.heading}: {both}")
         try:
-            _draw(placement, [runs[first], runs[second]], picture, "all")
+            _draw(placement, {first: runs[first], second: runs[second]}, picture, "all")
         except OspDiagError as reason:
             picture.left_out.append(f"{both}: {reason}")
         pictures.append(picture)
     return pictures
 
 
-def _draw(placement: InReport, runs: list[Run], picture: Picture, variant: str) -> None:
-    """As ``figures.draw``, but for the caption, which the page sets in its own type."""
-    figure = figure_module(picture.name)
-    if placement.most_steps is not None:
-        runs = [thinned_run(run, placement.most_steps) for run in runs]
-    dataset = figure.prepare(runs, **placement.options)
-    style = load_style("paper")
-    canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
-    drawing = canvas.finish(dataset).to_plotly_json()
-    picture.variants[variant] = compacted({"data": drawing["data"], "layout": drawing["layout"]})
-    for trace in picture.variants[variant]["data"]:
+def _draw(placement: InReport, runs: Mapping[int, Run], picture: Picture, variant: str) -> None:
+    """Of runs by their places on the page."""
+    drawing, dataset = page_picture(picture.name, runs)
+    for trace in drawing["data"]:
         if "text" in trace:
             trace["text"] = factored(trace["text"])
-    picture.variants[variant]["caption"] = _step_of_figure(placement, runs) + str(dataset.attrs["caption"])
+    drawing["caption"] = _step_of_figure(placement, list(runs.values())) + str(dataset.attrs["caption"])
+    picture.variants[variant] = drawing
     picture.heading = picture.heading or str(dataset.attrs["title"])
+
+
+def page_picture(name: str, runs: Mapping[int, Run]) -> tuple[dict[str, Any], xr.Dataset]:
+    """A figure as ``figures.draw`` does it, but for the caption, which a page sets in its own type.
+
+    Parameters
+    ----------
+    runs : by their places on the page, which give them their colours
+
+    Returns
+    -------
+    ``data`` and ``layout`` for plotly, made small; and what was drawn, with the caption in its attrs
+    """
+    figure, placement = figure_module(name), in_report(name)
+    limit = placement.most_steps
+    short = [run if limit is None else thinned_run(run, limit) for run in runs.values()]
+    dataset = figure.prepare(short, **placement.options)
+    style = load_style("paper").at_places(runs)
+    canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
+    drawing = canvas.finish(dataset).to_plotly_json()
+    return compacted({"data": drawing["data"], "layout": drawing["layout"]}), dataset
 
 
 def _step_of_figure(placement: InReport, runs: Sequence[Run]) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from osp_diag.errors import UsageError
@@ -53,6 +53,11 @@ class Style:
     grey: str = "#5c5c5c"
     caption_size: float = 6.5
     """points; the caption says what determines the numbers"""
+
+    def at_places(self, places: Iterable[int]) -> Style:
+        """The style for some of the runs that are shown together: each has the colour of its place."""
+        colours = tuple(self.run_colours[place % len(self.run_colours)] for place in places)
+        return replace(self, run_colours=colours) if len(set(colours)) == len(colours) else self
 
     def colours_of_runs(self, count: int) -> tuple[str, ...]:
         """The colours of ``count`` runs; of more than there are colours, shades of a map."""

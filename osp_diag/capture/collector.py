@@ -12,11 +12,10 @@ from torch import nn
 from osp_diag.capture.attention_measuring import measure_attention
 from osp_diag.capture.compiling import compile_once
 from osp_diag.capture.down_projection import down_projection
-from osp_diag.capture.hooks import ForwardPass, heads_first, unobserved
+from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
 from osp_diag.capture.token_groups import GROUPED_FIELDS, TokenGroups
-from osp_diag.errors import CaptureError
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.attention import TokenIds
@@ -74,6 +73,7 @@ class Collector:
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
     causal_layers : layers whose attention is causal, whatever way its mask says so
+    tokens_first : whether the stream is (token, batch, channel)
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
     compiled : fold with ``torch.compile``, so that one site is read in few passes
@@ -88,6 +88,7 @@ class Collector:
         estimators: EstimatorChoice = None,
         delimiter_ids: Sequence[int] = (),
         causal_layers: Collection[int] = (),
+        tokens_first: bool = False,
         vocabulary: int | None = None,
         compiled: bool = False,
         snapshots: Snapshots | None = None,
@@ -97,6 +98,7 @@ class Collector:
         self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
         self.causal_layers = frozenset(causal_layers)
+        self.tokens_first = tokens_first
         self.vocabulary = vocabulary
         self.compiled = compiled
         self.snapshots = snapshots
@@ -111,6 +113,9 @@ class Collector:
         self._strata: dict[torch.device, torch.Tensor] = {}
         self._ids: dict[torch.device, torch.Tensor] = {}
         self._pass: ForwardPass | None = None
+        self._tokens: tuple[int, int] | None = None
+        """(sequences, tokens of each) of the pass, once the stream has entered the first block"""
+        self._before_stream: list[tuple[Tap, int, torch.Tensor]] = []
         self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
         self._values: dict[int, torch.Tensor] = {}
@@ -143,27 +148,33 @@ class Collector:
     # One forward pass
 
     def start(self, forward_pass: ForwardPass) -> None:
-        """Learn which tokens the pass is about: ids, padding and so the strata."""
+        """A forward pass begins; which tokens it is about is known when the stream enters the first block."""
         self._pass = forward_pass
         self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
         self._layers_called, self._values = set(), {}
         if self.groups is not None:
             self.groups.start(self.forward_passes)
-        ids, mask = forward_pass.token_ids, forward_pass.attention_mask
+        self._before_stream, self._tokens = [], None
+
+    def on_stream(self, forward_pass: ForwardPass) -> None:
+        """Learn from what enters the first block how many sequences and tokens there are, and which."""
+        stream = forward_pass.stream
+        assert stream is not None, "it has just entered"
+        batch, tokens = _shape_of_stream(forward_pass, self.tokens_first)
+        ids = forward_pass.token_ids(batch, tokens, tokens_first=self.tokens_first)
         if ids is None:
-            other = forward_pass.embeddings
-            if other is None:
-                names = " or ".join(f"{forward_pass.prefix}{name}" for name in ("input_ids", "inputs_embeds"))
-                raise CaptureError(
-                    "the forward pass got no tensor of shape (batch, token, …), so its tokens cannot be told "
-                    f"apart; call the model with {names}"
-                )
-            ids = torch.full(other.shape[:2], -1, device=other.device)
-        with torch.no_grad():
-            strata = strata_of(ids, mask, self.delimiter_ids, forward_pass.position_ids)
+            # Made inside the model: patches, frames, learned prompts, labels moved on by one.
+            ids = torch.full((batch, tokens), -1, device=stream.device)
+        mask = forward_pass.padding_mask(batch, tokens)
+        positions = forward_pass.position_ids(batch, tokens)
+        strata = strata_of(ids, mask, self.delimiter_ids, positions)
         self._strata = {strata.device: strata}
         self._ids = {ids.device: ids}
         self._source_strata = strata
+        self._tokens = (batch, tokens)
+        waiting, self._before_stream = self._before_stream, []
+        for tap, layer, value in waiting:
+            self.on_activation(tap, layer, value)
 
     def stop(self, raised: bool) -> None:
         """A pass that raised is forgotten whole: half of its sites would bias the averages."""
@@ -178,6 +189,7 @@ class Collector:
         else:
             self.forward_passes += 1
         self._backup, self._pass, self._values = (), None, {}
+        self._before_stream, self._tokens = [], None
 
     def forget_unfinished(self) -> None:
         """Forget a pass that Ctrl-C cut short, of which no hook tells."""
@@ -200,13 +212,19 @@ class Collector:
 
     def on_activation(self, tap: Tap, layer: int, value: torch.Tensor) -> None:
         """Fold one tapped tensor."""
+        if self._tokens is None:
+            # A copy, since the model may go on to write to it.
+            self._before_stream.append((tap, layer, value.clone()))
+            return
         strata = self.strata_on(value.device)
-        _, batch, tokens = strata.shape
-        if not _has_one_vector_a_token(value, batch, tokens):
+        batch, tokens = self._tokens
+        shape, rows = tuple(value.shape), batch_first(tap, value, batch, tokens)
+        if rows is None:
             self.skipped[tap.site] = (
-                f"its tensor {tuple(value.shape)} does not hold one vector a token ({batch} × {tokens})"
+                f"its tensor {shape} does not hold one vector a token ({batch} × {tokens})"
             )
             return
+        value = rows
         if tap.heads:
             tensor = heads_first(tap, value, batch, tokens)
             if tap.site == "value":
@@ -221,9 +239,16 @@ class Collector:
 
         A layer that calls attention several times (DiffLlama) counts once, by its first call.
         """
-        if layer is None or layer in self._layers_called:
+        if layer is None or layer in self._layers_called or self._tokens is None:
             return
         self._layers_called.add(layer)
+        shape = (call.tensor.shape[0], call.tensor.shape[2])
+        if shape != self._tokens:
+            self.skipped[ATTENTION] = (
+                f"its queries are of {shape[0]} sequences of {shape[1]}, the stream's tokens of "
+                f"{self._tokens[0]} of {self._tokens[1]} (attention within windows of an image, perhaps)"
+            )
+            return
         strata = self.strata_on(call.tensor.device)
         with unobserved(call.tensor.device, traced=self.compiled):
             for site, tensor in (
@@ -360,12 +385,20 @@ class Collector:
             self._stacks[keys] = merge_states(increment_fields, self._stacks[keys], increment)
 
 
-def _has_one_vector_a_token(value: torch.Tensor, batch: int, tokens: int) -> bool:
-    """(batch, token, channel), (batch · token, channel), or (batch, token, head, width) either way round."""
-    shape = tuple(value.shape)
-    if len(shape) == 4:
-        return shape[0] == batch and tokens in shape[1:3]
-    return shape[:-1] in ((batch, tokens), (batch * tokens,))
+def _shape_of_stream(forward_pass: ForwardPass, tokens_first: bool) -> tuple[int, int]:
+    """(sequences, tokens of each): a stream of rows is one sequence, unless the ids say otherwise."""
+    stream = forward_pass.stream
+    assert stream is not None, "asked when it has entered"
+    shape = tuple(stream.shape)
+    if stream.ndim == 2:
+        for arguments in reversed(forward_pass.levels):
+            ids = arguments.get(f"{forward_pass.prefix}input_ids", arguments.get("input_ids"))
+            if isinstance(ids, torch.Tensor) and ids.ndim == 2 and ids.numel() == shape[0]:
+                return ids.shape[0], ids.shape[1]
+        return 1, shape[0]
+    if stream.ndim == 4:
+        return shape[0], shape[1] * shape[2]
+    return (shape[1], shape[0]) if tokens_first else (shape[0], shape[1])
 
 
 def _layout(kind: str, x: torch.Tensor) -> Layout:

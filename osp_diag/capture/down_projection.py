@@ -45,6 +45,10 @@ def down_projection(
         whole = whole_weight(weight)
         if isinstance(whole, str):
             return whole
+        if _is_adapted(module):
+            whole = _with_adapters(module, whole)
+            if isinstance(whole, str):
+                return whole
         width = hidden.shape[-1]
         if whole.ndim != 2 or width not in whole.shape:
             return f"its weight of shape {tuple(whole.shape)} is no matrix over {width} input channels"
@@ -52,6 +56,30 @@ def down_projection(
         if whole.shape[0] == whole.shape[1]:
             transposed = "conv1d" in type(module).__name__.lower()
         return (whole.T if transposed else whole)[None]
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether a projection holds further matrices beside its weight, as LoRA's and DoRA's do."""
+    if nn.utils.parametrize.is_parametrized(module):
+        return False
+    inner = [p for child in module.children() for p in child.parameters()]
+    return sum(p.ndim >= 2 for p in inner) > 1
+
+
+def _with_adapters(module: nn.Module, weight: Tensor) -> Tensor | str:
+    """W + Σ scale · B·A of the adapters that are on, as peft's layers give it; text where they don't."""
+    name = type(module).__name__
+    difference_of = getattr(module, "get_delta_weight", None)
+    if difference_of is None:
+        return f"its projection ({name}) is adapted: no one matrix of it multiplies its input"
+    if getattr(module, "merged", False) or getattr(module, "disable_adapters", False):
+        return weight
+    adapters = [a for a in module.active_adapters if a in getattr(module, "lora_A", {})]  # type: ignore[union-attr]
+    variants = getattr(module, "lora_variant", None) or getattr(module, "use_dora", None) or {}
+    if not adapters or any(variants.get(adapter) for adapter in adapters):
+        return f"its projection ({name}) is adapted by more than products of low rank (DoRA and its like)"
+    with torch.no_grad():
+        return weight + sum(difference_of(adapter).detach().to(weight) for adapter in adapters)
 
 
 def _expert_down_projection(module: nn.Module, matrices: dict[str, nn.Parameter], width: int) -> Tensor | str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import split_fused
 from osp_diag.sites.trace import unwrap
 
-__all__ = ["ForwardPass", "SiteCapture", "heads_first", "unobserved"]
+__all__ = ["ForwardPass", "SiteCapture", "batch_first", "heads_first", "unobserved"]
 
 
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -31,49 +31,91 @@ _NO_IDS = re.compile(r"mask|position|label|target|type|segment|cache|decoder", r
 
 
 class ForwardPass:
-    """The forward pass under way: its inputs, and how often each block ran in it."""
+    """The forward pass under way: what its modules were called with, and how often each block ran in it."""
 
     def __init__(self, arguments: Mapping[str, Any], prefix: str = "") -> None:
         self.prefix = prefix
-        self.arguments = dict(arguments)
-        """by the names that the model's own ``forward`` gives them"""
+        self.levels: list[dict[str, Any]] = [_flattened(arguments)]
+        """arguments by the names that ``forward`` gives them: of the model, then of each module on the way
+        from it to its first block, which come to know masks and positions that the model makes itself"""
+        self.block_arguments: dict[str, Any] = {}
+        """of the first block that ran"""
+        self.stream: torch.Tensor | None = None
+        """what entered the first block that ran"""
         self.runs: dict[str, int] = defaultdict(int)
         self.layer: int | None = None
         """the layer of the block that runs now"""
 
-    @property
-    def token_ids(self) -> torch.Tensor | None:
-        """(batch, token) ids: ``input_ids``, or the first integer matrix not named like something else."""
-        ids = self.arguments.get(f"{self.prefix}input_ids")
-        if isinstance(ids, torch.Tensor):
-            return ids
-        if self.prefix:
-            return None
-        for name, value in self.arguments.items():
-            matrix = isinstance(value, torch.Tensor) and value.ndim == 2 and value.dtype in _ID_DTYPES
-            if matrix and not _NO_IDS.search(name):
+        self._prefixes = [prefix]
+        """what a decoder's arguments begin with at each level: nothing inside of the decoder itself"""
+
+    def enter(self, path: str, arguments: Mapping[str, Any]) -> None:
+        """A module that holds the blocks begins to run."""
+        if self.stream is None:
+            self.levels.append(_flattened(arguments))
+            is_inside = self.prefix and self.prefix.rstrip("_") in path.split(".")
+            self._prefixes.append("" if is_inside else self.prefix)
+
+    def _inside_out(self) -> Iterator[tuple[dict[str, Any], str]]:
+        """(arguments, what those of the blocks' tokens begin with), the innermost module first."""
+        return zip(reversed(self.levels), reversed(self._prefixes), strict=True)
+
+    def named(self, name: str, shapes: Collection[tuple[int, ...]]) -> torch.Tensor | None:
+        """The argument of this name and one of these shapes that stands nearest to the blocks."""
+        for arguments, prefix in self._inside_out():
+            value = arguments.get(f"{prefix}{name}")
+            if isinstance(value, torch.Tensor) and tuple(value.shape) in shapes:
                 return value
         return None
 
-    @property
-    def embeddings(self) -> torch.Tensor | None:
-        """What stands in for missing ids: embeddings, or any tensor that starts with (batch, token)."""
-        embeddings = self.arguments.get(f"{self.prefix}inputs_embeds")
-        if isinstance(embeddings, torch.Tensor) or self.prefix:
-            return embeddings
-        tensors = (v for v in self.arguments.values() if isinstance(v, torch.Tensor) and v.ndim >= 2)
-        return next(tensors, None)
+    def token_ids(self, batch: int, tokens: int, *, tokens_first: bool = False) -> torch.Tensor | None:
+        """(batch, token) ids: ``input_ids``, or an integer argument of that shape not named otherwise."""
+        shapes = {(batch, tokens)} | ({(tokens,)} if batch == 1 else set())
+        ids = self.named("input_ids", shapes)
+        if ids is not None:
+            return ids.reshape(batch, tokens)
+        if self.prefix:
+            return None
+        turned = (tokens, batch)
+        for arguments in reversed(self.levels):
+            for name, value in arguments.items():
+                if not isinstance(value, torch.Tensor) or value.dtype not in _ID_DTYPES:
+                    continue
+                if _NO_IDS.search(name):
+                    continue
+                # Of as many sequences as tokens, ids stand as the stream does, unless they say otherwise.
+                if tokens_first and tuple(value.shape) == turned and batch != tokens:
+                    return value.T
+                if tuple(value.shape) in shapes:
+                    return value.reshape(batch, tokens)
+        return None
 
-    @property
-    def attention_mask(self) -> torch.Tensor | None:
-        """(batch, token) padding mask, if the caller passed one."""
-        mask = self.arguments.get(f"{self.prefix}attention_mask")
-        return mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    def padding_mask(self, batch: int, tokens: int) -> torch.Tensor | None:
+        """(batch, token) padding mask, if there is one; of one that covers a cache too, the end."""
+        for arguments, prefix in self._inside_out():
+            mask = arguments.get(f"{prefix}attention_mask")
+            if not isinstance(mask, torch.Tensor) or mask.ndim != 2 or mask.shape[0] != batch:
+                continue
+            inputs = [arguments.get(f"{prefix}{name}") for name in ("input_ids", "inputs_embeds")]
+            lengths = {v.shape[1] for v in inputs if isinstance(v, torch.Tensor) and v.ndim > 1}
+            if mask.shape[1] == tokens or (mask.shape[1] > tokens and lengths == {tokens}):
+                return mask[:, -tokens:]
+        return None
 
-    @property
-    def position_ids(self) -> torch.Tensor | None:
-        positions = self.arguments.get(f"{self.prefix}position_ids")
-        return positions if isinstance(positions, torch.Tensor) and positions.ndim == 2 else None
+    def position_ids(self, batch: int, tokens: int) -> torch.Tensor | None:
+        """Positions that were handed to the model, of shape (batch, token), (1, token) or (token,)."""
+        return self.named("position_ids", {(batch, tokens), (1, tokens), (tokens,)})
+
+
+def _flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments by name, those inside of a batch dictionary among them."""
+    values: dict[str, Any] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Mapping):
+            values |= {str(key): item for key, item in value.items()}
+        else:
+            values[name] = value
+    return values
 
 
 class SiteCapture:
@@ -90,6 +132,7 @@ class SiteCapture:
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
     on_start, on_stop : called when a forward pass of the whole model begins and ends; ``on_stop`` learns
         whether it raised
+    on_stream : called once a pass, when the stream enters the first block that runs, before any tap there
     """
 
     def __init__(
@@ -102,6 +145,7 @@ class SiteCapture:
         on_start: Callable[[ForwardPass], None],
         on_stop: Callable[[bool], None],
         on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None] | None = None,
+        on_stream: Callable[[ForwardPass], None] | None = None,
         prefix: str = "",
     ) -> None:
         self.model = unwrap(model)
@@ -109,6 +153,7 @@ class SiteCapture:
         self.block_paths = block_paths
         self.on_activation = on_activation
         self.on_start, self.on_stop, self.on_weight = on_start, on_stop, on_weight
+        self.on_stream = on_stream
         self.prefix = prefix
         self.current: ForwardPass | None = None
         self._handles: list[Any] = []
@@ -126,9 +171,14 @@ class SiteCapture:
             self._handles.append(
                 self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
             )
+            for path in self._modules_around():
+                module = self.model.get_submodule(path)
+                hook = self._enter_hook(path)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for path in self._layers:
                 block = self.model.get_submodule(path)
-                self._handles.append(block.register_forward_pre_hook(self._block_hook(path)))
+                hook = self._block_hook(path)
+                self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
             by_module: dict[tuple[str, str], list[Tap]] = defaultdict(list)
             for tap in self._distinct_taps():
                 by_module[tap.module, tap.side].append(tap)
@@ -185,15 +235,41 @@ class SiteCapture:
             self.current = None
             self.on_stop(result is None)
 
+    def _modules_around(self) -> list[str]:
+        """Paths of the modules that hold the blocks, the model itself left out, from outside to inside."""
+        parts = self.block_paths[0].split(".")
+        return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+    def _enter_hook(self, path: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.current is not None:
+                self.current.enter(path, _arguments_by_name(module, args, kwargs))
+
+        return hook
+
     def _block_hook(self, path: str) -> Callable[..., None]:
         order = self._layers[path]
 
-        def hook(module: nn.Module, args: Any) -> None:
-            if self.current is not None:
-                self.current.layer = order[min(self.current.runs[path], len(order) - 1)]
-                self.current.runs[path] += 1
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            if self.current is None:
+                return
+            self.current.layer = order[min(self.current.runs[path], len(order) - 1)]
+            self.current.runs[path] += 1
+            if self.current.stream is None:
+                self._stream_enters(module, args, kwargs)
 
         return hook
+
+    def _stream_enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        # The first floating input, as in the trace of a pass (see ``sites.trace``).
+        stream = next((v for v in (*args, *kwargs.values()) if _is_activation(v)), None)
+        if stream is None or self.current is None or torch.compiler.is_compiling():
+            return
+        self.current.stream = stream.detach()
+        self.current.block_arguments = _arguments_by_name(module, args, kwargs)
+        if self.on_stream is not None:
+            with unobserved(stream.device):
+                self.on_stream(self.current)
 
     def _layer(self, tap: Tap) -> int:
         """The tap's layer; in a block that runs several times, the run under way."""
@@ -261,6 +337,10 @@ def unobserved(device: torch.device, *, traced: bool = False) -> Iterator[None]:
         yield
 
 
+def _is_activation(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2
+
+
 def _arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments by name: an attention mask may come as the second positional one."""
     try:
@@ -290,6 +370,28 @@ def _output_of(key: int | str | None, result: Any) -> Any:
         return result
     items = list(result.values()) if isinstance(result, Mapping) else result
     return items[key] if isinstance(key, int) else None
+
+
+def batch_first(tap: Tap, value: torch.Tensor, batch: int, tokens: int) -> torch.Tensor | None:
+    """``value`` with its sequences leading, (batch, token, …); None where it has not one vector a token.
+
+    Known layouts: (batch, token, …), (token, batch, …), one row a token in the order of either, (batch,
+    height, width, channel) of images, and (batch, head, token, width). Where there are as many sequences as
+    tokens, the traced pass tells the first two apart.
+    """
+    shape = tuple(value.shape)
+    if tap.heads and tap.head_axis == "first":
+        return value if len(shape) == 4 and (shape[0], shape[2]) == (batch, tokens) else None
+    if len(shape) >= 3 and shape[:2] in ((batch, tokens), (tokens, batch)):
+        is_turned = tap.tokens_first if batch == tokens else shape[0] == tokens
+        return value.transpose(0, 1) if is_turned else value
+    if len(shape) == 2 and shape[0] == batch * tokens:
+        if tap.tokens_first and batch > 1:
+            return value.reshape(tokens, batch, -1).transpose(0, 1)
+        return value.reshape(batch, tokens, -1)
+    if len(shape) == 4 and shape[0] == batch and shape[1] * shape[2] == tokens and not tap.heads:
+        return value.reshape(batch, tokens, -1)
+    return None
 
 
 def heads_first(tap: Tap, value: torch.Tensor, batch: int, tokens: int) -> torch.Tensor:

@@ -145,6 +145,7 @@ def _kind_of(source: object) -> tuple[str, str]:
             "a checkpoint is a path, a hub id, module:function or an nn.Module, not a "
             f"{type(source).__name__}"
         )
+    # What is on disk wins, then wheels and loaders; what looks like a path is never looked for on the hub.
     text = os.fspath(source)
     if not text:
         raise UsageError("the checkpoint's name is empty; give a path, a hub id or module:function")
@@ -188,6 +189,7 @@ def _device(device: str | torch.device) -> torch.device:
     import torch
 
     count = torch.cuda.device_count()
+    # Under torchrun, each process of a host takes a GPU of its own.
     if str(device) == "auto":
         return (
             torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % count)

@@ -178,6 +178,7 @@ def _load(
     model, report = _from_pretrained(model_class, location, config, loading, name, options)
     notes: tuple[str, ...] = ()
     if report["missing_keys"] and model_class is not transformers.AutoModel:
+        # A checkpoint saved without its head: the bare model may have all of its tensors.
         base, base_report = _from_pretrained(transformers.AutoModel, location, config, loading, name, options)
         if len(base_report["missing_keys"]) < len(report["missing_keys"]):
             model, report = base, base_report
@@ -262,6 +263,7 @@ def _state_in(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         raise _load_error(str(path), error) from error
+    # Training scripts wrap the state in a dictionary beside the optimizer's.
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]

@@ -34,6 +34,7 @@ def find_weights(directory: Path) -> WeightFiles:
     CheckpointError
         There are none, a shard is missing, or a file is truncated.
     """
+    # As transformers chooses: safetensors first, one file before an index of shards.
     for name in SINGLE:
         safe = name.endswith(".safetensors")
         check = check_safetensors if safe else check_pickle
@@ -66,6 +67,8 @@ def find_weights(directory: Path) -> WeightFiles:
 
 def check_safetensors(path: Path) -> dict[str, Any]:
     """The header of a safetensors file whose data are all there."""
+    # The format: 8 bytes of length (little-endian), a JSON header, then the data, from whose start the
+    # header's offsets count.
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(8)

@@ -155,6 +155,12 @@ class ActivationObservation:
         xp = namespace_of(self.strata)
         return xp.astype(xp.any(self.strata > 0, axis=-1), self.strata.dtype)
 
+    @once
+    def start(self) -> Array:
+        """Column of the first token of each sequence that is not padding, (batch,) int64; 0 if all is."""
+        xp = namespace_of(self.raw_strata)
+        return xp.argmax(self.raw_strata[0, ...], axis=-1)
+
     def beyond(self, threshold: Array, centre: Array | None = None) -> Exceedances:
         """Counts of |x − centre| ≥ threshold (one of each per sequence), by token and by channel."""
         return self.reductions.exceedances(self.x, self.strata, centre, threshold)

@@ -34,6 +34,7 @@ from osp_diag.estimators.attention_tiles import (
     ProductLogits,
     SampledTile,
     SoftmaxStatistics,
+    column_sums,
     pick_sink,
 )
 from osp_diag.estimators.base import Layout
@@ -132,7 +133,8 @@ class AttentionObservation:
     softcap : c in c · tanh(logit / c), before the mask; None for none
     sink_logits : (head,) learned logits of an extra column; zeros are softmax-off-by-one
     token_ids : the tokens' ids; None where they are not known
-    query_sample : number of evenly spaced queries whose logits enter distributions; None for all
+    query_sample : number of evenly spaced queries of a sequence's tokens whose logits enter distributions;
+        None for all
     tile : queries at a time
 
     The *sink key* of a sequence is its first token that is not padding. Everything is computed in
@@ -206,7 +208,7 @@ class AttentionObservation:
     ) -> AttentionObservation:
         """From logits that the model made itself, scaled and masked.
 
-        Entries at or below −1e30 (−32752 in float16), −Inf included, are not allowed. The last
+        Entries that :func:`~osp_diag.estimators.attention_mask.is_fill` tells are not allowed. The last
         ``extra_columns`` columns are learned sinks (gpt-oss). ``mask`` says whether the model is causal
         and may narrow what is allowed; it must not add to the logits again. Queries and keys are not
         known, so that what is computed from them comes out as NaN.
@@ -326,21 +328,39 @@ class AttentionObservation:
     ) -> tuple[Float[Any, "batch head token"], Bool[Any, "batch head token"]]:
         """(α, whether it is defined) of the key at every position: α_k = mean over queries of A[i, k].
 
-        The mean is over the valid queries i ≥ k if the mask is causal, over all valid queries if not.
+        The mean is over the valid queries i ≥ k if the mask is causal, over all valid queries if not; where
+        only some keys are seen by earlier queries, over those i ≥ k and the earlier ones that see the key.
         """
         xp = namespace_of(self.valid)
         weight, mass = self.query_weight, self.softmax.key_mass
         total = xp.sum(weight, axis=-1, keepdims=True)
         # n − k of the formula, by weight: the queries at or after key k are all but those before it.
+        at_or_after = total - running_sum(weight) + weight
         if self.mask.causal:
-            count = total - running_sum(weight) + weight
+            count = at_or_after
         else:
             count = xp.broadcast_to(total, weight.shape)
+            if self.mask.partly_causal is not None:
+                partly = self.mask.partly_causal[:, None, None]
+                count = xp.where(partly, at_or_after + self._earlier_viewers, count)
         is_defined = (count > 0) & (self.valid[:, None, :] > 0)
         alpha = xp.where(
             is_defined, mass / xp.where(is_defined, count, xp.ones_like(count)), xp.zeros_like(mass)
         )
         return alpha, is_defined
+
+    @once
+    def _earlier_viewers(self) -> Float[Any, "batch head token"]:
+        """Weight of the queries before each key that see it."""
+        xp = namespace_of(self.valid)
+        tokens, total = self.layout.tokens, xp.zeros_like(self.query_weight)
+        for start in range(0, tokens, self.tile):
+            rows = self.source.span(start, min(start + self.tile, tokens))
+            tile = self.source.tile(rows)
+            is_earlier = rows.queries[:, None] < index_range(0, tokens, self.valid)[None, :]
+            sees = xp.astype(xp.broadcast_to(tile.allowed & is_earlier, tile.logits.shape), xp.float32)
+            total = total + column_sums(take_rows(self.query_weight, rows, axis=2), sees)
+        return total
 
     @once
     def received_attention(self) -> tuple[Float[Any, "batch head key"], Float[Any, "batch head key"]]:
@@ -365,17 +385,20 @@ class AttentionObservation:
         """Logits of sampled queries, for statistics of their distribution; kept if there is only one tile."""
         if "sampled_tile" in self._cache:
             return self._cache["sampled_tile"]
-        tokens = self.layout.tokens
+        tokens, weight = self.layout.tokens, self.query_weight
+        start = number * self.tile
         if self.sample == tokens:
-            start = number * self.tile
             rows = self.source.span(start, min(start + self.tile, tokens))
+            weight = take_rows(weight, rows, axis=2)
         else:
-            sample = sampled_rows(self.sample, tokens, self.valid)
-            start = number * self.tile
-            rows = QueryRows(sample.queries[start : start + self.tile], None, sample.keys)
+            # Of the tokens that are there: padding would thin the sample out.
+            sample, live = sampled_rows(self.sample, self.raw_strata[0, ...])
+            part = slice(start, start + self.tile)
+            rows = QueryRows(sample.queries[:, part], None, sample.keys)
+            weight = take_rows(weight, rows, axis=2) * live[:, None, part]
         tile = self.source.tile(rows)
         sink_logit, is_sink = pick_sink(tile, self.sink, rows)
-        sampled = SampledTile(tile, is_sink, sink_logit, take_rows(self.query_weight, rows, axis=2))
+        sampled = SampledTile(tile, is_sink, sink_logit, weight)
         if self.sampled_tiles == 1:
             self._cache["sampled_tile"] = sampled
         return sampled

@@ -129,7 +129,7 @@ class ModelLogits:
         extra = None
         if self.extra_columns:
             extra = _log_sum_exp(part[..., tokens:])
-        return LogitTile(xp.astype(logits, xp.float32), allowed & ~is_fill(logits), extra)
+        return LogitTile(xp.astype(logits, xp.float32), allowed & ~is_fill(logits, allowed), extra)
 
 
 def _log_sum_exp(values: Array) -> Array:

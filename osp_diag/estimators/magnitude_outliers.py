@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from osp_diag.errors import EstimatorError
-from osp_diag.estimators._arrays import Array, accumulator_dtype, namespace_of, quotient
+from osp_diag.estimators._arrays import Array, accumulator_dtype, index_range, namespace_of, quotient
 from osp_diag.estimators.activation import ActivationObservation, is_constant, over_strata
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
 from osp_diag.estimators.channel_moments import ChannelPowerSums
@@ -147,8 +147,17 @@ class SixSigmaCounts(Measurement):
         return {
             "total": over_strata(exceedances.token, observation.strata),
             "channel": exceedances.channel[0, ...],
-            "position": xp.sum(token_counts, axis=0),
+            "position": xp.sum(_from_start(token_counts, observation.start), axis=0),
         }
+
+
+def _from_start(values: Array, start: Array) -> Array:
+    """(batch, token) → the same with each sequence moved to begin with its first token; 0 behind its end."""
+    xp = namespace_of(values)
+    tokens = values.shape[1]
+    place = index_range(0, tokens, values)[None, :] + start[:, None]
+    moved = xp.take_along_axis(values, xp.clip(place, 0, tokens - 1), axis=1)
+    return xp.where(place < tokens, moved, xp.zeros_like(moved))
 
 
 @dataclass(frozen=True)
@@ -157,7 +166,8 @@ class SixSigmaOutliers(Estimator):
 
     Mean and deviation (Bessel) are over all T · d counted elements of the sequence, whatever the
     stratum. Given as a share of all elements, and as mean numbers per sequence in each channel and at
-    each token position (Bondarenko's two histograms). Gaussian noise gives 2e-9.
+    each token position, counted from the first token that is not padding (Bondarenko's two histograms).
+    Gaussian noise gives 2e-9.
     """
 
     multiple: float = 6.0

@@ -30,7 +30,10 @@ class NonFiniteCounts(Measurement):
         batch, length, d = raw.shape
         bad = ~observation.finite_token & (strata[0, ...] > 0)
         # Tokens that are finite, or padding, get the position T, behind every other.
-        position = xp.broadcast_to(index_range(0, length, raw)[None, :], (batch, length))
+        # Counted from the first token that is not padding, whichever side padding is on.
+        place = index_range(0, length, raw)
+        start = xp.astype(observation.start, place.dtype)
+        position = xp.broadcast_to(place[None, :] - start[:, None], (batch, length))
         position = xp.reshape(xp.where(bad, position, length * xp.ones_like(position)), (-1,))
         first = xp.argmin(position)
         row = xp.take(xp.reshape(raw, (batch * length, d)), xp.reshape(first, (1,)), axis=0)[0, :]
@@ -46,7 +49,8 @@ class NonFiniteCounts(Measurement):
 class NonFinite(Estimator):
     """Tokens with a NaN or Inf in any channel, and where the first one is.
 
-    ``nonfinite_first_token`` is the lowest position in a sequence at which one appeared, and
+    ``nonfinite_first_token`` is the lowest position in a sequence at which one appeared, counted from its
+    first token that is not padding, and
     ``nonfinite_first_channel`` the lowest such channel of that token; NaN where there is none. Padding
     is not looked at. The place is exact in float64; in JAX without x64, up to T · d = 2²⁴.
     """

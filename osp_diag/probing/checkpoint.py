@@ -38,6 +38,7 @@ from osp_diag.tokens import TokenBatches
 
 __all__ = ["OF_A_CHECKPOINT", "joined_ranks", "probe", "probe_checkpoint", "progress_bar", "working"]
 
+# Why eight groups: docs/decisions.md, Analyses.
 OF_A_CHECKPOINT = MeasurementSettings(snapshot_tokens=64, token_groups=8)
 """What is measured by default where there is one model and not a training: more, because it is done once."""
 
@@ -65,7 +66,7 @@ def probe(
     source : Hugging Face directory or hub id, GGUF file, ``module:function``, or a module in hand
     token_settings : which tokens; see :class:`osp_diag.TokenSettings`
     measurement_settings : what to measure; see :class:`osp_diag.MeasurementSettings`
-    weights : projections whose |W| is kept for pictures, see :func:`probe_checkpoint`
+    weights : projections of which a map of |W| is recorded, see :func:`probe_checkpoint`
     out : where to write the run, a folder ending in .zarr; None keeps it in memory
     overwrite : replace a run that is already there
     progress : told after every forward pass
@@ -148,13 +149,13 @@ def probe_checkpoint(
         deferred=False,  # no loop goes on meanwhile
     )
     session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
-    _keep_weights(session, () if weights is None and settings.sites is not None else weights)
+    _write_weights(session, () if weights is None and settings.sites is not None else weights)
     if settings.snapshot_tokens and is_first_rank():
         session.write_static("snapshot", _snapshot_tokens(batches, settings.snapshot_tokens))
     try:
         session.measure(step, feeding)
     except KeyboardInterrupt as interruption:
-        interruption.add_note(_keep_part(session, feeding, len(batches), out, overwrite))
+        interruption.add_note(_save_part(session, feeding, len(batches), out, overwrite))
         raise
     except torch.OutOfMemoryError as error:
         raise CaptureError(
@@ -168,11 +169,11 @@ def probe_checkpoint(
     return open_run(out)
 
 
-def _keep_weights(session: Probe, patterns: Sequence[str] | None) -> None:
+def _write_weights(session: Probe, patterns: Sequence[str] | None) -> None:
     """On every rank, because those that hold a matrix between them have to put it together."""
     model = unwrap(session.model)
-    maps, problems = weight_maps(model, session.site_map, patterns)
-    session.attributes["notes"] += problems
+    maps, notes = weight_maps(model, session.site_map, patterns)
+    session.attributes["notes"] += notes
     by_channel = channel_weights(model, session.site_map) if maps else xr.Dataset()
     if is_first_rank():
         if by_channel.data_vars:
@@ -181,7 +182,7 @@ def _keep_weights(session: Probe, patterns: Sequence[str] | None) -> None:
             session.write_static(f"{WEIGHT_MAP}/{name}", dataset)
 
 
-def _keep_part(
+def _save_part(
     session: Probe, feeding: Feeding, sequences: int, out: str | Path | None, overwrite: bool
 ) -> str:
     """Write what an interrupted probe has measured, marked as a part; says what became of it."""
@@ -189,12 +190,12 @@ def _keep_part(
         return "the run was not to be written, so nothing is kept."
     if is_distributed():
         return "nothing was written: what the ranks had measured is theirs alone until they merge it."
-    if not feeding.done:
+    if not feeding.sequence_count:
         return f"no sequence was done yet, so nothing was written to {out}."
-    part = f"{feeding.done} of {sequences} sequences"
+    part = f"{feeding.sequence_count} of {sequences} sequences"
     session.attributes |= {
-        "tokens": feeding.tokens_done,
-        "sequences": feeding.done,
+        "tokens": feeding.token_count,
+        "sequences": feeding.sequence_count,
         "interrupted": f"after {part}",
     }
     session.save(out, overwrite=overwrite)
@@ -246,7 +247,7 @@ def progress_bar(label: str, unit: str = "sequences") -> Iterator[Progress | Non
     )
     with Bar(*columns, console=console, transient=True) as bar:
         task = bar.add_task(label, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+        yield lambda sequences, total: bar.update(task, completed=sequences, total=total)
 
 
 @contextmanager

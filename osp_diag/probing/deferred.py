@@ -16,7 +16,8 @@ class HostWork:
 
     With the thread, what the work touches is touched by nobody else at the same time: whoever wants to look
     at it waits first (:meth:`wait`). What failed in the thread is raised by the caller's next call, once.
-    Ctrl-C reaches the caller alone, so work that was handed over is done, and whole.
+    Ctrl-C reaches the caller alone, so work that was handed over is done, and whole. Why a thread:
+    docs/decisions.md, Capture.
 
     Parameters
     ----------
@@ -71,20 +72,20 @@ class HostWork:
             self._errors.append(error)
 
     def _finish(self) -> None:
-        done = self._submitted(_nothing)
-        if done is not None:
-            done.result()
+        future = self._submitted(_nothing)
+        if future is not None:
+            future.result()
 
     def _raise(self) -> None:
         if not self._errors:
             return
-        first, *others = self._errors
+        error, *further = self._errors
         self._errors.clear()
-        for message in dict.fromkeys(map(str, others)):
-            if message != str(first):
-                first.add_note(f"After this: {message}")
-        first.add_note("This happened in a thread, after the call that had begun it returned.")
-        raise first
+        for message in dict.fromkeys(map(str, further)):
+            if message != str(error):
+                error.add_note(f"After this: {message}")
+        error.add_note("This happened in a thread, after the call that had begun it returned.")
+        raise error
 
 
 def _warn_of(errors: list[BaseException]) -> None:
@@ -97,4 +98,4 @@ def _warn_of(errors: list[BaseException]) -> None:
 
 
 def _nothing() -> None:
-    """What a thread is given that is only to be waited for."""
+    """The work of a thread that is only to be started, or waited for."""

@@ -22,7 +22,8 @@ Progress = Callable[[int, int], None]
 """(sequences done, sequences in all)"""
 
 CPU_TOKENS, GPU_TOKENS = 1024, 8192
-"""Tokens a forward pass by default: what a CPU's caches hold, and what keeps a GPU busy."""
+"""Tokens a forward pass by default: what a CPU's caches hold, and what keeps a GPU busy (docs/decisions.md,
+Capture)."""
 
 
 class Feeding:
@@ -56,44 +57,43 @@ class Feeding:
             raise UsageError(f"batch_size={batch_size}: a forward pass needs 1 or more sequences")
         self.device = _input_device(model)
         budget = GPU_TOKENS if self.device.type == "cuda" else CPU_TOKENS
-        most = budget // batches.sequence_length
+        largest = budget // batches.sequence_length
         if passes > 1:
-            most = min(most, len(batches.tokens) // passes)
-        self.batch_size = batch_size or max(1, most)
+            largest = min(largest, len(batches.tokens) // passes)
+        self.batch_size = batch_size or max(1, largest)
         self.progress = progress
-        self.done = 0
-        """Sequences of this rank whose forward pass is over."""
+        self.sequence_count = 0
+        """Sequences of this rank whose forward pass is over, so far."""
         self._batches = batches
-        self._names = _Arguments(model)
-        self._mine = np.arange(len(batches.tokens))
+        self._arguments = _Arguments(model)
+        # Which of the batches' sequences are this rank's.
+        self._rows = np.arange(len(batches.tokens))
         if is_distributed():
             ranks = dist.get_world_size()
-            if _is_sharded(model) and len(self._mine) % ranks:
-                even = max(1, len(self._mine) // ranks) * ranks
+            if _is_sharded(model) and len(self._rows) % ranks:
+                even = max(1, len(self._rows) // ranks) * ranks
                 raise CaptureError(
-                    f"{len(self._mine)} sequences do not divide evenly among {ranks} ranks, and a model "
+                    f"{len(self._rows)} sequences do not divide evenly among {ranks} ranks, and a model "
                     "sharded by FSDP waits until every rank runs equally many; run "
                     f"{even} sequences (tokens={even * batches.sequence_length})"
                 )
-            self._mine = self._mine[dist.get_rank() :: ranks]
+            self._rows = self._rows[dist.get_rank() :: ranks]
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         padded = not bool(np.all(self._batches.attention_mask))
-        for start in range(0, len(self._mine), self.batch_size):
-            chosen = self._mine[start : start + self.batch_size]
-            ids = torch.as_tensor(self._batches.tokens[chosen], device=self.device)
-            mask = (
-                torch.as_tensor(self._batches.attention_mask[chosen], device=self.device) if padded else None
-            )
-            yield self._names.of(ids, mask)
-            self.done += len(chosen)
+        for start in range(0, len(self._rows), self.batch_size):
+            rows = self._rows[start : start + self.batch_size]
+            ids = torch.as_tensor(self._batches.tokens[rows], device=self.device)
+            mask = torch.as_tensor(self._batches.attention_mask[rows], device=self.device) if padded else None
+            yield self._arguments.of(ids, mask)
+            self.sequence_count += len(rows)
             if self.progress is not None:
-                self.progress(self.done, len(self._mine))
+                self.progress(self.sequence_count, len(self._rows))
 
     @property
-    def tokens_done(self) -> int:
-        """Tokens of the sequences done, padding left out."""
-        return int(self._batches.attention_mask[self._mine[: self.done]].sum())
+    def token_count(self) -> int:
+        """Tokens of those sequences, padding left out."""
+        return int(self._batches.attention_mask[self._rows[: self.sequence_count]].sum())
 
 
 class _Arguments:
@@ -109,8 +109,8 @@ class _Arguments:
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ]
         # A wrapper's forward(*args, **kwargs) tells no names; what it wraps is then a Hugging Face model.
-        known = "input_ids" in parameters or not positional
-        self._ids = "input_ids" if known else positional[0]
+        takes_ids = "input_ids" in parameters or not positional
+        self._ids = "input_ids" if takes_ids else positional[0]
         self._decoder = bool(getattr(config, "is_encoder_decoder", False))
         self._cache = hasattr(config, "use_cache")
 

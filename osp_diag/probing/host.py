@@ -22,14 +22,15 @@ def to_host(states: Mapping[Key, State]) -> dict[Key, State]:
     for key, state in states.items():
         for name, value in state.items():
             by_device.setdefault(value.device, []).append((key, name))
-    out: dict[Key, State] = {key: {} for key in states}
+    copies: dict[Key, State] = {key: {} for key in states}
     for entries in by_device.values():
         tensors = [states[key][name] for key, name in entries]
+        # In float64, which holds every float32 and every count below 2^53 exactly.
         flat = torch.cat([tensor.reshape(-1).double() for tensor in tensors]).cpu().numpy()
         ends = np.cumsum([tensor.numel() for tensor in tensors])
         for (key, name), tensor, piece in zip(entries, tensors, np.split(flat, ends[:-1]), strict=True):
-            out[key][name] = piece.reshape(tensor.shape)
-    return out
+            copies[key][name] = piece.reshape(tensor.shape)
+    return copies
 
 
 def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:
@@ -41,12 +42,12 @@ def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:
     for site in dict.fromkeys(site for site, _ in snapshots.copies):
         layers = sorted(layer for s, layer in snapshots.copies if s == site)
         shape = snapshots.copies[site, layers[0]].shape
-        alike = [layer for layer in layers if snapshots.copies[site, layer].shape == shape]
-        values = np.stack([snapshots.copies[site, layer].cpu().numpy() for layer in alike])
+        members = [layer for layer in layers if snapshots.copies[site, layer].shape == shape]
+        values = np.stack([snapshots.copies[site, layer].cpu().numpy() for layer in members])
         dims = (
             ("layer", "head", "token", "head_channel") if values.ndim == 4 else ("layer", "token", "channel")
         )
-        coordinates = {"layer": alike} | {
+        coordinates = {"layer": members} | {
             dim: np.arange(n) for dim, n in zip(dims[1:], values.shape[1:], strict=True)
         }
         attributes = {"units": "1", "long_name": f"activation at {site}", "definition": SITES.get(site, site)}
@@ -58,18 +59,20 @@ def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:
 
 def _logit_rules(rules: Mapping[int, LogitRule]) -> xr.Dataset:
     """What makes logits of the kept queries and keys, for the layers whose shapes are those of the first."""
-    first = next(iter(rules.values()))
-    alike = {
+    first_rule = next(iter(rules.values()))
+    members = {
         layer: rule
         for layer, rule in sorted(rules.items())
-        if (rule.bias.shape[1:], rule.sink_logits.shape) == (first.bias.shape[1:], first.sink_logits.shape)
+        if (rule.bias.shape[1:], rule.sink_logits.shape)
+        == (first_rule.bias.shape[1:], first_rule.sink_logits.shape)
     }
     # One table for all heads of a layer, unless some layer has one for each.
-    tables = max(rule.bias.shape[0] for rule in alike.values())
+    tables = max(rule.bias.shape[0] for rule in members.values())
     bias = [
-        np.broadcast_to(rule.bias.cpu().numpy(), (tables, *first.bias.shape[1:])) for rule in alike.values()
+        np.broadcast_to(rule.bias.cpu().numpy(), (tables, *first_rule.bias.shape[1:]))
+        for rule in members.values()
     ]
-    told = {
+    definitions = {
         "scale": "factor of q·k",
         "softcap": "bound of scale·q·k, which becomes softcap·tanh(scale·q·k / softcap); NaN for none",
         "sink_logit": "logit of a head's imaginary key, which takes mass and gives nothing; −∞ for none",
@@ -77,16 +80,16 @@ def _logit_rules(rules: Mapping[int, LogitRule]) -> xr.Dataset:
         "sees_beyond": "whether a query also attends to keys behind the kept ones",
     }
     values = {
-        "scale": (("layer",), np.array([rule.scale for rule in alike.values()])),
-        "softcap": (("layer",), np.array([rule.softcap for rule in alike.values()])),
-        "sink_logit": (("layer", "head"), np.stack([rule.sink_logits.numpy() for rule in alike.values()])),
+        "scale": (("layer",), np.array([rule.scale for rule in members.values()])),
+        "softcap": (("layer",), np.array([rule.softcap for rule in members.values()])),
+        "sink_logit": (("layer", "head"), np.stack([rule.sink_logits.numpy() for rule in members.values()])),
         "logit_bias": (("layer", "bias_head", "query_token", "key_token"), np.stack(bias)),
-        "sees_beyond": (("layer",), np.array([rule.sees_beyond for rule in alike.values()], dtype=np.int8)),
+        "sees_beyond": (("layer",), np.array([rule.sees_beyond for rule in members.values()], dtype=np.int8)),
     }
     return xr.Dataset(
         {
-            name: (dims, array, {"units": "1", "definition": told[name]})
+            name: (dims, array, {"units": "1", "definition": definitions[name]})
             for name, (dims, array) in values.items()
         },
-        {"layer": list(alike)},
+        {"layer": list(members)},
     )

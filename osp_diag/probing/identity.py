@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import hashlib
+import platform
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from osp_diag.checkpoints import Checkpoint
-from osp_diag.estimators import estimator_parameters as known_parameters
+from osp_diag.estimators import estimator_parameters as parameter_names
 from osp_diag.estimators.base import Estimator
 from osp_diag.tokens import TokenBatches
+from osp_diag.version import __version__
 
 __all__ = [
     "circumstances",
     "delimiter_fingerprint",
     "estimator_parameters",
+    "library_versions",
     "model_attributes",
     "token_attributes",
     "tokenizer_fingerprint",
 ]
+
+LIBRARIES = ("torch", "transformers", "accelerate", "numpy", "tokenizers", "xarray", "zarr", "jax")
+"""Those whose versions a number can depend on."""
 
 
 def model_attributes(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -82,11 +89,23 @@ def delimiter_fingerprint(delimiter_ids: Iterable[int]) -> str:
 
 def estimator_parameters(estimators: Iterable[Estimator]) -> dict[str, dict[str, Any]]:
     """Identifier → parameters, of the estimators that have any."""
-    found = {
-        estimator.identifier: {name: getattr(estimator, name) for name in known_parameters(type(estimator))}
+    by_identifier = {
+        estimator.identifier: {name: getattr(estimator, name) for name in parameter_names(type(estimator))}
         for estimator in estimators
     }
-    return {identifier: parameters for identifier, parameters in found.items() if parameters}
+    return {identifier: parameters for identifier, parameters in by_identifier.items() if parameters}
+
+
+def library_versions() -> dict[str, str]:
+    """Installed library → version, Python's and our own included."""
+    # Our own is not asked of the installer: a clone need not be installed.
+    versions = {"osp-diag": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions
 
 
 def circumstances() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator, Layout, Output, State, Suite
 from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep
 from osp_diag.runs.run import Run
-from osp_diag.schema import STRATA
+from osp_diag.schema import STRATA, group_path
 
 __all__ = ["StepLabels", "label_states", "labelled_groups", "raw_states", "relabel", "token_group_states"]
 
@@ -23,18 +23,16 @@ Layers = Mapping[int, tuple[State, Layout]]
 """Layer → its state as NumPy arrays, and the sizes that it has."""
 
 
-def _coordinates(
-    output_dims: tuple[str, ...], shape: tuple[int, ...], given: Mapping[str, Any]
-) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for dim, size in zip(output_dims, shape, strict=True):
-        if dim in given:
-            found[dim] = np.asarray(given[dim])
+def _coordinates(dims: tuple[str, ...], shape: tuple[int, ...], labels: Mapping[str, Any]) -> dict[str, Any]:
+    coordinates: dict[str, Any] = {}
+    for dim, size in zip(dims, shape, strict=True):
+        if dim in labels:
+            coordinates[dim] = np.asarray(labels[dim])
         elif dim == "stratum":
-            found[dim] = np.asarray(STRATA)
+            coordinates[dim] = np.asarray(STRATA)
         else:
-            found[dim] = np.arange(size)
-    return found
+            coordinates[dim] = np.arange(size)
+    return coordinates
 
 
 def _attributes(estimator: Estimator, output: Output) -> dict[str, Any]:
@@ -104,7 +102,7 @@ def raw_states(suite: Suite, layers: Layers) -> xr.Dataset:
     The attribute ``layout_activation`` (or ``_heads``, ``_attention``) keeps the sizes that
     :func:`relabel` needs: a list of {"layers": […], "channels": …, "heads": …}.
     """
-    known = suite.coords()
+    fixed_labels = suite.coords()
     parts, sizes = [], []
     for layout, members in _by_layout(layers).items():
         state = _stacked([layers[layer][0] for layer in members])
@@ -112,7 +110,7 @@ def raw_states(suite: Suite, layers: Layers) -> xr.Dataset:
         coordinates: dict[str, Any] = {"layer": np.asarray(members)}
         for name, spec in suite.fields(layout).items():
             variables[name] = (("layer", *spec.dims), state[name], {"combine": spec.combine})
-            coordinates |= _coordinates(spec.dims, state[name].shape[1:], known)
+            coordinates |= _coordinates(spec.dims, state[name].shape[1:], fixed_labels)
         parts.append(xr.Dataset(variables, coordinates))
         sizes.append({"layers": members, **asdict(layout)})
     attributes = {f"layout_{suite.estimators[0].observes}": sizes}
@@ -130,7 +128,10 @@ class _DeclaredSite:
 
 
 class StepLabels:
-    """Labels of a run's sites, declared at the first step and again where a site's structure has changed."""
+    """Labels of a run's sites, declared at the first step and again where a site's structure has changed.
+
+    Why once: docs/decisions.md, Runs.
+    """
 
     def __init__(self) -> None:
         self._sites: dict[str, _DeclaredSite] = {}
@@ -146,20 +147,22 @@ class StepLabels:
         kinds : what is observed → the layers in which it was
         """
         structure = _structure(suites, kinds, keep_raw)
-        known = self._sites.get(site)
-        if known is not None and known.structure == structure and known.groups:
-            arrays = _site_arrays(suites, kinds, known.groups)
+        previous = self._sites.get(site)
+        if previous is not None and previous.structure == structure and previous.groups:
+            arrays = _site_arrays(suites, kinds, previous.groups)
             if arrays is not None:
-                return {group: GroupStep(known.groups[group], own) for group, own in arrays.items()}
+                return {group: GroupStep(previous.groups[group], values) for group, values in arrays.items()}
         parts = _site_parts(site, suites, kinds, keep_raw)
-        datasets = {group: _merged(own) for group, own in parts.items()}
+        datasets = {group: _merged(of_group) for group, of_group in parts.items()}
         if not _are_plain(kinds, parts, datasets):
             return dict(datasets)
         declared = {group: DeclaredGroup.of(dataset) for group, dataset in datasets.items()}
         self._sites[site] = _DeclaredSite(structure, declared)
         return {
-            group: GroupStep(own, {name: datasets[group].variables[name].values for name in own.variables})
-            for group, own in declared.items()
+            group: GroupStep(
+                labels, {name: datasets[group].variables[name].values for name in labels.variables}
+            )
+            for group, labels in declared.items()
         }
 
 
@@ -206,7 +209,7 @@ def _site_parts(
     site: str, suites: Mapping[str, Suite], kinds: Mapping[str, Layers], keep_raw: bool
 ) -> dict[str, list[xr.Dataset]]:
     """The site's groups, of each a Dataset for everything that is observed there."""
-    path = site.replace(":", "/")
+    path = group_path(site)
     parts = {path: [label_states(suites[kind], layers) for kind, layers in kinds.items()]}
     if keep_raw:
         parts[f"raw/{path}"] = [raw_states(suites[kind], layers) for kind, layers in kinds.items()]
@@ -214,10 +217,10 @@ def _site_parts(
 
 
 def _merged(parts: Sequence[xr.Dataset]) -> xr.Dataset:
-    whole = parts[0]
+    merged = parts[0]
     for part in parts[1:]:
-        whole = whole.merge(part).assign_attrs(whole.attrs | part.attrs)
-    return whole
+        merged = merged.merge(part).assign_attrs(merged.attrs | part.attrs)
+    return merged
 
 
 def _are_plain(
@@ -230,8 +233,8 @@ def _are_plain(
         return False
     return all(
         part.coords[name].equals(datasets[group].coords[name])
-        for group, own in parts.items()
-        for part in own
+        for group, of_group in parts.items()
+        for part in of_group
         for name in part.coords
     )
 
@@ -252,10 +255,10 @@ def _site_arrays(
                 return None
         for group in raw:
             arrays[group] |= {name: state[name] for name in suites[kind].fields(layout)}
-    for group, own in declared.items():
-        if arrays[group].keys() != own.variables.keys():
+    for group, labels in declared.items():
+        if arrays[group].keys() != labels.variables.keys():
             return None
-        if not all(variable.fits(arrays[group][name]) for name, variable in own.variables.items()):
+        if not all(variable.fits(arrays[group][name]) for name, variable in labels.variables.items()):
             return None
     return arrays
 
@@ -267,7 +270,7 @@ def _has_labels(output: Output, name: str, declared: DeclaredGroup) -> bool:
         return False
     # Coordinates may follow from the data: a histogram's edges, say.
     coordinates = ((labels, declared.labels(dim)) for dim, labels in output.coords.items())
-    return all(known is not None and np.array_equal(labels, known) for labels, known in coordinates)
+    return all(previous is not None and np.array_equal(labels, previous) for labels, previous in coordinates)
 
 
 def token_group_states(
@@ -284,7 +287,7 @@ def token_group_states(
     layouts : by (site, layer, what is observed)
     count : how many groups
     """
-    found: dict[str, xr.Dataset] = {}
+    groups: dict[str, xr.Dataset] = {}
     for site, kind in dict.fromkeys((site, kind) for site, _, kind, _ in states):
         layers = {
             layer: (_by_group(states, (site, layer, kind), count), layouts[site, layer, kind])
@@ -299,20 +302,20 @@ def token_group_states(
             for name, values in state.items():
                 dims = fields[name].dims
                 # Single precision for what is by channel: it is nearly all of the bytes.
-                kept = values.astype(np.float32) if "channel" in dims else values
-                variables[name] = (("layer", "token_group", *dims), kept, {"combine": fields[name].combine})
+                stored = values.astype(np.float32) if "channel" in dims else values
+                variables[name] = (("layer", "token_group", *dims), stored, {"combine": fields[name].combine})
                 coordinates |= _coordinates(dims, values.shape[2:], {})
             parts.append(xr.Dataset(variables, coordinates))
-        found[f"token_groups/{site}"] = _joined(parts)
-    return found
+        groups[f"token_groups/{site}"] = _joined(parts)
+    return groups
 
 
 def _by_group(states: Mapping[tuple[Any, ...], State], key: tuple[Any, ...], count: int) -> State:
     """The states of all groups at one place on a leading axis, 0 where a group saw nothing."""
-    known = [states.get((*key, group)) for group in range(count)]
-    example = next(state for state in known if state is not None)
+    of_groups = [states.get((*key, group)) for group in range(count)]
+    example = next(state for state in of_groups if state is not None)
     return {
-        name: np.stack([np.zeros_like(value) if state is None else state[name] for state in known])
+        name: np.stack([np.zeros_like(value) if state is None else state[name] for state in of_groups])
         for name, value in example.items()
     }
 
@@ -347,25 +350,25 @@ def relabel(run: Run, site: str, estimators: Sequence[Estimator | str] | None = 
     raw = run.raw(site)
     groups: dict[str, list[Estimator]] = defaultdict(list)
     for estimator in _of_run(run) if estimators is None else estimators:
-        chosen = get_estimator(estimator) if isinstance(estimator, str) else estimator
-        if f"layout_{chosen.observes}" in raw.attrs:
-            missing = sorted(set(Suite((chosen,)).fields(Layout())) - set(map(str, raw.data_vars)))
+        instance = get_estimator(estimator) if isinstance(estimator, str) else estimator
+        if f"layout_{instance.observes}" in raw.attrs:
+            missing = sorted(set(Suite((instance,)).fields(Layout())) - set(map(str, raw.data_vars)))
             if not missing:
-                groups[chosen.observes].append(chosen)
+                groups[instance.observes].append(instance)
                 continue
             reason = f"it needs the sums {', '.join(missing)}"
         else:
-            reason = f"it observes {chosen.observes}"
+            reason = f"it observes {instance.observes}"
         if estimators is not None:
             raise EstimatorError(
-                f"{chosen.identifier} cannot be computed at {site!r} from this run: {reason}, which the run "
-                "does not keep there; probe again with this estimator"
+                f"{instance.identifier} cannot be computed at {site!r} from this run: {reason}, which the "
+                "run does not keep there; probe again with this estimator"
             )
     steps = []
     for index in range(raw.sizes["step"]):
         sums = raw.isel(step=index)
         parts = [
-            _relabelled(Suite(chosen), sums, raw.attrs[f"layout_{kind}"]) for kind, chosen in groups.items()
+            _relabelled(Suite(members), sums, raw.attrs[f"layout_{kind}"]) for kind, members in groups.items()
         ]
         steps.append(xr.merge(parts, combine_attrs="override", join="outer", compat="no_conflicts"))
     joined = xr.concat(steps, raw["step"], data_vars="all", coords="minimal", compat="override", join="exact")
@@ -374,25 +377,25 @@ def relabel(run: Run, site: str, estimators: Sequence[Estimator | str] | None = 
 
 def _of_run(run: Run) -> list[Estimator]:
     """The estimators that a run was made with; JSON made lists of their tuples."""
-    known = run.attrs.get("estimator_parameters", {})
+    by_name = run.attrs.get("estimator_parameters", {})
 
     def parameters(name: str) -> dict[str, Any]:
-        given = known.get(name, {})
-        return {key: tuple(value) if isinstance(value, list) else value for key, value in given.items()}
+        recorded = by_name.get(name, {})
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in recorded.items()}
 
     return [get_estimator(name, **parameters(name)) for name in run.estimators]
 
 
 def _relabelled(suite: Suite, sums: xr.Dataset, sizes: Sequence[Mapping[str, Any]]) -> xr.Dataset:
     """One step's statistics from its raw sums; padding that joined layers of other sizes is cut off."""
-    known = suite.coords()
+    fixed_labels = suite.coords()
     layers: dict[int, tuple[State, Layout]] = {}
     for entry in sizes:
         layout = Layout(**{key: int(value) for key, value in entry.items() if key != "layers"})
         for layer in entry["layers"]:
             state = {}
             for name, spec in suite.fields(layout).items():
-                own = {dim: slice(layout.size(dim)) for dim in spec.dims if dim not in known}
-                state[name] = sums[name].sel(layer=layer).isel(own).transpose(*spec.dims).values
+                extent = {dim: slice(layout.size(dim)) for dim in spec.dims if dim not in fixed_labels}
+                state[name] = sums[name].sel(layer=layer).isel(extent).transpose(*spec.dims).values
             layers[int(layer)] = (state, layout)
     return label_states(suite, layers)

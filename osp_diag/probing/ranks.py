@@ -54,17 +54,17 @@ def _communication_device() -> torch.device:
 
 
 def _gathered(value: Any) -> list[Any]:
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
-    return everyone
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def _extended(value: torch.Tensor | None, shape: tuple[int, ...], identity: float) -> torch.Tensor:
     """``value`` filled up with the identity: a rank whose sequences were shorter, or that saw nothing."""
-    out = torch.full(shape, identity, dtype=torch.float64)
+    extended = torch.full(shape, identity, dtype=torch.float64)
     if value is not None:
-        out[tuple(slice(0, size) for size in value.shape)] = value.detach().to("cpu", torch.float64)
-    return out
+        extended[tuple(slice(0, size) for size in value.shape)] = value.detach().to("cpu", torch.float64)
+    return extended
 
 
 def merge_over_ranks(
@@ -82,23 +82,25 @@ def merge_over_ranks(
     states, layouts : what this rank measured, by key
     fields : how the fields of a key combine
     """
+    # Ranks saw sequences of different lengths: an entry is as large as the largest of any rank.
     merged_layouts: dict[Key, Layout] = {}
     shapes: dict[tuple[Key, str], tuple[int, ...]] = {}
-    mine = {key: {name: tuple(v.shape) for name, v in state.items()} for key, state in states.items()}
-    for their_layouts, their_shapes in _gathered((dict(layouts), mine)):
+    own_shapes = {key: {name: tuple(v.shape) for name, v in state.items()} for key, state in states.items()}
+    for their_layouts, their_shapes in _gathered((dict(layouts), own_shapes)):
         for key, layout in their_layouts.items():
-            known = merged_layouts.get(key)
-            merged_layouts[key] = layout if known is None or layout.tokens > known.tokens else known
+            widest = merged_layouts.get(key)
+            merged_layouts[key] = layout if widest is None or layout.tokens > widest.tokens else widest
         for key, by_name in their_shapes.items():
             for name, shape in by_name.items():
-                before = shapes.get((key, name), shape)
-                shapes[key, name] = tuple(map(max, before, shape))
+                largest = shapes.get((key, name), shape)
+                shapes[key, name] = tuple(map(max, largest, shape))
     order = sorted(shapes, key=str)
     combine = {(key, name): fields(key, merged_layouts[key])[name] for key, name in order}
     merged: dict[Key, State] = {}
     device = _communication_device()
-    for how, operation in _OPERATIONS.items():
-        entries = [entry for entry in order if combine[entry].combine == how]
+    # One collective for each way of combining: the entries end to end in one vector, cut apart after it.
+    for combination, operation in _OPERATIONS.items():
+        entries = [entry for entry in order if combine[entry].combine == combination]
         if not entries:
             continue
         pieces = [

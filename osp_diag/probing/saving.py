@@ -38,11 +38,11 @@ def check_out(out: str | Path, *, overwrite: bool = False) -> None:
     check_destination(path, overwrite=overwrite)
 
 
-def _did_you_mean(missing: Path) -> str:
-    beside = [entry.name for entry in missing.parent.iterdir()] if missing.parent.is_dir() else []
-    if nearest(missing.name, beside):
-        return f"; {did_you_mean(missing.name, beside)}"
-    return f"; make it first (mkdir -p {missing})"
+def _did_you_mean(folder: Path) -> str:
+    names = [entry.name for entry in folder.parent.iterdir()] if folder.parent.is_dir() else []
+    if nearest(folder.name, names):
+        return f"; {did_you_mean(folder.name, names)}"
+    return f"; make it first (mkdir -p {folder})"
 
 
 def write_run(

@@ -21,17 +21,21 @@ from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators.base import Estimator, Field, Layout
 from osp_diag.probing.host import snapshot_datasets, to_host
-from osp_diag.probing.identity import circumstances, delimiter_fingerprint, estimator_parameters
+from osp_diag.probing.identity import (
+    circumstances,
+    delimiter_fingerprint,
+    estimator_parameters,
+    library_versions,
+)
 from osp_diag.probing.labelling import StepLabels, labelled_groups, token_group_states
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, rank_of_all
 from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, keyword_form
-from osp_diag.probing.versions import library_versions
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
-from osp_diag.schema import ATTENTION, HEAD_SITES, LINEAR_INPUT, SITES
+from osp_diag.schema import ATTENTION, HEAD_SITES, HIDDEN_STATES, LINEAR_INPUT, SITES
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
@@ -107,7 +111,12 @@ class Probe:
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if settings.compile == "auto" else bool(settings.compile)
         self.deferred = on_accelerator if deferred == "auto" else bool(deferred)
-        self.absent = {site: why for site, why in self.site_map.absent.items() if self.wanted(site)}
+        # Which hidden states a model lacks is always recorded: the headline number depends on it.
+        self.absent = {
+            site: reason
+            for site, reason in self.site_map.absent.items()
+            if self.measures_site(site) or site in HIDDEN_STATES
+        }
         self.attributes = {**self._identity(), **(attributes or {})}
         self._labels = StepLabels()
         self._records = Records(
@@ -121,7 +130,7 @@ class Probe:
 
     # What is measured
 
-    def wanted(self, site: str) -> bool:
+    def measures_site(self, site: str) -> bool:
         named_sites = self.settings.named_sites or ()
         return matches(site, self.patterns) or (self.patterns is None and site in named_sites)
 
@@ -138,11 +147,11 @@ class Probe:
     def _identity(self) -> dict[str, Any]:
         """Everything about the model and the probe that determines a number."""
         model = unwrap(self.model)
-        used: dict[str, Estimator] = {}
+        estimators: dict[str, Estimator] = {}
         for site in self.site_map.sites:
-            if self.wanted(site):
+            if self.measures_site(site):
                 for suite in suites_of(site, self.estimators).values():
-                    used |= {estimator.identifier: estimator for estimator in suite.estimators}
+                    estimators |= {estimator.identifier: estimator for estimator in suite.estimators}
         parameter = next(model.parameters())
         return {
             "model_name": getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -155,12 +164,12 @@ class Probe:
             "sites": {
                 site: SITES.get(site, "input of this projection")
                 for site in self.site_map.sites
-                if self.wanted(site)
+                if self.measures_site(site)
             },
             "absent_sites": self.absent,
             "notes": list(self.site_map.notes),
-            "estimators": list(used),
-            "estimator_parameters": estimator_parameters(used.values()),
+            "estimators": list(estimators),
+            "estimator_parameters": estimator_parameters(estimators.values()),
             "delimiter_ids": delimiter_fingerprint(self.delimiter_ids),
             "compiled": self.compiled,
             "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -224,18 +233,19 @@ class Probe:
 
     def _collector(self) -> Collector:
         settings = self.settings
-        first = settings.snapshot_tokens > 0 and not any(
+        takes_snapshots = settings.snapshot_tokens > 0 and not any(
             group.startswith("snapshot/") for group in self._records.static
         )
         linear_inputs = [site for site in self.site_map.sites if site.startswith(LINEAR_INPUT)]
-        pictured = tuple(filter(self.wanted, (*SNAPSHOT_SITES, *linear_inputs)))
-        snapshots = Snapshots(settings.snapshot_tokens, sites=pictured) if first else None
+        pictured = tuple(filter(self.measures_site, (*SNAPSHOT_SITES, *linear_inputs)))
+        snapshots = Snapshots(settings.snapshot_tokens, sites=pictured) if takes_snapshots else None
         rank, ranks = rank_of_all()
         return Collector(
-            self.wanted,
+            self.measures_site,
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
             causal_layers=self.site_map.causal_layers,
+            tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
             snapshots=snapshots,
@@ -255,6 +265,7 @@ class Probe:
             on_start=collector.start,
             on_stop=collector.stop,
             on_weight=collector.on_weight,
+            on_stream=collector.on_stream,
             prefix=self.site_map.prefix,
         )
         heads = (ATTENTION, *HEAD_SITES)
@@ -263,9 +274,9 @@ class Probe:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unfused(unwrap(self.model)))
             stack.enter_context(capture)
-            if self.site_map.expert_layers and self.wanted("mlp_hidden"):
+            if self.site_map.expert_layers and self.measures_site("mlp_hidden"):
                 stack.enter_context(self._experts(collector, capture))
-            if self.site_map.attention_layers and any(self.wanted(site) for site in heads):
+            if self.site_map.attention_layers and any(self.measures_site(site) for site in heads):
 
                 def on_call(call: Any) -> None:
                     collector.on_attention(call, capture.current.layer if capture.current else None)
@@ -296,9 +307,9 @@ class Probe:
                 "that bypasses hooks, probe the original module"
             )
         labelled = self._labelled(collector)
-        further = self.beside() if self.beside is not None else {}
+        datasets = self.beside() if self.beside is not None else {}
         # What is deferred must not change with what it was made from.
-        beside = {group: dataset.copy(deep=self.deferred) for group, dataset in further.items()}
+        beside = {group: dataset.copy(deep=self.deferred) for group, dataset in datasets.items()}
         self.absent |= collector.skipped
         self._records.step(step, lambda: labelled() | beside, collector.skipped.copy())
         self._keep_snapshots(collector)
@@ -322,8 +333,8 @@ class Probe:
         keep_raw, token_groups, labels = self.settings.keep_raw, self.settings.token_groups, self._labels
 
         def labelled() -> ProbedStep:
-            whole = {key: state for key, state in on_host.items() if len(key) == 3}
-            groups = labelled_groups(suites.__getitem__, whole, layouts, keep_raw=keep_raw, labels=labels)
+            of_sites = {key: state for key, state in on_host.items() if len(key) == 3}
+            groups = labelled_groups(suites.__getitem__, of_sites, layouts, keep_raw=keep_raw, labels=labels)
             if token_groups:
                 apart = {key: state for key, state in on_host.items() if len(key) == 4}
                 groups |= token_group_states(suites.__getitem__, apart, layouts, token_groups)

@@ -201,8 +201,8 @@ def keyword_form(*sources: Settings | Callable[..., Any]) -> Callable[[Function]
 
     def decorate(function: Function) -> Function:
         signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        parameters = {parameter.name: parameter for parameter in own}
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        parameters = {parameter.name: parameter for parameter in named}
         for source in sources:
             for parameter in _keywords(source):
                 parameters.setdefault(parameter.name, parameter)

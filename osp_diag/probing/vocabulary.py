@@ -22,7 +22,8 @@ def name_tokens(datasets: Iterable[xr.Dataset]) -> bool:
 def vocabulary_dataset(tokenizer: Any, size: int) -> xr.Dataset:
     """The text of each id below ``size``, by ``token_id``.
 
-    The whole vocabulary and not the ids that a step happens to name: later steps name others.
+    The whole vocabulary and not the ids that a step happens to name: later steps name others
+    (docs/decisions.md, Estimators).
     """
     texts = np.asarray(decode_each(tokenizer, size), dtype=object)
     attributes = {"long_name": "what a token reads as by itself"}

@@ -84,6 +84,7 @@ def bit_width_sweep(
         )
     for weight_bits, activation_bits in settings:
         check_bits(weight_bits, activation_bits)
+    # Results compare only on the same tokens, so each row carries their fingerprint.
     fingerprint = make_batches(ids=np.asarray(tokens)).fingerprint
     results = []
     for count, (weight_bits, activation_bits) in enumerate(settings, start=1):

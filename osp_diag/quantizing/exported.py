@@ -54,6 +54,7 @@ def measure_checkpoint(
         "vocabulary_size": checkpoint.vocabulary_size,
     }
     light: dict[str, Any] = {"keep_raw": False, "snapshot_tokens": 0}
+    # Headline kurtosis, maxima and sinks alone: the table of the ablation needs no more.
     sequence = probe_checkpoint(
         checkpoint,
         make_batches(checkpoint.tokenizer, ids=tokens, **limits),
@@ -61,6 +62,7 @@ def measure_checkpoint(
         estimators=(KURTOSIS, "max_median_ratio", "token_scale", "sink_rate"),
         **light,
     )
+    # The published protocol feeds no BOS, so the training's opening tokens are masked out.
     opening = getattr(checkpoint.tokenizer, "bos_token_id", None)
     mask = None if opening is None else np.asarray(tokens) != opening
     single_tokens = make_batches(

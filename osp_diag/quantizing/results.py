@@ -145,6 +145,7 @@ def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
         rows_by_key = {_key(row): row for row in _rows(results_of(run)) if row.model_fingerprint in models}
         rows_by_key |= {_key(row): row for row in new_rows}
         results = results_dataset(list(rows_by_key.values()))
+    # The writer refuses a run of another identity; what may differ is when and how it was written.
     now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
     attributes = {str(name): value for name, value in run.attrs.items()}
     with RunWriter(path, attributes | now, resume=True) as writer:

@@ -66,6 +66,7 @@ def round_to_nearest(
     """
     scheme = check_bits(weight_bits, activation_bits)
     linears = _linears_of_blocks(model, blocks)
+    # Whatever fails in between, what was exchanged up to there is put back, in reverse order.
     with ExitStack() as undo:
         if scheme.weights is not None:
             _round_weights(linears, scheme.weights, undo)
@@ -93,6 +94,7 @@ def check_bits(weight_bits: int, activation_bits: int) -> QuantizationScheme:
             f"simulated quantization needs the package compressed-tensors (no module {error.name!r}): "
             "pip install 'osp-diag[quantization]'"
         ) from None
+    # Ranges of inputs are taken anew at every call ("dynamic"), those of weights once.
     return QuantizationScheme(
         targets=["Linear"],
         weights=None
@@ -110,6 +112,7 @@ def _linears_of_blocks(model: nn.Module, blocks: str | None) -> dict[str, nn.Lin
     linears: dict[str, nn.Linear] = {}
     visited: set[nn.Module] = set()
     for block in find_sites(model, blocks=blocks).block_paths:
+        # `memo` is shared between blocks: a module that two of them hold is listed once.
         for name, module in model.get_submodule(block).named_modules(memo=visited, prefix=block):
             if isinstance(module, nn.Linear):
                 _check(name, module)

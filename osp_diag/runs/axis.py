@@ -40,7 +40,8 @@ class GrowingArray:
     def __post_init__(self) -> None:
         text = compact(self.layout.metadata(()) | {"shape": json.loads(_SHAPE)})
         before, after = text.split(_SHAPE, 1)
-        # Only the length changes from commit to commit.
+        # Only the length changes from commit to commit; as each writes all metadata, the text of
+        # the rest is made once (docs/decisions.md, Runs).
         self._before = f"{before}["
         self._after = "".join(f",{size}" for size in self.row_shape) + f"]{after}"
 
@@ -63,9 +64,9 @@ class GrowingArray:
             index = position // steps
             stop = min(end, (index + 1) * steps)
             block = self._chunk(folder, index, position - index * steps)
-            for at in range(position, stop):
-                row = rows[at - start]
-                block[at - index * steps] = self.layout.fill if row is None else row
+            for place in range(position, stop):
+                row = rows[place - start]
+                block[place - index * steps] = self.layout.fill if row is None else row
             replace_file(self._path(folder, index), self.layout.encode(block))
             self.tail_index, self.tail = index, block
             position = stop
@@ -74,8 +75,8 @@ class GrowingArray:
 
     def read(self, folder: Path, position: int) -> np.ndarray:
         """The values at one committed position."""
-        index, at = divmod(position, self.layout.chunk[0])
-        return np.asarray(self._chunk(folder, index, at + 1)[at])
+        index, place = divmod(position, self.layout.chunk[0])
+        return np.asarray(self._chunk(folder, index, place + 1)[place])
 
     def _path(self, folder: Path, index: int) -> Path:
         return self.layout.chunk_path(folder, (index, *[0] * len(self.row_shape)))
@@ -112,6 +113,7 @@ class GrowingAxis:
         self.arrays: dict[str, GrowingArray] = {}
         self.unsaved = 0
         """How many rows were added or completed since the last commit."""
+        # One tuple, exchanged as a whole, so that no interruption comes between the two lists.
         self._rows: tuple[list[int], list[dict[str, np.ndarray]]] = ([], [])
 
     @property
@@ -161,17 +163,17 @@ class GrowingAxis:
         A chunk holds up to ``chunk_steps`` positions, fewer where a row is large: the last chunk is
         rewritten whenever a position is added. The labels are declared along with the first arrays.
         """
-        new = {}
+        arrays = {}
         if self.labels_path not in self.arrays:
             labels = ArrayLayout((self.dim,), "int64", (_LABELS_CHUNK,), {"long_name": self.long_name})
-            new[self.labels_path] = GrowingArray(labels)
+            arrays[self.labels_path] = GrowingArray(labels)
         for path, layout in layouts.items():
             row_bytes = max(1, layout.memory_dtype.itemsize * math.prod(layout.chunk))
             steps = min(chunk_steps, max(1, chunk_bytes // row_bytes))
-            new[path] = GrowingArray(
+            arrays[path] = GrowingArray(
                 replace(layout, dims=(self.dim, *layout.dims), chunk=(steps, *layout.chunk))
             )
-        self.arrays = self.arrays | new
+        self.arrays = self.arrays | arrays
 
     def write(self, root: Path) -> None:
         """Write the pending rows as chunks. Readers do not see them before the root is committed.
@@ -214,7 +216,7 @@ class GrowingAxis:
         """Forget the positions after ``label``; returns how many."""
         before = len(self)
         self._rows = (
-            [known for known in self.settled if known <= label],
+            [settled for settled in self.settled if settled <= label],
             [row for row in self.pending if self._label(row) <= label],
         )
         for array in self.arrays.values():
@@ -239,7 +241,8 @@ class GrowingAxis:
         """Take the last position back into the pending rows of an axis with an open end."""
         if not self.open_end or self.pending or not self.settled:
             return
-        last = len(self.settled) - 1
-        row = {path: array.read(root / path, last) for path, array in self.arrays.items()}
-        kept = {path: values for path, values in row.items() if not np.isnan(values).any()}
-        self._rows = (self.settled[:-1], [kept])
+        position = len(self.settled) - 1
+        row = {path: array.read(root / path, position) for path, array in self.arrays.items()}
+        # NaN is what a scalar reads as that was not recorded: it can still come.
+        recorded = {path: values for path, values in row.items() if not np.isnan(values).any()}
+        self._rows = (self.settled[:-1], [recorded])

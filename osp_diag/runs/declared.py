@@ -2,7 +2,7 @@
 
 A step of a default probe has 1,100 arrays whose dimensions, coordinates, units and definitions are the same
 at every step. They are declared where a group is first seen; a later step hands over its numbers, and
-labelled Datasets are made of them only for whoever looks.
+labelled Datasets are made of them only for whoever looks (docs/decisions.md, Runs).
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class DeclaredGroup:
     def dataset(self, arrays: Arrays) -> xr.Dataset:
         """The numbers of one step with their labels."""
         variables = {
-            name: xr.Variable(declared.dims, arrays[name], declared.attributes)
-            for name, declared in self.variables.items()
+            name: xr.Variable(variable.dims, arrays[name], variable.attributes)
+            for name, variable in self.variables.items()
         }
         return xr.Dataset(variables, self.coordinates, self.attributes)
 
@@ -106,5 +106,5 @@ class ProbedStep(Mapping[str, xr.Dataset]):
 
     def __or__(self, datasets: Mapping[str, xr.Dataset]) -> ProbedStep:
         """The step with further datasets."""
-        more = datasets.groups if isinstance(datasets, ProbedStep) else datasets
-        return ProbedStep({**self.groups, **more})
+        further = datasets.groups if isinstance(datasets, ProbedStep) else datasets
+        return ProbedStep({**self.groups, **further})

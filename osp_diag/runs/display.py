@@ -23,10 +23,11 @@ _COLUMNS = (
     ("largest |x|", "absolute_maximum", "max"),
 )
 """Header, statistic and how it is taken over layers, all for the stratum ``all`` at the last step."""
+_SIZES = (("number_of_layers", "layers"), ("hidden_size", "channels"))
 
 
-def _last(run: Run, site: str, name: str) -> xr.DataArray | None:
-    """A statistic by layer at the last step, stratum ``all``; None if the run has it not."""
+def _at_last_step(run: Run, site: str, name: str) -> xr.DataArray | None:
+    """A statistic by layer at the last step, stratum ``all``; None where the run lacks it."""
     if site not in run.sites or not len(run.steps):
         return None
     dataset = run.at(site)
@@ -40,8 +41,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     """The lines that text and HTML have in common."""
     attrs = run.attrs
     size = [f"{attrs[key]} {unit}" for key, unit in _SIZES if key in attrs]
-    kind = [str(attrs["architecture"])] if "architecture" in attrs else []
-    facts = [("model", _with(str(attrs.get("model_name", "unnamed")), kind + size))]
+    architecture = [str(attrs["architecture"])] if "architecture" in attrs else []
+    facts = [("model", _with(str(attrs.get("model_name", "unnamed")), architecture + size))]
     details = [f"BOS {attrs['bos']}"] if "bos" in attrs else []
     if "sequence_length" in attrs:
         details.append(f"sequences of {attrs['sequence_length']}")
@@ -59,9 +60,6 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     if run.path is not None:
         facts.append(("path", str(run.path)))
     return facts
-
-
-_SIZES = (("number_of_layers", "layers"), ("hidden_size", "channels"))
 
 
 def _with(text: str, details: list[str]) -> str:
@@ -98,8 +96,8 @@ def run_as_html(run: Run) -> str:
     for site in run.sites:
         cells = [_cell(run, site, name, how) for _, name, how in _COLUMNS]
         if any(cells):
-            named = f'<td style="text-align:left">{escape(site)}</td>'
-            rows.append(named + "".join(f"<td>{escape(cell)}</td>" for cell in cells))
+            label_cell = f'<td style="text-align:left">{escape(site)}</td>'
+            rows.append(label_cell + "".join(f"<td>{escape(cell)}</td>" for cell in cells))
     table = ""
     if rows:
         heads = "".join(f"<th>{escape(head)}</th>" for head in ("site", *(head for head, _, _ in _COLUMNS)))
@@ -113,7 +111,7 @@ def run_as_html(run: Run) -> str:
 
 
 def _cell(run: Run, site: str, name: str, how: str) -> str:
-    values = _last(run, site, name)
+    values = _at_last_step(run, site, name)
     if values is None or not values.size:
         return ""
     return number(float(values.mean() if how == "mean" else values.max()))

@@ -1,4 +1,4 @@
-"""The folder of a run: recognising one, telling two apart, and clearing away what was never committed."""
+"""The folder of a run: recognising one, comparing two, and clearing away what was never committed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def read_root(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise StoreError(f"no run at {path}: there is no such file or folder; check the path")
     if is_packed(path):
-        raise StoreError(f"{path} is a packed run; {_unpack_first(path)}")
+        raise StoreError(f"{path} is a packed run; {_unpack_command(path)}")
     if not path.is_dir():
         raise StoreError(
             f"{path} is a file; a run is a folder (by custom named *.zarr), or a file made by `osp-diag pack`"
@@ -88,7 +88,7 @@ def read_packed_root(path: Path) -> dict[str, Any]:
     return _root_of(text, path)
 
 
-def _unpack_first(path: Path) -> str:
+def _unpack_command(path: Path) -> str:
     folder = str(path).removesuffix(PACKED_SUFFIX)
     folder = folder if folder.endswith(".zarr") else f"{folder}.zarr"
     return f"unpack it first (osp-diag pack {path} --unpack --out {folder})"
@@ -119,7 +119,7 @@ def survey(path: Path, *, resume: bool, overwrite: bool) -> bool:
     if not path.exists():
         return False
     if is_packed(path):
-        raise StoreError(f"cannot write to {path}: it is a packed run; {_unpack_first(path)}")
+        raise StoreError(f"cannot write to {path}: it is a packed run; {_unpack_command(path)}")
     if not path.is_dir():
         raise StoreError(f"cannot write a run to {path}: a file is there; choose another path")
     names = sorted(name for name in os.listdir(path) if name != LOCK_NAME and not name.endswith(PARTIAL))
@@ -161,20 +161,20 @@ def _describe(root: Mapping[str, Any]) -> str:
 
 
 def identity_differences(
-    stored: Mapping[str, Any], given: Mapping[str, Any], volatile: tuple[str, ...]
+    old_attributes: Mapping[str, Any], new_attributes: Mapping[str, Any], volatile: tuple[str, ...]
 ) -> list[str]:
     """One line per attribute in which two runs differ, nested ones by their path; none if they match."""
     lines: list[str] = []
 
-    def compare(old: Any, new: Any, where: str) -> None:
+    def compare(old: Any, new: Any, path: str) -> None:
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             for key in [*old, *(key for key in new if key not in old)]:
-                if where or key not in volatile:
-                    compare(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{where}.{key}" if where else key)
+                if path or key not in volatile:
+                    compare(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else key)
         elif old != new:
-            lines.append(f"{where}: {_short(old)} in the run, {_short(new)} now")
+            lines.append(f"{path}: {_short(old)} in the run, {_short(new)} now")
 
-    compare(stored, given, "")
+    compare(old_attributes, new_attributes, "")
     return lines
 
 

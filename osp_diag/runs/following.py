@@ -1,7 +1,8 @@
 """Following a run that is being written: each look reads what was committed since the last one.
 
 :func:`osp_diag.runs.run.open_run` opens a run as it is now. A view that looks every second for days would
-read ten thousand steps again each time; here rows that were read once are kept, and only new ones are read.
+read ten thousand steps again each time; here rows that were read once are kept, and only new ones are read
+(docs/decisions.md, Pages).
 """
 
 from __future__ import annotations
@@ -30,8 +31,9 @@ __all__ = ["FollowedRun", "RunState"]
 RunState = Literal["absent", "empty", "recording", "unreadable"]
 
 MOST_COLUMNS = 96
-"""How many arrays are kept up to date; those asked for least recently are read again when wanted."""
-_AGAIN = 3
+"""How many arrays are kept up to date; those asked for least recently are read again when they are needed."""
+_COMMITS_A_LOOK = 3
+"""How many commits one look takes up, of a run that is committed while it is read."""
 _LOGGED = f"{SERIES}/{LOGGED_STEP}"
 
 
@@ -63,9 +65,9 @@ class FollowedRun(Run):
         self._signature: tuple[int, ...] | None = None
         self._attributes: dict[Hashable, Any] = {}
         self._nodes: dict[str, Any] = {}
-        self._recorded: dict[str, dict[str, tuple[str, ...]]] = {}
+        self._dims: dict[str, dict[str, tuple[str, ...]]] = {}
         """Group → what it records by step → dimensions without the step."""
-        self._holding: list[str] = []
+        self._group_names: list[str] = []
         """The groups that hold more than coordinates."""
         self._columns: OrderedDict[tuple[Any, ...], _Column] = OrderedDict()
         self._coordinates: dict[str, np.ndarray] = {}
@@ -78,7 +80,7 @@ class FollowedRun(Run):
         with self.lock:
             self.writer = writer_state(self.path)
             try:
-                for _ in range(_AGAIN):
+                for _ in range(_COMMITS_A_LOOK):
                     if not self._advance():
                         break
             except (StoreError, OSError) as error:
@@ -92,31 +94,31 @@ class FollowedRun(Run):
 
     def _advance(self) -> bool:
         """Take up one commit; whether there may be a later one already."""
-        signature = self._signed()
+        signature = self._signature_on_disk()
         if signature is not None and signature == self._signature and not self.problem:
             return False
         root = read_root(self.path)
         attrs = root["attributes"]
-        if _lives(attrs) != _lives(self._attributes):
+        if _life(attrs) != _life(self._attributes):
             self._forget()
         nodes = root["consolidated_metadata"]["metadata"]
         # A run may come from anybody: nothing beside it is ever opened.
         self._nodes = {path: nodes[path] for path in nodes if ".." not in path and not path.startswith("/")}
         self._attributes = attrs
-        self._recorded, self._holding = _recorded_by_step(self._nodes), _groups_of(self._nodes)
+        self._dims, self._group_names = _dims_by_step(self._nodes), _groups_of(self._nodes)
         self._close()
         if not all(self._extend(column) for column in self._columns.values()):
             # Steps were taken back and trained again: nothing that was read can be trusted.
             self._forget()
-        recorded = self._length("step") or self._length(_LOGGED)
-        self.state, self.problem = "recording" if recorded else "empty", ""
+        step_count = self._length("step") or self._length(_LOGGED)
+        self.state, self.problem = "recording" if step_count else "empty", ""
         self._signature = signature
-        return self._signed() != signature
+        return self._signature_on_disk() != signature
 
-    def _signed(self) -> tuple[int, ...] | None:
+    def _signature_on_disk(self) -> tuple[int, ...] | None:
         with suppress(OSError):
-            found = os.stat(self.path / METADATA)
-            return (found.st_ino, found.st_mtime_ns, found.st_size)
+            status = os.stat(self.path / METADATA)
+            return (status.st_ino, status.st_mtime_ns, status.st_size)
         return None
 
     def _fail(self, error: StoreError | OSError) -> None:
@@ -124,7 +126,7 @@ class FollowedRun(Run):
             if self._signature is not None or self._attributes:
                 self._forget()
             self.state, self.problem, self._attributes = "absent", "", {}
-            self._nodes, self._recorded, self._holding, self._signature = {}, {}, [], None
+            self._nodes, self._dims, self._group_names, self._signature = {}, {}, [], None
             self._close()
         else:
             # What was read stays on view.
@@ -152,6 +154,11 @@ class FollowedRun(Run):
     def attrs(self) -> dict[Hashable, Any]:
         return dict(self._attributes)
 
+    def moment(self) -> Run:
+        """The run as it was last looked at, which stays so while this one goes on."""
+        with self.lock:
+            return Run(self.tree, self.path)
+
     @property
     def tree(self) -> xr.DataTree:
         """The whole run as it was last looked at; empty where there is none.
@@ -162,26 +169,26 @@ class FollowedRun(Run):
         """
         with self.lock:
             if self._tree is None:
-                self._tree = self._opened()
+                self._tree = self._open_tree()
             return self._tree
 
-    def _opened(self) -> xr.DataTree:
+    def _open_tree(self) -> xr.DataTree:
         if self.state in ("absent", "empty"):
             return xr.DataTree(xr.Dataset(attrs=self.attrs))
         if not self._nodes:
             raise StoreError(self.problem)
         tree = open_tree(self.path)
         lengths = {"step": len(self.steps), LOGGED_STEP: self._length(_LOGGED)}
-        if self._signed() != self._signature:  # steps may have come since
+        if self._signature_on_disk() != self._signature:  # steps may have come since
             tree = tree.isel({dim: slice(size) for dim, size in lengths.items()}, missing_dims="ignore")
         steps = tree.coords["step"].values if "step" in tree.coords else np.empty(0, np.int64)
         if not np.array_equal(steps, self.steps):
-            raise StoreError(f"{self._where} was begun anew while it was read; look again")
+            raise StoreError(f"{self._subject} was begun anew while it was read; look again")
         return tree
 
     @property
     def steps(self) -> np.ndarray:
-        return self._rows(("step",), "step", _as_it_is, np.int64)
+        return self._rows(("step",), "step", _unchanged, np.int64)
 
     @property
     def series(self) -> xr.Dataset:
@@ -193,12 +200,12 @@ class FollowedRun(Run):
     def _read_series(self) -> xr.Dataset:
         if SERIES not in self._nodes:
             return xr.Dataset(coords={"step": np.empty(0, np.int64)})
-        steps = self._rows((SERIES,), _LOGGED, _as_it_is, np.int64)
+        steps = self._rows((SERIES,), _LOGGED, _unchanged, np.int64)
         scalars = {}
         for path in self._nodes:
             group, _, name = path.rpartition("/")
             if group == SERIES and path != _LOGGED:
-                values = self._rows((SERIES, name), path, _as_it_is, np.float64)[: len(steps)]
+                values = self._rows((SERIES, name), path, _unchanged, np.float64)[: len(steps)]
                 # Lengths differ where a damaged chunk stopped one of them.
                 values = np.pad(values, (0, len(steps) - len(values)), constant_values=np.nan)
                 scalars[name] = ("step", values, dict(self._nodes[path]["attributes"]))
@@ -207,10 +214,10 @@ class FollowedRun(Run):
 
     @property
     def _groups(self) -> list[str]:
-        return self._holding
+        return self._group_names
 
     def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
-        return self._recorded.get(group_path(site), {})
+        return self._dims.get(group_path(site), {})
 
     def labels(self, site: str, dimension: str) -> np.ndarray:
         path = f"{group_path(site)}/{dimension}"
@@ -270,9 +277,9 @@ class _Column:
 
     @property
     def rows(self) -> np.ndarray:
-        found = self._room[: self.length]
-        found.flags.writeable = False
-        return found
+        rows = self._room[: self.length]
+        rows.flags.writeable = False
+        return rows
 
     def extend(self, root: Path, entry: Mapping[str, Any]) -> bool:
         """Read the rows that are new; False if those known are no longer what is on disk.
@@ -281,16 +288,16 @@ class _Column:
         known, which lies in a chunk that has to be read for the new rows anyway.
         """
         layout = ArrayLayout.from_metadata(entry, self.path)
-        length, height = int(entry["shape"][0]), layout.chunk[0]
-        known = self.length
-        if length < known:
+        length, chunk_rows = int(entry["shape"][0]), layout.chunk[0]
+        length_before = self.length
+        if length < length_before:
             return False
-        start = (known - 1) // height * height if known else 0
+        start = (length_before - 1) // chunk_rows * chunk_rows if length_before else 0
         while start < length:
-            stop = min(start + height, length)
-            rows = self.pick(self._chunk(layout, root, start // height)[: stop - start])
-            settled = min(known - self.open_end, stop)
-            if settled > start and not _same(rows[: settled - start], self._room[start:settled]):
+            stop = min(start + chunk_rows, length)
+            rows = self.pick(self._chunk(layout, root, start // chunk_rows)[: stop - start])
+            settled = min(length_before - self.open_end, stop)
+            if settled > start and not _equal(rows[: settled - start], self._room[start:settled]):
                 return False
             self._put(start, rows)
             start = stop
@@ -318,14 +325,14 @@ class _Column:
         self._room[start:stop] = rows
 
 
-def _recorded_by_step(nodes: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, ...]]]:
-    found: dict[str, dict[str, tuple[str, ...]]] = {}
+def _dims_by_step(nodes: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, ...]]]:
+    dims_of: dict[str, dict[str, tuple[str, ...]]] = {}
     for path, entry in nodes.items():
         dims = entry.get("dimension_names") or ("",)
         group, _, name = path.rpartition("/")
         if group and dims[0] == "step":
-            found.setdefault(group, {})[name] = tuple(dims[1:])
-    return found
+            dims_of.setdefault(group, {})[name] = tuple(dims[1:])
+    return dims_of
 
 
 def _groups_of(nodes: Mapping[str, Any]) -> list[str]:
@@ -339,7 +346,7 @@ def _groups_of(nodes: Mapping[str, Any]) -> list[str]:
     return list(groups)
 
 
-def _lives(attrs: Mapping[Any, Any]) -> tuple[Any, ...]:
+def _life(attrs: Mapping[Any, Any]) -> tuple[Any, ...]:
     """What differs when a run was begun anew or resumed."""
     return (attrs.get("created"), attrs.get("command"), len(attrs.get("resumed") or ()))
 
@@ -353,9 +360,9 @@ def _nothing_yet(path: Path) -> bool:
     return False
 
 
-def _as_it_is(rows: np.ndarray) -> np.ndarray:
+def _unchanged(rows: np.ndarray) -> np.ndarray:
     return rows
 
 
-def _same(first: np.ndarray, second: np.ndarray) -> bool:
-    return bool(np.array_equal(first, second, equal_nan=first.dtype.kind == "f"))
+def _equal(left: np.ndarray, right: np.ndarray) -> bool:
+    return bool(np.array_equal(left, right, equal_nan=left.dtype.kind == "f"))

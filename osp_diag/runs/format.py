@@ -171,10 +171,10 @@ class ArrayLayout:
                 tuple(metadata["chunk_grid"]["configuration"]["chunk_shape"]),
                 metadata["attributes"],
             )
-            same = layout.metadata(metadata["shape"]) == dict(metadata)
+            matches = layout.metadata(metadata["shape"]) == dict(metadata)
         except (KeyError, TypeError, ValueError):
-            same = False
-        if not same:
+            matches = False
+        if not matches:
             raise StoreError(
                 f"array {where} is not laid out as osp_diag writes it (was the run copied by another "
                 "tool?); it can be read, but to append to it start a new run"

@@ -51,19 +51,21 @@ def hidden_states(sites: Sites, absent: Mapping[str, Any] | None = None) -> Hidd
     ----------
     Park et al. 2025, Outlier-Safe Pre-Training, the released script; https://arxiv.org/abs/2506.19697
     """
-    have = {site: sites[site][KURTOSIS] for site in HIDDEN_STATES if KURTOSIS in sites.get(site, ())}
+    measured = {site: sites[site][KURTOSIS] for site in HIDDEN_STATES if KURTOSIS in sites.get(site, ())}
     required = ["embedding", "residual_post"]
     if absent is not None and "final_norm" not in absent:
         required.append("final_norm")
-    missing = [site for site in required if site not in have]
+    missing = [site for site in required if site not in measured]
+    # Why none: docs/decisions.md, The house.
     if missing:
         return HiddenStates(
             [], f"{KURTOSIS} was not measured at {' and '.join(missing)}, so there is no headline number"
         )
-    first, blocks = have["embedding"].isel(layer=0), _layers(have["residual_post"])
-    if "final_norm" not in have:
-        return HiddenStates([first, *blocks], "there is no final norm: last block's output taken")
-    return HiddenStates([first, *blocks[:-1], have["final_norm"].isel(layer=0)])
+    embedding, blocks = measured["embedding"].isel(layer=0), _layers(measured["residual_post"])
+    if "final_norm" not in measured:
+        return HiddenStates([embedding, *blocks], "there is no final norm: last block's output taken")
+    # Hugging Face's list ends with the normed state, in place of the last block's output.
+    return HiddenStates([embedding, *blocks[:-1], measured["final_norm"].isel(layer=0)])
 
 
 def _layers(values: xr.DataArray) -> list[xr.DataArray]:
@@ -90,17 +92,17 @@ def headline_kurtosis(run: Run, *, step: int | None = None) -> dict[str, float]:
 
 
 def _hidden_sites(run: Run, step: int | None) -> Sites:
-    chosen = step_of(run, step)
-    return {site: at_step(run.at(site), chosen) for site in HIDDEN_STATES if site in run.sites}
+    probed = step_of(run, step)
+    return {site: at_step(run.at(site), probed) for site in HIDDEN_STATES if site in run.sites}
 
 
 def headline(run: Run, *, step: int | None = None) -> dict[str, Any]:
     """The numbers to know first, at a step (the last one) and over all tokens: see :func:`headline_of`."""
     if not len(run.steps):
         return {}
-    chosen = step_of(run, step)
-    wanted = [site for site in run.sites if site in (*HIDDEN_STATES, *RESIDUAL_SITES)]
-    return headline_of({site: at_step(run.at(site), chosen) for site in wanted}, run.declared_absent)
+    probed = step_of(run, step)
+    sites = [site for site in run.sites if site in (*HIDDEN_STATES, *RESIDUAL_SITES)]
+    return headline_of({site: at_step(run.at(site), probed) for site in sites}, run.declared_absent)
 
 
 def headline_of(sites: Sites, absent: Mapping[str, Any] | None = None) -> dict[str, Any]:

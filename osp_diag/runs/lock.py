@@ -22,7 +22,7 @@ __all__ = ["LOCK_NAME", "WriterLock", "WriterState", "writer_state"]
 
 LOCK_NAME = ".writer.lock"
 
-_held: set[tuple[int, str]] = set()
+_own_locks: set[tuple[int, str]] = set()
 """(process id, lock file) of the locks of this process: record locks do not exclude their own process."""
 
 WriterState = Literal["writing", "closed", "died", "unknown"]
@@ -34,8 +34,8 @@ class WriterLock:
     """A POSIX record lock on ``<run>/.writer.lock``.
 
     Record locks belong to one process and are not inherited by forked children, so a data-loading
-    worker that outlives a killed trainer does not keep the run locked. The file's content (process id,
-    host, time) only serves messages; a file left by a dead process locks nothing.
+    worker that outlives a killed trainer does not keep the run locked (docs/decisions.md, Runs). The file's
+    content (process id, host, time) only serves messages; a file left by a dead process locks nothing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -50,7 +50,7 @@ class WriterLock:
                 f"cannot write {self.path.parent}: this system has no POSIX file locks, without which two "
                 "processes could spoil one run; write runs on Linux, macOS or WSL (reading works here)"
             )
-        if self._key in _held:
+        if self._key in _own_locks:
             raise StoreError(
                 f"{self.path.parent} is already open for writing in this process; close that writer first"
             )
@@ -68,7 +68,7 @@ class WriterLock:
                 raise
             os.close(file)
         self._file = file
-        _held.add(self._key)
+        _own_locks.add(self._key)
         record = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(record).encode(), 0)
@@ -105,7 +105,7 @@ class WriterLock:
         self.path.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
-        _held.discard(self._key)
+        _own_locks.discard(self._key)
 
 
 def writer_state(folder: Path) -> WriterState:
@@ -117,7 +117,7 @@ def writer_state(folder: Path) -> WriterState:
     path = folder / LOCK_NAME
     # A record lock falls when its own process closes *any* descriptor of the file, so the writer's
     # process must not even open it.
-    if (os.getpid(), str(path.resolve())) in _held:
+    if (os.getpid(), str(path.resolve())) in _own_locks:
         return "writing"
     if not hasattr(os, "lockf"):
         return "unknown"

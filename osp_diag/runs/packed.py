@@ -1,7 +1,8 @@
 """A run as one file: a zip of its folder, which :func:`osp_diag.open_run` reads as it reads the folder.
 
 A run has two files for every array, thousands for one step. Packed it can be sent and kept as one. The
-entries are stored as they are, since chunks are compressed already: a reader still reads only what it needs.
+entries are stored as they are, since chunks are compressed already: a reader still reads only what it needs
+(docs/decisions.md, Runs).
 """
 
 from __future__ import annotations
@@ -85,16 +86,16 @@ def _refuse_target(target: Path, *, overwrite: bool) -> None:
 def _names(folder: Path) -> list[str]:
     """The files of a run's folder, by their paths in it, the commit pointer first."""
     names = []
-    for place, folders, files in os.walk(folder):
+    for path, folders, files in os.walk(folder):
         for name in (*folders, *files):
-            if os.path.islink(os.path.join(place, name)):
+            if os.path.islink(os.path.join(path, name)):
                 raise StoreError(
-                    f"{os.path.join(place, name)} is a link, which a packed run cannot hold; put the file "
+                    f"{os.path.join(path, name)} is a link, which a packed run cannot hold; put the file "
                     "itself there"
                 )
-        own = Path(place).relative_to(folder).as_posix()
+        subfolder = Path(path).relative_to(folder).as_posix()
         names += [
-            name if own == "." else f"{own}/{name}"
+            name if subfolder == "." else f"{subfolder}/{name}"
             for name in files
             if name != LOCK_NAME and not name.endswith(PARTIAL)
         ]
@@ -133,12 +134,10 @@ def unpack(file: str | os.PathLike[str], out: str | os.PathLike[str] | None = No
         raise StoreError(f"cannot write {target}: there is no folder {target.parent}; make it first")
     with _damage(source), zipfile.ZipFile(source) as archive:
         entries = _checked(archive, source)
-        needed = sum(entry.file_size for entry in entries)
+        size = sum(entry.file_size for entry in entries)
         free = shutil.disk_usage(target.absolute().parent).free
-        if needed > free:
-            raise StoreError(
-                f"cannot unpack {source}: it needs {needed:,} bytes, and {free:,} are free there"
-            )
+        if size > free:
+            raise StoreError(f"cannot unpack {source}: it needs {size:,} bytes, and {free:,} are free there")
         with _beside(target) as (partial, settle):
             partial.mkdir()
             for entry in entries:
@@ -159,8 +158,8 @@ def _checked(archive: zipfile.ZipFile, source: Path) -> list[zipfile.ZipInfo]:
             raise StoreError(f"{source} is not unpacked: its entry {entry.filename!r} {problem}")
         names.add(entry.filename)
     above = {str(parent) for name in names for parent in PurePosixPath(name).parents}
-    if both := sorted(above.intersection(entry.filename for entry in entries)):
-        raise StoreError(f"{source} is not unpacked: its entry {both[0]!r} is a file and a folder")
+    if conflicts := sorted(above.intersection(entry.filename for entry in entries)):
+        raise StoreError(f"{source} is not unpacked: its entry {conflicts[0]!r} is a file and a folder")
     # Entries that overlap in the file would give many times its size.
     if sum(entry.compress_size for entry in entries) > source.stat().st_size:
         raise StoreError(f"{source} is not unpacked: its entries are larger than the file")
@@ -189,10 +188,10 @@ def _problem(entry: zipfile.ZipInfo) -> str:
 
 
 def _extract(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, folder: Path, source: Path) -> None:
-    place = folder / entry.filename
-    place.parent.mkdir(parents=True, exist_ok=True)
+    path = folder / entry.filename
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Reading checks the entry's checksum, and never gives more than it declares.
-    with archive.open(entry) as packed, open(place, "xb") as file:
+    with archive.open(entry) as packed, open(path, "xb") as file:
         shutil.copyfileobj(packed, file)
         size = file.tell()
     if size != entry.file_size:

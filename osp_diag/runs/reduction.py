@@ -1,4 +1,4 @@
-"""What is taken of every step of a statistic, alike for a run that is opened and for one that is followed."""
+"""What is taken of every step of a statistic, in a run that is opened as in one that is followed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Reduction(NamedTuple):
     """dimensions over which the mean is taken"""
 
     @property
-    def left(self) -> list[str]:
+    def result_dims(self) -> list[str]:
         """The dimensions of what comes out."""
-        taken = {*dict(self.places), *self.mean}
-        return [dim for dim in self.dims if dim not in taken]
+        reduced = {*dict(self.places), *self.mean}
+        return [dim for dim in self.dims if dim not in reduced]
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         places = dict(self.places)
@@ -31,6 +31,7 @@ class Reduction(NamedTuple):
         if not self.mean:
             return rows
         axes = tuple([dim for dim in self.dims if dim not in places].index(dim) for dim in self.mean)
+        # The mean of what is finite; NaN where nothing is.
         finite = np.isfinite(rows)
         count = finite.sum(axis=axes)
         total = np.where(finite, rows, 0.0).sum(axis=axes)

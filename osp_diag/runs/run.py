@@ -18,7 +18,7 @@ from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
 from osp_diag.runs.format import METADATA, jsonable
 from osp_diag.runs.reduction import Reduction
-from osp_diag.runs.tree import group_path
+from osp_diag.runs.tree import checked_path
 from osp_diag.schema import (
     CHANNEL_WEIGHTS,
     LOGGED_STEP,
@@ -29,6 +29,7 @@ from osp_diag.schema import (
     TOKEN_UNIT,
     VOCABULARY,
     WEIGHT_MAP,
+    group_path,
     in_site_order,
     is_site,
     site_of_path,
@@ -136,9 +137,9 @@ class Run:
                 join="exact",
                 combine_attrs="override",
             )
-            nodes[f"/{group_path(name)}"] = joined.drop_vars("step")
+            nodes[f"/{checked_path(name)}"] = joined.drop_vars("step")
         for name, dataset in static.items():
-            nodes[f"/{group_path(name)}"] = dataset
+            nodes[f"/{checked_path(name)}"] = dataset
         if series:
             logged = sorted({step for values in series.values() for step in values})
             columns = {
@@ -248,7 +249,7 @@ class Run:
         if name in (*self.sites, *self.beside) or name in self.tree.children:
             return self._dataset(name)
         raise MissingError(
-            f"{self._where} has no statistic {name!r}; "
+            f"{self._subject} has no statistic {name!r}; "
             + did_you_mean(name, self.statistics, "run.statistics lists them")
         )
 
@@ -259,7 +260,7 @@ class Run:
         if len(sites_of) > 1:
             origins = "; ".join(f"{origin} at {', '.join(sites)}" for origin, sites in sites_of.items())
             raise StoreError(
-                f"{self._where} holds {name!r} under different estimators ({origins}); read one site with "
+                f"{self._subject} holds {name!r} under different estimators ({origins}); read one site with "
                 f"run.at(site)[{name!r}]"
             )
         return parts
@@ -292,17 +293,17 @@ class Run:
         naming = [n for n, v in dataset.data_vars.items() if v.attrs.get("units") == TOKEN_UNIT]
         if not naming or VOCABULARY not in self.tree.children:
             return {}
-        kept = self.tree.children[VOCABULARY].to_dataset()["token_text"]
-        texts = np.append(np.asarray(kept, dtype=object), "")
-        found = {}
+        vocabulary = self.tree.children[VOCABULARY].to_dataset()["token_text"]
+        texts = np.append(np.asarray(vocabulary, dtype=object), "")
+        coordinates = {}
         for name in naming:
             ids = dataset[name]
             inside = (ids.values >= 0) & (ids.values < len(texts) - 1)
             values = texts[np.where(inside, ids.values, len(texts) - 1)].astype(str)
-            found[f"{name}_text"] = xr.DataArray(
+            coordinates[f"{name}_text"] = xr.DataArray(
                 values, dims=ids.dims, attrs={"long_name": "text of the token"}
             )
-        return found
+        return coordinates
 
     # -- one statistic over the steps ------------------------------------------------------------------
     # What a view of a growing run asks every second; see osp_diag.runs.following.
@@ -343,16 +344,16 @@ class Run:
         ------
         StoreError : the run does not hold that statistic there, or the label
         """
-        recorded = self.statistics_at(site)
-        if statistic not in recorded:
-            raise MissingError(f"{self._where} has no {statistic!r} at {site!r} by step")
+        dims_of = self.statistics_at(site)
+        if statistic not in dims_of:
+            raise MissingError(f"{self._subject} has no {statistic!r} at {site!r} by step")
         places = tuple((dim, self._place(site, dim, label)) for dim, label in (select or {}).items())
-        reduction = Reduction(("step", *recorded[statistic]), places, tuple(mean))
+        reduction = Reduction(("step", *dims_of[statistic]), places, tuple(mean))
         rows, attributes = self._reduced(site, statistic, reduction)
-        labels = {dim: self.labels(site, dim) for dim in reduction.left[1:]}
+        labels = {dim: self.labels(site, dim) for dim in reduction.result_dims[1:]}
         return xr.DataArray(
             rows,
-            dims=reduction.left,
+            dims=reduction.result_dims,
             coords={"step": self.steps[: len(rows)]} | {dim: of for dim, of in labels.items() if len(of)},
             attrs=attributes,
         )
@@ -366,10 +367,10 @@ class Run:
 
     def _place(self, site: str, dimension: str, label: Any) -> int:
         labels = self.labels(site, dimension).tolist()
-        places = [place for place, other in enumerate(labels) if _alike(other, label)]
+        places = [place for place, candidate in enumerate(labels) if _alike(candidate, label)]
         if not places:
             raise MissingError(
-                f"{self._where} has no {dimension} {label!r} at {site!r}; it has "
+                f"{self._subject} has no {dimension} {label!r} at {site!r}; it has "
                 f"{', '.join(map(str, labels)) or 'none'}"
             )
         return places[0]
@@ -391,9 +392,9 @@ class Run:
         """Raw activations of the first sequence at one site, with ``token_text`` and ``token_id``."""
         dataset = self._find(f"{SNAPSHOT}/", site, "snapshot of")
         tokens = self.tree.children[SNAPSHOT].to_dataset()
-        known = {key: tokens[key] for key in ("token_text", "token_id") if key in tokens}
+        texts = {key: tokens[key] for key in ("token_text", "token_id") if key in tokens}
         fitting = {
-            key: value for key, value in known.items() if value.sizes["token"] == dataset.sizes.get("token")
+            key: value for key, value in texts.items() if value.sizes["token"] == dataset.sizes.get("token")
         }
         return dataset.assign_coords(fitting)
 
@@ -408,7 +409,7 @@ class Run:
         row and column exactly (:func:`osp_diag.capture.weight_maps.weight_maps`)."""
         if name not in self.weight_maps:
             raise MissingError(
-                f"{self._where} has no map of the weights {name!r}; "
+                f"{self._subject} has no map of the weights {name!r}; "
                 + did_you_mean(name, self.weight_maps, "run.weight_maps lists them")
             )
         return self.tree.children[WEIGHT_MAP].children[name].to_dataset(inherit=False)
@@ -454,8 +455,8 @@ class Run:
             self._texts = {}
         return self
 
-    def _find(self, prefix: str, site: str, what: str) -> xr.Dataset:
-        path = prefix + site.replace(":", "/")
+    def _find(self, prefix: str, site: str, kind: str) -> xr.Dataset:
+        path = prefix + group_path(site)
         group = self.tree
         for part in path.split("/"):
             if part not in group.children:
@@ -466,18 +467,18 @@ class Run:
                 return group.to_dataset()
         reason = self.absent_sites.get(site)
         if reason is not None:
-            raise MissingError(f"{self._where} has no {what} {site!r}: {reason}")
+            raise MissingError(f"{self._subject} has no {kind} {site!r}: {reason}")
         paths = {node.path.strip("/") for node in self.tree.subtree}
-        present = [known for known in self.sites if prefix + known.replace(":", "/") in paths]
+        present = [name for name in self.sites if prefix + group_path(name) in paths]
         raise MissingError(
-            f"{self._where} has no {what} {site!r}; " + did_you_mean(site, present, "run.sites lists them")
+            f"{self._subject} has no {kind} {site!r}; " + did_you_mean(site, present, "run.sites lists them")
         )
 
     def _dataset(self, name: str) -> xr.Dataset:
-        return self.tree[name.replace(":", "/")].to_dataset()
+        return self.tree[group_path(name)].to_dataset()
 
     @property
-    def _where(self) -> str:
+    def _subject(self) -> str:
         return f"the run at {self.path}" if self.path is not None else "the run"
 
     def __repr__(self) -> str:
@@ -492,11 +493,11 @@ def _offered(package: str, name: str) -> Callable[..., Any]:
     return cast("Callable[..., Any]", getattr(importlib.import_module(f"osp_diag.{package}"), name))
 
 
-def _alike(label: Any, other: Any) -> bool:
+def _alike(label: Any, candidate: Any) -> bool:
     """Whether two labels are the same; those of real numbers may be rounded."""
-    if isinstance(label, float) and isinstance(other, int | float):
-        return math.isclose(label, other, rel_tol=1e-5, abs_tol=1e-8)
-    return bool(label == other)
+    if isinstance(label, float) and isinstance(candidate, int | float):
+        return math.isclose(label, candidate, rel_tol=1e-5, abs_tol=1e-8)
+    return bool(label == candidate)
 
 
 def _stacked(parts: Mapping[str, xr.DataArray]) -> xr.DataArray:

@@ -28,8 +28,10 @@ def step_of(run: Any, step: int | None = None) -> int:
     if step is None:
         return int(steps[-1])
     if step not in steps:
-        near = sorted(sorted(steps.tolist(), key=lambda other: abs(other - step))[:3])
-        raise UsageError(f"the run of {name} has no step {step}; the nearest are {', '.join(map(str, near))}")
+        nearest = sorted(sorted(steps.tolist(), key=lambda probed: abs(probed - step))[:3])
+        raise UsageError(
+            f"the run of {name} has no step {step}; the nearest are {', '.join(map(str, nearest))}"
+        )
     return int(step)
 
 

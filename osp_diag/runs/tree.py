@@ -15,17 +15,18 @@ import xarray as xr
 from osp_diag.errors import StoreError
 from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep
 from osp_diag.runs.format import METADATA, ArrayLayout, compact, jsonable
+from osp_diag.schema import LOGGED_STEP, STEP, group_path
 
-__all__ = ["Plan", "Tree", "group_path", "scalar", "step_label"]
+__all__ = ["Plan", "Tree", "checked_path", "scalar", "step_label"]
 
-GROWING_DIMS = ("step", "logged_step")
+GROWING_DIMS = (STEP, LOGGED_STEP)
 _STATIC_CHUNK_BYTES = 4 * 1024 * 1024
 _SHOWN = 6
 
 
-def group_path(name: str) -> str:
-    """The path of a group from the name of a site: "linear_input:lm_head" → "linear_input/lm_head"."""
-    path = name.replace(":", "/")
+def checked_path(name: str) -> str:
+    """The path of a group that is to be written: :func:`osp_diag.schema.group_path`, if it can be one."""
+    path = group_path(name)
     parts = path.split("/")
     if not path or any(not part or part.startswith((".", "__")) or part == METADATA for part in parts):
         raise StoreError(f"a group cannot be named {name!r}; use the name of a site, such as 'residual_post'")
@@ -71,7 +72,7 @@ class Tree:
         self.growing: dict[str, ArrayLayout] = {}
         """Layout of one row of each array along ``step``."""
         self._coordinates: dict[str, np.ndarray] = {}
-        self._declared: dict[str, DeclaredGroup] = {}
+        self._shared_labels: dict[str, DeclaredGroup] = {}
         """Group → labels that were compared with the run's, so that steps which share them need not be."""
         self._static_texts: dict[str, str] = {}
 
@@ -123,45 +124,45 @@ class Tree:
         """The labels of these groups are the run's: steps that share them need not be compared."""
         for name, part in (groups.groups if isinstance(groups, ProbedStep) else {}).items():
             if isinstance(part, GroupStep):
-                self._declared[group_path(name)] = part.declared
+                self._shared_labels[checked_path(name)] = part.declared
 
     # -- a further step --------------------------------------------------------------------------------
 
     def check_step(self, groups: Mapping[str, xr.Dataset]) -> dict[str, np.ndarray]:
         """The rows of one more step, which must have what the first step had, no less and no more."""
         rows: dict[str, np.ndarray] = {}
-        wrong: list[str] = []
+        differences: list[str] = []
         coordinates: set[str] = set()
         parts = groups.groups if isinstance(groups, ProbedStep) else groups
         for name, part in parts.items():
-            group = group_path(name)
-            if isinstance(part, GroupStep) and self._declared.get(group) is part.declared:
+            group = checked_path(name)
+            if isinstance(part, GroupStep) and self._shared_labels.get(group) is part.declared:
                 coordinates.update(f"{group}/{key}" for key in part.declared.coordinates)
-                wrong += self._further_rows(group, part.arrays, rows)
+                differences += self._further_rows(group, part.arrays, rows)
                 continue
             dataset = part.dataset if isinstance(part, GroupStep) else part
-            before = len(wrong)
+            before = len(differences)
             # Not `data_vars` and `coords`, which make a labelled array of each of hundreds.
             for key, variable in dataset.variables.items():
                 path = f"{group}/{key}"
                 if key in dataset.coords:
                     coordinates.add(path)
-                    wrong += self._coordinate_differences(path, variable)
+                    differences += self._coordinate_differences(path, variable)
                 else:
-                    wrong += self._row_differences(path, variable)
+                    differences += self._row_differences(path, variable.dims, variable.shape, variable.dtype)
                     rows[path] = np.array(variable.values)
-            if isinstance(part, GroupStep) and len(wrong) == before:
-                self._declared[group] = part.declared
+            if isinstance(part, GroupStep) and len(differences) == before:
+                self._shared_labels[group] = part.declared
         stepped = {path.rpartition("/")[0] for path in self.growing}
         expected = [*self.growing, *(path for path in self.static if path.rpartition("/")[0] in stepped)]
-        wrong = [
+        differences = [
             f"{path} is missing" for path in expected if path not in rows and path not in coordinates
-        ] + wrong
-        if wrong:
-            more = f"\n  … and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        ] + differences
+        if differences:
+            more = f"\n  … and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
             raise StoreError(
                 f"this step does not match the steps already in {self.root}:\n  "
-                + "\n  ".join(wrong[:_SHOWN])
+                + "\n  ".join(differences[:_SHOWN])
                 + more
                 + "\nEvery step of a run has the same variables; record others in another run."
             )
@@ -171,33 +172,30 @@ class Tree:
         self, group: str, arrays: Mapping[str, np.ndarray], rows: dict[str, np.ndarray]
     ) -> list[str]:
         """Put the arrays of a group whose labels are known into ``rows``; what differs in shape or type."""
-        wrong: list[str] = []
+        differences: list[str] = []
         for name, values in arrays.items():
             path = f"{group}/{name}"
             layout = self.growing.get(path)
             if layout is None or values.shape != layout.chunk or values.dtype != layout.memory_dtype:
                 dims = None if layout is None else layout.dims
-                wrong += self._differences(path, dims, values.shape, values.dtype)
+                differences += self._row_differences(path, dims, values.shape, values.dtype)
             rows[path] = np.array(values)
-        return wrong
+        return differences
 
-    def _row_differences(self, path: str, variable: xr.Variable) -> list[str]:
-        return self._differences(path, variable.dims, variable.shape, variable.dtype)
-
-    def _differences(
+    def _row_differences(
         self, path: str, dims: tuple[Hashable, ...] | None, shape: tuple[int, ...], dtype: np.dtype
     ) -> list[str]:
-        known = self.growing.get(path)
-        if known is None:
+        layout = self.growing.get(path)
+        if layout is None:
             return [f"{path} is new"]
-        found = []
-        if dims != known.dims:
-            found.append(f"{path} has dimensions {dims}, before {known.dims}")
-        elif shape != known.chunk:
-            found.append(f"{path} has shape {shape}, before {known.chunk}")
-        if dtype.name != known.dtype:
-            found.append(f"{path} has type {dtype.name}, before {known.dtype}")
-        return found
+        differences = []
+        if dims != layout.dims:
+            differences.append(f"{path} has dimensions {dims}, before {layout.dims}")
+        elif shape != layout.chunk:
+            differences.append(f"{path} has shape {shape}, before {layout.chunk}")
+        if dtype.name != layout.dtype:
+            differences.append(f"{path} has type {dtype.name}, before {layout.dtype}")
+        return differences
 
     def _coordinate_differences(self, path: str, coordinate: xr.Variable | xr.DataArray) -> list[str]:
         if path not in self.static:
@@ -205,7 +203,7 @@ class Tree:
         before, now = self._static_values(path), _plain_values(coordinate)
         if before.shape != now.shape:
             return [f"coordinate {path} has shape {now.shape}, before {before.shape}"]
-        return [] if _same(before, now) else [f"coordinate {path} is {_brief(now)}, before {_brief(before)}"]
+        return [] if _equal(before, now) else [f"coordinate {path} is {_brief(now)}, before {_brief(before)}"]
 
     # -- new arrays ------------------------------------------------------------------------------------
 
@@ -213,7 +211,7 @@ class Tree:
         """What these datasets add to the run; :class:`StoreError` if xarray could not open it with them."""
         plan = Plan()
         for name, dataset in groups.items():
-            group = group_path(name)
+            group = checked_path(name)
             if group.split("/")[0] == "series":
                 raise StoreError("the group 'series' holds scalars; record them with append_series")
             for dim in GROWING_DIMS:
@@ -227,12 +225,12 @@ class Tree:
             for key, variable in dataset.data_vars.items():
                 path = f"{group}/{key}"
                 layout = _layout(path, variable)
-                taken = path in self.static or path in self.growing
-                if taken and not growing and self._already_written(path, variable):
+                exists = path in self.static or path in self.growing
+                if exists and not growing and self._already_written(path, variable):
                     continue
-                if taken and not (exchange and path in self.static):
+                if exists and not (exchange and path in self.static):
                     raise StoreError(f"{path} is already in {self.root}; pass replace=True to exchange it")
-                if taken:
+                if exists:
                     plan.replaced.append(path)
                 if growing:
                     if not variable.size:
@@ -256,7 +254,7 @@ class Tree:
         layout, shape = self.static[path]
         if (layout.dims, shape) != (variable.dims, variable.shape):
             return False
-        return _same(layout.read_all(self.root / path, shape), _plain_values(variable))
+        return _equal(layout.read_all(self.root / path, shape), _plain_values(variable))
 
     def _plan_group(self, plan: Plan, group: str, dataset: xr.Dataset) -> None:
         parts = group.split("/")
@@ -265,17 +263,17 @@ class Tree:
             plan.groups.setdefault(path, dict(self.groups.get(path, {})))
         attributes = plan.groups[group] | jsonable(dict(dataset.attrs), f"attributes of {group}")
         # CF's way to say which variables are coordinates although no dimension has their name.
-        others = {str(key) for key in dataset.coords if key not in dataset.dims}
-        others |= set(attributes.get("coordinates", "").split())
-        if others:
-            attributes["coordinates"] = " ".join(sorted(others))
+        coordinates = {str(key) for key in dataset.coords if key not in dataset.dims}
+        coordinates |= set(attributes.get("coordinates", "").split())
+        if coordinates:
+            attributes["coordinates"] = " ".join(sorted(coordinates))
         plan.groups[group] = attributes
 
     def _plan_coordinate(self, plan: Plan, path: str, coordinate: xr.DataArray) -> None:
         if path in self.static:
-            wrong = self._coordinate_differences(path, coordinate)
-            if wrong:
-                raise StoreError(f"{wrong[0]} in {self.root}; a group has one set of coordinates")
+            differences = self._coordinate_differences(path, coordinate)
+            if differences:
+                raise StoreError(f"{differences[0]} in {self.root}; a group has one set of coordinates")
             return
         if " " in path:
             raise StoreError(f"coordinate {path!r} has a space in its name; rename it")
@@ -283,10 +281,10 @@ class Tree:
 
     def _refuse_collisions(self, plan: Plan) -> None:
         arrays = {*self.static, *self.growing, *plan.static, *plan.growing, "step"}
-        both = sorted(arrays & {*self.groups, *plan.groups})
-        if both:
+        conflicts = sorted(arrays & {*self.groups, *plan.groups})
+        if conflicts:
             raise StoreError(
-                f"{both[0]!r} would be a group and a variable of {self.root}; rename one of them"
+                f"{conflicts[0]!r} would be a group and a variable of {self.root}; rename one of them"
             )
         for path in plan.growing.keys() | plan.static.keys():
             key = path.rsplit("/", 1)[1]
@@ -302,16 +300,16 @@ class Tree:
         sizes: dict[str, dict[str, int]] = {}
         for path, (dims, shape) in layouts.items():
             sizes.setdefault(path.rpartition("/")[0], {}).update(zip(dims, shape, strict=True))
-        for group, own in sizes.items():
+        for group, lengths in sizes.items():
             parts = group.split("/")
             for above in ("/".join(parts[:depth]) for depth in range(1, len(parts))):
-                for dim in own:
+                for dim in lengths:
                     path, lower = f"{above}/{dim}", f"{group}/{dim}"
                     if path not in layouts or layouts[path][0] != (dim,):
                         continue
-                    clash = layouts[path][1] != (own[dim],)
+                    clash = layouts[path][1] != (lengths[dim],)
                     if not clash and lower in layouts:
-                        clash = not _same(self._values(plan, path), self._values(plan, lower))
+                        clash = not _equal(self._values(plan, path), self._values(plan, lower))
                     if clash:
                         raise StoreError(
                             f"{dim!r} in {group} differs from {dim!r} in {above}, which it would inherit; "
@@ -340,20 +338,20 @@ def _layout(path: str, variable: xr.DataArray) -> ArrayLayout:
 def _split(layout: ArrayLayout) -> ArrayLayout:
     """Chunks of at most a few MiB, cut along the leading dimensions (so that one layer is read alone)."""
     chunk = list(layout.chunk)
-    item = layout.memory_dtype.itemsize
+    item_bytes = layout.memory_dtype.itemsize
     for position in range(len(chunk)):
-        rest = math.prod(chunk[position + 1 :]) * item
-        if chunk[position] * rest <= _STATIC_CHUNK_BYTES:
+        inner_bytes = math.prod(chunk[position + 1 :]) * item_bytes
+        if chunk[position] * inner_bytes <= _STATIC_CHUNK_BYTES:
             break
-        chunk[position] = max(1, _STATIC_CHUNK_BYTES // rest)
+        chunk[position] = max(1, _STATIC_CHUNK_BYTES // inner_bytes)
     return replace(layout, chunk=tuple(chunk))
 
 
-def _same(first: np.ndarray, second: np.ndarray) -> bool:
-    if first.shape != second.shape:
+def _equal(left: np.ndarray, right: np.ndarray) -> bool:
+    if left.shape != right.shape:
         return False
-    floats = first.dtype.kind == "f" and second.dtype.kind == "f"
-    return bool(np.array_equal(first, second, equal_nan=floats))
+    floats = left.dtype.kind == "f" and right.dtype.kind == "f"
+    return bool(np.array_equal(left, right, equal_nan=floats))
 
 
 def _brief(values: np.ndarray) -> str:

@@ -10,7 +10,8 @@ What is on disk (``osp_diag.runs.run`` reads it, and so does ``xarray.open_datat
 **Commit.** Chunks are written first; then the root's ``zarr.json``, which consolidates the metadata of
 all arrays with their lengths, is replaced atomically and synced. That file is the commit pointer: a
 reader sees committed steps only, all of them whole. A killed writer loses at most what was appended
-after the last commit; a resumed one forgets what lies beyond it.
+after the last commit; a resumed one forgets what lies beyond it. Why a writer of our own, and why that
+file stays whole: docs/decisions.md, Runs.
 """
 
 from __future__ import annotations
@@ -48,13 +49,11 @@ from osp_diag.runs.format import (
     root_document,
 )
 from osp_diag.runs.lock import WriterLock
-from osp_diag.runs.tree import Plan, Tree, group_path, scalar, step_label
+from osp_diag.runs.tree import Plan, Tree, checked_path, scalar, step_label
+from osp_diag.schema import LOGGED_STEP, SERIES, STEP
 
 __all__ = ["RunWriter", "check_destination"]
 
-STEP = "step"
-SERIES = "series"
-SERIES_STEP = "logged_step"
 
 CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
@@ -109,7 +108,7 @@ class RunWriter:
         self._attributes: dict[str, Any] = {FORMAT_KEY: FORMAT_VERSION} | jsonable(dict(attributes))
         self._axis = GrowingAxis(STEP, STEP, "training step")
         self._series = GrowingAxis(
-            SERIES_STEP, f"{SERIES}/{SERIES_STEP}", "training step of the scalars", open_end=True
+            LOGGED_STEP, f"{SERIES}/{LOGGED_STEP}", "training step of the scalars", open_end=True
         )
         self._tree = Tree(self.path)
         self._on_disk: set[str] = set()
@@ -151,7 +150,7 @@ class RunWriter:
 
     def __contains__(self, group: str) -> bool:
         """Whether the run has this group (so that a resumed probe need not write its snapshot again)."""
-        return group_path(group) in self._tree.groups
+        return checked_path(group) in self._tree.groups
 
     def __repr__(self) -> str:
         state = "open" if self._open else "closed"
@@ -206,10 +205,10 @@ class RunWriter:
         label = step_label(step)
         with self._disk_errors():
             if axis.pending and label == axis.last:
-                again = [path.removeprefix(f"{SERIES}/") for path in paths if path in axis.pending[-1]]
-                if again:
+                repeated = [path.removeprefix(f"{SERIES}/") for path in paths if path in axis.pending[-1]]
+                if repeated:
                     raise StoreError(
-                        f"series {', '.join(again)} of step {label} is already recorded in {self.path}; "
+                        f"series {', '.join(repeated)} of step {label} is already recorded in {self.path}; "
                         "record each name once per step"
                     )
                 self._declare_series(values, attributes or {})
@@ -223,15 +222,15 @@ class RunWriter:
 
     def _declare_series(self, names: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
         axis = self._series
-        new = {}
+        layouts = {}
         for name in names:
             path = f"{SERIES}/{name}"
             if path not in axis.arrays:
                 described = jsonable(dict(attributes.get(name, {})), f"attributes of {path}")
-                new[path] = ArrayLayout((), "float64", (), described)
-        if new:
+                layouts[path] = ArrayLayout((), "float64", (), described)
+        if layouts:
             self._tree.add_group(SERIES)
-            axis.declare(new, _SERIES_CHUNK, _CHUNK_BYTES)
+            axis.declare(layouts, _SERIES_CHUNK, _CHUNK_BYTES)
 
     def write_static(self, group: str, dataset: xr.Dataset, *, replace: bool = False) -> None:
         """Write and commit what does not grow: snapshots, the probe's tokens.
@@ -259,9 +258,9 @@ class RunWriter:
     def note_absent_sites(self, reasons: Mapping[str, str]) -> None:
         """Keep why sites are not there (site → reason) when that shows only once the model runs."""
         self._require_open()
-        known = self._attributes.get("absent_sites", {})
-        if reasons.items() - known.items():
-            self._attributes["absent_sites"] = known | jsonable(dict(reasons), "absent_sites")
+        noted = self._attributes.get("absent_sites", {})
+        if reasons.items() - noted.items():
+            self._attributes["absent_sites"] = noted | jsonable(dict(reasons), "absent_sites")
             with self._disk_errors():
                 self._commit()
 
@@ -346,14 +345,14 @@ class RunWriter:
 
         def alive(node: str, name: str) -> bool:
             if name == METADATA:
-                return node in self._on_disk and node in known
+                return node in self._on_disk and node in nodes
             for axis in (self._axis, self._series):
                 if node in axis.arrays:
                     return axis.holds_chunk(node, name)
             return node in self._tree.static
 
-        known = {"", *self._tree.groups, *self._tree.static, *self._axis.arrays, *self._series.arrays}
-        self._on_disk &= known
+        nodes = {"", *self._tree.groups, *self._tree.static, *self._axis.arrays, *self._series.arrays}
+        self._on_disk &= nodes
         self._on_disk.add("")
         sweep(self.path, alive)
 
@@ -361,8 +360,8 @@ class RunWriter:
 
     def _resume(self) -> None:
         root = read_root(self.path)
-        stored = root["attributes"]
-        differences = identity_differences(stored, self._attributes, VOLATILE)
+        attributes = root["attributes"]
+        differences = identity_differences(attributes, self._attributes, VOLATILE)
         if differences:
             raise StoreError(
                 f"{self.path} cannot be resumed: it was written under other conditions\n  "
@@ -370,7 +369,7 @@ class RunWriter:
                 + "\nWrite to another path, or pass overwrite=True to start this one again."
             )
         nodes = root["consolidated_metadata"]["metadata"]
-        growing: dict[str, dict[str, Any]] = {STEP: {}, SERIES_STEP: {}}
+        growing: dict[str, dict[str, Any]] = {STEP: {}, LOGGED_STEP: {}}
         for path, entry in nodes.items():
             dims = entry.get("dimension_names") or [None]
             if dims[0] in growing:
@@ -378,14 +377,14 @@ class RunWriter:
             else:
                 self._tree.restore(path, entry)
         self._axis.restore(growing[STEP], self.path)
-        self._series.restore(growing[SERIES_STEP], self.path)
+        self._series.restore(growing[LOGGED_STEP], self.path)
         self._tree.restore_growing(
             {path: array.layout for path, array in self._axis.arrays.items() if path != STEP}
         )
         self._on_disk = {"", *nodes}
-        now = {key: self._attributes[key] for key in CIRCUMSTANCES if key in self._attributes}
-        history = [*stored.get("resumed", []), now | {"after_step": self.last_step}]
-        self._attributes = stored | {"resumed": history}
+        circumstances = {key: self._attributes[key] for key in CIRCUMSTANCES if key in self._attributes}
+        history = [*attributes.get("resumed", []), circumstances | {"after_step": self.last_step}]
+        self._attributes = attributes | {"resumed": history}
 
     # -- refusing --------------------------------------------------------------------------------------
 

@@ -11,7 +11,6 @@ import torch
 from osp_diag.schema import SITES
 from osp_diag.sites.blocks import Block, is_inside, output_tap
 from osp_diag.sites.projections import distinct_heads, pre_rope_tap
-from osp_diag.sites.stack import is_linear
 from osp_diag.sites.trace import Event
 
 __all__ = ["attention_event", "attention_sites", "is_causal"]
@@ -36,7 +35,7 @@ def attention_event(block: Block) -> Event | None:
     last = block.calls[-1][0]
     enclosing = [event for event in block.inner if event.start < block.call_time < event.stop]
     for event in enclosing:
-        later_linears = [e for e in block.inner if is_linear(e.module) and last < e.start < event.stop]
+        later_linears = [e for e in block.inner if e.projection and last < e.start < event.stop]
         if len(later_linears) <= 1:
             return event
     return None
@@ -51,8 +50,8 @@ def attention_sites(block: Block, attention: Event | None) -> None:
         return
     inner = [event for event in block.inner if attention is None or is_inside(event, attention)]
     earlier = [event for event in inner if event.stop < block.call_time]
-    earlier_linears = [event for event in earlier if is_linear(event.module)]
-    later_linears = [e for e in inner if is_linear(e.module) and e.start > block.calls[-1][0]]
+    earlier_linears = [event for event in earlier if event.projection]
+    later_linears = [e for e in inner if e.projection and e.start > block.calls[-1][0]]
     if attention is not None and block.is_state(attention.input):
         block.add("attention_input", block.past_norm(attention), "input")
     elif earlier_linears:
@@ -90,9 +89,7 @@ def _projections_by_name(block: Block, earlier: list[Event]) -> None:
     for site in ("query_post_rope", "key_post_rope"):
         block.absent[site] = f"the model hands only attention logits to its {block.call.seam}"
     for site, name in _PROJECTION_NAMES.items():
-        event = next(
-            (e for e in earlier if is_linear(e.module) and name.search(e.name.rpartition(".")[2])), None
-        )
+        event = next((e for e in earlier if e.projection and name.search(e.name.rpartition(".")[2])), None)
         if event is not None and event.output is not None and event.output.shape[-1] % heads == 0:
             block.taps.append(replace(output_tap(site, block.layer, event), heads=heads))
         else:

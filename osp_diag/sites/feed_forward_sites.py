@@ -14,7 +14,7 @@ from torch import nn
 
 from osp_diag.sites.blocks import Block, is_inside, outermost, same
 from osp_diag.sites.names import Tap
-from osp_diag.sites.stack import is_linear, is_norm
+from osp_diag.sites.stack import is_norm
 from osp_diag.sites.trace import Event
 
 __all__ = ["feed_forward_sites"]
@@ -44,7 +44,7 @@ def _outside_attention(block: Block, attention: Event | None) -> list[Event]:
         return [event for event in outside if any(is_inside(event, e) for e in named)]
     if attention is None:
         # Attention's projections stand directly in the block: the first after the call is its output.
-        after = [e for e in outside if e.start > block.calls[-1][0] and is_linear(e.module)]
+        after = [e for e in outside if e.start > block.calls[-1][0] and e.projection]
         return [event for event in outside if after and event.start > after[0].stop]
     return outside
 
@@ -52,7 +52,7 @@ def _outside_attention(block: Block, attention: Event | None) -> list[Event]:
 def feed_forward_sites(block: Block, attention: Event | None) -> None:
     """Find the MLP's input, hidden state and contribution, attention's contribution, and residual_mid."""
     outside = _outside_attention(block, attention)
-    linears = [event for event in outside if is_linear(event.module)]
+    linears = [event for event in outside if event.projection]
     experts = [event for event in outside if _holds_experts(event.module)]
     if not linears and not experts:
         for site in ("mlp_input", "mlp_hidden", "mlp_contribution"):
@@ -137,7 +137,7 @@ def _attention_outputs(block: Block, attention: Event | None, earlier: list[Even
         return []
     inside = [e for e in block.inner if is_inside(e, attention)]
     if attention is None:
-        inside = [e for e in block.inner if e.start > block.call_time and is_linear(e.module)][:1]
+        inside = [e for e in block.inner if e.start > block.call_time and e.projection][:1]
     return inside + [event for event in earlier if event.start > block.call_time]
 
 

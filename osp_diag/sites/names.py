@@ -31,6 +31,8 @@ class Tap:
     head_axis: str = "flat"
     fused: tuple[int, int, int, int] | None = None
     """(groups, slots per group, first slot, slots taken) of a fused projection's output"""
+    tokens_first: bool = False
+    """whether the tensor is (token, batch, …) and not (batch, token, …)"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,8 @@ class SiteMap:
     notes: tuple[str, ...] = ()
     expert_layers: dict[int, str] = field(default_factory=dict)
     """layer → path of a module that holds its experts' weights as stacked parameters"""
+    tokens_first: bool = False
+    """whether the stream between the blocks is (token, batch, channel) and not (batch, token, channel)"""
     prefix: str = ""
     """of the arguments that hold the blocks' tokens: "decoder_" where an encoder stands beside them"""
 

@@ -97,6 +97,8 @@ def _layouts(
 ) -> list[tuple[dict[str, Any], torch.Tensor]]:
     """``output`` as (batch, heads, token, width), under each layout that its size allows."""
     batch, heads, tokens, width = shape
+    if batch != tokens and tuple(output.shape[:2]) == (tokens, batch) and output.ndim > 2:
+        output = output.transpose(0, 1)
     candidates: list[tuple[dict[str, Any], torch.Tensor]] = []
     if output.numel() == batch * heads * tokens * width:
         if tuple(output.shape) == (batch, heads, tokens, width):

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
@@ -16,9 +15,19 @@ from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, SITES
 from osp_diag.sites.attention_sites import attention_event, attention_sites, is_causal
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
+from osp_diag.sites.layout import has_tokens_first, with_layout
+from osp_diag.sites.linear_maps import mark_projections
 from osp_diag.sites.names import SiteMap, Tap
-from osp_diag.sites.stack import find_stack, is_linear, is_norm
-from osp_diag.sites.trace import TOKENS, Event, Trace, fused_encoder_layers, trace_forward, unwrap
+from osp_diag.sites.stack import find_stack, is_norm
+from osp_diag.sites.trace import (
+    Event,
+    Trace,
+    fused_encoder_layers,
+    trace_forward,
+    undisturbed,
+    unwrap,
+)
+from osp_diag.sites.zero_weights import nonzero_weights
 
 __all__ = ["find_sites"]
 
@@ -28,7 +37,7 @@ def _linear_sites(block: Block) -> list[Tap]:
     return [
         input_tap(f"linear_input:{event.name.removeprefix(prefix)}", block.layer, event)
         for event in block.inner
-        if is_linear(event.module) and block.has_one_row_a_token(event.input)
+        if event.projection and block.has_one_row_a_token(event.input)
     ]
 
 
@@ -61,14 +70,17 @@ def find_sites(
     SiteError : no stack of blocks, a pattern that matches nothing, or a model that cannot be run
     """
     model = unwrap(model)
-    trace = trace_forward(model, example)
-    stack, events = find_stack(model, trace, blocks)
-    first = events[0].input
-    if first is None:
-        raise SiteError(f"the blocks at {stack!r} receive no activations; name the stack with `blocks=`")
-    traced_blocks = [
-        _resolve_block(layer, event, trace, first.shape[-1]) for layer, event in enumerate(events)
-    ]
+    with undisturbed(model), nonzero_weights(model):
+        trace = trace_forward(model, example)
+        mark_projections(trace)
+        stack, events = find_stack(model, trace, blocks)
+        first = events[0].input
+        if first is None:
+            raise SiteError(f"the blocks at {stack!r} receive no activations; name the stack with `blocks=`")
+        tokens_first = has_tokens_first(model, example, trace, events)
+        traced_blocks = [
+            _resolve_block(layer, event, trace, first.shape[-1]) for layer, event in enumerate(events)
+        ]
     # Why the embedding is what the first block reads: docs/decisions.md, Capture.
     taps = [input_tap("embedding", 0, events[0])]
     for block in traced_blocks:
@@ -78,29 +90,29 @@ def find_sites(
         taps.append(final_norm)
     taps += _outer_linear_sites(trace, events, traced_blocks[0])
     taps = _with_named_taps(taps, named or {}, trace, events, traced_blocks)
-    taps += _down_weights(model, taps, traced_blocks)
+    taps += _down_weights(taps, trace, traced_blocks)
     return SiteMap(
         blocks=stack,
         block_paths=tuple(event.name for event in events),
         hidden_size=first.shape[-1],
-        taps=tuple(taps),
+        taps=tuple(with_layout(tap, trace, first, tokens_first=tokens_first) for tap in taps),
         attention_layers=tuple(block.layer for block in traced_blocks if block.calls),
         causal_layers=frozenset(
             block.layer for block in traced_blocks if block.calls and is_causal(block.call)
         ),
         absent=_absent_sites(traced_blocks, {tap.site for tap in taps}),
         notes=_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
-        prefix="decoder_" if _is_decoder(model, example, first) else "",
+        tokens_first=tokens_first,
+        prefix="decoder_" if _is_decoder(model, stack) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
     )
 
 
-def _is_decoder(model: nn.Module, example: Any, state: torch.Tensor) -> bool:
+def _is_decoder(model: nn.Module, stack: str) -> bool:
     """Whether the blocks are the decoder of a model that also has an encoder, whose tokens are others."""
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
-    ids = example.get("decoder_input_ids") if isinstance(example, Mapping) else None
-    return state.shape[1] == (TOKENS - 1 if ids is None else ids.shape[1])
+    return "decoder" in stack.split(".")
 
 
 def _resolve_block(layer: int, event: Event, trace: Trace, hidden_size: int) -> Block:
@@ -126,13 +138,14 @@ def _sites_at_the_call(block: Block) -> set[str]:
     return {ATTENTION, "query_post_rope", "key_post_rope", "value"}
 
 
-def _down_weights(model: nn.Module, taps: list[Tap], blocks: list[Block]) -> list[Tap]:
+def _down_weights(taps: list[Tap], trace: Trace, blocks: list[Block]) -> list[Tap]:
     """The matrices that read ``mlp_hidden``: of a projection, or of the experts stacked in one parameter."""
     hidden = {tap.layer: tap for tap in taps if tap.site == "mlp_hidden"}
+    projections = {event.name for event in trace.events if event.projection}
     weights = []
     for block in blocks:
         tap = hidden.get(block.layer)
-        if tap is not None and tap.side == "input" and is_linear(model.get_submodule(tap.module)):
+        if tap is not None and tap.side == "input" and tap.module in projections:
             weights.append(replace(tap, site=DOWN_WEIGHT, side="weight"))
         elif tap is None and block.experts:
             experts = next(event for event in block.inner if event.name == block.experts)
@@ -159,7 +172,7 @@ def _outer_linear_sites(trace: Trace, events: list[Event], first: Block) -> list
     inside = tuple(event.name + "." for event in events)
     taps = []
     for event in trace.events:
-        if event.name.startswith(inside) or not is_linear(event.module):
+        if event.name.startswith(inside) or not event.projection:
             continue
         if first.has_one_row_a_token(event.input):
             layer = 0 if event.start < events[0].start else len(events) - 1

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
 from osp_diag.sites.trace import Event, Trace
 
-__all__ = ["find_stack", "is_linear", "is_norm"]
+__all__ = ["find_stack", "holds_matrix", "is_linear", "is_norm"]
 
 
 def is_linear(module: nn.Module) -> bool:
-    """A projection: ``nn.Linear``, GPT-2's ``Conv1D``, quantised and adapted linears."""
+    """A projection by its class: ``nn.Linear``, GPT-2's ``Conv1D``, adapted linears with a weight.
+
+    Of the calls of a trace, :func:`~osp_diag.sites.linear_maps.mark_projections` tells the others too.
+    """
     if isinstance(module, nn.Linear):
         return True
     weight = getattr(module, "weight", None)
@@ -29,8 +33,25 @@ def is_norm(module: nn.Module) -> bool:
     return flat and ("norm" in name or name in {"dyt", "dynamictanh"})
 
 
+def holds_matrix(module: nn.Module) -> bool:
+    """Whether a module has weights of two dimensions: parameters, buffers, or torch.ao's packed objects."""
+    if any(tensor.ndim >= 2 for tensor in (*module.parameters(), *module.buffers())):
+        return True
+    return any(_packed(inner) for inner in module.modules())
+
+
+def _packed(module: nn.Module) -> bool:
+    return any(isinstance(value, torch.ScriptObject) for value in vars(module).values())
+
+
 def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    """Number of weights, packed ones as far as their modules tell."""
+    weights = sum(tensor.numel() for tensor in module.parameters())
+    weights += sum(buffer.numel() for buffer in module.buffers() if buffer.dtype != torch.bool)
+    for inner in module.modules():
+        if any(_packed(child) for child in inner.children()):
+            weights += getattr(inner, "in_features", 0) * getattr(inner, "out_features", 0)
+    return weights
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -43,8 +64,7 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
             continue
         children = list(module.children())
         is_stack = bool(children) and all(
-            any(True for _ in child.children()) and any(p.ndim >= 2 for p in child.parameters())
-            for child in children
+            any(True for _ in child.children()) and holds_matrix(child) for child in children
         )
         if is_stack:
             stacks[name] = module

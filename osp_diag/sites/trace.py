@@ -6,6 +6,7 @@ several ways); the tensors of one real forward pass settle it. The pass is eight
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,6 +25,7 @@ __all__ = [
     "is_compiled",
     "run_example",
     "trace_forward",
+    "undisturbed",
     "unfused",
     "unwrap",
 ]
@@ -41,6 +43,15 @@ class Event:
     outputs: dict[int | None, torch.Tensor] = field(default_factory=dict)
     start: int = 0
     stop: int = 0
+    device: torch.device | None = None
+    """where the module's first activation was"""
+    alone: bool = False
+    """called with one tensor and nothing else"""
+    attends: bool = False
+    """an attention call was made during it"""
+    projection: bool = False
+    """an outermost linear map"""
+    inside_projection: bool = False
 
     @property
     def input(self) -> torch.Tensor | None:
@@ -69,8 +80,9 @@ class Trace:
         return self.clock
 
     def within(self, outer: Event) -> list[Event]:
-        """Calls made during ``outer``, itself left out."""
-        return [event for event in self.events if outer.start < event.start and event.stop < outer.stop]
+        """Calls made during ``outer``, itself left out, and what projections are made of."""
+        inner = [event for event in self.events if outer.start < event.start and event.stop < outer.stop]
+        return [event for event in inner if not event.inside_projection]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -146,7 +158,7 @@ def _outputs(result: Any) -> dict[int | None, Any]:
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, random state and training flags put back afterwards."""
     flags = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
@@ -167,9 +179,12 @@ def _example_device(model: nn.Module) -> torch.device:
 
 
 def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None) -> Any:
-    """Call the model on an example batch, or on eight tokens if none is given."""
+    """Call the model on an example batch, or on eight tokens if none is given.
+
+    A dictionary is the model's keyword arguments, or, for a model that takes none of these names, its batch.
+    """
     if isinstance(example, Mapping):
-        return model(**example)
+        return model(**example) if _takes_keywords(model, example) else model(example)
     if example is not None:
         return model(*example)
     vocabulary = min(
@@ -191,6 +206,14 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
     return model(ids)
 
 
+def _takes_keywords(model: nn.Module, example: Mapping[str, Any]) -> bool:
+    try:
+        inspect.signature(model.forward).bind(**example)
+    except TypeError:
+        return False
+    return True
+
+
 def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None) -> Trace:
     """Run the model once and record every module call and every attention call.
 
@@ -204,7 +227,9 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
     def start_hook(name: str):  # type: ignore[no-untyped-def]
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             inputs = _floating_copies({**dict(enumerate(args)), **kwargs})
-            event = Event(name, module, inputs, start=trace.tick())
+            arguments = [value for value in (*args, *kwargs.values()) if value is not None]
+            event = Event(name, module, inputs, start=trace.tick(), alone=len(arguments) == len(inputs) == 1)
+            event.device = next((v.device for v in arguments if isinstance(v, torch.Tensor)), None)
             trace.events.append(event)
             open_events.append(event)
 
@@ -216,9 +241,11 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
 
     def on_call(call: AttentionCall) -> None:
         trace.attention.append((trace.tick(), _on_host(call)))
+        for event in open_events:
+            event.attends = True
 
     with ExitStack() as stack:
-        stack.enter_context(_undisturbed(model))
+        stack.enter_context(undisturbed(model))
         for name, module in model.named_modules():
             if name:
                 stack.callback(module.register_forward_pre_hook(start_hook(name), with_kwargs=True).remove)

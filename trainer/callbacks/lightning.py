@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from osp_diag.errors import UsageError
 from osp_diag.probing.settings import keyword_form
 from osp_diag.runs.run import Run
+from osp_diag.trainer.parallel import gathered
 from osp_diag.trainer.recording import IN_TRAINING, HeldOut, Recording, RecordingOptions, RecordingSettings
 
 __all__ = ["OutlierProbe"]
@@ -51,7 +52,7 @@ class OutlierProbe(Callback):
         self.place = model
         self._losses: list[Tensor] = []
         self._numbers: dict[str, Any] = {}
-        self._done = 0
+        self._last_step = 0
 
     @property
     def run(self) -> Run:
@@ -62,7 +63,7 @@ class OutlierProbe(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         model = self._model(pl_module)
-        self._done = trainer.global_step
+        self._last_step = trainer.global_step
         self._losses, self._numbers = [], {}
         steps = trainer.estimated_stepping_batches
         self.recording.begin(
@@ -85,7 +86,7 @@ class OutlierProbe(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self.recording.close_step()
-        if self._wanted(trainer):
+        if self._logs_next_step(trainer):
             self._numbers = {"learning_rate": optimizer.param_groups[0]["lr"]}
             if not isinstance(trainer.strategy, FSDPStrategy):
                 self._numbers["gradient_norm"] = _gradient_norm(optimizer)
@@ -94,14 +95,14 @@ class OutlierProbe(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        updated = step > self._done
+        updated = step > self._last_step
         if self._is_logged(trainer, step if updated else step + 1):
             # Lightning divides the loss by the number of micro-batches, so that their sum is the mean.
             loss = outputs.get("loss") if isinstance(outputs, dict) else None
             self._losses += [loss.detach()] if isinstance(loss, Tensor) else []
         if not updated:
             return
-        self._done = step
+        self._last_step = step
         self.recording.after_step(step)
         if self._is_logged(trainer, step):
             if self._losses:
@@ -141,7 +142,7 @@ class OutlierProbe(Callback):
                 f"model={self.place!r}: {type(pl_module).__name__} has no such module; its own are {children}"
             ) from error
 
-    def _wanted(self, trainer: Trainer) -> bool:
+    def _logs_next_step(self, trainer: Trainer) -> bool:
         return self._is_logged(trainer, trainer.global_step + 1)
 
     @staticmethod
@@ -155,4 +156,4 @@ def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     # Gradients sharded by FSDP2 give a sharded norm.
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return gathered(norm)

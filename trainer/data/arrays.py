@@ -45,25 +45,25 @@ class ArrayData(TrainingData):
         source: str,
     ) -> None:
         super().__init__(config, form, tokenizer, dealing)
-        held = np.zeros(len(corpus), dtype=bool)
+        is_held_out = np.zeros(len(corpus), dtype=bool)
         if validation is None:
-            corpus, held = self._hold_out(corpus)
-        kept = ~held
-        self._stream = corpus.stream(kept, form)
+            corpus, is_held_out = self._hold_out(corpus)
+        is_trained = ~is_held_out
+        self._stream = corpus.stream(is_trained, form)
         if validation is None:
-            self._held_out = corpus.stream(held, form)
+            self._held_out = corpus.stream(is_held_out, form)
         else:
             self._held_out = validation.stream(np.ones(len(validation), dtype=bool), form)
-        self._starts = self._sequence_starts(corpus, kept)
+        self._starts = self._sequence_starts(corpus, is_trained)
         self._check_size(source)
-        self.tokens, self.documents = len(self._stream), int(kept.sum())
+        self.tokens, self.documents = len(self._stream), int(is_trained.sum())
         self.fingerprint = tokens_digest([self._stream, self._held_out])
         self.description = (
             f"{source}: {self.documents:,} documents, {self.tokens:,} tokens; "
             f"{len(self._held_out):,} tokens held out"
         )
         self._note_cuts()
-        self._given = 0
+        self._next_sequence = 0
         self._order = lru_cache(maxsize=2)(self._make_order)  # a batch lies in two epochs at most
 
     @property
@@ -74,17 +74,17 @@ class ArrayData(TrainingData):
     @property
     def epoch(self) -> float:
         """Epochs given out so far, with the part of the present one."""
-        return self._given / self.sequences
+        return self._next_sequence / self.sequences
 
     def next_batch(self) -> Batch:
-        numbers = (self._given + np.arange(self.dealing.batch_size))[self.dealing.own]
+        numbers = (self._next_sequence + np.arange(self.dealing.batch_size))[self.dealing.of_rank]
         epochs, places = np.divmod(numbers, self.sequences)
-        chosen = np.empty(len(numbers), dtype=np.int64)
+        sequences = np.empty(len(numbers), dtype=np.int64)
         for epoch in np.unique(epochs):
             rows = epochs == epoch
-            chosen[rows] = self._order(int(epoch))[places[rows]]
-        self._given += self.dealing.batch_size
-        starts, length = self._starts[chosen], self.form.body + 1
+            sequences[rows] = self._order(int(epoch))[places[rows]]
+        self._next_sequence += self.dealing.batch_size
+        starts, length = self._starts[sequences], self.form.body + 1
         windows = self._stream.windows(starts, length, padding=self.form.end)
         present = None
         if self.config.packing == "documents" and (starts + length > len(self._stream)).any():
@@ -92,10 +92,10 @@ class ArrayData(TrainingData):
         return self.form.batch(windows, present)
 
     def _position(self) -> dict[str, Any]:
-        return {"sequences": self._given}
+        return {"sequences": self._next_sequence}
 
     def _go_to(self, position: Mapping[str, Any]) -> None:
-        self._given = int(position["sequences"])
+        self._next_sequence = int(position["sequences"])
 
     def _held_out_tokens(self, tokens: int) -> Int64[np.ndarray, " token"]:
         return self._held_out.slice(0, tokens)
@@ -105,20 +105,20 @@ class ArrayData(TrainingData):
             return np.arange(self.sequences)
         return sequence_order(self.config.seed, epoch, self.sequences)
 
-    def _sequence_starts(self, corpus: Corpus, kept: np.ndarray) -> Int64[np.ndarray, " sequence"]:
+    def _sequence_starts(self, corpus: Corpus, is_trained: np.ndarray) -> Int64[np.ndarray, " sequence"]:
         body, length = self.form.body, len(self._stream)
         if self.config.packing == "stream":
             return np.arange(max(0, (length - 1) // body)) * body
-        starts = greedy_starts(corpus.document_starts(kept, self.form), body)
+        starts = greedy_starts(corpus.document_starts(is_trained, self.form), body)
         return starts[starts < length - 1]
 
     def _hold_out(self, corpus: Corpus) -> tuple[Corpus, Bool[np.ndarray, " document"]]:
         """Which documents are held out. Where whole ones would be most of the text, its end is."""
         fraction = self.config.validation_fraction
-        held = corpus.held_out(fraction)
-        share = np.diff(corpus.boundaries)[held].sum() / corpus.tokens
-        if held.any() and share <= max(0.5, 2 * fraction):
-            return corpus, held
+        is_held_out = corpus.held_out(fraction)
+        share = np.diff(corpus.boundaries)[is_held_out].sum() / corpus.tokens
+        if is_held_out.any() and share <= max(0.5, 2 * fraction):
+            return corpus, is_held_out
         self.notes += (
             "There are too few documents to hold out whole ones; the end of the text is held out.",
         )
@@ -141,23 +141,24 @@ class ArrayData(TrainingData):
 
     def _note_cuts(self) -> None:
         if self.config.packing == "documents":
-            read = np.minimum(self.form.body, len(self._stream) - self._starts).sum()
-            left = 1 - read / len(self._stream)
-            if left > 0:
+            tokens_read = np.minimum(self.form.body, len(self._stream) - self._starts).sum()
+            unread = 1 - tokens_read / len(self._stream)
+            if unread > 0:
                 self.notes += (
-                    f"data.packing=documents leaves out {left:.1%} of the tokens: the ends of documents "
+                    f"data.packing=documents leaves out {unread:.1%} of the tokens: the ends of documents "
                     "that did not fit.",
                 )
 
 
 def greedy_starts(documents: Int64[np.ndarray, " document"], length: int) -> Int64[np.ndarray, " sequence"]:
     """Where sequences begin: each with the first document after the ``length`` tokens of the one before."""
+    # For each document the first one that begins a whole sequence or more after it.
     following = np.searchsorted(documents, documents + length).tolist()
-    chosen, document = [], 0
+    firsts, document = [], 0
     while document < len(documents):
-        chosen.append(document)
+        firsts.append(document)
         document = following[document]
-    return documents[chosen]
+    return documents[firsts]
 
 
 def sequence_order(seed: int, epoch: int, count: int) -> Int64[np.ndarray, " sequence"]:

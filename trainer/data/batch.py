@@ -109,8 +109,8 @@ class SequenceForm:
             labels[:, 1:][read == self.end] = IGNORED
         documents = self._document_ids(windows, padding) if self.separate else None
         if self.bos == "sequence":
-            own = np.full((len(windows), 1), self.begin, dtype=np.int64)
-            inputs = np.concatenate([own, read], axis=1)
+            begin = np.full((len(windows), 1), self.begin, dtype=np.int64)
+            inputs = np.concatenate([begin, read], axis=1)
             documents = None if documents is None else np.concatenate([documents[:, :1], documents], axis=1)
         else:
             inputs, labels = np.ascontiguousarray(read), np.ascontiguousarray(labels[:, 1:])
@@ -127,6 +127,6 @@ class SequenceForm:
         begins[:, 1:] = (windows[:, 1:-1] if self.shares_delimiter else windows[:, :-2]) == self.end
         if padding is not None:
             begins[padding[:, :-1]] = False
-            first = padding[:, 1:-1] & ~padding[:, :-2]
-            begins[:, 1:] |= first  # padding is a document of its own
+            padding_starts = padding[:, 1:-1] & ~padding[:, :-2]
+            begins[:, 1:] |= padding_starts  # padding is a document of its own
         return np.cumsum(begins, axis=1, dtype=np.int64)

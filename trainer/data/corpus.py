@@ -15,7 +15,7 @@ from jaxtyping import Bool, Int64, UInt64
 from osp_diag.errors import TokenError
 from osp_diag.probing.checkpoint import progress_bar
 from osp_diag.trainer.data.batch import SequenceForm
-from osp_diag.trainer.data.sources import Document, opened
+from osp_diag.trainer.data.sources import Document, open_file
 from osp_diag.trainer.data.token_stream import TokenStream
 from osp_diag.trainer.data.tokenizing import Encoder
 
@@ -57,13 +57,13 @@ class Corpus:
         both learned and held out.
         """
         order = np.argsort(self.keys, kind="stable")
-        taken = np.cumsum(np.diff(self.boundaries)[order])
-        count = min(int(np.searchsorted(taken, fraction * self.tokens)), len(order) - 1)
-        held = self.keys <= self.keys[order[count]]
-        if held.all():
-            held = np.zeros(len(self), dtype=bool)
-            held[order[0]] = len(self) > 1
-        return held
+        tokens_up_to = np.cumsum(np.diff(self.boundaries)[order])
+        count = min(int(np.searchsorted(tokens_up_to, fraction * self.tokens)), len(order) - 1)
+        is_held_out = self.keys <= self.keys[order[count]]
+        if is_held_out.all():
+            is_held_out = np.zeros(len(self), dtype=bool)
+            is_held_out[order[0]] = len(self) > 1
+        return is_held_out
 
     def with_end_held_out(self, fraction: float) -> Corpus:
         """The same, cut so that what is held out is the end, that part of the tokens."""
@@ -72,9 +72,9 @@ class Corpus:
         keys = (boundaries[:-1] < cut).astype(np.uint64)
         return Corpus(self.arrays, boundaries, keys, self.largest)
 
-    def stream(self, chosen: Bool[np.ndarray, " document"], form: SequenceForm) -> TokenStream:
-        """The chosen documents as a stream, with BOS before the first where documents have it."""
-        pieces = list(self._pieces(chosen))
+    def stream(self, mask: Bool[np.ndarray, " document"], form: SequenceForm) -> TokenStream:
+        """The documents of ``mask`` as a stream, with BOS before the first where documents have it."""
+        pieces = list(self._pieces(mask))
         if form.bos == "document" and pieces:
             array, start, _ = pieces[0]
             if form.shares_delimiter or array[start] != form.begin:
@@ -82,18 +82,18 @@ class Corpus:
         return TokenStream(pieces)
 
     def document_starts(
-        self, chosen: Bool[np.ndarray, " document"], form: SequenceForm
-    ) -> Int64[np.ndarray, " chosen"]:
-        """Where the chosen documents begin in :meth:`stream`, a delimiter they share included."""
-        lengths = np.diff(self.boundaries)[chosen]
+        self, mask: Bool[np.ndarray, " document"], form: SequenceForm
+    ) -> Int64[np.ndarray, " document_of_mask"]:
+        """Where the documents of ``mask`` begin in :meth:`stream`, a delimiter they share included."""
+        lengths = np.diff(self.boundaries)[mask]
         starts = np.cumsum(lengths) - lengths
-        if not form.shares_delimiter and len(self.stream(chosen, form)) > lengths.sum():
+        if not form.shares_delimiter and len(self.stream(mask, form)) > lengths.sum():
             starts[1:] += 1  # the first has a BOS that is no part of it
         return starts
 
-    def _pieces(self, chosen: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
-        """Runs of chosen documents, cut where an array ends."""
-        edges = np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8))
+    def _pieces(self, mask: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
+        """Runs of documents of ``mask``, cut where an array ends."""
+        edges = np.diff(np.concatenate([[False], mask, [False]]).astype(np.int8))
         firsts, lasts = np.flatnonzero(edges == 1), np.flatnonzero(edges == -1)
         offsets = np.concatenate([[0], np.cumsum([len(array) for array in self.arrays])])
         for first, last in zip(self.boundaries[firsts], self.boundaries[lasts], strict=True):
@@ -196,7 +196,7 @@ def _token_array(file: Path, key: str) -> np.ndarray:
             _check_size(file.stat().st_size)
             array = np.memmap(file, dtype="<u2", mode="r")
         else:
-            with opened(file) as stream:
+            with open_file(file) as stream:
                 content = stream.read()
             if ".npy" in file.suffixes:
                 array = np.load(io.BytesIO(content), allow_pickle=False)

@@ -74,16 +74,16 @@ def _corpus(
     # What is held out from the built-in text may be a text file.
     kind = "text" if config.source == "builtin" else config.source
     files = files_at(path, kind, key)
-    source = f"{kind} {_named(files)}"
+    source = f"{kind} {_file_names(files)}"
     if kind == "tokens":
         return read_token_files(files, form, key), source
     documents = documents_in(files, kind, config.text_column, key)
     return encoded(documents, Encoder(tokenizer), form, f"{key}={path}"), source
 
 
-def _named(files: Sequence[Path]) -> str:
-    first = files[0].name
-    return f"file {first}" if len(files) == 1 else f"files {first} to {files[-1].name} ({len(files)})"
+def _file_names(files: Sequence[Path]) -> str:
+    name = files[0].name
+    return f"file {name}" if len(files) == 1 else f"files {name} to {files[-1].name} ({len(files)})"
 
 
 def _check_mixture(config: DataConfig) -> None:

@@ -37,7 +37,7 @@ class Prefetched:
         self._state = data.state_dict()
         self._thread: threading.Thread | None = None
         self._ending = threading.Event()
-        self._made: Queue[tuple[Batch, dict[str, Any]] | BaseException] = Queue(self._depth)
+        self._queue: Queue[tuple[Batch, dict[str, Any]] | BaseException] = Queue(self._depth)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -48,11 +48,11 @@ class Prefetched:
         """The next batch; an error in the making of it is raised here."""
         if self._thread is None:
             self._start()
-        made = self._made.get()
-        if isinstance(made, BaseException):
+        item = self._queue.get()
+        if isinstance(item, BaseException):
             self.close()
-            raise made
-        batch, self._state = made
+            raise item
+        batch, self._state = item
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -87,24 +87,24 @@ class Prefetched:
 
     def _start(self) -> None:
         self._ending.clear()
-        self._made = Queue(self._depth)
+        self._queue = Queue(self._depth)
         # A daemon: a program that ends without close() does not wait for it.
         self._thread = threading.Thread(target=self._make, name="training-data", daemon=True)
         self._thread.start()
 
     def _make(self) -> None:
         while not self._ending.is_set():
-            made: tuple[Batch, dict[str, Any]] | BaseException
+            item: tuple[Batch, dict[str, Any]] | BaseException
             try:
                 batch = self._data.next_batch()
-                made = (batch.pin_memory() if self._pin else batch, self._data.state_dict())
+                item = (batch.pin_memory() if self._pin else batch, self._data.state_dict())
             except BaseException as error:  # next_batch() raises it where the loop can answer
-                made = error
+                item = error
             while not self._ending.is_set():
                 try:
-                    self._made.put(made, timeout=POLL_SECONDS)
+                    self._queue.put(item, timeout=POLL_SECONDS)
                     break
                 except Full:
                     continue
-            if isinstance(made, BaseException):
+            if isinstance(item, BaseException):
                 return

@@ -17,7 +17,7 @@ from osp_diag.text import builtin_text
 from osp_diag.text.sources import text_column
 from osp_diag.trainer.data.tokenizing import END_OF_TEXT
 
-__all__ = ["Document", "builtin_documents", "documents_in", "files_at", "opened"]
+__all__ = ["Document", "builtin_documents", "documents_in", "files_at", "open_file"]
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "text": (".txt", ".md", ".text"),
@@ -52,29 +52,31 @@ def files_at(path: str, source: str, key: str) -> list[Path]:
     ------
     TokenError : there are none; the message names ``key``
     """
-    place = Path(path).expanduser()
+    root = Path(path).expanduser()
     suffixes = SUFFIXES[source]
-    if place.is_file():
-        return [place]
-    if place.is_dir():
-        found = sorted(file for file in place.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes)
-        if not found:
+    if root.is_file():
+        return [root]
+    if root.is_dir():
+        matches = sorted(
+            file for file in root.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes
+        )
+        if not matches:
             raise TokenError(f"{key}={path}: the folder has no {source} files ({', '.join(suffixes)})")
-        return found
-    found = sorted(Path(name) for name in glob.glob(str(place), recursive=True) if Path(name).is_file())
-    if not found:
+        return matches
+    matches = sorted(Path(name) for name in glob.glob(str(root), recursive=True) if Path(name).is_file())
+    if not matches:
         kind = "no file matches the pattern" if glob.has_magic(path) else "there is no such file or folder"
         raise TokenError(
             f"{key}={path}: {kind}; data.source={source} reads {', '.join(suffixes)} (also .gz, .xz)"
         )
-    return found
+    return matches
 
 
 def _bare_suffix(file: Path) -> str:
     return (file.with_suffix("") if file.suffix in PACKED else file).suffix.lower()
 
 
-def opened(file: Path) -> IO[bytes]:
+def open_file(file: Path) -> IO[bytes]:
     """A file's bytes, unpacked where it is compressed."""
     return PACKED[file.suffix](file) if file.suffix in PACKED else file.open("rb")
 
@@ -103,7 +105,7 @@ def documents_in(files: Sequence[Path], source: str, column: str | None, key: st
 
 
 def _text_documents(file: Path, column: str | None) -> Iterator[str]:
-    with opened(file) as stream:
+    with open_file(file) as stream:
         lines: list[str] = []
         for line in stream:
             text = line.decode("utf-8")
@@ -116,8 +118,8 @@ def _text_documents(file: Path, column: str | None) -> Iterator[str]:
 
 
 def _jsonl_documents(file: Path, column: str | None) -> Iterator[str]:
-    chosen = None
-    with opened(file) as stream:
+    name = None
+    with open_file(file) as stream:
         for number, line in enumerate(stream, 1):
             if not line.strip():
                 continue
@@ -129,9 +131,9 @@ def _jsonl_documents(file: Path, column: str | None) -> Iterator[str]:
                 ) from None
             if not isinstance(row, dict):
                 raise TokenError(f"line {number} is no JSON object with columns")
-            if chosen is None:
-                chosen = _column(row, column, file)
-            yield _string(row.get(chosen), chosen, f"line {number}")
+            if name is None:
+                name = _column(row, column, file)
+            yield _string(row.get(name), name, f"line {number}")
 
 
 def _parquet_documents(file: Path, column: str | None) -> Iterator[str]:
@@ -152,8 +154,8 @@ def _parquet_documents(file: Path, column: str | None) -> Iterator[str]:
         field.name: "" if any(is_string(field.type) for is_string in strings) else None
         for field in parquet.schema_arrow
     }
-    chosen = _column(row, column, file)
-    for batch in parquet.iter_batches(columns=[chosen]):
+    name = _column(row, column, file)
+    for batch in parquet.iter_batches(columns=[name]):
         for value in batch.column(0):
             yield value.as_py() or ""
 

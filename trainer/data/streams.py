@@ -42,8 +42,8 @@ class StreamData(TrainingData):
         self._weights = dict(config.mixture) if config.source == "mixture" else {str(config.dataset): 1.0}
         self._documents = self._texts(held_out=False)
         self._waiting = np.empty(0, dtype=np.int64)
-        self._before = self._documents.state()  # the state before the document that is waiting
-        self._offset = 0  # tokens of it that were taken
+        self._state_before = self._documents.state()  # the state before the document that is waiting
+        self._offset = 0  # how many of its tokens lie before those that wait
         names = {_without_path(name): weight for name, weight in self._weights.items()}
         self.description = f"{', '.join(names)} (split {config.split}), streamed"
         identity = {
@@ -62,57 +62,57 @@ class StreamData(TrainingData):
         if self.config.packing == "documents":
             windows = np.stack([self._from_document(length) for _ in range(rows)])
         else:
-            found = self._take(rows * self.form.body)
-            windows = found[np.arange(rows)[:, None] * self.form.body + np.arange(length)]
-        return self.form.batch(windows[self.dealing.own])
+            tokens = self._take(rows * self.form.body)
+            windows = tokens[np.arange(rows)[:, None] * self.form.body + np.arange(length)]
+        return self.form.batch(windows[self.dealing.of_rank])
 
     def _position(self) -> dict[str, Any]:
-        return {"documents": self._before, "offset": self._offset}
+        return {"documents": self._state_before, "offset": self._offset}
 
     def _go_to(self, position: Mapping[str, Any]) -> None:
         self._documents.load(position["documents"])
         self._waiting = np.empty(0, dtype=np.int64)
-        self._before, self._offset = self._documents.state(), 0
+        self._state_before, self._offset = self._documents.state(), 0
         if position["offset"]:
             self._waiting = self._pull()[int(position["offset"]) :]
             self._offset = int(position["offset"])
 
     def _held_out_tokens(self, tokens: int) -> Int64[np.ndarray, " token"]:
         documents = self._texts(held_out=True)
-        found: list[np.ndarray] = []
-        while sum(map(len, found)) < tokens and (document := documents.next()) is not None:
-            found.append(document)
-        return np.concatenate(found)[:tokens].astype(np.int64) if found else np.empty(0, dtype=np.int64)
+        parts: list[np.ndarray] = []
+        while sum(map(len, parts)) < tokens and (document := documents.next()) is not None:
+            parts.append(document)
+        return np.concatenate(parts)[:tokens].astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
     def _take(self, count: int) -> Int64[np.ndarray, " token"]:
         """The next ``count`` tokens, and one more, with which the next call begins."""
         parts = [self._waiting]
-        held = len(self._waiting)
-        while held <= count:
+        available = len(self._waiting)
+        while available <= count:
             parts.append(self._pull())
-            held += len(parts[-1])
-        found = np.concatenate(parts)
+            available += len(parts[-1])
+        tokens = np.concatenate(parts)
         # More was read only while it was needed, so what is left is of the last document alone.
-        self._waiting = found[count:]
+        self._waiting = tokens[count:]
         self._offset = len(parts[-1]) - len(self._waiting) + (self._offset if len(parts) == 1 else 0)
-        return found[: count + 1]
+        return tokens[: count + 1]
 
     def _from_document(self, length: int) -> Int64[np.ndarray, " token"]:
         """``length`` tokens from the beginning of a document on; what is cut off is left out."""
         parts = [self._waiting] if len(self._waiting) else []
         while sum(map(len, parts)) < length:
             parts.append(self._pull())
-        found = np.concatenate(parts)
+        tokens = np.concatenate(parts)
         # The last token is a label alone. The document that it begins has its turn in the next sequence.
-        untouched = len(found) - len(parts[-1]) == length - 1
+        untouched = len(tokens) - len(parts[-1]) == length - 1
         self._waiting = parts[-1] if untouched else np.empty(0, dtype=np.int64)
         if not untouched:
-            self._before = self._documents.state()
+            self._state_before = self._documents.state()
         self._offset = 0
-        return found[:length]
+        return tokens[:length]
 
     def _pull(self) -> Int64[np.ndarray, " token"]:
-        self._before = self._documents.state()
+        self._state_before = self._documents.state()
         document = self._documents.next()
         assert document is not None, "training streams are endless"
         return document.astype(np.int64)

@@ -59,20 +59,20 @@ class StreamedTexts:
     ) -> None:
         self._name, self._encoder, self._form, self._keep = dataset, encoder, form, keep
         self._seed, self._buffer, self._endless = seed, buffer, endless
-        found, name = open_dataset(dataset, split)
-        found = found if hasattr(found, "load_state_dict") else found.to_iterable_dataset()
+        rows, name = open_dataset(dataset, split)
+        rows = rows if hasattr(rows, "load_state_dict") else rows.to_iterable_dataset()
         _silence_refilling()
         # A buffer of one shuffles the files alone: what a larger one holds is lost when a run is resumed.
-        self._source = found if seed is None else found.shuffle(seed=seed, buffer_size=1)
+        self._source = rows if seed is None else rows.shuffle(seed=seed, buffer_size=1)
         self._beginning = self._source.state_dict()
         with dataset_errors(dataset):
-            first = next(iter(found), None)
-        if first is None:
+            row = next(iter(rows), None)
+        if row is None:
             raise TokenError(f"the data set {dataset} has no rows in its split {name!r}")
         try:
-            self._column = text_column(first, column, dataset)
+            self._column = text_column(row, column, dataset)
         except TokenError as error:
-            raise TokenError(f"{error} (data.text_column; all its columns are {', '.join(first)})") from None
+            raise TokenError(f"{error} (data.text_column; all its columns are {', '.join(row)})") from None
         self._begin(0)
 
     def next(self) -> np.ndarray | None:
@@ -81,12 +81,12 @@ class StreamedTexts:
             if self._texts is None:
                 self._read()
             assert self._texts is not None
-            if self._taken < len(self._texts):
-                if self._taken == len(self._documents):
-                    texts = self._texts[self._taken : self._taken + ENCODED_AT_ONCE]
+            if self._position < len(self._texts):
+                if self._position == len(self._documents):
+                    texts = self._texts[self._position : self._position + ENCODED_AT_ONCE]
                     self._documents += [self._form.document(ids) for ids in self._encoder.encode(texts)]
-                self._taken += 1
-                return self._documents[self._taken - 1]
+                self._position += 1
+                return self._documents[self._position - 1]
             if not self._last_block:
                 self._begin(self._epoch, self._block + 1, self._source.state_dict(), reread=False)
             elif not self._endless:
@@ -98,7 +98,7 @@ class StreamedTexts:
 
     def state(self) -> dict[str, Any]:
         """Where the next document is: plain data."""
-        return {"epoch": self._epoch, "block": self._block, "start": self._start, "taken": self._taken}
+        return {"epoch": self._epoch, "block": self._block, "start": self._start, "taken": self._position}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go where :meth:`state` was asked for."""
@@ -106,15 +106,15 @@ class StreamedTexts:
         self._empty = self._block == 0
         self._read()
         assert self._texts is not None
-        self._taken = int(state["taken"])
-        documents = self._encoder.encode(self._texts[: self._taken])
+        self._position = int(state["taken"])
+        documents = self._encoder.encode(self._texts[: self._position])
         self._documents = [self._form.document(ids) for ids in documents]
 
     def _begin(
         self, epoch: int, block: int = 0, start: dict[str, Any] | None = None, *, reread: bool = True
     ) -> None:
         """Stand before a block; ``start`` is the data set's own state there, None at its beginning."""
-        self._epoch, self._block, self._start, self._taken = epoch, block, start, 0
+        self._epoch, self._block, self._start, self._position = epoch, block, start, 0
         self._texts, self._documents = None, []
         if block == 0:
             self._empty = True
@@ -151,33 +151,33 @@ class TextMixture:
 
     def __init__(self, members: Sequence[StreamedTexts], weights: Sequence[float]) -> None:
         self._members, self._weights = list(members), list(weights)
-        self._given = [0] * len(self._members)
-        self._ended: set[int] = set()
+        self._token_counts = [0] * len(self._members)
+        self._exhausted: set[int] = set()
 
     def next(self) -> np.ndarray | None:
         """The tokens of the next document; None where all data sets have ended."""
-        while len(self._ended) < len(self._members):
+        while len(self._exhausted) < len(self._members):
             number = min(
-                (number for number in range(len(self._members)) if number not in self._ended),
-                key=lambda number: self._given[number] / self._weights[number],
+                (number for number in range(len(self._members)) if number not in self._exhausted),
+                key=lambda number: self._token_counts[number] / self._weights[number],
             )
             document = self._members[number].next()
             if document is not None:
-                self._given[number] += len(document)
+                self._token_counts[number] += len(document)
                 return document
-            self._ended.add(number)
+            self._exhausted.add(number)
         return None
 
     def state(self) -> dict[str, Any]:
         """Where the next document is: plain data."""
-        return {"given": list(self._given), "members": [member.state() for member in self._members]}
+        return {"given": list(self._token_counts), "members": [member.state() for member in self._members]}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go where :meth:`state` was asked for."""
-        self._given = [int(tokens) for tokens in state["given"]]
-        self._ended = set()
-        for member, own in zip(self._members, state["members"], strict=True):
-            member.load(own)
+        self._token_counts = [int(tokens) for tokens in state["given"]]
+        self._exhausted = set()
+        for member, member_state in zip(self._members, state["members"], strict=True):
+            member.load(member_state)
 
 
 def _silence_refilling() -> None:

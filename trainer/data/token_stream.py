@@ -33,13 +33,13 @@ class TokenStream:
             elif stop > start:
                 merged.append([array, start, stop])
         self._arrays: list[np.ndarray] = []
-        which: dict[int, int] = {}
+        numbers: dict[int, int] = {}
         for array, _, _ in merged:
-            if id(array) not in which:
-                which[id(array)] = len(self._arrays)
+            if id(array) not in numbers:
+                numbers[id(array)] = len(self._arrays)
                 self._arrays.append(array)
-        self._array_of = np.asarray([which[id(array)] for array, _, _ in merged], dtype=np.int64)
-        self._first = np.asarray([start for _, start, _ in merged], dtype=np.int64)
+        self._array_of = np.asarray([numbers[id(array)] for array, _, _ in merged], dtype=np.int64)
+        self._starts = np.asarray([start for _, start, _ in merged], dtype=np.int64)
         lengths = np.asarray([stop - start for _, start, stop in merged], dtype=np.int64)
         self._offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
 
@@ -53,28 +53,29 @@ class TokenStream:
         result = np.empty((len(starts), length), dtype=np.int64)
         piece = np.searchsorted(self._offsets, starts, side="right") - 1
         inside = starts + length <= self._offsets[piece + 1]
-        local = starts - self._offsets[piece] + self._first[piece]
+        # Where each window begins in its piece's own array.
+        local = starts - self._offsets[piece] + self._starts[piece]
         for number, array in enumerate(self._arrays):
             rows = np.flatnonzero(inside & (self._array_of[piece] == number))
             if len(rows):
                 views = np.lib.stride_tricks.sliding_window_view(array, length)
                 result[rows] = views[local[rows]]
         for row in np.flatnonzero(~inside):
-            found = self.slice(int(starts[row]), int(starts[row]) + length)
-            result[row, : len(found)] = found
-            result[row, len(found) :] = padding
+            tokens = self.slice(int(starts[row]), int(starts[row]) + length)
+            result[row, : len(tokens)] = tokens
+            result[row, len(tokens) :] = padding
         return result
 
     def slice(self, start: int, stop: int) -> Int64[np.ndarray, " token"]:
         """The tokens from ``start`` up to ``stop``, fewer at the end of the stream."""
-        found = []
+        parts = []
         piece = int(np.searchsorted(self._offsets, start, side="right")) - 1
         while start < min(stop, len(self)):
             end = min(stop, int(self._offsets[piece + 1]))
-            local = int(self._first[piece] - self._offsets[piece])
-            found.append(self._arrays[self._array_of[piece]][local + start : local + end])
+            local = int(self._starts[piece] - self._offsets[piece])
+            parts.append(self._arrays[self._array_of[piece]][local + start : local + end])
             start, piece = end, piece + 1
-        return np.concatenate(found).astype(np.int64) if found else np.empty(0, dtype=np.int64)
+        return np.concatenate(parts).astype(np.int64) if parts else np.empty(0, dtype=np.int64)
 
 
 def tokens_digest(streams: Sequence[TokenStream]) -> str:

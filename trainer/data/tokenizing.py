@@ -164,10 +164,13 @@ class Encoder:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text."""
         if self._fast is None:
-            found = [encode(self._tokenizer, text, special=False) for text in texts]
+            id_lists = [encode(self._tokenizer, text, special=False) for text in texts]
         else:
-            found = [made.ids for made in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)]
-        return [np.asarray(ids, dtype=self.dtype) for ids in found]
+            id_lists = [
+                encoding.ids
+                for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
+            ]
+        return [np.asarray(ids, dtype=self.dtype) for ids in id_lists]
 
 
 def _first_line(error: Exception) -> str:

@@ -47,7 +47,7 @@ class Dealing:
             )
 
     @property
-    def own(self) -> slice:
+    def of_rank(self) -> slice:
         """This rank's sequences of a batch."""
         return slice(self.rank, None, self.ranks)
 
@@ -56,7 +56,7 @@ class TrainingData(ABC):
     """Batches without end, in an order that the seed alone decides.
 
     The sequences of a batch are dealt to the ranks, so that all ranks together see the same whatever
-    their number is.
+    their number is (docs/decisions.md, Training).
 
     Attributes
     ----------
@@ -163,29 +163,29 @@ class TrainingData(ABC):
         TokenError : there is not one held-out sequence a rank
         """
         batch = self._held_out_batch(max(sequences, self.dealing.ranks))
-        whole = len(batch) - len(batch) % self.dealing.ranks
-        if whole == 0:
+        count = len(batch) - len(batch) % self.dealing.ranks
+        if count == 0:
             raise TokenError(
                 f"{len(batch)} held-out sequences are too few for {self.dealing.ranks} ranks; raise "
                 "data.validation_fraction, or give data.validation_path"
             )
-        own = batch[:whole][self.dealing.own]
+        of_rank = batch[:count][self.dealing.of_rank]
         size = self.dealing.batch_size // self.dealing.ranks
-        for start in range(0, len(own), size):
-            yield own[start : start + size]
+        for start in range(0, len(of_rank), size):
+            yield of_rank[start : start + size]
 
     def _held_out_batch(self, sequences: int, *, exactly: str | None = None) -> Batch:
         body = self.form.body
-        found = self._held_out_tokens(sequences * body + 1)
-        made = min(sequences, (len(found) - 1) // body)
-        if made < (sequences if exactly else 1):
-            wanted = (
+        tokens = self._held_out_tokens(sequences * body + 1)
+        count = min(sequences, (len(tokens) - 1) // body)
+        if count < (sequences if exactly else 1):
+            requirement = (
                 f"{exactly} needs {sequences * body + 1:,}" if exactly else f"a sequence needs {body + 1:,}"
             )
             raise TokenError(
-                f"the held-out text has {len(found):,} tokens, and {wanted}; raise data.validation_fraction="
-                f"{self.config.validation_fraction}, or give more text in data.validation_path"
-                + (", or lower probe.tokens" if exactly else "")
+                f"the held-out text has {len(tokens):,} tokens, and {requirement}; raise "
+                f"data.validation_fraction={self.config.validation_fraction}, or give more text in "
+                "data.validation_path" + (", or lower probe.tokens" if exactly else "")
             )
-        rows = np.arange(made)[:, None] * body + np.arange(body + 1)
-        return self.form.batch(found[rows])
+        rows = np.arange(count)[:, None] * body + np.arange(body + 1)
+        return self.form.batch(tokens[rows])

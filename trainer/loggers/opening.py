@@ -62,12 +62,12 @@ def open_loggers(
         raise UsageError(
             f"loggers: {', '.join(map(repr, unknown))} is unknown; there are {', '.join(LOGGERS)}"
         )
-    opened = _Several()
+    loggers = _Several()
     if not is_first_rank():
-        return opened
+        return loggers
     try:
         for name in dict.fromkeys(names):
-            opened.add(
+            loggers.add(
                 name,
                 _adapter(name)(
                     run=run,
@@ -78,9 +78,9 @@ def open_loggers(
                 ),
             )
     except BaseException:
-        opened.close()
+        loggers.close()
         raise
-    return opened
+    return loggers
 
 
 def _adapter(name: str) -> Any:

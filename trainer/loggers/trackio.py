@@ -15,16 +15,16 @@ __all__ = ["TrackioLogger", "open_logger"]
 
 
 class TrackioLogger:
-    """Sends scalars to a trackio run; finishes it if ``own``."""
+    """Sends scalars to a trackio run; finishes it if ``owns_run``."""
 
-    def __init__(self, run: trackio.Run, *, own: bool) -> None:
-        self._run, self._own = run, own
+    def __init__(self, run: trackio.Run, *, owns_run: bool) -> None:
+        self._run, self._owns_run = run, owns_run
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
 
     def close(self) -> None:
-        if not self._own:
+        if not self._owns_run:
             return
         import trackio
         from trackio import context_vars
@@ -51,10 +51,10 @@ def open_logger(
 
     active = context_vars.current_run.get()
     if active is not None:
-        return TrackioLogger(active, own=False)
+        return TrackioLogger(active, owns_run=False)
     # What trackio prints is for people; standard output is the command's own.
     with redirect_stdout(sys.stderr):
-        begun = trackio.init(
+        new_run = trackio.init(
             project=project,
             name=run,
             config=dict(config),
@@ -63,4 +63,4 @@ def open_logger(
             auto_log_cpu=False,
             auto_log_gpu=False,
         )
-    return TrackioLogger(begun, own=True)
+    return TrackioLogger(new_run, owns_run=True)

@@ -17,20 +17,20 @@ run that somebody else logs to as well it counts their calls."""
 
 
 class WandbLogger:
-    """Sends scalars to a W&B run; finishes it if ``own``."""
+    """Sends scalars to a W&B run; finishes it if ``owns_run``."""
 
-    def __init__(self, run: wandb.Run, *, own: bool) -> None:
-        self._run, self._own = run, own
-        self._known: set[str] = set()
+    def __init__(self, run: wandb.Run, *, owns_run: bool) -> None:
+        self._run, self._owns_run = run, owns_run
+        self._metrics: set[str] = set()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        for name in values.keys() - self._known:
+        for name in values.keys() - self._metrics:
             self._run.define_metric(name, step_metric=STEP)
-            self._known.add(name)
+            self._metrics.add(name)
         self._run.log({STEP: step, **values})
 
     def close(self) -> None:
-        if self._own:
+        if self._owns_run:
             self._run.finish()
 
 
@@ -47,11 +47,11 @@ def open_logger(
     import wandb
 
     if wandb.run is not None:
-        return WandbLogger(wandb.run, own=False)
-    begun = wandb.init(
+        return WandbLogger(wandb.run, owns_run=False)
+    new_run = wandb.init(
         project=project,
         name=run,
         config={**config, "resumed_after": resumed_after},
         dir=directory,
     )
-    return WandbLogger(begun, own=True)
+    return WandbLogger(new_run, owns_run=True)

@@ -132,6 +132,7 @@ def _with_sink_column(
     query: Tensor, key: Tensor, value: Tensor, sink_logits: Tensor, options: dict[str, Any]
 ) -> Tensor:
     out, auxiliary = _flex(query, key, value, return_aux=AuxRequest(lse=True), **options)
+    # The factor σ(L − s) of the module's formula, on what softmax without the column gives.
     share = torch.sigmoid(auxiliary.lse - sink_logits.float()[:, None])
     return (out * share[..., None]).to(out.dtype)
 
@@ -162,5 +163,6 @@ def _dense(
     if mask is None:
         mask = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril()
     sinks = sink_logits.float()[None, :, None, None].expand(batch, heads, tokens, 1)
+    # The sink column takes part in the softmax, and is cut off before the values are averaged.
     weights = torch.cat([logits.masked_fill(~mask, -torch.inf), sinks], dim=-1).softmax(-1)[..., :-1]
     return weights.to(value.dtype) @ value

@@ -13,15 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from osp_diag.errors import UsageError
 from osp_diag.trainer.config import ModelConfig
+from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.model.attention import Attention
 from osp_diag.trainer.model.masks import Mask, attention_mask, document_starts
 from osp_diag.trainer.model.norms import make_norm
 from osp_diag.trainer.model.rotary import Rotation, rotation
 
 __all__ = ["Block", "Llama", "LlamaOutput"]
-
-IGNORED = -100
-"""The label of a position that has no part in the loss."""
 
 
 class LlamaOutput(NamedTuple):

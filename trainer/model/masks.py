@@ -82,27 +82,29 @@ def _from_starts(
     starts: Int[Tensor, "sequence position"], visible: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 ) -> BlockMask:
     tokens = starts.shape[1]
-    first = torch.arange(0, tokens, BLOCK, device=starts.device)
-    last = (first + BLOCK - 1).clamp(max=tokens - 1)
-    earliest, latest = starts[:, first, None], starts[:, last, None]
-    below = first[None, :] < first[:, None]
-    diagonal = first[None, :] == first[:, None]
+    begins = torch.arange(0, tokens, BLOCK, device=starts.device)
+    ends = (begins + BLOCK - 1).clamp(max=tokens - 1)
+    earliest, latest = starts[:, begins, None], starts[:, ends, None]
+    below = begins[None, :] < begins[:, None]
+    diagonal = begins[None, :] == begins[:, None]
     # A block that the sequence does not fill counts as partly hidden, as torch has it.
-    whole = (first + BLOCK <= tokens)[:, None]
-    full = below & (first >= latest) & whole
-    partial = (diagonal | (below & (last >= earliest))) & ~full
+    is_filled = (begins + BLOCK <= tokens)[:, None]
+    # Nothing hidden: every start is at or before the keys' first position. Something visible: the diagonal,
+    # or keys that reach up to the earliest start.
+    full = below & (begins >= latest) & is_filled
+    partial = (diagonal | (below & (ends >= earliest))) & ~full
     return BlockMask.from_kv_blocks(
-        *_listed(partial),
-        *_listed(full),
+        *_block_lists(partial),
+        *_block_lists(full),
         BLOCK_SIZE=BLOCK,
         mask_mod=visible,
         seq_lengths=(tokens, tokens),
     )
 
 
-def _listed(
-    chosen: Bool[Tensor, "sequence query_block key_block"],
+def _block_lists(
+    mask: Bool[Tensor, "sequence query_block key_block"],
 ) -> tuple[Int[Tensor, "sequence 1 query_block"], Int[Tensor, "sequence 1 query_block key_block"]]:
-    """How many blocks of keys are chosen for each block of queries, and which, those first."""
-    order = chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
-    return chosen.sum(dim=-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+    """How many blocks of keys each block of queries has in ``mask``, and which, those first."""
+    order = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return mask.sum(dim=-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

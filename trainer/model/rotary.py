@@ -30,17 +30,19 @@ def rotation(positions: Int[Tensor, "sequence position"], head_size: int, theta:
     head_size : d, even
     theta : θ
     """
+    # θ^(−2i/d), and the angle of each position; channels i and i + d/2 share it.
     exponent = torch.arange(0, head_size, 2, device=positions.device).float() / head_size
     frequency = 1.0 / theta**exponent
     angle = positions.float()[..., None] * frequency
-    both = torch.cat([angle, angle], dim=-1)
-    return Rotation(both.cos(), both.sin())
+    angles = torch.cat([angle, angle], dim=-1)
+    return Rotation(angles.cos(), angles.sin())
 
 
 def rotate(
     x: Float[Tensor, "sequence head position channel"], by: Rotation
 ) -> Float[Tensor, "sequence head position channel"]:
     """``x`` with every head rotated by its position's angles; float32."""
+    # (a, b) → (a cos − b sin, b cos + a sin) for the halves a and b of a head.
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat([-second, first], dim=-1)
     return x * by.cosine[:, None] + turned * by.sine[:, None]

@@ -24,9 +24,9 @@ def adamw(groups: list[dict[str, Any]], betas: tuple[float, float], epsilon: flo
     fused = all(value.device.type in FUSED_DEVICES and value.is_floating_point() for value in parameters)
     optimizer = torch.optim.AdamW(groups, betas=betas, eps=epsilon, fused=fused or None)
     for parameter in parameters:
-        place = parameter.device if fused else "cpu"
+        device = parameter.device if fused else "cpu"
         optimizer.state[parameter] = {
-            "step": torch.zeros((), dtype=torch.float32, device=place),
+            "step": torch.zeros((), dtype=torch.float32, device=device),
             "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
             "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
         }
@@ -47,7 +47,9 @@ def adamw_step(optimizer: torch.optim.AdamW, skip: Tensor | None) -> None:
         del optimizer.found_inf  # type: ignore[attr-defined]
     else:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        tensors = parameters + [value for own in parameters for value in optimizer.state[own].values()]
+        tensors = parameters + [
+            value for parameter in parameters for value in optimizer.state[parameter].values()
+        ]
         before = [value.clone() for value in tensors]
         optimizer.step()
         for value, old in zip(tensors, before, strict=True):
@@ -56,9 +58,10 @@ def adamw_step(optimizer: torch.optim.AdamW, skip: Tensor | None) -> None:
 
 def adamw_update(optimizer: torch.optim.AdamW, group: dict[str, Any], parameter: Tensor) -> Tensor:
     """m̂ / (√v̂ + ε) of the last step, W ← (1 − ηλ) W − η · update; of the rows that this rank holds."""
-    state, (first, second) = optimizer.state[parameter], group["betas"]
+    state, (beta1, beta2) = optimizer.state[parameter], group["betas"]
     # Without a gradient so far there were no steps, and the moments are 0.
     step = state["step"].to(parameter.device).clamp(min=1)
-    mean = local(state["exp_avg"]) / (1 - first**step)
-    square = local(state["exp_avg_sq"]) / (1 - second**step)
+    # m̂ = m / (1 − β₁ᵗ) and v̂ = v / (1 − β₂ᵗ): the moments began at 0.
+    mean = local(state["exp_avg"]) / (1 - beta1**step)
+    square = local(state["exp_avg_sq"]) / (1 - beta2**step)
     return mean / (square.sqrt() + group["eps"])

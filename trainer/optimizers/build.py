@@ -76,17 +76,21 @@ class Optimizers:
     ) -> None:
         self.parameters, self.routing = dict(parameters), routing
         self.groups: dict[str, list[tuple[str, Tensor]]] = {}
-        for found in routing.routes:
-            self.groups.setdefault(found.group, []).append((found.name, self.parameters[found.name]))
+        for assignment in routing.routes:
+            self.groups.setdefault(assignment.group, []).append(
+                (assignment.name, self.parameters[assignment.name])
+            )
         self._names = {parameter: name for name, parameter in self.parameters.items()}
-        self._recording = self._recorded = False
-        self._held: dict[str, SquareSums] | None = None
+        self._recording = self._is_recorded = False
+        self._squares: dict[str, SquareSums] | None = None
 
         self.muon: Muon | None = None
         self.adamw: torch.optim.AdamW | None = None
         self.second_order: dict[str, SecondOrder] = {}
-        for name in dict.fromkeys(found.optimizer for found in routing.routes):
-            groups = self._parameter_groups(found for found in routing.routes if found.optimizer == name)
+        for name in dict.fromkeys(assignment.optimizer for assignment in routing.routes):
+            groups = self._parameter_groups(
+                assignment for assignment in routing.routes if assignment.optimizer == name
+            )
             if name == "muon":
                 for group in groups:
                     group["params"] = [(self._names[value], value) for value in group["params"]]
@@ -107,16 +111,16 @@ class Optimizers:
     def _parameter_groups(self, routes: Iterable[Route]) -> list[dict[str, Any]]:
         """Parameter groups of one learning rate, decay and mesh: no kernel takes DTensors and plain ones."""
         groups: dict[Any, dict[str, Any]] = {}
-        for found in routes:
-            parameter = self.parameters[found.name]
+        for assignment in routes:
+            parameter = self.parameters[assignment.name]
             mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
             group = groups.setdefault(
-                (found.lr, found.weight_decay, mesh, parameter.device, parameter.dtype),
+                (assignment.lr, assignment.weight_decay, mesh, parameter.device, parameter.dtype),
                 {
                     "params": [],
-                    "lr": found.lr,
-                    "weight_decay": found.weight_decay,
-                    "initial_lr": found.lr,
+                    "lr": assignment.lr,
+                    "weight_decay": assignment.weight_decay,
+                    "initial_lr": assignment.lr,
                 },
             )
             group["params"].append(parameter)
@@ -125,9 +129,9 @@ class Optimizers:
     @property
     def each(self) -> dict[str, torch.optim.Optimizer]:
         """The torch optimizers by name."""
-        found: dict[str, torch.optim.Optimizer | None] = {"muon": self.muon, "adamw": self.adamw}
-        found |= {name: second.optimizer for name, second in self.second_order.items()}
-        return {name: optimizer for name, optimizer in found.items() if optimizer is not None}
+        by_name: dict[str, torch.optim.Optimizer | None] = {"muon": self.muon, "adamw": self.adamw}
+        by_name |= {name: second.optimizer for name, second in self.second_order.items()}
+        return {name: optimizer for name, optimizer in by_name.items() if optimizer is not None}
 
     # Stepping
 
@@ -139,7 +143,7 @@ class Optimizers:
         skip : a boolean scalar on the device; where it is true nothing moves and no state changes, whatever
             the gradients
         """
-        self._recorded, self._held = self._recording, None
+        self._is_recorded, self._squares = self._recording, None
         if self.muon is not None:
             self.muon.recording = self._recording
             self.muon.step(skip=skip)
@@ -173,16 +177,19 @@ class Optimizers:
         matrices under Muon. Empty unless the last step was recorded. A collective where parameters are
         sharded, so that every rank has to ask.
         """
-        held, totals, placements = self._held_squares(), [], []
-        members = [(group, name) for group, own in self.groups.items() for name, _ in own if name in held]
+        # RMS = √(Σ u² / entries): each rank sums the rows that it holds, then the ranks their sums.
+        squares, totals, placements = self._local_squares(), [], []
+        members = [
+            (group, name) for group, pairs in self.groups.items() for name, _ in pairs if name in squares
+        ]
         for _, name in members:
-            totals.append(held[name].row.sum())
+            totals.append(squares[name].row.sum())
             placements.append(placement_of(name, self.parameters[name], None))
-        squares, entries = dict[str, Tensor](), dict[str, int]()
+        sums, entries = dict[str, Tensor](), dict[str, int]()
         for (group, name), total in zip(members, sum_over_shards(totals, placements), strict=True):
-            squares[group] = squares[group] + total if group in squares else total
+            sums[group] = sums[group] + total if group in sums else total
             entries[group] = entries.get(group, 0) + self.parameters[name].numel()
-        return {group: (square / entries[group]).sqrt() for group, square in squares.items()}
+        return {group: (square / entries[group]).sqrt() for group, square in sums.items()}
 
     def update_squares(self) -> dict[str, SquareSums]:
         """Parameter name → the last step's update, squared and summed over columns and over rows.
@@ -190,25 +197,25 @@ class Optimizers:
         Empty unless the last step was recorded. Small tensors on the device; a collective where parameters
         are sharded.
         """
-        return of_whole(self._held_squares(), self.parameters)
+        return of_whole(self._local_squares(), self.parameters)
 
     @torch.no_grad()
-    def _held_squares(self) -> dict[str, SquareSums]:
+    def _local_squares(self) -> dict[str, SquareSums]:
         """The same of the rows that this rank holds."""
-        if not self._recorded:
+        if not self._is_recorded:
             return {}
-        if self._held is None:
-            held: dict[str, SquareSums] = {}
+        if self._squares is None:
+            squares: dict[str, SquareSums] = {}
             if self.muon is not None:
-                held |= {self._names[value]: sums for value, sums in self.muon.last_update.items()}
+                squares |= {self._names[value]: sums for value, sums in self.muon.last_update.items()}
             if self.adamw is not None:
                 for group in self.adamw.param_groups:
                     for value in group["params"]:
-                        held[self._names[value]] = square_sums(adamw_update(self.adamw, group, value))
+                        squares[self._names[value]] = square_sums(adamw_update(self.adamw, group, value))
             for second in self.second_order.values():
-                held |= second.last_update
-            self._held = held
-        return self._held
+                squares |= second.last_update
+            self._squares = squares
+        return self._squares
 
     # State
 
@@ -229,18 +236,18 @@ class Optimizers:
         There from the beginning and, save SOAP's and Shampoo's, the tensors themselves: reading a checkpoint
         into them restores the optimizer, :meth:`load_state_dict` does so for all.
         """
-        found: State = {}
+        state: State = {}
         if self.muon is not None:
-            found["muon"] = {
+            state["muon"] = {
                 self._names[parameter]: {"momentum_buffer": self.muon.momentum_buffer(parameter)}
                 for parameter in _parameters(self.muon)
             }
         if self.adamw is not None:
-            found["adamw"] = {
+            state["adamw"] = {
                 self._names[parameter]: dict(self.adamw.state[parameter])
                 for parameter in _parameters(self.adamw)
             }
-        return found | {name: second.states() for name, second in self.second_order.items()}
+        return state | {name: second.states() for name, second in self.second_order.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> None:
@@ -250,12 +257,12 @@ class Optimizers:
         ------
         TrainingError : with the first of what is missing, left over or of another shape
         """
-        own = self.state_dict()
-        _check_same(_flat(own), _flat(state))
+        current = self.state_dict()
+        _check_fits(_flat(current), _flat(state))
         for name, second in self.second_order.items():
             second.load(state[name])
         for name in ("muon", "adamw"):
-            for parameter, tensors in own.get(name, {}).items():
+            for parameter, tensors in current.get(name, {}).items():
                 for key, value in tensors.items():
                     if value is not state[name][parameter][key]:
                         value.copy_(state[name][parameter][key])
@@ -274,13 +281,13 @@ def _flat(state: Mapping[str, Mapping[str, Mapping[str, Tensor]]]) -> dict[str, 
     }
 
 
-def _check_same(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> None:
-    problems = [f"{key} is missing" for key in own.keys() - given.keys()]
-    problems += [f"{key} is not of this run" for key in given.keys() - own.keys()]
+def _check_fits(current: Mapping[str, Tensor], loaded: Mapping[str, Tensor]) -> None:
+    problems = [f"{key} is missing" for key in current.keys() - loaded.keys()]
+    problems += [f"{key} is not of this run" for key in loaded.keys() - current.keys()]
     problems += [
-        f"{key} has shape {tuple(given[key].shape)}, not {tuple(own[key].shape)}"
-        for key in own.keys() & given.keys()
-        if given[key].shape != own[key].shape
+        f"{key} has shape {tuple(loaded[key].shape)}, not {tuple(current[key].shape)}"
+        for key in current.keys() & loaded.keys()
+        if loaded[key].shape != current[key].shape
     ]
     if problems:
         raise TrainingError(

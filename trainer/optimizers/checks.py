@@ -39,14 +39,14 @@ def _is_osp(config: TrainConfig) -> bool:
 
 def _check_model(routes: Sequence[Route], config: TrainConfig) -> None:
     """The model is the one that the configuration describes, as far as outliers depend on it."""
-    has_projections = any(found.role == "embedding_projection" for found in routes)
+    has_projections = any(route.role == "embedding_projection" for route in routes)
     if config.model.embedding_projection and not has_projections:
         raise TrainingError(
             "model.embedding_projection is on, but the model has no trainable embedding_projection.weight; "
             "build it from this configuration"
         )
     if not config.model.embedding_projection and has_projections:
-        names = (found.name for found in routes if found.role == "embedding_projection")
+        names = (route.name for route in routes if route.role == "embedding_projection")
         raise TrainingError(
             f"model.embedding_projection is off, but the model has {_listed(names)}; build it from this "
             "configuration"
@@ -61,7 +61,7 @@ def _check_model(routes: Sequence[Route], config: TrainConfig) -> None:
 
 def _check_second_order(routes: Sequence[Route]) -> None:
     for name in ("soap", "shampoo"):
-        wrong = [found.name for found in routes if found.optimizer == name and found.role == "vector"]
+        wrong = [route.name for route in routes if route.optimizer == name and route.role == "vector"]
         if wrong:
             raise TrainingError(
                 f"optimizer.route sends vectors to {name}, which preconditions matrices: {_listed(wrong)}; "
@@ -70,7 +70,7 @@ def _check_second_order(routes: Sequence[Route]) -> None:
 
 
 def _check_osp(routes: Sequence[Route]) -> None:
-    for role, wanted, remedy in (
+    for role, optimizer, remedy in (
         (
             "embedding",
             "adamw",
@@ -80,11 +80,11 @@ def _check_osp(routes: Sequence[Route]) -> None:
         ("embedding_projection", "muon", "OSP trains the projections by Muon; remove the route"),
         ("hidden", "muon", "OSP trains hidden matrices by Muon; for Adam on all say optimizer.name=adamw"),
     ):
-        wrong = [found for found in routes if found.role == role and found.optimizer != wanted]
-        if wrong:
-            names = _listed(found.name for found in wrong)
+        misrouted = [route for route in routes if route.role == role and route.optimizer != optimizer]
+        if misrouted:
+            names = _listed(route.name for route in misrouted)
             raise TrainingError(
-                f"misrouted: {names} under {wrong[0].optimizer} in an OSP recipe (muon, ssnorm, "
+                f"misrouted: {names} under {misrouted[0].optimizer} in an OSP recipe (muon, ssnorm, "
                 f"embedding_projection); {remedy}. The routes come from optimizer.route"
             )
 
@@ -106,21 +106,21 @@ def _warnings(routes: Sequence[Route], config: TrainConfig) -> Iterable[str]:
         if model.tie_embeddings:
             yield "model.tie_embeddings: one matrix under AdamW for embedding and head; OSP has two"
         if model.query_key_norm:
-            heads = [found.name for found in routes if _module(found.name) in ("q_norm", "k_norm")]
+            heads = [route.name for route in routes if _module(route.name) in ("q_norm", "k_norm")]
             yield f"gains per channel in the norms of queries and keys ({_listed(heads)}), which OSP has not"
     if optimizer.name in ("soap", "shampoo"):
         yield f"{optimizer.name} stands in Muon's place: a comparison, not OSP"
     if optimizer.name == "adamw" and (model.embedding_projection or model.norm != "rmsnorm"):
         yield "AdamW moves all, with parts of OSP in the model: none of the paper's rows"
     for name, default in (("muon_only", "muon"), ("adamw", "adamw")):
-        other = [found.name for found in routes if found.optimizer != default]
-        if optimizer.name == name and other:
-            yield f"optimizer.name={name}, but optimizer.route sends {_listed(other)} elsewhere"
+        elsewhere = [route.name for route in routes if route.optimizer != default]
+        if optimizer.name == name and elsewhere:
+            yield f"optimizer.name={name}, but optimizer.route sends {_listed(elsewhere)} elsewhere"
     if optimizer.name == "muon" and not _is_osp(config):
         outer = [
-            found.name
-            for found in routes
-            if found.role in ("embedding", "head") and found.optimizer != "adamw"
+            route.name
+            for route in routes
+            if route.role in ("embedding", "head") and route.optimizer != "adamw"
         ]
         if outer:
             yield f"{_listed(outer)} under {optimizer.name}, where the paper has AdamW"
@@ -129,11 +129,11 @@ def _warnings(routes: Sequence[Route], config: TrainConfig) -> Iterable[str]:
 def _residual_gains(routes: Iterable[Route]) -> list[str]:
     """Norms of the residual stream whose gain has a number for every channel."""
     names = []
-    for found in routes:
-        module = _module(found.name)
+    for route in routes:
+        module = _module(route.name)
         on_residual = module.endswith("norm") and module not in ("q_norm", "k_norm")
-        if found.role == "vector" and on_residual and max(found.shape, default=1) > 1:
-            names.append(found.name)
+        if route.role == "vector" and on_residual and max(route.shape, default=1) > 1:
+            names.append(route.name)
     return names
 
 
@@ -142,6 +142,6 @@ def _module(name: str) -> str:
 
 
 def _listed(names: Iterable[str]) -> str:
-    every = list(names)
-    rest = f" and {len(every) - _SHOWN} more" if len(every) > _SHOWN else ""
-    return ", ".join(every[:_SHOWN]) + rest
+    all_names = list(names)
+    remainder = f" and {len(all_names) - _SHOWN} more" if len(all_names) > _SHOWN else ""
+    return ", ".join(all_names[:_SHOWN]) + remainder

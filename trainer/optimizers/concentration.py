@@ -46,13 +46,15 @@ def concentration(energy: Float[Tensor, "*batch channel"]) -> dict[str, Float[Te
     dict : the variables of :data:`CONCENTRATION`
     """
     relative = relative_energy(energy.to(torch.float32))
-    root = relative.sqrt()
-    median = root.median(dim=-1).values
+    # Relative energies r_j = d e_j / Σ e have the mean 1, so (Σ e)² / Σ e² = d / mean r², and the largest
+    # share max e / Σ e is max r / d.
+    amplitude = relative.sqrt()
+    median = amplitude.median(dim=-1).values
     channels = relative.shape[-1]
     return {
         "participation_ratio": channels / relative.square().mean(-1),
         "top_share": relative.amax(-1) / channels,
-        "max_median_ratio": torch.where(median > 0, root.amax(-1) / median, torch.nan),
+        "max_median_ratio": torch.where(median > 0, amplitude.amax(-1) / median, torch.nan),
     }
 
 
@@ -63,15 +65,17 @@ def orthogonality(projection: Float[Tensor, "channel channel"]) -> dict[str, Flo
     """
     wide = projection.to(torch.float64)
     channels = wide.shape[0]
+    # PᵀP = s·I for √s times an orthogonal matrix; s is then the mean of its diagonal.
     gram = wide.mT @ wide
     scale = gram.diagonal().sum() / channels
     identity = torch.eye(channels, dtype=gram.dtype, device=gram.device)
     eigenvalues = torch.linalg.eigvalsh(gram)
-    least = eigenvalues[0].clamp(min=torch.finfo(gram.dtype).eps * eigenvalues[-1])
+    # Rounding may leave the smallest at 0 or below.
+    smallest = eigenvalues[0].clamp(min=torch.finfo(gram.dtype).eps * eigenvalues[-1])
     return {
         "orthogonality_error": torch.linalg.matrix_norm(gram / scale - identity) / channels**0.5,
         "scale": scale.sqrt(),
-        "condition_number": (eigenvalues[-1] / least).sqrt(),
+        "condition_number": (eigenvalues[-1] / smallest).sqrt(),
     }
 
 
@@ -89,11 +93,11 @@ def row_norms(squares: Float[Tensor, " row"], top: int = TOP_ROWS) -> dict[str, 
     """
     norms = squares.to(torch.float32).sqrt()
     largest, rows = norms.topk(min(top, norms.shape[0]))
-    missing = (0, top - largest.shape[0])
+    padding = (0, top - largest.shape[0])
     return {
         "row_norm_mean": norms.mean(),
         "row_norm_max": norms.amax(),
         "row_norm_max_median_ratio": norms.amax() / norms.median(),
-        "top_row": torch.nn.functional.pad(rows.to(norms.dtype), missing, value=torch.nan),
-        "top_row_norm": torch.nn.functional.pad(largest, missing, value=torch.nan),
+        "top_row": torch.nn.functional.pad(rows.to(norms.dtype), padding, value=torch.nan),
+        "top_row_norm": torch.nn.functional.pad(largest, padding, value=torch.nan),
     }

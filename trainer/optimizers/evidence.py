@@ -10,7 +10,6 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from osp_diag.trainer.optimizers.build import Optimizers
 from osp_diag.trainer.optimizers.concentration import (
@@ -25,7 +24,7 @@ from osp_diag.trainer.optimizers.concentration import (
 from osp_diag.trainer.optimizers.routing import named_parameters, role_of
 from osp_diag.trainer.optimizers.sharding import local
 from osp_diag.trainer.optimizers.squares import SquareSums, of_parameters, of_whole, sums
-from osp_diag.trainer.parallel import reshard
+from osp_diag.trainer.parallel import gathered, reshard
 
 __all__ = ["optimizer_evidence"]
 
@@ -74,17 +73,17 @@ def optimizer_evidence(model: nn.Module, optimizers: Optimizers) -> dict[str, xr
     and columns are exchanged, and projections gathered whole.
     """
     reshard(model)
-    named = named_parameters(model)
-    matrices = {name: value for name, value in named.items() if value.ndim == 2}
+    parameters = named_parameters(model)
+    matrices = {name: value for name, value in parameters.items() if value.ndim == 2}
     trained = {name: value for name, value in matrices.items() if value.requires_grad}
-    found = {
+    groups = {
         "optimizer/second_moment": _second_moment(optimizers, trained),
         "optimizer/update": _updates(optimizers, trained),
-        "weights/norm_gain": _gains(named),
+        "weights/norm_gain": _gains(parameters),
         "weights/embedding_rows": _embedding_rows(matrices),
         "weights/embedding_projection": _projections(matrices),
     }
-    return {name: dataset for name, dataset in found.items() if dataset is not None}
+    return {name: dataset for name, dataset in groups.items() if dataset is not None}
 
 
 def _second_moment(optimizers: Optimizers, matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
@@ -92,9 +91,9 @@ def _second_moment(optimizers: Optimizers, matrices: Mapping[str, Tensor]) -> xr
         return None
     states = {name: optimizers.adamw.state[value] for name, value in matrices.items()}
     states = {name: state for name, state in states.items() if state}
-    held = {name: sums(local(state["exp_avg_sq"])) for name, state in states.items()}
-    seen = {name: state["step"] > 0 for name, state in states.items()}
-    statistics = _sides(of_whole(held, matrices), lambda name: seen[name])
+    local_sums = {name: sums(local(state["exp_avg_sq"])) for name, state in states.items()}
+    has_stepped = {name: state["step"] > 0 for name, state in states.items()}
+    statistics = _sides(of_whole(local_sums, matrices), lambda name: has_stepped[name])
     return _dataset(
         statistics,
         "second_moment",
@@ -107,6 +106,7 @@ def _second_moment(optimizers: Optimizers, matrices: Mapping[str, Tensor]) -> xr
 
 def _updates(optimizers: Optimizers, matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
     squares = optimizers.update_squares()
+    # What did not move stands in as even energies, whose numbers become NaN: the shapes never change.
     even = {
         name: SquareSums(*(torch.ones(size, device=value.device) for size in value.shape))
         for name, value in matrices.items()
@@ -133,16 +133,16 @@ def _sides(
     for name, energy in energies.items():
         for side, values in enumerate(energy):
             lengths.setdefault(values.shape[0], []).append((name, side))
-    found: dict[tuple[str, int], dict[str, Tensor]] = {}
+    by_side: dict[tuple[str, int], dict[str, Tensor]] = {}
     for members in lengths.values():
         computed = concentration(torch.stack([energies[name][side] for name, side in members]))
         for index, member in enumerate(members):
-            found[member] = {variable: values[index] for variable, values in computed.items()}
+            by_side[member] = {variable: values[index] for variable, values in computed.items()}
     return {
         name: {
             variable: torch.where(
                 defined(name).to(energy.row.device),
-                torch.stack([found[name, side][variable] for side in range(len(SIDES))]),
+                torch.stack([by_side[name, side][variable] for side in range(len(SIDES))]),
                 torch.nan,
             )
             for variable in CONCENTRATION
@@ -151,11 +151,11 @@ def _sides(
     }
 
 
-def _gains(named: Mapping[str, Tensor]) -> xr.Dataset | None:
+def _gains(parameters: Mapping[str, Tensor]) -> xr.Dataset | None:
     statistics = {}
-    for name, value in named.items():
+    for name, value in parameters.items():
         if value.ndim < 2 and name.removesuffix(".weight").endswith("norm"):
-            gains = _whole(value).flatten().to(torch.float32)
+            gains = gathered(value).flatten().to(torch.float32)
             statistics[name] = concentration(gains.square()) | {
                 "mean": gains.mean(),
                 "max": gains.abs().amax(),
@@ -166,17 +166,17 @@ def _gains(named: Mapping[str, Tensor]) -> xr.Dataset | None:
 
 
 def _embedding_rows(matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
-    wanted = {
+    vocabulary_matrices = {
         name: value for name, value in matrices.items() if role_of(name, value) in ("embedding", "head")
     }
-    statistics = {name: row_norms(energy.row) for name, energy in of_parameters(wanted).items()}
+    statistics = {name: row_norms(energy.row) for name, energy in of_parameters(vocabulary_matrices).items()}
     ranks = {"rank": tuple(range(TOP_ROWS))}
     return _dataset(statistics, "embedding", "matrix", ROW_NORMS, ranks, "of vocabulary entries", outside="")
 
 
 def _projections(matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
     statistics = {
-        name: orthogonality(_whole(value))
+        name: orthogonality(gathered(value))
         for name, value in matrices.items()
         if role_of(name, value) == "embedding_projection"
     }
@@ -191,17 +191,13 @@ def _projections(matrices: Mapping[str, Tensor]) -> xr.Dataset | None:
     )
 
 
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value.detach()
-
-
 def _dataset(
     statistics: Statistics,
     subject: str,
     kind: str,
     definitions: Definitions,
     inner: Mapping[str, tuple[Any, ...]],
-    what: str,
+    description: str,
     *,
     outside: str = "outside_",
 ) -> xr.Dataset | None:
@@ -220,17 +216,17 @@ def _dataset(
     kinds = list(dict.fromkeys(match[2] for match in inside.values()))
     dataset = xr.Dataset(coords={name: list(labels) for name, labels in inner.items()})
     for variable, (units, definition) in definitions.items():
-        own = () if next(iter(values.values()))[variable].ndim == 0 else tuple(inner)
-        shape = tuple(len(inner[name]) for name in own)
-        attributes = {"units": units, "definition": f"{definition}; {what}"}
+        inner_dims = () if next(iter(values.values()))[variable].ndim == 0 else tuple(inner)
+        shape = tuple(len(inner[name]) for name in inner_dims)
+        attributes = {"units": units, "definition": f"{definition}; {description}"}
         if inside:
             array = np.full((len(layers), len(kinds), *shape), np.nan)
             for name, match in inside.items():
                 array[layers.index(int(match[1])), kinds.index(match[2])] = values[name][variable]
-            dataset[f"{subject}_{variable}"] = (("layer", kind, *own), array, attributes)
+            dataset[f"{subject}_{variable}"] = (("layer", kind, *inner_dims), array, attributes)
         if beyond:
             array = np.stack([values[name][variable] for name in beyond])
-            dataset[f"{outside}{subject}_{variable}"] = ((f"{outside}{kind}", *own), array, attributes)
+            dataset[f"{outside}{subject}_{variable}"] = ((f"{outside}{kind}", *inner_dims), array, attributes)
     if inside:
         dataset = dataset.assign_coords({"layer": layers, kind: kinds})
     if beyond:
@@ -241,10 +237,10 @@ def _dataset(
 
 def _on_host(statistics: Statistics) -> dict[str, dict[str, np.ndarray]]:
     """The same numbers in NumPy, by a single transfer."""
-    tensors = [value for own in statistics.values() for value in own.values()]
+    tensors = [value for variables in statistics.values() for value in variables.values()]
     flat = torch.cat([value.reshape(-1).to(torch.float64) for value in tensors]).cpu()
     parts = iter(flat.split([value.numel() for value in tensors]))
     return {
-        name: {variable: next(parts).reshape(value.shape).numpy() for variable, value in own.items()}
-        for name, own in statistics.items()
+        name: {variable: next(parts).reshape(value.shape).numpy() for variable, value in variables.items()}
+        for name, variables in statistics.items()
     }

@@ -71,10 +71,10 @@ class Muon(torch.optim.Optimizer):
     decay is the groups' affair: OSP's code decays vectors, too, :func:`~osp_diag.trainer.optimizers.route`
     does not.
 
-    Several ranks: every matrix is orthogonalised on one of them. Parameters that FSDP2 cut by rows stay cut,
-    and their momentum with them; the rows of M are sent to the matrix's owner and the result comes back, both
-    in the dtype of the iteration. Repeated parameters (DDP) are dealt to the ranks of ``process_group``,
-    which exchange results; every rank then holds the same bits.
+    Several ranks: every matrix is orthogonalised on one of them (docs/decisions.md, Training). Parameters
+    that FSDP2 cut by rows stay cut, and their momentum with them; the rows of M go to the matrix's owner
+    and the result comes back, both in the dtype of the iteration. Repeated parameters (DDP) are dealt to the
+    ranks of ``process_group``, which exchange results; every rank then holds the same bits.
 
     Parameters
     ----------
@@ -147,15 +147,15 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self.orthogonalised, self.last_update = 0, {}
-        moving, dealt = [], 0
+        tasks, matrices = [], 0
         for stack in self._stacks():
             if len(stack.shape) < 2:
                 self._move_vectors(stack, skip)
                 continue
             for chunk in stack.chunks():
-                moving.append(self._move_matrices(chunk, dealt % chunk.placement.owners, skip))
-                dealt += len(chunk.parameters)
-        _interleave(moving)
+                tasks.append(self._move_matrices(chunk, matrices % chunk.placement.owners, skip))
+                matrices += len(chunk.parameters)
+        _interleave(tasks)
         return loss
 
     def _stacks(self) -> list[_Stack]:
@@ -181,6 +181,7 @@ class Muon(torch.optim.Optimizer):
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         buffers = [local(self.momentum_buffer(parameter)) for parameter in parameters]
         before = [buffer.clone() for buffer in buffers] if skip is not None else []
+        # B ← β B + (1 − β) G, or B ← β B + G.
         if self.form == "torch":
             torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
         else:
@@ -191,17 +192,18 @@ class Muon(torch.optim.Optimizer):
                 torch.where(skip, old, buffer, out=buffer)
         if not self.nesterov:
             return buffers
+        # M = (1 − β) G + β B, or G + β B.
         if self.form == "torch":
             return list(torch._foreach_lerp(gradients, buffers, self.momentum))
         return list(torch._foreach_add(gradients, buffers, alpha=self.momentum))
 
-    def _move_matrices(self, stack: _Stack, first: int, skip: Tensor | None) -> Iterator[None]:
-        """Move the matrices of a chunk, dealt to ranks from ``first`` on; pauses while they travel."""
+    def _move_matrices(self, stack: _Stack, first_owner: int, skip: Tensor | None) -> Iterator[None]:
+        """Move the matrices of a chunk, dealt to ranks from ``first_owner`` on; pauses while they travel."""
         rows, columns = stack.shape
-        shipment = Shipment(stack.placement, len(stack.parameters), rows, columns, first)
+        shipment = Shipment(stack.placement, len(stack.parameters), rows, columns, first_owner)
         shipment.send(self._directions(stack.parameters, skip), self.newton_schulz_dtype)
         yield
-        matrices = shipment.received()
+        matrices = shipment.owned_matrices()
         self.orthogonalised += len(matrices)
         if len(matrices):
             matrices = newton_schulz(matrices, steps=self.steps, dtype=self.newton_schulz_dtype)
@@ -209,40 +211,42 @@ class Muon(torch.optim.Optimizer):
         yield
         shipment.send_to_replicas()
         yield
-        returned = shipment.returned().to(stack.parameters[0].dtype)
+        results = shipment.result_rows().to(stack.parameters[0].dtype)
         places = [shipment.place(number) for number in range(len(stack.parameters))]
         rows = local(stack.parameters[0]).shape[0]
-        self._apply(stack, returned, [returned[place][:rows] for place in places], skip)
+        self._apply(stack, results, [results[place][:rows] for place in places], skip)
         if self.recording:
-            squares = (update_scale(stack.shape) * returned).square()
+            squares = (update_scale(stack.shape) * results).square()
             by_row, by_column = squares.sum(-1), squares.sum(-2)
             for parameter, place in zip(stack.parameters, places, strict=True):
                 self.last_update[parameter] = SquareSums(by_row[place][:rows], by_column[place])
 
     def _move_vectors(self, stack: _Stack, skip: Tensor | None) -> None:
-        moved = self._directions(stack.parameters, skip)
-        directions = torch.stack([direction.flatten() for direction in moved])
+        moments = self._directions(stack.parameters, skip)
+        directions = torch.stack([direction.flatten() for direction in moments])
         squares = directions.square().sum(1, keepdim=True)
         if stack.placement.shard_group is not None:
             dist.all_reduce(squares, group=stack.placement.shard_group)
+        # M / ‖M‖, the norm over all shards.
         directions = directions / (squares.sqrt() + 1e-8)
         shape = local(stack.parameters[0]).shape
         self._apply(stack, directions, [direction.view(shape) for direction in directions], skip)
         if self.recording:
             squares = (update_scale(stack.shape) * directions).square()
-            for parameter, own in zip(stack.parameters, squares, strict=True):
-                self.last_update[parameter] = SquareSums(own, own)
+            for parameter, squares_of_entries in zip(stack.parameters, squares, strict=True):
+                self.last_update[parameter] = SquareSums(squares_of_entries, squares_of_entries)
 
     def _apply(self, stack: _Stack, memory: Tensor, updates: list[Tensor], skip: Tensor | None) -> None:
         """Decay and move; ``updates`` are views of ``memory``, one a parameter."""
         lr, weight_decay = stack.group["lr"], stack.group["weight_decay"]
         values = [local(parameter) for parameter in stack.parameters]
-        kept: float | Tensor = 1 - lr * weight_decay
+        # W ← (1 − ηλ) W − η · 0.2 √max(rows, columns) · update; a skipped step multiplies by 1 and adds 0.
+        decay_factor: float | Tensor = 1 - lr * weight_decay
         if skip is not None:
             memory.masked_fill_(skip, 0.0)
-            kept = torch.where(skip, 1.0, kept).to(values[0].dtype)
+            decay_factor = torch.where(skip, 1.0, decay_factor).to(values[0].dtype)
         if weight_decay:
-            torch._foreach_mul_(values, kept)
+            torch._foreach_mul_(values, decay_factor)
         torch._foreach_add_(values, updates, alpha=-lr * update_scale(stack.shape))
 
 

@@ -39,11 +39,15 @@ def newton_schulz(
     """
     a, b, c = COEFFICIENTS
     x = stack.to(dtype)
+    # Divided by ‖G‖_F no singular value is above 1, where the quintic holds.
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=epsilon)
     tall = x.shape[-2] > x.shape[-1]
     for _ in range(steps):
+        # A
         gram = x.mT @ x if tall else x @ x.mT
+        # b A + c A²
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        # a X + (b A + c A²) X, or with the polynomial on the right
         left, right = (x, polynomial) if tall else (polynomial, x)
         x = torch.baddbmm(x, left, right, beta=a)
     return x

@@ -56,20 +56,20 @@ class Routing:
 
     def of(self, name: str) -> Route:
         """The route of a parameter; KeyError if there is none."""
-        for found in self.routes:
-            if found.name == name:
-                return found
+        for route in self.routes:
+            if route.name == name:
+                return route
         raise KeyError(name)
 
     def table(self) -> str:
         """The routes as aligned text; parameters that differ by their layer alone share a line."""
         rows: dict[tuple[str, ...], int] = {}
-        for found in self.routes:
-            shape = " × ".join(map(str, found.shape)) or "scalar"
-            key = (folded(found.name), shape, found.optimizer, f"{found.lr:g}", f"{found.weight_decay:g}")
+        for route in self.routes:
+            shape = " × ".join(map(str, route.shape)) or "scalar"
+            key = (folded(route.name), shape, route.optimizer, f"{route.lr:g}", f"{route.weight_decay:g}")
             rows[key] = rows.get(key, 0) + 1
         lines = [["parameter", "shape", "count", "optimizer", "lr", "weight decay"]]
-        lines += [[name, shape, f"×{count}", *rest] for (name, shape, *rest), count in rows.items()]
+        lines += [[name, shape, f"×{count}", *cells] for (name, shape, *cells), count in rows.items()]
         lines += [[name, "", "×1", "frozen", "", ""] for name in self.frozen]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(

@@ -76,10 +76,12 @@ def route(model: nn.Module, config: TrainConfig) -> Routing:
     TrainingError : the outcome is no longer what the recipe says
         (:func:`~osp_diag.trainer.optimizers.checks.check`)
     """
-    named = named_parameters(model)
-    _check_patterns(config.optimizer, list(named))
-    routes = [_route(name, value, config.optimizer) for name, value in named.items() if value.requires_grad]
-    frozen = tuple(name for name, value in named.items() if not value.requires_grad)
+    parameters = named_parameters(model)
+    _check_patterns(config.optimizer, list(parameters))
+    routes = [
+        _route(name, value, config.optimizer) for name, value in parameters.items() if value.requires_grad
+    ]
+    frozen = tuple(name for name, value in parameters.items() if not value.requires_grad)
     return Routing(tuple(routes), frozen, check(routes, config))
 
 
@@ -89,6 +91,7 @@ def _route(name: str, parameter: Tensor, config: OptimizerConfig) -> Route:
     lr = config.lr
     if optimizer == "adamw" and config.name != "adamw" and config.embedding_lr is not None:
         lr = config.embedding_lr
+    # Why gains do not decay: docs/decisions.md, Training.
     decay = 0.0 if role == "vector" else config.weight_decay
     return Route(name, tuple(parameter.shape), role, optimizer, lr, decay)
 
@@ -99,8 +102,8 @@ def _destination(name: str, role: Role, config: OptimizerConfig) -> Destination:
             return destination
     if role != "vector":
         return (OUTER if role in ("embedding", "head") else HIDDEN)[config.name]
-    normalised = config.name == "muon_only" or (config.name == "muon" and config.muon_form == "osp")
-    return "muon" if normalised else "adamw"
+    under_muon = config.name == "muon_only" or (config.name == "muon" and config.muon_form == "osp")
+    return "muon" if under_muon else "adamw"
 
 
 def _check_patterns(config: OptimizerConfig, names: list[str]) -> None:

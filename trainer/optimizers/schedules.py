@@ -30,13 +30,14 @@ def learning_rate_factor(step: int, steps: int, config: ScheduleConfig) -> float
     rising = min(1.0, (step + 1) / warmup) if warmup else 1.0
     if config.name == "trapezoidal":
         decay = _number_of_steps(config.decay, steps)
-        gone = max(0.0, 1 - (steps - 1 - step) / decay) if decay else 0.0
-        return min(rising, 1 + (config.final - 1) * gone)
+        progress = max(0.0, 1 - (steps - 1 - step) / decay) if decay else 0.0
+        return min(rising, 1 + (config.final - 1) * progress)
     if config.name == "cosine" and step >= warmup:
         # The peak is at step W − 1, or where there is no warm-up at the first step.
         peak = max(warmup - 1, 0)
-        gone = (step - peak) / max(steps - 1 - peak, 1)
-        return config.final + (1 - config.final) * (1 + math.cos(math.pi * gone)) / 2
+        progress = (step - peak) / max(steps - 1 - peak, 1)
+        # Half a period: 1 at the peak, ``final`` at the last step.
+        return config.final + (1 - config.final) * (1 + math.cos(math.pi * progress)) / 2
     return rising
 
 

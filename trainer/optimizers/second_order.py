@@ -81,20 +81,21 @@ class SecondOrder:
             for name, value in parameters.items():
                 if value.grad is not None:
                     value.grad.masked_fill_(skip, 0.0)
-                state[name] = {key: held.clone() for key, held in _tensors(self.optimizer.state[value])}
+                state[name] = {key: tensor.clone() for key, tensor in _tensors(self.optimizer.state[value])}
         self.optimizer.step()
         if skip is not None:
             for name, value in parameters.items():
                 value.copy_(torch.where(skip, before[name], value))
-                for key, held in _tensors(self.optimizer.state[value]):
+                for key, tensor in _tensors(self.optimizer.state[value]):
                     if key in state[name]:
-                        held.copy_(torch.where(skip, state[name][key], held))
+                        tensor.copy_(torch.where(skip, state[name][key], tensor))
         self.last_update = {}
         if self.recording:
             for group in self._groups:
                 for value in group["params"]:
-                    name, kept = self.names[value], 1 - group["lr"] * group["weight_decay"]
-                    self.last_update[name] = square_sums((before[name] * kept - value) / group["lr"])
+                    name, decay_factor = self.names[value], 1 - group["lr"] * group["weight_decay"]
+                    # W' = (1 − ηλ) W − η · update, solved for the update.
+                    self.last_update[name] = square_sums((before[name] * decay_factor - value) / group["lr"])
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -106,12 +107,12 @@ class SecondOrder:
         if not optimizer.state:
             optimizer = self._make()
             _allocate(optimizer)
-        found = {}
+        states = {}
         for group in self._groups:
             steps = {"group_step": torch.tensor(group.get("step", 0))}
             for parameter in group["params"]:
-                found[self.names[parameter]] = dict(_tensors(optimizer.state[parameter])) | steps
-        return found
+                states[self.names[parameter]] = dict(_tensors(optimizer.state[parameter])) | steps
+        return states
 
     def load(self, states: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Take over what :meth:`states` gave."""

@@ -76,43 +76,44 @@ def placement_of(name: str, parameter: Tensor, process_group: ProcessGroup | Non
         size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
         return Placement(replica_group=process_group, replicas=size, replica=rank)
     mesh = parameter.device_mesh
-    cut = [index for index, way in enumerate(parameter.placements) if way == Shard(0)]
-    repeated = [index for index, way in enumerate(parameter.placements) if way == Replicate()]
-    if len(cut) > 1 or len(repeated) > 1 or len(cut) + len(repeated) < mesh.ndim:
+    cut_dims = [index for index, kind in enumerate(parameter.placements) if kind == Shard(0)]
+    repeated_dims = [index for index, kind in enumerate(parameter.placements) if kind == Replicate()]
+    if len(cut_dims) > 1 or len(repeated_dims) > 1 or len(cut_dims) + len(repeated_dims) < mesh.ndim:
         raise TrainingError(
             f"{name} is placed as {tuple(parameter.placements)}; Muon knows parameters cut by rows (FSDP2's "
             "Shard(0)), repeated, or both (HSDP)"
         )
-    found = Placement()
-    if cut:
-        group = mesh.get_group(cut[0])
-        found = Placement(group, dist.get_world_size(group), dist.get_rank(group))
-    if repeated:
-        group = mesh.get_group(repeated[0])
+    placement = Placement()
+    if cut_dims:
+        group = mesh.get_group(cut_dims[0])
+        placement = Placement(group, dist.get_world_size(group), dist.get_rank(group))
+    if repeated_dims:
+        group = mesh.get_group(repeated_dims[0])
         size, rank = dist.get_world_size(group), dist.get_rank(group)
-        found = Placement(found.shard_group, found.shards, found.shard, group, size, rank)
-    return found
+        placement = Placement(placement.shard_group, placement.shards, placement.shard, group, size, rank)
+    return placement
 
 
 @dataclass
 class Shipment:
     """Matrices of one shape on their way to their owners and back.
 
-    Every matrix has one owner among ``placement.owners`` ranks: owner o has matrices number o − first,
-    o − first + owners, … of them, so that the stacks which don't divide evenly burden other ranks each time.
+    Every matrix has one owner among ``placement.owners`` ranks: owner o has matrices number
+    o − first_owner, o − first_owner + owners, … of them, so that the stacks which don't divide evenly burden
+    other ranks each time.
 
     Parameters
     ----------
     placement : of all the matrices
     count, rows, columns : how many there are, and their whole shape
-    first : owner of the first
+    first_owner : owner of the first
     """
 
     placement: Placement
     count: int
     rows: int
     columns: int
-    first: int = 0
+    first_owner: int = 0
     _buffer: Tensor = field(init=False, repr=False)
     _work: dist.Work | None = field(init=False, default=None, repr=False)
 
@@ -124,27 +125,27 @@ class Shipment:
     def place(self, number: int) -> tuple[int, int, int]:
         """Replica group, shard and slot of a matrix."""
         slot, _ = divmod(number, self.placement.owners)
-        owner = (number + self.first) % self.placement.owners
+        owner = (number + self.first_owner) % self.placement.owners
         return *divmod(owner, self.placement.shards), slot
 
     @property
     def owned(self) -> list[int]:
         """Numbers of the matrices that this rank works on, by slot."""
-        mine = (self.placement.owner - self.first) % self.placement.owners
-        return list(range(mine, self.count, self.placement.owners))
+        lowest = (self.placement.owner - self.first_owner) % self.placement.owners
+        return list(range(lowest, self.count, self.placement.owners))
 
     def send(self, parts: Sequence[Float[Tensor, "rows columns"]], dtype: torch.dtype) -> None:
         """Start sending this rank's rows of each matrix to its owner, rounded to ``dtype``."""
         placement = self.placement
         if placement.shards == 1:
-            own = [parts[number] for number in self.owned]
+            matrices = [parts[number] for number in self.owned]
             self._buffer = torch.empty(
-                (len(own), self.rows, self.columns), dtype=dtype, device=parts[0].device
+                (len(matrices), self.rows, self.columns), dtype=dtype, device=parts[0].device
             )
-            _copy(self._buffer.unbind(), own)
+            _copy(self._buffer.unbind(), matrices)
             return
-        high = placement.shard_rows(self.rows)
-        shape = (placement.shards, self.slots, high, self.columns)
+        shard_rows = placement.shard_rows(self.rows)
+        shape = (placement.shards, self.slots, shard_rows, self.columns)
         outgoing = torch.zeros(shape, dtype=dtype, device=parts[0].device)
         targets, sources = [], []
         for number, part in enumerate(parts):
@@ -155,14 +156,14 @@ class Shipment:
         _copy(targets, sources)
         self._exchange(outgoing)
 
-    def received(self) -> Float[Tensor, "owned row column"]:
+    def owned_matrices(self) -> Float[Tensor, "owned row column"]:
         """The whole matrices that this rank owns, once they are here."""
-        self._arrived()
+        self._wait()
         if self.placement.shards == 1:
             return self._buffer
         # (shard, slot, rows of a shard, column) → (slot, row, column); what pads the last shards is cut off.
-        whole = self._buffer.movedim(0, 1).reshape(self.slots, -1, self.columns)
-        return whole[: len(self.owned), : self.rows]
+        matrices = self._buffer.movedim(0, 1).reshape(self.slots, -1, self.columns)
+        return matrices[: len(self.owned), : self.rows]
 
     def send_back(self, results: Float[Tensor, "owned row column"]) -> None:
         """Start returning what became of the owned matrices: to every rank the rows that it holds."""
@@ -170,8 +171,8 @@ class Shipment:
         if placement.owners == 1:
             self._buffer = results[None, None]
             return
-        high = placement.shard_rows(self.rows)
-        shape = (self.slots, placement.shards * high, self.columns)
+        shard_rows = placement.shard_rows(self.rows)
+        shape = (self.slots, placement.shards * shard_rows, self.columns)
         padded = results
         if results.shape != shape:
             padded = results.new_zeros(shape)
@@ -179,22 +180,22 @@ class Shipment:
         if placement.shards == 1:
             self._gather(padded[None])
             return
-        cut = padded.view(self.slots, placement.shards, high, self.columns)
+        cut = padded.view(self.slots, placement.shards, shard_rows, self.columns)
         self._exchange(cut.movedim(1, 0).contiguous())
 
     def send_to_replicas(self) -> None:
         """Start exchanging, between the groups that hold the same rows, what each of them returned."""
         if self.placement.shards == 1:
             return
-        self._arrived()
+        self._wait()
         if self.placement.replicas == 1:
             self._buffer = self._buffer[None]
         else:
             self._gather(self._buffer)
 
-    def returned(self) -> Float[Tensor, "replica shard slot rows column"]:
+    def result_rows(self) -> Float[Tensor, "replica shard slot rows column"]:
         """This rank's rows of all results, where :meth:`place` says; short shards are padded."""
-        self._arrived()
+        self._wait()
         return self._buffer
 
     def _exchange(self, outgoing: Tensor) -> None:
@@ -202,14 +203,14 @@ class Shipment:
         group = self.placement.shard_group
         self._work = dist.all_to_all_single(self._buffer, outgoing, group=group, async_op=True)
 
-    def _gather(self, mine: Tensor) -> None:
-        self._buffer = mine.new_empty((self.placement.replicas, *mine.shape))
+    def _gather(self, part: Tensor) -> None:
+        self._buffer = part.new_empty((self.placement.replicas, *part.shape))
         group = self.placement.replica_group
         # torch 2.13 gave it a new name and warns of the old one.
         gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        self._work = gather(self._buffer.view(-1), mine.reshape(-1), group=group, async_op=True)
+        self._work = gather(self._buffer.view(-1), part.reshape(-1), group=group, async_op=True)
 
-    def _arrived(self) -> None:
+    def _wait(self) -> None:
         # On CUDA this makes the stream wait, not the host.
         if self._work is not None:
             self._work.wait()
@@ -225,10 +226,10 @@ def full_rows(rows: Float[Tensor, " rows"], placement: Placement, count: int) ->
     """This rank's numbers, one a row, at their places among all ``count`` rows; zeros elsewhere."""
     if placement.shards == 1:
         return rows
-    whole = rows.new_zeros(count)
+    all_rows = rows.new_zeros(count)
     start = placement.shard * placement.shard_rows(count)
-    whole[start : start + rows.shape[0]] = rows
-    return whole
+    all_rows[start : start + rows.shape[0]] = rows
+    return all_rows
 
 
 def sum_over_shards(parts: Sequence[Tensor], placements: Sequence[Placement]) -> list[Tensor]:

@@ -36,29 +36,29 @@ def sums(values: Tensor) -> SquareSums:
     return SquareSums(values.sum(1), values.sum(0))
 
 
-def of_whole(held: Mapping[str, SquareSums], parameters: Mapping[str, Tensor]) -> dict[str, SquareSums]:
+def of_whole(local_sums: Mapping[str, SquareSums], parameters: Mapping[str, Tensor]) -> dict[str, SquareSums]:
     """The sums of whole parameters from those of the rows that each rank holds.
 
     One collective for all of them where parameters are sharded: every rank has to call it.
 
     Parameters
     ----------
-    held : name → sums of this rank's rows
+    local_sums : name → sums of this rank's rows
     parameters : name → the parameter, which knows how it is placed
     """
-    names, parts, placements = list(held), [], []
+    names, parts, placements = list(local_sums), [], []
     for name in names:
         parameter = parameters[name]
         placement = placement_of(name, parameter, None)
         rows = parameter.shape[0] if parameter.ndim else 1
-        row = full_rows(held[name].row, placement, rows)
-        parts += [row, held[name].column if parameter.ndim > 1 else row]
+        row = full_rows(local_sums[name].row, placement, rows)
+        parts += [row, local_sums[name].column if parameter.ndim > 1 else row]
         placements += [placement, placement]
-    whole = sum_over_shards(parts, placements)
-    return {name: SquareSums(*whole[2 * index : 2 * index + 2]) for index, name in enumerate(names)}
+    summed = sum_over_shards(parts, placements)
+    return {name: SquareSums(*summed[2 * index : 2 * index + 2]) for index, name in enumerate(names)}
 
 
 def of_parameters(parameters: Mapping[str, Tensor]) -> dict[str, SquareSums]:
     """Sums of the squares of whole parameters; a collective where they are sharded."""
-    held = {name: square_sums(local(parameter.detach())) for name, parameter in parameters.items()}
-    return of_whole(held, parameters)
+    local_sums = {name: square_sums(local(parameter.detach())) for name, parameter in parameters.items()}
+    return of_whole(local_sums, parameters)

@@ -41,11 +41,11 @@ def recipes() -> dict[str, Recipe]:
         module.name: importlib.import_module(f"{__name__}.{module.name}")
         for module in pkgutil.iter_modules(__path__)
     }
-    every = [
+    entries = [
         Recipe(name, module.ROW, (inspect.getdoc(module) or "").partition("\n")[0], module.changes)
         for name, module in modules.items()
     ]
-    order = sorted(every, key=lambda recipe: (recipe.row is None, recipe.row or 0, recipe.name))
+    order = sorted(entries, key=lambda recipe: (recipe.row is None, recipe.row or 0, recipe.name))
     return {recipe.name: recipe for recipe in order}
 
 

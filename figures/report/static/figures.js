@@ -102,29 +102,5 @@ const Figures = {
     });
   },
 
-  /* A copy with colours for the theme: ink and ground from the page, dark lines made light on dark. */
-  themed(value, key = "") {
-    if (Array.isArray(value)) return key === "colorscale" ? value : value.map((one) => (one !== null && typeof one === "object" ? this.themed(one, key) : one));
-    if (value !== null && typeof value === "object") return Object.fromEntries(Object.entries(value).map(([name, one]) => [name, this.themed(one, name)]));
-    if (typeof value !== "string" || !/colou?r$/.test(key)) return value;
-    if (/bgcolor$|backgroundcolor$/.test(key)) return "rgba(0,0,0,0)";
-    if (!isDark()) return value;
-    if (key === "gridcolor") return colour("line");
-    return this.lighter(value);
-  },
-
-  /* Dark colours become light ones of the same hue; pale tints, which stand back on white, become dark. */
-  lighter(text) {
-    const digits = /^#([0-9a-f]{2})([0-9a-f]{2})([0-9a-f]{2})$/i.exec(text);
-    if (!digits || DATA.colours.runs.includes(text)) return text;
-    const parts = digits.slice(1).map((part) => parseInt(part, 16) / 255);
-    const high = Math.max(...parts), low = Math.min(...parts), spread = high - low, light = (high + low) / 2;
-    if (light === 1) return text; // marks on maps
-    const grey = spread < 0.04;
-    const turn = grey ? 0 : high === parts[0] ? (parts[1] - parts[2]) / spread : high === parts[1] ? 2 + (parts[2] - parts[0]) / spread : 4 + (parts[0] - parts[1]) / spread;
-    const saturation = grey ? 0 : Math.max(0.45, spread / (1 - Math.abs(2 * light - 1)));
-    const pale = light > 0.7 && spread < 0.25;
-    const lightness = grey ? Math.max(0.82 - light * 0.3, light) : pale ? 0.36 : Math.max(light, 0.68);
-    return `hsl(${Math.round((turn * 60 + 360) % 360)}, ${Math.round(saturation * 100)}%, ${Math.round(lightness * 100)}%)`;
-  },
+  themed(value) { return Themes.themed(value, { dark: isDark(), grid: colour("line"), runs: DATA.colours.runs }); },
 };

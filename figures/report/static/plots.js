@@ -8,7 +8,7 @@ const DASHES = ["solid", "dash", "dashdot", "dot"];
 /* Of a run, on any ground. */
 function runColour(place) { return DATA.colours.runs[place % DATA.colours.runs.length]; }
 /* A line's colour on the ground of the theme. */
-function shade(text) { return isDark() ? Figures.lighter(text) : text; }
+function shade(text) { return isDark() ? Themes.lighter(text) : text; }
 function colour(name) { return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim(); }
 function isDark() { return document.documentElement.dataset.theme === "dark" && !matchMedia("print").matches; }
 

@@ -1,0 +1,212 @@
+"""Which tokens there are is read off the stream between the blocks, in whatever layout it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from osp_diag import Probe
+from osp_diag.errors import SiteError
+from osp_diag.sites import find_sites
+from tests.families import FAMILIES
+from tests.test_probe_laws import numbers
+
+VISION = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "image_size": 12, "patch_size": 4,
+}  # fmt: skip
+SPEECH = {
+    "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "vocab_size": 60,
+    "num_mel_bins": 4, "max_source_positions": 10, "max_target_positions": 16, "pad_token_id": 0,
+    "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 3,
+}  # fmt: skip
+SOUND = {
+    "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+    "conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2,
+}  # fmt: skip
+
+
+def measured(model: nn.Module, example: Any, **options: Any) -> tuple[Probe, Any]:
+    """A probe after one pass over its example, and what the model returned."""
+    probe = Probe(model, example=example, **options)
+    with torch.no_grad(), probe.step(0):
+        output = model(**example) if isinstance(example, dict) else model(*example)
+    return probe, output
+
+
+def images() -> dict[str, Tensor]:
+    return {"pixel_values": torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "extra"),
+    [
+        ("ViTModel", "ViTConfig", 1),
+        ("SiglipVisionModel", "SiglipVisionConfig", 0),
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", 1 + 3),
+    ],
+)
+def test_patches_are_tokens(model: str, config: str, extra: int) -> None:
+    options = {**VISION, "num_register_tokens": 3} if extra > 1 else VISION
+    network = getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
+    streams: list[Tensor] = []
+    layers = network.get_submodule(find_sites(network, example=images()).block_paths[-1])
+    handle = layers.register_forward_hook(lambda module, args, out: streams.append(out))
+    with torch.no_grad():
+        expected = network(**images())[0]
+    handle.remove()
+    probe, output = measured(network, images(), sites=["residual_post", "attention"])
+    assert torch.equal(output[0], expected)
+    found = probe.run.at("residual_post").isel(step=0, layer=1)
+    tokens = 9 + extra
+    np.testing.assert_array_equal(found["token_count"], [2 * tokens, 2, 0, 2 * (tokens - 1)])
+    norm = (streams[0] if isinstance(streams[0], Tensor) else streams[0][0]).double().norm(dim=-1)
+    np.testing.assert_allclose(found["token_norm"].sel(stratum="all"), norm.mean(), rtol=1e-5)
+    assert probe.run.at("attention").sizes["key_position"] == tokens
+
+
+def test_frames_of_sound_are_tokens_and_their_padding_is_the_encoders() -> None:
+    model = transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**SOUND)).eval()
+    lengths = torch.tensor([[200], [100]])
+    batch = {
+        "input_values": torch.randn(2, 200),
+        "attention_mask": (torch.arange(200)[None] < lengths).long(),
+    }
+    probe, _ = measured(model, batch, sites=["residual_post"])
+    frames = [int(model._get_feat_extract_output_lengths(length)) for length in (200, 100)]
+    assert probe.run.at("residual_post")["token_count"][0, 0, 0] == sum(frames)
+
+
+def test_labels_alone_give_a_decoder_its_tokens() -> None:
+    model = transformers.WhisperForConditionalGeneration(transformers.WhisperConfig(**SPEECH)).eval()
+    batch = {"input_features": torch.randn(2, 4, 20), "labels": torch.randint(4, 60, (2, 7))}
+    probe, _ = measured(model, batch, sites=["residual_post", "attention"], delimiter_ids=(3,))
+    assert probe.site_map.prefix == "decoder_"
+    # Ids of the decoder's own module: the start token and the labels, moved on by one.
+    np.testing.assert_array_equal(probe.run.at("residual_post")["token_count"][0, 0], [14, 2, 0, 12])
+    encoder = model.get_encoder()
+    probe, _ = measured(encoder, {"input_features": batch["input_features"]}, sites=["residual_post"])
+    assert probe.run.at("residual_post")["token_count"][0, 0, 0] == 20
+
+
+class Prompted(nn.Module):
+    """Learned vectors before the tokens, as prompt tuning has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = FAMILIES["llama"].build()
+        self.prompt = nn.Parameter(torch.randn(3, 32))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        vectors = self.base.get_input_embeddings()(input_ids)
+        vectors = torch.cat([self.prompt.expand(len(input_ids), -1, -1), vectors], 1)
+        if attention_mask is not None:
+            attention_mask = nn.functional.pad(attention_mask, (3, 0), value=1)
+        return self.base(inputs_embeds=vectors, attention_mask=attention_mask)
+
+
+def test_learned_prompts_are_tokens_and_padding_is_that_of_the_inner_model() -> None:
+    batch = FAMILIES["llama"].inputs(padded=True)
+    probe, _ = measured(Prompted(), batch, sites=["residual_post", "attention"])
+    valid = int(batch["attention_mask"].sum()) + 2 * 3
+    assert probe.run.at("residual_post")["token_count"][0, 0, 0] == valid
+
+
+# -- tokens first --------------------------------------------------------------------------------------------
+
+
+class TokensFirst(nn.Module):
+    """torch's own encoder, whose stream is (token, batch, channel)."""
+
+    def __init__(self, causal: bool = False) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, norm_first=True)
+        self.words, self.causal = nn.Embedding(60, 16), causal
+        self.stack = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        length = ids.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length) if self.causal else None
+        return self.stack(self.words(ids).transpose(0, 1), mask=mask).transpose(0, 1)
+
+
+@pytest.mark.parametrize("sequences", [1, 3, 6])
+def test_a_stream_with_its_tokens_first_is_read_so(sequences: int) -> None:
+    torch.manual_seed(1)
+    model = TokensFirst().eval()
+    ids = torch.randint(4, 60, (sequences, 6))
+    ids[:, 0] = 7
+    with torch.no_grad():
+        model.words.weight[7] *= 50
+    for example in (None, (ids,)):
+        probe = Probe(model, example=example, sites=["residual_post", "linear_input:*", "attention"])
+        with torch.no_grad(), probe.step(0):
+            norm = model(ids).double().norm(dim=-1)
+        found = probe.run.at("residual_post").isel(step=0, layer=1)["token_norm"]
+        np.testing.assert_allclose(found.sel(stratum="first"), norm[:, 0].mean(), rtol=1e-5)
+        np.testing.assert_allclose(found.sel(stratum="rest"), norm[:, 1:].mean(), rtol=1e-5)
+        assert probe.site_map.tokens_first
+        assert probe.run.at("attention").sizes["key_position"] == 6
+
+
+def test_vectors_handed_over_tokens_first_are_told_by_what_attention_mixes() -> None:
+    torch.manual_seed(1)
+    for sequences_first in (False, True):
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=sequences_first)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+        for batch in (torch.randn(5, 5, 16), torch.randn(4, 2, 16)):
+            assert find_sites(encoder, example=(batch,)).tokens_first is not sequences_first
+
+
+def test_xlnet_has_its_tokens_first() -> None:
+    config = transformers.XLNetConfig(vocab_size=60, d_model=16, n_layer=2, n_head=2, d_inner=24)
+    model = transformers.XLNetLMHeadModel(config).eval()
+    probe = Probe(model, sites=["residual_post"])
+    assert probe.site_map.tokens_first
+    with torch.no_grad(), probe.step(0):
+        model(torch.randint(4, 60, (3, 7)))
+    np.testing.assert_array_equal(probe.run.at("residual_post")["token_count"][0, 0], [21, 3, 0, 18])
+
+
+# -- other ways to be called -------------------------------------------------------------------------------
+
+
+class Called(nn.Module):
+    """A model that takes a batch dictionary, or the ids of one sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(60, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0, batch_first=True)
+        self.blocks = nn.ModuleList(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).layers)
+
+    def forward(self, batch: Any) -> Tensor:
+        x = self.words(batch["input_ids"] if isinstance(batch, dict) else batch)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_batch_dictionaries_and_single_sequences_are_read() -> None:
+    model, ids = Called().eval(), torch.tensor([[4, 5, 6, 5], [7, 5, 8, 9]])
+    probe = Probe(model, example={"input_ids": ids}, sites=["residual_post"], delimiter_ids=(5,))
+    with torch.no_grad(), probe.step(0):
+        model({"input_ids": ids})
+    with torch.no_grad(), probe.step(1):
+        model(ids[0])
+    counts = probe.run.at("residual_post")["token_count"][:, 0]
+    np.testing.assert_array_equal(counts, [[8, 2, 3, 3], [4, 1, 2, 1]])
+    assert np.isfinite(numbers(probe)["/residual_post/osp_excess_kurtosis"][1, 0]).all()
+
+
+def test_networks_without_tokens_are_refused_when_the_probe_is_made() -> None:
+    config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])
+    with pytest.raises(SiteError, match="which are not vectors of tokens"):
+        Probe(transformers.ResNetModel(config).eval(), example=images())
