@@ -132,14 +132,14 @@ def torch_muon(bench: Bench) -> tuple[Callable[[], None], Callable[[], int]]:
     """torch's own Muon on the same matrices, with fused AdamW on the rest."""
     routes = route(bench.model, TrainConfig(model=bench.config.model)).routes
     hidden = {entry.name for entry in routes if entry.optimizer == "muon"}
-    named = dict(bench.model.named_parameters())
+    parameters = dict(bench.model.named_parameters())
     muon = torch.optim.Muon(
-        [named[name] for name in named if name in hidden and named[name].ndim == 2],
+        [parameters[name] for name in parameters if name in hidden and parameters[name].ndim == 2],
         lr=1e-9,
         adjust_lr_fn="match_rms_adamw",
     )
-    rest = [named[name] for name in named if name not in hidden or named[name].ndim != 2]
-    adamw = torch.optim.AdamW(rest, lr=1e-9, fused=True)
+    others = [parameters[name] for name in parameters if name not in hidden or parameters[name].ndim != 2]
+    adamw = torch.optim.AdamW(others, lr=1e-9, fused=True)
 
     def step() -> None:
         muon.step()

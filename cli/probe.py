@@ -21,7 +21,7 @@ HELP = "measure every outlier and sink statistic of a checkpoint"
 
 CheckpointName = Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
 Tokens = Annotated[TokenSettings, tyro.conf.arg(name="")]
-"""Its fields are options of the verb, and their documentation is the help."""
+"""Its fields are options of the verb, and their documentation is the help: docs/decisions.md, Capture."""
 
 DEFAULT_TOKENS = TokenSettings()
 

@@ -41,6 +41,7 @@ class AlertFile:
         for one in standings:
             alike: Counter[tuple[str, int]] = Counter()
             for alert in one.alerts:
+                # Alerts of one rule and step are told apart by their order.
                 key = (one.path, alert.rule, alert.step, alike[alert.rule, alert.step])
                 alike[alert.rule, alert.step] += 1
                 keys.add(key)

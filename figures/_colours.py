@@ -108,10 +108,12 @@ class ColourScale:
         if self.kind == "log":
             with np.errstate(divide="ignore", invalid="ignore"):
                 return np.where(values > 0, np.log10(np.maximum(values, self.low)), np.log10(self.low))
+        # Linear about 0 with the slope 1 / (threshold · ln 10), logarithmic beyond the threshold.
         return np.sign(values) * np.log10(1 + np.abs(values) / self.threshold)
 
     def fraction(self, values: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         """Where values lie between ``low`` (0) and ``high`` (1) on that axis."""
+        # (place(x) − place(low)) / (place(high) − place(low))
         low, high = (float(self.place(np.asarray(end))) for end in (self.low, self.high))
         return np.clip((self.place(values) - low) / (high - low), 0.0, 1.0)
 

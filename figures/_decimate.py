@@ -9,7 +9,12 @@ from jaxtyping import Float
 
 from osp_diag.max_pooling import bin_starts, max_pool
 
-__all__ = ["bin_starts", "counts_few", "max_pool", "spans", "spread"]
+__all__ = ["bin_centres", "bin_starts", "counts_few", "max_pool", "spans", "spread"]
+
+
+def bin_centres(size: int, bins: int) -> Float[np.ndarray, " bin"]:
+    """Where the bins of ``max_pool`` have their middles on an axis on which an entry stands at its index."""
+    return (np.arange(bins) + 0.5) * size / bins - 0.5
 
 
 def spans(size: int, bins: int) -> list[str] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from osp_diag.errors import OspDiagError, StoreError, UsageError
@@ -14,6 +15,7 @@ from osp_diag.runs.run import Run, open_run
 from osp_diag.runs.steps import at_step, step_of
 
 __all__ = [
+    "check_label",
     "identifier",
     "open_runs",
     "per_run",
@@ -71,6 +73,19 @@ def statistics(
             "not hold; probe again with the estimator among --estimators"
         )
     return at_step(dataset[names], step_of(run, step)).load()
+
+
+def check_label(
+    figure: str, source: str, dim: str, label: int | None, labels: Sequence[int] | np.ndarray
+) -> None:
+    """Refuse a layer or head that is not there; None stands for the figure's own choice.
+
+    Parameters
+    ----------
+    figure, source : the name of the figure, and what it reads ("the snapshot of NAME"), for the message
+    """
+    if label is not None and label not in labels:
+        raise UsageError(f"{figure}: {source} has no {dim} {label}; it has {', '.join(map(str, labels))}")
 
 
 def identifier(values: xr.DataArray) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
 from osp_diag.analyses.summary.numbers import sink_rate_at
 from osp_diag.errors import StoreError
@@ -12,7 +13,17 @@ from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
 from osp_diag.schema import SINK_EPSILON, SINK_POSITION
 
-__all__ = ["heads_by_sink"]
+__all__ = ["heads_by_sink", "sink_strength"]
+
+
+def sink_strength(
+    rate: Float[np.ndarray, "layer head"], mass: Float[np.ndarray, "layer head"]
+) -> Float[np.ndarray, "layer head"]:
+    """What heads are ordered by: the sink rate, and among equals the attention to the first token.
+
+    Rates are multiples of 1 / sequences, which a millionth of a mass (at most 1) never bridges.
+    """
+    return np.nan_to_num(rate, nan=-1.0) + 1e-6 * np.nan_to_num(mass)
 
 
 def heads_by_sink(
@@ -28,8 +39,8 @@ def heads_by_sink(
 
     Returns
     -------
-    ``layer``, ``head``, ``sink_rate`` (ε = 0.3, k = 0) and ``first_token_attention`` along ``place``. A rate
-    is a multiple of 1 / sequences; attention to the first token decides among equals.
+    ``layer``, ``head``, ``sink_rate`` (ε = 0.3, k = 0) and ``first_token_attention`` along ``place``, in
+    the order of :func:`sink_strength`.
     """
     attention = statistics(run, "attention", ("sink_rate", "first_token_attention"), figure, step)
     rate = sink_rate_at(attention["sink_rate"])
@@ -43,8 +54,7 @@ def heads_by_sink(
     rate = rate.transpose("layer", "head")
     mass = attention["first_token_attention"].sel(stratum="all", drop=True).sel(layer=rate["layer"])
     mass = mass.transpose("layer", "head")
-    # A millionth of a mass, at most 1, is less than the distance of two rates: it decides among equals alone.
-    score = np.nan_to_num(rate.values, nan=-1.0) + 1e-6 * np.nan_to_num(mass.values)
+    score = sink_strength(rate.values, mass.values)
     order = np.argsort(-score, axis=None, kind="stable")
     rows, columns = np.unravel_index(order, score.shape)
     if head is not None:

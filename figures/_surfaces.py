@@ -140,8 +140,10 @@ def draw_surfaces(dataset: xr.Dataset, axes: Axes, backend: Backend, *, style: S
 def _places(names: int, runs: int, fitting: int) -> dict[tuple[int, int], tuple[int, int]]:
     """(name, run) → (row, column) of the grid, of which no place stays empty."""
     pairs = [(name, run) for name in range(names) for run in range(runs)]
+    # Few names of one run stand side by side, and many runs of few names change places with them.
     if (runs == 1 and names <= min(3, fitting - 1)) or (runs > fitting >= names):
         return {(name, run): (run, name) for name, run in pairs}
+    # Several rows for each name, of equal length: the most that fit and divide the runs.
     per_row = max(count for count in range(1, min(runs, fitting) + 1) if runs % count == 0)
     rows = runs // per_row
     return {(name, run): (name * rows + run // per_row, run % per_row) for name, run in pairs}

@@ -19,7 +19,7 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import per_run, snapshot, snapshot_sites, snapshot_step, token_texts
+from osp_diag.figures._runs import check_label, per_run, snapshot, snapshot_sites, snapshot_step, token_texts
 from osp_diag.figures._surfaces import (
     Axes,
     check_z_scale,
@@ -81,11 +81,11 @@ def prepare(
     dataset = per_run(parts, with_layers(labels, [int(part["layer"]) for part in parts]))
     title = f"|activation| over channel and token: {', '.join(map(short_name, site_names))}"
     layers = ", ".join(dict.fromkeys(str(int(part["layer"])) for part in parts))
-    how = f"layer {layers}" if layer is not None else f"layer {layers} (where the maximum is largest)"
+    choice = f"layer {layers}" if layer is not None else f"layer {layers} (where the maximum is largest)"
     dataset.attrs = {
         "title": title,
         "caption": caption(
-            f"{title}, {how}, first sequence of the probe",
+            f"{title}, {choice}, first sequence of the probe",
             runs,
             steps,
             [],
@@ -148,11 +148,8 @@ def _layer(run: Run, arrays: dict[str, xr.DataArray], layer: int | None) -> int:
     """The layer asked for, or the one whose activations reach highest at any of the sites."""
     shared = sorted(set.intersection(*({int(v) for v in array["layer"].values} for array in arrays.values())))
     if layer is not None:
-        if layer not in shared:
-            raise UsageError(
-                f"activation_surface: the snapshot of {model_name(run.attrs)} has no layer {layer}; it has "
-                f"{', '.join(map(str, shared))}"
-            )
+        source = f"the snapshot of {model_name(run.attrs)}"
+        check_label("activation_surface", source, "layer", layer, shared)
         return layer
     peaks = [
         max(float(np.nanmax(array.sel(layer=index).values)) for array in arrays.values()) for index in shared

@@ -19,7 +19,7 @@ from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import KINDS, ColourScale
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import snapshot, snapshot_step, token_label, token_texts
+from osp_diag.figures._runs import check_label, snapshot, snapshot_step, token_label, token_texts
 from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
@@ -84,14 +84,14 @@ def prepare(
     maps = [run_snapshot.maps(pairs) for run_snapshot, pairs in zip(snapshots, pairs_of_runs, strict=True)]
     dataset = _side_by_side(snapshots, pairs_of_runs, maps, tokens).assign_coords(run=labels_of(runs, steps))
     title = "Attention of chosen heads by query and key"
-    which = (
+    choice = (
         "heads as given"
         if named_heads
         else "strongest sink heads (sink_rate/1 at ε = 0.3, one a layer), and the head that attends least to "
         "the first token (first_token_attention/1)"
     )
     remarks = [
-        f"First {dataset.sizes['query_token']} tokens of the first sequence, {which}",
+        f"First {dataset.sizes['query_token']} tokens of the first sequence, {choice}",
         "Softmax of the recorded queries and keys in float64, with the model's own scale, mask, soft cap and "
         "sink logits",
     ]
@@ -159,13 +159,9 @@ class _AttentionSnapshot:
         return head * self.key.sizes["head"] // self.query.sizes["head"]
 
     def _map(self, layer: int, head: int) -> Float[np.ndarray, "query key"]:
-        count = self.query.sizes["head"]
-        for dim, index, indices in (("layer", layer, self.layers), ("head", head, range(count))):
-            if index not in indices:
-                raise UsageError(
-                    f"attention_map: the snapshot of {model_name(self.run.attrs)} has no {dim} {index}; it "
-                    f"has {', '.join(map(str, indices))}"
-                )
+        source = f"the snapshot of {model_name(self.run.attrs)}"
+        check_label("attention_map", source, "layer", layer, self.layers)
+        check_label("attention_map", source, "head", head, range(self.query.sizes["head"]))
         if layer in self.truncated_layers:
             raise StoreError(
                 f"attention_map: in layer {layer} of {model_name(self.run.attrs)} queries also see keys "

@@ -68,7 +68,7 @@ def prepare(runs: list[Run], *, relative: bool = False, scheme: str = ROUND_TO_N
             "quantize CHECKPOINT --run RUN`, without --widths"
         )
     if relative:
-        values = values / values[:, :1, :1]
+        values = values / values[:, :1, :1]  # bits fall, so that the first are 16
     dataset = xr.Dataset(
         {"perplexity": (("run", "sweep", "bits"), values)},
         coords={"run": labels_of(runs, steps), "sweep": list(SWEEPS), "bits": bits},

@@ -11,7 +11,7 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._decimate import bin_starts, max_pool, spans
+from osp_diag.figures._decimate import bin_centres, bin_starts, max_pool, spans
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
@@ -120,7 +120,6 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         channels = int(part["channels"].item())
         columns = int(np.isfinite(part["first_channel"].values).sum())
         layers = part["layer"].values[np.isfinite(part["value"].values).any(axis=1)]
-        centres = (np.arange(columns) + 0.5) * channels / columns - 0.5
         panel = canvas.panel(
             row,
             0,
@@ -131,7 +130,7 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
         values = part["value"].sel(layer=layers).values[:, :columns]
         panel.heat_map(
             values,
-            centres,
+            bin_centres(channels, columns),
             layers.astype(float),
             quantity=dataset.attrs["quantity"],
             x_texts=spans(channels, columns),

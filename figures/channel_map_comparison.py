@@ -18,7 +18,7 @@ from osp_diag.analyses.channels.profiles import relative_rms
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._decimate import bin_starts, max_pool, spans
+from osp_diag.figures._decimate import bin_centres, bin_starts, max_pool, spans
 from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
 from osp_diag.figures._runs import per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Panel
@@ -140,10 +140,11 @@ def _maps(runs: list[Run], steps: list[int], site: str, stratum: str, pixels: in
 
 
 def _difference(data: xr.Dataset, widths: list[int], match: str, pixels: int) -> dict[str, Any]:
+    # log10(a_j / b_j) by channel, or log10 of the ratio of the sorted profiles at one share of the width
     if match == "index":
         values = data["difference"].transpose("layer", "channel").values[:, : widths[0]].astype(float)
         pooled = _farthest(values, pixels)
-        places = (np.arange(pooled.shape[1]) + 0.5) * widths[0] / pooled.shape[1] - 0.5
+        places = bin_centres(widths[0], pooled.shape[1])
     else:
         shares = data["width_share"].values
         # From a little before the hottest channel's own share, so that it has cells to be seen in.
@@ -209,7 +210,7 @@ def _draw_map(part: xr.Dataset, canvas: Canvas, row: int, colours: dict[str, Any
     width = int(part["width"].item())
     columns = int(np.isfinite(part["first_channel"].values).sum())
     panel = canvas.panel(row, 0, title=str(part["run"].item()), y_label="layer", x_label="channel")
-    centres = (np.arange(columns) + 0.5) * width / columns - 0.5
+    centres = bin_centres(width, columns)
     values = part["value"].transpose("layer", "column").values[:, :columns]
     measured = np.isfinite(values).any(axis=1)
     layers = part["layer"].values[measured].astype(float)

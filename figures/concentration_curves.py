@@ -67,6 +67,7 @@ def prepare(
 
 def _curves(rms: xr.DataArray) -> xr.Dataset:
     width = rms.sizes["channel"]
+    # Evenly spaced in the logarithm, as the axis is.
     counts = np.unique(np.round(np.geomspace(1, width, POINTS)).astype(int))
     curve = concentration_curve(rms.values.astype(np.float64))
     return xr.Dataset(

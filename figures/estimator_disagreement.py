@@ -225,6 +225,7 @@ def _ranges(panel: Panel, part: xr.Dataset, colours: list[str], low: float, high
         measured = np.isfinite(values)
         if not measured.any():
             continue
+        # Where there is no floor above 0, or no ceiling, the range goes to the edge of the panel.
         floor = np.nanmin(floors) if np.isfinite(floors).any() else low
         ceiling = np.nanmax(ceilings) if np.isfinite(ceilings).any() else high
         panel.line(

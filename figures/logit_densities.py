@@ -15,7 +15,7 @@ from osp_diag.analyses.sinks.implementation import logit_edges
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import per_run, statistics
+from osp_diag.figures._runs import check_label, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -97,12 +97,8 @@ def _of_run(
     attention = statistics(run, "attention", ("logit_density", "sink_rate"), "logit_densities", step)
     density = attention["logit_density"].transpose("layer", "head", "key_class", "logit_bin")
     for dim, label in (("layer", layer), ("head", head)):
-        labels = density[dim].values
-        if label is not None and label not in labels:
-            raise UsageError(
-                f"logit_densities: the run of {model_name(run.attrs)} has no {dim} {label}; it has "
-                f"{', '.join(map(str, labels))}"
-            )
+        source = f"the run of {model_name(run.attrs)}"
+        check_label("logit_densities", source, dim, label, density[dim].values)
     measured = np.isfinite(density.values).all(axis=(2, 3))
     averaged, heads = _heads(attention, measured, layer, head)
     if not averaged.any():

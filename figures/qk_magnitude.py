@@ -15,9 +15,9 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import KINDS, ColourScale
-from osp_diag.figures._decimate import max_pool
+from osp_diag.figures._decimate import bin_centres, max_pool
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import per_run, snapshot, snapshot_step
+from osp_diag.figures._runs import check_label, per_run, snapshot, snapshot_step
 from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
@@ -67,7 +67,7 @@ def prepare(
     steps = [snapshot_step(run) for run in runs]
     dataset = per_run(parts, labels_of(runs, steps))
     title = f"|q| and |k| by token and channel of one head, {rope}-RoPE"
-    which = (
+    choice = (
         "the head given"
         if layer is not None and head is not None
         else ("the head with the highest sink_rate/1 at \u03b5 = 0.3, k = 0")
@@ -75,7 +75,7 @@ def prepare(
     dataset.attrs = {
         "title": title,
         "caption": caption(
-            title, runs, steps, [], [f"First sequence of the probe, {which}; raw activations"]
+            title, runs, steps, [], [f"First sequence of the probe, {choice}; raw activations"]
         ),
         "colours": colours,
     }
@@ -87,19 +87,16 @@ def _of_run(run: Run, layer: int | None, head: int | None, rope: str, tokens: in
     key = snapshot(run, f"key_{rope}_rope", "qk_magnitude")
     shared = sorted({int(v) for v in query["layer"].values} & {int(v) for v in key["layer"].values})
     heads, key_heads = query.sizes["head"], key.sizes["head"]
-    for dim, index, indices in (("layer", layer, shared), ("head", head, range(heads))):
-        if index is not None and index not in indices:
-            raise UsageError(
-                f"qk_magnitude: the snapshot of {model_name(run.attrs)} has no {dim} {index}; it has "
-                f"{', '.join(map(str, indices))}"
-            )
+    source = f"the snapshot of {model_name(run.attrs)}"
+    check_label("qk_magnitude", source, "layer", layer, shared)
+    check_label("qk_magnitude", source, "head", head, range(heads))
     rate = float("nan")
     if layer is None or head is None:
         layers = shared if layer is None else [layer]
         strongest = heads_by_sink(run, layers, "qk_magnitude", head=head).isel(place=0)
         layer, head = int(strongest["layer"]), int(strongest["head"])
         rate = float(strongest["sink_rate"])
-    key_head = head * key_heads // heads
+    key_head = head * key_heads // heads  # under grouped queries, heads / key_heads read one key head
     magnitudes = {
         name: np.abs(array.sel(layer=layer).isel(head=which).values.astype(np.float64))
         for name, array, which in (("query", query, head), ("key", key, key_head))
@@ -152,12 +149,10 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
                 x_label="head channel" if row == runs - 1 else "",
                 y_label="" if column else "token",
             )
-            cells = array.sizes["token"]
-            centres = (np.arange(cells) + 0.5) * float(part["tokens"]) / cells - 0.5
             panel.heat_map(
                 array.values,
                 array["head_channel"].values.astype(float),
-                centres,
+                bin_centres(int(part["tokens"]), array.sizes["token"]),
                 quantity=f"|{letter}|",
                 **colours,
             )

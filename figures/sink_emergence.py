@@ -100,8 +100,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             y_texts=[f"{layer}, head {head}" for layer in rate["layer"].values for head in range(heads)],
             **colours,
         )
-        emerged = part["emergence_step"].sel(layer=rate["layer"], head=rate["head"])
-        _dots(panel, emerged.transpose("layer", "head").values.ravel(), rate["step"].values, style)
+        emergence_steps = part["emergence_step"].sel(layer=rate["layer"], head=rate["head"])
+        _dots(panel, emergence_steps.transpose("layer", "head").values.ravel(), rate["step"].values, style)
         step_places = _spread(probed)
         panel.ticks(
             "x", [float(place) for place in step_places], [f"{int(rate['step'][p]):,}" for p in step_places]
@@ -119,8 +119,8 @@ def _spread(count: int) -> list[int]:
     return list(range(0, count, -(-count // MOST_TICKS)))
 
 
-def _dots(panel: Panel, emerged: np.ndarray, steps: np.ndarray, style: Style) -> None:
-    heads = np.flatnonzero(np.isfinite(emerged))
+def _dots(panel: Panel, emergence_steps: np.ndarray, steps: np.ndarray, style: Style) -> None:
+    heads = np.flatnonzero(np.isfinite(emergence_steps))
     if heads.size and len(steps) > 1:  # of one step nobody can say what came before
-        places = np.searchsorted(steps, emerged[heads]).astype(float)
+        places = np.searchsorted(steps, emergence_steps[heads]).astype(float)
         panel.scatter(places, heads.astype(float), label="", colour=style.palette[-1])

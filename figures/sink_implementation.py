@@ -11,10 +11,10 @@ import xarray as xr
 
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.sinks.implementation import sink_implementation
-from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import per_run, statistics
+from osp_diag.figures._runs import check_label, per_run, statistics
+from osp_diag.figures._sink_heads import sink_strength
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -65,9 +65,9 @@ def prepare(
         parts.append(_of_run(implementation, run, layer, head))
     dataset = per_run(parts, labels_of(runs, steps))
     title = "The sink logit of one head by channel and rotary frequency"
-    which = "the head given" if None not in (layer, head) else "the head with the highest sink rate"
+    choice = "the head given" if None not in (layer, head) else "the head with the highest sink rate"
     classes = " / ".join(str(description) for description in dataset["description"].values)
-    remark = f"Mean over queries of scale · q_j · k_sink,j, {which}; frequencies add up their two channels"
+    remark = f"Mean over queries of scale · q_j · k_sink,j, {choice}; frequencies add up their two channels"
     dataset.attrs = {
         "title": title,
         "caption": caption(
@@ -82,17 +82,11 @@ def _of_run(implementation: xr.Dataset, run: Run, layer: int | None, head: int |
     allowed = np.ones((implementation.sizes["layer"], implementation.sizes["head"]), bool)
     for axis, (dim, label) in enumerate((("layer", layer), ("head", head))):
         labels = implementation[dim].values
-        if label is None:
-            continue
-        if label not in labels:
-            raise UsageError(
-                f"sink_implementation: the run of {model_name(run.attrs)} has no {dim} {label}; it has "
-                f"{', '.join(map(str, labels))}"
-            )
-        allowed &= np.expand_dims(labels == label, 1 - axis)
-    rate, mass = (np.nan_to_num(implementation[name].values, nan=-1.0) for name in ("sink_rate", "sink_mass"))
-    # Attention to the first token decides among heads of equal rates alone.
-    score = np.where(allowed, rate + 1e-6 * mass, -np.inf)
+        check_label("sink_implementation", f"the run of {model_name(run.attrs)}", dim, label, labels)
+        if label is not None:
+            allowed &= np.expand_dims(labels == label, 1 - axis)
+    strength = sink_strength(implementation["sink_rate"].values, implementation["sink_mass"].values)
+    score = np.where(allowed, strength, -np.inf)
     row, column = np.unravel_index(int(np.argmax(score)), score.shape)
     at = implementation.isel(layer=int(row), head=int(column))
     kind = str(at["kind"].item())
@@ -157,7 +151,7 @@ def _frequency_label(wavelength: np.ndarray) -> str:
     return f"rotary frequency, {finite[0]:,.0f} to {finite[-1]:,.0f} tokens per turn"
 
 
-def _bars(panel: Panel, values: np.ndarray, colour: str, what: str) -> None:
+def _bars(panel: Panel, values: np.ndarray, colour: str, name: str) -> None:
     """Bars from 0, and the names of the largest that together carry 90%."""
     values = values[np.isfinite(values)]
     if not values.size:
@@ -172,7 +166,7 @@ def _bars(panel: Panel, values: np.ndarray, colour: str, what: str) -> None:
         colour=colour,
         lower=np.minimum(outline, 0.0),
         upper=np.maximum(outline, 0.0),
-        texts=[f"{what} {place}" for place in np.repeat(np.arange(values.size), 2)],
+        texts=[f"{name} {place}" for place in np.repeat(np.arange(values.size), 2)],
     )
     size = np.abs(values)
     order = np.argsort(-size, kind="stable")

@@ -50,8 +50,8 @@ def prepare(
     for run in runs:
         attention = statistics(run, "attention", ("sink_rate", "first_token_attention"), "sink_map", step)
         rate = _rate_at(attention["sink_rate"], run, epsilon, sink_position)
-        received = attention["first_token_attention"].sel(stratum=stratum, drop=True)
-        parts.append(xr.Dataset({"sink_rate": rate, "first_token_attention": received}))
+        mass = attention["first_token_attention"].sel(stratum=stratum, drop=True)
+        parts.append(xr.Dataset({"sink_rate": rate, "first_token_attention": mass}))
         identifiers += [identifier(attention[name]) for name in attention]
         steps.append(step_of(run, step))
     dataset = per_run(parts, labels_of(runs, steps))

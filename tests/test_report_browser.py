@@ -111,7 +111,7 @@ def test_a_head_chosen_in_the_map_opens_how_it_makes_its_sink(page):
     assert page.input_value("#layer") == "4"
     assert page.input_value("#head") == "1"
     assert page.locator("#head-title").text_content() == "How layer 4, head 1 makes its sink"
-    assert "mixed, not measured" in page.locator("#head-told").text_content()
+    assert "mixed, not measured" in page.locator("#head-facts").text_content()
     assert page.evaluate("document.getElementById('head-plot').data[0].type") == "bar"
 
 

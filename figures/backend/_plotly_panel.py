@@ -119,6 +119,7 @@ class Panel:
             red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
             self._add(
                 go.Scatter(
+                    # There along the upper edge and back along the lower one.
                     x=_as_list(np.concatenate([x, x[::-1]])),
                     y=_as_list(np.concatenate([upper, lower[::-1]])),
                     fill="toself",
@@ -143,6 +144,7 @@ class Panel:
         )
         self.figure.add_annotation(
             x=1,
+            # On a logarithmic axis plotly places shapes by their value, annotations by its logarithm.
             y=np.log10(value) if self.log_y else value,
             text=plain(text),
             showarrow=False,
@@ -293,6 +295,7 @@ class Panel:
         places = [np.array(trace.x, dtype=float) for trace in self.traces if trace.type == "scatter"]
         if not self.tick_texts and not self.log_x and places and all(map(counts_few, places)):
             self.axis("x", dtick=1)
+        # A letter takes 7.5 pixels; texts that would touch stand upright.
         longest = max(map(len, self.tick_texts), default=0)
         if self.three_dimensional or (longest + 1) * len(self.tick_texts) * 7.5 <= width:
             return 0.0
@@ -347,6 +350,7 @@ class Panel:
         )
 
     def _draw_marks(self, width: float) -> None:
+        # ``spread`` works in the units of the axis; arrows lead from the text to the place in pixels.
         low, high = self.range
         longest = max(len(text) for _, text in self.mark_places)
         places = [place for place, _ in self.mark_places]

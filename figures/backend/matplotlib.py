@@ -95,6 +95,7 @@ def _legend_columns(labels: Sequence[str], room: float) -> int:
     size = FontProperties(size=mpl.rcParams["legend.fontsize"]).get_size_in_points()
     dressing = (mpl.rcParams["legend.handlelength"] + mpl.rcParams["legend.columnspacing"] + 0.6) * size
     widest = max((_width(label, size) for label in labels), default=0.0) + dressing
+    # matplotlib makes the columns of several rows as wide as the widest entry.
     total = sum(_width(label, size) + dressing for label in labels)
     return max(1, len(labels) if total <= room else int(room // widest))
 
@@ -243,6 +244,7 @@ class Panel:
         colour_map: str,
         quantity: str,
     ) -> None:
+        # A face has the colour of its highest corner, so that a spike keeps its own.
         corners = [values[:-1, :-1], values[1:, :-1], values[:-1, 1:], values[1:, 1:]]
         colours = _colour_map(colour_map)(scale.fraction(np.fmax.reduce(corners)))
         across, along = np.meshgrid(x, y)
@@ -276,6 +278,7 @@ class Panel:
             for label in target.get_ticklabels():
                 label.set_horizontalalignment("left")
         elif axis == "x" and longest > 4:
+            # Texts that would touch stand upright; a letter is about 0.62 of its size wide.
             inches = self.axes.figure.get_figwidth() * 0.8 / self.axes.get_gridspec().ncols
             if (longest + 1) * len(texts) * 0.62 * 8 / _INCH > inches:
                 self.axes.tick_params(axis="x", labelrotation=90)
@@ -284,6 +287,7 @@ class Panel:
     def marks(self, x: Sequence[float], texts: Sequence[str]) -> None:
         low, high = self.axes.get_xlim()
         inches = self.axes.figure.get_figwidth() * 0.8 / self.axes.get_gridspec().ncols
+        # The width of the longest text at 6.5 points, in the units of the axis.
         gap = (max(map(len, texts), default=1) + 1.2) * 0.62 * 6.5 / _INCH / inches * (high - low)
         for place, where, text in zip(x, spread(list(x), gap, low, high), texts, strict=True):
             self.axes.annotate(
@@ -433,6 +437,7 @@ class Canvas:
     def caption(self, text: str) -> None:
         size = self.style.caption_size
         lines = _wrapped(_plain(text), size, self.figure.get_figwidth() * _INCH * 0.975)
+        # The caption is added to the figure's height and takes nothing from the panels.
         extra = (len(lines) * size * 1.3 + 6) / _INCH
         width, height = self.figure.get_size_inches()
         self.figure.set_size_inches(width, height + extra)

@@ -148,11 +148,13 @@ class Canvas:
 
     def _columns(self) -> list[tuple[float, float]]:
         """Left and right pixel of each column, colour bars kept free."""
+        # Beside a column stand its tick texts and the lines of its label.
         beside = [_LEFT] * self.columns
         for (_, column), panel in self.panels.items():
             beside[column] = max(beside[column], round(_LEFT + panel.tick_width - _TICKS))
         beside = [margin + _LINE * lines for margin, lines in zip(beside, self.label_lines, strict=True)]
         left = 10 if self.three_dimensional else beside[0]
+        # Behind a column stand the labels of the next one, unless the row shares its axis, and a colour bar.
         shared = self.three_dimensional or self.share_y
         behind = [_RIGHT if shared else between for between in beside[1:]] + [_RIGHT]
         for _, panels in self.bars:
@@ -192,6 +194,7 @@ class Canvas:
         if self._placed:
             return
         self._placed = True
+        # A letter of the small print takes 6.3 pixels, a line 15.
         lines = textwrap.wrap(self.text, int((self.width - 20) / 6.3))
         small_print = len(lines) * 15 + 16 if lines else 0
         columns = self._columns()
@@ -200,6 +203,7 @@ class Canvas:
         below = 8 if self.three_dimensional else _BELOW + max(deepest, 0.0)
         heads = self._row_heads()
         row_height = (self.height - sum(heads) - below * self.rows) / self.rows
+        # plotly's places are shares of the figure, from the bottom up.
         for (row, column), panel in self.panels.items():
             left, right = columns[column]
             top = sum(heads[: row + 1]) + row * (row_height + below)

@@ -27,8 +27,8 @@ class Definition:
 
 def definitions_of(runs: Sequence[Run]) -> list[Definition]:
     """One for each estimator that any of the runs names, by identifier."""
-    named = sorted({str(name) for run in runs for name in run.estimators})
-    return [_definition(name) for name in named]
+    identifiers = sorted({str(name) for run in runs for name in run.estimators})
+    return [_definition(name) for name in identifiers]
 
 
 def _definition(identifier: str) -> Definition:

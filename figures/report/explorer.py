@@ -52,6 +52,7 @@ def explorer_data(runs: list[Run], labels: list[str]) -> list[dict[str, Any]]:
     ``sinks``, ``course`` where the run holds them (else they are left out).
     """
     cells = sum(_cells_per_step(run) for run in runs)
+    # As many steps as the page's budget holds.
     most = max(FEWEST_STEPS, BUDGET // max(cells, 1))
     return [_of_run(run, label, most) for run, label in zip(runs, labels, strict=True)]
 
@@ -168,6 +169,7 @@ def _pooled(rms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     width = ratio.shape[-1]
     starts = bin_starts(width, _columns(width))
     pooled = max_pool(ratio, ratio.ndim - 1, _columns(width))
+    # The channel of each bin's maximum, counted from the first channel of all.
     ends = np.append(starts[1:], width)
     bins = [
         np.nan_to_num(ratio[..., a:b], nan=-1.0).argmax(-1) + a for a, b in zip(starts, ends, strict=True)

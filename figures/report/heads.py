@@ -12,6 +12,7 @@ from osp_diag.analyses.sinks.implementation import DEFINITIONS, sink_implementat
 from osp_diag.analyses.sinks.statement import sink_statement
 from osp_diag.analyses.thinned_run import thinned_run
 from osp_diag.errors import OspDiagError
+from osp_diag.figures._sink_heads import sink_strength
 from osp_diag.figures.report.encoding import packed
 from osp_diag.runs.run import Run
 
@@ -53,7 +54,7 @@ def heads_of(run: Run) -> Heads:
         return Heads(problem=str(reason))
     at = implementation.isel(step=-1)
     layers, heads = at["layer"].values, at["head"].values
-    strength = np.nan_to_num(at["sink_rate"].values, nan=-1) + 1e-6 * np.nan_to_num(at["sink_mass"].values)
+    strength = sink_strength(at["sink_rate"].values, at["sink_mass"].values)
     order = np.argsort(-strength, axis=None, kind="stable")
     columns = {name: _by_head(at, name) for name in (*WORDS, *EVIDENCE) if name in at}
     rows = []

@@ -65,7 +65,7 @@ def _static(name: str) -> Markup:
 
 
 def _plotly() -> Markup:
-    """The plotting library, as the installed package brings it."""
+    """The plotting library, as the installed package brings it; why inside: docs/decisions.md, Pages."""
     from plotly.offline import get_plotlyjs
 
     return Markup(get_plotlyjs())

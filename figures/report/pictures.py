@@ -141,7 +141,7 @@ def _step_of_figure(placement: InReport, runs: Sequence[Run]) -> str:
     """What step a figure is of that neither runs over the steps nor follows the page's slider."""
     if placement.fewest_steps > 1 or all(len(run.steps) == 1 for run in runs):
         return ""
-    which, place = ("first", 0) if placement.raw_activations else ("last", -1)
+    ordinal, place = ("first", 0) if placement.raw_activations else ("last", -1)
     steps = [f"{int(run.steps[place]):,}" for run in runs]
-    numbers = f" ({steps[0]})" if len(set(steps)) == 1 else f" of each run ({', '.join(steps)})"
-    return f"Of the {which} probed step{numbers}, wherever the step slider stands. "
+    step_text = f" ({steps[0]})" if len(set(steps)) == 1 else f" of each run ({', '.join(steps)})"
+    return f"Of the {ordinal} probed step{step_text}, wherever the step slider stands. "

@@ -130,6 +130,7 @@ def channel_table(
             if stratum not in rms["stratum"].values:
                 continue
             values = rms.sel(stratum=stratum).transpose("layer", "channel").values.astype(np.float64)
+            # Over the median channel of the layer, as everywhere that channels are compared.
             ratio = np.nan_to_num(relative_rms(values))
             hot = is_hot(ratio)
             for channel in np.flatnonzero(hot.any(axis=0)):

@@ -7,8 +7,8 @@ const Figures = {
 
   /* A figure is drawn when it comes near the window, and all are before the page is printed. */
   watch() {
-    const watcher = new IntersectionObserver((seen) => {
-      for (const { target, isIntersecting } of seen) this.near[isIntersecting ? "add" : "delete"](target);
+    const watcher = new IntersectionObserver((entries) => {
+      for (const { target, isIntersecting } of entries) this.near[isIntersecting ? "add" : "delete"](target);
       this.drawNear();
     }, { rootMargin: "600px" });
     document.querySelectorAll("figure.drawn").forEach((figure) => watcher.observe(figure));
@@ -28,8 +28,8 @@ const Figures = {
   },
 
   variant(figure) {
-    const variants = DATA.figures[Number(figure.dataset.figure)], found = variants[State.run];
-    return typeof found === "string" ? variants[found] : found; // of one run, all is that one
+    const variants = DATA.figures[Number(figure.dataset.figure)], variant = variants[State.run];
+    return typeof variant === "string" ? variants[variant] : variant; // of one run, all is that one
   },
 
   drawNear() { for (const figure of this.near) if (this.stale.has(figure)) setTimeout(() => this.draw(figure)); },
@@ -73,19 +73,19 @@ const Figures = {
 
   /* Axes whose title says so, those that match one, and untitled ones above or below one. */
   layerAxes(layout) {
-    const found = [];
+    const axes = [];
     const all = Object.entries(layout).filter(([key]) => /^[xy]axis\d*$/.test(key));
     const titled = (axis) => (axis.title?.text ?? "").split("<")[0];
     for (const [key, axis] of all) {
       const words = /^layer(?:, (\d+) heads each)?$/.exec(titled(axis));
-      if (words) found.push({ key, axis: key[0], suffix: key.slice(5), heads: words[1] ? Number(words[1]) : null, domain: axis.domain });
+      if (words) axes.push({ key, axis: key[0], suffix: key.slice(5), heads: words[1] ? Number(words[1]) : null, domain: axis.domain });
     }
     for (const [key, axis] of all) {
-      if (titled(axis) || found.some((one) => one.key === key)) continue;
-      const like = found.find((one) => one.axis === key[0] && (axis.matches === one.axis + one.suffix || (key[0] === "x" && axis.domain?.[0] === one.domain?.[0])));
-      if (like) found.push({ ...like, key, suffix: key.slice(5) });
+      if (titled(axis) || axes.some((one) => one.key === key)) continue;
+      const like = axes.find((one) => one.axis === key[0] && (axis.matches === one.axis + one.suffix || (key[0] === "x" && axis.domain?.[0] === one.domain?.[0])));
+      if (like) axes.push({ ...like, key, suffix: key.slice(5) });
     }
-    return found;
+    return axes;
   },
 
   marks(variant) {

@@ -33,11 +33,11 @@ const Controls = {
   },
 
   wire() {
-    const chosen = (value) => (value === "" ? null : Number(value));
+    const placeOrNone = (value) => (value === "" ? null : Number(value));
     const on = (id, event, act) => document.getElementById(id)?.addEventListener(event, (happened) => act(happened.target));
     on("runs", "change", (target) => State.set({ run: target.value }));
-    on("layer", "change", (target) => State.set({ layer: chosen(target.value) }));
-    on("head", "change", (target) => State.set({ head: chosen(target.value) }));
+    on("layer", "change", (target) => State.set({ layer: placeOrNone(target.value) }));
+    on("head", "change", (target) => State.set({ head: placeOrNone(target.value) }));
     for (const key of ["site", "statistic", "stratum"]) on(key, "change", (target) => State.set({ [key]: target.value }));
     on("step", "input", (target) => State.set({ step: this.steps[Number(target.value)] }));
     on("theme", "click", () => this.theme(document.documentElement.dataset.theme !== "dark", true));

@@ -9,10 +9,10 @@ const State = {
   set(changes) {
     Object.assign(this, changes);
     const keys = Object.keys(changes);
-    this.listeners.filter(([wanted]) => wanted.some((key) => keys.includes(key))).forEach(([, act]) => act());
+    this.listeners.filter(([watched]) => watched.some((key) => keys.includes(key))).forEach(([, act]) => act());
   },
   on(keys, act) { this.listeners.push([keys, act]); },
-  shown() { return DATA.runs.map((_, place) => place).filter((place) => this.run === "all" || Number(this.run) === place); },
+  places() { return DATA.runs.map((_, place) => place).filter((place) => this.run === "all" || Number(this.run) === place); },
 };
 
 /* Arrays come as base64: 4-byte floats, 2-byte whole numbers, or 2-byte logarithms. */
@@ -45,7 +45,7 @@ function escaped(text) {
   return String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;").replace(/%\{/g, "%\u200b{");
 }
 
-function said(value) {
+function numberText(value) {
   if (value === null || value === undefined || !Number.isFinite(value)) return "not known";
   if (Math.abs(value) >= 1000) return Math.round(value).toLocaleString("en-US");
   return String(Number(value.toPrecision(3)));
