@@ -1,0 +1,207 @@
+"""What the model itself says: its states and its attention weights, from a dense pass in float64.
+
+Weights (batch, head, query, key) are those that the model returns under eager attention; where it returns none,
+the outcomes of the softmaxes over T keys that it computes. States are its own ``hidden_states``; where it returns
+none, what leaves its blocks. Nothing of osp_diag takes part.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["Reference", "attention_statistics", "reference_of", "state_statistics"]
+
+EPSILONS = (0.1, 0.2, 0.3, 0.5, 0.8)
+SINK_POSITIONS = 4
+
+
+@dataclass
+class Reference:
+    """A dense pass of a model.
+
+    Attributes:
+        weights: of each attention layer, (batch, head, query, key).
+        states: the state that enters the first block, then what leaves each, (batch, token, channel).
+        last_is_normed: whether the last state is the one after the final norm, or may be.
+        output: the first tensor that the model returns.
+        notes: how the reference differs from what was asked for.
+    """
+
+    weights: list[np.ndarray] = field(default_factory=list)
+    states: list[np.ndarray] = field(default_factory=list)
+    last_is_normed: bool = True
+    output: Tensor | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class _Softmaxes(TorchFunctionMode):
+    """Keeps the outcome of every softmax with four axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outcomes: list[Tensor] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if getattr(function, "__name__", "") == "softmax" and isinstance(result, Tensor) and result.ndim == 4:
+            self.outcomes.append(result.detach().double())
+        return result
+
+
+def reference_of(
+    model: nn.Module, batch: Mapping[str, Any], blocks: tuple[str, ...], stack: str = ""
+) -> Reference:
+    """Run a copy of the model densely.
+
+    Parameters
+    ----------
+    blocks : paths of the blocks, for models that do not return their states
+    stack : "encoder" or "decoder", of a model that has both
+    """
+    reference = Reference()
+    double = copy.deepcopy(model).double()
+    try:
+        output, softmaxes, left = _dense_pass(double, _cast(batch, torch.float64), blocks)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        if "dtype" not in str(error) and "Double" not in str(error) and "double" not in str(error):
+            raise
+        reference.notes.append("reference in float32: the model cannot run in float64")
+        output, softmaxes, left = _dense_pass(copy.deepcopy(model), batch, blocks)
+    reference.output = first_tensor(output)
+    weights, states = (_of_stack(output, kind, stack) for kind in ("attentions", "hidden_states"))
+    if _are_dense(weights):
+        reference.weights = [w.double().numpy() for w in weights if w is not None]
+    else:
+        tokens = left[0].shape[1] if left else 0
+        square = [s for s in softmaxes if s.shape[-2] == tokens and 0 <= s.shape[-1] - tokens <= 1]
+        reference.weights = [s[..., :tokens].numpy() for s in square]
+        if square:
+            reference.notes.append("reference weights from the model's own softmax")
+    if states is not None and len(states) == len(blocks) + 1 and all(s.ndim == 3 for s in states):
+        reference.states = [s.double().numpy() for s in states]
+    else:
+        reference.states = [s.double().numpy() for s in left]
+        reference.last_is_normed = False
+    return reference
+
+
+def _dense_pass(
+    model: nn.Module, batch: Mapping[str, Any], blocks: tuple[str, ...]
+) -> tuple[Any, list[Tensor], list[Tensor]]:
+    states: list[Tensor] = []
+
+    def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if not states:
+            states.append(first_tensor([args, kwargs]).detach())  # type: ignore[union-attr]
+
+    def leaves(module: nn.Module, args: Any, output: Any) -> None:
+        states.append(first_tensor(output).detach())  # type: ignore[union-attr]
+
+    arguments = dict(batch)
+    if hasattr(model, "dense"):
+        model.dense()
+    if hasattr(model, "config"):
+        # Every part's own: the stacks of T5 have copies, which set_attn_implementation does not reach.
+        for module in model.modules():
+            if hasattr(getattr(module, "config", None), "_attn_implementation"):
+                module.config._attn_implementation = "eager"
+        arguments |= {"output_attentions": True, "output_hidden_states": True}
+    with ExitStack() as stack, torch.no_grad():
+        for index, path in enumerate(blocks):
+            module = model.get_submodule(path)
+            if not index:
+                handle = module.register_forward_pre_hook(enters, with_kwargs=True)
+                stack.callback(handle.remove)
+            stack.callback(module.register_forward_hook(leaves).remove)
+        softmaxes = stack.enter_context(_Softmaxes())
+        try:
+            output = model(**arguments)
+        except TypeError as error:
+            if "output_" not in str(error):
+                raise
+            states.clear()
+            softmaxes.outcomes.clear()
+            output = model(**batch)
+    return output, softmaxes.outcomes, states
+
+
+def _of_stack(output: Any, kind: str, stack: str) -> Any:
+    names = [f"{stack}_{kind}", kind] if stack else [kind]
+    for name in names:
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
+    return None
+
+
+def _are_dense(weights: Any) -> bool:
+    if not weights:
+        return False
+    present = [w for w in weights if isinstance(w, Tensor)]
+    return bool(present) and all(w.ndim == 4 and w.shape[-2] == w.shape[-1] for w in present)
+
+
+def _cast(batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {
+        k: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v for k, v in batch.items()
+    }
+
+
+def first_tensor(value: Any) -> Tensor | None:
+    """The first floating tensor inside nested outputs."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    return next((t for t in map(first_tensor, parts) if t is not None), None)
+
+
+def state_statistics(states: np.ndarray, valid: np.ndarray) -> dict[str, float]:
+    """Kurtosis over channels, averaged over valid tokens: Fisher's and that of the OSP script."""
+    x = states[valid > 0]
+    centred = x - x.mean(-1, keepdims=True)
+    second = (centred**2).mean(-1)
+    fisher = (centred**4).mean(-1) / second**2 - 3
+    osp = np.maximum((x**4).mean(-1) / x.var(-1, ddof=1) ** 2 - 3, 0)
+    return {
+        "osp_excess_kurtosis": float(osp.mean()),
+        "fisher_kurtosis": float(fisher.mean()),
+        "absolute_maximum": float(np.abs(x).max()),
+    }
+
+
+def attention_statistics(weights: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
+    """Statistics of each head from T×T weights (batch, head, query, key) and the valid tokens (batch, token).
+
+    Whether a key can be seen by the queries before it is read off the weights.
+    """
+    batch, heads, tokens, _ = weights.shape
+    causal = not np.triu(weights, 1).any()
+    received = np.full((batch, heads, tokens), np.nan)
+    to_first: list[np.ndarray] = []
+    for b in range(batch):
+        places = np.flatnonzero(valid[b])
+        for key in places:
+            queries = places[places >= key] if causal else places
+            received[b, :, key - places[0]] = weights[b][:, queries, key].mean(-1)
+        to_first += [weights[b, :, query, places[0]] for query in places]
+    present = ~np.isnan(received)
+    total = np.where(present, received, 0).sum(0)
+    with np.errstate(invalid="ignore"):
+        mass = total / present.sum(0)
+    rate = [
+        [(received[present[:, 0, k], :, k] > e).mean(0) for k in range(min(SINK_POSITIONS, tokens))]
+        for e in EPSILONS
+    ]
+    return {
+        "key_mass": mass,
+        "first_token_attention": np.mean(to_first, axis=0),
+        "sink_rate": np.moveaxis(np.array(rate), -1, 0),
+    }
