@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from osp_diag.capture.attention_measuring import measure_attention
+from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
 from osp_diag.capture.down_projection import down_projection
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
@@ -18,7 +18,7 @@ from osp_diag.capture.strata import strata_of
 from osp_diag.capture.token_groups import GROUPED_FIELDS, TokenGroups
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
-from osp_diag.estimators.attention import TokenIds
+from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
@@ -72,7 +72,6 @@ class Collector:
     includes : whether a site is measured
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
-    causal_layers : layers whose attention is causal, whatever way its mask says so
     tokens_first : whether the stream is (token, batch, channel)
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
@@ -87,7 +86,6 @@ class Collector:
         *,
         estimators: EstimatorChoice = None,
         delimiter_ids: Sequence[int] = (),
-        causal_layers: Collection[int] = (),
         tokens_first: bool = False,
         vocabulary: int | None = None,
         compiled: bool = False,
@@ -97,7 +95,6 @@ class Collector:
         self.includes = includes
         self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
-        self.causal_layers = frozenset(causal_layers)
         self.tokens_first = tokens_first
         self.vocabulary = vocabulary
         self.compiled = compiled
@@ -115,6 +112,7 @@ class Collector:
         self._pass: ForwardPass | None = None
         self._tokens: tuple[int, int] | None = None
         """(sequences, tokens of each) of the pass, once the stream has entered the first block"""
+        self._masks = Masks()
         self._before_stream: list[tuple[Tap, int, torch.Tensor]] = []
         self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
@@ -154,7 +152,7 @@ class Collector:
         self._layers_called, self._values = set(), {}
         if self.groups is not None:
             self.groups.start(self.forward_passes)
-        self._before_stream, self._tokens = [], None
+        self._before_stream, self._tokens, self._masks = [], None, Masks()
 
     def on_stream(self, forward_pass: ForwardPass) -> None:
         """Learn from what enters the first block how many sequences and tokens there are, and which."""
@@ -189,7 +187,7 @@ class Collector:
         else:
             self.forward_passes += 1
         self._backup, self._pass, self._values = (), None, {}
-        self._before_stream, self._tokens = [], None
+        self._before_stream, self._tokens, self._masks = [], None, Masks()
 
     def forget_unfinished(self) -> None:
         """Forget a pass that Ctrl-C cut short, of which no hook tells."""
@@ -259,7 +257,7 @@ class Collector:
                 if tensor is not None and self.includes(site):
                     self._fold_heads(site, layer, tensor, strata)
             if self.snapshots is not None:
-                self.snapshots.offer_call(layer, call, causal=call.causal or layer in self.causal_layers)
+                self.snapshots.offer_call(layer, call, self._mask_of(call, strata))
             if self.includes(ATTENTION) and strata.shape[-1] > 1:
                 if call.value is None and call.logits is not None:
                     call = replace(call, value=self._values.pop(layer, None))
@@ -336,14 +334,16 @@ class Collector:
         name = (suite.measurements, kind, x.shape, x.stride(), x.dtype, x.device)
         return compile_once(name, measure)
 
+    def _mask_of(self, call: AttentionCall, strata: torch.Tensor) -> AttentionMask:
+        return self._masks.of(call, strata[0])
+
     def _fold_attention(self, call: AttentionCall, layer: int, strata: torch.Tensor) -> None:
         suite = self.suites_at(ATTENTION).get("attention")
         if suite is None:
             return
-        causal = call.causal or layer in self.causal_layers
-        ids = self._token_ids_on(strata.device)
+        ids, mask = self._token_ids_on(strata.device), self._mask_of(call, strata)
         layout, increment = measure_attention(
-            suite, call, strata, causal=causal, compiled=self.compiled, token_ids=ids
+            suite, call, strata, mask=mask, compiled=self.compiled, token_ids=ids
         )
         self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
 

@@ -57,7 +57,7 @@ class ForwardPass:
             self._prefixes.append("" if is_inside else self.prefix)
 
     def _inside_out(self) -> Iterator[tuple[dict[str, Any], str]]:
-        """(arguments, what those of the blocks' tokens begin with), of the module nearest to the blocks first."""
+        """(arguments, what those of the blocks' tokens begin with), the innermost module first."""
         return zip(reversed(self.levels), reversed(self._prefixes), strict=True)
 
     def named(self, name: str, shapes: Collection[tuple[int, ...]]) -> torch.Tensor | None:

@@ -166,7 +166,8 @@ class SixSigmaOutliers(Estimator):
 
     Mean and deviation (Bessel) are over all T · d counted elements of the sequence, whatever the
     stratum. Given as a share of all elements, and as mean numbers per sequence in each channel and at
-    each token position, counted from the first token that is not padding (Bondarenko's two histograms). Gaussian noise gives 2e-9.
+    each token position, counted from the first token that is not padding (Bondarenko's two histograms).
+    Gaussian noise gives 2e-9.
     """
 
     multiple: float = 6.0

@@ -235,7 +235,6 @@ class Probe:
             self.wanted,
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
-            causal_layers=self.site_map.causal_layers,
             tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
