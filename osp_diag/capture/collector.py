@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
+from osp_diag.capture.documents import Documents, documents_of
 from osp_diag.capture.down_projection import down_projection
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
@@ -64,6 +65,23 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     return suites
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that are folded together: all of a pass, or some of its documents."""
+
+    documents: Documents | None
+    strata: torch.Tensor
+    ids: torch.Tensor
+
+    def on(self, device: torch.device) -> _Part:
+        documents = None if self.documents is None else self.documents.on(device)
+        return _Part(documents, self.strata.to(device), self.ids.to(device))
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """(sequence, token, …) → the same of these sequences."""
+        return values if self.documents is None else self.documents.rows(values)
+
+
 class Collector:
     """Keeps one small state for every (site, layer) and folds each observation into it.
 
@@ -107,8 +125,9 @@ class Collector:
         self.suites: dict[str, dict[str, Suite]] = {}
         self.skipped: dict[str, str] = {}
         self.forward_passes = 0
-        self._strata: dict[torch.device, torch.Tensor] = {}
-        self._ids: dict[torch.device, torch.Tensor] = {}
+        self._parts: dict[torch.device, list[_Part]] = {}
+        self._valid = torch.ones(0)
+        """(batch, token) of the pass, 0 for padding"""
         self._pass: ForwardPass | None = None
         self._tokens: tuple[int, int] | None = None
         """(sequences, tokens of each) of the pass, once the stream has entered the first block"""
@@ -166,13 +185,20 @@ class Collector:
         mask = forward_pass.padding_mask(batch, tokens)
         positions = forward_pass.position_ids(batch, tokens)
         strata = strata_of(ids, mask, self.delimiter_ids, positions)
-        self._strata = {strata.device: strata}
-        self._ids = {ids.device: ids}
-        self._source_strata = strata
         self._tokens = (batch, tokens)
+        self._valid = strata[0]
+        documents = documents_of(forward_pass, strata[0] > 0)
+        parts = [self._documents_alone(documents_alike, ids) for documents_alike in documents]
+        self._parts = {strata.device: parts or [_Part(None, strata, ids)]}
         waiting, self._before_stream = self._before_stream, []
         for tap, layer, value in waiting:
             self.on_activation(tap, layer, value)
+
+    def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
+        documents_of_ids = documents.on(ids.device)
+        rows = documents_of_ids.rows(ids)
+        strata = strata_of(rows, documents_of_ids.valid, self.delimiter_ids)
+        return _Part(documents, strata, torch.where(documents_of_ids.valid, rows, -1))
 
     def stop(self, raised: bool) -> None:
         """A pass that raised is forgotten whole: half of its sites would bias the averages."""
@@ -194,17 +220,11 @@ class Collector:
         if self._pass is not None:
             self.stop(True)
 
-    def strata_on(self, device: torch.device) -> torch.Tensor:
-        if device not in self._strata:
-            self._strata[device] = self._source_strata.to(device)
-        return self._strata[device]
-
-    def _token_ids_on(self, device: torch.device) -> TokenIds | None:
-        if self.vocabulary is None:
-            return None
-        if device not in self._ids:
-            self._ids[device] = next(iter(self._ids.values())).to(device)
-        return TokenIds(self._ids[device], self.vocabulary)
+    def _parts_on(self, device: torch.device) -> list[_Part]:
+        if device not in self._parts:
+            parts = next(iter(self._parts.values()))
+            self._parts[device] = [part.on(device) for part in parts]
+        return self._parts[device]
 
     # What hooks deliver
 
@@ -214,7 +234,6 @@ class Collector:
             # A copy, since the model may go on to write to it.
             self._before_stream.append((tap, layer, value.clone()))
             return
-        strata = self.strata_on(value.device)
         batch, tokens = self._tokens
         shape, rows = tuple(value.shape), batch_first(tap, value, batch, tokens)
         if rows is None:
@@ -228,9 +247,11 @@ class Collector:
             if tap.site == "value":
                 self._values[layer] = tensor
             if self.includes(tap.site):
-                self._fold_heads(tap.site, layer, tensor, strata)
+                self._fold_heads(tap.site, layer, tensor)
         elif self.includes(tap.site):
-            self._fold(tap.site, layer, "activation", value.reshape(batch, tokens, -1), strata)
+            value = value.reshape(batch, tokens, -1)
+            for part in self._parts_on(value.device):
+                self._fold(tap.site, layer, "activation", part.rows(value), part.strata)
 
     def on_attention(self, call: AttentionCall, layer: int | None) -> None:
         """Fold one self-attention call: its heads' tensors and the statistics of its probabilities.
@@ -247,7 +268,6 @@ class Collector:
                 f"{self._tokens[0]} of {self._tokens[1]} (attention within windows of an image, perhaps)"
             )
             return
-        strata = self.strata_on(call.tensor.device)
         with unobserved(call.tensor.device, traced=self.compiled):
             for site, tensor in (
                 ("query_post_rope", call.query),
@@ -255,23 +275,38 @@ class Collector:
                 ("value", call.value),
             ):
                 if tensor is not None and self.includes(site):
-                    self._fold_heads(site, layer, tensor, strata)
+                    self._fold_heads(site, layer, tensor)
+            if call.value is None and call.logits is not None:
+                call = replace(call, value=self._values.pop(layer, None))
+            self._fold_call(call, layer)
+
+    def _fold_call(self, call: AttentionCall, layer: int) -> None:
+        """Fold what a call's probabilities say, of each document apart where a sequence holds several."""
+        parts = self._parts_on(call.tensor.device)
+        if self.snapshots is None and not self.includes(ATTENTION):
+            return
+        mask = self._mask_of(call)
+        for part in parts:
+            part_call, part_mask = call, mask
+            if part.documents is not None:
+                part_call, part_mask = part.documents.call(call), part.documents.mask(mask)
             if self.snapshots is not None:
-                self.snapshots.offer_call(layer, call, self._mask_of(call, strata))
-            if self.includes(ATTENTION) and strata.shape[-1] > 1:
-                if call.value is None and call.logits is not None:
-                    call = replace(call, value=self._values.pop(layer, None))
-                self._fold_attention(call, layer, strata)
+                self.snapshots.offer_call(layer, part_call, part_mask)
+            if self.includes(ATTENTION) and part.strata.shape[-1] > 1:
+                self._fold_attention(part_call, layer, part, part_mask)
 
     def on_routed(self, layer: int, rows: torch.Tensor, slots: int) -> None:
         """Fold the experts' hidden activations: each token's ``slots`` rows as so many parallel sequences."""
-        strata = self.strata_on(rows.device)
-        _, batch, tokens = strata.shape
+        if self._tokens is None:
+            return
+        batch, tokens = self._tokens
         if rows.shape[0] != batch * tokens * slots:
             self.skipped["mlp_hidden"] = "its experts dropped or padded tokens, so rows cannot be told apart"
             return
-        x = rows.reshape(batch, tokens, slots, -1).transpose(1, 2).flatten(0, 1)
-        self._fold("mlp_hidden", layer, "activation", x, strata.repeat_interleave(slots, dim=1))
+        rows = rows.reshape(batch, tokens, slots, -1)
+        for part in self._parts_on(rows.device):
+            x = part.rows(rows).transpose(1, 2).flatten(0, 1)
+            self._fold("mlp_hidden", layer, "activation", x, part.strata.repeat_interleave(slots, dim=1))
 
     def on_weight(self, tap: Tap, layer: int, module: nn.Module, hidden: torch.Tensor) -> None:
         """Measure a projection's weights, once a step: they are the same in all its forward passes."""
@@ -288,14 +323,16 @@ class Collector:
 
     # Folding
 
-    def _fold_heads(self, site: str, layer: int, tensor: torch.Tensor, strata: torch.Tensor) -> None:
-        if tensor.shape[0] != strata.shape[1] or tensor.shape[2] != strata.shape[2]:
+    def _fold_heads(self, site: str, layer: int, tensor: torch.Tensor) -> None:
+        if (tensor.shape[0], tensor.shape[2]) != self._tokens:
             self.skipped[site] = (
                 f"its tensor {tuple(tensor.shape)} is not (batch, head, token, width) for these tokens"
             )
             return
-        self._fold(site, layer, "activation", tensor.transpose(1, 2).flatten(2), strata, snapshot=False)
-        self._fold(site, layer, "heads", tensor, strata)
+        for part in self._parts_on(tensor.device):
+            x = part.rows(tensor.transpose(1, 2))
+            self._fold(site, layer, "activation", x.flatten(2), part.strata, snapshot=False)
+            self._fold(site, layer, "heads", x.transpose(1, 2), part.strata)
 
     def _fold(
         self,
@@ -313,7 +350,7 @@ class Collector:
         if suite is None:
             return
         key = (site, layer, kind)
-        if kind == "activation" and self.compiled and x.device.type == "cuda":
+        if kind == "activation" and self._compiles and x.device.type == "cuda":
             increment = self._fused_folding().fold(key, suite, x, strata)
         else:
             increment = self._measure_function(site, kind, x)(x, strata)
@@ -329,23 +366,28 @@ class Collector:
                 return suite.measure(HeadsObservation(x, strata))
             return suite.measure(ActivationObservation(x, strata))
 
-        if not self.compiled:
+        if not self._compiles:
             return measure
         name = (suite.measurements, kind, x.shape, x.stride(), x.dtype, x.device)
         return compile_once(name, measure)
 
-    def _mask_of(self, call: AttentionCall, strata: torch.Tensor) -> AttentionMask:
-        return self._masks.of(call, strata[0])
+    def _mask_of(self, call: AttentionCall) -> AttentionMask:
+        return self._masks.of(call, self._valid.to(call.tensor.device))
 
-    def _fold_attention(self, call: AttentionCall, layer: int, strata: torch.Tensor) -> None:
+    def _fold_attention(self, call: AttentionCall, layer: int, part: _Part, mask: AttentionMask) -> None:
         suite = self.suites_at(ATTENTION).get("attention")
         if suite is None:
             return
-        ids, mask = self._token_ids_on(strata.device), self._mask_of(call, strata)
+        ids = None if self.vocabulary is None else TokenIds(part.ids, self.vocabulary)
         layout, increment = measure_attention(
-            suite, call, strata, mask=mask, compiled=self.compiled, token_ids=ids
+            suite, call, part.strata, mask=mask, compiled=self._compiles, token_ids=ids
         )
         self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether statistics are compiled: not of documents, whose shapes are others in every pass."""
+        return self.compiled and all(part.documents is None for part in next(iter(self._parts.values())))
 
     def _fused_folding(self) -> FusedFolding:
         if self._fused is None:
