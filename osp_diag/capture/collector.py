@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
+from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
 from osp_diag.capture.documents import Documents, documents_of
 from osp_diag.capture.down_projection import down_projection
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
@@ -38,6 +40,9 @@ Key = tuple[str, int, str]
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
 
+
+HELD_BYTES = 2**30
+"""What is held of sequences that are made token by token, before they are folded as far as they go."""
 
 EstimatorChoice = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
 """Estimators for every site, for the sites that match a pattern, or (None) the default ones of each site."""
@@ -126,6 +131,11 @@ class Collector:
         self.skipped: dict[str, str] = {}
         self.forward_passes = 0
         self._parts: dict[torch.device, list[_Part]] = {}
+        self.notes: dict[str, None] = {}
+        """What the reader of the numbers should know, in order."""
+        self._sequences = CachedSequences()
+        self._cached_pass: CachedPass | None = None
+        self._measures_calls, self._is_put_together = True, False
         self._valid = torch.ones(0)
         """(batch, token) of the pass, 0 for padding"""
         self._pass: ForwardPass | None = None
@@ -172,6 +182,7 @@ class Collector:
         if self.groups is not None:
             self.groups.start(self.forward_passes)
         self._before_stream, self._tokens, self._masks = [], None, Masks()
+        self._cached_pass, self._measures_calls = None, True
 
     def on_stream(self, forward_pass: ForwardPass) -> None:
         """Learn from what enters the first block how many sequences and tokens there are, and which."""
@@ -187,12 +198,92 @@ class Collector:
         strata = strata_of(ids, mask, self.delimiter_ids, positions)
         self._tokens = (batch, tokens)
         self._valid = strata[0]
+        if self._opens_or_continues(forward_pass, ids, strata):
+            return
         documents = documents_of(forward_pass, strata[0] > 0)
         parts = [self._documents_alone(documents_alike, ids) for documents_alike in documents]
         self._parts = {strata.device: parts or [_Part(None, strata, ids)]}
         waiting, self._before_stream = self._before_stream, []
         for tap, layer, value in waiting:
             self.on_activation(tap, layer, value)
+
+    def _opens_or_continues(self, forward_pass: ForwardPass, ids: torch.Tensor, strata: torch.Tensor) -> bool:
+        """Whether the pass is one of several over the same sequences, which are put together at their end."""
+        self._cached_pass = None
+        cached = cached_tokens(forward_pass)
+        if self._sequences.passes and not self._sequences.continues(cached, ids.shape[0]):
+            self.finish()
+            # What was finished stays, should this pass raise.
+            self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
+            if self.groups is not None:
+                self.groups.start(self.forward_passes)
+        if cached is None:
+            return False
+        present = strata[0] > 0
+        if cached > 0 and not self._sequences.passes:
+            self.notes.setdefault(
+                "passes that went on with a cache whose beginning was not measured, or is too large to hold, "
+                "are measured token by token: of them no attention, and each counts as sequences of its own"
+            )
+            # Behind a token that is not there, none of these is a first one.
+            before = functional.pad(ids, (1, 0), value=-1), functional.pad(present, (1, 0), value=True)
+            strata = strata_of(*before, self.delimiter_ids)[..., 1:]
+            self._parts = {strata.device: [_Part(None, strata, ids)]}
+            self._measures_calls = False
+            return True
+        self._parts = {strata.device: [_Part(None, strata, ids)]}
+        self._cached_pass = CachedPass(ids, present, cached)
+        self._sequences.passes.append(self._cached_pass)
+        return True
+
+    def finish(self) -> None:
+        """Fold the sequences that were made token by token with a cache, as one pass over their tokens."""
+        sequences, self._sequences, self._cached_pass = self._sequences, CachedSequences(), None
+        if not sequences.passes:
+            return
+        of_this_pass = (self._tokens, self._parts, self._masks, self._valid)
+        ids, present = sequences.whole("ids"), sequences.whole("present")
+        self._is_put_together = True
+        with unobserved(ids.device):
+            strata = strata_of(ids, present, self.delimiter_ids)
+            self._tokens, self._masks, self._valid = (ids.shape[0], ids.shape[1]), Masks(), strata[0]
+            self._parts = {strata.device: [_Part(None, strata, ids)]}
+            for (site, layer, kind), values in sequences.activations().items():
+                self._fold_held(site, layer, kind, values)
+            for layer in sequences.layers():
+                call = sequences.call(layer)
+                if call is None:
+                    self.skipped[ATTENTION] = "the cache was reordered while tokens were made (beam search)"
+                else:
+                    self._fold_whole_call(call, layer)
+        self._is_put_together = False
+        self._tokens, self._parts, self._masks, self._valid = of_this_pass
+
+    def _fold_held(self, site: str, layer: int, kind: str, values: torch.Tensor) -> None:
+        if kind == "activation":
+            self._fold(site, layer, kind, values, self._parts_on(values.device)[0].strata)
+        elif kind == "routed":
+            self._fold_routed(layer, values)
+        else:
+            self._fold_heads(site, layer, values.transpose(1, 2))
+
+    def _hold(self, key: tuple[str, int, str], values: torch.Tensor) -> None:
+        """Keep what a pass with a cache gave until its sequences end."""
+        assert self._cached_pass is not None, "asked only then"
+        self._cached_pass.keep(key, values)
+        self._spill()
+
+    def _spill(self) -> None:
+        """Fold a first pass that is too large to hold at once, as a pass without a cache."""
+        held = self._cached_pass
+        if held is None or len(self._sequences.passes) > 1 or held.size <= HELD_BYTES:
+            return
+        self._sequences, self._cached_pass = CachedSequences(), None
+        for key, values in held.activations.items():
+            self._fold_held(*key, values)
+        for layer, call in held.calls.items():
+            if call.lengths[0] == call.lengths[1] == held.key_counts[layer]:
+                self._fold_whole_call(call, layer)
 
     def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
         documents_of_ids = documents.on(ids.device)
@@ -205,6 +296,8 @@ class Collector:
         if self._fused is not None:
             self._fused.forget() if raised else self._fused.finish()
         if raised:
+            if self._cached_pass is not None:
+                self._sequences.passes.remove(self._cached_pass)
             self._states, self._stacks, self.layouts = self._backup
             if self.groups is not None:
                 self.groups.forget()
@@ -214,6 +307,9 @@ class Collector:
             self.forward_passes += 1
         self._backup, self._pass, self._values = (), None, {}
         self._before_stream, self._tokens, self._masks = [], None, Masks()
+        self._cached_pass = None
+        if self._sequences.size > HELD_BYTES:
+            self.finish()
 
     def forget_unfinished(self) -> None:
         """Forget a pass that Ctrl-C cut short, of which no hook tells."""
@@ -250,6 +346,9 @@ class Collector:
                 self._fold_heads(tap.site, layer, tensor)
         elif self.includes(tap.site):
             value = value.reshape(batch, tokens, -1)
+            if self._cached_pass is not None:
+                self._hold((tap.site, layer, "activation"), value)
+                return
             for part in self._parts_on(value.device):
                 self._fold(tap.site, layer, "activation", part.rows(value), part.strata)
 
@@ -260,6 +359,8 @@ class Collector:
         """
         if layer is None or layer in self._layers_called or self._tokens is None:
             return
+        if not self._measures_calls or (self._cached_pass is None and call.lengths[1] > call.lengths[0]):
+            return
         self._layers_called.add(layer)
         shape = (call.tensor.shape[0], call.tensor.shape[2])
         if shape != self._tokens:
@@ -268,17 +369,29 @@ class Collector:
                 f"{self._tokens[0]} of {self._tokens[1]} (attention within windows of an image, perhaps)"
             )
             return
-        with unobserved(call.tensor.device, traced=self.compiled):
-            for site, tensor in (
-                ("query_post_rope", call.query),
-                ("key_post_rope", call.key),
-                ("value", call.value),
-            ):
-                if tensor is not None and self.includes(site):
-                    self._fold_heads(site, layer, tensor)
+        if self._cached_pass is not None:
             if call.value is None and call.logits is not None:
                 call = replace(call, value=self._values.pop(layer, None))
-            self._fold_call(call, layer)
+            self._cached_pass.keep_call(layer, call)
+            if call.key is not None:
+                self._sequences.last_keys[layer] = call.key
+            self._spill()
+            return
+        with unobserved(call.tensor.device, traced=self.compiled):
+            self._fold_whole_call(call, layer)
+
+    def _fold_whole_call(self, call: AttentionCall, layer: int) -> None:
+        for site, tensor in (
+            ("query_post_rope", call.query),
+            ("key_post_rope", call.key),
+            ("value", call.value),
+        ):
+            # Beside logits that the model made, values come from a tap, which folds them.
+            if tensor is not None and call.logits is None and self.includes(site):
+                self._fold_heads(site, layer, tensor)
+        if call.value is None and call.logits is not None:
+            call = replace(call, value=self._values.pop(layer, None))
+        self._fold_call(call, layer)
 
     def _fold_call(self, call: AttentionCall, layer: int) -> None:
         """Fold what a call's probabilities say, of each document apart where a sequence holds several."""
@@ -304,6 +417,14 @@ class Collector:
             self.skipped["mlp_hidden"] = "its experts dropped or padded tokens, so rows cannot be told apart"
             return
         rows = rows.reshape(batch, tokens, slots, -1)
+        if self._cached_pass is not None:
+            self._hold(("mlp_hidden", layer, "routed"), rows)
+            return
+        self._fold_routed(layer, rows)
+
+    def _fold_routed(self, layer: int, rows: torch.Tensor) -> None:
+        """(batch, token, slot, channel): the rows of each slot are sequences of their own."""
+        slots = rows.shape[2]
         for part in self._parts_on(rows.device):
             x = part.rows(rows).transpose(1, 2).flatten(0, 1)
             self._fold("mlp_hidden", layer, "activation", x, part.strata.repeat_interleave(slots, dim=1))
@@ -328,6 +449,9 @@ class Collector:
             self.skipped[site] = (
                 f"its tensor {tuple(tensor.shape)} is not (batch, head, token, width) for these tokens"
             )
+            return
+        if self._cached_pass is not None:
+            self._hold((site, layer, "heads"), tensor.transpose(1, 2))
             return
         for part in self._parts_on(tensor.device):
             x = part.rows(tensor.transpose(1, 2))
@@ -386,8 +510,12 @@ class Collector:
 
     @property
     def _compiles(self) -> bool:
-        """Whether statistics are compiled: not of documents, whose shapes are others in every pass."""
-        return self.compiled and all(part.documents is None for part in next(iter(self._parts.values())))
+        """Whether statistics are compiled: not of shapes that are others in every pass."""
+        return (
+            self.compiled
+            and not self._is_put_together
+            and all(part.documents is None for part in next(iter(self._parts.values())))
+        )
 
     def _fused_folding(self) -> FusedFolding:
         if self._fused is None:
