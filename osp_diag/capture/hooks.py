@@ -33,8 +33,14 @@ _NO_IDS = re.compile(r"mask|position|label|target|type|segment|cache|decoder", r
 class ForwardPass:
     """The forward pass under way: what its modules were called with, and how often each block ran in it."""
 
-    def __init__(self, arguments: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, arguments: Mapping[str, Any], prefix: str = "", config: Any = None) -> None:
         self.prefix = prefix
+        attention = str(getattr(config, "_attn_implementation", None))
+        self.makes_its_masks = hasattr(config, "_attn_implementation")
+        """whether the model is of transformers, which make the masks of their blocks"""
+        self.follows_positions = "flash" in attention
+        """whether attention takes positions that begin again for documents"""
+        self.attends_in_chunks = getattr(config, "attention_chunk_size", None) is not None
         self.levels: list[dict[str, Any]] = [_flattened(arguments)]
         """arguments by the names that ``forward`` gives them: of the model, then of each module on the way
         from it to its first block, which come to know masks and positions that the model makes itself"""
@@ -227,7 +233,9 @@ class SiteCapture:
         if torch.compiler.is_compiling():
             return
         self._abandon()
-        self.current = ForwardPass(_arguments_by_name(module, args, kwargs), self.prefix)
+        self.current = ForwardPass(
+            _arguments_by_name(module, args, kwargs), self.prefix, getattr(self.model, "config", None)
+        )
         self.on_start(self.current)
 
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:

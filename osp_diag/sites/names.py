@@ -47,7 +47,7 @@ class SiteMap:
     taps: tuple[Tap, ...]
     attention_layers: tuple[int, ...]
     causal_layers: frozenset[int] = frozenset()
-    """layers whose attention lets no query see a later key, whatever way its mask says so"""
+    """layers whose attention let no query see a later key in the traced pass, by whatever mask"""
     absent: dict[str, str] = field(default_factory=dict)
     """site → why it does not exist here"""
     notes: tuple[str, ...] = ()
