@@ -48,6 +48,7 @@ class AttentionCapture:
         active: asked when a forward starts and at every call. A forward that starts inactive is not touched.
         blocks: the modules inside which a softmax may be attention. By default the members of every
             ``ModuleList``, ``ModuleDict`` and ``Sequential``, or any submodule where there are none.
+        on_skip: receives the reason (:class:`SkipReason`) of every call that is not delivered, at its time.
 
     Attributes:
         skipped: how many calls were not delivered, by reason (:class:`SkipReason`).
@@ -73,11 +74,12 @@ class AttentionCapture:
         active: Callable[[], bool] = lambda: True,
         *,
         blocks: Collection[nn.Module] | None = None,
+        on_skip: Callable[[str], None] | None = None,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.skipped: Counter[str] = Counter()
         self.forwards = 0
-        self._on_call = on_call
+        self._on_call, self._on_skip = on_call, on_skip
         self._active = active
         self._blocks = set(blocks) if blocks is not None else _members_of_containers(self.model)
         self._handles: list[RemovableHandle] = []
@@ -236,6 +238,8 @@ class AttentionCapture:
                 reason = self._reason_to_skip(call) if isinstance(call, AttentionCall) else call
                 if reason is not None:
                     self.skipped[reason] += 1
+                    if self._on_skip is not None:
+                        self._on_skip(reason)
                 elif isinstance(call, AttentionCall):
                     self._hand_over(call.detached())
         finally:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from osp_diag.seams.call import SkipReason
 from osp_diag.sites.names import Tap
 from osp_diag.sites.stack import is_norm
 from osp_diag.sites.trace import Event
@@ -55,6 +56,8 @@ class Block:
     hidden_size: int
     calls: list[tuple[int, Any]]
     """self-attention calls, with the time of each"""
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    """attention calls that were not delivered: when, and why"""
     taps: list[Tap] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
@@ -69,6 +72,15 @@ class Block:
     @property
     def call_time(self) -> int:
         return self.calls[0][0] if self.calls else 0
+
+    @property
+    def cross_time(self) -> int | None:
+        """When cross-attention was called, or None.
+
+        The traced pass has no cache: more keys than queries, beside a self-attention, are other tokens' keys.
+        """
+        reasons = {SkipReason.CROSS, SkipReason.CACHED} if self.calls else {SkipReason.CROSS}
+        return next((time for time, reason in self.skipped if reason in reasons), None)
 
     @property
     def rows(self) -> int:

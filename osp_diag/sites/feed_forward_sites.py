@@ -6,21 +6,19 @@ stream (or is proportional to it, where the model has a residual multiplier).
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 
 import torch
 from torch import nn
 
 from osp_diag.sites.blocks import Block, is_inside, outermost, same
+from osp_diag.sites.mixer_sites import after_unseen_mixer, cross_attention, cross_output, first_reader
 from osp_diag.sites.names import Tap
 from osp_diag.sites.stack import is_norm
 from osp_diag.sites.trace import Event
 
 __all__ = ["feed_forward_sites"]
 
-_FEED_FORWARD = re.compile(r"mlp|feed_?forward|ffn|moe|channel_?mix", re.IGNORECASE)
-"""Names of an MLP in a block without attention, where the order of calls does not tell it from a mixer."""
 _MIXED = "what is added to the stream is no module's output (it is scaled or mixed outside of modules)"
 PARALLEL = "attention and MLP read the same state (parallel block)"
 
@@ -33,35 +31,40 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 def _outside_attention(block: Block, attention: Event | None) -> list[Event]:
-    """Calls of the block that are no part of its attention, nor of its mixer where it has no attention."""
-    outside = [
+    """Calls of the block that are no part of its self-attention or cross-attention."""
+    last, output = block.calls[-1][0] if block.calls else 0, None
+    crossing = cross_attention(block)
+    if block.cross_time is not None and block.cross_time > last:
+        last, output = block.cross_time, cross_output(block)
+    elif attention is None:
+        # Attention's projections stand directly in the block: the first after the call is its output.
+        output = next((e for e in block.inner if e.start > last and e.projection), None)
+    if attention is None or (block.cross_time is not None and crossing is None):
+        return [event for event in block.inner if output is not None and event.start > output.stop]
+    parts = [event for event in (attention, crossing) if event is not None]
+    return [
         event
         for event in block.inner
-        if not is_inside(event, attention) and not event.start < block.call_time < event.stop
+        if not any(is_inside(event, part) for part in parts)
+        and not event.start < block.call_time < event.stop
+        and not event.start < last < event.stop
     ]
-    if block.call is None:
-        named = [e for e in outermost(block.inner) if _FEED_FORWARD.search(e.name.rpartition(".")[2])]
-        return [event for event in outside if any(is_inside(event, e) for e in named)]
-    if attention is None:
-        # Attention's projections stand directly in the block: the first after the call is its output.
-        after = [e for e in outside if e.start > block.calls[-1][0] and e.projection]
-        return [event for event in outside if after and event.start > after[0].stop]
-    return outside
 
 
 def feed_forward_sites(block: Block, attention: Event | None) -> None:
-    """Find the MLP's input, hidden state and contribution, attention's contribution, and residual_mid."""
-    outside = _outside_attention(block, attention)
+    """Find the MLP's input, hidden state and contribution, what is added before it, and residual_mid."""
+    mixer: Event | None = None
+    if block.call is None and block.cross_time is None:
+        mixer, outside = after_unseen_mixer(block)
+    else:
+        outside = _outside_attention(block, attention)
     linears = [event for event in outside if event.projection]
     experts = [event for event in outside if _holds_experts(event.module)]
     if not linears and not experts:
         for site in ("mlp_input", "mlp_hidden", "mlp_contribution"):
-            block.absent[site] = "no MLP in the block"
+            block.absent[site] = _why_no_mlp(block, mixer)
         block.absent["residual_mid"] = "no MLP in the block, so that nothing lies between the two"
-        attention_outputs = _attention_outputs(block, attention, [])
-        _contribution(
-            block, "attention_contribution", attention_outputs, block.event.input, block.event.output
-        )
+        _mixing_sites(block, attention, mixer, [], None, block.event.output)
         return
     mlp = next(
         (
@@ -76,19 +79,87 @@ def feed_forward_sites(block: Block, attention: Event | None) -> None:
     block.add("mlp_input", first, "input")
     _hidden_site(block, linears, experts)
     mlp_outputs = [event for event in outside if event.start >= (mlp or first).start]
+    if block.call is None and block.cross_time is None and _is_first_reader(block, mixer, first):
+        block.absent["residual_mid"] = "no attention in the block"
+        _contribution(block, "mlp_contribution", mlp_outputs, block.event.input, block.event.output)
+        return
     middle, tap = _stream_before(block, first)
     earlier = [event for event in outside if event.stop < first.start and event not in mlp_outputs]
-    attention_outputs = _attention_outputs(block, attention, earlier)
     if middle is None:
         block.absent["residual_mid"] = PARALLEL
-        _parallel_contributions(block, attention_outputs, mlp_outputs)
+        _parallel_contributions(block, _attention_outputs(block, attention, earlier), mlp_outputs)
         return
-    if block.call is None:
-        block.absent["residual_mid"] = "no attention in the block"
-    else:
-        block.taps.append(tap)
-        _contribution(block, "attention_contribution", attention_outputs, block.event.input, middle)
+    block.taps.append(tap)
+    _mixing_sites(block, attention, mixer, earlier, first, middle)
     _contribution(block, "mlp_contribution", mlp_outputs, middle, block.event.output)
+
+
+def _why_no_mlp(block: Block, mixer: Event | None) -> str:
+    outside = [e for e in block.inner if e.projection and (mixer is None or not is_inside(e, mixer))]
+    if block.call is None and mixer is None and len(outside) > 2:
+        return (
+            "which projections are the MLP's cannot be told where attention is not seen; declare the "
+            "function that computes it with osp_diag.attention_function, or name the sites"
+        )
+    return "no MLP in the block"
+
+
+def _is_first_reader(block: Block, mixer: Event | None, first: Event) -> bool:
+    """Whether nothing mixes tokens in the block before its MLP."""
+    return mixer is None and not any(e.projection and e.stop < first.start for e in block.inner)
+
+
+def _mixing_sites(
+    block: Block,
+    attention: Event | None,
+    mixer: Event | None,
+    earlier: list[Event],
+    mlp: Event | None,
+    after: torch.Tensor | None,
+) -> None:
+    """What self-attention, cross-attention or an unseen mixer reads and adds, up to the state ``after``."""
+    before = block.event.input
+    stop = block.event.stop if mlp is None else mlp.start
+    if block.cross_time is not None:
+        after_self, before = _cross_sites(block, [e for e in block.inner if e.stop < stop], before, after)
+        if block.call is not None:
+            outputs = _attention_outputs(block, attention, [])
+            _contribution(block, "attention_contribution", outputs, block.event.input, after_self)
+    elif block.call is not None:
+        outputs = _attention_outputs(block, attention, earlier)
+        _contribution(block, "attention_contribution", outputs, before, after)
+    else:
+        reader = block.past_norm(mixer) if mixer is not None else first_reader(block, block.event.start, stop)
+        if reader is not None:
+            block.add("mixer_input", reader, "input")
+            start = reader.start if mixer is None else mixer.start
+            outputs = [e for e in block.inner if start <= e.start and e.stop < stop]
+            _contribution(block, "mixer_contribution", outputs, before, after)
+
+
+def _cross_sites(
+    block: Block, candidates: list[Event], before: torch.Tensor | None, after: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Cross-attention's input, output and contribution; the stream before it, twice."""
+    crossing, output = cross_attention(block), cross_output(block)
+    start = block.calls[-1][0] if block.calls else block.event.start
+    reader = first_reader(block, start, block.cross_time or 0)
+    if crossing is not None and block.is_state(crossing.input):
+        reader = block.past_norm(crossing)
+        start = crossing.start - 1
+    if output is not None:
+        block.add("cross_attention_output", output, "input")
+    if reader is None:
+        block.absent["cross_attention_input"] = "no module around or before the call reads the stream"
+        block.absent["cross_attention_contribution"] = _MIXED
+        return None, before
+    block.add("cross_attention_input", reader, "input")
+    stream, _ = _stream_before(block, reader)
+    if stream is not None:
+        before = stream
+    outputs = [event for event in candidates if event.start > start]
+    _contribution(block, "cross_attention_contribution", outputs, before, after)
+    return before, before
 
 
 def _hidden_site(block: Block, linears: list[Event], experts: list[Event]) -> None:

@@ -117,7 +117,8 @@ def _is_decoder(model: nn.Module, example: Any, state: torch.Tensor) -> bool:
 
 def _resolve_block(layer: int, event: Event, trace: Trace, hidden_size: int) -> Block:
     calls = [(time, call) for time, call in trace.attention if event.start < time < event.stop]
-    block = Block(layer, event, trace.within(event), hidden_size, calls)
+    skipped = [(time, reason) for time, reason in trace.skipped if event.start < time < event.stop]
+    block = Block(layer, event, trace.within(event), hidden_size, calls, skipped)
     block.add("residual_pre", event, "input")
     attention = attention_event(block)
     attention_sites(block, attention)
@@ -246,7 +247,8 @@ def _notes(
         notes.append(
             f"several attention calls in layers {_listing(layers_of_several)}: the first one is measured"
         )
-    notes += [f"attention calls not seen: {reason}" for reason in trace.skipped]
+    reasons = dict.fromkeys(reason for _, reason in trace.skipped)
+    notes += [f"attention calls not seen: {reason}" for reason in reasons]
     layers_by_factor: dict[str, list[int]] = {}
     for block in blocks:
         for site, factor in block.factors.items():

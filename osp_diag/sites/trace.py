@@ -22,6 +22,7 @@ __all__ = [
     "Trace",
     "fused_encoder_layers",
     "is_compiled",
+    "outputs_of",
     "run_example",
     "trace_forward",
     "undisturbed",
@@ -71,8 +72,8 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     attention: list[tuple[int, Any]] = field(default_factory=list)
     clock: int = 0
-    skipped: tuple[str, ...] = ()
-    """why attention calls were not delivered"""
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    """attention calls that were not delivered: when, and why"""
 
     def tick(self) -> int:
         self.clock += 1
@@ -148,7 +149,8 @@ def _finite_copy(copy: torch.Tensor) -> torch.Tensor:
     return copy.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _outputs(result: Any) -> dict[int | None, Any]:
+def outputs_of(result: Any) -> dict[int | None, Any]:
+    """What a module gave, by place: the single output has the place None."""
     if isinstance(result, (tuple, list)):
         return dict(enumerate(result))
     if isinstance(result, Mapping):
@@ -225,12 +227,15 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
 
     def stop_hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         event = open_events.pop()
-        event.outputs, event.stop = _floating_copies(_outputs(result)), trace.tick()
+        event.outputs, event.stop = _floating_copies(outputs_of(result)), trace.tick()
 
     def on_call(call: AttentionCall) -> None:
         trace.attention.append((trace.tick(), _on_host(call)))
         for event in open_events:
             event.attends = True
+
+    def on_skip(reason: str) -> None:
+        trace.skipped.append((trace.tick(), reason))
 
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
@@ -241,7 +246,7 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
         stack.enter_context(unfused(model))
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        capture = stack.enter_context(AttentionCapture(model, on_call))
+        capture = stack.enter_context(AttentionCapture(model, on_call, on_skip=on_skip))
         try:
             run_example(model, example)
         except Exception as error:
@@ -250,5 +255,6 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
                 f"({type(error).__name__}: {error}); pass "
                 "`example=` a batch (a dict of arguments) that it accepts"
             ) from error
-        trace.skipped = tuple(capture.skipped)
+        seen = {reason for _, reason in trace.skipped}
+        trace.skipped += [(0, reason) for reason in capture.skipped if reason not in seen]
     return trace
