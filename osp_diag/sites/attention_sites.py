@@ -116,7 +116,7 @@ def _projections_by_name(block: Block, earlier: list[Event]) -> None:
 def is_causal(call: Any) -> bool:
     """Whether no query sees a later key: by flag, by mask, or by the logits that were filled.
 
-    Some models fill with −1e4 or −1e9; no bias of eight tokens takes every later key of every head that far.
+    Some models fill with −1e4 or −1e9; no bias of so few tokens takes every later key of every head that far.
     """
     if call.causal:
         return True

@@ -11,7 +11,8 @@ from collections import Counter
 import torch
 from torch import nn
 
-from osp_diag.sites.blocks import Block, is_inside, outermost, same
+from osp_diag.sites.blocks import Block, factor_of, input_tap, is_inside, minus, outermost, same
+from osp_diag.sites.linear_maps import mixes_tokens
 from osp_diag.sites.mixer_sites import after_unseen_mixer, cross_attention, cross_output, first_reader
 from osp_diag.sites.names import Tap
 from osp_diag.sites.stack import is_norm
@@ -23,11 +24,15 @@ _MIXED = "what is added to the stream is no module's output (it is scaled or mix
 PARALLEL = "attention and MLP read the same state (parallel block)"
 
 
-def _holds_experts(module: nn.Module) -> bool:
-    """Whether a module holds its experts' matrices stacked in one parameter."""
+def _holds_experts(module: nn.Module, hidden_size: int) -> bool:
+    """Whether a module holds its experts' matrices stacked in one parameter.
+
+    They lead from or to the stream; the block-diagonal gates of recurrent layers do not.
+    """
     if isinstance(module, nn.modules.conv._ConvNd):
         return False
-    return any(p.ndim == 3 and min(p.shape) > 1 for p in module.parameters(recurse=False))
+    stacked = [p.shape for p in module.parameters(recurse=False) if p.ndim == 3 and min(p.shape) > 1]
+    return any(hidden_size in shape[1:] for shape in stacked)
 
 
 def _outside_attention(block: Block, attention: Event | None) -> list[Event]:
@@ -59,39 +64,56 @@ def feed_forward_sites(block: Block, attention: Event | None) -> None:
     else:
         outside = _outside_attention(block, attention)
     linears = [event for event in outside if event.projection]
-    experts = [event for event in outside if _holds_experts(event.module)]
+    experts = [event for event in outside if _holds_experts(event.module, block.hidden_size)]
     if not linears and not experts:
         for site in ("mlp_input", "mlp_hidden", "mlp_contribution"):
             block.absent[site] = _why_no_mlp(block, mixer)
         block.absent["residual_mid"] = "no MLP in the block, so that nothing lies between the two"
-        _mixing_sites(block, attention, mixer, [], None, block.event.output)
+        _mixing_sites(block, attention, mixer, [], None, block.after)
         return
-    mlp = next(
-        (
-            event
-            for event in outermost(outside)
-            if not is_norm(event.module) and any(is_inside(x, event) for x in linears + experts)
-        ),
-        None,
-    )
+    mlp = _module_of(block, outside, linears + experts)
     first = block.past_norm(mlp) if mlp is not None and block.is_state(mlp.input) else None
     first = first or (linears or experts)[0]
     block.add("mlp_input", first, "input")
-    _hidden_site(block, linears, experts)
+    own = [event for event in linears if mlp is not None and not mlp.projection and is_inside(event, mlp)]
+    _hidden_site(block, own if len(own) > 1 else linears, experts)
     mlp_outputs = [event for event in outside if event.start >= (mlp or first).start]
     if block.call is None and block.cross_time is None and _is_first_reader(block, mixer, first):
         block.absent["residual_mid"] = "no attention in the block"
-        _contribution(block, "mlp_contribution", mlp_outputs, block.event.input, block.event.output)
+        _contribution(block, "mlp_contribution", mlp_outputs, block.event.input, block.after)
         return
     middle, tap = _stream_before(block, first)
     earlier = [event for event in outside if event.stop < first.start and event not in mlp_outputs]
+    if middle is None and block.call is None and block.cross_time is None:
+        block.absent["residual_mid"] = "no attention in the block"
+        _contribution(block, "mlp_contribution", mlp_outputs, block.event.input, block.after)
+        return
     if middle is None:
         block.absent["residual_mid"] = PARALLEL
         _parallel_contributions(block, _attention_outputs(block, attention, earlier), mlp_outputs)
         return
     block.taps.append(tap)
     _mixing_sites(block, attention, mixer, earlier, first, middle)
-    _contribution(block, "mlp_contribution", mlp_outputs, middle, block.event.output)
+    _contribution(block, "mlp_contribution", mlp_outputs, middle, block.after)
+
+
+def _module_of(block: Block, outside: list[Event], weighty: list[Event]) -> Event | None:
+    """The MLP's module: the first that holds projections or experts, or of whole MLPs the largest.
+
+    Small ones stand beside it: Gemma 3n's LAUREL, a shared expert, an adapter.
+    """
+    modules = [
+        event
+        for event in outermost(outside)
+        if not is_norm(event.module) and any(is_inside(x, event) for x in weighty)
+    ]
+    whole = [e for e in modules if block.is_state(e.input) and block.is_state(e.output) and not e.projection]
+    if not whole:
+        return modules[0] if modules else None
+    if len(whole) > 1:
+        # A state-space layer beside attention (Falcon-H1) is no MLP, however large.
+        whole = [event for event in whole if mixes_tokens(event) is False] or whole
+    return max(whole, key=lambda event: sum(p.numel() for p in event.module.parameters()))
 
 
 def _why_no_mlp(block: Block, mixer: Event | None) -> str:
@@ -184,18 +206,12 @@ def _stream_before(block: Block, mlp: Event) -> tuple[torch.Tensor | None, Tap]:
     norm = next(
         (e for e in block.inner if is_norm(e.module) and e.stop < mlp.start and same(e.output, entry)), None
     )
-    post_norm = any(is_norm(e.module) and same(e.output, block.event.output) for e in block.inner)
+    post_norm = any(is_norm(e.module) and same(e.output, block.after) for e in block.inner)
     # After a norm on the sum (BERT), or without one before it (OLMo 2), the MLP reads the stream itself.
     source = norm if norm is not None and not post_norm else mlp
-    block_tap = Tap(
-        site="residual_mid",
-        layer=block.layer,
-        module=source.name,
-        side="input",
-        argument=next(iter(source.inputs)),
-    )
-    of_attention = {tap.module for tap in block.taps if tap.site == "attention_input"}
-    attention = next((e for e in block.inner if e.name in of_attention), None)
+    block_tap = input_tap("residual_mid", block.layer, source)
+    of_attention = {(tap.module, tap.call) for tap in block.taps if tap.site == "attention_input"}
+    attention = next((e for e in block.inner if (e.name, e.call) in of_attention), None)
     reads_the_same = attention is not None and same(entry, attention.input)
     if reads_the_same or same(source.input, block.event.input):
         return None, block_tap
@@ -218,24 +234,6 @@ def _sum_before(block: Block, state: torch.Tensor | None) -> torch.Tensor | None
     return state if norm is None else norm.input
 
 
-def _factor(output: torch.Tensor, difference: torch.Tensor) -> float | None:
-    """c such that difference = c · output, or None."""
-    output = output.double().reshape(difference.shape)
-    energy = float((output * output).sum())
-    if energy == 0 or not bool(difference.any()):
-        return None
-    # Least squares, as ⟨output, difference⟩ / ⟨output, output⟩; then it has to fit everywhere.
-    factor = float((output * difference).sum()) / energy
-    tolerance = 2e-2 * float(difference.abs().max())
-    return factor if torch.allclose(factor * output, difference, rtol=2e-2, atol=tolerance) else None
-
-
-def _minus(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
-    if left is None or right is None or left.numel() != right.numel():
-        return None
-    return left.double() - right.double().reshape(left.shape)
-
-
 def _latest_first(block: Block, events: list[Event]) -> list[Event]:
     """Candidates of the stream's shape; what ends last comes first (a dropout after the projection).
 
@@ -256,10 +254,10 @@ def _contribution(
     """The output that was added to ``before`` to give ``after``: of those that fit, the last that ended."""
     if not candidates and site in block.absent:
         return
-    difference = _minus(_sum_before(block, after), before)
+    difference = minus(_sum_before(block, after), before)
     states = _latest_first(block, candidates)
     if difference is not None:
-        factors = [_factor(event.output, difference) for event in states]  # type: ignore[arg-type]
+        factors = [factor_of(event.output, difference) for event in states]  # type: ignore[arg-type]
         # An output that was added as it is goes before one that fits by a multiplier.
         for exact in (True, False):
             for event, factor in zip(states, factors, strict=True):
@@ -273,15 +271,15 @@ def _contribution(
 
 def _parallel_contributions(block: Block, attention_outputs: list[Event], mlp_outputs: list[Event]) -> None:
     """Attention's and the MLP's outputs that together make the difference across the block."""
-    difference = _minus(block.event.output, block.event.input)
+    difference = minus(block.after, block.event.input)
     if difference is None:
         block.absent["attention_contribution"] = block.absent["mlp_contribution"] = _MIXED
         return
     # difference = attention + MLP: what attention leaves of it has to be the MLP's output.
     for attention in _latest_first(block, attention_outputs):
         for mlp in _latest_first(block, mlp_outputs):
-            rest = _minus(difference, attention.output)
-            factor = _factor(mlp.output, rest) if rest is not None else None  # type: ignore[arg-type]
+            rest = minus(difference, attention.output)
+            factor = factor_of(mlp.output, rest) if rest is not None else None  # type: ignore[arg-type]
             if factor is not None and abs(factor - 1) < 1e-2:
                 block.add("attention_contribution", attention, "output")
                 block.add("mlp_contribution", mlp, "output")

@@ -12,6 +12,8 @@ __all__ = ["mark_projections", "mixes_tokens"]
 
 _TOLERANCE = 0.05
 """Of the largest output: a projection that quantises its input as it runs is linear to about 1%."""
+_ROUNDING = 0.02
+"""Of the largest output: what other tokens change where a quantised input shares its scale with them."""
 _SPREAD = 8.0
 """Standard deviation of the inputs that are tried: far outside of where activation functions are straight."""
 
@@ -147,5 +149,7 @@ def mixes_tokens(event: Event) -> bool | None:
     result = _call_again(event, other)
     if result is None or result.shape != y.shape:
         return None
-    size = _TOLERANCE * float(y.abs().max())
+    # A module that adds to the stream itself is judged by what it adds.
+    parts = [y.double(), y.double() - x.double()] if y.shape == x.shape else [y.double()]
+    size = _ROUNDING * min(float(part.abs().max()) for part in parts)
     return not torch.allclose(result[:, place].double(), y[:, place].double(), rtol=0, atol=size)

@@ -31,6 +31,10 @@ class Tap:
     head_axis: str = "flat"
     fused: tuple[int, int, int, int] | None = None
     """(groups, slots per group, first slot, slots taken) of a fused projection's output"""
+    call: int | None = None
+    """which call of a module that runs several times: in its block, or in the pass if it is in none"""
+    stream: int | None = None
+    """which of several streams, where (stream, batch, token, channel) run side by side"""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ class SiteMap:
     notes: tuple[str, ...] = ()
     expert_layers: dict[int, str] = field(default_factory=dict)
     """layer → path of a module that holds its experts' weights as stacked parameters"""
+    key_copies: dict[int, int] = field(default_factory=dict)
+    """layer → how often each key head stands in the keys that the model multiplies, where more than once"""
     prefix: str = ""
     """of the arguments that hold the blocks' tokens: "decoder_" where an encoder stands beside them"""
 

@@ -1,7 +1,7 @@
 """One tiny forward pass, recorded: which modules ran inside each block, on what, and gave what.
 
 Structure alone is ambiguous (a "norm" can stand before or after, a fused projection can be laid out in
-several ways); the tensors of one real forward pass settle it. The pass is eight tokens long.
+several ways); the tensors of one real forward pass settle it. The pass is eleven tokens long.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ __all__ = [
     "unwrap",
 ]
 
-TOKENS = 8
+TOKENS = 11
+"""No number of heads or experts that anybody uses: a router's softmax must not look like attention."""
 
 
 @dataclass(eq=False)
@@ -52,6 +53,12 @@ class Event:
     projection: bool = False
     """an outermost linear map"""
     inside_projection: bool = False
+    call: int | None = None
+    """which of several calls of its module"""
+    stream: int | None = None
+    """which of several streams its activations are"""
+    entry: Event | None = None
+    """the first call in a block that is a list, and does not run itself"""
 
     @property
     def input(self) -> torch.Tensor | None:
@@ -76,7 +83,7 @@ class Trace:
     """attention calls that were not delivered: when, and why"""
 
     def tick(self) -> int:
-        self.clock += 1
+        self.clock += 2
         return self.clock
 
     def within(self, outer: Event) -> list[Event]:
@@ -114,15 +121,15 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def _on_host(call: AttentionCall) -> AttentionCall:
-    """A copy of what sites are told by: query, key, logits and mask; a mask function becomes a mask."""
+    """A copy of what sites are told by: tensors and mask; a mask function becomes a mask."""
     mask = call.mask
     if call.mask_function is not None:
         position = torch.arange(call.lengths[1], device=call.tensor.device)
         zero = torch.zeros((), dtype=torch.long, device=call.tensor.device)
         mask = call.mask_function(zero, zero, position[:, None], position[None, :])
-    tensors = {"query": call.query, "key": call.key, "logits": call.logits, "mask": mask}
+    tensors = {"query": call.query, "key": call.key, "value": call.value, "logits": call.logits, "mask": mask}
     copies = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items() if t is not None}
-    return replace(call, value=None, mask_function=None, **copies)  # type: ignore[arg-type]
+    return replace(call, mask_function=None, **copies)  # type: ignore[arg-type]
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -180,7 +187,7 @@ def _example_device(model: nn.Module) -> torch.device:
 
 
 def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None) -> Any:
-    """Call the model on an example batch, or on eight tokens if none is given."""
+    """Call the model on an example batch, or on eleven tokens if none is given."""
     if isinstance(example, Mapping):
         return model(**example)
     if example is not None:
