@@ -243,3 +243,53 @@ def test_block_diagonal_gates_are_no_experts() -> None:
     assert not sites.expert_layers
     assert {"mlp_hidden", "mixer_input", "mixer_contribution", "residual_mid"} <= set(sites.sites)
     assert captured("mixtral").sites.expert_layers.keys() == {0, 1}
+
+
+# -- norms before the MLP ----------------------------------------------------------------------------------
+
+
+class Modulated(OddBlock):
+    """adaLN-zero: scale, shift and gate by a condition, all zero at initialisation."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 2)
+        self.condition = nn.Linear(16, 6 * 16)
+        nn.init.zeros_(self.condition.weight)
+        nn.init.zeros_(self.condition.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale, shift, gate, scale_2, shift_2, gate_2 = self.condition(x.mean(1, keepdim=True)).chunk(6, -1)
+        x = x + gate * self.lemon(self.apple(x) * (1 + scale) + shift)
+        return x + gate_2 * self.plum(self.pear(x) * (1 + scale_2) + shift_2)
+
+
+class Functional(OddBlock):
+    """Norms that are functions, as in modded-nanogpt."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.lemon(nn.functional.rms_norm(x, (16,)))
+        return x + self.plum(nn.functional.rms_norm(x, (16,)))
+
+
+def test_the_stream_before_a_modulated_norm_is_what_the_norm_reads() -> None:
+    model = odd_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model.orchard = nn.Sequential(*(Modulated() for _ in range(2))).eval()
+    sites = find_sites(model)
+    places = {tap.site: tap.module for tap in sites.taps if tap.layer == 1}
+    assert places["residual_mid"] == "orchard.1.pear"
+    assert places["mlp_input"] == "orchard.1.plum"
+    assert "scaled or mixed outside of modules" in sites.absent["attention_contribution"]
+
+
+def test_a_stream_that_only_a_function_reads_is_not_made_up() -> None:
+    model = odd_model()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model.orchard = nn.Sequential(*(Functional(16, 2) for _ in range(2))).eval()
+    found = capture_sites(model, {"idx": TOKENS})
+    assert "a norm that is no module" in found.sites.absent["residual_mid"]
+    for layer in range(2):
+        total = found["attention_contribution", layer] + found["mlp_contribution", layer]
+        close(found["residual_pre", layer] + total, found["residual_post", layer])

@@ -21,6 +21,7 @@ from osp_diag.sites.trace import Event
 __all__ = ["feed_forward_sites"]
 
 _MIXED = "what is added to the stream is no module's output (it is scaled or mixed outside of modules)"
+UNSEEN_NORM = "the MLP reads the stream through a norm that is no module, so that the stream is not seen"
 PARALLEL = "attention and MLP read the same state (parallel block)"
 
 
@@ -85,14 +86,14 @@ def feed_forward_sites(block: Block, attention: Event | None) -> None:
     middle, tap = _stream_before(block, first)
     earlier = [event for event in outside if event.stop < first.start and event not in mlp_outputs]
     if middle is None and block.call is None and block.cross_time is None:
-        block.absent["residual_mid"] = "no attention in the block"
+        block.absent["residual_mid"] = "no attention in the block" if tap is None else UNSEEN_NORM
         _contribution(block, "mlp_contribution", mlp_outputs, block.event.input, block.after)
         return
     if middle is None:
-        block.absent["residual_mid"] = PARALLEL
+        block.absent["residual_mid"] = PARALLEL if tap is None else UNSEEN_NORM
         _parallel_contributions(block, _attention_outputs(block, attention, earlier), mlp_outputs)
         return
-    block.taps.append(tap)
+    block.taps += [] if tap is None else [tap]
     _mixing_sites(block, attention, mixer, earlier, first, middle)
     _contribution(block, "mlp_contribution", mlp_outputs, middle, block.after)
 
@@ -200,8 +201,12 @@ def _hidden_site(block: Block, linears: list[Event], experts: list[Event]) -> No
         block.absent["mlp_hidden"] = "no down projection back to the residual stream's width was seen"
 
 
-def _stream_before(block: Block, mlp: Event) -> tuple[torch.Tensor | None, Tap]:
-    """The stream that the MLP's norm reads (or the MLP itself without one), None in a parallel block."""
+def _stream_before(block: Block, mlp: Event) -> tuple[torch.Tensor | None, Tap | None]:
+    """The stream that the MLP's norm reads (or the MLP itself without one), and where.
+
+    (None, None) in a parallel block; (None, tap of the MLP's input) where that is not the stream, since a
+    norm that is no module stands before it.
+    """
     entry = mlp.input
     norm = next(
         (e for e in block.inner if is_norm(e.module) and e.stop < mlp.start and same(e.output, entry)), None
@@ -209,13 +214,39 @@ def _stream_before(block: Block, mlp: Event) -> tuple[torch.Tensor | None, Tap]:
     post_norm = any(is_norm(e.module) and same(e.output, block.after) for e in block.inner)
     # After a norm on the sum (BERT), or without one before it (OLMo 2), the MLP reads the stream itself.
     source = norm if norm is not None and not post_norm else mlp
-    block_tap = input_tap("residual_mid", block.layer, source)
+    if norm is None and not post_norm:
+        source = _modulated_norm(block, mlp) or mlp
+    tap = input_tap("residual_mid", block.layer, source)
     of_attention = {(tap.module, tap.call) for tap in block.taps if tap.site == "attention_input"}
     attention = next((e for e in block.inner if (e.name, e.call) in of_attention), None)
     reads_the_same = attention is not None and same(entry, attention.input)
     if reads_the_same or same(source.input, block.event.input):
-        return None, block_tap
-    return source.input, block_tap
+        return None, None
+    if source is mlp and not post_norm and not _is_stream(block, entry):
+        return None, tap
+    return source.input, tap
+
+
+def _modulated_norm(block: Block, mlp: Event) -> Event | None:
+    """The norm whose output is scaled and shifted before the MLP reads it (adaLN), and that reads a sum."""
+    last = block.calls[-1][0] if block.calls else block.event.start
+    between = [e for e in block.inner if is_norm(e.module) and last < e.start and e.stop < mlp.start]
+    for norm in reversed(between):
+        is_output = any(same(e.output, norm.input) for e in block.inner if e.stop < norm.start)
+        if block.is_state(norm.input) and not is_output:
+            return norm
+    return None
+
+
+def _is_stream(block: Block, state: torch.Tensor | None) -> bool:
+    """Whether a module's output leads from the block's input to a state, or from the state to its end."""
+    steps = [minus(state, block.event.input), minus(block.after, state)]
+    outputs = [event.output for event in block.inner if block.is_state(event.output)]
+    return any(
+        step is not None and factor_of(output, step) is not None  # type: ignore[arg-type]
+        for step in steps
+        for output in outputs
+    )
 
 
 def _attention_outputs(block: Block, attention: Event | None, earlier: list[Event]) -> list[Event]:
