@@ -113,6 +113,23 @@ def test_unseen_attention_leaves_the_mlp_its_sites(
     adds_up(found, ("mixer_contribution",), 2)
 
 
+def test_unseen_attention_and_norms_that_are_functions() -> None:
+    class Functions(Modules):
+        """As modded-nanogpt."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.first(nn.functional.rms_norm(x, (16,)), x)
+            return x + self.second(nn.functional.rms_norm(x, (16,)))
+
+    found = capture_sites(unseen(Functions), {"idx": TOKENS})
+    assert place(found.sites, "mixer_input") == ("orchard.0.first", "input")
+    assert place(found.sites, "mlp_hidden") == ("orchard.0.second.2", "input")
+    assert "a norm that is no module" in found.sites.absent["residual_mid"]
+    for layer in range(2):
+        total = found["mixer_contribution", layer] + found["mlp_contribution", layer]
+        close(found["residual_pre", layer] + total, found["residual_post", layer])
+
+
 def test_what_cannot_be_told_apart_is_not_guessed() -> None:
     sites = find_sites(unseen(FlatParallel))
     assert "declare the function that computes it" in sites.absent["mlp_hidden"]

@@ -87,7 +87,12 @@ def feed_forward_sites(block: Block, attention: Event | None) -> None:
     earlier = [event for event in outside if event.stop < first.start and event not in mlp_outputs]
     if middle is None and block.call is None and block.cross_time is None:
         block.absent["residual_mid"] = "no attention in the block" if tap is None else UNSEEN_NORM
-        _contribution(block, "mlp_contribution", mlp_outputs, block.event.input, block.after)
+        if mixer is None:
+            _contribution(block, "mlp_contribution", mlp_outputs, block.event.input, block.after)
+            return
+        block.add("mixer_input", block.past_norm(mixer), "input")
+        outputs = [event for event in block.inner if is_inside(event, mixer)]
+        _parallel_contributions(block, outputs, mlp_outputs, "mixer_contribution")
         return
     if middle is None:
         block.absent["residual_mid"] = PARALLEL if tap is None else UNSEEN_NORM
@@ -300,11 +305,16 @@ def _contribution(
     block.absent[site] = _MIXED
 
 
-def _parallel_contributions(block: Block, attention_outputs: list[Event], mlp_outputs: list[Event]) -> None:
-    """Attention's and the MLP's outputs that together make the difference across the block."""
+def _parallel_contributions(
+    block: Block,
+    attention_outputs: list[Event],
+    mlp_outputs: list[Event],
+    site: str = "attention_contribution",
+) -> None:
+    """Attention's (or a mixer's) and the MLP's outputs that together make the difference across the block."""
     difference = minus(block.after, block.event.input)
     if difference is None:
-        block.absent["attention_contribution"] = block.absent["mlp_contribution"] = _MIXED
+        block.absent[site] = block.absent["mlp_contribution"] = _MIXED
         return
     # difference = attention + MLP: what attention leaves of it has to be the MLP's output.
     for attention in _latest_first(block, attention_outputs):
@@ -312,7 +322,7 @@ def _parallel_contributions(block: Block, attention_outputs: list[Event], mlp_ou
             rest = minus(difference, attention.output)
             factor = factor_of(mlp.output, rest) if rest is not None else None  # type: ignore[arg-type]
             if factor is not None and abs(factor - 1) < 1e-2:
-                block.add("attention_contribution", attention, "output")
+                block.add(site, attention, "output")
                 block.add("mlp_contribution", mlp, "output")
                 return
-    block.absent["attention_contribution"] = block.absent["mlp_contribution"] = _MIXED
+    block.absent[site] = block.absent["mlp_contribution"] = _MIXED
