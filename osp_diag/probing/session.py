@@ -279,7 +279,11 @@ class Probe:
             if self.site_map.attention_layers and any(self.measures_site(site) for site in heads):
 
                 def on_call(call: Any) -> None:
-                    collector.on_attention(call, capture.current.layer if capture.current else None)
+                    layer = capture.current.layer if capture.current else None
+                    # A router's softmax over as many experts as tokens looks like attention.
+                    if layer in self.site_map.attention_layers:
+                        copies = self.site_map.key_copies.get(layer, 1)
+                        collector.on_attention(call.with_distinct_keys(copies), layer)
 
                 stack.enter_context(
                     AttentionCapture(unwrap(self.model), on_call, capture.active, cached=True)

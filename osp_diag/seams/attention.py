@@ -49,6 +49,7 @@ class AttentionCapture:
         blocks: the modules inside which a softmax may be attention. By default the members of every
             ``ModuleList``, ``ModuleDict`` and ``Sequential``, or any submodule where there are none.
         cached: deliver also calls with more keys than queries, as decoding with a cache makes them.
+        on_skip: receives the reason (:class:`SkipReason`) of every call that is not delivered, at its time.
 
     Attributes:
         skipped: how many calls were not delivered, by reason (:class:`SkipReason`).
@@ -75,11 +76,12 @@ class AttentionCapture:
         *,
         blocks: Collection[nn.Module] | None = None,
         cached: bool = False,
+        on_skip: Callable[[str], None] | None = None,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.skipped: Counter[str] = Counter()
         self.forwards = 0
-        self._on_call = on_call
+        self._on_call, self._on_skip = on_call, on_skip
         self._active = active
         self._cached = cached
         self._blocks = set(blocks) if blocks is not None else _members_of_containers(self.model)
@@ -239,6 +241,8 @@ class AttentionCapture:
                 reason = self._reason_to_skip(call) if isinstance(call, AttentionCall) else call
                 if reason is not None:
                     self.skipped[reason] += 1
+                    if self._on_skip is not None:
+                        self._on_skip(reason)
                 elif isinstance(call, AttentionCall):
                     self._hand_over(call.detached())
         finally:
