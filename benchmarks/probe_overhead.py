@@ -258,7 +258,7 @@ def building(name: str, skipped: dict[str, str]) -> Iterator[None]:
 
 def check(device: torch.device) -> None:
     """Compare the kernels with the generic definitions on this device; raises AssertionError."""
-    from osp_diag.capture.attention_measuring import measure_attention
+    from osp_diag.capture.attention_measuring import mask_of, measure_attention
     from osp_diag.capture.fused import FusedObservation, part_of_tokens, site_statistics
     from osp_diag.seams.attention import AttentionCall
 
@@ -295,9 +295,9 @@ def check(device: torch.device) -> None:
             call = AttentionCall(
                 query=query, key=key, value=value, scale=0.125, seam="attention interface", **options
             )
-            causal = options.get("causal", False)
-            _, fast = measure_attention(suite, call, strata, causal=causal, compiled=True)
-            _, slow = measure_attention(suite, call, strata, causal=causal, compiled=False)
+            mask = mask_of(call, strata[0])
+            _, fast = measure_attention(suite, call, strata, mask=mask, compiled=True)
+            _, slow = measure_attention(suite, call, strata, mask=mask, compiled=False)
             for name, expected in slow.items():
                 if "histogram" not in name and "distribution" not in name:
                     torch.testing.assert_close(

@@ -20,6 +20,7 @@ __all__ = [
     "KURTOSIS",
     "LINEAR_INPUT",
     "LOGGED_STEP",
+    "OCCASIONAL_SITES",
     "OPTIMIZER",
     "PROTOCOLS",
     "QUANTIZATION",
@@ -60,7 +61,12 @@ SITES: dict[str, str] = {
     "attention": "attention probabilities and logits: statistics only, no activation is kept",
     "attention_output": "heads' outputs concatenated: the input of the output projection",
     "attention_contribution": "what attention adds to the residual stream",
-    "residual_mid": "residual stream between attention and MLP",
+    "mixer_input": "what a mixer of tokens other than a seen attention receives, after its norm",
+    "mixer_contribution": "what such a mixer (state-space, recurrent, an own kernel) adds to the stream",
+    "cross_attention_input": "what attention to another sequence receives, after its norm",
+    "cross_attention_output": "its heads' outputs concatenated: the input of its output projection",
+    "cross_attention_contribution": "what cross-attention adds to the residual stream",
+    "residual_mid": "residual stream that the MLP reads, after attention (and cross-attention) or the mixer",
     "mlp_input": "what the MLP receives, after its norm",
     "mlp_hidden": "the input of the MLP's down projection",
     "mlp_down_weight": "the weights of the MLP's down projection: statistics of a matrix, not of tokens",
@@ -70,6 +76,14 @@ SITES: dict[str, str] = {
 }
 """Site → meaning, in the order in which a token passes them."""
 
+OCCASIONAL_SITES = (
+    "mixer_input",
+    "mixer_contribution",
+    "cross_attention_input",
+    "cross_attention_output",
+    "cross_attention_contribution",
+)
+"""Sites that some kinds of layer have; where no layer is of that kind, nothing is said of them."""
 ATTENTION = "attention"
 DOWN_WEIGHT = "mlp_down_weight"
 LINEAR_INPUT = "linear_input:"

@@ -69,8 +69,8 @@ def capture_sites(model: nn.Module, batch: dict[str, Any], sites: SiteMap | None
 
     def on_call(call: AttentionCall) -> None:
         assert capture.current is not None
-        assert capture.current.layer is not None
-        found.calls.setdefault(capture.current.layer, call)
+        if capture.current.layer is not None:  # an encoder runs before the blocks
+            found.calls.setdefault(capture.current.layer, call)
 
     def on_rows(layer: int, rows: Tensor, slots: int) -> None:
         found.experts[layer] = rows.reshape(-1, slots, rows.shape[-1]).clone()

@@ -112,7 +112,7 @@ def test_the_compiled_measurement_is_one_graph(monkeypatch: pytest.MonkeyPatch) 
     suite = Suite(default_estimators(observes="attention", site="attention"))
     weights = strata(padded=False)
     ids = TokenIds(torch.randint(0, 5, (BATCH, TOKENS), generator=generator), 5)
-    options: dict[str, Any] = {"causal": True, "token_ids": ids}
+    options: dict[str, Any] = {"mask": AttentionMask(causal=True), "token_ids": ids}
     _, expected = attention_measuring.measure_attention(suite, call, weights, compiled=False, **options)
     measure = attention_measuring._CompiledMeasure(suite, AttentionMask(causal=True), 0.25, None, query, 5)
     assert expected["token_key_mass.count"].sum() > 0

@@ -542,6 +542,7 @@ def watching_statistics(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watching]:
     measures: list[tuple[Any, str]] = [
         (collector.Collector, "on_activation"),
         (collector.Collector, "_fold_attention"),
+        (collector.Collector, "_mask_of"),
         (collector.Collector, "on_stream"),
     ]
     for owner, name in measures:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from osp_diag.schema import DEFAULT_SITES
+from osp_diag.schema import DEFAULT_SITES, OCCASIONAL_SITES
 from osp_diag.sites import find_sites
 from tests.attention_reference import dense_weights, no_trace
 from tests.families import FAMILIES, Family
@@ -34,9 +34,8 @@ def expected_absences(family: Family) -> set[str]:
     absent: set[str] = set()
     if not family.has_attention:
         absent |= {s for s in DEFAULT_SITES if s.startswith(("attention", "query", "key", "value"))}
-        absent.add("residual_mid")
     if name == "mamba":
-        absent |= {"mlp_input", "mlp_hidden", "mlp_down_weight", "mlp_contribution"}
+        absent |= {"residual_mid", "mlp_input", "mlp_hidden", "mlp_down_weight", "mlp_contribution"}
     if name in SOFTMAX:
         absent |= {"query_post_rope", "key_post_rope"}
     if name in UNNAMED_PROJECTIONS:
@@ -53,7 +52,9 @@ def expected_absences(family: Family) -> set[str]:
 @pytest.mark.parametrize("family", EVERY)
 def test_each_site_is_there_or_says_why_not(family: Family) -> None:
     sites = sites_of(family.name)
-    assert set(DEFAULT_SITES) - set(sites.sites) == expected_absences(family)
+    mixer = {"mixer_input", "mixer_contribution"}
+    assert set(OCCASIONAL_SITES) & set(sites.sites) == (set() if family.has_attention else mixer)
+    assert set(DEFAULT_SITES) - set(OCCASIONAL_SITES) - set(sites.sites) == expected_absences(family)
     assert set(sites.absent) == expected_absences(family)
     assert all(sites.absent.values())
     assert sites.number_of_layers == 2
@@ -85,7 +86,8 @@ def test_absences_say_why() -> None:
     assert "parallel block" in sites_of("gpt_neox").absent["residual_mid"]
     assert "no attention here" in sites_of("mamba").absent["attention"]
     assert sites_of("mamba").absent["mlp_hidden"] == "no MLP in the block"
-    assert sites_of("rwkv").absent["residual_mid"] == "no attention in the block"
+    assert sites_of("mamba").absent["residual_mid"].startswith("no MLP in the block, so that nothing lies")
+    assert "osp_diag.attention_function" in sites_of("mamba").absent["attention"]
     assert sites_of("bert").absent["final_norm"] == "no norm reads the last block's output"
 
 

@@ -153,7 +153,7 @@ def test_a_model_that_needs_an_example_says_so() -> None:
             return self.orchard(pixels @ torch.ones(3, 16, device=pixels.device))
 
     with pytest.raises(
-        SiteError, match=r"Pictures could not be run on 8 token ids .*pass `example=` a batch"
+        SiteError, match=r"Pictures could not be run on 11 token ids .*pass `example=` a batch"
     ):
         find_sites(Pictures())
     assert find_sites(Pictures(), example={"pixels": torch.randn(1, 9, 3)}).number_of_layers == 3

@@ -141,6 +141,12 @@ def expected_activations(x: np.ndarray, ids: Tensor) -> dict[str, np.ndarray]:
     }
 
 
+ATTENTION_NAMES = (
+    "sink_rate", "key_mass", "first_token_attention", "first_token_dominance", "key_mass_share",
+    "extra_sink_mass", "max_logit", "delta_logit", "value_norm", "value_drain",
+)  # fmt: skip
+
+
 def expected_attention(reference: Reference, layer: int, ids: Tensor) -> dict[str, np.ndarray]:
     query, key, value = (
         reference.sites[site, layer].transpose(0, 2, 1, 3)
@@ -150,22 +156,35 @@ def expected_attention(reference: Reference, layer: int, ids: Tensor) -> dict[st
     allowed = reference.allowed
     case = Case(query, key, value, strata_of(ids), scale=8**-0.5, allowed=allowed, sink_logits=sinks)
     outputs = dense_outputs(case)
-    names = (
-        "sink_rate", "key_mass", "first_token_attention", "first_token_dominance", "key_mass_share",
-        "extra_sink_mass", "max_logit", "delta_logit", "value_norm", "value_drain",
-    )  # fmt: skip
-    return {name: outputs[name] for name in names}
+    return {name: outputs[name] for name in ATTENTION_NAMES}
 
 
-def test_documents_restrict_the_attention_that_is_measured() -> None:
+def test_documents_are_sequences_of_their_own() -> None:
     model, ids = model_of("learned_sink"), batch_of()
-    documents = torch.tensor([[0] * 8 + [1] * 11, [0] * 19, [3] * 2 + [4] * 17])
-    reference = Reference(model, ids, documents)
+    numbering = torch.tensor([[0] * 8 + [1] * 11, [0] * 19, [3] * 2 + [4] * 17])
+    documents = [(0, 0, 8), (0, 8, 19), (1, 0, 19), (2, 0, 2), (2, 2, 19)]
+    reference = Reference(model, ids, numbering)
     probe = Probe(model, sites=["attention"], delimiter_ids=DELIMITERS)
     with torch.no_grad(), probe.step(0):
-        model(ids, document_ids=documents)
+        model(ids, document_ids=numbering)
+
+    def apart(values: np.ndarray, mode: Any = "edge") -> np.ndarray:
+        """(sequence, token, …) → (document, token, …), the shorter ones padded."""
+        parts = [values[row, start:stop] for row, start, stop in documents]
+        return np.stack([np.pad(p, [(0, 19 - len(p)), *[(0, 0)] * (p.ndim - 1)], mode) for p in parts])
+
+    strata = np.stack([apart(stratum, "constant") for stratum in strata_of(ids)])
+    strata[1, :, 0], strata[2:, :, 0] = 1, 0
+    allowed = np.tril(np.ones((19, 19), dtype=bool)) & (strata[0] > 0)[:, None, None, :]
     for layer in range(2):
-        compare(probe.run, "attention", layer, expected_attention(reference, layer, ids))
+        query, key, value = (
+            apart(reference.sites[site, layer]).transpose(0, 2, 1, 3)
+            for site in ("query_post_rope", "key_post_rope", "value")
+        )
+        sinks = sink_logits(reference.model, reference.config, layer)
+        case = Case(query, key, value, strata, scale=8**-0.5, allowed=allowed, sink_logits=sinks)
+        outputs = dense_outputs(case)
+        compare(probe.run, "attention", layer, {name: outputs[name] for name in ATTENTION_NAMES})
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +10,14 @@ import torch
 from osp_diag.capture.compiling import compile_apart
 from osp_diag.capture.flex import FlexStatistics, is_expressible
 from osp_diag.estimators.attention import AttentionMask, AttentionObservation, TokenIds
+from osp_diag.estimators.attention_reach import with_reach
 from osp_diag.estimators.attention_tiles import AttentionReductions, SoftmaxStatistics
 from osp_diag.estimators.base import Layout, State, Suite
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
 
-__all__ = ["mask_of", "measure_attention"]
+__all__ = ["Masks", "mask_of", "measure_attention"]
 
 
 def measure_attention(
@@ -23,7 +25,7 @@ def measure_attention(
     call: AttentionCall,
     strata: torch.Tensor,
     *,
-    causal: bool,
+    mask: AttentionMask,
     compiled: bool,
     token_ids: TokenIds | None = None,
 ) -> tuple[Layout, State]:
@@ -33,18 +35,16 @@ def measure_attention(
     ----------
     suite : the attention estimators
     strata : (stratum, batch, token)
-    causal : whether the attention is causal; a mask given as a tensor does not say so by itself
+    mask : from :func:`mask_of`
     token_ids : the ids of the tokens, on the call's device
     compiled : use FlexAttention where its masks hold the call's; otherwise, and on a CPU, tiles of queries
     """
     if call.logits is not None:
         extra = max(call.logits.shape[-1] - call.logits.shape[-2], 0)
-        mask = AttentionMask(causal=causal)
         observation = AttentionObservation.from_logits(
             call.logits, call.value, strata, mask=mask, extra_columns=extra, token_ids=token_ids
         )
         return observation.layout, suite.measure(observation)
-    mask = mask_of(call, causal)
     query, key = call.query, call.key
     assert query is not None, "a call without logits has queries"
     assert key is not None, "and keys"
@@ -66,10 +66,18 @@ def measure_attention(
     return observation.layout, suite.measure(observation)
 
 
-def mask_of(call: AttentionCall, causal: bool) -> AttentionMask:
-    """The call's mask; a window without causality reaches both ways, which takes a function."""
+def mask_of(call: AttentionCall, valid: torch.Tensor) -> AttentionMask:
+    """What the queries of a call see, and whether any sees what is later; ``valid`` is 0 for padding.
+
+    A window without causality reaches both ways, which takes a function. Of logits that the model made and
+    masked itself only the reach is told.
+    """
+    if call.logits is not None:
+        return with_reach(
+            AttentionMask(causal=call.causal), valid, heads=call.logits.shape[1], logits=call.logits
+        )
     window, function = call.window, call.mask_function
-    if window is not None and not causal:
+    if window is not None and not call.causal:
         width, other_mask = window, function
 
         def within_window(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -77,7 +85,34 @@ def mask_of(call: AttentionCall, causal: bool) -> AttentionMask:
             return in_window if other_mask is None else in_window & other_mask(batch, head, query, key)
 
         window, function = None, within_window
-    return AttentionMask(causal=causal, window=window, tensor=call.mask, function=function)
+    mask = AttentionMask(causal=call.causal, window=window, tensor=call.mask, function=function)
+    return with_reach(mask, valid, heads=call.tensor.shape[1])
+
+
+class Masks:
+    """The masks of the last calls of a pass: layers that are handed the same tensor are asked once."""
+
+    def __init__(self) -> None:
+        self._recent: list[tuple[Any, AttentionCall, AttentionMask]] = []
+
+    def of(self, call: AttentionCall, valid: torch.Tensor) -> AttentionMask:
+        """See :func:`mask_of`."""
+        if call.logits is not None:
+            return mask_of(call, valid)
+        tensor = call.mask
+        key: tuple[Any, ...] = (call.causal, call.window, call.mask_function, call.tensor.shape[:3])
+        if tensor is not None:
+            place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+            # Without a version counter (inference mode) a tensor may have been written to since.
+            key = (*key, *place, None if tensor.is_inference() else tensor._version)
+        known = next((mask for name, _, mask in self._recent if name == key), None)
+        if known is not None and not (tensor is not None and tensor.is_inference()):
+            return known
+        mask = mask_of(call, valid)
+        # The call is kept so that its mask's memory is not another's meanwhile; two kinds take turns.
+        only_mask = replace(call, query=call.tensor[:0], key=None, value=None, logits=None)
+        self._recent = [(key, only_mask, mask), *self._recent[:1]]
+        return mask
 
 
 def _layout(query: torch.Tensor, key: torch.Tensor, token_ids: TokenIds | None) -> Layout:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
-from osp_diag.capture.attention_measuring import measure_attention
+from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
+from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
+from osp_diag.capture.documents import Documents, documents_of
 from osp_diag.capture.down_projection import down_projection
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
@@ -18,7 +21,7 @@ from osp_diag.capture.strata import strata_of
 from osp_diag.capture.token_groups import GROUPED_FIELDS, TokenGroups
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
-from osp_diag.estimators.attention import TokenIds
+from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
@@ -37,6 +40,9 @@ Key = tuple[str, int, str]
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
 
+
+HELD_BYTES = 2**30
+"""What is held of sequences that are made token by token, before they are folded as far as they go."""
 
 EstimatorChoice = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
 """Estimators for every site, for the sites that match a pattern, or (None) the default ones of each site."""
@@ -64,6 +70,23 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     return suites
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Sequences that are folded together: all of a pass, or some of its documents."""
+
+    documents: Documents | None
+    strata: torch.Tensor
+    ids: torch.Tensor
+
+    def on(self, device: torch.device) -> _Part:
+        documents = None if self.documents is None else self.documents.on(device)
+        return _Part(documents, self.strata.to(device), self.ids.to(device))
+
+    def rows(self, values: torch.Tensor) -> torch.Tensor:
+        """(sequence, token, …) → the same of these sequences."""
+        return values if self.documents is None else self.documents.rows(values)
+
+
 class Collector:
     """Keeps one small state for every (site, layer) and folds each observation into it.
 
@@ -72,7 +95,6 @@ class Collector:
     includes : whether a site is measured
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
-    causal_layers : layers whose attention is causal, whatever way its mask says so
     tokens_first : whether the stream is (token, batch, channel)
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
@@ -87,7 +109,6 @@ class Collector:
         *,
         estimators: EstimatorChoice = None,
         delimiter_ids: Sequence[int] = (),
-        causal_layers: Collection[int] = (),
         tokens_first: bool = False,
         vocabulary: int | None = None,
         compiled: bool = False,
@@ -97,7 +118,6 @@ class Collector:
         self.includes = includes
         self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
-        self.causal_layers = frozenset(causal_layers)
         self.tokens_first = tokens_first
         self.vocabulary = vocabulary
         self.compiled = compiled
@@ -110,11 +130,18 @@ class Collector:
         self.suites: dict[str, dict[str, Suite]] = {}
         self.skipped: dict[str, str] = {}
         self.forward_passes = 0
-        self._strata: dict[torch.device, torch.Tensor] = {}
-        self._ids: dict[torch.device, torch.Tensor] = {}
+        self._parts: dict[torch.device, list[_Part]] = {}
+        self.notes: dict[str, None] = {}
+        """What the reader of the numbers should know, in order."""
+        self._sequences = CachedSequences()
+        self._cached_pass: CachedPass | None = None
+        self._measures_calls, self._is_put_together = True, False
+        self._valid = torch.ones(0)
+        """(batch, token) of the pass, 0 for padding"""
         self._pass: ForwardPass | None = None
         self._tokens: tuple[int, int] | None = None
         """(sequences, tokens of each) of the pass, once the stream has entered the first block"""
+        self._masks = Masks()
         self._before_stream: list[tuple[Tap, int, torch.Tensor]] = []
         self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
@@ -154,7 +181,8 @@ class Collector:
         self._layers_called, self._values = set(), {}
         if self.groups is not None:
             self.groups.start(self.forward_passes)
-        self._before_stream, self._tokens = [], None
+        self._before_stream, self._tokens, self._masks = [], None, Masks()
+        self._cached_pass, self._measures_calls = None, True
 
     def on_stream(self, forward_pass: ForwardPass) -> None:
         """Learn from what enters the first block how many sequences and tokens there are, and which."""
@@ -168,19 +196,108 @@ class Collector:
         mask = forward_pass.padding_mask(batch, tokens)
         positions = forward_pass.position_ids(batch, tokens)
         strata = strata_of(ids, mask, self.delimiter_ids, positions)
-        self._strata = {strata.device: strata}
-        self._ids = {ids.device: ids}
-        self._source_strata = strata
         self._tokens = (batch, tokens)
+        self._valid = strata[0]
+        if self._opens_or_continues(forward_pass, ids, strata):
+            return
+        documents = documents_of(forward_pass, strata[0] > 0)
+        parts = [self._documents_alone(documents_alike, ids) for documents_alike in documents]
+        self._parts = {strata.device: parts or [_Part(None, strata, ids)]}
         waiting, self._before_stream = self._before_stream, []
         for tap, layer, value in waiting:
             self.on_activation(tap, layer, value)
+
+    def _opens_or_continues(self, forward_pass: ForwardPass, ids: torch.Tensor, strata: torch.Tensor) -> bool:
+        """Whether the pass is one of several over the same sequences, which are put together at their end."""
+        self._cached_pass = None
+        cached = cached_tokens(forward_pass)
+        if self._sequences.passes and not self._sequences.continues(cached, ids.shape[0]):
+            self.finish()
+            # What was finished stays, should this pass raise.
+            self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
+            if self.groups is not None:
+                self.groups.start(self.forward_passes)
+        if cached is None:
+            return False
+        present = strata[0] > 0
+        if cached > 0 and not self._sequences.passes:
+            self.notes.setdefault(
+                "passes that went on with a cache whose beginning was not measured, or is too large to hold, "
+                "are measured token by token: of them no attention, and each counts as sequences of its own"
+            )
+            # Behind a token that is not there, none of these is a first one.
+            before = functional.pad(ids, (1, 0), value=-1), functional.pad(present, (1, 0), value=True)
+            strata = strata_of(*before, self.delimiter_ids)[..., 1:]
+            self._parts = {strata.device: [_Part(None, strata, ids)]}
+            self._measures_calls = False
+            return True
+        self._parts = {strata.device: [_Part(None, strata, ids)]}
+        self._cached_pass = CachedPass(ids, present, cached)
+        self._sequences.passes.append(self._cached_pass)
+        return True
+
+    def finish(self) -> None:
+        """Fold the sequences that were made token by token with a cache, as one pass over their tokens."""
+        sequences, self._sequences, self._cached_pass = self._sequences, CachedSequences(), None
+        if not sequences.passes:
+            return
+        of_this_pass = (self._tokens, self._parts, self._masks, self._valid)
+        ids, present = sequences.whole("ids"), sequences.whole("present")
+        self._is_put_together = True
+        with unobserved(ids.device):
+            strata = strata_of(ids, present, self.delimiter_ids)
+            self._tokens, self._masks, self._valid = (ids.shape[0], ids.shape[1]), Masks(), strata[0]
+            self._parts = {strata.device: [_Part(None, strata, ids)]}
+            for (site, layer, kind), values in sequences.activations().items():
+                self._fold_held(site, layer, kind, values)
+            for layer in sequences.layers():
+                call = sequences.call(layer)
+                if call is None:
+                    self.skipped[ATTENTION] = "the cache was reordered while tokens were made (beam search)"
+                else:
+                    self._fold_whole_call(call, layer)
+        self._is_put_together = False
+        self._tokens, self._parts, self._masks, self._valid = of_this_pass
+
+    def _fold_held(self, site: str, layer: int, kind: str, values: torch.Tensor) -> None:
+        if kind == "activation":
+            self._fold(site, layer, kind, values, self._parts_on(values.device)[0].strata)
+        elif kind == "routed":
+            self._fold_routed(layer, values)
+        else:
+            self._fold_heads(site, layer, values.transpose(1, 2))
+
+    def _hold(self, key: tuple[str, int, str], values: torch.Tensor) -> None:
+        """Keep what a pass with a cache gave until its sequences end."""
+        assert self._cached_pass is not None, "asked only then"
+        self._cached_pass.keep(key, values)
+        self._spill()
+
+    def _spill(self) -> None:
+        """Fold a first pass that is too large to hold at once, as a pass without a cache."""
+        held = self._cached_pass
+        if held is None or len(self._sequences.passes) > 1 or held.size <= HELD_BYTES:
+            return
+        self._sequences, self._cached_pass = CachedSequences(), None
+        for key, values in held.activations.items():
+            self._fold_held(*key, values)
+        for layer, call in held.calls.items():
+            if call.lengths[0] == call.lengths[1] == held.key_counts[layer]:
+                self._fold_whole_call(call, layer)
+
+    def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
+        documents_of_ids = documents.on(ids.device)
+        rows = documents_of_ids.rows(ids)
+        strata = strata_of(rows, documents_of_ids.valid, self.delimiter_ids)
+        return _Part(documents, strata, torch.where(documents_of_ids.valid, rows, -1))
 
     def stop(self, raised: bool) -> None:
         """A pass that raised is forgotten whole: half of its sites would bias the averages."""
         if self._fused is not None:
             self._fused.forget() if raised else self._fused.finish()
         if raised:
+            if self._cached_pass is not None:
+                self._sequences.passes.remove(self._cached_pass)
             self._states, self._stacks, self.layouts = self._backup
             if self.groups is not None:
                 self.groups.forget()
@@ -189,24 +306,21 @@ class Collector:
         else:
             self.forward_passes += 1
         self._backup, self._pass, self._values = (), None, {}
-        self._before_stream, self._tokens = [], None
+        self._before_stream, self._tokens, self._masks = [], None, Masks()
+        self._cached_pass = None
+        if self._sequences.size > HELD_BYTES:
+            self.finish()
 
     def forget_unfinished(self) -> None:
         """Forget a pass that Ctrl-C cut short, of which no hook tells."""
         if self._pass is not None:
             self.stop(True)
 
-    def strata_on(self, device: torch.device) -> torch.Tensor:
-        if device not in self._strata:
-            self._strata[device] = self._source_strata.to(device)
-        return self._strata[device]
-
-    def _token_ids_on(self, device: torch.device) -> TokenIds | None:
-        if self.vocabulary is None:
-            return None
-        if device not in self._ids:
-            self._ids[device] = next(iter(self._ids.values())).to(device)
-        return TokenIds(self._ids[device], self.vocabulary)
+    def _parts_on(self, device: torch.device) -> list[_Part]:
+        if device not in self._parts:
+            parts = next(iter(self._parts.values()))
+            self._parts[device] = [part.on(device) for part in parts]
+        return self._parts[device]
 
     # What hooks deliver
 
@@ -216,7 +330,6 @@ class Collector:
             # A copy, since the model may go on to write to it.
             self._before_stream.append((tap, layer, value.clone()))
             return
-        strata = self.strata_on(value.device)
         batch, tokens = self._tokens
         shape, rows = tuple(value.shape), batch_first(tap, value, batch, tokens)
         if rows is None:
@@ -230,9 +343,14 @@ class Collector:
             if tap.site == "value":
                 self._values[layer] = tensor
             if self.includes(tap.site):
-                self._fold_heads(tap.site, layer, tensor, strata)
+                self._fold_heads(tap.site, layer, tensor)
         elif self.includes(tap.site):
-            self._fold(tap.site, layer, "activation", value.reshape(batch, tokens, -1), strata)
+            value = value.reshape(batch, tokens, -1)
+            if self._cached_pass is not None:
+                self._hold((tap.site, layer, "activation"), value)
+                return
+            for part in self._parts_on(value.device):
+                self._fold(tap.site, layer, "activation", part.rows(value), part.strata)
 
     def on_attention(self, call: AttentionCall, layer: int | None) -> None:
         """Fold one self-attention call: its heads' tensors and the statistics of its probabilities.
@@ -240,6 +358,8 @@ class Collector:
         A layer that calls attention several times (DiffLlama) counts once, by its first call.
         """
         if layer is None or layer in self._layers_called or self._tokens is None:
+            return
+        if not self._measures_calls or (self._cached_pass is None and call.lengths[1] > call.lengths[0]):
             return
         self._layers_called.add(layer)
         shape = (call.tensor.shape[0], call.tensor.shape[2])
@@ -249,31 +369,65 @@ class Collector:
                 f"{self._tokens[0]} of {self._tokens[1]} (attention within windows of an image, perhaps)"
             )
             return
-        strata = self.strata_on(call.tensor.device)
+        if self._cached_pass is not None:
+            if call.value is None and call.logits is not None:
+                call = replace(call, value=self._values.pop(layer, None))
+            self._cached_pass.keep_call(layer, call)
+            if call.key is not None:
+                self._sequences.last_keys[layer] = call.key
+            self._spill()
+            return
         with unobserved(call.tensor.device, traced=self.compiled):
-            for site, tensor in (
-                ("query_post_rope", call.query),
-                ("key_post_rope", call.key),
-                ("value", call.value),
-            ):
-                if tensor is not None and self.includes(site):
-                    self._fold_heads(site, layer, tensor, strata)
+            self._fold_whole_call(call, layer)
+
+    def _fold_whole_call(self, call: AttentionCall, layer: int) -> None:
+        for site, tensor in (
+            ("query_post_rope", call.query),
+            ("key_post_rope", call.key),
+            ("value", call.value),
+        ):
+            # Beside logits that the model made, values come from a tap, which folds them.
+            if tensor is not None and call.logits is None and self.includes(site):
+                self._fold_heads(site, layer, tensor)
+        if call.value is None and call.logits is not None:
+            call = replace(call, value=self._values.pop(layer, None))
+        self._fold_call(call, layer)
+
+    def _fold_call(self, call: AttentionCall, layer: int) -> None:
+        """Fold what a call's probabilities say, of each document apart where a sequence holds several."""
+        parts = self._parts_on(call.tensor.device)
+        if self.snapshots is None and not self.includes(ATTENTION):
+            return
+        mask = self._mask_of(call)
+        for part in parts:
+            part_call, part_mask = call, mask
+            if part.documents is not None:
+                part_call, part_mask = part.documents.call(call), part.documents.mask(mask)
             if self.snapshots is not None:
-                self.snapshots.offer_call(layer, call, causal=call.causal or layer in self.causal_layers)
-            if self.includes(ATTENTION) and strata.shape[-1] > 1:
-                if call.value is None and call.logits is not None:
-                    call = replace(call, value=self._values.pop(layer, None))
-                self._fold_attention(call, layer, strata)
+                self.snapshots.offer_call(layer, part_call, part_mask)
+            if self.includes(ATTENTION) and part.strata.shape[-1] > 1:
+                self._fold_attention(part_call, layer, part, part_mask)
 
     def on_routed(self, layer: int, rows: torch.Tensor, slots: int) -> None:
         """Fold the experts' hidden activations: each token's ``slots`` rows as so many parallel sequences."""
-        strata = self.strata_on(rows.device)
-        _, batch, tokens = strata.shape
+        if self._tokens is None:
+            return
+        batch, tokens = self._tokens
         if rows.shape[0] != batch * tokens * slots:
             self.skipped["mlp_hidden"] = "its experts dropped or padded tokens, so rows cannot be told apart"
             return
-        x = rows.reshape(batch, tokens, slots, -1).transpose(1, 2).flatten(0, 1)
-        self._fold("mlp_hidden", layer, "activation", x, strata.repeat_interleave(slots, dim=1))
+        rows = rows.reshape(batch, tokens, slots, -1)
+        if self._cached_pass is not None:
+            self._hold(("mlp_hidden", layer, "routed"), rows)
+            return
+        self._fold_routed(layer, rows)
+
+    def _fold_routed(self, layer: int, rows: torch.Tensor) -> None:
+        """(batch, token, slot, channel): the rows of each slot are sequences of their own."""
+        slots = rows.shape[2]
+        for part in self._parts_on(rows.device):
+            x = part.rows(rows).transpose(1, 2).flatten(0, 1)
+            self._fold("mlp_hidden", layer, "activation", x, part.strata.repeat_interleave(slots, dim=1))
 
     def on_weight(self, tap: Tap, layer: int, module: nn.Module, hidden: torch.Tensor) -> None:
         """Measure a projection's weights, once a step: they are the same in all its forward passes."""
@@ -290,14 +444,19 @@ class Collector:
 
     # Folding
 
-    def _fold_heads(self, site: str, layer: int, tensor: torch.Tensor, strata: torch.Tensor) -> None:
-        if tensor.shape[0] != strata.shape[1] or tensor.shape[2] != strata.shape[2]:
+    def _fold_heads(self, site: str, layer: int, tensor: torch.Tensor) -> None:
+        if (tensor.shape[0], tensor.shape[2]) != self._tokens:
             self.skipped[site] = (
                 f"its tensor {tuple(tensor.shape)} is not (batch, head, token, width) for these tokens"
             )
             return
-        self._fold(site, layer, "activation", tensor.transpose(1, 2).flatten(2), strata, snapshot=False)
-        self._fold(site, layer, "heads", tensor, strata)
+        if self._cached_pass is not None:
+            self._hold((site, layer, "heads"), tensor.transpose(1, 2))
+            return
+        for part in self._parts_on(tensor.device):
+            x = part.rows(tensor.transpose(1, 2))
+            self._fold(site, layer, "activation", x.flatten(2), part.strata, snapshot=False)
+            self._fold(site, layer, "heads", x.transpose(1, 2), part.strata)
 
     def _fold(
         self,
@@ -315,7 +474,7 @@ class Collector:
         if suite is None:
             return
         key = (site, layer, kind)
-        if kind == "activation" and self.compiled and x.device.type == "cuda":
+        if kind == "activation" and self._compiles and x.device.type == "cuda":
             increment = self._fused_folding().fold(key, suite, x, strata)
         else:
             increment = self._measure_function(site, kind, x)(x, strata)
@@ -331,21 +490,32 @@ class Collector:
                 return suite.measure(HeadsObservation(x, strata))
             return suite.measure(ActivationObservation(x, strata))
 
-        if not self.compiled:
+        if not self._compiles:
             return measure
         name = (suite.measurements, kind, x.shape, x.stride(), x.dtype, x.device)
         return compile_once(name, measure)
 
-    def _fold_attention(self, call: AttentionCall, layer: int, strata: torch.Tensor) -> None:
+    def _mask_of(self, call: AttentionCall) -> AttentionMask:
+        return self._masks.of(call, self._valid.to(call.tensor.device))
+
+    def _fold_attention(self, call: AttentionCall, layer: int, part: _Part, mask: AttentionMask) -> None:
         suite = self.suites_at(ATTENTION).get("attention")
         if suite is None:
             return
-        causal = call.causal or layer in self.causal_layers
-        ids = self._token_ids_on(strata.device)
+        ids = None if self.vocabulary is None else TokenIds(part.ids, self.vocabulary)
         layout, increment = measure_attention(
-            suite, call, strata, causal=causal, compiled=self.compiled, token_ids=ids
+            suite, call, part.strata, mask=mask, compiled=self._compiles, token_ids=ids
         )
         self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether statistics are compiled: not of shapes that are others in every pass."""
+        return (
+            self.compiled
+            and not self._is_put_together
+            and all(part.documents is None for part in next(iter(self._parts.values())))
+        )
 
     def _fused_folding(self) -> FusedFolding:
         if self._fused is None:

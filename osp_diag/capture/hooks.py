@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import split_fused
+from osp_diag.sites.stack import is_list
 from osp_diag.sites.trace import unwrap
 
 __all__ = ["ForwardPass", "SiteCapture", "batch_first", "heads_first", "unobserved"]
@@ -33,8 +34,14 @@ _NO_IDS = re.compile(r"mask|position|label|target|type|segment|cache|decoder", r
 class ForwardPass:
     """The forward pass under way: what its modules were called with, and how often each block ran in it."""
 
-    def __init__(self, arguments: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, arguments: Mapping[str, Any], prefix: str = "", config: Any = None) -> None:
         self.prefix = prefix
+        attention = str(getattr(config, "_attn_implementation", None))
+        self.makes_its_masks = hasattr(config, "_attn_implementation")
+        """whether the model is of transformers, which make the masks of their blocks"""
+        self.follows_positions = "flash" in attention
+        """whether attention takes positions that begin again for documents"""
+        self.attends_in_chunks = getattr(config, "attention_chunk_size", None) is not None
         self.levels: list[dict[str, Any]] = [_flattened(arguments)]
         """arguments by the names that ``forward`` gives them: of the model, then of each module on the way
         from it to its first block, which come to know masks and positions that the model makes itself"""
@@ -43,6 +50,8 @@ class ForwardPass:
         self.stream: torch.Tensor | None = None
         """what entered the first block that ran"""
         self.runs: dict[str, int] = defaultdict(int)
+        self.calls: dict[tuple[str, str], int] = defaultdict(int)
+        """(module, side) → how often it was reached: in the block that runs now, or in the pass"""
         self.layer: int | None = None
         """the layer of the block that runs now"""
 
@@ -177,18 +186,20 @@ class SiteCapture:
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for path in self._layers:
                 block = self.model.get_submodule(path)
-                hook = self._block_hook(path)
-                self._handles.append(block.register_forward_pre_hook(hook, with_kwargs=True))
+                # A block that is a list does not run; the modules in it do.
+                for module in block.children() if is_list(block) else (block,):
+                    hook = self._block_hook(path, block)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             by_module: dict[tuple[str, str], list[Tap]] = defaultdict(list)
             for tap in self._distinct_taps():
                 by_module[tap.module, tap.side].append(tap)
             for (path, side), taps in by_module.items():
                 module = self.model.get_submodule(path)
                 if side == "input":
-                    hook = self._input_hook(taps)
+                    hook = self._input_hook(taps, path)
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 elif side == "output":
-                    self._handles.append(module.register_forward_hook(self._output_hook(taps)))
+                    self._handles.append(module.register_forward_hook(self._output_hook(taps, path)))
                 elif self.on_weight is not None:
                     hook = self._weight_hook(taps, self.on_weight)
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -220,14 +231,17 @@ class SiteCapture:
         """One tap where a shared block makes several layers read the same module."""
         taps: dict[tuple[Any, ...], Tap] = {}
         for tap in self.taps:
-            taps.setdefault((tap.site, tap.module, tap.side, tap.argument, tap.fused), tap)
+            place = (tap.site, tap.module, tap.side, tap.argument, tap.fused, tap.call, tap.stream)
+            taps.setdefault(place, tap)
         return list(taps.values())
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return
         self._abandon()
-        self.current = ForwardPass(_arguments_by_name(module, args, kwargs), self.prefix)
+        self.current = ForwardPass(
+            _arguments_by_name(module, args, kwargs), self.prefix, getattr(self.model, "config", None)
+        )
         self.on_start(self.current)
 
     def _end(self, module: nn.Module, args: Any, result: Any) -> None:
@@ -247,15 +261,18 @@ class SiteCapture:
 
         return hook
 
-    def _block_hook(self, path: str) -> Callable[..., None]:
+    def _block_hook(self, path: str, block: nn.Module) -> Callable[..., None]:
         order = self._layers[path]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self.current is None:
+            current = self.current
+            if current is None or (is_list(block) and current.layer == order[0]):
                 return
-            self.current.layer = order[min(self.current.runs[path], len(order) - 1)]
-            self.current.runs[path] += 1
-            if self.current.stream is None:
+            current.layer = order[min(current.runs[path], len(order) - 1)]
+            current.runs[path] += 1
+            for place in [place for place in current.calls if place[0].startswith(f"{path}.")]:
+                del current.calls[place]
+            if current.stream is None:
                 self._stream_enters(module, args, kwargs)
 
         return hook
@@ -278,18 +295,26 @@ class SiteCapture:
                 return tap.layer if self.current is None or self.current.layer is None else self.current.layer
         return tap.layer
 
-    def _input_hook(self, taps: list[Tap]) -> Callable[..., None]:
+    def _of_this_call(self, taps: list[Tap], path: str, side: str) -> list[Tap]:
+        """The taps that are meant by the call under way, of a module that runs several times."""
+        if self.current is None:
+            return []
+        number = self.current.calls[path, side]
+        self.current.calls[path, side] += 1
+        return [tap for tap in taps if tap.call is None or tap.call == number]
+
+    def _input_hook(self, taps: list[Tap], path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.current is not None:
-                for tap in taps:
+                for tap in self._of_this_call(taps, path, "input"):
                     self._read(tap, _input_of(tap.argument, args, kwargs))
 
         return hook
 
-    def _output_hook(self, taps: list[Tap]) -> Callable[..., None]:
+    def _output_hook(self, taps: list[Tap], path: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
             if self.current is not None:
-                for tap in taps:
+                for tap in self._of_this_call(taps, path, "output"):
                     self._read(tap, _output_of(tap.argument, result))
 
         return hook
@@ -311,6 +336,8 @@ class SiteCapture:
     def _read(self, tap: Tap, value: Any) -> None:
         if not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
             return
+        if tap.stream is not None and value.ndim == 4:
+            value = value[tap.stream]
         with unobserved(value.device):
             self.on_activation(tap, self._layer(tap), value.detach())
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from osp_diag.capture.attention_measuring import mask_of
 from osp_diag.estimators._arrays import index_range
-from osp_diag.estimators.attention_mask import QueryRows
+from osp_diag.estimators.attention_mask import AttentionMask, QueryRows
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
@@ -95,14 +94,13 @@ class Snapshots:
         self._room -= size
         self.copies[site, layer] = part.float().clone()
 
-    def offer_call(self, layer: int, call: AttentionCall, *, causal: bool) -> None:
+    def offer_call(self, layer: int, call: AttentionCall, mask: AttentionMask) -> None:
         """Keep what makes logits of the first sequence's queries and keys, where both were kept."""
         has_both = all((f"{site}_post_rope", layer) in self.copies for site in ("query", "key"))
         if not has_both or layer in self.rules or call.query is None:
             return
         batch, heads, tokens, _ = call.query.shape
         count = min(tokens, self.tokens)
-        mask = mask_of(call, causal)
         rows = QueryRows(index_range(0, count, call.query), (0, count), (0, tokens))
         additive, allowed = mask.rows(rows, batch=batch, heads=heads, like=call.query)
         # The mask's two parts as one bias of the logits; one head stands for all where they are alike.

@@ -230,6 +230,7 @@ class Probe:
         collector = self._collector()
         with self._attached(collector):
             yield collector
+        collector.finish()
 
     def _collector(self) -> Collector:
         settings = self.settings
@@ -244,7 +245,6 @@ class Probe:
             self.measures_site,
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
-            causal_layers=self.site_map.causal_layers,
             tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
@@ -279,9 +279,15 @@ class Probe:
             if self.site_map.attention_layers and any(self.measures_site(site) for site in heads):
 
                 def on_call(call: Any) -> None:
-                    collector.on_attention(call, capture.current.layer if capture.current else None)
+                    layer = capture.current.layer if capture.current else None
+                    # A router's softmax over as many experts as tokens looks like attention.
+                    if layer in self.site_map.attention_layers:
+                        copies = self.site_map.key_copies.get(layer, 1)
+                        collector.on_attention(call.with_distinct_keys(copies), layer)
 
-                stack.enter_context(AttentionCapture(unwrap(self.model), on_call, capture.active))
+                stack.enter_context(
+                    AttentionCapture(unwrap(self.model), on_call, capture.active, cached=True)
+                )
             yield
 
     def _experts(self, collector: Collector, capture: SiteCapture) -> ExpertCapture:
@@ -296,6 +302,7 @@ class Probe:
     # Keeping
 
     def _record(self, step: int, collector: Collector, started: float) -> None:
+        collector.finish()
         if collector.forward_passes == 0 and not is_distributed():
             raise CaptureError(
                 f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing "
@@ -311,6 +318,7 @@ class Probe:
         # What is deferred must not change with what it was made from.
         beside = {group: dataset.copy(deep=self.deferred) for group, dataset in datasets.items()}
         self.absent |= collector.skipped
+        self.attributes["notes"] += [n for n in collector.notes if n not in self.attributes["notes"]]
         self._records.step(step, lambda: labelled() | beside, collector.skipped.copy())
         self._keep_snapshots(collector)
         self._keep_vocabulary()

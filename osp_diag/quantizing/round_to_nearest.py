@@ -50,7 +50,7 @@ def round_to_nearest(
 
     Parameters
     ----------
-    model : any model whose blocks osp_diag finds; one pass of eight tokens finds them
+    model : any model whose blocks osp_diag finds; one pass of eleven tokens finds them
     weight_bits, activation_bits : 2 to 8; 16 leaves weights or activations bit for bit as they are
     blocks : path or pattern of the stack of blocks, where the guess fails
 

@@ -48,6 +48,8 @@ class AttentionCapture:
         active: asked when a forward starts and at every call. A forward that starts inactive is not touched.
         blocks: the modules inside which a softmax may be attention. By default the members of every
             ``ModuleList``, ``ModuleDict`` and ``Sequential``, or any submodule where there are none.
+        cached: deliver also calls with more keys than queries, as decoding with a cache makes them.
+        on_skip: receives the reason (:class:`SkipReason`) of every call that is not delivered, at its time.
 
     Attributes:
         skipped: how many calls were not delivered, by reason (:class:`SkipReason`).
@@ -73,12 +75,15 @@ class AttentionCapture:
         active: Callable[[], bool] = lambda: True,
         *,
         blocks: Collection[nn.Module] | None = None,
+        cached: bool = False,
+        on_skip: Callable[[str], None] | None = None,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.skipped: Counter[str] = Counter()
         self.forwards = 0
-        self._on_call = on_call
+        self._on_call, self._on_skip = on_call, on_skip
         self._active = active
+        self._cached = cached
         self._blocks = set(blocks) if blocks is not None else _members_of_containers(self.model)
         self._handles: list[RemovableHandle] = []
         self._running: ExitStack | None = None
@@ -236,6 +241,8 @@ class AttentionCapture:
                 reason = self._reason_to_skip(call) if isinstance(call, AttentionCall) else call
                 if reason is not None:
                     self.skipped[reason] += 1
+                    if self._on_skip is not None:
+                        self._on_skip(reason)
                 elif isinstance(call, AttentionCall):
                     self._hand_over(call.detached())
         finally:
@@ -250,7 +257,7 @@ class AttentionCapture:
         queries, keys = call.lengths
         if keys < queries or self._is_cross_attention(call.module):
             return SkipReason.CROSS
-        return SkipReason.CACHED if keys > queries else None
+        return SkipReason.CACHED if keys > queries and not self._cached else None
 
     def _is_cross_attention(self, module: nn.Module | None) -> bool:
         # Equal lengths do not make it self-attention; models tell the two apart by name or by flag.

@@ -100,6 +100,12 @@ class AttentionCall:
         tensors: dict[str, Any] = {k: v.detach() for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
+    def with_distinct_keys(self, copies: int) -> AttentionCall:
+        """The same call with each key and value head once, where the model repeated it ``copies`` times."""
+        if copies == 1 or self.key is None or self.value is None:
+            return self
+        return replace(self, key=self.key[:, ::copies], value=self.value[:, ::copies])
+
 
 def add_bias(bias: Tensor | None, mask: Tensor | None) -> Tensor | None:
     """One additive tensor from a bias of the logits and a mask, as transformers combines them."""

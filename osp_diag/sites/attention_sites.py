@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from osp_diag.schema import SITES
+from osp_diag.seams.call import SkipReason
 from osp_diag.sites.blocks import Block, is_inside, output_tap
 from osp_diag.sites.projections import distinct_heads, pre_rope_tap
 from osp_diag.sites.trace import Event
 
-__all__ = ["attention_event", "attention_sites", "is_causal"]
+__all__ = ["attention_event", "attention_sites", "event_around", "is_causal"]
 
 _PROJECTION_NAMES = {
     "query_pre_rope": re.compile(r"^(q|query|wq|q_lin|to_q)(_?proj)?$", re.IGNORECASE),
@@ -22,7 +23,11 @@ _PROJECTION_NAMES = {
 }
 
 _FILL = -1e3
-NO_ATTENTION = "no attention here (state-space, recurrent, or an attention no seam can see)"
+NO_ATTENTION = (
+    "no attention here that a seam can see (state-space or recurrent layers have none; a kernel of your own "
+    "is seen if the function that calls it is declared with osp_diag.attention_function)"
+)
+CROSS_ONLY = "the block attends to another sequence only (cross-attention)"
 
 
 def attention_event(block: Block) -> Event | None:
@@ -30,11 +35,14 @@ def attention_event(block: Block) -> Event | None:
 
     A module with more (an inner block, as in ALBERT) holds the MLP too, and is looked into.
     """
-    if block.call is None:
-        return None
-    last = block.calls[-1][0]
-    enclosing = [event for event in block.inner if event.start < block.call_time < event.stop]
-    for event in enclosing:
+    return None if block.call is None else event_around(block, block.call_time, block.calls[-1][0])
+
+
+def event_around(block: Block, first: int, last: int) -> Event | None:
+    """The outermost module around the times of calls with at most one projection after the last of them."""
+    for event in block.inner:
+        if not event.start < first < event.stop:
+            continue
         later_linears = [e for e in block.inner if e.projection and last < e.start < event.stop]
         if len(later_linears) <= 1:
             return event
@@ -46,7 +54,7 @@ def attention_sites(block: Block, attention: Event | None) -> None:
     if block.call is None:
         for site in SITES:
             if site.startswith(("attention", "query", "key", "value")):
-                block.absent[site] = NO_ATTENTION
+                block.absent[site] = _why_none(block)
         return
     inner = [event for event in block.inner if attention is None or is_inside(event, attention)]
     earlier = [event for event in inner if event.stop < block.call_time]
@@ -63,6 +71,13 @@ def attention_sites(block: Block, attention: Event | None) -> None:
     else:
         block.absent["attention_output"] = "no projection runs after attention in its module"
     _pre_rope_sites(block, earlier)
+
+
+def _why_none(block: Block) -> str:
+    reasons = [reason for _, reason in block.skipped if reason not in (SkipReason.CROSS, SkipReason.CACHED)]
+    if reasons:
+        return f"the attention call cannot be read: {reasons[0]}"
+    return NO_ATTENTION if block.cross_time is None else CROSS_ONLY
 
 
 def _pre_rope_sites(block: Block, earlier: list[Event]) -> None:
@@ -101,7 +116,7 @@ def _projections_by_name(block: Block, earlier: list[Event]) -> None:
 def is_causal(call: Any) -> bool:
     """Whether no query sees a later key: by flag, by mask, or by the logits that were filled.
 
-    Some models fill with −1e4 or −1e9; no bias of eight tokens takes every later key of every head that far.
+    Some models fill with −1e4 or −1e9; no bias of so few tokens takes every later key of every head that far.
     """
     if call.causal:
         return True

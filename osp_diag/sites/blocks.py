@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
+from osp_diag.seams.call import SkipReason
 from osp_diag.sites.names import Tap
 from osp_diag.sites.stack import is_norm
 from osp_diag.sites.trace import Event
 
-__all__ = ["Block", "input_tap", "is_inside", "outermost", "output_tap", "same"]
+__all__ = ["Block", "factor_of", "input_tap", "is_inside", "minus", "outermost", "output_tap", "same"]
 
 
 def same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
@@ -21,14 +22,50 @@ def same(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
     return torch.equal(left.reshape(-1), right.reshape(-1))
 
 
+def factor_of(output: torch.Tensor, difference: torch.Tensor) -> float | None:
+    """c such that difference = c · output, or None."""
+    output = output.double().reshape(difference.shape)
+    energy = float((output * output).sum())
+    if energy == 0 or not bool(difference.any()):
+        return None
+    # Least squares, as ⟨output, difference⟩ / ⟨output, output⟩; then it has to fit everywhere.
+    factor = float((output * difference).sum()) / energy
+    tolerance = 2e-2 * float(difference.abs().max())
+    return factor if torch.allclose(factor * output, difference, rtol=2e-2, atol=tolerance) else None
+
+
+def minus(left: torch.Tensor | None, right: torch.Tensor | None) -> torch.Tensor | None:
+    """left − right in float64, or None where there is none or their sizes differ."""
+    if left is None or right is None or left.numel() != right.numel():
+        return None
+    return left.double() - right.double().reshape(left.shape)
+
+
 def input_tap(site: str, layer: int, event: Event) -> Tap:
     """The first floating input of a module."""
-    return Tap(site=site, layer=layer, module=event.name, side="input", argument=next(iter(event.inputs)))
+    reader = event.entry or event
+    return Tap(
+        site=site,
+        layer=layer,
+        module=reader.name,
+        side="input",
+        argument=next(iter(reader.inputs)),
+        call=reader.call,
+        stream=event.stream,
+    )
 
 
 def output_tap(site: str, layer: int, event: Event) -> Tap:
     """The first floating output of a module."""
-    return Tap(site=site, layer=layer, module=event.name, side="output", argument=next(iter(event.outputs)))
+    return Tap(
+        site=site,
+        layer=layer,
+        module=event.name,
+        side="output",
+        argument=next(iter(event.outputs)),
+        call=event.call,
+        stream=event.stream,
+    )
 
 
 def is_inside(event: Event, outer: Event | None) -> bool:
@@ -55,11 +92,15 @@ class Block:
     hidden_size: int
     calls: list[tuple[int, Any]]
     """self-attention calls, with the time of each"""
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    """attention calls that were not delivered: when, and why"""
     taps: list[Tap] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
     """contribution → what the block multiplies it with before adding it"""
     experts: str | None = None
+    after: torch.Tensor | None = None
+    """the stream after the block"""
 
     @property
     def call(self) -> Any:
@@ -69,6 +110,15 @@ class Block:
     @property
     def call_time(self) -> int:
         return self.calls[0][0] if self.calls else 0
+
+    @property
+    def cross_time(self) -> int | None:
+        """When cross-attention was called, or None.
+
+        The traced pass has no cache: more keys than queries, beside a self-attention, are other tokens' keys.
+        """
+        reasons = {SkipReason.CROSS, SkipReason.CACHED} if self.calls else {SkipReason.CROSS}
+        return next((time for time, reason in self.skipped if reason in reasons), None)
 
     @property
     def rows(self) -> int:
@@ -91,7 +141,8 @@ class Block:
     def past_norm(self, event: Event) -> Event:
         """``event``, or what reads the norm with which it begins (T5's layers hold their own norms)."""
         inside = [e for e in self.inner if event.start < e.start and e.stop < event.stop]
-        if not inside or not is_norm(inside[0].module) or not same(inside[0].input, event.input):
+        norm = next((e for e in inside if is_norm(e.module)), None)
+        # Modules around the norm (a Sequential that begins with it) read the same.
+        if norm is None or not all(same(e.input, event.input) for e in inside if e.start <= norm.start):
             return event
-        reader = next((e for e in inside[1:] if same(e.input, inside[0].output)), None)
-        return event if reader is None else reader
+        return next((e for e in inside if e.start > norm.stop and same(e.input, norm.output)), event)

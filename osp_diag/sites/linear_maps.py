@@ -6,12 +6,14 @@ import torch
 from torch import nn
 
 from osp_diag.sites.stack import holds_matrix, is_linear, is_norm
-from osp_diag.sites.trace import Event, Trace
+from osp_diag.sites.trace import Event, Trace, outputs_of
 
-__all__ = ["call_again", "mark_projections"]
+__all__ = ["mark_projections", "mixes_tokens"]
 
 _TOLERANCE = 0.05
 """Of the largest output: a projection that quantises its input as it runs is linear to about 1%."""
+_ROUNDING = 0.02
+"""Of the largest output: what other tokens change where a quantised input shares its scale with them."""
 _SPREAD = 8.0
 """Standard deviation of the inputs that are tried: far outside of where activation functions are straight."""
 
@@ -105,7 +107,7 @@ def _is_linear_map(event: Event) -> bool:
     bumped = left.clone()
     bumped[..., 0] += _SPREAD
     inputs = (left, right, (left + right) / 2, left.roll(1, dims=-2), bumped)
-    outputs = [call_again(event, x) for x in inputs]
+    outputs = [_call_again(event, x) for x in inputs]
     if any(y is None for y in outputs):
         return False
     y_left, y_right, y_middle, y_rolled, y_bumped = (y.double() for y in outputs)  # type: ignore[union-attr]
@@ -116,7 +118,7 @@ def _is_linear_map(event: Event) -> bool:
     return affine and same_for_all and int(changed) > 1
 
 
-def call_again(event: Event, x: torch.Tensor) -> torch.Tensor | None:
+def _call_again(event: Event, x: torch.Tensor) -> torch.Tensor | None:
     """What the module of a recorded call gives for another input, on the host; None where it fails.
 
     The module must have been called with one argument alone.
@@ -128,4 +130,26 @@ def call_again(event: Event, x: torch.Tensor) -> torch.Tensor | None:
     except Exception:
         # A foreign module may refuse other numbers in any way; then nothing is learnt of it.
         return None
-    return result.detach().cpu() if isinstance(result, torch.Tensor) else None
+    tensors = [t for t in outputs_of(result).values() if isinstance(t, torch.Tensor) and t.ndim >= 2]
+    return tensors[0].detach().cpu() if tensors else None
+
+
+def mixes_tokens(event: Event) -> bool | None:
+    """Whether what a module gives for a token depends on the other tokens; None where it cannot be asked.
+
+    It is run once more, with one token as it was and noise in place of the others.
+    """
+    x, y = event.input, event.output
+    if not event.alone or event.attends or x is None or y is None or x.ndim < 3 or x.shape[1] < 2:
+        return True if event.attends else None
+    place = x.shape[1] // 2
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    other = (float(x.float().std()) * noise).to(x.dtype)
+    other[:, place] = x[:, place]
+    result = _call_again(event, other)
+    if result is None or result.shape != y.shape:
+        return None
+    # A module that adds to the stream itself is judged by what it adds.
+    parts = [y.double(), y.double() - x.double()] if y.shape == x.shape else [y.double()]
+    size = _ROUNDING * min(float(part.abs().max()) for part in parts)
+    return not torch.allclose(result[:, place].double(), y[:, place].double(), rtol=0, atol=size)

@@ -33,6 +33,10 @@ class Tap:
     """(groups, slots per group, first slot, slots taken) of a fused projection's output"""
     tokens_first: bool = False
     """whether the tensor is (token, batch, …) and not (batch, token, …)"""
+    call: int | None = None
+    """which call of a module that runs several times: in its block, or in the pass if it is in none"""
+    stream: int | None = None
+    """which of several streams, where (stream, batch, token, channel) run side by side"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class SiteMap:
     taps: tuple[Tap, ...]
     attention_layers: tuple[int, ...]
     causal_layers: frozenset[int] = frozenset()
-    """layers whose attention lets no query see a later key, whatever way its mask says so"""
+    """layers whose attention let no query see a later key in the traced pass, by whatever mask"""
     absent: dict[str, str] = field(default_factory=dict)
     """site → why it does not exist here"""
     notes: tuple[str, ...] = ()
@@ -55,6 +59,8 @@ class SiteMap:
     """layer → path of a module that holds its experts' weights as stacked parameters"""
     tokens_first: bool = False
     """whether the stream between the blocks is (token, batch, channel) and not (batch, token, channel)"""
+    key_copies: dict[int, int] = field(default_factory=dict)
+    """layer → how often each key head stands in the keys that the model multiplies, where more than once"""
     prefix: str = ""
     """of the arguments that hold the blocks' tokens: "decoder_" where an encoder stands beside them"""
 

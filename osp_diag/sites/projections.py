@@ -84,7 +84,7 @@ def pre_rope_tap(
             for layout, tensor in layouts:
                 if not _proportional(operand[0, :, 0], tensor[0, :, 0]):
                     continue
-                tap = replace(base, module=event.name, argument=index, **layout)
+                tap = replace(base, module=event.name, argument=index, call=event.call, **layout)
                 # Equal at position 0 and not elsewhere: a rotation lies between the two.
                 if not _proportional(operand, tensor):
                     return tap

@@ -15,11 +15,14 @@ from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, SITES
 from osp_diag.sites.attention_sites import attention_event, attention_sites, is_causal
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
+from osp_diag.sites.layers import count_calls, first_shape, number_layers, pick_stream, stream_after
 from osp_diag.sites.layout import has_tokens_first, with_layout
 from osp_diag.sites.linear_maps import mark_projections
 from osp_diag.sites.names import SiteMap, Tap
+from osp_diag.sites.projections import distinct_heads
 from osp_diag.sites.stack import find_stack, is_norm
 from osp_diag.sites.trace import (
+    TOKENS,
     Event,
     Trace,
     fused_encoder_layers,
@@ -41,10 +44,10 @@ def _linear_sites(block: Block) -> list[Tap]:
     ]
 
 
-def _final_norm_tap(trace: Trace, last: Event, layers: int) -> Tap | None:
+def _final_norm_tap(trace: Trace, last: Block) -> Tap | None:
     for event in trace.events:
-        if event.start > last.stop and is_norm(event.module) and same(event.input, last.output):
-            return output_tap("final_norm", layers - 1, event)
+        if event.start > last.event.stop and is_norm(event.module) and same(event.input, last.after):
+            return output_tap("final_norm", last.layer, event)
     return None
 
 
@@ -56,7 +59,7 @@ def find_sites(
     named: Mapping[str, str] | None = None,
     example: Mapping[str, Any] | tuple[Any, ...] | None = None,
 ) -> SiteMap:
-    """Find the sites of a model by its structure and one forward pass of eight tokens.
+    """Find the sites of a model by its structure and one forward pass of eleven tokens.
 
     Parameters
     ----------
@@ -78,22 +81,26 @@ def find_sites(
         if first is None:
             raise SiteError(f"the blocks at {stack!r} receive no activations; name the stack with `blocks=`")
         tokens_first = has_tokens_first(model, example, trace, events)
+        streams = pick_stream(events, *first_shape(example, TOKENS))
+        count_calls(trace, events)
+        layers, paths = number_layers(model, stack, events)
         traced_blocks = [
-            _resolve_block(layer, event, trace, first.shape[-1]) for layer, event in enumerate(events)
+            _resolve_block(layer, event, following, trace, first.shape[-1])
+            for layer, event, following in zip(layers, events, [*events[1:], None], strict=True)
         ]
     # Why the embedding is what the first block reads: docs/decisions.md, Capture.
     taps = [input_tap("embedding", 0, events[0])]
     for block in traced_blocks:
         taps += block.taps + _linear_sites(block)
-    final_norm = _final_norm_tap(trace, events[-1], len(events))
+    final_norm = _final_norm_tap(trace, traced_blocks[-1])
     if final_norm is not None:
         taps.append(final_norm)
-    taps += _outer_linear_sites(trace, events, traced_blocks[0])
+    taps += _outer_linear_sites(trace, events, traced_blocks[0], layers[-1])
     taps = _with_named_taps(taps, named or {}, trace, events, traced_blocks)
     taps += _down_weights(taps, trace, traced_blocks)
     return SiteMap(
         blocks=stack,
-        block_paths=tuple(event.name for event in events),
+        block_paths=paths,
         hidden_size=first.shape[-1],
         taps=tuple(with_layout(tap, trace, first, tokens_first=tokens_first) for tap in taps),
         attention_layers=tuple(block.layer for block in traced_blocks if block.calls),
@@ -101,7 +108,11 @@ def find_sites(
             block.layer for block in traced_blocks if block.calls and is_causal(block.call)
         ),
         absent=_absent_sites(traced_blocks, {tap.site for tap in taps}),
-        notes=_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
+        notes=(
+            *_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
+            *_notes_of_layers(paths, layers, streams),
+        ),
+        key_copies=_key_copies(traced_blocks),
         tokens_first=tokens_first,
         prefix="decoder_" if _is_decoder(model, stack) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
@@ -115,17 +126,19 @@ def _is_decoder(model: nn.Module, stack: str) -> bool:
     return "decoder" in stack.split(".")
 
 
-def _resolve_block(layer: int, event: Event, trace: Trace, hidden_size: int) -> Block:
+def _resolve_block(
+    layer: int, event: Event, following: Event | None, trace: Trace, hidden_size: int
+) -> Block:
     calls = [(time, call) for time, call in trace.attention if event.start < time < event.stop]
-    block = Block(layer, event, trace.within(event), hidden_size, calls)
+    skipped = [(time, reason) for time, reason in trace.skipped if event.start < time < event.stop]
+    block = Block(layer, event, trace.within(event), hidden_size, calls, skipped)
     block.add("residual_pre", event, "input")
+    post = stream_after(block, following, trace)
     attention = attention_event(block)
     attention_sites(block, attention)
     feed_forward_sites(block, attention)
-    if block.is_state(event.output):
-        block.add("residual_post", event, "output")
-    else:
-        block.absent["residual_post"] = "the block's output has not the shape of its input"
+    if post is not None:
+        block.taps.append(post)
     return block
 
 
@@ -168,14 +181,14 @@ def _absent_sites(blocks: list[Block], present: set[str]) -> dict[str, str]:
     return {site: reasons[site] for site in SITES if site in reasons and site not in present}
 
 
-def _outer_linear_sites(trace: Trace, events: list[Event], first: Block) -> list[Tap]:
+def _outer_linear_sites(trace: Trace, events: list[Event], first: Block, last: int) -> list[Tap]:
     inside = tuple(event.name + "." for event in events)
     taps = []
     for event in trace.events:
         if event.name.startswith(inside) or not event.projection:
             continue
         if first.has_one_row_a_token(event.input):
-            layer = 0 if event.start < events[0].start else len(events) - 1
+            layer = 0 if event.start < events[0].start else last
             taps.append(input_tap(f"linear_input:{event.name}", layer, event))
     return taps
 
@@ -220,9 +233,9 @@ def _named_tap(site: str, event: Event, side: str, events: list[Event], blocks: 
             f"try ':{'output' if side == 'input' else 'input'}'"
         )
     after = len(events) - 1 if event.start > events[-1].stop else 0
-    layer = next((i for i, block in enumerate(events) if block.start <= event.start <= block.stop), after)
-    tap = (input_tap if side == "input" else output_tap)(site, layer, event)
-    call = blocks[layer].call
+    place = next((i for i, block in enumerate(events) if block.start <= event.start <= block.stop), after)
+    tap = (input_tap if side == "input" else output_tap)(site, blocks[place].layer, event)
+    call = blocks[place].call
     if site in HEAD_SITES and call is not None:
         key = call.tensor if call.key is None else call.key
         heads = (call.tensor if site.startswith("query") else key).shape[1]
@@ -246,7 +259,8 @@ def _notes(
         notes.append(
             f"several attention calls in layers {_listing(layers_of_several)}: the first one is measured"
         )
-    notes += [f"attention calls not seen: {reason}" for reason in trace.skipped]
+    reasons = dict.fromkeys(reason for _, reason in trace.skipped)
+    notes += [f"attention calls not seen: {reason}" for reason in reasons]
     layers_by_factor: dict[str, list[int]] = {}
     for block in blocks:
         for site, factor in block.factors.items():
@@ -261,6 +275,32 @@ def _notes(
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         notes.append(f"of encoder and decoder, the larger stack is probed: {blocks[0].event.name}, …")
     return (*notes, *_gaps(blocks, taps))
+
+
+def _notes_of_layers(paths: tuple[str, ...], layers: list[int], streams: int) -> list[str]:
+    notes = []
+    idle = sorted(set(range(len(paths))) - set(layers))
+    if idle:
+        notes.append(
+            f"layers {_listing(idle)} did not run in the pass that finds the sites, and are not measured: "
+            "`example=` a batch that they run on"
+        )
+    if streams > 1:
+        notes.append(f"{streams} streams run side by side: residual sites are those of the first")
+    return notes
+
+
+def _key_copies(blocks: list[Block]) -> dict[int, int]:
+    """layer → how often the model repeats each key and value head before the product, where it does."""
+    copies = {}
+    for block in blocks:
+        key, value = (None, None) if block.call is None else (block.call.key, block.call.value)
+        if key is None or value is None or key.shape[1] != value.shape[1]:
+            continue
+        distinct = distinct_heads(key).shape[1]
+        if distinct < key.shape[1] and distinct_heads(value).shape[1] <= distinct:
+            copies[block.layer] = key.shape[1] // distinct
+    return copies
 
 
 def _listing(layers: Iterable[int]) -> str:

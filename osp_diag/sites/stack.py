@@ -10,7 +10,7 @@ from torch import nn
 from osp_diag.errors import SiteError
 from osp_diag.sites.trace import Event, Trace
 
-__all__ = ["find_stack", "holds_matrix", "is_linear", "is_norm"]
+__all__ = ["find_stack", "holds_matrix", "is_linear", "is_list", "is_norm"]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -83,6 +83,9 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
     if blocks is not None:
         calls = [event for event in trace.events if event.input is not None]
         events = [event for event in calls if _parent(event.name) == blocks]
+        modules = dict(model.named_modules())
+        if not events and blocks in modules:
+            events = _lists_as_blocks(trace, blocks, modules[blocks])
         events = events or [event for event in calls if _names(blocks, event.name)]
         if not events:
             raise SiteError(
@@ -94,6 +97,7 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
     for name, container in _candidates(model).items():
         members = {f"{name}.{child}".lstrip(".") for child, _ in container.named_children()}
         events = [event for event in trace.events if event.name in members and event.input is not None]
+        events = events or _lists_as_blocks(trace, name, container)
         if events:
             sizes[name] = (_size(container), events)
     if not sizes:
@@ -105,6 +109,35 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
     # Of several stacks (encoder and decoder, or a vision tower) the largest is the model's.
     name = max(sizes, key=lambda key: sizes[key][0])
     return name, sizes[name][1]
+
+
+def _list_as_block(trace: Trace, path: str, module: nn.Module) -> Event | None:
+    """A block that is a list of modules (``[attention, feed-forward]``), which never runs itself."""
+    members = [e for e in trace.events if e.name.rpartition(".")[0] == path]
+    readers = [event for event in members if event.input is not None]
+    if not readers:
+        return None
+    # The clock ticks by two, so that these times are nobody's.
+    return Event(
+        path,
+        module,
+        dict(readers[0].inputs),
+        start=members[0].start - 1,
+        stop=members[-1].stop + 1,
+        entry=readers[0],
+    )
+
+
+def _lists_as_blocks(trace: Trace, path: str, container: nn.Module) -> list[Event]:
+    """Blocks that are lists of modules, which do not run themselves."""
+    lists = {f"{path}.{n}".lstrip("."): m for n, m in container.named_children() if is_list(m)}
+    events = [_list_as_block(trace, name, module) for name, module in lists.items()]
+    return sorted((event for event in events if event is not None), key=lambda event: event.start)
+
+
+def is_list(module: nn.Module) -> bool:
+    """Whether a module only holds others, and never runs."""
+    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def _names(pattern: str, name: str) -> bool:

@@ -1,7 +1,7 @@
 """One tiny forward pass, recorded: which modules ran inside each block, on what, and gave what.
 
 Structure alone is ambiguous (a "norm" can stand before or after, a fused projection can be laid out in
-several ways); the tensors of one real forward pass settle it. The pass is eight tokens long.
+several ways); the tensors of one real forward pass settle it. The pass is eleven tokens long.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ __all__ = [
     "Trace",
     "fused_encoder_layers",
     "is_compiled",
+    "outputs_of",
     "run_example",
     "trace_forward",
     "undisturbed",
@@ -30,7 +31,8 @@ __all__ = [
     "unwrap",
 ]
 
-TOKENS = 8
+TOKENS = 11
+"""No number of heads or experts that anybody uses: a router's softmax must not look like attention."""
 
 
 @dataclass(eq=False)
@@ -52,6 +54,12 @@ class Event:
     projection: bool = False
     """an outermost linear map"""
     inside_projection: bool = False
+    call: int | None = None
+    """which of several calls of its module"""
+    stream: int | None = None
+    """which of several streams its activations are"""
+    entry: Event | None = None
+    """the first call in a block that is a list, and does not run itself"""
 
     @property
     def input(self) -> torch.Tensor | None:
@@ -72,11 +80,11 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     attention: list[tuple[int, Any]] = field(default_factory=list)
     clock: int = 0
-    skipped: tuple[str, ...] = ()
-    """why attention calls were not delivered"""
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+    """attention calls that were not delivered: when, and why"""
 
     def tick(self) -> int:
-        self.clock += 1
+        self.clock += 2
         return self.clock
 
     def within(self, outer: Event) -> list[Event]:
@@ -114,15 +122,15 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 
 def _on_host(call: AttentionCall) -> AttentionCall:
-    """A copy of what sites are told by: query, key, logits and mask; a mask function becomes a mask."""
+    """A copy of what sites are told by: tensors and mask; a mask function becomes a mask."""
     mask = call.mask
     if call.mask_function is not None:
         position = torch.arange(call.lengths[1], device=call.tensor.device)
         zero = torch.zeros((), dtype=torch.long, device=call.tensor.device)
         mask = call.mask_function(zero, zero, position[:, None], position[None, :])
-    tensors = {"query": call.query, "key": call.key, "logits": call.logits, "mask": mask}
+    tensors = {"query": call.query, "key": call.key, "value": call.value, "logits": call.logits, "mask": mask}
     copies = {n: t.detach().to("cpu", copy=True) for n, t in tensors.items() if t is not None}
-    return replace(call, value=None, mask_function=None, **copies)  # type: ignore[arg-type]
+    return replace(call, mask_function=None, **copies)  # type: ignore[arg-type]
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -149,7 +157,8 @@ def _finite_copy(copy: torch.Tensor) -> torch.Tensor:
     return copy.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _outputs(result: Any) -> dict[int | None, Any]:
+def outputs_of(result: Any) -> dict[int | None, Any]:
+    """What a module gave, by place: the single output has the place None."""
     if isinstance(result, (tuple, list)):
         return dict(enumerate(result))
     if isinstance(result, Mapping):
@@ -179,7 +188,7 @@ def _example_device(model: nn.Module) -> torch.device:
 
 
 def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None) -> Any:
-    """Call the model on an example batch, or on eight tokens if none is given.
+    """Call the model on an example batch, or on eleven tokens if none is given.
 
     A dictionary is the model's keyword arguments, or, for a model that takes none of these names, its batch.
     """
@@ -237,12 +246,15 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
 
     def stop_hook(module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         event = open_events.pop()
-        event.outputs, event.stop = _floating_copies(_outputs(result)), trace.tick()
+        event.outputs, event.stop = _floating_copies(outputs_of(result)), trace.tick()
 
     def on_call(call: AttentionCall) -> None:
         trace.attention.append((trace.tick(), _on_host(call)))
         for event in open_events:
             event.attends = True
+
+    def on_skip(reason: str) -> None:
+        trace.skipped.append((trace.tick(), reason))
 
     with ExitStack() as stack:
         stack.enter_context(undisturbed(model))
@@ -253,7 +265,7 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
         stack.enter_context(unfused(model))
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        capture = stack.enter_context(AttentionCapture(model, on_call))
+        capture = stack.enter_context(AttentionCapture(model, on_call, on_skip=on_skip))
         try:
             run_example(model, example)
         except Exception as error:
@@ -262,5 +274,6 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
                 f"({type(error).__name__}: {error}); pass "
                 "`example=` a batch (a dict of arguments) that it accepts"
             ) from error
-        trace.skipped = tuple(capture.skipped)
+        seen = {reason for _, reason in trace.skipped}
+        trace.skipped += [(0, reason) for reason in capture.skipped if reason not in seen]
     return trace
