@@ -11,13 +11,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.models.configurations import VOCABULARY, CannotBeBuilt, sharpen, tiny_configuration, tiny_model
+from benchmarks.models.configurations import (
+    VOCABULARY,
+    sharpen,
+    tiny_configuration,
+    tiny_model,
+)
 from benchmarks.models.handwritten import FlexModel, NanoModel, TimeFirstEncoder, quantise
 
 __all__ = ["KINDS", "Case", "all_cases"]
 
 BATCH, TOKENS, PADDED = 2, 12, 3
-KINDS = ("decoder", "encoder", "encoder-decoder", "vision", "audio", "adapted", "quantised", "written by hand")
+KINDS = (
+    "decoder",
+    "encoder",
+    "encoder-decoder",
+    "vision",
+    "audio",
+    "adapted",
+    "quantised",
+    "written by hand",
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,7 @@ class Case:
         inputs: makes the batch for a model.
         as_example: the probe is given the batch as ``example``; text alone needs none.
         model: the name of its class.
+        package: what it needs besides, and osp_diag does not bring.
     """
 
     name: str
@@ -39,6 +54,12 @@ class Case:
     inputs: Callable[[nn.Module], dict[str, Tensor]]
     as_example: bool = False
     model: str = ""
+    package: str | None = None
+
+    @property
+    def is_buildable(self) -> bool:
+        """Whether what it needs is installed."""
+        return self.package is None or find_spec(self.package) is not None
 
 
 def all_cases() -> dict[str, Case]:
@@ -98,8 +119,10 @@ def tokens(model: nn.Module) -> dict[str, Tensor]:
 
 
 def two_sequences(model: nn.Module) -> dict[str, Tensor]:
-    """For an encoder and, shorter, for its decoder."""
+    """For an encoder and, shorter, for its decoder; some models of that table are decoders alone."""
     batch = tokens(model)
+    if not model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return batch
     batch["attention_mask"][:] = 1
     return batch | {"decoder_input_ids": batch["input_ids"].flip(0)[:, :9]}
 
@@ -163,7 +186,7 @@ def _whisper_encoder(sharp: bool) -> nn.Module:
 
 
 def _others() -> Iterator[Case]:
-    yield Case("LoRA (peft) on Llama", "adapted", _lora, tokens, model="PeftModelForCausalLM")
+    yield Case("LoRA (peft) on Llama", "adapted", _lora, tokens, model="PeftModelForCausalLM", package="peft")
     yield Case("8-bit Linears in buffers, Llama", "quantised", _quantised, tokens, model="LlamaForCausalLM")
     for title, make in {
         "nanoGPT-like": NanoModel,
@@ -191,8 +214,6 @@ def _quantised(sharp: bool) -> nn.Module:
 
 
 def _lora(sharp: bool) -> nn.Module:
-    if find_spec("peft") is None:
-        raise CannotBeBuilt("peft is not installed (it is no dependency)")
     import peft
 
     model = _builder("llama", "LlamaForCausalLM")(sharp)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.models.cases import Case
-from benchmarks.models.configurations import CannotBeBuilt
+from benchmarks.models.configurations import CannotBeBuiltError
 from benchmarks.models.reference import (
     Reference,
     attention_statistics,
@@ -21,10 +21,13 @@ from benchmarks.models.reference import (
     state_statistics,
 )
 
-__all__ = ["Row", "measure"]
+__all__ = ["Row", "measure", "regressions"]
 
 OTHER_OUTPUT = 1e-3
 """Relative to its largest element: from here on the dense pass computes something else than the model."""
+
+ROUNDING = 1e-5
+"""What float32 may make of a number of these sizes."""
 
 
 @dataclass
@@ -32,7 +35,7 @@ class Row:
     """What came of one model.
 
     Attributes:
-        state: "measured"; "not built", the model; "refused", by the probe; "raised", in probe or forward pass.
+        state: "measured"; "not built": the model; "refused": by the probe; "raised": by the probe or in it.
         reason: why it was not measured.
         sites: those that were found, but for the inputs of projections.
         absent: site → reason.
@@ -75,14 +78,35 @@ def measure(case: Case) -> Row:
         return _compared(case, row, model, batch, output)
 
 
+def regressions(row: Row, earlier: Mapping[str, Any]) -> list[str]:
+    """In what a row is worse than that of the table: sites lost, other bits, or an error ten times as large.
+
+    An error may be as large as rounding makes it, whatever the table has: other processors round differently.
+    """
+    worse = []
+    if row.state != earlier["state"]:
+        return [f"{row.state} ({row.reason}), was {earlier['state']}"]
+    if lost := [site for site in earlier["sites"] if site not in row.sites]:
+        worse.append(f"without {', '.join(lost)}")
+    if earlier["bit_identical"] and not row.bit_identical:
+        worse.append("outputs are not bit-identical")
+    for name in ("kurtosis_error", "attention_error"):
+        before, now = earlier[name], getattr(row, name)
+        if before is not None and (now is None or now > max(10 * before, ROUNDING)):
+            worse.append(f"{name} {now}, was {before}")
+    return worse
+
+
 def _ended(row: Row, state: str, error: Exception) -> Row:
     message = " ".join(str(error).split())
-    kind = "" if isinstance(error, CannotBeBuilt) else f"{type(error).__name__}: "
+    kind = "" if isinstance(error, CannotBeBuiltError) else f"{type(error).__name__}: "
     row.state, row.reason = state, kind + (message[:157] + "…" if len(message) > 158 else message)
     return row
 
 
 def _built(case: Case, row: Row) -> tuple[nn.Module, dict[str, Tensor], Any]:
+    if not case.is_buildable:
+        raise CannotBeBuiltError(f"{case.package} is not installed (it is no dependency)")
     for sharp in (True, False):
         model = case.build(sharp)
         batch = case.inputs(model)
@@ -91,7 +115,7 @@ def _built(case: Case, row: Row) -> tuple[nn.Module, dict[str, Tensor], Any]:
             if not sharp:
                 row.notes.append("weights as initialised: larger ones overflow")
             return model, batch, output
-    raise CannotBeBuilt("random weights give NaN")
+    raise CannotBeBuiltError("random weights give NaN")
 
 
 def _compared(case: Case, row: Row, model: nn.Module, batch: dict[str, Tensor], output: Any) -> Row:
@@ -125,8 +149,8 @@ def _compared(case: Case, row: Row, model: nn.Module, batch: dict[str, Tensor], 
         reference = reference_of(model, batch, tuple(site_map.block_paths), stack)
     except Exception as error:
         row.notes.append(f"no reference: the dense pass raises {type(error).__name__}: {str(error)[:90]}")
-        return row
-    _compare(row, run, reference, output, batch, stack)
+    else:
+        _compare(row, run, reference, output, batch, stack)
     return row
 
 
@@ -137,7 +161,9 @@ def _compare(row: Row, run: Any, reference: Reference, output: Any, batch: Any, 
     if reference.output is not None and reference.output.shape == ours.shape:
         difference = float((reference.output - ours.double()).abs().max() / ours.abs().max().clamp_min(1e-9))
         if difference > OTHER_OUTPUT:
-            row.notes.append(f"the dense pass itself differs from the model by {difference:.1g} of its largest output")
+            row.notes.append(
+                f"the dense pass itself differs from the model by {difference:.1g} of its largest output"
+            )
     _compare_states(row, run, reference, batch, stack)
     _compare_attention(row, run, reference, batch, stack)
 
@@ -202,19 +228,24 @@ def _compare_attention(row: Row, run: Any, reference: Reference, batch: Any, sta
         shape = dense.shape[0], dense.shape[-1]
         expected = attention_statistics(dense, _valid(batch, shape, stack))
         ours = data.sel(step=0, layer=layer)
+        heads = dense.shape[1]
+        beyond = ours["first_token_attention"].sel(stratum="all").values[heads:]
+        if ours.sizes["head"] < heads or not np.isnan(beyond).all():
+            row.notes.append(f"layer {layer}: {ours.sizes['head']} heads, where the model has {heads}")
+            errors.append(float("inf"))
+            continue
+        ours = ours.isel(head=slice(heads))
         mass = ours["key_mass"].values[:, : shape[1]]
         rate = ours["sink_rate"].values[:, :, : expected["sink_rate"].shape[-1]]
         first = ours["first_token_attention"].sel(stratum="all").values
-        if len(first) != dense.shape[1]:
-            row.notes.append(f"layer {layer}: {len(first)} heads, where the model has {dense.shape[1]}")
-            errors.append(float("inf"))
-            continue
         errors.append(
-            _largest([
-                _difference(mass, expected["key_mass"]),
-                _difference(rate, expected["sink_rate"]),
-                _difference(first, expected["first_token_attention"]),
-            ])
+            _largest(
+                [
+                    _difference(mass, expected["key_mass"]),
+                    _difference(rate, expected["sink_rate"]),
+                    _difference(first, expected["first_token_attention"]),
+                ]
+            )
         )
         row.attention_layers_compared += 1
     row.attention_error = _largest(errors)
@@ -242,7 +273,9 @@ def _forward(model: nn.Module, batch: Mapping[str, Tensor]) -> Any:
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    )
     return [tensor for part in parts for tensor in _tensors(part)]
 
 

@@ -24,15 +24,15 @@ Written by `python -m benchmarks.models`, from what it measured; edit that, not 
 
 {summary}
 
-Each row is a tiny model with random weights, built from its configuration alone, so nothing is downloaded. It is
-probed in one forward pass of two sequences, one of them padded where the model takes padding, and compared with a
+Each row is a tiny model with random weights, built from its configuration alone, so nothing is downloaded. It
+is probed in one forward pass of two sequences (in most tables one of them is padded), and compared with a
 dense float64 pass of its own, under eager attention, in which osp_diag takes no part:
 
-- *Sites* is how many of the {number} named ones were found; which are missing, and why, stands below the table's kind.
-- *Kurtosis* is the largest error of `osp_excess_kurtosis`, `fisher_kurtosis` and `absolute_maximum` over the hidden
-  states that the model returns (relative where a number exceeds 1).
-- *Attention* is the largest error of `first_token_attention`, `key_mass` and `sink_rate` over all heads, from the
-  T×T weights that the model returns, or that its own softmax gives.
+- *Sites* is how many of the {number} named ones were found; what is absent, and why, stands below the table.
+- *Kurtosis* is the largest error of `osp_excess_kurtosis`, `fisher_kurtosis` and `absolute_maximum` over the
+  hidden states that the model returns (relative where a number exceeds 1).
+- *Attention* is the largest error of `first_token_attention`, `key_mass` and `sink_rate` over all heads, from
+  the T×T weights that the model returns, or that its own softmax gives.
 - *Same output*: whether the probed pass, and one after it, returned the same bits as one without a probe.
 
 A dash is a number that could not be compared; the note says why.
@@ -59,20 +59,36 @@ def page(results: Results) -> str:
     return "\n".join(chapters).rstrip() + "\n"
 
 
+def headline(results: Results) -> str:
+    """The table in one sentence, which README has."""
+    measured, compared, agree = _measured(results)
+    same = sum(row["bit_identical"] for row in measured)
+    unchanged = "all" if same == len(measured) else f"{same}"
+    return (
+        f"Of [{len(results)} tiny models](docs/models.md) (text, vision, audio, adapted, written by hand), "
+        f"{len(measured)} are measured; {len(agree)} of the {len(compared)} that could be compared agree "
+        f"with a dense float64 pass to {AGREES:g}, and the outputs of {unchanged} stay bit-identical."
+    )
+
+
 def summary(results: Results) -> str:
     """What the table says, in three sentences."""
-    rows = list(results.values())
-    measured = [row for row in rows if row["state"] == "measured"]
-    compared = [row for row in measured if errors(row)]
-    agree = [row for row in compared if max(errors(row)) <= AGREES]
-    same = [row for row in measured if row["bit_identical"]]
-    ended = {state: sum(row["state"] == state for row in rows) for state in ("refused", "raised", "not built")}
+    measured, compared, agree = _measured(results)
+    states = [row["state"] for row in results.values()]
+    same = sum(row["bit_identical"] for row in measured)
     return (
-        f"Of {len(rows)} models, {len(measured)} are measured. {len(agree)} of the {len(compared)} that could be "
-        f"compared agree with a dense float64 pass to {_number(AGREES)}, and {len(same)} of the {len(measured)} "
-        f"return the same bits. {ended['refused']} are refused with a reason, {ended['raised']} raise, and "
-        f"{ended['not built']} could not be built tiny."
+        f"Of {len(results)} models, {len(measured)} are measured: {len(agree)} of the {len(compared)} that "
+        f"could be compared agree with a dense float64 pass to {AGREES:g}, and {same} return the same bits "
+        f"as without a probe. {states.count('refused')} are refused with a reason, "
+        f"{states.count('raised')} raise, and {states.count('not built')} could not be built."
     )
+
+
+def _measured(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows that were measured, those of them that were compared, and those of them that agree."""
+    measured = [row for row in results.values() if row["state"] == "measured"]
+    compared = [row for row in measured if errors(row)]
+    return measured, compared, [row for row in compared if max(errors(row)) <= AGREES]
 
 
 def errors(row: Mapping[str, Any]) -> list[float]:
@@ -91,7 +107,9 @@ def _chapter(kind: str, rows: list[dict[str, Any]], number: int) -> str:
     ]
     if without:
         lines += ["", "Sites that are absent:", "", *without]
-    absent_models = [f"- {row['name']}: {_cell(row['reason'])}" for row in rows if row["state"] == "not built"]
+    absent_models = [
+        f"- {row['name']}: {_cell(row['reason'])}" for row in rows if row["state"] == "not built"
+    ]
     if absent_models:
         lines += ["", "Not built:", "", *absent_models]
     return "\n".join([*lines, ""])
@@ -103,10 +121,18 @@ def _line(row: Mapping[str, Any]) -> str:
     if row["state"] != "measured":
         return f"| {title} | – | – | – | – | **{row['state']}**: {_cell(row['reason'])} |"
     same = "yes" if row["bit_identical"] else "**no**"
-    cells = [title, str(len(row["sites"])), _error(row["kurtosis_error"]), _error(row["attention_error"]), same]
+    cells = [
+        title,
+        str(len(row["sites"])),
+        _error(row["kurtosis_error"]),
+        _error(row["attention_error"]),
+        same,
+    ]
     notes = list(dict.fromkeys(row["notes"]))
     if row["attention_layers"] and row["attention_layers_compared"] < row["attention_layers"]:
-        notes.append(f"attention of {row['attention_layers_compared']} of {row['attention_layers']} layers compared")
+        notes.append(
+            f"attention of {row['attention_layers_compared']} of {row['attention_layers']} layers compared"
+        )
     elif not row["attention_layers"] and "attention" in row["sites"]:
         notes.append("attention was found, and not measured in this pass")
     return f"| {' | '.join(cells)} | {_cell('; '.join(notes))} |"

@@ -1,8 +1,8 @@
 """What the model itself says: its states and its attention weights, from a dense pass in float64.
 
-Weights (batch, head, query, key) are those that the model returns under eager attention; where it returns none,
-the outcomes of the softmaxes over T keys that it computes. States are its own ``hidden_states``; where it returns
-none, what leaves its blocks. Nothing of osp_diag takes part.
+Weights (batch, head, query, key) are those that the model returns under eager attention; where it returns
+none, the outcomes of the softmaxes over T keys that it computes. States are its own ``hidden_states``; where
+it returns none, or others, what leaves its blocks. Nothing of osp_diag takes part.
 """
 
 from __future__ import annotations
@@ -44,16 +44,29 @@ class Reference:
 
 
 class _Softmaxes(TorchFunctionMode):
-    """Keeps the outcome of every softmax with four axes."""
+    """Keeps the outcome of every softmax with four axes.
+
+    A learned sink may also be a factor for each query, σ(log-sum-exp − sink), taken before the softmax; the
+    weights that such a model returns are without it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.outcomes: list[Tensor] = []
+        self.have_factors = False
+        self._factor: Tensor | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if getattr(function, "__name__", "") == "softmax" and isinstance(result, Tensor) and result.ndim == 4:
-            self.outcomes.append(result.detach().double())
+        name = getattr(function, "__name__", "")
+        if name == "sigmoid" and isinstance(result, Tensor):
+            self._factor = result
+        elif name == "softmax" and isinstance(result, Tensor) and result.ndim == 4:
+            weights = result.detach().double()
+            if self._factor is not None and self._factor.shape == weights.shape[:-1]:
+                weights, self.have_factors = weights * self._factor[..., None], True
+            self._factor = None
+            self.outcomes.append(weights)
         return result
 
 
@@ -64,39 +77,43 @@ def reference_of(
 
     Parameters
     ----------
-    blocks : paths of the blocks, for models that do not return their states
+    blocks : paths of the blocks, for models that do not return their states; one may run several times
     stack : "encoder" or "decoder", of a model that has both
     """
     reference = Reference()
     double = copy.deepcopy(model).double()
     try:
         output, softmaxes, left = _dense_pass(double, _cast(batch, torch.float64), blocks)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
-        if "dtype" not in str(error) and "Double" not in str(error) and "double" not in str(error):
-            raise
+    except RuntimeError:  # of dtypes that do not fit, or a number that is too large for one
         reference.notes.append("reference in float32: the model cannot run in float64")
         output, softmaxes, left = _dense_pass(copy.deepcopy(model), batch, blocks)
     reference.output = first_tensor(output)
     weights, states = (_of_stack(output, kind, stack) for kind in ("attentions", "hidden_states"))
-    if _are_dense(weights):
+    tokens = left[0].shape[1] if left else 0
+    if _are_dense(weights, tokens) and not softmaxes.have_factors:
         reference.weights = [w.double().numpy() for w in weights if w is not None]
     else:
-        tokens = left[0].shape[1] if left else 0
-        square = [s for s in softmaxes if s.shape[-2] == tokens and 0 <= s.shape[-1] - tokens <= 1]
+        square = [s for s in softmaxes.outcomes if s.shape[-2] == tokens and 0 <= s.shape[-1] - tokens <= 1]
         reference.weights = [s[..., :tokens].numpy() for s in square]
         if square:
             reference.notes.append("reference weights from the model's own softmax")
-    if states is not None and len(states) == len(blocks) + 1 and all(s.ndim == 3 for s in states):
+    if (
+        states is not None
+        and len(states) == len(blocks) + 1
+        and all(s.shape == left[0].shape for s in states)
+    ):
         reference.states = [s.double().numpy() for s in states]
-    else:
+    elif all(s.ndim == 3 for s in left):
         reference.states = [s.double().numpy() for s in left]
         reference.last_is_normed = False
+    else:
+        reference.notes.append("states not compared: they are several streams")
     return reference
 
 
 def _dense_pass(
     model: nn.Module, batch: Mapping[str, Any], blocks: tuple[str, ...]
-) -> tuple[Any, list[Tensor], list[Tensor]]:
+) -> tuple[Any, _Softmaxes, list[Tensor]]:
     states: list[Tensor] = []
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -116,7 +133,7 @@ def _dense_pass(
                 module.config._attn_implementation = "eager"
         arguments |= {"output_attentions": True, "output_hidden_states": True}
     with ExitStack() as stack, torch.no_grad():
-        for index, path in enumerate(blocks):
+        for index, path in enumerate(dict.fromkeys(blocks)):
             module = model.get_submodule(path)
             if not index:
                 handle = module.register_forward_pre_hook(enters, with_kwargs=True)
@@ -131,7 +148,7 @@ def _dense_pass(
             states.clear()
             softmaxes.outcomes.clear()
             output = model(**batch)
-    return output, softmaxes.outcomes, states
+    return output, softmaxes, states
 
 
 def _of_stack(output: Any, kind: str, stack: str) -> Any:
@@ -142,11 +159,19 @@ def _of_stack(output: Any, kind: str, stack: str) -> Any:
     return None
 
 
-def _are_dense(weights: Any) -> bool:
-    if not weights:
-        return False
-    present = [w for w in weights if isinstance(w, Tensor)]
-    return bool(present) and all(w.ndim == 4 and w.shape[-2] == w.shape[-1] for w in present)
+def _are_states(states: Any, left: list[Tensor]) -> bool:
+    """Whether they are one for each block, and before them what enters the first (Falcon Mamba's are not)."""
+    return (
+        isinstance(states, (list, tuple))
+        and len(states) == len(left)
+        and all(s.shape == left[0].shape for s in states)
+        and torch.equal(states[0], left[0])
+    )
+
+
+def _are_dense(weights: Any, tokens: int) -> bool:
+    present = [w for w in weights or () if isinstance(w, Tensor)]
+    return bool(present) and all(w.ndim == 4 and w.shape[-2:] == (tokens, tokens) for w in present)
 
 
 def _cast(batch: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
@@ -159,7 +184,9 @@ def first_tensor(value: Any) -> Tensor | None:
     """The first floating tensor inside nested outputs."""
     if isinstance(value, Tensor):
         return value if value.is_floating_point() else None
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    parts = (
+        value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+    )
     return next((t for t in map(first_tensor, parts) if t is not None), None)
 
 
