@@ -135,7 +135,7 @@ def _first_activation(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | No
 def _in_token_order(
     state: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]
 ) -> tuple[torch.Tensor | None, int]:
-    """(rows sorted by token, experts a token); (None, 0) where rows are no token's or their number differs."""
+    """(rows sorted by token, experts a token); (None, 0) where a row is no token's or numbers differ."""
     hashes = _row_hashes(state)
     parts = [part for part in parts if len(part[0])]
     same_type = all(x.dtype == state.dtype and x.shape[0] == h.shape[0] for x, h in parts)
