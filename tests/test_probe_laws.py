@@ -435,7 +435,7 @@ def test_tensors_that_hold_no_token_each_are_said_to_be_absent() -> None:
             x = self.words(ids)
             for block in self.blocks:
                 x = block(x)
-            return self.pooled(x[:, : 8 if ids.shape[1] == 8 else 3])
+            return self.pooled(x[:, : 11 if ids.shape[1] == 11 else 3])
 
     model = Pooling()
     probe = Probe(model, sites=["residual_post", "linear_input:*"])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from osp_diag import Probe
 from osp_diag.errors import SiteError
 from osp_diag.sites import find_sites
 from tests.families import Family
@@ -167,7 +168,7 @@ def test_attention_inside_fused_encoder_layers_is_found() -> None:
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_experts_that_are_modules_are_no_mlp_hidden() -> None:
+def test_experts_that_are_modules_give_mlp_hidden() -> None:
     class Mixture(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -190,7 +191,28 @@ def test_experts_that_are_modules_are_no_mlp_hidden() -> None:
         model = odd_model()
         for block in model.orchard:
             block.plum = Mixture()
-    sites = find_sites(model)
-    assert "modules of their own" in sites.absent["mlp_hidden"]
-    assert {"mlp_input", "mlp_contribution"} <= set(sites.sites)
-    assert not any("experts" in site for site in sites.sites)
+    tokens = torch.arange(20).reshape(2, 10)
+    tokens[1] = tokens[0]  # equal states are told apart
+    probe = Probe(model)
+    assert {"mlp_input", "mlp_hidden", "mlp_contribution"} <= set(probe.site_map.sites)
+    assert "modules of their own" in probe.site_map.absent["mlp_down_weight"]
+    with probe.step(0), torch.no_grad():
+        model(tokens)
+    hidden: list[Tensor] = []
+    with torch.no_grad():
+        for block in model.orchard:
+            block.plum.register_forward_pre_hook(lambda module, args: hidden.append(by_hand(module, args[0])))
+        model(tokens)
+    found = probe.run.at("mlp_hidden").isel(step=0)
+    for layer, x in enumerate(hidden):
+        norms = x.double().norm(dim=-1)
+        for stratum, expected in (("first", norms[:, 0]), ("rest", norms[:, 1:]), ("all", norms)):
+            value = float(found["token_norm"].sel(layer=layer, stratum=stratum))
+            assert value == pytest.approx(float(expected.mean()), rel=1e-6)
+
+
+def by_hand(mixture: nn.Module, x: Tensor) -> Tensor:
+    """Each token's hidden activations in the expert that it is sent to."""
+    best = mixture.router(x).argmax(-1)  # type: ignore[operator]
+    every = torch.stack([expert[1](expert[0](x)) for expert in mixture.experts])  # type: ignore[union-attr]
+    return every.gather(0, best[None, ..., None].expand(1, *best.shape, every.shape[-1]))[0]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from osp_diag.capture.experts import DOWN_NAMES
 
-__all__ = ["down_projection", "weights_at_hand", "whole_weight"]
+__all__ = ["down_projection", "projection_weight", "weights_at_hand", "whole_weight"]
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -39,16 +39,9 @@ def down_projection(
         matrices = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if matrices:
             return _expert_down_projection(module, matrices, hidden.shape[-1])
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor):
-            return f"its projection ({type(module).__name__}) has no weight of its own"
-        whole = whole_weight(weight)
+        whole = projection_weight(module)
         if isinstance(whole, str):
             return whole
-        if _is_adapted(module):
-            whole = _with_adapters(module, whole)
-            if isinstance(whole, str):
-                return whole
         width = hidden.shape[-1]
         if whole.ndim != 2 or width not in whole.shape:
             return f"its weight of shape {tuple(whole.shape)} is no matrix over {width} input channels"
@@ -56,6 +49,15 @@ def down_projection(
         if whole.shape[0] == whole.shape[1]:
             transposed = "conv1d" in type(module).__name__.lower()
         return (whole.T if transposed else whole)[None]
+
+
+def projection_weight(module: nn.Module) -> Tensor | str:
+    """The matrix that a projection multiplies by, adapters included; text where there is no one matrix."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return f"its projection ({type(module).__name__}) has no weight of its own"
+    whole = whole_weight(weight)
+    return whole if isinstance(whole, str) or not _is_adapted(module) else _with_adapters(module, whole)
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -282,7 +282,9 @@ class SiteCapture:
         stream = next((v for v in (*args, *kwargs.values()) if _is_activation(v)), None)
         if stream is None or self.current is None or torch.compiler.is_compiling():
             return
-        self.current.stream = stream.detach()
+        # Several streams side by side are one axis more, and the blocks' taps read one of them.
+        index = next((tap.stream for tap in self.taps if tap.stream is not None), None)
+        self.current.stream = stream.detach() if index is None or stream.ndim < 4 else stream.detach()[index]
         self.current.block_arguments = _arguments_by_name(module, args, kwargs)
         if self.on_stream is not None:
             with unobserved(stream.device):

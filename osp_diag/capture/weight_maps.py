@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 from torch import nn
 
-from osp_diag.capture.down_projection import weights_at_hand, whole_weight
+from osp_diag.capture.down_projection import projection_weight, weights_at_hand
 from osp_diag.errors import UsageError
 from osp_diag.max_pooling import bin_starts, max_pool
 from osp_diag.sites.names import SiteMap
@@ -120,8 +120,7 @@ def _matching_projections(
 def _matrix(module: nn.Module) -> np.ndarray | str:
     """|W| as (output channel, input channel) on the host; text that says why not."""
     with weights_at_hand(module):
-        weight = getattr(module, "weight", None)
-        whole = "it has no weight of its own" if weight is None else whole_weight(weight)
+        whole = projection_weight(module)
         if isinstance(whole, str):
             return whole
         values = whole.abs().float().cpu().numpy()

@@ -55,15 +55,12 @@ def take_rows(array: Array, rows: QueryRows, axis: int) -> Array:
         if rows.queries.ndim == 1:
             return xp.take(array, rows.queries, axis=axis)
         batch, count = rows.queries.shape
-        shape = [batch, *array.shape[1:]]
-        index = [1] * array.ndim
-        index[0], index[axis] = batch, count
+        shape, place = [batch, *array.shape[1:]], [1] * array.ndim
         whole = xp.broadcast_to(array, tuple(shape))
-        shape[axis] = count
-        return xp.take_along_axis(
-            whole, xp.broadcast_to(xp.reshape(rows.queries, tuple(index)), tuple(shape)), axis=axis
-        )
-    cut: list[slice] = [slice(None)] * array.ndim
+        shape[axis], place[0], place[axis] = count, batch, count
+        index = xp.broadcast_to(xp.reshape(rows.queries, tuple(place)), tuple(shape))
+        return xp.take_along_axis(whole, index, axis=axis)
+    cut = [slice(None)] * array.ndim
     cut[axis] = slice(*rows.span)
     return array[tuple(cut)]
 

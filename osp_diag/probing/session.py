@@ -13,6 +13,7 @@ import xarray as xr
 from torch import nn
 
 from osp_diag.capture.collector import Collector, suites_of
+from osp_diag.capture.expert_modules import ExpertModuleCapture
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
@@ -290,14 +291,21 @@ class Probe:
                 )
             yield
 
-    def _experts(self, collector: Collector, capture: SiteCapture) -> ExpertCapture:
+    @contextmanager
+    def _experts(self, collector: Collector, capture: SiteCapture) -> Iterator[None]:
         def failed(layer: int) -> None:
             collector.skipped["mlp_hidden"] = (
                 "the experts' products were not recognised in their implementation"
             )
 
-        layers = self.site_map.expert_layers
-        return ExpertCapture(unwrap(self.model), layers, capture.active, collector.on_routed, failed)
+        model, hooks = unwrap(self.model), (capture.active, collector.on_routed, failed)
+        layers, modules = self.site_map.expert_layers, self.site_map.expert_modules
+        stacked = {layer: path for layer, path in layers.items() if layer not in modules}
+        with (
+            ExpertCapture(model, stacked, *hooks),
+            ExpertModuleCapture(model, layers, modules, *hooks),
+        ):
+            yield
 
     # Keeping
 

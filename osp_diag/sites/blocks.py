@@ -99,6 +99,8 @@ class Block:
     factors: dict[str, float] = field(default_factory=dict)
     """contribution → what the block multiplies it with before adding it"""
     experts: str | None = None
+    expert_list: tuple[str, str] | None = None
+    """(path of the list of experts that are modules, path of the down projection within one)"""
     after: torch.Tensor | None = None
     """the stream after the block"""
 

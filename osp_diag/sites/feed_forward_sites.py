@@ -77,7 +77,7 @@ def feed_forward_sites(block: Block, attention: Event | None) -> None:
     first = first or (linears or experts)[0]
     block.add("mlp_input", first, "input")
     own = [event for event in linears if mlp is not None and not mlp.projection and is_inside(event, mlp)]
-    _hidden_site(block, own if len(own) > 1 else linears, experts)
+    _hidden_site(block, own if len(own) > 1 else linears, experts, mlp)
     mlp_outputs = [event for event in outside if event.start >= (mlp or first).start]
     if block.call is None and block.cross_time is None and _is_first_reader(block, mixer, first):
         block.absent["residual_mid"] = "no attention in the block"
@@ -190,7 +190,7 @@ def _cross_sites(
     return before, before
 
 
-def _hidden_site(block: Block, linears: list[Event], experts: list[Event]) -> None:
+def _hidden_site(block: Block, linears: list[Event], experts: list[Event], mlp: Event | None) -> None:
     if experts:
         block.experts = experts[0].name
         return
@@ -201,9 +201,24 @@ def _hidden_site(block: Block, linears: list[Event], experts: list[Event]) -> No
     if unrouted:
         block.add("mlp_hidden", (narrowing or unrouted)[-1], "input")
     elif down:
-        block.absent["mlp_hidden"] = "its experts are modules of their own that each see some of the tokens"
+        _expert_modules(block, down[-1], mlp)
     else:
         block.absent["mlp_hidden"] = "no down projection back to the residual stream's width was seen"
+
+
+def _expert_modules(block: Block, down: Event, mlp: Event | None) -> None:
+    """Experts that are modules in a list: where the list is, and the down projection within each."""
+    around = [
+        e
+        for e in block.inner
+        if is_inside(down, e) and e is not down and e is not mlp and not block.has_one_row_a_token(e.input)
+    ]
+    if mlp is None or not around or not block.is_state(mlp.input):
+        block.absent["mlp_hidden"] = "its experts each see some of the tokens, and are no modules of a list"
+        return
+    expert = around[0].name
+    block.experts = mlp.name
+    block.expert_list = (expert.rpartition(".")[0], down.name.removeprefix(f"{expert}."))
 
 
 def _stream_before(block: Block, mlp: Event) -> tuple[torch.Tensor | None, Tap | None]:

@@ -56,7 +56,9 @@ class SiteMap:
     """site → why it does not exist here"""
     notes: tuple[str, ...] = ()
     expert_layers: dict[int, str] = field(default_factory=dict)
-    """layer → path of a module that holds its experts' weights as stacked parameters"""
+    """layer → path of a module that holds its experts: as stacked parameters, or as modules"""
+    expert_modules: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict)
+    """layer → (path of an expert, path of its down projection), where experts are modules"""
     tokens_first: bool = False
     """whether the stream between the blocks is (token, batch, channel) and not (batch, token, channel)"""
     key_copies: dict[int, int] = field(default_factory=dict)

@@ -116,7 +116,15 @@ def find_sites(
         tokens_first=tokens_first,
         prefix="decoder_" if _is_decoder(model, stack) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
+        expert_modules={b.layer: _experts_in(model, *b.expert_list) for b in traced_blocks if b.expert_list},
     )
+
+
+def _experts_in(model: nn.Module, path: str, down: str) -> tuple[tuple[str, str], ...]:
+    """(path of an expert, path of its down projection) for all members of a list."""
+    names = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
+    modules = dict(model.named_modules())
+    return tuple((name, f"{name}.{down}") for name in names if f"{name}.{down}" in modules)
 
 
 def _is_decoder(model: nn.Module, stack: str) -> bool:
@@ -160,6 +168,8 @@ def _down_weights(taps: list[Tap], trace: Trace, blocks: list[Block]) -> list[Ta
         tap = hidden.get(block.layer)
         if tap is not None and tap.side == "input" and tap.module in projections:
             weights.append(replace(tap, site=DOWN_WEIGHT, side="weight"))
+        elif tap is None and block.expert_list:
+            block.absent[DOWN_WEIGHT] = "its experts are modules of their own, with a matrix each"
         elif tap is None and block.experts:
             experts = next(event for event in block.inner if event.name == block.experts)
             weights.append(replace(input_tap(DOWN_WEIGHT, block.layer, experts), side="weight"))

@@ -1,0 +1,149 @@
+"""The hidden activations of experts that are modules of their own, each of which sees some of the tokens.
+
+Which tokens an expert got is told by the rows themselves: its input is made of rows of the mixture's input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from osp_diag.capture.hooks import unobserved
+
+__all__ = ["ExpertModuleCapture"]
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+
+
+def _row_hashes(rows: torch.Tensor) -> torch.Tensor:
+    """One integer a row, made of its bits; sums of integers do not depend on their order."""
+    bits = rows.contiguous().view(_BITS[rows.element_size()]).to(torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, (rows.shape[-1],), generator=generator)
+    return (bits * factors.to(bits.device)).sum(-1)
+
+
+def token_indices(hashes: torch.Tensor, rows: torch.Tensor) -> torch.Tensor | None:
+    """For each row the token whose state it is; equal states in their order. None where one is nobody's.
+
+    Parameters
+    ----------
+    hashes : (token,) of the mixture's input
+    rows : (row, channel) of one expert's input, no token twice
+    """
+    wanted = _row_hashes(rows)
+    in_order, order = hashes.sort(stable=True)
+    sorted_wanted, wanted_order = wanted.sort(stable=True)
+    places = torch.arange(len(wanted), device=wanted.device)
+    # The second of two equal rows is the second of two equal tokens.
+    rank = places - torch.searchsorted(sorted_wanted, sorted_wanted)
+    position = torch.searchsorted(in_order, sorted_wanted) + rank
+    position = position.clamp(max=len(in_order) - 1)
+    if not torch.equal(in_order[position], sorted_wanted):
+        return None
+    index = torch.empty_like(wanted)
+    index[wanted_order] = order[position]
+    return index
+
+
+class ExpertModuleCapture:
+    """Hands over the inputs of the experts' down projections of each layer, a pass at a time.
+
+    Parameters
+    ----------
+    model : the model that runs
+    mixtures : layer → path of the module that routes tokens to the experts
+    experts : layer → (path of an expert, path of its down projection) for all its experts
+    active : whether a forward pass of the whole model is under way
+    on_rows : called with (layer, rows sorted by token (tokens · slots, channel), slots), where slots is the
+        number of experts a token goes to
+    on_failure : called with a layer whose experts do not get rows of the mixture's input
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        mixtures: Mapping[int, str],
+        experts: Mapping[int, tuple[tuple[str, str], ...]],
+        active: Callable[[], bool],
+        on_rows: Callable[[int, torch.Tensor, int], None],
+        on_failure: Callable[[int], None],
+    ) -> None:
+        self.model, self.mixtures, self.experts = model, dict(mixtures), dict(experts)
+        self.active, self.on_rows, self.on_failure = active, on_rows, on_failure
+        self._handles: list[Any] = []
+        self._state: torch.Tensor | None = None
+        self._input: torch.Tensor | None = None
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def __enter__(self) -> ExpertModuleCapture:
+        for layer, pairs in self.experts.items():
+            mixture = self.model.get_submodule(self.mixtures[layer])
+            self._handles.append(mixture.register_forward_pre_hook(self._begin, with_kwargs=True))
+            self._handles.append(mixture.register_forward_hook(self._end_hook(layer), always_call=True))
+            for expert, down in pairs:
+                for path, hook in ((expert, self._expert_hook), (down, self._down_hook)):
+                    module = self.model.get_submodule(path)
+                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+        self._state, self._input, self._parts = None, None, []
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._parts = []
+        self._state = _first_activation(args, kwargs) if self.active() else None
+
+    def _expert_hook(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        self._input = None if self._state is None else _first_activation(args, kwargs)
+
+    def _down_hook(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        hidden = None if self._input is None else _first_activation(args, kwargs)
+        if hidden is not None and self._input is not None:
+            self._parts.append((self._input, hidden))
+        self._input = None
+
+    def _end_hook(self, layer: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, result: Any) -> None:
+            state, parts = self._state, self._parts
+            self._state, self._parts = None, []
+            if state is None or result is None:
+                return
+            with unobserved(state.device):
+                rows, slots = _in_token_order(state, parts)
+                if rows is None:
+                    self.on_failure(layer)
+                else:
+                    self.on_rows(layer, rows, slots)
+
+        return hook
+
+
+def _first_activation(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | None:
+    """(row, channel) of the first floating argument."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2:
+            return value.detach().reshape(-1, value.shape[-1])
+    return None
+
+
+def _in_token_order(
+    state: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor | None, int]:
+    """(rows sorted by token, experts a token); (None, 0) where a row is no token's or numbers differ."""
+    hashes = _row_hashes(state)
+    parts = [part for part in parts if len(part[0])]
+    same_type = all(x.dtype == state.dtype and x.shape[0] == h.shape[0] for x, h in parts)
+    indices = [token_indices(hashes, x) if x.shape[-1] == state.shape[-1] else None for x, _ in parts]
+    if not parts or not same_type or any(index is None for index in indices):
+        return None, 0
+    index = torch.cat(indices)  # type: ignore[arg-type]
+    slots = len(index) // len(state)
+    if not bool((torch.bincount(index, minlength=len(state)) == slots).all()) or slots == 0:
+        return None, 0
+    return torch.cat([hidden for _, hidden in parts])[torch.argsort(index, stable=True)], slots
