@@ -119,3 +119,18 @@ def test_a_pass_that_raises_leaves_the_others() -> None:
         with pytest.raises(IndexError):
             model(input_ids=torch.full((2, 1), 10**6), past_key_values=out.past_key_values)
     assert numbers(probe)["/residual_post/token_count"][0, 0] == ids.numel()
+
+
+def test_one_pass_with_a_cache_may_see_its_prompt_from_both_sides() -> None:
+    """CPM-Ant has a cache, and its prompt sees itself whole: over all keys, a query's weights add up to 1."""
+    import transformers
+
+    configuration = transformers.CpmAntConfig(
+        vocab_size=60, hidden_size=16, num_attention_heads=2, dim_head=8, dim_ff=24, num_hidden_layers=2
+    )
+    model = transformers.CpmAntForCausalLM(configuration).eval()
+    probe = Probe(model, sites=["attention"])
+    with torch.no_grad(), probe.step(0):
+        model(prompt()["input_ids"])
+    mass = probe.run.tree["attention"]["key_mass"].sel(step=0).sum("key_position")
+    np.testing.assert_allclose(mass, 1, atol=1e-6)

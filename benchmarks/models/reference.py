@@ -18,7 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["Reference", "attention_statistics", "reference_of", "state_statistics"]
+__all__ = [
+    "Reference",
+    "attention_statistics",
+    "first_tensor",
+    "make_eager",
+    "reference_of",
+    "state_statistics",
+]
 
 EPSILONS = (0.1, 0.2, 0.3, 0.5, 0.8)
 SINK_POSITIONS = 4
@@ -100,7 +107,7 @@ def reference_of(
     if (
         states is not None
         and len(states) == len(blocks) + 1
-        and all(s.shape == left[0].shape for s in states)
+        and all(s.ndim == 3 and s.shape == left[0].shape for s in states)
     ):
         reference.states = [s.double().numpy() for s in states]
     elif all(s.ndim == 3 for s in left):
@@ -114,25 +121,23 @@ def reference_of(
 def _dense_pass(
     model: nn.Module, batch: Mapping[str, Any], blocks: tuple[str, ...]
 ) -> tuple[Any, _Softmaxes, list[Tensor]]:
-    states: list[Tensor] = []
+    states: list[Tensor] = []  # copies: some blocks add in place
 
     def enters(module: nn.Module, args: Any, kwargs: Any) -> None:
         if not states:
-            states.append(first_tensor([args, kwargs]).detach())  # type: ignore[union-attr]
+            states.append(first_tensor([args, kwargs]).detach().clone())  # type: ignore[union-attr]
 
     def leaves(module: nn.Module, args: Any, output: Any) -> None:
-        states.append(first_tensor(output).detach())  # type: ignore[union-attr]
+        states.append(first_tensor(output).detach().clone())  # type: ignore[union-attr]
 
     arguments = dict(batch)
     if hasattr(model, "dense"):
         model.dense()
     if hasattr(model, "config"):
-        # Every part's own: the stacks of T5 have copies, which set_attn_implementation does not reach.
-        for module in model.modules():
-            if hasattr(getattr(module, "config", None), "_attn_implementation"):
-                module.config._attn_implementation = "eager"
+        make_eager(model)
         arguments |= {"output_attentions": True, "output_hidden_states": True}
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
         for index, path in enumerate(dict.fromkeys(blocks)):
             module = model.get_submodule(path)
             if not index:
@@ -151,6 +156,21 @@ def _dense_pass(
     return output, softmaxes, states
 
 
+def make_eager(model: nn.Module) -> bool:
+    """Have a model of transformers compute its weights, in place; False where it did before, or is another's.
+
+    Every part's own configuration is changed: T5's stacks have copies, which ``set_attn_implementation`` does
+    not reach.
+    """
+    changed = False
+    for module in model.modules():
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation is not None and implementation != "eager":
+            module.config._attn_implementation = "eager"  # type: ignore[union-attr]
+            changed = True
+    return changed
+
+
 def _of_stack(output: Any, kind: str, stack: str) -> Any:
     names = [f"{stack}_{kind}", kind] if stack else [kind]
     for name in names:
@@ -164,7 +184,7 @@ def _are_states(states: Any, left: list[Tensor]) -> bool:
     return (
         isinstance(states, (list, tuple))
         and len(states) == len(left)
-        and all(s.shape == left[0].shape for s in states)
+        and all(s.ndim == 3 and s.shape == left[0].shape for s in states)
         and torch.equal(states[0], left[0])
     )
 

@@ -124,6 +124,8 @@ class CachedSequences:
                 for call, part in zip(calls, self.passes, strict=True)
                 if call.logits is not None
             ]
+            # Of one pass alone the model's logits say it themselves; prompts may be seen from both sides.
+            changes["causal"] = len(calls) > 1 or calls[-1].causal
             return replace(calls[-1], **changes, logits=torch.cat(rows, dim=2))
         # Beams that were reordered, or a cache that was cut: earlier keys are not those that were seen.
         held = self.last_keys.get(layer)
