@@ -113,7 +113,9 @@ class CachedSequences:
     def call(self, layer: int) -> AttentionCall | None:
         """The attention of one layer as one call; None where the cache was changed in between."""
         calls = [part.calls[layer] for part in self.passes]
-        changes: dict[str, Any] = {"mask": None, "mask_function": None, "causal": True}
+        # One pass alone is what it is: a prompt, or all that an encoder reads, may see itself from both sides.
+        causal = len(calls) > 1 or calls[0].causal
+        changes: dict[str, Any] = {"mask": None, "mask_function": None, "causal": causal}
         for name in ("query", "key", "value"):
             parts = [getattr(call, name) for call in calls]
             whole = None if any(part is None for part in parts) else torch.cat(parts, dim=2)
@@ -124,8 +126,6 @@ class CachedSequences:
                 for call, part in zip(calls, self.passes, strict=True)
                 if call.logits is not None
             ]
-            # Of one pass alone the model's logits say it themselves; prompts may be seen from both sides.
-            changes["causal"] = len(calls) > 1 or calls[-1].causal
             return replace(calls[-1], **changes, logits=torch.cat(rows, dim=2))
         # Beams that were reordered, or a cache that was cut: earlier keys are not those that were seen.
         held = self.last_keys.get(layer)
