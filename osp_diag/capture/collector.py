@@ -108,6 +108,8 @@ class Collector:
         self.suites: dict[str, dict[str, Suite]] = {}
         self.skipped: dict[str, str] = {}
         self.forward_passes = 0
+        self.block_runs: dict[str, int] = {}
+        """How often each block ran in the pass in which it ran most."""
         self._strata: dict[torch.device, torch.Tensor] = {}
         self._ids: dict[torch.device, torch.Tensor] = {}
         self._pass: ForwardPass | None = None
@@ -177,6 +179,8 @@ class Collector:
                 self.snapshots.clear()
         else:
             self.forward_passes += 1
+            for path, runs in self._pass.runs.items() if self._pass is not None else ():
+                self.block_runs[path] = max(runs, self.block_runs.get(path, 0))
         self._backup, self._pass, self._values = (), None, {}
 
     def forget_unfinished(self) -> None:
