@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
 
 from osp_diag.errors import OspDiagError, StoreError, UsageError
@@ -14,6 +15,7 @@ from osp_diag.runs.steps import at_step, step_of
 
 __all__ = [
     "identifier",
+    "nothing_finite",
     "opened",
     "per_run",
     "shown_token",
@@ -75,7 +77,18 @@ def statistics(
             f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {model_name(run.attrs)} does "
             "not hold; probe again with the estimator among --estimators"
         )
-    return at_step(dataset[wanted], step_of(run, step)).load()
+    at_one = at_step(dataset[wanted], step_of(run, step)).load()
+    if not any(np.isfinite(at_one[name].values).any() for name in wanted):
+        raise StoreError(nothing_finite(run, f"{', '.join(wanted)} at {site!r}", figure))
+    return at_one
+
+
+def nothing_finite(run: Any, what: str, figure: str) -> str:
+    """Why there is nothing to draw of a model that gives NaN, or of a part of it that did not run."""
+    return (
+        f"{figure}: {what} holds no finite number in the run of {model_name(run.attrs)}: its activations "
+        "there are NaN or Inf (its summary says where that begins), or that part of the model did not run"
+    )
 
 
 def identifier(values: xr.DataArray) -> str:
@@ -87,12 +100,15 @@ def identifier(values: xr.DataArray) -> str:
 def snapshot(run: Any, site: str, figure: str) -> xr.DataArray:
     """The raw activations of the first sequence at a site: (layer, token, channel) or with heads."""
     try:
-        return run.snapshot(site)["activation"].load()
+        activation = run.snapshot(site)["activation"].load()
     except (OspDiagError, KeyError):
         raise StoreError(
             f"{figure} draws raw activations, and the run of {model_name(run.attrs)} holds no snapshot of "
             f"{site!r}{_why(run, site)}; probe again and let it keep snapshots of that site"
         ) from None
+    if not np.isfinite(activation.values).any():
+        raise StoreError(nothing_finite(run, f"the snapshot of {site!r}", figure))
+    return activation
 
 
 def snapshot_step(run: Any) -> int:

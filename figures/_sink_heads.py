@@ -9,7 +9,7 @@ import xarray as xr
 
 from osp_diag.analyses.summary.numbers import sink_rate_at
 from osp_diag.errors import StoreError
-from osp_diag.figures._runs import statistics
+from osp_diag.figures._runs import nothing_finite, statistics
 from osp_diag.runs.naming import model_name
 from osp_diag.schema import SINK_EPSILON, SINK_POSITION
 
@@ -30,7 +30,12 @@ def heads_by_sink(
     Returns
     -------
     ``layer``, ``head``, ``sink_rate`` (ε = 0.3, k = 0) and ``first_token_attention`` along ``place``. A rate
-    is a multiple of 1 / sequences; attention to the first token decides among equals.
+    is a multiple of 1 / sequences; attention to the first token decides among equals. Heads of which nothing
+    is known, because their queries are NaN, are left out.
+
+    Raises
+    ------
+    StoreError : no head of these layers has a finite rate
     """
     found = statistics(run, "attention", ("sink_rate", "first_token_attention"), figure, step)
     rate = sink_rate_at(found["sink_rate"])
@@ -46,7 +51,9 @@ def heads_by_sink(
     mass = mass.transpose("layer", "head")
     score = np.nan_to_num(rate.values, nan=-1.0) + 1e-6 * np.nan_to_num(mass.values)
     order = np.argsort(-score, axis=None, kind="stable")
-    rows, columns = np.unravel_index(order, score.shape)
+    rows, columns = np.unravel_index(order[np.isfinite(rate.values.ravel()[order])], score.shape)
+    if not len(rows):
+        raise StoreError(nothing_finite(run, "the sink rate of these layers", figure))
     if head is not None:
         rows, columns = rows[columns == head], columns[columns == head]
     return xr.Dataset(
