@@ -268,6 +268,7 @@ class TestTorchsContract:
 
     def assert_goes_on_as(self, optimizer: torch.optim.Optimizer, whole: Muon) -> None:
         """Both have made the same three steps; they make the next two."""
+        both = (optimizer, whole)
         parts = [
             [value for group in one.param_groups for value in group["params"]] for one in (optimizer, whole)
         ]
