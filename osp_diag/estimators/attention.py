@@ -30,6 +30,7 @@ from osp_diag.estimators.attention_tiles import (
     GENERIC_ATTENTION,
     AttentionReductions,
     LogitSource,
+    LogitTile,
     ModelLogits,
     ProductLogits,
     SampledTile,
@@ -132,7 +133,8 @@ class AttentionObservation:
     softcap : c in c · tanh(logit / c), before the mask; None for none
     sink_logits : (head,) learned logits of an extra column; zeros are softmax-off-by-one
     token_ids : the tokens' ids; None where they are not known
-    query_sample : number of evenly spaced queries whose logits enter distributions; None for all
+    query_sample : number of queries, evenly spaced among the valid ones of each sequence, whose logits enter
+        distributions; None for all
     tile : queries at a time
 
     The *sink key* of a sequence is its first token that is not padding. Everything is computed in
@@ -206,7 +208,8 @@ class AttentionObservation:
     ) -> AttentionObservation:
         """From logits that the model made itself, scaled and masked.
 
-        Entries at or below −1e30 (−32752 in float16), −Inf included, are not allowed. The last
+        Entries at or below −1e6 (−32752 in float16), −Inf included, are not allowed. Logits of padding
+        enter no distribution, whatever they were filled with. The last
         ``extra_columns`` columns are learned sinks (gpt-oss). ``mask`` says whether the model is causal
         and may narrow what is allowed; it must not add to the logits again. Queries and keys are not
         known, so that what is computed from them comes out as NaN.
@@ -366,16 +369,21 @@ class AttentionObservation:
         if "sampled_tile" in self._cache:
             return self._cache["sampled_tile"]
         tokens = self.layout.tokens
+        start = number * self.tile
         if self.sample == tokens:
-            start = number * self.tile
             rows = self.source.span(start, min(start + self.tile, tokens))
+            weight = take_rows(self.query_weight, rows, axis=2)
         else:
-            sample = sampled_rows(self.sample, tokens, self.valid)
-            start = number * self.tile
-            rows = QueryRows(sample.queries[start : start + self.tile], None, sample.keys)
+            sample, counts = sampled_rows(self.sample, self.valid)
+            part = slice(start, start + self.tile)
+            rows = QueryRows(sample.queries[:, part], None, sample.keys)
+            weight = take_rows(self.query_weight, rows, axis=2) * counts[:, None, part]
         tile = self.source.tile(rows)
         sink_logit, is_sink = pick_sink(tile, self.sink, rows)
-        sampled = SampledTile(tile, is_sink, sink_logit, take_rows(self.query_weight, rows, axis=2))
+        # A mask that fills with −10000 leaves logits of padding that no other sign tells apart.
+        is_token = (self.valid > 0)[:, None, None, rows.keys[0] : rows.keys[1]]
+        tile = LogitTile(tile.logits, tile.allowed & is_token, tile.extra)
+        sampled = SampledTile(tile, is_sink, sink_logit, weight)
         if self.sampled_tiles == 1:
             self._cache["sampled_tile"] = sampled
         return sampled

@@ -30,7 +30,7 @@ from osp_diag.estimators._arrays import (
 from osp_diag.estimators.attention_mask import (
     AttentionMask,
     QueryRows,
-    is_fill,
+    is_filled_logit,
     take_rows,
 )
 
@@ -129,14 +129,14 @@ class ModelLogits:
         extra = None
         if self.extra_columns:
             extra = _log_sum_exp(part[..., tokens:])
-        return LogitTile(xp.astype(logits, xp.float32), allowed & ~is_fill(logits), extra)
+        return LogitTile(xp.astype(logits, xp.float32), allowed & ~is_filled_logit(logits), extra)
 
 
 def _log_sum_exp(values: Array) -> Array:
     """log Σ exp over the last axis in float32; −Inf where every entry is a fill."""
     xp = namespace_of(values)
     wide = xp.astype(values, xp.float32)
-    wide = xp.where(is_fill(values), xp.full_like(wide, -xp.inf), wide)
+    wide = xp.where(is_filled_logit(values), xp.full_like(wide, -xp.inf), wide)
     top = xp.max(wide, axis=-1)
     empty = top == -xp.inf
     safe = xp.where(empty, xp.zeros_like(top), top)

@@ -107,24 +107,33 @@ def _extent(rows: Array) -> Array:
 
 
 def _block_moments(x: Array) -> RowMoments:
-    """Moments over the last axis in two passes: scale and mean, then centred powers."""
+    """Moments over the last axis in two passes: scale and mean, then centred powers.
+
+    Elements are divided by a power of two, which rounds nothing, and the mean is taken off twice: where it is
+    many deviations large, the rounding of quotients and of the mean would pass for spread.
+    """
     xp = namespace_of(x)
     peak = _extent(x)
     scale = xp.where(peak > 0, peak, xp.ones_like(peak))
-    z = x / scale[..., None]
-    mean = xp.mean(z, axis=-1)
-    z2 = z * z
-    centred = z - mean[..., None]
-    c2 = centred * centred
+    unit = power_of_two_below(xp, scale)
+    z = x / unit[..., None]
+    rough = xp.mean(z, axis=-1)
+    centred = z - rough[..., None]
+    remainder = xp.mean(centred, axis=-1)
+    centred = centred - remainder[..., None]
+    z2, c2 = z * z, centred * centred
+    # From moments of x / unit to those of x / scale; the ratio is between 1/2 and 1.
+    ratio = unit / scale
+    ratio2 = ratio * ratio
     return RowMoments(
         scale=peak,
-        mean=mean,
-        absolute=xp.mean(xp.abs(z), axis=-1),
-        second=xp.mean(z2, axis=-1),
-        central_second=xp.mean(c2, axis=-1),
-        central_third=xp.mean(c2 * centred, axis=-1),
-        central_fourth=xp.mean(c2 * c2, axis=-1),
-        fourth=xp.mean(z2 * z2, axis=-1),
+        mean=(rough + remainder) * ratio,
+        absolute=xp.mean(xp.abs(z), axis=-1) * ratio,
+        second=xp.mean(z2, axis=-1) * ratio2,
+        central_second=xp.mean(c2, axis=-1) * ratio2,
+        central_third=xp.mean(c2 * centred, axis=-1) * ratio2 * ratio,
+        central_fourth=xp.mean(c2 * c2, axis=-1) * ratio2 * ratio2,
+        fourth=xp.mean(z2 * z2, axis=-1) * ratio2 * ratio2,
     )
 
 
