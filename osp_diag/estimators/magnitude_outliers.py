@@ -196,7 +196,7 @@ class SixSigmaOutliers(Estimator):
                 ("stratum",),
                 definition=f"share of elements {rule}",
                 floor=0.0,
-                # Chebyshev bounds the share of all tokens alone; the bound of an array holds for every stratum.
+                # Chebyshev bounds the share of all tokens alone, and this has to hold for every stratum.
                 ceiling=1.0,
             ),
             "six_sigma_channel_count": Output(

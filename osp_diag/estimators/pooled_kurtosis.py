@@ -45,9 +45,10 @@ class PooledKurtosis(Estimator):
     """Kurtosis of each sequence flattened to T · d numbers, non-excess and centred, mean over sequences.
 
     A single massive activation makes it grow with the number of *elements*: the ceiling is about
-    T · d − 4 (s has Bessel's correction), so on one text SmolLM2-135M scores 136,726 here and 82.9 under the OSP formula. Each stratum
-    pools only its own tokens, so the mean over strata is not the number for ``all``. ε = 1e-6 is added
-    to s⁴, which makes the number depend on units when activations are tiny. A constant sequence gives 0.
+    T · d − 4 (s has Bessel's correction), so on one text SmolLM2-135M scores 136,726 here and 82.9 under
+    the OSP formula. Each stratum pools only its own tokens, so the mean over strata is not the number for
+    ``all``. ε = 1e-6 is added to s⁴, which makes the number depend on units when activations are tiny. A
+    constant sequence gives 0.
     """
 
     epsilon: float = 1e-6

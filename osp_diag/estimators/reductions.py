@@ -116,24 +116,23 @@ def _block_moments(x: Array) -> RowMoments:
     peak = _extent(x)
     scale = xp.where(peak > 0, peak, xp.ones_like(peak))
     unit = power_of_two_below(xp, scale)
-    z = x / unit[..., None]
-    rough = xp.mean(z, axis=-1)
-    centred = z - rough[..., None]
+    # The ratio from x / unit to x / scale is between 1/2 and 1.
+    exact, ratio = x / unit[..., None], unit / scale
+    rough = xp.mean(exact, axis=-1)
+    centred = (exact - rough[..., None]) * ratio[..., None]
     remainder = xp.mean(centred, axis=-1)
     centred = centred - remainder[..., None]
+    z = x / scale[..., None]
     z2, c2 = z * z, centred * centred
-    # From moments of x / unit to those of x / scale; the ratio is between 1/2 and 1.
-    ratio = unit / scale
-    ratio2 = ratio * ratio
     return RowMoments(
         scale=peak,
-        mean=(rough + remainder) * ratio,
-        absolute=xp.mean(xp.abs(z), axis=-1) * ratio,
-        second=xp.mean(z2, axis=-1) * ratio2,
-        central_second=xp.mean(c2, axis=-1) * ratio2,
-        central_third=xp.mean(c2 * centred, axis=-1) * ratio2 * ratio,
-        central_fourth=xp.mean(c2 * c2, axis=-1) * ratio2 * ratio2,
-        fourth=xp.mean(z2 * z2, axis=-1) * ratio2 * ratio2,
+        mean=rough * ratio + remainder,
+        absolute=xp.mean(xp.abs(z), axis=-1),
+        second=xp.mean(z2, axis=-1),
+        central_second=xp.mean(c2, axis=-1),
+        central_third=xp.mean(c2 * centred, axis=-1),
+        central_fourth=xp.mean(c2 * c2, axis=-1),
+        fourth=xp.mean(z2 * z2, axis=-1),
     )
 
 

@@ -171,10 +171,10 @@ class OspExcessKurtosis(Estimator):
     Per token over its d channels, k = max(0, mean_j x_j⁴ / s⁴ − 3), where s is the centred standard
     deviation with Bessel's correction while the numerator is *not* centred; then the mean over tokens.
     Because of that it is not shift-invariant: a channel mean of m standard deviations adds 6m² + m⁴.
-    So it has no upper bound: noise on an offset of 10 deviations scores about 10,600. The clamp gives Gaussian
-    noise a positive score (the floor), and a one-hot token scores d − 3, the most that a single outlier
-    gives; values are not comparable across widths: compare ``_of_ceiling``, which exceeds 1 only by an
-    offset, and ``_over_floor``.
+    So it has no upper bound: noise on an offset of 10 deviations scores about 10,600. The clamp gives
+    Gaussian noise a positive score (the floor), and a one-hot token scores d − 3, so values are not
+    comparable across widths: compare ``_of_ceiling``, which exceeds 1 where all channels share an offset,
+    and ``_over_floor``.
     The script feeds each token as its own sequence (protocol ``osp-published``) and averages over the
     embedding, blocks 1 … L−1 and the final norm's output, never the last block's own output.
     """
@@ -192,6 +192,7 @@ class OspExcessKurtosis(Estimator):
         "The paper's 0.04 at d = 2048 is this floor; its 1818.56 is 88.9% of d − 3.",
         "Vlassis et al. 2026 find that over optimizers kurtosis and the max-to-mean ratio fail to predict "
         "what 4 bits cost.",
+        "The script's last hidden state of OPT-350m is projected to 512 channels; no site here is that.",
         "Composer's and Kaul's per-token kurtosis centre the numerator (`pearson_kurtosis`).",
     )
 
@@ -214,7 +215,7 @@ class OspExcessKurtosis(Estimator):
             f"{self.name}_of_ceiling": Output(
                 quotient(mean, max(ceiling, 0.0) * unit),
                 dims,
-                definition="mean / (d − 3), what a token with one non-zero channel scores; above 1 by an offset",
+                definition="mean / (d − 3), the score of a token with one non-zero channel",
             ),
             f"{self.name}_over_floor": Output(
                 quotient(mean, floor * unit), dims, definition="mean / (score of Gaussian noise at width d)"
