@@ -101,6 +101,7 @@ def _pooled(values: np.ndarray, layers: np.ndarray, pixels: int, hot: int) -> xr
 
 def hottest(values: np.ndarray, count: int, times: float = 5.0) -> np.ndarray:
     """Channels whose largest ratio to their layer's median channel exceeds ``times``, hottest first."""
+    values = values[np.isfinite(values).any(axis=1)]
     # x_j / median_j x of each layer, and of each channel the largest of its layers
     median = np.nanmedian(values, axis=1, keepdims=True)
     ratio = np.divide(values, median, out=np.zeros_like(values), where=median > 0).max(axis=0)
