@@ -29,6 +29,7 @@ from collections.abc import Mapping, Sequence
 import osp_diag
 from osp_diag.cli.discovery import Verb, find_verbs, verb_by_name
 from osp_diag.errors import OspDiagError
+from osp_diag.foreign_errors import foreign_origin
 
 __all__ = ["main"]
 
@@ -129,7 +130,10 @@ def _report(error: BaseException, has_traceback: bool) -> int:
         print(f"osp-diag: {advice}", file=sys.stderr)
         return MISUSE
     print(f"osp-diag: unexpected {type(error).__name__}: {error}", file=sys.stderr)
-    if not has_traceback:
+    origin = foreign_origin(error)
+    if origin:
+        print(f"It was raised outside of osp-diag, by the model or function given: {origin}", file=sys.stderr)
+    elif not has_traceback:
         print("This is a defect of osp-diag; --traceback shows where it lies.", file=sys.stderr)
     return MISUSE
 

@@ -17,6 +17,7 @@ from osp_diag.runs.steps import at_step, step_of
 __all__ = [
     "check_label",
     "identifier",
+    "nothing_finite",
     "open_runs",
     "per_run",
     "snapshot",
@@ -72,7 +73,18 @@ def statistics(
             f"{figure} needs {', '.join(missing)} at {site!r}, which the run of {model_name(run.attrs)} does "
             "not hold; probe again with the estimator among --estimators"
         )
-    return at_step(dataset[names], step_of(run, step)).load()
+    values = at_step(dataset[names], step_of(run, step)).load()
+    if not any(np.isfinite(values[name].values).any() for name in names):
+        raise StoreError(nothing_finite(run, f"{', '.join(names)} at {site!r}", figure))
+    return values
+
+
+def nothing_finite(run: Run, subject: str, figure: str) -> str:
+    """Why there is nothing to draw of a model that gives NaN, or of a part of it that did not run."""
+    return (
+        f"{figure}: {subject} holds no finite number in the run of {model_name(run.attrs)}: its activations "
+        "there are NaN or Inf (its summary says where that begins), or that part of the model did not run"
+    )
 
 
 def check_label(
@@ -97,12 +109,15 @@ def identifier(values: xr.DataArray) -> str:
 def snapshot(run: Run, site: str, figure: str) -> xr.DataArray:
     """The raw activations of the first sequence at a site: (layer, token, channel) or with heads."""
     try:
-        return run.snapshot(site)["activation"].load()
+        activation = run.snapshot(site)["activation"].load()
     except (OspDiagError, KeyError):
         raise StoreError(
             f"{figure} draws raw activations, and the run of {model_name(run.attrs)} holds no snapshot of "
             f"{site!r}{_reason_of_absence(run, site)}; probe again and let it keep snapshots of that site"
         ) from None
+    if not np.isfinite(activation.values).any():
+        raise StoreError(nothing_finite(run, f"the snapshot of {site!r}", figure))
+    return activation
 
 
 def snapshot_step(run: Run) -> int:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from osp_diag.analyses.summary.numbers import sink_rate_at
 from osp_diag.errors import StoreError
-from osp_diag.figures._runs import statistics
+from osp_diag.figures._runs import nothing_finite, statistics
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
 from osp_diag.schema import SINK_EPSILON, SINK_POSITION
@@ -40,7 +40,12 @@ def heads_by_sink(
     Returns
     -------
     ``layer``, ``head``, ``sink_rate`` (ε = 0.3, k = 0) and ``first_token_attention`` along ``place``, in
-    the order of :func:`sink_strength`.
+    the order of :func:`sink_strength`. Heads of which nothing is known, because their queries are NaN, are
+    left out.
+
+    Raises
+    ------
+    StoreError : no head of these layers has a finite rate
     """
     attention = statistics(run, "attention", ("sink_rate", "first_token_attention"), figure, step)
     rate = sink_rate_at(attention["sink_rate"])
@@ -56,7 +61,9 @@ def heads_by_sink(
     mass = mass.transpose("layer", "head")
     score = sink_strength(rate.values, mass.values)
     order = np.argsort(-score, axis=None, kind="stable")
-    rows, columns = np.unravel_index(order, score.shape)
+    rows, columns = np.unravel_index(order[np.isfinite(rate.values.ravel()[order])], score.shape)
+    if not len(rows):
+        raise StoreError(nothing_finite(run, "the sink rate of these layers", figure))
     if head is not None:
         rows, columns = rows[columns == head], columns[columns == head]
     return xr.Dataset(

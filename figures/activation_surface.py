@@ -19,7 +19,15 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import check_label, per_run, snapshot, snapshot_sites, snapshot_step, token_texts
+from osp_diag.figures._runs import (
+    check_label,
+    nothing_finite,
+    per_run,
+    snapshot,
+    snapshot_sites,
+    snapshot_step,
+    token_texts,
+)
 from osp_diag.figures._surfaces import (
     Axes,
     check_z_scale,
@@ -131,6 +139,11 @@ def _of_run(run: Run, sites: list[str], layer: int | None, channels: int, tokens
                 "the protocol osp-published); draw it from a run of the protocol `sequence`"
             )
     index = _layer(run, arrays, layer)
+    for site, array in arrays.items():
+        if not np.isfinite(array.sel(layer=index).values).any():
+            raise StoreError(
+                nothing_finite(run, f"layer {index} of the snapshot of {site!r}", "activation_surface")
+            )
     surfaces = [
         _surface(array.sel(layer=index).values.astype(np.float64), channels, tokens)
         for array in arrays.values()
@@ -151,10 +164,14 @@ def _layer(run: Run, arrays: dict[str, xr.DataArray], layer: int | None) -> int:
         source = f"the snapshot of {model_name(run.attrs)}"
         check_label("activation_surface", source, "layer", layer, shared)
         return layer
-    peaks = [
-        max(float(np.nanmax(array.sel(layer=index).values)) for array in arrays.values()) for index in shared
-    ]
+    peaks = [max(_largest(array.sel(layer=index)) for array in arrays.values()) for index in shared]
     return shared[int(np.argmax(peaks))]
+
+
+def _largest(values: xr.DataArray) -> float:
+    """The largest finite value; −∞ where all are NaN."""
+    finite = values.values[np.isfinite(values.values)]
+    return float(finite.max(initial=-np.inf))
 
 
 def _surface(values: np.ndarray, channels: int, tokens: int) -> xr.Dataset:
@@ -166,7 +183,7 @@ def _surface(values: np.ndarray, channels: int, tokens: int) -> xr.Dataset:
             "magnitude": (("token", "channel"), pooled),
             "first_token": (("token",), bin_starts(count, tokens).astype(float)),
             "first_channel": (("channel",), bin_starts(width, channels).astype(float)),
-            "peak": float(values.max()),
+            "peak": float(np.nanmax(values)),
             "peak_token": float(peak_token),
             "peak_channel": float(peak_channel),
         },

@@ -19,7 +19,14 @@ from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import KINDS, ColourScale
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import check_label, snapshot, snapshot_step, token_label, token_texts
+from osp_diag.figures._runs import (
+    check_label,
+    nothing_finite,
+    snapshot,
+    snapshot_step,
+    token_label,
+    token_texts,
+)
 from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
@@ -180,6 +187,8 @@ class _AttentionSnapshot:
         if np.isfinite(softcap):
             logits = softcap * np.tanh(logits / softcap)
         bias = rule["logit_bias"].isel(bias_head=table).values.astype(float)
+        if np.isnan(logits).all():
+            raise StoreError(nothing_finite(self.run, f"layer {layer}, head {head}", "attention_map"))
         return _softmax(logits + bias, float(rule["sink_logit"].isel(head=head)))
 
 

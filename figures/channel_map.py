@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float, Int
 
+from osp_diag.analyses.channels.profiles import is_hot, relative_rms
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import UsageError
 from osp_diag.figures._caption import caption
@@ -99,13 +101,11 @@ def _pooled(values: np.ndarray, layers: np.ndarray, pixels: int, hot: int) -> xr
     )
 
 
-def hottest(values: np.ndarray, count: int, times: float = 5.0) -> np.ndarray:
-    """Channels whose largest ratio to their layer's median channel exceeds ``times``, hottest first."""
-    # x_j / median_j x of each layer, and of each channel the largest of its layers
-    median = np.nanmedian(values, axis=1, keepdims=True)
-    ratio = np.divide(values, median, out=np.zeros_like(values), where=median > 0).max(axis=0)
+def hottest(values: Float[np.ndarray, "layer channel"], count: int) -> Int[np.ndarray, " place"]:
+    """The hot channels of any layer, at most ``count``, hottest first."""
+    ratio = np.nan_to_num(relative_rms(values)).max(axis=0)
     order = np.argsort(-ratio, kind="stable")[:count]
-    return order[ratio[order] > times]
+    return order[is_hot(ratio[order])]
 
 
 def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:

@@ -17,7 +17,7 @@ from osp_diag.figures._bounds import bound
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import per_run
+from osp_diag.figures._runs import nothing_finite, per_run
 from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -111,7 +111,10 @@ def _of_run(run: Run, step: int, site: str, stratum: str, by: str) -> xr.Dataset
             f"estimator_disagreement: the run of {model_name(run.attrs)} holds no kurtosis at {site!r}; "
             "probe again with osp_excess_kurtosis and others among --estimators"
         )
-    return xr.concat(parts, "place", join="outer", data_vars="all", coords="minimal", compat="override")
+    whole = xr.concat(parts, "place", join="outer", data_vars="all", coords="minimal", compat="override")
+    if not np.isfinite(whole["kurtosis"].values).any():
+        raise StoreError(nothing_finite(run, f"every kurtosis at {site!r}", "estimator_disagreement"))
+    return whole
 
 
 def _kurtoses(run: Run, site: str, step: int, stratum: str) -> dict[str, xr.DataArray]:

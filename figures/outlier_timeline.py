@@ -13,11 +13,12 @@ import xarray as xr
 from osp_diag.analyses.emergence.history import log_kurtosis, onsets
 from osp_diag.analyses.emergence.onset import DEPARTURE, FEWEST_PROBES
 from osp_diag.analyses.run_labels import labels_of
-from osp_diag.errors import UsageError
+from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.figures._placement import ADAM_AND_OSP, InGallery, InReport
+from osp_diag.figures._runs import nothing_finite
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.run import Run
@@ -66,6 +67,9 @@ def prepare(
         strata = [str(name) for name in ratio["stratum"].values]
         if stratum not in strata:
             raise UsageError(f"outlier_timeline: stratum is one of {', '.join(strata)}, not {stratum!r}")
+        if not np.isfinite(ratio.sel(stratum=stratum).values).any():
+            subject = f"the OSP kurtosis of {site}, {stratum} tokens,"
+            raise StoreError(nothing_finite(run, subject, "outlier_timeline"))
         estimators.append(str(ratio.attrs["estimator"]))
         long_enough = len(run.steps) >= FEWEST_PROBES
         onset = None

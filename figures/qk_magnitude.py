@@ -12,12 +12,12 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.run_labels import labels_of
-from osp_diag.errors import UsageError
+from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import KINDS, ColourScale
 from osp_diag.figures._decimate import bin_centres, max_pool
 from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
-from osp_diag.figures._runs import check_label, per_run, snapshot, snapshot_step
+from osp_diag.figures._runs import check_label, nothing_finite, per_run, snapshot, snapshot_step
 from osp_diag.figures._sink_heads import heads_by_sink
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
@@ -101,6 +101,8 @@ def _of_run(run: Run, layer: int | None, head: int | None, rope: str, tokens: in
         name: np.abs(array.sel(layer=layer).isel(head=which).values.astype(np.float64))
         for name, array, which in (("query", query, head), ("key", key, key_head))
     }
+    if not all(np.isfinite(values).any() for values in magnitudes.values()):
+        raise StoreError(nothing_finite(run, f"layer {layer}, head {head}", "qk_magnitude"))
     return xr.Dataset(
         {
             **{

@@ -136,14 +136,14 @@ def test_histogram_counts_the_logits_by_class_of_key() -> None:
 
 def test_logits_beyond_the_bins_fall_into_the_outer_ones() -> None:
     logits = np.full((1, 1, 4, 4), 5e4, np.float32)
-    logits[..., 2] = -5e4
+    logits[..., 2:, :] = -5e4  # of whole queries: so far below its row's largest, an entry is a fill
     strata = np.zeros((4, 1, 4), np.float32)
     strata[0], strata[3, :, 1:], strata[1, :, 0] = 1, 1, 1
     observation = AttentionObservation.from_logits(logits, None, strata, mask=AttentionMask(causal=False))
     found = finalised(ATTENTION.measure(observation), observation.layout)
     other = found["logit_density"][0, 1] * np.diff(LogitGrid().edges)
-    assert other[0] == pytest.approx(1 / 3)
-    assert other[-1] == pytest.approx(2 / 3)
+    assert other[0] == pytest.approx(1 / 2)
+    assert other[-1] == pytest.approx(1 / 2)
     assert found["max_logit"][0] == 5e4
 
 

@@ -97,12 +97,15 @@ class TestLabelling:
         states, layouts, suites = observed(probe, 1)
         fewer = {key: state for key, state in states.items() if key[:2] != ("residual_post", 0)}
         second = labelled((fewer, layouts, suites), labels)
-        assert second["residual_post"]["layer"].values.tolist() == [1]
-        assert_same_steps(second, labelled((fewer, layouts, suites), StepLabels()))
-        same, other = (step.groups["residual_mid"] for step in (first, second))
-        assert isinstance(same, GroupStep)
-        assert isinstance(other, GroupStep)
-        assert same.declared is other.declared
+        assert second["residual_post"]["layer"].values.tolist() == [0, 1]
+        assert labelled((fewer, layouts, suites), StepLabels())["residual_post"]["layer"].values == [1]
+        for name, variable in second["residual_post"].data_vars.items():
+            assert np.isnan(variable.sel(layer=0)).all(), name
+        for group in ("residual_post", "raw/residual_post", "residual_mid"):
+            same, other = (step.groups[group] for step in (first, second))
+            assert isinstance(same, GroupStep)
+            assert isinstance(other, GroupStep)
+            assert same.declared is other.declared
 
     def test_coordinates_that_follow_from_the_numbers_are_looked_at(self) -> None:
         suite, labels = Suite([Drifting()]), StepLabels()

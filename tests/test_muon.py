@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -251,3 +255,83 @@ def test_a_closure_is_asked_with_gradients_on():
 def test_tensors_of_three_dimensions_are_refused_by_name():
     with pytest.raises(TrainingError, match=r"experts.weight has shape \(2, 3, 4\); Muon moves matrices"):
         Muon([("experts.weight", nn.Parameter(torch.zeros(2, 3, 4)))])
+
+
+class TestTorchsContract:
+    """What schedulers, wrappers and checkpoints of others expect of any optimizer."""
+
+    def walked(self) -> tuple[Muon, list[nn.Parameter]]:
+        moved = parameters()
+        optimizer = Muon(moved, lr=0.02, weight_decay=0.1, momentum=0.8, form="osp", dtype="float32")
+        walk(optimizer, moved, 3)
+        return optimizer, moved
+
+    def assert_goes_on_as(self, optimizer: torch.optim.Optimizer, whole: Muon) -> None:
+        """Both have made the same three steps; they make the next two."""
+        both = (optimizer, whole)
+        parts = [
+            [value for group in one.param_groups for value in group["params"]] for one in (optimizer, whole)
+        ]
+        assert not set(parts[0]) & set(parts[1])
+        for one, moved in zip(both, parts, strict=True):
+            for step in (3, 4):
+                set_gradients(moved, step)
+                one.step()
+        for value, other in zip(*parts, strict=True):
+            assert torch.equal(value, other)
+
+    def test_a_copy_and_a_pickle_go_on_alike(self) -> None:
+        for again in (copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))):
+            optimizer, _ = self.walked()
+            self.assert_goes_on_as(again(optimizer), optimizer)
+
+    def test_a_state_dict_takes_everything_along(self) -> None:
+        optimizer, moved = self.walked()
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        other = Muon([nn.Parameter(value.detach().clone()) for value in moved], lr=1.0)
+        other.load_state_dict(state)
+        assert other.state_dict()["param_groups"] == state["param_groups"]
+        self.assert_goes_on_as(other, optimizer)
+
+    def test_a_state_dict_from_before_groups_had_them_keeps_the_optimizers_own(self) -> None:
+        optimizer, moved = self.walked()
+        state = copy.deepcopy(optimizer.state_dict())
+        for group in state["param_groups"]:
+            for name in ("momentum", "nesterov", "steps", "form", "dtype"):
+                del group[name]
+        values = [nn.Parameter(value.detach().clone()) for value in moved]
+        other = Muon(values, momentum=0.8, form="osp", dtype="float32")
+        other.load_state_dict(state)
+        self.assert_goes_on_as(other, optimizer)
+
+    def test_a_group_that_comes_later_moves_by_its_own_numbers(self) -> None:
+        first, later = (nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+        alone = nn.Parameter(torch.ones(3, 4))
+        optimizer = Muon([first], lr=0.02)
+        optimizer.add_param_group({"params": [later], "lr": 0.5, "momentum": 0.5, "nesterov": False})
+        moved = [first, later, alone]
+        reference = Muon([alone], lr=0.5, momentum=0.5, nesterov=False)
+        for _ in range(2):
+            set_gradients(moved[1:], 0)
+            alone.grad = later.grad.clone()
+            optimizer.step()
+            reference.step()
+        assert torch.equal(later, alone)
+        assert torch.equal(first, torch.ones(3, 4))
+
+    def test_a_group_that_cannot_be_moved_is_refused_and_not_kept(self) -> None:
+        optimizer = Muon(parameters())
+        with pytest.raises(TrainingError, match=r"parameter 0 has shape \(2, 2, 2\)"):
+            optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2, 2, 2))]})
+        assert len(optimizer.param_groups) == 1
+
+    def test_a_schedule_may_turn_the_momentum(self) -> None:
+        optimizer, moved = self.walked()
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=4, base_momentum=0.5)
+        set_gradients(moved, 0)
+        optimizer.step()
+        schedule.step()
+        assert 0.5 < optimizer.param_groups[0]["momentum"] < 0.95

@@ -55,6 +55,9 @@ def kurtosis(
     states, note = hidden_states(sites, absent)
     parts = mean_by_stratum(states)
     headline = parts.get("all")
+    if states and headline is None:
+        unknown = sum(not np.isfinite(state.sel(stratum="all").values).any() for state in states)
+        note = f"not measured, because {unknown} of {len(states)} hidden states have no finite token"
     fields: dict[str, Any] = {
         "width": width,
         "hidden_states": len(states),
@@ -126,7 +129,10 @@ def massive(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     if "massive_activation_count" in blocks:
         count = blocks["massive_activation_count"].sortby("layer").load()
         # (layer): mean number in a sequence, over all strata.
-        everywhere = np.nan_to_num(count.sel(stratum="all").values)
+        counted = count.sel(stratum="all").values
+        if not np.isfinite(counted).any():
+            return {}
+        everywhere = np.nan_to_num(counted)
         present = np.flatnonzero(everywhere > 0)
         fields["massive_per_sequence"] = float(everywhere.max(initial=0.0))
         if present.size:
@@ -203,6 +209,8 @@ def everyday(sites: Mapping[str, xr.Dataset], fields: Mapping[str, Any]) -> dict
             fraction = (
                 sites[site]["outlier_feature_fraction"].sel(stratum=stratum).transpose("layer", "channel")
             )
+            if not np.isfinite(fraction.values).any():
+                continue
             rule = outlier_features(np.nan_to_num(fraction.values.astype(np.float64)))
             features[site] = tuple(int(channel) for channel in np.flatnonzero(rule))
     ratio = None

@@ -59,7 +59,7 @@ def _nonfinite(summary: Summary) -> str:
 def _kurtosis(summary: Summary) -> Iterator[str]:
     """How far a few channels dominate a token."""
     if summary.osp_kurtosis is None:
-        yield f"OSP kurtosis: {summary.note}."
+        yield f"OSP kurtosis: {summary.note or 'not measured'}."
         return
     yield (
         f"OSP kurtosis (osp_excess_kurtosis/1, mean over {summary.hidden_states} hidden states): "

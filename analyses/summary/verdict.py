@@ -167,7 +167,8 @@ def _massive(summary: Summary, state: State) -> Finding:
 
 def _kurtosis(summary: Summary, state: State, run: Run) -> Finding:
     if summary.osp_kurtosis is None or summary.osp_kurtosis_over_floor is None or summary.width is None:
-        reason = summary.note or "the run does not say the model's width"
+        missing = "not measured" if summary.osp_kurtosis is None else "the run does not say the model's width"
+        reason = summary.note or missing
         return Finding(rule="kurtosis", state=state, text=f"OSP kurtosis: {reason}.")
     over = summary.osp_kurtosis_over_floor
     text = (

@@ -130,6 +130,8 @@ class Collector:
         self.suites: dict[str, dict[str, Suite]] = {}
         self.skipped: dict[str, str] = {}
         self.forward_passes = 0
+        self.block_runs: dict[str, int] = {}
+        """How often each block ran in the pass in which it ran most."""
         self._parts: dict[torch.device, list[_Part]] = {}
         self.notes: dict[str, None] = {}
         """What the reader of the numbers should know, in order."""
@@ -305,6 +307,8 @@ class Collector:
                 self.snapshots.clear()
         else:
             self.forward_passes += 1
+            for path, runs in self._pass.runs.items() if self._pass is not None else ():
+                self.block_runs[path] = max(runs, self.block_runs.get(path, 0))
         self._backup, self._pass, self._values = (), None, {}
         self._before_stream, self._tokens, self._masks = [], None, Masks()
         self._cached_pass = None

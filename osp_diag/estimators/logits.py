@@ -119,7 +119,10 @@ class MaxLogit(Estimator):
     range = "(−∞, ∞)"
     ceiling = "the soft cap, where there is one"
     sources = (KIMI,)
-    also_used_by = ("TransformerEngine debug statistics", "flash-attention (per-head maximum, issue 1876)")
+    also_used_by = (
+        "TransformerEngine (`return_max_logit` of its attention, per head)",
+        "flash-attention (per-head maximum, issue 1876)",
+    )
     observes = "attention"
     sites = ("attention",)
 
@@ -133,7 +136,9 @@ class MaxLogit(Estimator):
 
 @dataclass(frozen=True)
 class LogitDistribution(Estimator):
-    """Distribution of logits, of the sink key and of all other keys, over evenly spaced sampled queries.
+    """Distribution of logits, of the sink key and of all other keys, over sampled queries.
+
+    Queries are evenly spaced among the valid ones of each sequence.
 
     Counted in ``bins`` fixed bins that are equally wide in asinh(logit), over ±``limit``; logits
     beyond fall into the outer bins. The density of each class integrates to 1 over the logit (each
@@ -209,7 +214,8 @@ class LogitDistribution(Estimator):
 class DeltaLogit(Estimator):
     """How far the sink key's logit lies above the mean logit of all keys that a query sees, its own included.
 
-    Over evenly spaced sampled queries that see the sink key.
+    Over sampled queries, evenly spaced among the valid ones, that see the sink key. It is not the number of
+    Guo et al., whose logits are taken before the causal mask, over all keys: that is ``guo_delta_logit``.
     """
 
     name = "delta_logit"

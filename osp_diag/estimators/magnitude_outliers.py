@@ -175,9 +175,11 @@ class SixSigmaOutliers(Estimator):
     name: ClassVar[str] = "six_sigma_outliers"
     title: ClassVar[str] = "6σ outliers (Bondarenko)"
     formula: ClassVar[str] = "#{|x − x̄| ≥ 6 s}, x̄ and s over the T · d elements of a sequence"
-    range: ClassVar[str] = "[0, 1/36] for the share"
+    range: ClassVar[str] = "[0, 1/36] for the share of all tokens; [0, 1] for that of a stratum"
     floor: ClassVar[str] = "2e-9 on Gaussian noise"
-    ceiling: ClassVar[str] = "1/36 (Chebyshev)"
+    ceiling: ClassVar[str] = (
+        "1/36 for `all` (Chebyshev); 1 for a stratum, whose tokens may all be outliers of the sequence"
+    )
     sources: ClassVar[tuple[Source, ...]] = (BONDARENKO_2021, BONDARENKO_2023)
     also_used_by: ClassVar[tuple[str, ...]] = (
         "Park et al. 2025 use the 6σ rule for tokens with massive activations.",
@@ -204,7 +206,8 @@ class SixSigmaOutliers(Estimator):
                 ("stratum",),
                 definition=f"share of elements {rule}",
                 floor=0.0,
-                ceiling=min(1.0, 1 / self.multiple**2),
+                # Chebyshev bounds the share of all tokens alone, and this has to hold for every stratum.
+                ceiling=1.0,
             ),
             "six_sigma_channel_count": Output(
                 quotient(channel, xp.broadcast_to(sequences, channel.shape)),

@@ -114,7 +114,8 @@ class MaxMedianRatio(Estimator):
     sources: ClassVar[tuple[Source, ...]] = (HE,)
     also_used_by: ClassVar[tuple[str, ...]] = (
         "He et al.'s code takes it on X centred over the width: `centred_max_median_ratio`.",
-        "Vlassis et al. 2025 (arXiv 2509.23500) correlate it with accuracy after quantization (0.62).",
+        "Vlassis et al. (arXiv 2509.23500) write MMR for a max-to-*mean* ratio, which over optimizers fails "
+        "to predict the accuracy after quantization, as kurtosis does.",
         "Confusable with `peak_median_ratio` (a whole sequence) and `glu_spike_ratio` (token scales).",
     )
 

@@ -45,9 +45,10 @@ class PooledKurtosis(Estimator):
     """Kurtosis of each sequence flattened to T · d numbers, non-excess and centred, mean over sequences.
 
     A single massive activation makes it grow with the number of *elements*: the ceiling is about
-    T · d, so on one text SmolLM2-135M scores 136,726 here and 82.9 under the OSP formula. Each stratum
-    pools only its own tokens, so the mean over strata is not the number for ``all``. ε = 1e-6 is added
-    to s⁴, which makes the number depend on units when activations are tiny. A constant sequence gives 0.
+    T · d − 4 (s has Bessel's correction), so on one text SmolLM2-135M scores 136,726 here and 82.9 under
+    the OSP formula. Each stratum pools only its own tokens, so the mean over strata is not the number for
+    ``all``. ε = 1e-6 is added to s⁴, which makes the number depend on units when activations are tiny. A
+    constant sequence gives 0.
     """
 
     epsilon: float = 1e-6
@@ -55,9 +56,9 @@ class PooledKurtosis(Estimator):
     name: ClassVar[str] = "pooled_kurtosis"
     title: ClassVar[str] = "Kurtosis of the flattened sequence (Qualcomm)"
     formula: ClassVar[str] = "mean over sequences of mean (x − x̄)⁴ / (s⁴ + 1e-6), over all T · d elements"
-    range: ClassVar[str] = "[0, ≈ T · d]"
+    range: ClassVar[str] = "[0, ≈ T · d − 4]"
     floor: ClassVar[str] = "3 on Gaussian noise"
-    ceiling: ClassVar[str] = "≈ T · d − 2, a sequence with one non-zero element"
+    ceiling: ClassVar[str] = "≈ T · d − 4, a sequence with one non-zero element"
     sources: ClassVar[tuple[Source, ...]] = (
         Source(
             "Bondarenko et al. 2023, Quantizable Transformers; outlier-free-transformers",
@@ -66,6 +67,8 @@ class PooledKurtosis(Estimator):
     )
     also_used_by: ClassVar[tuple[str, ...]] = (
         "Qualcomm's outlier-free-transformers, then mean (or maximum) over modules.",
+        "Qualcomm's code measures OPT's fc2 and final_layer_norm one token at a time, where OPT reshapes to "
+        "(T, d): there it is the kurtosis of each token, not of the sequence.",
         "Confusable with every per-token kurtosis, from which it differs by orders of magnitude.",
     )
 

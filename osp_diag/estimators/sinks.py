@@ -161,6 +161,8 @@ class SinkRate(Estimator):
     from 0 at the first of them (Gu et al. count from 1); the indicator is taken per sequence, then
     averaged. With a bidirectional mask α_k averages over all n queries. The rate of a model is the
     mean over layers and heads. It falls with the sequence length: never compare across lengths.
+    Behind a sliding window of w keys α_0 is at most about w / n, so that the rate is 0 by construction
+    once ε exceeds it: read ``visible_sink_rate`` there, and its ``sink_key_visibility``.
     """
 
     epsilons: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.8)
@@ -174,7 +176,8 @@ class SinkRate(Estimator):
     ceiling = "1"
     sources = (GU, BARBERO)
     also_used_by = (
-        "Gu et al. (ε = 0.3, T = 64, 100 sequences, no BOS)",
+        "Gu et al. (ε = 0.3, T = 64, 100 sequences; no BOS in their own models, BOS in their script for open "
+        "ones)",
         "Barbero et al. (ε = 0.8)",
         "sail-sg/Attention-Sink",
     )

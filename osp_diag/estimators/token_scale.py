@@ -60,7 +60,8 @@ class TokenScale(Estimator):
     )
     also_used_by: ClassVar[tuple[str, ...]] = (
         "Guo et al.: residual norm of the sink token against the others.",
-        "Kaul et al.: max |x| at position 0 and at positions > 0 apart.",
+        "Kaul et al.: max |x| at position 0 and at positions > 0 apart, the mean over tokens of each token's "
+        "maximum (`token_peak`), not the maximum of all.",
         "`infinity_norm` averages the maximum over sequences; `absolute_maximum` does not.",
     )
 

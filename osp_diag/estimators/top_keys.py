@@ -65,8 +65,9 @@ class TopKeys(Estimator):
     """The token ids that receive the most attention away from position 0, ranked layer by layer.
 
     Of each occurrence of a token as a key, other than as the first of its sequence, α_k is the mean of
-    A[i, k] over the n − k queries that can see it (Gu et al.'s, see ``sink_rate``), averaged over heads;
-    with a bidirectional mask over all queries. Of each id, the mean over its occurrences. Ids seen fewer
+    A[i, k] over the n − k queries at or after it (Gu et al.'s, see ``sink_rate``), averaged over heads;
+    with a bidirectional mask over all queries. Queries from which a sliding window hides the key count, too.
+    Of each id, the mean over its occurrences. Ids seen fewer
     than ``minimum`` times are not ranked: the last keys of a sequence are seen by few queries, each of
     which attends to itself, and one such key would lead the list.
 

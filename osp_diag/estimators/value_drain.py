@@ -57,7 +57,9 @@ class ValueNormSums(Measurement):
 class ValueDrain(Estimator):
     """How small the sink token's value is: a head that attends to it then adds almost nothing.
 
-    Also the mean norm of values by stratum. Means are taken before the ratio.
+    Also the mean norm of values by stratum. Means are taken before the ratio. Norms are of v itself, and the
+    mean is over all tokens, the sink's included. Guo et al. take norms after the output projection (of
+    W_O v, a head's part) and compare the sink's with those of the other tokens, which is another number.
     """
 
     name = "value_drain"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,8 @@ from osp_diag.capture.channel_weights import channel_weights
 from osp_diag.capture.weight_maps import weight_maps
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
 from osp_diag.checkpoints.opening import OpeningOptions
-from osp_diag.errors import CaptureError, UsageError
+from osp_diag.errors import CaptureError, OspDiagError, UsageError
+from osp_diag.foreign_errors import foreign_origin
 from osp_diag.probing.feeding import Feeding, Progress
 from osp_diag.probing.identity import model_attributes, token_attributes
 from osp_diag.probing.ranks import is_distributed, is_first_rank, on_first_rank
@@ -163,10 +165,30 @@ def probe_checkpoint(
             f"{batches.sequence_length} tokens a forward pass; pass a smaller batch_size (--batch-size) or "
             "seq_len"
         ) from error
+    except Exception as error:
+        origin = "" if isinstance(error, OspDiagError) else foreign_origin(error)
+        if not origin:
+            raise
+        raise CaptureError(
+            f"{checkpoint.name} itself raised {type(error).__name__}: {error} ({origin}), on sequences of "
+            f"{batches.sequence_length} tokens; a few tokens went through when its sites were found. "
+            f"{_learned_positions(unwrap(checkpoint.model), batches.sequence_length)}"
+        ) from error
     if out is None:
         return session.run
     on_first_rank(lambda: session.save(out, overwrite=overwrite))
     return open_run(out)
+
+
+def _learned_positions(model: nn.Module, length: int) -> str:
+    """What to do about a model that may not take so many tokens at a time."""
+    for name, parameter in model.named_parameters():
+        if re.search(r"pos|wpe", name) and parameter.ndim > 1 and 1 < max(parameter.shape[:-1]) < length:
+            rows = max(parameter.shape[:-1])
+            return (
+                f"Its learned positions {name} hold {rows}: pass seq_len={rows} (--seq-len {rows}) or fewer"
+            )
+    return "If it takes fewer tokens at a time, pass a smaller seq_len (--seq-len)"
 
 
 def _write_weights(session: Probe, patterns: Sequence[str] | None) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,8 @@ from osp_diag.schema import STRATA, group_path
 
 __all__ = ["StepLabels", "label_states", "labelled_groups", "raw_states", "relabel", "token_group_states"]
 
-Layers = Mapping[int, tuple[State, Layout]]
-"""Layer → its state as NumPy arrays, and the sizes that it has."""
+Layers = Mapping[int, tuple[State | None, Layout]]
+"""Layer → its state as NumPy arrays, and the sizes that it has; None for a layer that did not run."""
 
 
 def _coordinates(dims: tuple[str, ...], shape: tuple[int, ...], labels: Mapping[str, Any]) -> dict[str, Any]:
@@ -50,25 +50,57 @@ def _attributes(estimator: Estimator, output: Output) -> dict[str, Any]:
     return attributes
 
 
-def _stacked(states: list[State]) -> State:
-    return {name: np.stack([np.asarray(state[name]) for state in states]) for name in states[0]}
+@dataclass(frozen=True, eq=False)
+class _Stack:
+    """The states of some layers of one layout, the layer first."""
+
+    suite: Suite
+    layout: Layout
+    sums: State
+    """of a layer that did not run, the sums of nothing"""
+    ran: np.ndarray
+
+    @classmethod
+    def of(cls, suite: Suite, layers: Layers, members: Sequence[int], layout: Layout) -> _Stack:
+        states = [layers[layer][0] for layer in members]
+        ran = np.array([state is not None for state in states])
+        if ran.all():
+            names = list(states[0] or {})
+            sums = {name: np.stack([np.asarray((state or {})[name]) for state in states]) for name in names}
+            return cls(suite, layout, sums, ran)
+        nothing = {
+            name: np.full(suite.shape(spec, layout), spec.identity)
+            for name, spec in suite.fields(layout).items()
+        }
+        known = [nothing if state is None else state for state in states]
+        sums = {name: np.stack([np.asarray(state[name]) for state in known]) for name in nothing}
+        return cls(suite, layout, sums, ran)
+
+    def outputs(self) -> Iterator[tuple[Estimator, str, Output]]:
+        """Every number with the estimator that it is from; NaN where the layer did not run."""
+        for estimator in self.suite.estimators:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                outputs = estimator.finalise(self.sums, self.layout)
+            for name, output in outputs.items():
+                yield estimator, name, replace(output, values=self._where_it_ran(output.values))
+
+    def raw(self, name: str) -> np.ndarray:
+        """A sum of all layers; NaN where the layer did not run."""
+        return self._where_it_ran(self.sums[name])
+
+    def _where_it_ran(self, values: Any) -> np.ndarray:
+        array = np.asarray(values)
+        if self.ran.all() or array.dtype.kind != "f":
+            return array
+        return np.where(self.ran.reshape(-1, *[1] * (array.ndim - 1)), array, array.dtype.type(np.nan))
 
 
-def _by_layout(layers: Mapping[int, tuple[State, Layout]]) -> dict[Layout, list[int]]:
+def _by_layout(layers: Mapping[int, tuple[Any, Layout]]) -> dict[Layout, list[int]]:
     """Layers of equal sizes together: some models change the number of heads or the width on the way."""
     groups: dict[Layout, list[int]] = defaultdict(list)
     for layer in sorted(layers):
         groups[layers[layer][1]].append(layer)
     return groups
-
-
-def _finalised(suite: Suite, state: State, layout: Layout) -> Iterator[tuple[Estimator, str, Output]]:
-    """Every number of layers of one layout, with the estimator that it is from."""
-    for estimator in suite.estimators:
-        with np.errstate(invalid="ignore", divide="ignore"):
-            outputs = estimator.finalise(state, layout)
-        for name, output in outputs.items():
-            yield estimator, name, output
 
 
 def label_states(suite: Suite, layers: Layers) -> xr.Dataset:
@@ -77,18 +109,18 @@ def label_states(suite: Suite, layers: Layers) -> xr.Dataset:
     Parameters
     ----------
     suite : the estimators that the states belong to
-    layers : layer → (state as NumPy arrays, its layout)
+    layers : layer → (state as NumPy arrays, or None if the layer did not run; its layout)
 
     Returns
     -------
-    Dataset with the leading dimension ``layer``; layers of other sizes are joined with NaN outside.
+    Dataset with the leading dimension ``layer``; layers of other sizes are joined with NaN outside, and
+    a layer that did not run is NaN.
     """
     parts = []
     for layout, members in _by_layout(layers).items():
-        state = _stacked([layers[layer][0] for layer in members])
         variables: dict[str, Any] = {}
         coordinates: dict[str, Any] = {"layer": np.asarray(members)}
-        for estimator, name, output in _finalised(suite, state, layout):
+        for estimator, name, output in _Stack.of(suite, layers, members, layout).outputs():
             values = np.asarray(output.values)
             variables[name] = (("layer", *output.dims), values, _attributes(estimator, output))
             coordinates |= _coordinates(output.dims, values.shape[1:], output.coords)
@@ -105,12 +137,12 @@ def raw_states(suite: Suite, layers: Layers) -> xr.Dataset:
     fixed_labels = suite.coords()
     parts, sizes = [], []
     for layout, members in _by_layout(layers).items():
-        state = _stacked([layers[layer][0] for layer in members])
+        stack = _Stack.of(suite, layers, members, layout)
         variables: dict[str, Any] = {}
         coordinates: dict[str, Any] = {"layer": np.asarray(members)}
         for name, spec in suite.fields(layout).items():
-            variables[name] = (("layer", *spec.dims), state[name], {"combine": spec.combine})
-            coordinates |= _coordinates(spec.dims, state[name].shape[1:], fixed_labels)
+            variables[name] = (("layer", *spec.dims), stack.raw(name), {"combine": spec.combine})
+            coordinates |= _coordinates(spec.dims, stack.sums[name].shape[1:], fixed_labels)
         parts.append(xr.Dataset(variables, coordinates))
         sizes.append({"layers": members, **asdict(layout)})
     attributes = {f"layout_{suite.estimators[0].observes}": sizes}
@@ -131,10 +163,58 @@ class StepLabels:
     """Labels of a run's sites, declared at the first step and again where a site's structure has changed.
 
     Why once: docs/decisions.md, Runs.
+
+    A site's layers are those of the first step that has it, or of the run that is resumed.
+
+    Parameters
+    ----------
+    recorded_layers : the layers that a run has already at a site; None where it has none
     """
 
-    def __init__(self) -> None:
+    def __init__(self, recorded_layers: Callable[[str], Sequence[int] | None] = lambda site: None) -> None:
         self._sites: dict[str, _DeclaredSite] = {}
+        self._recorded_layers = recorded_layers
+        self._layers: dict[str, frozenset[int]] = {}
+        self._layouts: dict[tuple[str, str], dict[int, Layout]] = {}
+
+    def layers(self, site: str) -> list[int]:
+        """The layers that the run has at a site, of which something was labelled."""
+        return sorted(self._layers[site])
+
+    def settled(
+        self, site: str, kinds: Mapping[str, Layers], idle: Collection[int], left_out: dict[str, str]
+    ) -> dict[str, Layers]:
+        """What was measured, in just the layers that the run has at ``site``.
+
+        A layer that did not run is None. One that runs for the first time after the run's layers were
+        settled has no room there: it is left out, and ``left_out`` says so.
+
+        Parameters
+        ----------
+        idle : layers of the site whose block did not run in this step
+        """
+        measured = {layer for layers in kinds.values() for layer in layers}
+        if site not in self._layers:
+            recorded = self._recorded_layers(site)
+            self._layers[site] = frozenset(measured.union(idle) if recorded is None else recorded)
+        for layer in sorted(measured - self._layers[site]):
+            left_out[f"{site} of layer {layer}"] = (
+                "it ran for the first time when the run's layers were settled, so the run has no room for it"
+            )
+        return {kind: self._settled(site, kind, layers) for kind, layers in kinds.items()}
+
+    def _settled(self, site: str, kind: str, layers: Layers) -> Layers:
+        """The layers of one kind, those that did not run with the sizes they had, or else a neighbour's."""
+        layouts = self._layouts.setdefault((site, kind), {})
+        layouts |= {layer: layout for layer, (_, layout) in layers.items()}
+        whole: dict[int, tuple[State | None, Layout]] = {}
+        for layer in sorted(self._layers[site]):
+            if layer in layers:
+                whole[layer] = layers[layer]
+                continue
+            neighbour = layers[min(layers, key=lambda other: abs(other - layer))][1]
+            whole[layer] = (None, replace(layouts.get(layer, neighbour), tokens=neighbour.tokens))
+        return whole
 
     def groups(
         self, site: str, suites: Mapping[str, Suite], kinds: Mapping[str, Layers], *, keep_raw: bool
@@ -173,6 +253,8 @@ def labelled_groups(
     *,
     keep_raw: bool,
     labels: StepLabels,
+    idle: Mapping[str, Collection[int]] | None = None,
+    left_out: dict[str, str] | None = None,
 ) -> ProbedStep:
     """What a run records of one step: statistics of every site, and under ``raw/`` their sums if kept.
 
@@ -181,14 +263,18 @@ def labelled_groups(
     suites_at : the estimators of a site, by what they observe
     states, layouts : by (site, layer, what is observed)
     labels : of the steps before, which are used again
+    idle : site → its layers whose block did not run in this step; they are NaN
+    left_out : is told what was measured and cannot be recorded, and why
     """
-    sites: dict[str, dict[str, dict[int, tuple[State, Layout]]]] = {}
+    sites: dict[str, dict[str, dict[int, tuple[State | None, Layout]]]] = {}
     for key, state in states.items():
         site, layer, kind = key
         sites.setdefault(site, {}).setdefault(kind, {})[layer] = (state, layouts[key])
     groups: dict[str, GroupStep | xr.Dataset] = {}
+    left_out = {} if left_out is None else left_out
     for site, kinds in sites.items():
-        groups |= labels.groups(site, suites_at(site), kinds, keep_raw=keep_raw)
+        settled = labels.settled(site, kinds, (idle or {}).get(site, ()), left_out)
+        groups |= labels.groups(site, suites_at(site), settled, keep_raw=keep_raw)
     return ProbedStep(groups)
 
 
@@ -248,13 +334,13 @@ def _site_arrays(
     for kind, layers in kinds.items():
         members = sorted(layers)
         layout = layers[members[0]][1]
-        state = _stacked([layers[layer][0] for layer in members])
-        for _, name, output in _finalised(suites[kind], state, layout):
+        stack = _Stack.of(suites[kind], layers, members, layout)
+        for _, name, output in stack.outputs():
             arrays[statistics][name] = np.asarray(output.values)
             if not _has_labels(output, name, declared[statistics]):
                 return None
         for group in raw:
-            arrays[group] |= {name: state[name] for name in suites[kind].fields(layout)}
+            arrays[group] |= {name: stack.raw(name) for name in suites[kind].fields(layout)}
     for group, labels in declared.items():
         if arrays[group].keys() != labels.variables.keys():
             return None
@@ -278,6 +364,7 @@ def token_group_states(
     states: Mapping[tuple[Any, ...], State],
     layouts: Mapping[tuple[Any, ...], Layout],
     count: int,
+    labels: StepLabels,
 ) -> dict[str, xr.Dataset]:
     """Sums by group of batches, (layer, token_group, …), under ``token_groups/`` and the name of each site.
 
@@ -286,6 +373,7 @@ def token_group_states(
     states : by (site, layer, what is observed, group); a group without tokens may be missing
     layouts : by (site, layer, what is observed)
     count : how many groups
+    labels : of the same step, which know a site's layers: one that did not run is NaN
     """
     groups: dict[str, xr.Dataset] = {}
     for site, kind in dict.fromkeys((site, kind) for site, _, kind, _ in states):
@@ -295,7 +383,8 @@ def token_group_states(
         }
         parts = []
         for layout, members in _by_layout(layers).items():
-            state = _stacked([layers[layer][0] for layer in members])
+            states_here = [layers[layer][0] for layer in members]
+            state = {name: np.stack([own[name] for own in states_here]) for name in states_here[0]}
             fields = suites_at(site)[kind].fields(layout)
             coordinates: dict[str, Any] = {"layer": np.asarray(members)}
             variables: dict[str, Any] = {}
@@ -306,7 +395,7 @@ def token_group_states(
                 variables[name] = (("layer", "token_group", *dims), stored, {"combine": fields[name].combine})
                 coordinates |= _coordinates(dims, values.shape[2:], {})
             parts.append(xr.Dataset(variables, coordinates))
-        groups[f"token_groups/{site}"] = _joined(parts)
+        groups[f"token_groups/{site}"] = _joined(parts).reindex(layer=labels.layers(site))
     return groups
 
 
@@ -389,7 +478,7 @@ def _of_run(run: Run) -> list[Estimator]:
 def _relabelled(suite: Suite, sums: xr.Dataset, sizes: Sequence[Mapping[str, Any]]) -> xr.Dataset:
     """One step's statistics from its raw sums; padding that joined layers of other sizes is cut off."""
     fixed_labels = suite.coords()
-    layers: dict[int, tuple[State, Layout]] = {}
+    layers: dict[int, tuple[State | None, Layout]] = {}
     for entry in sizes:
         layout = Layout(**{key: int(value) for key, value in entry.items() if key != "layers"})
         for layer in entry["layers"]:
@@ -397,5 +486,6 @@ def _relabelled(suite: Suite, sums: xr.Dataset, sizes: Sequence[Mapping[str, Any
             for name, spec in suite.fields(layout).items():
                 extent = {dim: slice(layout.size(dim)) for dim in spec.dims if dim not in fixed_labels}
                 state[name] = sums[name].sel(layer=layer).isel(extent).transpose(*spec.dims).values
-            layers[int(layer)] = (state, layout)
+            ran = not all(np.isnan(values).all() for values in state.values())
+            layers[int(layer)] = (state if ran else None, layout)
     return label_states(suite, layers)

@@ -59,6 +59,8 @@ class Records:
             self.writer = RunWriter(path, attributes, resume=resume, overwrite=overwrite)
         self.static: dict[str, xr.Dataset] = {}
         """What this process was given that does not grow, by group."""
+        self.steps = 0
+        """How many steps this process has recorded or is about to."""
         self._latest = ProbedStep()
         self._memory: list[tuple[int, ProbedStep]] = []
         self._series: dict[str, dict[int, float]] = {}
@@ -71,6 +73,10 @@ class Records:
         self._work.wait()
         return self._latest
 
+    def layers(self, site: str) -> list[int] | None:
+        """The layers of a site in the run that is resumed or written; None where it has none."""
+        return None if self.writer is None else self.writer.layers(site.replace(":", "/"))
+
     def __contains__(self, group: str) -> bool:
         """Whether a group that does not grow is kept already, by this process or in the run it resumed."""
         self._work.wait()
@@ -82,15 +88,17 @@ class Records:
         Parameters
         ----------
         finished : makes the statistics, from what is on the host already
-        absent : sites that turned out not to be there, and why
+        absent : sites that turned out not to be there, and why; ``finished`` may add to them
         """
+
+        self.steps += 1
 
         def record() -> None:
             started = time.perf_counter()
             groups = finished()
             self._latest = groups
             if self.writer is not None:
-                self.writer.append(step, groups)
+                self.writer.append(step, groups, partial=True)
                 if absent:
                     self.writer.note_absent_sites(absent)
             elif self._path is None:

@@ -63,7 +63,7 @@ def write_run(
     try:
         with RunWriter(path, attributes, overwrite=overwrite) as writer:
             for step, groups in steps:
-                writer.append(step, groups)
+                writer.append(step, groups, partial=True)
             for step in sorted({step for values in series.values() for step in values}):
                 writer.append_series(step, {name: v[step] for name, v in series.items() if step in v})
             for group, dataset in static.items():

@@ -119,7 +119,6 @@ class Probe:
             if self.measures_site(site) or site in HIDDEN_STATES
         }
         self.attributes = {**self._identity(), **(attributes or {})}
-        self._labels = StepLabels()
         self._records = Records(
             Path(out) if out is not None else None,
             self.attributes,
@@ -127,6 +126,7 @@ class Probe:
             overwrite=overwrite,
             deferred=self.deferred,
         )
+        self._labels = StepLabels(self._records.layers)
         self._vocabulary_settled = tokenizer is None or not self.vocabulary or not is_first_rank()
 
     # What is measured
@@ -316,24 +316,29 @@ class Probe:
                 f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing "
                 "to record; call the very model that was given to Probe (or a wrapper of it)"
             )
-        if not collector.states and not is_distributed():
+        # Later on, a step in which LayerDrop leaves no block is one without numbers.
+        if not collector.states and not self._records.steps and not is_distributed():
             raise CaptureError(
                 f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
                 "that bypasses hooks, probe the original module"
             )
-        labelled = self._labelled(collector)
+        absent = collector.skipped.copy()
+        labelled = self._labelled(collector, absent)
         datasets = self.beside() if self.beside is not None else {}
         # What is deferred must not change with what it was made from.
         beside = {group: dataset.copy(deep=self.deferred) for group, dataset in datasets.items()}
         self.absent |= collector.skipped
         self.attributes["notes"] += [n for n in collector.notes if n not in self.attributes["notes"]]
-        self._records.step(step, lambda: labelled() | beside, collector.skipped.copy())
+        self._records.step(step, lambda: labelled() | beside, absent)
         self._keep_snapshots(collector)
         self._keep_vocabulary()
         self.append_series(step, {"probe_seconds": time.perf_counter() - started})
 
-    def _labelled(self, collector: Collector) -> Callable[[], ProbedStep]:
-        """Bring what all ranks measured to the host; what is returned makes a step of it, on every rank."""
+    def _labelled(self, collector: Collector, absent: dict[str, str]) -> Callable[[], ProbedStep]:
+        """Bring what all ranks measured to the host; what is returned makes a step of it, on every rank.
+
+        ``absent`` is then told what was measured and has no room in the run.
+        """
         apart = {} if collector.groups is None else collector.groups.states
         states, layouts = {**collector.states, **apart}, dict(collector.layouts)
         if is_distributed():
@@ -346,14 +351,24 @@ class Probe:
         on_host = to_host(states)
         # Not the collector itself, which holds the device's memory.
         suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
+        idle = self.site_map.idle_layers(collector.block_runs)
         keep_raw, token_groups, labels = self.settings.keep_raw, self.settings.token_groups, self._labels
 
         def labelled() -> ProbedStep:
             of_sites = {key: state for key, state in on_host.items() if len(key) == 3}
-            groups = labelled_groups(suites.__getitem__, of_sites, layouts, keep_raw=keep_raw, labels=labels)
+            groups = labelled_groups(
+                suites.__getitem__,
+                of_sites,
+                layouts,
+                keep_raw=keep_raw,
+                labels=labels,
+                idle=idle,
+                left_out=absent,
+            )
+            self.absent |= absent
             if token_groups:
                 apart = {key: state for key, state in on_host.items() if len(key) == 4}
-                groups |= token_group_states(suites.__getitem__, apart, layouts, token_groups)
+                groups |= token_group_states(suites.__getitem__, apart, layouts, token_groups, labels)
             return groups
 
         return labelled

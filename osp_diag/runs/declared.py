@@ -15,10 +15,15 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = ["Arrays", "DeclaredGroup", "DeclaredVariable", "GroupStep", "ProbedStep"]
+__all__ = ["Arrays", "DeclaredGroup", "DeclaredVariable", "GroupStep", "ProbedStep", "unmeasured"]
 
 Arrays = Mapping[str, np.ndarray]
 """The numbers of one group at one step, by variable."""
+
+
+def unmeasured(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """What stands for numbers that a step does not have: NaN, or −1 among integers, which are labels."""
+    return np.full(shape, np.nan if dtype.kind == "f" else -1, dtype)
 
 
 @dataclass(frozen=True, eq=False)

@@ -74,10 +74,15 @@ def _layers(values: xr.DataArray) -> list[xr.DataArray]:
 
 
 def mean_by_stratum(states: list[xr.DataArray]) -> dict[str, float]:
-    """Mean over hidden states at one step; a stratum that no token belongs to is left out."""
+    """Mean over hidden states at one step; a stratum that no token belongs to is left out.
+
+    Empty if one of them has no number, being all NaN: a mean over others would be another number.
+    """
     if not states:
         return {}
     parts = [state.drop_vars(["layer", "step"], errors="ignore").load() for state in states]
+    if not all(np.isfinite(of_all_tokens(part).values).all() for part in parts):
+        return {}
     mean = xr.concat(parts, dim="hidden_state").mean("hidden_state", skipna=True)
     numbers = {str(name): float(mean.sel(stratum=name)) for name in mean["stratum"].values}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import MissingError, StoreError
+from osp_diag.runs.declared import unmeasured
 from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
 from osp_diag.runs.format import METADATA, jsonable
@@ -126,8 +127,14 @@ class Run:
             attrs={FORMAT_KEY: FORMAT_VERSION} | jsonable(dict(attributes)),
         )
         nodes = {"/": root}
-        for name in steps[0][1] if steps else ():
-            parts = [groups[name].expand_dims(step=[label]) for label, groups in steps]
+        examples: dict[str, xr.Dataset] = {}
+        for _, groups in reversed(steps):
+            examples |= {name: groups[name] for name in groups}
+        for name, example in examples.items():
+            parts = [
+                (groups[name] if name in groups else _unmeasured(example)).expand_dims(step=[label])
+                for label, groups in steps
+            ]
             joined = xr.concat(
                 parts,
                 "step",
@@ -498,6 +505,15 @@ def _alike(label: Any, candidate: Any) -> bool:
     if isinstance(label, float) and isinstance(candidate, int | float):
         return math.isclose(label, candidate, rel_tol=1e-5, abs_tol=1e-8)
     return bool(label == candidate)
+
+
+def _unmeasured(example: xr.Dataset) -> xr.Dataset:
+    """A group at a step that does not have it."""
+    values = {
+        name: variable.copy(data=unmeasured(variable.shape, variable.dtype))
+        for name, variable in example.data_vars.items()
+    }
+    return example.assign(values)
 
 
 def _stacked(parts: Mapping[str, xr.DataArray]) -> xr.DataArray:

@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep
+from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep, unmeasured
 from osp_diag.runs.format import METADATA, ArrayLayout, compact, jsonable
 from osp_diag.schema import LOGGED_STEP, STEP, group_path
 
@@ -128,8 +128,21 @@ class Tree:
 
     # -- a further step --------------------------------------------------------------------------------
 
-    def check_step(self, groups: Mapping[str, xr.Dataset]) -> dict[str, np.ndarray]:
-        """The rows of one more step, which must have what the first step had, no less and no more."""
+    def grows(self, name: str) -> bool:
+        """Whether the run's steps have this group."""
+        group = group_path(name)
+        return any(path.rpartition("/")[0] == group for path in self.growing)
+
+    def layers(self, name: str) -> list[int] | None:
+        """The layers that a group has; None where the run has no such group."""
+        path = f"{group_path(name)}/layer"
+        return self._static_values(path).tolist() if path in self.static else None
+
+    def check_step(self, groups: Mapping[str, xr.Dataset], *, partial: bool = False) -> dict[str, np.ndarray]:
+        """The rows of one more step, which must have what the first step had, no less and no more.
+
+        With ``partial`` whole groups may be missing; what stands for them is :func:`unmeasured`.
+        """
         rows: dict[str, np.ndarray] = {}
         differences: list[str] = []
         coordinates: set[str] = set()
@@ -153,7 +166,13 @@ class Tree:
                     rows[path] = np.array(variable.values)
             if isinstance(part, GroupStep) and len(differences) == before:
                 self._shared_labels[group] = part.declared
+        if partial:
+            here = {group_path(name) for name in parts}
+            away = {path: own for path, own in self.growing.items() if path.rpartition("/")[0] not in here}
+            rows |= {path: unmeasured(own.chunk, own.memory_dtype) for path, own in away.items()}
         stepped = {path.rpartition("/")[0] for path in self.growing}
+        if partial:
+            stepped &= here
         expected = [*self.growing, *(path for path in self.static if path.rpartition("/")[0] in stepped)]
         differences = [
             f"{path} is missing" for path in expected if path not in rows and path not in coordinates

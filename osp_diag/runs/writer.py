@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +29,7 @@ import xarray as xr
 
 from osp_diag.errors import StoreError
 from osp_diag.runs.axis import GrowingAxis
+from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.folder import (
     FORMAT_KEY,
     FORMAT_VERSION,
@@ -152,13 +153,17 @@ class RunWriter:
         """Whether the run has this group (so that a resumed probe need not write its snapshot again)."""
         return checked_path(group) in self._tree.groups
 
+    def layers(self, group: str) -> list[int] | None:
+        """The layers that the steps have of a group; None where it is not in the run."""
+        return self._tree.layers(group)
+
     def __repr__(self) -> str:
         state = "open" if self._open else "closed"
         return f"<RunWriter {self.path} ({state}): {len(self._axis)} steps, last {self.last_step}>"
 
     # -- recording -------------------------------------------------------------------------------------
 
-    def append(self, step: SupportsIndex, groups: Mapping[str, xr.Dataset]) -> None:
+    def append(self, step: SupportsIndex, groups: Mapping[str, xr.Dataset], *, partial: bool = False) -> None:
         """Record one probed step.
 
         Parameters
@@ -169,12 +174,21 @@ class RunWriter:
             which groups, variables, dimensions, coordinates and types the run has. Of a
             :class:`~osp_diag.runs.declared.ProbedStep` whose labels were compared once, only shapes and
             types are looked at.
+        partial : whole groups may be missing, whose numbers then read NaN at this step, and new ones may
+            come, which read NaN at the steps before: parts of a model that do not run in every step
         """
         self._require_open()
         label = step_label(step)
         self._refuse_repetition(label, self._axis)
         with self._disk_errors():
-            rows = self._tree.check_step(groups) if self._axis.arrays else self._begin(groups)
+            new = {name for name in groups if not self._tree.grows(name)} if partial else set()
+            if not self._axis.arrays:
+                rows = self._begin(groups)
+            elif new:
+                rows = self._tree.check_step(_part(groups, set(groups) - new), partial=True)
+                rows |= self._begin(_part(groups, new))
+            else:
+                rows = self._tree.check_step(groups, partial=partial)
             self._axis.add({STEP: label, **rows})
             if self._axis.unsaved >= self.block or self._axis.pending_bytes > _PENDING_BYTES:
                 self._commit()
@@ -406,3 +420,9 @@ class RunWriter:
 
     def _disk_errors(self) -> AbstractContextManager[None]:
         return disk_errors(self.path, self._axis.settled)
+
+
+def _part(groups: Mapping[str, xr.Dataset], names: Collection[str]) -> ProbedStep:
+    """Some groups of a step."""
+    parts = groups.groups if isinstance(groups, ProbedStep) else groups
+    return ProbedStep({name: part for name, part in parts.items() if name in names})

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from osp_diag.schema import ATTENTION, DEFAULT_SITES, SITES
 
 __all__ = ["SiteMap", "Tap", "matches"]
+
+AT_THE_CALL = frozenset({ATTENTION, "query_post_rope", "key_post_rope", "value"})
+"""Sites that are read where the model calls attention."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +82,30 @@ class SiteMap:
         if self.expert_layers:
             present.add("mlp_hidden")
         if self.attention_layers:
-            at_the_call = {"query_post_rope", "key_post_rope", "value"}
-            present |= {ATTENTION, *(at_the_call - set(self.absent))}
+            present |= {ATTENTION, *(AT_THE_CALL - set(self.absent))}
         in_order = [site for site in SITES if site in present]
         return (*in_order, *sorted(present - set(in_order)))
+
+    def layers_of(self, site: str) -> tuple[int, ...]:
+        """The layers that have a site."""
+        layers = {tap.layer for tap in self.taps if tap.site == site}
+        if site == "mlp_hidden":
+            layers |= set(self.expert_layers)
+        if site in AT_THE_CALL:
+            layers |= set(self.attention_layers)
+        return tuple(sorted(layers))
+
+    def idle_layers(self, block_runs: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Site → its layers whose block did not run (LayerDrop, say), by how often each block ran."""
+        order: Counter[str] = Counter()
+        idle = set()
+        for layer, path in enumerate(self.block_paths):
+            if order[path] >= block_runs.get(path, 0):
+                idle.add(layer)
+            order[path] += 1
+        if not idle:
+            return {}
+        return {site: tuple(idle.intersection(self.layers_of(site))) for site in self.sites}
 
     def describe(self) -> str:
         """What was found, a line a site, for ``osp-diag probe M --list-sites``."""
@@ -88,14 +113,11 @@ class SiteMap:
             f"{self.number_of_layers} blocks at {self.blocks!r}, residual stream of width {self.hidden_size}",
         ]
         for site in self.sites:
-            layers = sorted({tap.layer for tap in self.taps if tap.site == site})
-            if site == "mlp_hidden" and self.expert_layers:
-                layers = sorted({*layers, *self.expert_layers})
-            if not layers and self.attention_layers:
-                layers, where = list(self.attention_layers), "the attention call"
-            else:
-                example = next((tap for tap in self.taps if tap.site == site), None)
-                where = f"{example.side} of {example.module}" if example else "the experts' weights"
+            layers = self.layers_of(site)
+            example = next((tap for tap in self.taps if tap.site == site), None)
+            where = "the attention call" if site in AT_THE_CALL else "the experts' weights"
+            if example is not None:
+                where = f"{example.side} of {example.module}"
             span = f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
             lines.append(f"  {site:<24} layers {span:<6} ({len(layers)})  {where}")
         by_reason: dict[str, list[str]] = {}

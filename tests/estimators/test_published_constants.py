@@ -8,6 +8,7 @@ from activation_cases import finalised, strata_for, values
 from scipy import stats
 
 from osp_diag.estimators import (
+    ActivationObservation,
     FisherKurtosis,
     MassiveActivations,
     MaxMedianRatio,
@@ -15,11 +16,14 @@ from osp_diag.estimators import (
     PearsonKurtosis,
     PooledKurtosis,
     SixSigmaOutliers,
+    Suite,
     SystematicOutlierTokens,
     TopMagnitude,
     TweoPenalty,
     gaussian_floor,
+    get_estimator,
 )
+from osp_diag.estimators.base import Output
 
 
 def osp_of(tokens: np.ndarray) -> float:
@@ -154,3 +158,51 @@ def test_gaussian_noise_has_no_six_sigma_outliers_and_the_stated_penalty() -> No
     found = values(x, strata_for(1, 512), SixSigmaOutliers(), TweoPenalty())
     assert found["six_sigma_fraction"][0] == 0
     assert found["tweo_penalty"][0] == pytest.approx(3 / 81, rel=0.02)
+
+
+def measured(name: str, x: np.ndarray, strata: np.ndarray) -> dict[str, Output]:
+    suite, observation = Suite([get_estimator(name)]), ActivationObservation(x, strata)
+    state = suite.update(suite.init(observation.layout, x), observation)
+    return suite.finalise(state, observation.layout)
+
+
+def test_an_offset_takes_the_osp_formula_beyond_what_one_channel_gives() -> None:
+    noise = np.random.default_rng(0).standard_normal((1, 50, 512))
+    strata = np.zeros((4, 1, 50), np.float32)
+    strata[0] = strata[3] = 1
+    found = measured("osp_excess_kurtosis", (noise + 10).astype(np.float32), strata)
+    x = noise[0] + 10
+    expected = np.mean((x**4).mean(axis=-1) / x.var(axis=-1, ddof=1) ** 2 - 3)
+    assert found["osp_excess_kurtosis"].values[0] == pytest.approx(expected, rel=1e-5)
+    assert expected == pytest.approx(6 * 10**2 + 10**4, rel=0.05)
+    assert found["osp_excess_kurtosis_of_ceiling"].values[0] > 20
+    assert found["osp_excess_kurtosis_of_ceiling"].ceiling is None
+    assert get_estimator("osp_excess_kurtosis").range == "[0, ∞)"
+
+
+def test_a_stratum_may_be_all_outliers_of_its_sequence() -> None:
+    x = np.full((1, 100, 64), 0.01, np.float32)
+    x[:, :, ::2] = -0.01
+    x[0, 0] = 10
+    strata = np.zeros((4, 1, 100), np.float32)
+    strata[0], strata[1, 0, 0], strata[3, 0, 1:] = 1, 1, 1
+    found = measured("six_sigma_outliers", x, strata)["six_sigma_fraction"]
+    np.testing.assert_allclose(found.values, [0.01, 1, np.nan, 0])
+    assert found.ceiling == 1
+
+
+def test_one_element_gives_the_pooled_ceiling() -> None:
+    x = np.zeros((1, 50, 20), np.float32)
+    x[0, 3, 4] = 5000
+    found = measured("pooled_kurtosis", x, np.ones((4, 1, 50), np.float32))["pooled_kurtosis"]
+    assert found.values[0] == pytest.approx(50 * 20 - 4, abs=0.01)
+
+
+def test_a_mean_of_many_deviations_leaves_the_kurtosis_alone() -> None:
+    x = (np.random.default_rng(1).standard_t(5, (1, 16, 768)) + 1e5).astype(np.float32)
+    strata = np.zeros((4, 1, 16), np.float32)
+    strata[0] = strata[3] = 1
+    exact = stats.kurtosis(x[0].astype(np.float64), axis=-1).mean()
+    assert measured("fisher_kurtosis", x, strata)["fisher_kurtosis"].values[0] == pytest.approx(
+        exact, rel=1e-6
+    )

@@ -24,6 +24,9 @@ CHUNK_ELEMENTS = 2**26
 """Matrices orthogonalised together have at most so many entries: enough of them to fill a GPU, few enough
 that the copies take some hundred MiB and no more."""
 
+HYPERPARAMETERS = ("lr", "weight_decay", "momentum", "nesterov", "steps", "form", "dtype")
+"""What a parameter group says of its own."""
+
 UNDER_WAY = 2
 """So many chunks at once: the matrices of one travel while those of the other are being multiplied."""
 
@@ -78,14 +81,16 @@ class Muon(torch.optim.Optimizer):
 
     Parameters
     ----------
-    params : tensors, (name, tensor) pairs or groups of either; names serve messages
+    params : tensors, (name, tensor) pairs or groups of either; names serve messages. A group may have
+        hyperparameters of its own: ``lr``, ``weight_decay``, ``momentum``, ``nesterov``, ``steps``, ``form``
+        and ``dtype``
     lr, weight_decay, momentum, nesterov : η, λ, β
     steps : of Newton-Schulz
     dtype : of Newton-Schulz; ``auto``: bfloat16 where the device multiplies it in hardware. The one taken is
         in the attribute ``newton_schulz_dtype``
     form : of the momentum buffer
     process_group : of the ranks that hold the same plain parameters and gradients; None: each works alone.
-        DTensors know their own
+        DTensors know their own. An optimizer with one can be neither copied nor pickled
 
     Attributes
     ----------
@@ -111,22 +116,67 @@ class Muon(torch.optim.Optimizer):
         form: Literal["torch", "osp"] = "torch",
         process_group: ProcessGroup | None = None,
     ) -> None:
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
-        self.momentum, self.nesterov, self.form, self.steps = momentum, nesterov, form, steps
+        self._process_group = process_group
+        self._reset()
+        values = (lr, weight_decay, momentum, nesterov, steps, form, dtype)
+        super().__init__(params, dict(zip(HYPERPARAMETERS, values, strict=True)))
+
+    def _reset(self) -> None:
+        """What is of this process and of the last step, and so in no state."""
         self.orthogonalised = 0
         self.recording = False
         self.last_update: dict[Tensor, SquareSums] = {}
         self._placements: dict[Tensor, Placement] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Move further parameters, too, with hyperparameters of their own or the defaults.
+
+        Raises
+        ------
+        TrainingError : a parameter has more than two dimensions, or is cut otherwise than by rows
+        """
+        super().add_param_group(param_group)
+        try:
+            self._place(self.param_groups[-1])
+        except TrainingError:
+            del self.param_groups[-1]
+            raise
+
+    def _place(self, group: dict[str, Any]) -> None:
+        placements = {}
+        for index, parameter in enumerate(group["params"]):
+            name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
+            if parameter.ndim > 2:
+                raise TrainingError(
+                    f"{name} has shape {tuple(parameter.shape)}; Muon moves matrices, vectors and scalars"
+                )
+            placements[parameter] = placement_of(name, parameter, self._process_group)
+        self._placements |= placements
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As torch's, which copies and pickles by it; with the ranks, which only a copy can keep."""
+        return {**super().__getstate__(), "process_group": self._process_group}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take up a copy's, a pickle's or (torch's way) a state dict's groups and buffers."""
+        if "process_group" in state:  # a new object, of which __init__ was not called
+            state = dict(state)
+            self._process_group = state.pop("process_group")
+            self._reset()
+        super().__setstate__(state)
+        self._placements = {}
         for group in self.param_groups:
-            for index, parameter in enumerate(group["params"]):
-                name = group["param_names"][index] if "param_names" in group else f"parameter {index}"
-                if parameter.ndim > 2:
-                    raise TrainingError(
-                        f"{name} has shape {tuple(parameter.shape)}; Muon moves matrices, vectors and scalars"
-                    )
-                self._placements[parameter] = placement_of(name, parameter, process_group)
-        device = self.param_groups[0]["params"][0].device
-        self.newton_schulz_dtype = newton_schulz_dtype(device, dtype)
+            for name in HYPERPARAMETERS:  # a state dict may be older than one of them
+                group.setdefault(name, self.defaults[name])
+            self._place(group)
+
+    @property
+    def newton_schulz_dtype(self) -> torch.dtype:
+        """In which the first group's matrices are multiplied."""
+        return self._dtype_of(self.param_groups[0])
+
+    def _dtype_of(self, group: dict[str, Any]) -> torch.dtype:
+        return newton_schulz_dtype(group["params"][0].device, group["dtype"])
 
     @overload
     def step(self, closure: None = None, *, skip: Tensor | None = None) -> None: ...
@@ -176,37 +226,40 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         return state["momentum_buffer"]
 
-    def _directions(self, parameters: list[Tensor], skip: Tensor | None) -> list[Tensor]:
+    def _directions(self, stack: _Stack, skip: Tensor | None) -> list[Tensor]:
         """M of each parameter, after its buffer has taken up the gradient; of this rank's rows."""
+        parameters, group = stack.parameters, stack.group
+        momentum = group["momentum"]
         gradients = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
         buffers = [local(self.momentum_buffer(parameter)) for parameter in parameters]
         before = [buffer.clone() for buffer in buffers] if skip is not None else []
         # B ← β B + (1 − β) G, or B ← β B + G.
-        if self.form == "torch":
-            torch._foreach_lerp_(buffers, gradients, 1 - self.momentum)
+        if group["form"] == "torch":
+            torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         else:
-            torch._foreach_mul_(buffers, self.momentum)
+            torch._foreach_mul_(buffers, momentum)
             torch._foreach_add_(buffers, gradients)
         if skip is not None:
             for buffer, old in zip(buffers, before, strict=True):
                 torch.where(skip, old, buffer, out=buffer)
-        if not self.nesterov:
+        if not group["nesterov"]:
             return buffers
         # M = (1 − β) G + β B, or G + β B.
-        if self.form == "torch":
-            return list(torch._foreach_lerp(gradients, buffers, self.momentum))
-        return list(torch._foreach_add(gradients, buffers, alpha=self.momentum))
+        if group["form"] == "torch":
+            return list(torch._foreach_lerp(gradients, buffers, momentum))
+        return list(torch._foreach_add(gradients, buffers, alpha=momentum))
 
     def _move_matrices(self, stack: _Stack, first_owner: int, skip: Tensor | None) -> Iterator[None]:
         """Move the matrices of a chunk, dealt to ranks from ``first_owner`` on; pauses while they travel."""
         rows, columns = stack.shape
         shipment = Shipment(stack.placement, len(stack.parameters), rows, columns, first_owner)
-        shipment.send(self._directions(stack.parameters, skip), self.newton_schulz_dtype)
+        dtype = self._dtype_of(stack.group)
+        shipment.send(self._directions(stack, skip), dtype)
         yield
         matrices = shipment.owned_matrices()
         self.orthogonalised += len(matrices)
         if len(matrices):
-            matrices = newton_schulz(matrices, steps=self.steps, dtype=self.newton_schulz_dtype)
+            matrices = newton_schulz(matrices, steps=stack.group["steps"], dtype=dtype)
         shipment.send_back(matrices)
         yield
         shipment.send_to_replicas()
@@ -222,7 +275,7 @@ class Muon(torch.optim.Optimizer):
                 self.last_update[parameter] = SquareSums(by_row[place][:rows], by_column[place])
 
     def _move_vectors(self, stack: _Stack, skip: Tensor | None) -> None:
-        moments = self._directions(stack.parameters, skip)
+        moments = self._directions(stack, skip)
         directions = torch.stack([direction.flatten() for direction in moments])
         squares = directions.square().sum(1, keepdim=True)
         if stack.placement.shard_group is not None:
