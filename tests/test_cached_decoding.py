@@ -121,14 +121,16 @@ def test_a_pass_that_raises_leaves_the_others() -> None:
     assert numbers(probe)["/residual_post/token_count"][0, 0] == ids.numel()
 
 
-def test_one_pass_with_a_cache_may_see_its_prompt_from_both_sides() -> None:
-    """CPM-Ant has a cache, and its prompt sees itself whole: over all keys, a query's weights add up to 1."""
+@pytest.mark.parametrize("name", ["CpmAnt", "Esm"])
+def test_one_pass_may_see_itself_from_both_sides(name: str) -> None:
+    """CPM-Ant has a cache, and a prompt that sees itself whole; there all keys' mass adds up to 1."""
     import transformers
 
-    configuration = transformers.CpmAntConfig(
-        vocab_size=60, hidden_size=16, num_attention_heads=2, dim_head=8, dim_ff=24, num_hidden_layers=2
-    )
-    model = transformers.CpmAntForCausalLM(configuration).eval()
+    sizes = {"CpmAnt": {"dim_head": 8, "dim_ff": 24}, "Esm": {"intermediate_size": 24, "mask_token_id": 3}}
+    common = {"vocab_size": 60, "hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 2}
+    configuration = getattr(transformers, f"{name}Config")(**common, **sizes[name], pad_token_id=0)
+    model_class = getattr(transformers, {"CpmAnt": "CpmAntForCausalLM", "Esm": "EsmForMaskedLM"}[name])
+    model = model_class(configuration).eval()
     probe = Probe(model, sites=["attention"])
     with torch.no_grad(), probe.step(0):
         model(prompt()["input_ids"])

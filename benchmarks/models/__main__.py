@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.models.cases import Case, all_cases
 from benchmarks.models.measuring import Row, measure
-from benchmarks.models.page import PAGE, RESULTS, page, read_results
+from benchmarks.models.page import PAGE, RESULTS, headline, page, read_results
 
 LIMIT_SECONDS = 60
 MEMORY = 6 * 2**30
@@ -55,7 +55,8 @@ def main() -> int:
     results = read_results()
     ordered = [results[name] for name in cases if name in results]
     RESULTS.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered), encoding="utf-8")
-    PAGE.write_text(page(results), encoding="utf-8")
+    PAGE.write_text(page({row["name"]: row for row in ordered}), encoding="utf-8")
+    print(f"README's sentence: {headline(results)}")
     return 0
 
 

@@ -69,6 +69,7 @@ OWN: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
     "esm": {"vocab_size": VOCABULARY, "pad_token_id": 0, "mask_token_id": 3},
     "esmc": {"num_key_value_heads": 4},
+    "longformer": {"attention_window": [4, 4]},
     "luke": {"entity_vocab_size": 10, "entity_emb_size": 16},
     "xmod": {"default_language": "en_XX"},
     "hunyuan_v1_dense": {"head_dim": 8},

@@ -29,6 +29,8 @@ __all__ = [
 
 EPSILONS = (0.1, 0.2, 0.3, 0.5, 0.8)
 SINK_POSITIONS = 4
+MARGIN = 1e-5
+"""An α this close to a threshold may lie on either side of it."""
 
 
 @dataclass
@@ -96,7 +98,9 @@ def reference_of(
         output, softmaxes, left = _dense_pass(copy.deepcopy(model), batch, blocks)
     reference.output = first_tensor(output)
     weights, states = (_of_stack(output, kind, stack) for kind in ("attentions", "hidden_states"))
-    tokens = left[0].shape[1] if left else 0
+    # Some streams are (token, batch, channel).
+    size = len(next(iter(batch.values())))
+    tokens = left[0].shape[1 if left[0].shape[0] == size else 0]
     if _are_dense(weights, tokens) and not softmaxes.have_factors:
         reference.weights = [w.double().numpy() for w in weights if w is not None]
     else:
@@ -104,11 +108,7 @@ def reference_of(
         reference.weights = [s[..., :tokens].numpy() for s in square]
         if square:
             reference.notes.append("reference weights from the model's own softmax")
-    if (
-        states is not None
-        and len(states) == len(blocks) + 1
-        and all(s.ndim == 3 and s.shape == left[0].shape for s in states)
-    ):
+    if _are_states(states, left):
         reference.states = [s.double().numpy() for s in states]
     elif all(s.ndim == 3 for s in left):
         reference.states = [s.double().numpy() for s in left]
@@ -243,12 +243,15 @@ def attention_statistics(weights: np.ndarray, valid: np.ndarray) -> dict[str, np
     total = np.where(present, received, 0).sum(0)
     with np.errstate(invalid="ignore"):
         mass = total / present.sum(0)
-    rate = [
-        [(received[present[:, 0, k], :, k] > e).mean(0) for k in range(min(SINK_POSITIONS, tokens))]
-        for e in EPSILONS
-    ]
+    first = [received[present[:, 0, k], :, k] for k in range(min(SINK_POSITIONS, tokens))]
+    rates = {
+        name: np.moveaxis(
+            np.array([[(alpha > e + margin).mean(0) for alpha in first] for e in EPSILONS]), -1, 0
+        )
+        for name, margin in (("sink_rate", 0.0), ("sink_rate_least", MARGIN), ("sink_rate_most", -MARGIN))
+    }
     return {
         "key_mass": mass,
         "first_token_attention": np.mean(to_first, axis=0),
-        "sink_rate": np.moveaxis(np.array(rate), -1, 0),
+        **rates,
     }

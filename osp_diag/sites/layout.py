@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -77,10 +78,12 @@ def _mixes_along_first_axis(model: nn.Module, example: Any, block: Event) -> boo
         value = args[key] if isinstance(key, int) else kwargs[key]
         # Turned round, and neither scaled nor shifted: a norm would take that back.
         for changed in (value, torch.cat([value[:half].flip(-1), value[half:]])):
+            # Copies: a cache of keys and values grows by each run, and the second would see the first's.
+            positional, named = copy.deepcopy((args, kwargs))
             if isinstance(key, int):
-                result = module.forward(*args[:key], changed, *args[key + 1 :], **kwargs)
+                result = module.forward(*positional[:key], changed, *positional[key + 1 :], **named)
             else:
-                result = module.forward(*args, **{**kwargs, key: changed})
+                result = module.forward(*positional, **{**named, key: changed})
             outputs.append(result if isinstance(result, torch.Tensor) else _first_tensor(result))
         raise _EnoughError
 
