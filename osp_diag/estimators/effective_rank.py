@@ -59,7 +59,8 @@ class EffectiveRank(Estimator):
     −Σ λ log λ, and its exponential, the number of directions in use: 1 if all tokens are parallel, as where
     one massive activation dwarfs everything, min(n, d) if they are orthogonal and equally long. Of all
     tokens; a sequence of zeros is left out. The logarithm of one sequence's is its matrix entropy in nats,
-    which near 0 single precision (JAX) would not give to more than six decimals. Takes the eigenvalues of a matrix a sequence, hence optional.
+    which near 0 single precision (JAX) would not give to more than six decimals. Takes the eigenvalues of a
+    matrix a sequence, hence optional.
     """
 
     name: ClassVar[str] = "effective_rank"
