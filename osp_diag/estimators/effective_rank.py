@@ -21,13 +21,13 @@ ROY = Source("Roy and Vetterli 2007, The effective rank: a measure of effective 
 
 @dataclass(frozen=True)
 class GramEntropySums(Measurement):
-    """Σ over sequences of the entropy, and its exponential, of the eigenvalues of X Xᵀ / tr X Xᵀ."""
+    """Σ over sequences of the exponential of the entropy of the eigenvalues of X Xᵀ / tr X Xᵀ."""
 
     name = "gram_entropy"
     reads_elements = True
 
     def fields(self, layout: Layout) -> Mapping[str, Field]:
-        return {"entropy": Field(()), "rank": Field(()), "count": Field(())}
+        return {"rank": Field(()), "count": Field(())}
 
     def measure(self, observation: ActivationObservation) -> Mapping[str, Array]:
         xp = namespace_of(observation.x)
@@ -47,7 +47,6 @@ class GramEntropySums(Measurement):
         share = share / xp.where(total > 0, total, xp.ones_like(total))
         entropy = -xp.sum(share * xp.log(xp.where(share > 0, share, xp.ones_like(share))), axis=-1)
         return {
-            "entropy": xp.sum(entropy * holds),
             "rank": xp.sum(xp.exp(entropy) * holds),
             "count": xp.sum(holds),
         }
@@ -58,8 +57,10 @@ class EffectiveRank(Estimator):
 
     With λ the eigenvalues of X Xᵀ of one sequence (not centred) divided by their sum: the matrix entropy
     −Σ λ log λ, and its exponential, the number of directions in use: 1 if all tokens are parallel, as where
-    one massive activation dwarfs everything, min(n, d) if they are orthogonal and equally long. In nats, of
-    all tokens; a sequence of zeros is left out. Takes the eigenvalues of a matrix a sequence, hence optional.
+    one massive activation dwarfs everything, min(n, d) if they are orthogonal and equally long. Of all
+    tokens; a sequence of zeros is left out. The logarithm of one sequence's is its matrix entropy in nats,
+    which near 0 single precision (JAX) would not give to more than six decimals. Takes the eigenvalues of a
+    matrix a sequence, hence optional.
     """
 
     name: ClassVar[str] = "effective_rank"
@@ -85,12 +86,5 @@ class EffectiveRank(Estimator):
         return {
             "effective_rank": Output(
                 quotient(state["gram_entropy.rank"], count), (), self.unit, self.formula, floor=1.0
-            ),
-            "matrix_entropy": Output(
-                quotient(state["gram_entropy.entropy"], count),
-                (),
-                "nat",
-                "mean over sequences of −Σ_i λ_i log λ_i, λ = eigenvalues of X Xᵀ / tr X Xᵀ",
-                floor=0.0,
             ),
         }
