@@ -72,15 +72,17 @@ def headline(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """What the table says, in three sentences."""
+    """What the table says, in a paragraph."""
     measured, compared, agree = _measured(results)
     states = [row["state"] for row in results.values()]
     same = sum(row["bit_identical"] for row in measured)
+    attention = sum(row["attention_error"] is not None for row in compared)
     return (
         f"Of {len(results)} models, {len(measured)} are measured: {len(agree)} of the {len(compared)} that "
-        f"could be compared agree with a dense float64 pass to {AGREES:g}, and {same} return the same bits "
-        f"as without a probe. {states.count('refused')} are refused with a reason, "
-        f"{states.count('raised')} raise, and {states.count('not built')} could not be built."
+        f"could be compared ({attention} with attention) agree with a dense float64 pass to {AGREES:g}, "
+        f"and {same} return the same bits as without a probe. Refused with a reason: "
+        f"{states.count('refused')}; raising: {states.count('raised')}; not built: "
+        f"{states.count('not built')}. Some architectures share their code, and so their numbers."
     )
 
 
