@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.models.cases import KINDS
 
-__all__ = ["AGREES", "PAGE", "RESULTS", "page", "read_results", "summary"]
+__all__ = ["AGREES", "PAGE", "RESULTS", "errors", "headline", "page", "read_results", "summary"]
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
