@@ -116,3 +116,15 @@ def test_what_cannot_be_read_is_refused():
         strata_of(ids, torch.ones(2, 1, 3, 3), [1])
     with pytest.raises(CaptureError, match=r"position_ids have shape \(3, 2\)"):
         strata_of(ids, None, [1], torch.ones(3, 2))
+
+
+@pytest.mark.parametrize("fill", [-1e4, float("-inf")])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_a_mask_made_for_adding_to_logits_is_zero_for_tokens(fill: float, padding: int) -> None:
+    factor = torch.ones(2, 5)
+    factor[1, 5 - padding :] = 0
+    additive = torch.zeros(2, 5).masked_fill(factor == 0, fill)
+    ids = torch.ones(2, 5, dtype=torch.long)
+    expected = strata_of(ids, factor.long(), [])
+    assert torch.equal(strata_of(ids, factor, []), expected)
+    assert torch.equal(strata_of(ids, additive, []), expected)

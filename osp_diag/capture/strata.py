@@ -92,7 +92,13 @@ def _present(mask: Tensor | None, batch: int, tokens: int, device: torch.device)
             f"the attention mask has shape {tuple(mask.shape)}, but padding is read from one of shape "
             f"(batch, token) = ({batch}, {tokens}); pass the tokenizer's mask and let the model expand it"
         )
-    return mask[:, -tokens:].to(device) != 0
+    values = mask[:, -tokens:].to(device)
+    if not values.is_floating_point():
+        return values != 0
+    # Made for adding to logits (Longformer's, near its blocks), a mask is 0 for tokens and negative for padding.
+    smallest, largest = values.amin(), values.amax()
+    is_factor = (smallest >= 0) & (largest > 0) & (largest <= 1)
+    return torch.where(is_factor, values > 0, values >= 0)
 
 
 def _positions(position_ids: Tensor, batch: int, tokens: int, device: torch.device) -> Tensor:
