@@ -113,7 +113,7 @@ class CachedSequences:
     def call(self, layer: int) -> AttentionCall | None:
         """The attention of one layer as one call; None where the cache was changed in between."""
         calls = [part.calls[layer] for part in self.passes]
-        # One pass alone is what it is: a prompt, or all that an encoder reads, may see itself from both sides.
+        # One pass alone is what it is: a prompt, or an encoder's whole text, may see itself from both sides.
         causal = len(calls) > 1 or calls[0].causal
         changes: dict[str, Any] = {"mask": None, "mask_function": None, "causal": causal}
         for name in ("query", "key", "value"):

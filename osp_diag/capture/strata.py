@@ -95,7 +95,7 @@ def _present(mask: Tensor | None, batch: int, tokens: int, device: torch.device)
     values = mask[:, -tokens:].to(device)
     if not values.is_floating_point():
         return values != 0
-    # Made for adding to logits (Longformer's, near its blocks), a mask is 0 for tokens and negative for padding.
+    # Made for adding to logits (Longformer's, near its blocks), it is 0 for tokens and negative for padding.
     smallest, largest = values.amin(), values.amax()
     is_factor = (smallest >= 0) & (largest > 0) & (largest <= 1)
     return torch.where(is_factor, values > 0, values >= 0)
