@@ -80,12 +80,12 @@ def run(
         raise UsageError(f"--train-steps {train_steps}: give 1 or more, or 0 to train nothing")
     _check_folder(out)
     runs = _probe(checkpoint, out, tokens, device)
-    from osp_diag.analyses.summary.protocol_comparison import compare_protocols
+    from osp_diag.analyses.summary.protocol_comparison import protocols_text
     from osp_diag.analyses.summary.summary import summarise
 
     summary = summarise(runs["sequence"])
     print(summary.text())
-    print(f"\n{compare_protocols(runs['sequence'], runs['osp-published']).text()}\n", flush=True)
+    print(f"\n{protocols_text(runs['sequence'], runs['osp-published'])}\n", flush=True)
     trained = _train(out, train_steps) if train_steps else []
     pictures = _draw(runs["sequence"], out)
     _report([runs["sequence"], *trained], out)

@@ -137,19 +137,24 @@ def run(
 
 
 def _report(runs: Mapping[Protocol, Run], out: Path | None, as_json: bool) -> int:
-    from osp_diag.analyses.summary.protocol_comparison import compare_protocols
+    from osp_diag.analyses.summary.protocol_comparison import compare_protocols, protocols_text
     from osp_diag.analyses.summary.summary import summarise
 
     first = next(iter(runs.values()))
     summary = summarise(first)
-    comparison = compare_protocols(runs["sequence"], runs["osp-published"]) if len(runs) == 2 else None
+    both = len(runs) == 2
     if as_json:
-        values = summary.as_dict() | ({"protocols": comparison.as_dict()} if comparison else {})
+        values = summary.as_dict()
+        if both:
+            try:
+                values["protocols"] = compare_protocols(runs["sequence"], runs["osp-published"]).as_dict()
+            except StoreError as reason:
+                values["protocols"] = {"not_compared": str(reason)}
         print(json_format.dumps(values, indent=2))
     else:
         print(summary.text())
-        if comparison is not None:
-            print(f"\n{comparison.text()}")
+        if both:
+            print(f"\n{protocols_text(runs['sequence'], runs['osp-published'])}")
         if out is not None:
             print(f"\nrun: {out}   (osp-diag figure depth_profile {out} --out depth.png)")
     return 1 if summary.nonfinite_tokens else 0

@@ -199,7 +199,7 @@ def test_loaders_that_cannot_be_used():
     refused("needs_more:load", "needs_more itself imports 'no_such_package_at_all', which is not installed")
     refused("broken:load", "importing broken failed with ZeroDivisionError")
     refused("no_file.py:load", "there is no file no_file.py")
-    refused("my_loaders:bothh", "my_loaders has no 'bothh'; it has both")
+    refused("my_loaders:bothh", "my_loaders has no function 'bothh'; did you mean both?")
     refused("my_loaders:constant", "is a int, not a function")
     refused("my_loaders:fails", "failed: RuntimeError: no weights today")
     refused("my_loaders:wrong", "returned a dict; it must return an nn.Module or (nn.Module, tokenizer)")

@@ -153,9 +153,9 @@ def test_a_step_waits_for_the_one_before(path, gate, monkeypatch):
     told: list[str] = []
     append = RunWriter.append
 
-    def noted(writer: RunWriter, step: int, groups: Any) -> None:
+    def noted(writer: RunWriter, step: int, groups: Any, **options: Any) -> None:
         told.append(f"{step} is written")
-        append(writer, step, groups)
+        append(writer, step, groups, **options)
 
     monkeypatch.setattr(RunWriter, "append", noted)
     with probe_at(path) as probe:
@@ -187,10 +187,10 @@ def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 1 cannot be written."""
     append = RunWriter.append
 
-    def failing(writer: RunWriter, step: int, groups: Any) -> None:
+    def failing(writer: RunWriter, step: int, groups: Any, **options: Any) -> None:
         if step == 1:
             raise StoreError("cannot write run run.zarr: the disk is full")
-        append(writer, step, groups)
+        append(writer, step, groups, **options)
 
     monkeypatch.setattr(RunWriter, "append", failing)
 

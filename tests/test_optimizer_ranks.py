@@ -166,7 +166,7 @@ def _training_is_the_same(ranks: int, folder: str) -> None:
 def train_badly(model: nn.Module, optimizers: Optimizers) -> None:
     """A skipped step between recorded ones: nothing moves, though every gradient is NaN."""
     before = [whole(value.detach()).clone() for value in model.parameters()]
-    squares = optimizers._held
+    squares = optimizers._squares
     for value in model.parameters():
         value.grad = torch.full_like(value, torch.nan)
     keep = optimizers.muon.last_update if optimizers.muon else None
@@ -174,7 +174,7 @@ def train_badly(model: nn.Module, optimizers: Optimizers) -> None:
     optimizers.zero_grad()
     for value, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(whole(value.detach()), old)
-    optimizers._held = squares
+    optimizers._squares = squares
     if optimizers.muon is not None:
         optimizers.muon.last_update = keep or {}
 

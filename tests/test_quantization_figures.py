@@ -158,7 +158,7 @@ def test_cells_are_tinted_from_best_to_worst_and_say_their_numbers(recipes):
     assert np.isnan(shades[3]).all()  # the names of the columns
     texts = {(call["x"], call["y"]): call["text"] for call in calls(panel, "annotate")}
     assert texts[0.0, 3.0] == "OSP\nkurtosis"
-    assert [texts[0.0, row] for row in (2.0, 1.0, 0.0)] == ["40.0", "8", "0.1"]
+    assert [texts[0.0, row] for row in (2.0, 1.0, 0.0)] == ["40", "8", "0.1"]
     narrow = recording("table2", recipes, "one-column").panels[0, 0]
     assert "W8\nA8" in [call["text"] for call in calls(narrow, "annotate")]
 

@@ -256,5 +256,5 @@ def test_protocols_that_cannot_be_compared(run, published):
         compare_protocols(published, run)
     with pytest.raises(UsageError, match=r"the two runs are of different models"):
         compare_protocols(run, with_attrs(published, model_fingerprint="another"))
-    with pytest.raises(StoreError, match=r"the osp-published run lacks osp_excess_kurtosis"):
+    with pytest.raises(StoreError, match=r"the osp-published run has no headline kurtosis"):
         compare_protocols(run, without(published, ["embedding"]))

@@ -11,7 +11,7 @@ from osp_diag.runs.headline import headline_kurtosis
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
 
-__all__ = ["ProtocolComparison", "compare_protocols"]
+__all__ = ["ProtocolComparison", "compare_protocols", "protocols_text"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +70,8 @@ def compare_protocols(sequence_run: Run, published_run: Run) -> ProtocolComparis
     for headline, name in ((sequence, "sequence"), (published, "osp-published")):
         if "all" not in headline:
             raise StoreError(
-                f"compare_protocols: the {name} run lacks osp_excess_kurtosis at the embedding or at "
-                f"residual_post; probe again with both sites"
+                f"compare_protocols: the {name} run has no headline kurtosis to compare, and its summary says "
+                "why; it takes the sites embedding, residual_post and final_norm, and finite activations"
             )
     return ProtocolComparison(
         model=model_name(sequence_run.attrs),
@@ -91,3 +91,11 @@ def _explanation(sequence: float, published: float) -> str:
     if published < 0.8 * sequence:
         return f"{fed}, without the context in which this model's outliers arise."
     return f"{fed}; in this model position 0 is hardly different from the others, so the two agree."
+
+
+def protocols_text(sequence_run: Run, published_run: Run) -> str:
+    """The comparison in words, or why there is none."""
+    try:
+        return compare_protocols(sequence_run, published_run).text()
+    except StoreError as reason:
+        return f"OSP kurtosis by protocol: not compared ({reason})."

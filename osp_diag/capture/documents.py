@@ -148,7 +148,9 @@ def _may_be_the_callers(forward_pass: ForwardPass, batch: int, tokens: int) -> b
     """Whether a mask may come from the caller: transformers make theirs of the padding mask alone."""
     if not forward_pass.makes_its_masks:
         return True
-    return any(True for level in forward_pass.levels for _ in _masks(level, batch, tokens))
+    # The model and what it wraps: further inside (BERT's encoder) masks are the model's own, and asking costs
+    # a wait for the device.
+    return any(True for level in forward_pass.levels[:2] for _ in _masks(level, batch, tokens))
 
 
 def _masks(arguments: Mapping[str, Any], batch: int, tokens: int) -> Iterator[AttentionMask]:
