@@ -79,7 +79,7 @@ def test_a_run_without_checkpoints_cannot_be_exported(tmp_path, capsys):
     [
         (["train"], "say what to train: a preset"),
         (["train", "tinny"], "there is no preset 'tinny'; did you mean tiny?"),
-        (["train", "tiny", "--set", "optimizer.lrr=1"], "did you mean optimizer.lr?"),
+        (["train", "tiny", "--set", "optimizer.lrr=1"], "did you mean optimizer.lr"),
         (["train", "tiny", "--seeds", "1"], "--seeds and --at-a-time belong to --ablation"),
         (["train", "tiny", "--ablation", "paper", "--recipe", "adam"], "--ablation trains every recipe"),
         (["train", "tiny", "--ablation", "paper", "--at-a-time", "0"], "--at-a-time 0: give 1 or more"),

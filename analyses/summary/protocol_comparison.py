@@ -70,8 +70,8 @@ def compare_protocols(sequence_run: Run, published_run: Run) -> ProtocolComparis
     for headline, name in ((sequence, "sequence"), (published, "osp-published")):
         if "all" not in headline:
             raise StoreError(
-                f"compare_protocols: the {name} run has no headline kurtosis to compare, and its summary says "
-                "why; it takes the sites embedding, residual_post and final_norm, and finite activations"
+                f"compare_protocols: the {name} run has no headline kurtosis to compare, and its summary "
+                "says why; it takes the sites embedding, residual_post and final_norm, and finite activations"
             )
     return ProtocolComparison(
         model=model_name(sequence_run.attrs),
