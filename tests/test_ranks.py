@@ -150,7 +150,8 @@ def _training(rank: int, ranks: int, out: str, wrap: str) -> None:
     model = llama()
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if wrap == "ddp" else sharded(model)
     mine = sequences()[rank::ranks]
-    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1)
+    # At 0.1 one token's kurtosis comes to lie on the edge of a histogram's bin, where a last bit decides.
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.05)
     with osp_diag.Probe(wrapped, every=2, out=out, snapshot_tokens=3) as probe:
         assert (probe._records.writer is not None) == (rank == 0)
         for step in range(3):
@@ -180,7 +181,7 @@ def sharded(model: torch.nn.Module) -> torch.nn.Module:
 def alone(out: Path) -> osp_diag.Run:
     """The same loop in one process, on all ranks' tokens."""
     model, ids = llama(), sequences()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     with osp_diag.Probe(model, every=2, out=out) as probe:
         for step in range(3):
             with probe.step(step):
