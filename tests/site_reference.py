@@ -65,6 +65,8 @@ def capture_sites(model: nn.Module, batch: dict[str, Any], sites: SiteMap | None
         on_activation,
         on_start=nothing,  # type: ignore[arg-type]
         on_stop=nothing,
+        entries=found.sites.entries,
+        channels_first=found.sites.channels_first,
     )
 
     def on_call(call: AttentionCall) -> None:

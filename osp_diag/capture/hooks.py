@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import split_fused
-from osp_diag.sites.stack import is_list
 from osp_diag.sites.trace import unwrap
 
 __all__ = ["ForwardPass", "SiteCapture", "batch_first", "heads_first", "unobserved"]
@@ -139,6 +138,8 @@ class SiteCapture:
     on_weight : called so with (tap, layer, module, its input) where a tap's side is "weight", just before
         the module runs; None leaves those taps out
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
+    entries : block → the module with which it begins, where it does not run itself
+    channels_first : whether the stream between the blocks is (batch, channel, token)
     on_start, on_stop : called when a forward pass of the whole model begins and ends; ``on_stop`` learns
         whether it raised
     on_stream : called once a pass, when the stream enters the first block that runs, before any tap there
@@ -156,6 +157,8 @@ class SiteCapture:
         on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None] | None = None,
         on_stream: Callable[[ForwardPass], None] | None = None,
         prefix: str = "",
+        entries: Mapping[str, str] | None = None,
+        channels_first: bool = False,
     ) -> None:
         self.model = unwrap(model)
         self.taps = taps
@@ -164,6 +167,7 @@ class SiteCapture:
         self.on_start, self.on_stop, self.on_weight = on_start, on_stop, on_weight
         self.on_stream = on_stream
         self.prefix = prefix
+        self.entries, self.channels_first = entries or {}, channels_first
         self.current: ForwardPass | None = None
         self._handles: list[Any] = []
         self._layers: dict[str, list[int]] = defaultdict(list)
@@ -185,11 +189,9 @@ class SiteCapture:
                 hook = self._enter_hook(path)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for path in self._layers:
-                block = self.model.get_submodule(path)
-                # A block that is a list does not run; the modules in it do.
-                for module in block.children() if is_list(block) else (block,):
-                    hook = self._block_hook(path, block)
-                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                module = self.model.get_submodule(self.entries.get(path, path))
+                hook = self._block_hook(path)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             by_module: dict[tuple[str, str], list[Tap]] = defaultdict(list)
             for tap in self._distinct_taps():
                 by_module[tap.module, tap.side].append(tap)
@@ -261,12 +263,12 @@ class SiteCapture:
 
         return hook
 
-    def _block_hook(self, path: str, block: nn.Module) -> Callable[..., None]:
+    def _block_hook(self, path: str) -> Callable[..., None]:
         order = self._layers[path]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             current = self.current
-            if current is None or (is_list(block) and current.layer == order[0]):
+            if current is None:
                 return
             current.layer = order[min(current.runs[path], len(order) - 1)]
             current.runs[path] += 1
@@ -282,6 +284,8 @@ class SiteCapture:
         stream = next((v for v in (*args, *kwargs.values()) if _is_activation(v)), None)
         if stream is None or self.current is None or torch.compiler.is_compiling():
             return
+        if self.channels_first and stream.ndim == 3:
+            stream = stream.transpose(1, 2)
         # Several streams side by side are one axis more, and the blocks' taps read one of them.
         index = next((tap.stream for tap in self.taps if tap.stream is not None), None)
         self.current.stream = stream.detach() if index is None or stream.ndim < 4 else stream.detach()[index]
@@ -340,6 +344,8 @@ class SiteCapture:
             return
         if tap.stream is not None and value.ndim == 4:
             value = value[tap.stream]
+        if tap.channels_first and value.ndim == 3:
+            value = value.transpose(1, 2)
         with unobserved(value.device):
             self.on_activation(tap, self._layer(tap), value.detach())
 

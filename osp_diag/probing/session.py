@@ -268,6 +268,8 @@ class Probe:
             on_weight=collector.on_weight,
             on_stream=collector.on_stream,
             prefix=self.site_map.prefix,
+            entries=self.site_map.entries,
+            channels_first=self.site_map.channels_first,
         )
         heads = (ATTENTION, *HEAD_SITES)
         with ExitStack() as stack:

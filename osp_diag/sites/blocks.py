@@ -52,6 +52,7 @@ def input_tap(site: str, layer: int, event: Event) -> Tap:
         argument=next(iter(reader.inputs)),
         call=reader.call,
         stream=event.stream,
+        channels_first=("input", next(iter(reader.inputs))) in reader.turned,
     )
 
 
@@ -65,6 +66,7 @@ def output_tap(site: str, layer: int, event: Event) -> Tap:
         argument=next(iter(event.outputs)),
         call=event.call,
         stream=event.stream,
+        channels_first=("output", next(iter(event.outputs))) in event.turned,
     )
 
 

@@ -16,7 +16,50 @@ from osp_diag.sites.names import Tap
 from osp_diag.sites.stack import is_linear, is_norm
 from osp_diag.sites.trace import Event, Trace, is_compiled, run_example, undisturbed
 
-__all__ = ["has_tokens_first", "with_layout"]
+__all__ = ["has_tokens_first", "turn_channels", "with_layout"]
+
+
+def turn_channels(trace: Trace, blocks: list[Event]) -> bool:
+    """Turn activations that the blocks pass on as (batch, channel, token), and say whether they do.
+
+    So does SqueezeBERT, whose projections are convolutions of width 1: nothing in its first block multiplies
+    the stream's last axis. In the trace these activations are (batch, token, channel) afterwards, and the
+    convolutions are projections.
+    """
+    stream = blocks[0].input
+    if stream is None or stream.ndim != 3 or stream.shape[1] == stream.shape[2]:
+        return False
+    channels, tokens = stream.shape[1:]
+    inside = trace.within(blocks[0])
+    linear = any(
+        is_linear(e.module) and e.input is not None and e.input.shape[-1] == tokens for e in inside
+    )
+    if linear or not any(_is_pointwise(e.module) and e.module.in_channels == channels for e in inside):
+        return False
+    for event in trace.events:
+        if not blocks[0].start <= event.start <= blocks[-1].stop:
+            continue
+        event.projection = event.projection or _is_pointwise(event.module)
+        _turn(event, tokens)
+    for block in blocks:
+        if block.entry is not None:
+            block.inputs, block.turned = block.entry.inputs, block.entry.turned
+    return True
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution over single tokens, which is a projection (in groups, perhaps)."""
+    return isinstance(module, nn.Conv1d) and module.kernel_size == (1,) and module.stride == (1,)
+
+
+def _turn(event: Event, tokens: int) -> None:
+    turned = []
+    for side, tensors in (("input", event.inputs), ("output", event.outputs)):
+        for place, tensor in tensors.items():
+            if tensor.ndim == 3 and tensor.shape[2] == tokens != tensor.shape[1]:
+                tensors[place] = tensor.transpose(1, 2)  # type: ignore[index]
+                turned.append((side, place))
+    event.turned = frozenset(turned)
 
 
 # Why this is asked of the model and not of names: docs/decisions.md, Capture.

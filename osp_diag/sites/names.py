@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from osp_diag.schema import ATTENTION, DEFAULT_SITES, SITES
 
-__all__ = ["SiteMap", "Tap", "matches"]
+__all__ = ["SiteMap", "Tap", "matches", "name_within"]
 
 AT_THE_CALL = frozenset({ATTENTION, "query_post_rope", "key_post_rope", "value"})
 """Sites that are read where the model calls attention."""
@@ -42,6 +42,8 @@ class Tap:
     """which call of a module that runs several times: in its block, or in the pass if it is in none"""
     stream: int | None = None
     """which of several streams, where (stream, batch, token, channel) run side by side"""
+    channels_first: bool = False
+    """whether the tensor is (batch, channel, token), as convolutions read it"""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,12 @@ class SiteMap:
     """layer → (path of an expert, path of its down projection), where experts are modules"""
     tokens_first: bool = False
     """whether the stream between the blocks is (token, batch, channel) and not (batch, token, channel)"""
+    channels_first: bool = False
+    """whether the stream between the blocks is (batch, channel, token)"""
+    entries: dict[str, str] = field(default_factory=dict)
+    """block → the module with which it begins, where it does not run itself"""
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """block → the paths of its parts, where they stand in several lists"""
     key_copies: dict[int, int] = field(default_factory=dict)
     """layer → how often each key head stands in the keys that the model multiplies, where more than once"""
     prefix: str = ""
@@ -94,6 +102,11 @@ class SiteMap:
         if site in AT_THE_CALL:
             layers |= set(self.attention_layers)
         return tuple(sorted(layers))
+
+    def within_block(self, layer: int, path: str) -> str | None:
+        """The path of a module within the block of a layer, or None where it stands in another."""
+        block = self.block_paths[layer]
+        return name_within(block, self.members.get(block, ()), path)
 
     def idle_layers(self, block_runs: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Site → its layers whose block did not run (LayerDrop, say), by how often each block ran."""
@@ -125,6 +138,15 @@ class SiteMap:
             by_reason.setdefault(reason, []).append(site)
         lines += [f"  absent: {', '.join(sites)}: {reason}" for reason, sites in by_reason.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def name_within(block: str, members: tuple[str, ...], path: str) -> str | None:
+    """The path of a module within its block: of ``members`` in several lists with the list's name first."""
+    for member in members or (block,):
+        if path.startswith(f"{member}."):
+            rest = path.removeprefix(f"{member}.")
+            return f"{member.rpartition('.')[0].rpartition('.')[2]}.{rest}" if members else rest
+    return None
 
 
 def matches(site: str, patterns: tuple[str, ...] | None) -> bool:

@@ -16,11 +16,11 @@ from osp_diag.sites.attention_sites import attention_event, attention_sites, is_
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
 from osp_diag.sites.layers import count_calls, first_shape, number_layers, pick_stream, stream_after
-from osp_diag.sites.layout import has_tokens_first, with_layout
+from osp_diag.sites.layout import has_tokens_first, turn_channels, with_layout
 from osp_diag.sites.linear_maps import mark_projections
-from osp_diag.sites.names import SiteMap, Tap
+from osp_diag.sites.names import SiteMap, Tap, name_within
 from osp_diag.sites.projections import distinct_heads
-from osp_diag.sites.stack import find_stack, is_norm
+from osp_diag.sites.stack import find_stack, is_norm, parts_in_lists
 from osp_diag.sites.trace import (
     TOKENS,
     Event,
@@ -36,9 +36,11 @@ __all__ = ["find_sites"]
 
 
 def _linear_sites(block: Block) -> list[Tap]:
-    prefix = block.event.name + "."
+    def name(path: str) -> str:
+        return name_within(block.event.name, parts_in_lists(block.event), path) or path
+
     return [
-        input_tap(f"linear_input:{event.name.removeprefix(prefix)}", block.layer, event)
+        input_tap(f"linear_input:{name(event.name)}", block.layer, event)
         for event in block.inner
         if event.projection and block.has_one_row_a_token(event.input)
     ]
@@ -77,6 +79,7 @@ def find_sites(
         trace = trace_forward(model, example)
         mark_projections(trace)
         stack, events = find_stack(model, trace, blocks)
+        channels_first = turn_channels(trace, events)
         first = events[0].input
         if first is None:
             raise SiteError(f"the blocks at {stack!r} receive no activations; name the stack with `blocks=`")
@@ -114,6 +117,9 @@ def find_sites(
         ),
         key_copies=_key_copies(traced_blocks),
         tokens_first=tokens_first,
+        channels_first=channels_first,
+        entries={event.name: event.entry.name for event in events if event.entry is not None},
+        members={event.name: members for event in events if (members := parts_in_lists(event))},
         prefix="decoder_" if _is_decoder(model, stack) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
         expert_modules={b.layer: _experts_in(model, *b.expert_list) for b in traced_blocks if b.expert_list},
@@ -192,10 +198,10 @@ def _absent_sites(blocks: list[Block], present: set[str]) -> dict[str, str]:
 
 
 def _outer_linear_sites(trace: Trace, events: list[Event], first: Block, last: int) -> list[Tap]:
-    inside = tuple(event.name + "." for event in events)
     taps = []
     for event in trace.events:
-        if event.name.startswith(inside) or not event.projection:
+        inside = any(block.start < event.start < block.stop for block in events)
+        if inside or not event.projection:
             continue
         if first.has_one_row_a_token(event.input):
             layer = 0 if event.start < events[0].start else last

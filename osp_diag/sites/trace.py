@@ -59,7 +59,11 @@ class Event:
     stream: int | None = None
     """which of several streams its activations are"""
     entry: Event | None = None
-    """the first call in a block that is a list, and does not run itself"""
+    """the first call in a block that does not run itself"""
+    members: tuple[str, ...] = ()
+    """the modules of such a block"""
+    turned: frozenset[tuple[str, int | str | None]] = frozenset()
+    """(side, place) of the tensors that were (batch, channel, token), and are turned here"""
 
     @property
     def input(self) -> torch.Tensor | None:
