@@ -140,6 +140,7 @@ class SiteCapture:
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
     entries : block → the module with which it begins, where it does not run itself
     channels_first : whether the stream between the blocks is (batch, channel, token)
+    streams_in_a_row : how many streams stand one behind the other in each row; the first is read
     on_start, on_stop : called when a forward pass of the whole model begins and ends; ``on_stop`` learns
         whether it raised
     on_stream : called once a pass, when the stream enters the first block that runs, before any tap there
@@ -159,6 +160,7 @@ class SiteCapture:
         prefix: str = "",
         entries: Mapping[str, str] | None = None,
         channels_first: bool = False,
+        streams_in_a_row: int = 1,
     ) -> None:
         self.model = unwrap(model)
         self.taps = taps
@@ -168,6 +170,7 @@ class SiteCapture:
         self.on_stream = on_stream
         self.prefix = prefix
         self.entries, self.channels_first = entries or {}, channels_first
+        self.streams_in_a_row = streams_in_a_row
         self.current: ForwardPass | None = None
         self._handles: list[Any] = []
         self._layers: dict[str, list[int]] = defaultdict(list)
@@ -286,6 +289,8 @@ class SiteCapture:
             return
         if self.channels_first and stream.ndim == 3:
             stream = stream.transpose(1, 2)
+        if self.streams_in_a_row > 1:
+            stream = stream[:, : stream.shape[1] // self.streams_in_a_row]
         # Several streams side by side are one axis more, and the blocks' taps read one of them.
         index = next((tap.stream for tap in self.taps if tap.stream is not None), None)
         self.current.stream = stream.detach() if index is None or stream.ndim < 4 else stream.detach()[index]
@@ -346,8 +351,18 @@ class SiteCapture:
             value = value[tap.stream]
         if tap.channels_first and value.ndim == 3:
             value = value.transpose(1, 2)
+        value = self._first_in_its_row(value)
         with unobserved(value.device):
             self.on_activation(tap, self._layer(tap), value.detach())
+
+
+    def _first_in_its_row(self, value: torch.Tensor) -> torch.Tensor:
+        """Of several streams that stand one behind the other in each row the first."""
+        stream = None if self.current is None else self.current.stream
+        if self.streams_in_a_row == 1 or stream is None or value.ndim < 3:
+            return value
+        tokens = stream.shape[1]
+        return value[:, :tokens] if value.shape[1] == self.streams_in_a_row * tokens else value
 
 
 @contextmanager

@@ -270,6 +270,7 @@ class Probe:
             prefix=self.site_map.prefix,
             entries=self.site_map.entries,
             channels_first=self.site_map.channels_first,
+            streams_in_a_row=self.site_map.streams_in_a_row,
         )
         heads = (ATTENTION, *HEAD_SITES)
         with ExitStack() as stack:
@@ -289,7 +290,13 @@ class Probe:
                         collector.on_attention(call.with_distinct_keys(copies), layer)
 
                 stack.enter_context(
-                    AttentionCapture(unwrap(self.model), on_call, capture.active, cached=True)
+                    AttentionCapture(
+                        unwrap(self.model),
+                        on_call,
+                        capture.active,
+                        cached=True,
+                        streams=self.site_map.streams_in_a_row,
+                    )
                 )
             yield
 

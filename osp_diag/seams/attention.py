@@ -50,6 +50,8 @@ class AttentionCapture:
             ``ModuleList``, ``ModuleDict`` and ``Sequential``, or any submodule where there are none.
         cached: deliver also calls with more keys than queries, as decoding with a cache makes them.
         on_skip: receives the reason (:class:`SkipReason`) of every call that is not delivered, at its time.
+        streams: how many streams stand one behind the other in the rows of hidden states (ProphetNet); a
+            softmax over the tokens of one of them is attention.
 
     Attributes:
         skipped: how many calls were not delivered, by reason (:class:`SkipReason`).
@@ -77,6 +79,7 @@ class AttentionCapture:
         blocks: Collection[nn.Module] | None = None,
         cached: bool = False,
         on_skip: Callable[[str], None] | None = None,
+        streams: int = 1,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.skipped: Counter[str] = Counter()
@@ -84,7 +87,10 @@ class AttentionCapture:
         self._on_call, self._on_skip = on_call, on_skip
         self._active = active
         self._cached = cached
-        self._blocks = set(blocks) if blocks is not None else _members_of_containers(self.model)
+        self._streams = streams
+        members = set(blocks) if blocks is not None else _members_of_containers(self.model)
+        # With what is in them: of a block whose ``forward`` is called directly no hook tells.
+        self._blocks = {inner for member in members for inner in member.modules()}
         self._handles: list[RemovableHandle] = []
         self._running: ExitStack | None = None
         self._suspension = ExitStack()
@@ -226,7 +232,9 @@ class AttentionCapture:
         elif kind == "scaled_dot_product_attention":
             self._deliver(lambda: describe_scaled_dot_product(args, kwargs, self._frames))
         elif self._inside_block():
-            self._deliver(lambda: describe_softmax(args, kwargs, self._frames, self._heads))
+            self._deliver(
+                lambda: describe_softmax(args, kwargs, self._frames, self._heads, streams=self._streams)
+            )
 
     def _inside_block(self) -> bool:
         if not self._blocks:

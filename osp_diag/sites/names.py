@@ -70,6 +70,8 @@ class SiteMap:
     """whether the stream between the blocks is (token, batch, channel) and not (batch, token, channel)"""
     channels_first: bool = False
     """whether the stream between the blocks is (batch, channel, token)"""
+    streams_in_a_row: int = 1
+    """how many streams stand one behind the other in each row, of which the first is measured"""
     entries: dict[str, str] = field(default_factory=dict)
     """block → the module with which it begins, where it does not run itself"""
     members: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -142,10 +144,11 @@ class SiteMap:
 
 def name_within(block: str, members: tuple[str, ...], path: str) -> str | None:
     """The path of a module within its block: of ``members`` in several lists with the list's name first."""
-    for member in members or (block,):
-        if path.startswith(f"{member}."):
-            rest = path.removeprefix(f"{member}.")
-            return f"{member.rpartition('.')[0].rpartition('.')[2]}.{rest}" if members else rest
+    if not members:
+        return path.removeprefix(f"{block}.") if path.startswith(f"{block}.") else None
+    for member in members:
+        if f"{path}.".startswith(f"{member}."):
+            return member.rpartition(".")[0].rpartition(".")[2] + path.removeprefix(member)
     return None
 
 

@@ -16,7 +16,7 @@ from osp_diag.sites.attention_sites import attention_event, attention_sites, is_
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
 from osp_diag.sites.layers import count_calls, first_shape, number_layers, pick_stream, stream_after
-from osp_diag.sites.layout import has_tokens_first, turn_channels, with_layout
+from osp_diag.sites.layout import has_tokens_first, keep_first_stream, streams_in_a_row, turn_channels, with_layout
 from osp_diag.sites.linear_maps import mark_projections
 from osp_diag.sites.names import SiteMap, Tap, name_within
 from osp_diag.sites.projections import distinct_heads
@@ -79,6 +79,12 @@ def find_sites(
         trace = trace_forward(model, example)
         mark_projections(trace)
         stack, events = find_stack(model, trace, blocks)
+        in_a_row = streams_in_a_row(model, example, events[0])
+        if in_a_row > 1:
+            trace = trace_forward(model, example, streams=in_a_row)
+            mark_projections(trace)
+            stack, events = find_stack(model, trace, blocks)
+            keep_first_stream(trace, events, in_a_row)
         channels_first = turn_channels(trace, events)
         first = events[0].input
         if first is None:
@@ -113,11 +119,12 @@ def find_sites(
         absent=_absent_sites(traced_blocks, {tap.site for tap in taps}),
         notes=(
             *_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
-            *_notes_of_layers(paths, layers, streams),
+            *_notes_of_layers(paths, layers, streams, in_a_row),
         ),
         key_copies=_key_copies(traced_blocks),
         tokens_first=tokens_first,
         channels_first=channels_first,
+        streams_in_a_row=in_a_row,
         entries={event.name: event.entry.name for event in events if event.entry is not None},
         members={event.name: members for event in events if (members := parts_in_lists(event))},
         prefix="decoder_" if _is_decoder(model, stack) else "",
@@ -293,7 +300,9 @@ def _notes(
     return (*notes, *_gaps(blocks, taps))
 
 
-def _notes_of_layers(paths: tuple[str, ...], layers: list[int], streams: int) -> list[str]:
+def _notes_of_layers(
+    paths: tuple[str, ...], layers: list[int], streams: int, in_a_row: int
+) -> list[str]:
     notes = []
     idle = sorted(set(range(len(paths))) - set(layers))
     if idle:
@@ -303,6 +312,8 @@ def _notes_of_layers(paths: tuple[str, ...], layers: list[int], streams: int) ->
         )
     if streams > 1:
         notes.append(f"{streams} streams run side by side: residual sites are those of the first")
+    if in_a_row > 1:
+        notes.append(f"{in_a_row} streams stand one behind the other in each row: all sites are the first's")
     return notes
 
 

@@ -21,6 +21,7 @@ from osp_diag.seams.attention import AttentionCall, AttentionCapture
 __all__ = [
     "Event",
     "Trace",
+    "default_example",
     "fused_encoder_layers",
     "is_compiled",
     "outputs_of",
@@ -200,6 +201,12 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
         return model(**example) if _takes_keywords(model, example) else model(example)
     if example is not None:
         return model(*example)
+    example = default_example(model)
+    return model(**example) if isinstance(example, dict) else model(*example)
+
+
+def default_example(model: nn.Module) -> dict[str, Any] | tuple[Any, ...]:
+    """Eleven token ids, as keyword arguments of a model of transformers."""
     vocabulary = min(
         (
             m.num_embeddings
@@ -215,8 +222,8 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
         if getattr(model.config, "is_encoder_decoder", False):
             # Of another length, which tells whose blocks are whose.
             keywords["decoder_input_ids"] = ids[:, 1:]
-        return model(**keywords)
-    return model(ids)
+        return keywords
+    return (ids,)
 
 
 def _takes_keywords(model: nn.Module, example: Mapping[str, Any]) -> bool:
@@ -227,8 +234,13 @@ def _takes_keywords(model: nn.Module, example: Mapping[str, Any]) -> bool:
     return True
 
 
-def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None) -> Trace:
+def trace_forward(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None, *, streams: int = 1
+) -> Trace:
     """Run the model once and record every module call and every attention call.
+
+    ``streams`` is how many stand one behind the other in the rows, of which the first is told of
+    (:func:`~osp_diag.sites.layout.streams_in_a_row`).
 
     Raises
     ------
@@ -269,7 +281,7 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
         stack.enter_context(unfused(model))
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        capture = stack.enter_context(AttentionCapture(model, on_call, on_skip=on_skip))
+        capture = stack.enter_context(AttentionCapture(model, on_call, on_skip=on_skip, streams=streams))
         try:
             run_example(model, example)
         except Exception as error:
