@@ -12,6 +12,12 @@ from torch.nn import functional
 
 from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
+from osp_diag.capture.cross_attention import (
+    Crossing,
+    joined_crossings,
+    key_tokens,
+    measure_cross_attention,
+)
 from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
 from osp_diag.capture.documents import Documents, documents_of
 from osp_diag.capture.down_projection import down_projection
@@ -25,7 +31,7 @@ from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
-from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES
+from osp_diag.schema import ATTENTION, CROSS_ATTENTION, DOWN_WEIGHT, HEAD_SITES
 from osp_diag.sites.names import Tap, matches
 
 if TYPE_CHECKING:
@@ -54,7 +60,7 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
         matching = [group for pattern, group in estimators.items() if matches(site, (pattern,))]
         estimators = matching[0] if matching else ()
     kinds: tuple[Observes, ...] = ("activation",)
-    if site == ATTENTION:
+    if site in (ATTENTION, CROSS_ATTENTION):
         kinds = ("attention",)
     elif site == DOWN_WEIGHT:
         kinds = ("weight",)
@@ -147,6 +153,7 @@ class Collector:
         self._before_stream: list[tuple[Tap, int, torch.Tensor]] = []
         self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
+        self._layers_crossed: set[int] = set()
         self._values: dict[int, torch.Tensor] = {}
 
     def needs(self, tap: Tap) -> bool:
@@ -180,7 +187,7 @@ class Collector:
         """A forward pass begins; which tokens it is about is known when the stream enters the first block."""
         self._pass = forward_pass
         self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
-        self._layers_called, self._values = set(), {}
+        self._layers_called, self._layers_crossed, self._values = set(), set(), {}
         if self.groups is not None:
             self.groups.start(self.forward_passes)
         self._before_stream, self._tokens, self._masks = [], None, Masks()
@@ -258,6 +265,12 @@ class Collector:
                     self.skipped[ATTENTION] = "the cache was reordered while tokens were made (beam search)"
                 else:
                     self._fold_whole_call(call, layer)
+            for layer in sequences.passes[0].crossings:
+                crossing = joined_crossings([each.crossings.get(layer) for each in sequences.passes])
+                if isinstance(crossing, str):
+                    self.skipped[CROSS_ATTENTION] = crossing
+                else:
+                    self._fold_crossing(crossing, layer)
         self._is_put_together = False
         self._tokens, self._parts, self._masks, self._valid = of_this_pass
 
@@ -286,6 +299,8 @@ class Collector:
         for layer, call in held.calls.items():
             if call.lengths[0] == call.lengths[1] == held.key_counts[layer]:
                 self._fold_whole_call(call, layer)
+        for layer, crossing in held.crossings.items():
+            self._fold_crossing(crossing, layer)
 
     def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
         documents_of_ids = documents.on(ids.device)
@@ -383,6 +398,51 @@ class Collector:
             return
         with unobserved(call.tensor.device, traced=self.compiled):
             self._fold_whole_call(call, layer)
+
+    def on_cross_attention(self, call: AttentionCall, layer: int) -> None:
+        """Fold one call of attention to another sequence, a layer's first in a pass."""
+        if layer in self._layers_crossed or self._tokens is None or self._pass is None:
+            return
+        if not self._measures_calls:
+            return
+        self._layers_crossed.add(layer)
+        shape = (call.tensor.shape[0], call.tensor.shape[2])
+        parts = self._parts_on(call.tensor.device)
+        if shape != self._tokens:
+            self.skipped[CROSS_ATTENTION] = (
+                f"its queries are of {shape[0]} sequences of {shape[1]}, the stream's tokens of "
+                f"{self._tokens[0]} of {self._tokens[1]}"
+            )
+            return
+        if any(part.documents is not None for part in parts):
+            self.skipped[CROSS_ATTENTION] = (
+                "the queries' sequences hold several documents, and which keys are whose is not known"
+            )
+            return
+        with unobserved(call.tensor.device):
+            crossing = key_tokens(self._pass, call, self.delimiter_ids)
+            if self._cached_pass is not None:
+                self._cached_pass.keep_crossing(layer, crossing)
+                self._spill()
+                return
+            self._fold_crossing(crossing, layer)
+
+    def _fold_crossing(self, crossing: Crossing, layer: int) -> None:
+        """Fold the queries, keys and values of cross-attention, and what its probabilities say."""
+        call = crossing.call
+        strata = self._parts_on(call.tensor.device)[0].strata
+        for site, tensor, own in (
+            ("cross_attention_query", call.query, strata),
+            ("cross_attention_key", call.key, crossing.key_strata),
+            ("cross_attention_value", call.value, crossing.key_strata),
+        ):
+            if tensor is not None and call.logits is None and self.includes(site):
+                self._fold(site, layer, "activation", tensor.transpose(1, 2).flatten(2), own, snapshot=False)
+                self._fold(site, layer, "heads", tensor, own)
+        suite = self.suites_at(CROSS_ATTENTION).get("attention")
+        if suite is not None and self.includes(CROSS_ATTENTION):
+            layout, increment = measure_cross_attention(suite, crossing, strata, self.vocabulary)
+            self._merge((CROSS_ATTENTION, layer, "attention"), suite, layout, increment)
 
     def _fold_whole_call(self, call: AttentionCall, layer: int) -> None:
         for site, tensor in (

@@ -98,6 +98,19 @@ class ForwardPass:
                     return value.reshape(batch, tokens)
         return None
 
+    def of_other_sequence(
+        self, batch: int, tokens: int
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(ids, padding mask) of the (batch, token) sequence that the blocks attend to across, where known."""
+        ids = mask = None
+        for arguments, prefix in self._inside_out():
+            mask = _of_shape(arguments.get("encoder_attention_mask"), (batch, tokens)) if mask is None else mask
+            # Inside of the decoder itself, plain names are those of its own tokens.
+            if prefix:
+                ids = _of_shape(arguments.get("input_ids"), (batch, tokens)) if ids is None else ids
+                mask = _of_shape(arguments.get("attention_mask"), (batch, tokens)) if mask is None else mask
+        return ids, mask
+
     def padding_mask(self, batch: int, tokens: int) -> torch.Tensor | None:
         """(batch, token) padding mask, if there is one; of one that covers a cache too, the end."""
         for arguments, prefix in self._inside_out():
@@ -113,6 +126,10 @@ class ForwardPass:
     def position_ids(self, batch: int, tokens: int) -> torch.Tensor | None:
         """Positions that were handed to the model, of shape (batch, token), (1, token) or (token,)."""
         return self.named("position_ids", {(batch, tokens), (1, tokens), (tokens,)})
+
+
+def _of_shape(value: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
+    return value if isinstance(value, torch.Tensor) and tuple(value.shape) == shape else None
 
 
 def _flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:

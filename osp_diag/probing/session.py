@@ -36,7 +36,14 @@ from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, k
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
-from osp_diag.schema import ATTENTION, HEAD_SITES, HIDDEN_STATES, LINEAR_INPUT, SITES
+from osp_diag.schema import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    HEAD_SITES,
+    HIDDEN_STATES,
+    LINEAR_INPUT,
+    SITES,
+)
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
@@ -272,7 +279,10 @@ class Probe:
             channels_first=self.site_map.channels_first,
             streams_in_a_row=self.site_map.streams_in_a_row,
         )
-        heads = (ATTENTION, *HEAD_SITES)
+        heads = (ATTENTION, CROSS_ATTENTION, *HEAD_SITES)
+        sites = self.site_map
+        names = {path: module for path, module in unwrap(self.model).named_modules()}
+        crossing = {layer: names[path] for layer, path in sites.cross_attention.items()}
         with ExitStack() as stack:
             if is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -280,12 +290,15 @@ class Probe:
             stack.enter_context(capture)
             if self.site_map.expert_layers and self.measures_site("mlp_hidden"):
                 stack.enter_context(self._experts(collector, capture))
-            if self.site_map.attention_layers and any(self.measures_site(site) for site in heads):
+            if (sites.attention_layers or crossing) and any(self.measures_site(site) for site in heads):
 
                 def on_call(call: Any) -> None:
                     layer = capture.current.layer if capture.current else None
+                    if layer is not None and call.module is not None and call.module is crossing.get(layer):
+                        copies = sites.cross_key_copies.get(layer, 1)
+                        collector.on_cross_attention(call.with_distinct_keys(copies), layer)
                     # A router's softmax over as many experts as tokens looks like attention.
-                    if layer in self.site_map.attention_layers:
+                    elif layer in sites.attention_layers and not call.crosses:
                         copies = self.site_map.key_copies.get(layer, 1)
                         collector.on_attention(call.with_distinct_keys(copies), layer)
 
@@ -295,6 +308,7 @@ class Probe:
                         on_call,
                         capture.active,
                         cached=True,
+                        crossing=bool(crossing),
                         streams=self.site_map.streams_in_a_row,
                     )
                 )

@@ -41,7 +41,7 @@ class SkipReason:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """One self-attention call. Tensors are the model's own, detached: read them, never write.
+    """One attention call, of self-attention or (``crosses``) over another sequence. Tensors are the model's own, detached: read them, never write.
 
     The attention weights are the softmax over allowed keys of softcap·tanh(scale·q·kᵀ / softcap) plus the
     additive mask and, where there are ``sink_logits``, one more logit per head that takes mass and gives
@@ -65,6 +65,7 @@ class AttentionCall:
         logits: (B, H, T, T) where the model itself made them (``seam == "softmax"``): scaled, biased and
             masked, exactly what its softmax received. Query, key and value are then None, and nothing is
             known of the mask but what the logits show.
+        crosses: keys and values are of another sequence, of another length S: (B, G, S, hd).
     """
 
     query: Tensor | None
@@ -80,6 +81,7 @@ class AttentionCall:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     logits: Tensor | None = None
+    crosses: bool = False
 
     @property
     def tensor(self) -> Tensor:

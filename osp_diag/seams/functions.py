@@ -196,8 +196,6 @@ def describe_softmax(
         # A (B·H, T, T) of one head looks like a router's (B, T, experts): not in a model of several heads.
         if logits.ndim == 3 and number == 1 and (heads not in (None, 1) or logits.shape[-1] != tokens):
             continue
-        if logits.shape[-1] < tokens:
-            return SkipReason.CROSS
         return AttentionCall(
             query=None,
             key=None,

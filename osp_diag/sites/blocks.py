@@ -96,6 +96,8 @@ class Block:
     """self-attention calls, with the time of each"""
     skipped: list[tuple[int, str]] = field(default_factory=list)
     """attention calls that were not delivered: when, and why"""
+    crossings: list[tuple[int, Any]] = field(default_factory=list)
+    """calls over another sequence's keys, with the time of each"""
     taps: list[Tap] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
@@ -123,6 +125,11 @@ class Block:
         """
         reasons = {SkipReason.CROSS, SkipReason.CACHED} if self.calls else {SkipReason.CROSS}
         return next((time for time, reason in self.skipped if reason in reasons), None)
+
+    @property
+    def cross_call(self) -> Any:
+        """The call of cross-attention, or None where there is none or it could not be read."""
+        return next((call for time, call in self.crossings if time == self.cross_time), None)
 
     @property
     def rows(self) -> int:

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from osp_diag.schema import ATTENTION, DEFAULT_SITES, SITES
+from osp_diag.schema import ATTENTION, CROSS_ATTENTION, CROSS_HEAD_SITES, DEFAULT_SITES, SITES
 
 __all__ = ["SiteMap", "Tap", "matches", "name_within"]
 
 AT_THE_CALL = frozenset({ATTENTION, "query_post_rope", "key_post_rope", "value"})
-"""Sites that are read where the model calls attention."""
+"""Sites that are read where the model calls attention …"""
+AT_THE_CROSS_CALL = frozenset({CROSS_ATTENTION, *CROSS_HEAD_SITES})
+"""… and where it calls attention to another sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,10 @@ class SiteMap:
     """block → the module with which it begins, where it does not run itself"""
     members: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """block → the paths of its parts, where they stand in several lists"""
+    cross_attention: dict[int, str] = field(default_factory=dict)
+    """layer → the module that calls attention to another sequence"""
+    cross_key_copies: dict[int, int] = field(default_factory=dict)
+    """as ``key_copies``, of cross-attention"""
     key_copies: dict[int, int] = field(default_factory=dict)
     """layer → how often each key head stands in the keys that the model multiplies, where more than once"""
     prefix: str = ""
@@ -93,6 +99,8 @@ class SiteMap:
             present.add("mlp_hidden")
         if self.attention_layers:
             present |= {ATTENTION, *(AT_THE_CALL - set(self.absent))}
+        if self.cross_attention:
+            present |= {CROSS_ATTENTION, *(AT_THE_CROSS_CALL - set(self.absent))}
         in_order = [site for site in SITES if site in present]
         return (*in_order, *sorted(present - set(in_order)))
 
@@ -103,6 +111,8 @@ class SiteMap:
             layers |= set(self.expert_layers)
         if site in AT_THE_CALL:
             layers |= set(self.attention_layers)
+        if site in AT_THE_CROSS_CALL:
+            layers |= set(self.cross_attention)
         return tuple(sorted(layers))
 
     def within_block(self, layer: int, path: str) -> str | None:
@@ -131,6 +141,7 @@ class SiteMap:
             layers = self.layers_of(site)
             example = next((tap for tap in self.taps if tap.site == site), None)
             where = "the attention call" if site in AT_THE_CALL else "the experts' weights"
+            where = "the call of cross-attention" if site in AT_THE_CROSS_CALL else where
             if example is not None:
                 where = f"{example.side} of {example.module}"
             span = f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"

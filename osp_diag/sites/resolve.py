@@ -11,14 +11,21 @@ from typing import Any
 from torch import nn
 
 from osp_diag.errors import SiteError
-from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, SITES
+from osp_diag.schema import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    CROSS_HEAD_SITES,
+    DOWN_WEIGHT,
+    HEAD_SITES,
+    SITES,
+)
 from osp_diag.sites.attention_sites import attention_event, attention_sites, is_causal
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
 from osp_diag.sites.layers import count_calls, first_shape, number_layers, pick_stream, stream_after
 from osp_diag.sites.layout import has_tokens_first, keep_first_stream, streams_in_a_row, turn_channels, with_layout
 from osp_diag.sites.linear_maps import mark_projections
-from osp_diag.sites.names import SiteMap, Tap, name_within
+from osp_diag.sites.names import AT_THE_CALL, AT_THE_CROSS_CALL, SiteMap, Tap, name_within
 from osp_diag.sites.projections import distinct_heads
 from osp_diag.sites.stack import find_stack, is_norm, parts_in_lists
 from osp_diag.sites.trace import (
@@ -101,6 +108,7 @@ def find_sites(
     taps = [input_tap("embedding", 0, events[0])]
     for block in traced_blocks:
         taps += block.taps + _linear_sites(block)
+    names = {module: name for name, module in model.named_modules()}
     final_norm = _final_norm_tap(trace, traced_blocks[-1])
     if final_norm is not None:
         taps.append(final_norm)
@@ -121,7 +129,9 @@ def find_sites(
             *_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
             *_notes_of_layers(paths, layers, streams, in_a_row),
         ),
-        key_copies=_key_copies(traced_blocks),
+        cross_attention={b.layer: names[b.cross_call.module] for b in traced_blocks if _has_cross_call(b)},
+        key_copies=_key_copies({b.layer: b.call for b in traced_blocks}),
+        cross_key_copies=_key_copies({b.layer: b.cross_call for b in traced_blocks}),
         tokens_first=tokens_first,
         channels_first=channels_first,
         streams_in_a_row=in_a_row,
@@ -152,7 +162,8 @@ def _resolve_block(
 ) -> Block:
     calls = [(time, call) for time, call in trace.attention if event.start < time < event.stop]
     skipped = [(time, reason) for time, reason in trace.skipped if event.start < time < event.stop]
-    block = Block(layer, event, trace.within(event), hidden_size, calls, skipped)
+    crossings = [(time, call) for time, call in trace.crossings if event.start < time < event.stop]
+    block = Block(layer, event, trace.within(event), hidden_size, calls, skipped, crossings)
     block.add("residual_pre", event, "input")
     post = stream_after(block, following, trace)
     attention = attention_event(block)
@@ -164,12 +175,31 @@ def _resolve_block(
 
 
 def _sites_at_the_call(block: Block) -> set[str]:
-    """Sites that the attention call itself hands over."""
-    if block.call is None:
-        return set()
-    if block.call.query is None:
-        return {ATTENTION}
-    return {ATTENTION, "query_post_rope", "key_post_rope", "value"}
+    """Sites that the attention calls themselves hand over."""
+    sites = set()
+    if block.call is not None:
+        sites |= {ATTENTION} if block.call.query is None else AT_THE_CALL
+    if _has_cross_call(block):
+        sites |= {CROSS_ATTENTION} if block.cross_call.query is None else AT_THE_CROSS_CALL
+    return sites
+
+
+def _has_cross_call(block: Block) -> bool:
+    """Whether cross-attention is measured at its call; where it is not, the block says why."""
+    if block.cross_time is None:
+        return False
+    call, own = block.cross_call, block.call
+    reason = ""
+    if call is None:
+        reason = "its call of cross-attention cannot be read"
+    elif own is not None and own.module is call.module:
+        reason = "one module calls self-attention and cross-attention, so that the two cannot be told apart"
+    elif call.query is None:
+        logits_only = f"the model hands only attention logits to its {call.seam}"
+        block.absent |= dict.fromkeys(CROSS_HEAD_SITES, logits_only)
+    if reason:
+        block.absent |= dict.fromkeys(AT_THE_CROSS_CALL, reason)
+    return not reason
 
 
 def _down_weights(taps: list[Tap], trace: Trace, blocks: list[Block]) -> list[Tap]:
@@ -221,7 +251,7 @@ def _with_named_taps(
 ) -> list[Tap]:
     """Taps with the user's own patterns in place of the guesses for those sites."""
     for site, pattern in named.items():
-        if site == ATTENTION:
+        if site in (ATTENTION, CROSS_ATTENTION):
             raise SiteError(f"site {site!r} is seen at the attention call and cannot be named as a module")
         if site == DOWN_WEIGHT:
             raise SiteError(
@@ -258,10 +288,10 @@ def _named_tap(site: str, event: Event, side: str, events: list[Event], blocks: 
     after = len(events) - 1 if event.start > events[-1].stop else 0
     place = next((i for i, block in enumerate(events) if block.start <= event.start <= block.stop), after)
     tap = (input_tap if side == "input" else output_tap)(site, blocks[place].layer, event)
-    call = blocks[place].call
+    call = blocks[place].cross_call if site in CROSS_HEAD_SITES else blocks[place].call
     if site in HEAD_SITES and call is not None:
         key = call.tensor if call.key is None else call.key
-        heads = (call.tensor if site.startswith("query") else key).shape[1]
+        heads = (call.tensor if "query" in site else key).shape[1]
         return replace(tap, heads=heads)
     return tap
 
@@ -282,7 +312,8 @@ def _notes(
         notes.append(
             f"several attention calls in layers {_listing(layers_of_several)}: the first one is measured"
         )
-    reasons = dict.fromkeys(reason for _, reason in trace.skipped)
+    crossings = {block.cross_time for block in blocks if _has_cross_call(block)}
+    reasons = dict.fromkeys(reason for time, reason in trace.skipped if time not in crossings)
     notes += [f"attention calls not seen: {reason}" for reason in reasons]
     layers_by_factor: dict[str, list[int]] = {}
     for block in blocks:
@@ -317,16 +348,16 @@ def _notes_of_layers(
     return notes
 
 
-def _key_copies(blocks: list[Block]) -> dict[int, int]:
+def _key_copies(calls: Mapping[int, Any]) -> dict[int, int]:
     """layer → how often the model repeats each key and value head before the product, where it does."""
     copies = {}
-    for block in blocks:
-        key, value = (None, None) if block.call is None else (block.call.key, block.call.value)
+    for layer, call in calls.items():
+        key, value = (None, None) if call is None else (call.key, call.value)
         if key is None or value is None or key.shape[1] != value.shape[1]:
             continue
         distinct = distinct_heads(key).shape[1]
         if distinct < key.shape[1] and distinct_heads(value).shape[1] <= distinct:
-            copies[block.layer] = key.shape[1] // distinct
+            copies[layer] = key.shape[1] // distinct
     return copies
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
-from osp_diag.seams.attention import AttentionCall, AttentionCapture
+from osp_diag.seams.attention import AttentionCall, AttentionCapture, SkipReason
 
 __all__ = [
     "Event",
@@ -87,6 +87,8 @@ class Trace:
     clock: int = 0
     skipped: list[tuple[int, str]] = field(default_factory=list)
     """attention calls that were not delivered: when, and why"""
+    crossings: list[tuple[int, Any]] = field(default_factory=list)
+    """calls over another sequence's keys; each is among the skipped ones too"""
 
     def tick(self) -> int:
         self.clock += 2
@@ -128,8 +130,9 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 def _on_host(call: AttentionCall) -> AttentionCall:
     """A copy of what sites are told by: tensors and mask; a mask function becomes a mask."""
-    mask = call.mask
-    if call.mask_function is not None:
+    # What another sequence's keys are seen through tells no site.
+    mask = None if call.crosses else call.mask
+    if call.mask_function is not None and not call.crosses:
         position = torch.arange(call.lengths[1], device=call.tensor.device)
         zero = torch.zeros((), dtype=torch.long, device=call.tensor.device)
         mask = call.mask_function(zero, zero, position[:, None], position[None, :])
@@ -265,6 +268,13 @@ def trace_forward(
         event.outputs, event.stop = _floating_copies(outputs_of(result)), trace.tick()
 
     def on_call(call: AttentionCall) -> None:
+        queries, keys = call.lengths
+        if call.crosses or keys > queries:
+            # The traced pass has no cache: more keys than queries are of other tokens.
+            reason = SkipReason.CROSS if call.crosses else SkipReason.CACHED
+            trace.skipped.append((trace.tick(), reason))
+            trace.crossings.append((trace.clock, _on_host(replace(call, crosses=True))))
+            return
         trace.attention.append((trace.tick(), _on_host(call)))
         for event in open_events:
             event.attends = True
@@ -281,7 +291,11 @@ def trace_forward(
         stack.enter_context(unfused(model))
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        capture = stack.enter_context(AttentionCapture(model, on_call, on_skip=on_skip, streams=streams))
+        capture = stack.enter_context(
+            AttentionCapture(
+                model, on_call, on_skip=on_skip, streams=streams, cached=True, crossing=True
+            )
+        )
         try:
             run_example(model, example)
         except Exception as error:
