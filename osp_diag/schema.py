@@ -28,6 +28,7 @@ __all__ = [
     "QUANTIZATION",
     "RAW",
     "RESIDUAL_SITES",
+    "SEAM_NOTE",
     "SERIES",
     "SINK_EPSILON",
     "SINK_POSITION",
@@ -167,6 +168,9 @@ BESIDE: dict[str, str] = {
     WEIGHTS: "statistics of the weights while they are trained",
 }
 """Group → what it holds, of those that stand beside the sites."""
+
+SEAM_NOTE = "attention seen through"
+"""How the note of a run begins that says where its attention was seen; the others are for readers of numbers."""
 
 TOKEN_UNIT = "token id"
 """The units of variables that name tokens by their ids."""

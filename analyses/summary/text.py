@@ -44,6 +44,24 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
     yield from _massive(summary)
     yield from _everyday(summary)
     yield from _sinks(summary)
+    yield from _cross_attention(summary)
+    yield from (f"Note: {note}" for note in summary.notes)
+
+
+def _cross_attention(summary: Summary) -> Iterator[str]:
+    cross = summary.cross_attention
+    if "sink_rate" in cross:
+        yield (
+            f"Cross-attention: sink rate {cross['sink_rate']:.1%} on the first token of the other sequence; "
+            f"{cross['sink_heads']} of {cross['heads']} heads sink in at least half of the sequences"
+        )
+    if cross.get("first_token_attention") is not None:
+        yield f"  that token receives {cross['first_token_attention']:.1%} of all cross-attention"
+    if "largest_logit" in cross:
+        yield (
+            f"Largest logit of cross-attention: {number(cross['largest_logit'])}, layer "
+            f"{cross['largest_logit_layer']}, head {cross['largest_logit_head']}"
+        )
 
 
 def _nonfinite(summary: Summary) -> str:

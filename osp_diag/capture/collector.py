@@ -19,7 +19,7 @@ from osp_diag.capture.cross_attention import (
     measure_cross_attention,
 )
 from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
-from osp_diag.capture.documents import Documents, documents_of
+from osp_diag.capture.documents import Documents, cuts_of_call, documents_of
 from osp_diag.capture.down_projection import down_projection
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
@@ -154,6 +154,7 @@ class Collector:
         self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
         self._layers_crossed: set[int] = set()
+        self._cut_apart, self._asked_for_cuts = True, False
         self._values: dict[int, torch.Tensor] = {}
 
     def needs(self, tap: Tap) -> bool:
@@ -463,6 +464,8 @@ class Collector:
         if self.snapshots is None and not self.includes(ATTENTION):
             return
         mask = self._mask_of(call)
+        if not self._is_cut_as_declared(call, mask, layer):
+            return
         for part in parts:
             part_call, part_mask = call, mask
             if part.documents is not None:
@@ -471,6 +474,42 @@ class Collector:
                 self.snapshots.offer_call(layer, part_call, part_mask)
             if self.includes(ATTENTION) and part.strata.shape[-1] > 1:
                 self._fold_attention(part_call, layer, part, part_mask)
+
+    def _is_cut_as_declared(self, call: AttentionCall, mask: AttentionMask, layer: int) -> bool:
+        """Whether attention keeps documents apart that offsets alone tell of; notes cuts that nothing told of.
+
+        Only the first call of a pass is asked about the former, of a run about the latter.
+        """
+        forward_pass = self._pass
+        if forward_pass is None or self._tokens is None:
+            return True
+        if forward_pass.cut_by_attention:
+            if len(self._layers_called) == 1:
+                cuts = cuts_of_call(call, mask, self._valid.to(call.tensor.device))
+                self._cut_apart = bool(cuts[self._starts_of_parts(cuts.device)].all())
+            if not self._cut_apart:
+                self.skipped[ATTENTION] = (
+                    "the documents that the model was told of see one another in its attention"
+                )
+            return self._cut_apart
+        is_open = all(part.documents is None for part in self._parts_on(call.tensor.device))
+        has_mask = mask.tensor is not None or mask.function is not None or call.logits is not None
+        if is_open and has_mask and not self._asked_for_cuts:
+            self._asked_for_cuts = True
+            valid = self._valid.to(call.tensor.device) > 0
+            inside = cuts_of_call(call, mask, valid) & valid & (valid.cumsum(1) > 1)
+            if bool(inside.any()):
+                self.notes.setdefault(
+                    f"attention of layer {layer} is cut where no token sees an earlier one (documents in a row, or "
+                    "chunks) and nothing that the model was called with says so: first tokens, positions and "
+                    "sinks are those of whole rows"
+                )
+        return True
+
+    def _starts_of_parts(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sequence, position) where each document begins."""
+        documents = [part.documents for part in self._parts_on(device) if part.documents is not None]
+        return torch.cat([d.sequence for d in documents]), torch.cat([d.position[:, 0] for d in documents])
 
     def on_routed(self, layer: int, rows: torch.Tensor, slots: int) -> None:
         """Fold the experts' hidden activations: each token's ``slots`` rows as so many parallel sequences."""

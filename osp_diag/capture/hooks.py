@@ -40,6 +40,8 @@ class ForwardPass:
         """whether the model is of transformers, which make the masks of their blocks"""
         self.follows_positions = "flash" in attention
         """whether attention takes positions that begin again for documents"""
+        self.cut_by_attention = False
+        """whether documents are told by their offsets alone, and attention has to be asked whether it cuts there"""
         self.attends_in_chunks = getattr(config, "attention_chunk_size", None) is not None
         self.levels: list[dict[str, Any]] = [_flattened(arguments)]
         """arguments by the names that ``forward`` gives them: of the model, then of each module on the way

@@ -33,6 +33,7 @@ from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ran
 from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, keyword_form
+from osp_diag.probing.window_note import BEGINNING, window_note
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
@@ -389,6 +390,9 @@ class Probe:
                 left_out=absent,
             )
             self.absent |= absent
+            note = window_note(of_sites)
+            if note is not None and not any(n.startswith(BEGINNING) for n in self.attributes["notes"]):
+                self.attributes["notes"].append(note)
             if token_groups:
                 apart = {key: state for key, state in on_host.items() if len(key) == 4}
                 groups |= token_group_states(suites.__getitem__, apart, layouts, token_groups, labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from osp_diag.errors import CaptureError
 
-__all__ = ["AttentionCall", "MaskFunction", "Seam", "SkipReason", "add_bias"]
+__all__ = ["DOCUMENT_OFFSETS", "AttentionCall", "MaskFunction", "Seam", "SkipReason", "add_bias"]
 
 Seam = Literal[
     "attention interface",
@@ -20,6 +21,10 @@ Seam = Literal[
     "declared function",
     "softmax",
 ]
+
+DOCUMENT_OFFSETS = re.compile(r"^cu(mulative)?_?seq(uence)?_?len(gth)?s?(_q|_k)?$")
+"""What arguments are called that hold the offsets of documents in rows read one after the other, as flash-attn's
+kernels take them."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query position, key position) → allowed, as FlexAttention's ``mask_mod``."""

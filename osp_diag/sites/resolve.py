@@ -17,6 +17,7 @@ from osp_diag.schema import (
     CROSS_HEAD_SITES,
     DOWN_WEIGHT,
     HEAD_SITES,
+    SEAM_NOTE,
     SITES,
 )
 from osp_diag.sites.attention_sites import attention_event, attention_sites, is_causal
@@ -306,7 +307,7 @@ def _notes(
     seams = Counter(block.call.seam for block in blocks if block.calls)
     if seams:
         listing = ", ".join(f"{seam} ({n} layers)" for seam, n in seams.items())
-        notes.append(f"attention seen through {listing}")
+        notes.append(f"{SEAM_NOTE} {listing}")
     layers_of_several = [block.layer for block in blocks if len(block.calls) > 1]
     if layers_of_several:
         notes.append(
