@@ -170,7 +170,7 @@ BESIDE: dict[str, str] = {
 """Group → what it holds, of those that stand beside the sites."""
 
 SEAM_NOTE = "attention seen through"
-"""How the note of a run begins that says where its attention was seen; the others are for readers of numbers."""
+"""How the note of a run begins that says where its attention was seen; others are for readers of numbers."""
 
 TOKEN_UNIT = "token id"
 """The units of variables that name tokens by their ids."""

@@ -131,7 +131,9 @@ def test_its_sites_are_those_of_a_dense_pass(build: Callable[[str], nn.Module], 
         for site, name, valid in (("query", "q", queries), ("key", "k", keys), ("value", "v", keys)):
             values = given[name][layer].transpose(0, 2, 1, 3)[valid].reshape(valid.sum(), -1)
             at = run.at(f"cross_attention_{site}").sel(step=0, layer=layer)
-            assert float(at["absolute_maximum"].sel(stratum="all")) == pytest.approx(np.abs(values).max(), 1e-5)
+            assert float(at["absolute_maximum"].sel(stratum="all")) == pytest.approx(
+                np.abs(values).max(), 1e-5
+            )
             kurtosis = np.maximum((values**4).mean(1) / values.var(1, ddof=1) ** 2 - 3, 0).mean()
             assert float(at["osp_excess_kurtosis"].sel(stratum="all")) == pytest.approx(kurtosis, abs=1e-4)
             firsts = [values[int(valid[:b].sum())] for b in range(2)]
@@ -164,7 +166,9 @@ def test_a_decoder_that_makes_its_tokens_with_a_cache_gives_the_same() -> None:
         cache = None
         for token in range(DECODER_IDS.shape[1]):
             part = DECODER_IDS[:, token : token + 1]
-            cache = model(**batch, decoder_input_ids=part, past_key_values=cache, use_cache=True).past_key_values
+            cache = model(
+                **batch, decoder_input_ids=part, past_key_values=cache, use_cache=True
+            ).past_key_values
     for name in ("key_mass", "max_logit", "first_token_attention"):
         ours, expected = (r.at("cross_attention")[name].values for r in (probe.run, whole))
         np.testing.assert_allclose(ours, expected, atol=1e-5)
@@ -205,7 +209,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, source: Tensor) -> Tensor:
         q, k, v = (
-            part.unflatten(-1, (4, -1)).transpose(1, 2) for part in (self.q(x), self.k(source), self.v(source))
+            part.unflatten(-1, (4, -1)).transpose(1, 2)
+            for part in (self.q(x), self.k(source), self.v(source))
         )
         return self.o(self.attend(q, k, v, self.causal).transpose(1, 2).flatten(2))
 
@@ -286,7 +291,9 @@ def test_learned_sinks_take_their_share() -> None:
     sinks, cap = np.array([1.0, -2.0, 0.5, 3.0]), 5.0
     bias = random.normal(size=(2, 1, 1, 30))
     bias[1, ..., 20:] = -np.inf
-    strata, key_strata = (np.stack([np.ones((2, n)), np.zeros((2, n))] + [np.ones((2, n))] * 2) for n in (70, 30))
+    strata, key_strata = (
+        np.stack([np.ones((2, n)), np.zeros((2, n))] + [np.ones((2, n))] * 2) for n in (70, 30)
+    )
     strata[1:3], key_strata[1:3] = 0, 0
     key_strata[:, 1, 20:] = 0
     observation = CrossAttentionObservation(
@@ -307,7 +314,9 @@ def test_learned_sinks_take_their_share() -> None:
 
 def test_what_does_not_fit_is_refused() -> None:
     query, key, strata = np.zeros((1, 2, 4, 8)), np.zeros((1, 2, 6, 8)), np.ones((4, 1, 4))
-    with pytest.raises(EstimatorError, match=r"are of \(1, 4\) and \(1, 4\) tokens, expected \(1, 4\) and \(1, 6\)"):
+    with pytest.raises(
+        EstimatorError, match=r"are of \(1, 4\) and \(1, 4\) tokens, expected \(1, 4\) and \(1, 6\)"
+    ):
         CrossAttentionObservation(query, key, None, strata, strata)
     with pytest.raises(EstimatorError, match="told by query and key, or by the logits"):
         CrossAttentionObservation(query, None, None, strata, np.ones((4, 1, 6)))

@@ -192,7 +192,9 @@ class OwnMask(nn.Module):
         if self.way == "told by nobody":
             number = place // 4
         number = number.reshape(x.shape[:2])
-        mask = ((number[:, :, None] == number[:, None, :]) & torch.ones(x.shape[1], x.shape[1]).tril().bool())[:, None]
+        mask = (
+            (number[:, :, None] == number[:, None, :]) & torch.ones(x.shape[1], x.shape[1]).tril().bool()
+        )[:, None]
         if self.way == "declared":
             mixed = varlen(q, k, v, offsets)
         elif self.way == "softmax":
@@ -239,7 +241,9 @@ def test_documents_that_attention_alone_knows_are_noted_and_its_mask_holds() -> 
     assert "about w/T, the share of queries that see it (0.25)" in " ".join(probe.run.notes)
     x = model.words(ids).double()
     with torch.no_grad():
-        q, k, _ = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in model.layers[0].double().project(x).chunk(3, -1))
+        q, k, _ = (
+            t.unflatten(-1, (2, 8)).transpose(1, 2) for t in model.layers[0].double().project(x).chunk(3, -1)
+        )
     number = torch.arange(16) // 4
     seen = (number[:, None] == number) & torch.ones(16, 16).tril().bool()
     weights = (q @ k.mT * 8**-0.5).masked_fill(~seen, float("-inf")).softmax(-1).numpy()
@@ -284,7 +288,10 @@ def test_offsets_as_transformers_hand_them_to_flash_kernels(monkeypatch: pytest.
     places = torch.arange(17)[None].split([5, 9, 3], 1)
     expected = probed(
         model,
-        *({"input_ids": p, "position_ids": t, "use_cache": False} for p, t in zip(parts, places, strict=True)),
+        *(
+            {"input_ids": p, "position_ids": t, "use_cache": False}
+            for p, t in zip(parts, places, strict=True)
+        ),
         sites=SITES,
     )
     assert_same_statistics(found, expected)

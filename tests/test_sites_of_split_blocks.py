@@ -1,5 +1,5 @@
-"""Blocks that are no modules which hand a stream on: parts in several lists, ``forward`` called directly, rows
-of several streams, and convolutions for projections."""
+"""Blocks out of the ordinary: parts in several lists, ``forward`` called directly, rows of several streams,
+convolutions for projections."""
 
 from __future__ import annotations
 
@@ -95,7 +95,9 @@ def test_lists_that_take_turns_are_one_stack(layers: int) -> None:
         close(found["residual_mid", layer], middle)
         close(middle + found["mlp_contribution", layer], found["residual_post", layer])
     linear = [site for site in found.sites.sites if site.startswith("linear_input:")]
-    assert linear == [f"linear_input:{name}" for name in ("attentions.out", "attentions.pack", "feeds.0", "feeds.2")]
+    assert linear == [
+        f"linear_input:{name}" for name in ("attentions.out", "attentions.pack", "feeds.0", "feeds.2")
+    ]
 
 
 def test_two_stacks_of_one_length_are_not_joined() -> None:
@@ -121,7 +123,9 @@ def test_the_weight_of_a_convolution_in_groups_is_block_diagonal() -> None:
     model = case.build(True)
     with Probe(model, sites=["mlp_down_weight"]) as probe, probe.step(0), torch.no_grad():
         model(**case.inputs(model))
-    convolution = model.get_submodule(next(t.module for t in probe.site_map.taps if t.site == "mlp_down_weight"))
+    convolution = model.get_submodule(
+        next(t.module for t in probe.site_map.taps if t.site == "mlp_down_weight")
+    )
     assert isinstance(convolution, nn.Conv1d)
     assert convolution.groups > 1
     weight = convolution.weight.detach().double().numpy()[..., 0]

@@ -306,7 +306,9 @@ def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     counts: dict[tuple[str, int], float] = {}
     counted = False
     for site, dataset in sites.items():
-        name = "nonfinite_query_key_tokens" if site in (ATTENTION, CROSS_ATTENTION) else "nonfinite_token_count"
+        name = (
+            "nonfinite_query_key_tokens" if site in (ATTENTION, CROSS_ATTENTION) else "nonfinite_token_count"
+        )
         if name in dataset:
             counted = True
             counts |= {(site, layer): value for layer, value in _of_all(dataset[name]) if value > 0}

@@ -93,6 +93,8 @@ class Summary:
     nonfinite_channel: int | None = None
     verdict: str = ""
 
+    stack: str = ""
+    """which stack of a model of several all layers and sites here are of"""
     cross_attention: dict[str, Any] = field(default_factory=dict)
     """sink_rate, sink_heads, heads, first_token_attention and the largest logit of attention to another
     sequence, whose first token it is"""
@@ -100,7 +102,7 @@ class Summary:
     """what else the reader of these numbers should know"""
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values that JSON knows; NaN becomes None, and what few runs have is left out."""
+        """The fields as plain values that JSON knows; NaN becomes None, what few runs have is left out."""
         values = {key: _plain(value) for key, value in asdict(self).items()}
         return {key: value for key, value in values.items() if value or key not in _OF_FEW}
 
@@ -114,7 +116,7 @@ class Summary:
         return in_notebook(self.text())
 
 
-_OF_FEW = ("cross_attention", "notes")
+_OF_FEW = ("stack", "cross_attention", "notes")
 """Fields that most runs have nothing in."""
 
 
@@ -143,6 +145,7 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
     attrs = run.attrs
     fields: dict[str, Any] = {
         "model": model_name(attrs),
+        "stack": str(attrs.get("stack", "")),
         "protocol": str(attrs.get("protocol", "unknown")),
         "bos": str(attrs.get("bos", "unknown")),
         "tokens": _integer(attrs.get("tokens")),

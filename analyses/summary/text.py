@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from osp_diag.schema import STRATUM_WORDS
-from osp_diag.wording import number
+from osp_diag.wording import number, of_stack
 
 if TYPE_CHECKING:
     from osp_diag.analyses.summary.summary import Summary
@@ -19,7 +19,8 @@ _WIDTH = 100
 
 def text_of(summary: Summary) -> str:
     """The verdict first, then one paragraph a question."""
-    lines = [_opening(summary), "", f"Verdict: {summary.verdict}.", "", *_paragraphs(summary)]
+    paragraphs = [of_stack(line, summary.stack) for line in _paragraphs(summary)]
+    lines = [_opening(summary), "", f"Verdict: {summary.verdict}.", "", *paragraphs, *_notes(summary)]
     return "\n".join(
         textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         for line in lines
@@ -27,7 +28,7 @@ def text_of(summary: Summary) -> str:
 
 
 def _opening(summary: Summary) -> str:
-    parts = [summary.model]
+    parts = [f"{summary.model}, {summary.stack}" if summary.stack else summary.model]
     if summary.tokens is not None:
         tokens = f"{summary.tokens:,} tokens"
         if summary.sequence_length is not None:
@@ -45,6 +46,9 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
     yield from _everyday(summary)
     yield from _sinks(summary)
     yield from _cross_attention(summary)
+
+
+def _notes(summary: Summary) -> Iterator[str]:
     yield from (f"Note: {note}" for note in summary.notes)
 
 

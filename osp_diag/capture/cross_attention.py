@@ -32,14 +32,12 @@ class Crossing:
     """−1 where they are no tokens of a vocabulary, or not known"""
 
 
-def key_tokens(
-    forward_pass: ForwardPass, call: AttentionCall, delimiter_ids: Sequence[int]
-) -> Crossing:
+def key_tokens(forward_pass: ForwardPass, call: AttentionCall, delimiter_ids: Sequence[int]) -> Crossing:
     """The call with the strata and ids of the tokens behind its keys.
 
-    They are an encoder's: the model's ``input_ids`` and ``attention_mask``, where they have that shape and the
-    blocks' own arguments bear a prefix, or what it is handed as ``encoder_attention_mask``. A key that no query
-    may see is padding too.
+    They are an encoder's: the model's ``input_ids`` and ``attention_mask`` where these have that shape and the
+    blocks' own arguments bear a prefix, or what it is handed as ``encoder_attention_mask``. Without a mask of
+    them, a key that no query may see is padding.
     """
     batch, keys = call.tensor.shape[0], call.lengths[1]
     ids, mask = forward_pass.of_other_sequence(batch, keys)
@@ -49,7 +47,9 @@ def key_tokens(
     if mask is not None:
         present = mask.to(device) != 0
     elif call.mask is not None and call.mask.shape[-1] == keys:
-        seen = call.mask if call.mask.dtype == torch.bool else call.mask > torch.finfo(call.mask.dtype).min / 2
+        seen = (
+            call.mask if call.mask.dtype == torch.bool else call.mask > torch.finfo(call.mask.dtype).min / 2
+        )
         while seen.ndim < 4:
             seen = seen[None]
         present = seen.flatten(1, 2).any(1).expand(batch, keys)

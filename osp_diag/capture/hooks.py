@@ -41,7 +41,7 @@ class ForwardPass:
         self.follows_positions = "flash" in attention
         """whether attention takes positions that begin again for documents"""
         self.cut_by_attention = False
-        """whether documents are told by their offsets alone, and attention has to be asked whether it cuts there"""
+        """whether documents are told by offsets alone, so that attention is asked whether it cuts there"""
         self.attends_in_chunks = getattr(config, "attention_chunk_size", None) is not None
         self.levels: list[dict[str, Any]] = [_flattened(arguments)]
         """arguments by the names that ``forward`` gives them: of the model, then of each module on the way
@@ -100,13 +100,13 @@ class ForwardPass:
                     return value.reshape(batch, tokens)
         return None
 
-    def of_other_sequence(
-        self, batch: int, tokens: int
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """(ids, padding mask) of the (batch, token) sequence that the blocks attend to across, where known."""
+    def of_other_sequence(self, batch: int, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(ids, padding mask) of the other (batch, token) sequence that the blocks attend to, where known."""
         ids = mask = None
         for arguments, prefix in self._inside_out():
-            mask = _of_shape(arguments.get("encoder_attention_mask"), (batch, tokens)) if mask is None else mask
+            mask = (
+                _of_shape(arguments.get("encoder_attention_mask"), (batch, tokens)) if mask is None else mask
+            )
             # Inside of the decoder itself, plain names are those of its own tokens.
             if prefix:
                 ids = _of_shape(arguments.get("input_ids"), (batch, tokens)) if ids is None else ids
@@ -373,7 +373,6 @@ class SiteCapture:
         value = self._first_in_its_row(value)
         with unobserved(value.device):
             self.on_activation(tap, self._layer(tap), value.detach())
-
 
     def _first_in_its_row(self, value: torch.Tensor) -> torch.Tensor:
         """Of several streams that stand one behind the other in each row the first."""

@@ -1,4 +1,4 @@
-"""What attention to another sequence offers to estimators: its queries and its keys are of different tokens."""
+"""What attention to another sequence offers to estimators: queries and keys are of different tokens."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ class CrossAttentionObservation(AttentionObservation):
         mask = _both_ways(AttentionMask(causal=False) if mask is None else mask)
         asking = query if query is not None else logits
         if asking is None or (query is None) != (key is None):
-            raise EstimatorError("cross-attention is told by query and key, or by the logits of their product")
+            raise EstimatorError(
+                "cross-attention is told by query and key, or by the logits of their product"
+            )
         batch, heads, tokens = asking.shape[:3]
         keys = asking.shape[3] if key is None else key.shape[2]
         shapes = (tuple(strata.shape[1:]), tuple(key_strata.shape[1:]))
@@ -82,8 +84,8 @@ class CrossAttentionObservation(AttentionObservation):
             padded = (1,) * (4 - mask.tensor.ndim) + tuple(mask.tensor.shape)
             if any(size not in (1, full) for size, full in zip(padded, expected, strict=True)):
                 raise EstimatorError(
-                    f"the mask tensor has shape {tuple(mask.tensor.shape)}, which does not broadcast to (batch, "
-                    f"head, query, key) = {expected}"
+                    f"the mask tensor has shape {tuple(mask.tensor.shape)}, which does not broadcast to "
+                    f"(batch, head, query, key) = {expected}"
                 )
         layout = Layout(heads=heads, key_value_heads=heads, tokens=keys)
         layout = replace(layout, vocabulary=1 if token_ids is None else token_ids.vocabulary)
@@ -97,8 +99,8 @@ class CrossAttentionObservation(AttentionObservation):
         else:
             if key.shape[0] != batch or key.shape[3] != query.shape[3] or heads % key.shape[1]:
                 raise EstimatorError(
-                    f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit: both are (batch, head, "
-                    "token, channel), the key with a divisor of the query's heads"
+                    f"query {tuple(query.shape)} and key {tuple(key.shape)} do not fit: both are "
+                    "(batch, head, token, channel), the key with a divisor of the query's heads"
                 )
             layout = replace(layout, channels=heads * query.shape[3], head_channels=query.shape[3])
             query, key = (xp.astype(part, xp.float32) for part in (query, key))
@@ -123,7 +125,7 @@ class CrossAttentionObservation(AttentionObservation):
 
 
 def _both_ways(mask: AttentionMask) -> AttentionMask:
-    """The mask without causality of its own, which would choose the queries of a mean: as a function instead."""
+    """The mask with its causality as a function: as a flag it would choose the queries of a mean."""
     if not mask.causal:
         return mask
     other = mask.function

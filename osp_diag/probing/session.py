@@ -33,8 +33,8 @@ from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ran
 from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, keyword_form
-from osp_diag.probing.window_note import BEGINNING, window_note
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
+from osp_diag.probing.window_note import BEGINNING, window_note
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
 from osp_diag.schema import (
@@ -113,7 +113,11 @@ class Probe:
             delimiters = () if tokenizer is None else delimiter_ids_of(tokenizer)
         self.delimiter_ids = tuple(delimiters)
         self.site_map = find_sites(
-            model, blocks=settings.blocks, named=settings.named_sites, example=settings.example
+            model,
+            blocks=settings.blocks,
+            stack=settings.stack,
+            named=settings.named_sites,
+            example=settings.example,
         )
         self._check_patterns()
         self.vocabulary = vocabulary_size_of(unwrap(model))
@@ -170,6 +174,7 @@ class Probe:
             "number_of_layers": self.site_map.number_of_layers,
             "hidden_size": self.site_map.hidden_size,
             "blocks": self.site_map.blocks,
+            **({"stack": self.site_map.stack} if self.site_map.stack else {}),
             "sites": {
                 site: SITES.get(site, "input of this projection")
                 for site in self.site_map.sites
@@ -282,7 +287,7 @@ class Probe:
         )
         heads = (ATTENTION, CROSS_ATTENTION, *HEAD_SITES)
         sites = self.site_map
-        names = {path: module for path, module in unwrap(self.model).named_modules()}
+        names = dict(unwrap(self.model).named_modules())
         crossing = {layer: names[path] for layer, path in sites.cross_attention.items()}
         with ExitStack() as stack:
             if is_compiled(self.model):

@@ -33,7 +33,7 @@ def window_note(states: Mapping[tuple[Any, ...], State]) -> str | None:
     low, high = (f"{bound:.2g}" for bound in (min(shares.values()), max(shares.values())))
     span = low if low == high else f"{low} to {high}"
     return (
-        f"{BEGINNING}{', '.join(map(str, sorted(shares)))}, where a sliding window (or a mask like one) hides the "
-        f"first token from later queries, is 0 by construction once ε exceeds about w/T, the share of queries "
-        f"that see it ({span}); visible_sink_rate is over those queries"
+        f"{BEGINNING}{', '.join(map(str, sorted(shares)))}, where a sliding window (or a mask like one) hides "
+        "the first token from later queries, is 0 by construction once ε exceeds about w/T, the share of "
+        f"queries that see it ({span}); visible_sink_rate is over those queries"
     )

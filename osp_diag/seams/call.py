@@ -23,8 +23,8 @@ Seam = Literal[
 ]
 
 DOCUMENT_OFFSETS = re.compile(r"^cu(mulative)?_?seq(uence)?_?len(gth)?s?(_q|_k)?$")
-"""What arguments are called that hold the offsets of documents in rows read one after the other, as flash-attn's
-kernels take them."""
+"""What arguments are called that hold the offsets of documents in rows read one after the other, as the
+kernels of flash-attn take them."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query position, key position) → allowed, as FlexAttention's ``mask_mod``."""
@@ -46,7 +46,9 @@ class SkipReason:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """One attention call, of self-attention or (``crosses``) over another sequence. Tensors are the model's own, detached: read them, never write.
+    """One attention call, of self-attention or (``crosses``) over another sequence.
+
+    Tensors are the model's own, detached: read them, never write.
 
     The attention weights are the softmax over allowed keys of softcap·tanh(scale·q·kᵀ / softcap) plus the
     additive mask and, where there are ``sink_logits``, one more logit per head that takes mass and gives

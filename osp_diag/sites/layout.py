@@ -31,9 +31,7 @@ def turn_channels(trace: Trace, blocks: list[Event]) -> bool:
         return False
     channels, tokens = stream.shape[1:]
     inside = trace.within(blocks[0])
-    linear = any(
-        is_linear(e.module) and e.input is not None and e.input.shape[-1] == tokens for e in inside
-    )
+    linear = any(is_linear(e.module) and e.input is not None and e.input.shape[-1] == tokens for e in inside)
     if linear or not any(_is_pointwise(e.module) and e.module.in_channels == channels for e in inside):
         return False
     for event in trace.events:
@@ -59,16 +57,16 @@ def streams_in_a_row(
     stream = block.input
     inputs = default_example(model) if example is None else example
     named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs))
-    ids = [v for v in named.values() if isinstance(v, torch.Tensor) and v.ndim == 2 and not v.is_floating_point()]
+    ids = [
+        v for v in named.values() if isinstance(v, torch.Tensor) and v.ndim == 2 and not v.is_floating_point()
+    ]
     if stream is None or stream.ndim != 3:
         return 1
     lengths = [v.shape[1] for v in ids if v.shape[0] == stream.shape[0] and 1 < v.shape[1] < stream.shape[1]]
     tokens = next((length for length in lengths if stream.shape[1] % length == 0), None)
     if tokens is None:
         return 1
-    turned = {
-        name: v.roll(1, dims=1) if any(v is value for value in ids) else v for name, v in named.items()
-    }
+    turned = {name: v.roll(1, dims=1) if any(v is value for value in ids) else v for name, v in named.items()}
     states: list[torch.Tensor] = []
 
     def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

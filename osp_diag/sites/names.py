@@ -84,6 +84,10 @@ class SiteMap:
     """as ``key_copies``, of cross-attention"""
     key_copies: dict[int, int] = field(default_factory=dict)
     """layer → how often each key head stands in the keys that the model multiplies, where more than once"""
+    stack: str = ""
+    """the name of the stack, of a model that has several"""
+    stacks: tuple[str, ...] = ()
+    """the names of all stacks that ran, of a model that has several"""
     prefix: str = ""
     """of the arguments that hold the blocks' tokens: "decoder_" where an encoder stands beside them"""
 

@@ -24,11 +24,17 @@ from osp_diag.sites.attention_sites import attention_event, attention_sites, is_
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
 from osp_diag.sites.layers import count_calls, first_shape, number_layers, pick_stream, stream_after
-from osp_diag.sites.layout import has_tokens_first, keep_first_stream, streams_in_a_row, turn_channels, with_layout
+from osp_diag.sites.layout import (
+    has_tokens_first,
+    keep_first_stream,
+    streams_in_a_row,
+    turn_channels,
+    with_layout,
+)
 from osp_diag.sites.linear_maps import mark_projections
 from osp_diag.sites.names import AT_THE_CALL, AT_THE_CROSS_CALL, SiteMap, Tap, name_within
 from osp_diag.sites.projections import distinct_heads
-from osp_diag.sites.stack import find_stack, is_norm, parts_in_lists
+from osp_diag.sites.stack import find_stack, is_norm, parts_in_lists, stack_names
 from osp_diag.sites.trace import (
     TOKENS,
     Event,
@@ -66,6 +72,7 @@ def find_sites(
     model: nn.Module,
     *,
     blocks: str | None = None,
+    stack: str | None = None,
     named: Mapping[str, str] | None = None,
     example: Mapping[str, Any] | tuple[Any, ...] | None = None,
 ) -> SiteMap:
@@ -75,6 +82,8 @@ def find_sites(
     ----------
     model : any torch module; wrappers of ``torch.compile`` and DDP are looked through
     blocks : path or pattern of the stack of blocks, where the guess fails
+    stack : of several stacks that run (encoder and decoder, a vision tower and a language model) the one to
+        follow, by a part of its path; None: the largest
     named : site → ``"module pattern[:input|:output]"``, where a guess fails; ``*`` stands for the layer
     example : a batch to run, for models that do not take token ids alone
 
@@ -86,21 +95,21 @@ def find_sites(
     with undisturbed(model), nonzero_weights(model):
         trace = trace_forward(model, example)
         mark_projections(trace)
-        stack, events = find_stack(model, trace, blocks)
+        path, events = find_stack(model, trace, blocks, stack)
         in_a_row = streams_in_a_row(model, example, events[0])
         if in_a_row > 1:
             trace = trace_forward(model, example, streams=in_a_row)
             mark_projections(trace)
-            stack, events = find_stack(model, trace, blocks)
+            path, events = find_stack(model, trace, blocks, stack)
             keep_first_stream(trace, events, in_a_row)
         channels_first = turn_channels(trace, events)
         first = events[0].input
         if first is None:
-            raise SiteError(f"the blocks at {stack!r} receive no activations; name the stack with `blocks=`")
+            raise SiteError(f"the blocks at {path!r} receive no activations; name the stack with `blocks=`")
         tokens_first = has_tokens_first(model, example, trace, events)
         streams = pick_stream(events, *first_shape(example, TOKENS))
         count_calls(trace, events)
-        layers, paths = number_layers(model, stack, events)
+        layers, paths = number_layers(model, path, events)
         traced_blocks = [
             _resolve_block(layer, event, following, trace, first.shape[-1])
             for layer, event, following in zip(layers, events, [*events[1:], None], strict=True)
@@ -109,6 +118,7 @@ def find_sites(
     taps = [input_tap("embedding", 0, events[0])]
     for block in traced_blocks:
         taps += block.taps + _linear_sites(block)
+    names_of_stacks = stack_names(model, trace, path)
     names = {module: name for name, module in model.named_modules()}
     final_norm = _final_norm_tap(trace, traced_blocks[-1])
     if final_norm is not None:
@@ -117,7 +127,9 @@ def find_sites(
     taps = _with_named_taps(taps, named or {}, trace, events, traced_blocks)
     taps += _down_weights(taps, trace, traced_blocks)
     return SiteMap(
-        blocks=stack,
+        blocks=path,
+        stack=names_of_stacks.get(path, ""),
+        stacks=tuple(names_of_stacks.values()),
         block_paths=paths,
         hidden_size=first.shape[-1],
         taps=tuple(with_layout(tap, trace, first, tokens_first=tokens_first) for tap in taps),
@@ -128,6 +140,7 @@ def find_sites(
         absent=_absent_sites(traced_blocks, {tap.site for tap in taps}),
         notes=(
             *_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
+            *_notes_of_stacks(names_of_stacks, path),
             *_notes_of_layers(paths, layers, streams, in_a_row),
         ),
         cross_attention={b.layer: names[b.cross_call.module] for b in traced_blocks if _has_cross_call(b)},
@@ -138,7 +151,7 @@ def find_sites(
         streams_in_a_row=in_a_row,
         entries={event.name: event.entry.name for event in events if event.entry is not None},
         members={event.name: members for event in events if (members := parts_in_lists(event))},
-        prefix="decoder_" if _is_decoder(model, stack) else "",
+        prefix="decoder_" if _is_decoder(model, path) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
         expert_modules={b.layer: _experts_in(model, *b.expert_list) for b in traced_blocks if b.expert_list},
     )
@@ -327,14 +340,20 @@ def _notes(
             "nn.TransformerEncoderLayer leaves its fused inference path while probed: in evaluation mode "
             "without gradients, outputs agree to rounding and not bit by bit"
         )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        notes.append(f"of encoder and decoder, the larger stack is probed: {blocks[0].event.name}, …")
     return (*notes, *_gaps(blocks, taps))
 
 
-def _notes_of_layers(
-    paths: tuple[str, ...], layers: list[int], streams: int, in_a_row: int
-) -> list[str]:
+def _notes_of_stacks(stacks: Mapping[str, str], followed: str) -> list[str]:
+    if not stacks:
+        return []
+    others = ", ".join(f"{name} ({path})" for path, name in stacks.items() if path != followed)
+    return [
+        f"every layer and site here is of the stack {stacks[followed]} ({followed}); beside it runs "
+        f"{others}, which `stack=` (--stack) chooses"
+    ]
+
+
+def _notes_of_layers(paths: tuple[str, ...], layers: list[int], streams: int, in_a_row: int) -> list[str]:
     notes = []
     idle = sorted(set(range(len(paths))) - set(layers))
     if idle:

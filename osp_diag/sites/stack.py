@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from itertools import pairwise
 
@@ -11,7 +12,7 @@ from torch import nn
 from osp_diag.errors import SiteError
 from osp_diag.sites.trace import Event, Trace
 
-__all__ = ["find_stack", "holds_matrix", "is_linear", "is_norm", "parts_in_lists"]
+__all__ = ["find_stack", "holds_matrix", "is_linear", "is_norm", "parts_in_lists", "stack_names"]
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -72,15 +73,25 @@ def _candidates(model: nn.Module) -> dict[str, nn.Module]:
     return stacks
 
 
-def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str, list[Event]]:
+def find_stack(
+    model: nn.Module, trace: Trace, blocks: str | None, stack: str | None = None
+) -> tuple[str, list[Event]]:
     """The path of the stack, and its blocks' calls in order of execution.
 
     A block that runs several times in one pass (ALBERT shares its weights) counts as several layers.
 
+    Parameters
+    ----------
+    blocks : path or pattern of the blocks, of whatever kind
+    stack : of several stacks that run (:func:`stack_names`) the one with a part of this name in its path;
+        None: the largest
+
     Raises
     ------
-    SiteError : there is no list of blocks, or ``blocks`` names none.
+    SiteError : there is no list of blocks, ``blocks`` names none, or ``stack`` not one alone.
     """
+    if blocks is not None and stack is not None:
+        raise SiteError(f"blocks={blocks!r} and stack={stack!r} both say which blocks; give one of them")
     if blocks is not None:
         calls = [event for event in trace.events if event.input is not None]
         events = [event for event in calls if _parent(event.name) == blocks]
@@ -94,22 +105,85 @@ def find_stack(model: nn.Module, trace: Trace, blocks: str | None) -> tuple[str,
                 f"'model.layers.*'. Lists in this model: {', '.join(_candidates(model)) or 'none'}"
             )
         return blocks, in_turns(model, trace, blocks, events)
-    sizes: dict[str, tuple[int, list[Event]]] = {}
-    for name, container in _candidates(model).items():
-        members = {f"{name}.{child}".lstrip(".") for child, _ in container.named_children()}
-        events = [event for event in trace.events if event.name in members and event.input is not None]
-        events = events or _silent_blocks(trace, name, container)
-        if events:
-            sizes[name] = (_size(container), events)
-    if not sizes:
+    lists = _running_lists(model, trace)
+    if not lists:
         raise SiteError(
             f"{type(model).__name__} has no list of blocks (an nn.ModuleList or nn.Sequential of modules "
             "with weights) that ran; name it with "
             "`blocks=` (on the command line --blocks), for example 'encoder.layers'"
         )
     # Of several stacks (encoder and decoder, or a vision tower) the largest is the model's.
-    name = max(sizes, key=lambda key: sizes[key][0])
-    return name, in_turns(model, trace, name, sizes[name][1])
+    name = _largest(model, lists) if stack is None else _named_stack(model, trace, lists, stack)
+    return name, in_turns(model, trace, name, lists[name])
+
+
+def _running_lists(model: nn.Module, trace: Trace) -> dict[str, list[Event]]:
+    """Path of each list of blocks that ran -> the calls of its blocks."""
+    lists = {}
+    for name, container in _candidates(model).items():
+        members = {f"{name}.{child}".lstrip(".") for child, _ in container.named_children()}
+        events = [event for event in trace.events if event.name in members and event.input is not None]
+        events = events or _silent_blocks(trace, name, container)
+        if events:
+            lists[name] = events
+    return lists
+
+
+def _largest(model: nn.Module, lists: Iterable[str]) -> str:
+    return max(lists, key=lambda name: _size(model.get_submodule(name)))
+
+
+def stack_names(model: nn.Module, trace: Trace, followed: str) -> dict[str, str]:
+    """Path -> name of the stacks of a model that has several, {} of one that has not.
+
+    A stack is a list of blocks that attend: a stem of convolutions is none, and neither are the parts of
+    blocks in several lists. It is called by the first part of its path in which it differs from the others.
+
+    Parameters
+    ----------
+    followed : the path of the one that is measured, which counts in any case
+    """
+    lists = _running_lists(model, trace)
+    if followed not in lists:
+        return {}
+    own = in_turns(model, trace, followed, lists[followed])
+    stacks = {followed: own} | {
+        path: events
+        for path, events in lists.items()
+        if any(_attends(trace, event) for event in events)
+        and not any(block.start <= events[0].start <= block.stop for block in own)
+    }
+    parts = {path: path.split(".") for path in lists if path in stacks}
+    if len(parts) < 2:
+        return {}
+    return {path: _distinct_part(path, parts) for path in parts}
+
+
+def _distinct_part(path: str, parts: Mapping[str, list[str]]) -> str:
+    others = [other for name, other in parts.items() if name != path]
+    for place, part in enumerate(parts[path]):
+        if all(other[place : place + 1] != [part] for other in others):
+            return part
+    return path
+
+
+def _attends(trace: Trace, block: Event) -> bool:
+    calls = (*trace.attention, *trace.skipped)
+    return block.attends or any(block.start < time < block.stop for time, _ in calls)
+
+
+def _named_stack(model: nn.Module, trace: Trace, lists: Mapping[str, list[Event]], stack: str) -> str:
+    names = stack_names(model, trace, _largest(model, lists)) or {path: path for path in lists}
+    hits = [path for path, name in names.items() if stack in (path, name)]
+    hits = hits or [path for path in names if any(part.startswith(stack) for part in path.split("."))]
+    if len(hits) != 1:
+        stacks = ", ".join(name if name == path else f"{name} ({path})" for path, name in names.items())
+        what = "names several stacks of blocks" if hits else "names no stack of blocks that ran"
+        raise SiteError(
+            f"stack={stack!r} {what}; this model has: {stacks}. A stack that runs on other inputs alone "
+            "(images, say) needs `example=` with such"
+        )
+    return hits[0]
 
 
 def _block_of_members(path: str, module: nn.Module, members: list[Event]) -> Event | None:

@@ -292,9 +292,7 @@ def trace_forward(
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         capture = stack.enter_context(
-            AttentionCapture(
-                model, on_call, on_skip=on_skip, streams=streams, cached=True, crossing=True
-            )
+            AttentionCapture(model, on_call, on_skip=on_skip, streams=streams, cached=True, crossing=True)
         )
         try:
             run_example(model, example)
