@@ -476,7 +476,7 @@ class Collector:
                 self._fold_attention(part_call, layer, part, part_mask)
 
     def _is_cut_as_declared(self, call: AttentionCall, mask: AttentionMask, layer: int) -> bool:
-        """Whether attention keeps apart documents that offsets alone tell of; notes cuts that nothing tells of.
+        """Whether attention keeps apart documents told by offsets; notes cuts that nothing tells of.
 
         Only the first call of a pass is asked about the former, of a run about the latter.
         """
@@ -501,8 +501,8 @@ class Collector:
             if bool(inside.any()):
                 self.notes.setdefault(
                     f"attention of layer {layer} is cut where no token sees an earlier one (documents in a "
-                    "row, or chunks) and nothing that the model was called with says so: first tokens, positions and "
-                    "sinks are those of whole rows"
+                    "row, or chunks) and nothing that the model was called with says so: first tokens, "
+                    "positions and sinks are those of whole rows"
                 )
         return True
 

@@ -35,9 +35,9 @@ class Crossing:
 def key_tokens(forward_pass: ForwardPass, call: AttentionCall, delimiter_ids: Sequence[int]) -> Crossing:
     """The call with the strata and ids of the tokens behind its keys.
 
-    They are an encoder's: the model's ``input_ids`` and ``attention_mask`` where these have that shape and the
-    blocks' own arguments bear a prefix, or what it is handed as ``encoder_attention_mask``. Without a mask of
-    them, a key that no query may see is padding.
+    They are an encoder's: the model's ``input_ids`` and ``attention_mask`` where these have that shape and
+    the blocks' own arguments bear a prefix, or what it is handed as ``encoder_attention_mask``. Without a
+    mask of them, a key that no query may see is padding.
     """
     batch, keys = call.tensor.shape[0], call.lengths[1]
     ids, mask = forward_pass.of_other_sequence(batch, keys)

@@ -32,8 +32,9 @@ def window_note(states: Mapping[tuple[Any, ...], State]) -> str | None:
         return None
     low, high = (f"{bound:.2g}" for bound in (min(shares.values()), max(shares.values())))
     span = low if low == high else f"{low} to {high}"
+    layers = ", ".join(map(str, sorted(shares)))
     return (
-        f"{BEGINNING}{', '.join(map(str, sorted(shares)))}, where a sliding window (or a mask like one) hides "
+        f"{BEGINNING}{layers}, where a sliding window (or a mask like one) hides "
         "the first token from later queries, is 0 by construction once ε exceeds about w/T, the share of "
         f"queries that see it ({span}); visible_sink_rate is over those queries"
     )

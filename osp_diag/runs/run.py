@@ -46,8 +46,8 @@ __all__ = ["Run", "open_run", "open_tree"]
 
 _SUMMARY = (
     "model_name", "stack", "model_fingerprint", "architecture", "number_of_layers", "hidden_size",
-    "tokenizer", "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens", "dtype", "device",
-    "created", "command",
+    "tokenizer", "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens",
+    "dtype", "device", "created", "command",
 )  # fmt: skip
 
 

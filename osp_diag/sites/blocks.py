@@ -121,10 +121,19 @@ class Block:
     def cross_time(self) -> int | None:
         """When cross-attention was called, or None.
 
-        The traced pass has no cache: more keys than queries, beside a self-attention, are other tokens' keys.
+        The traced pass has no cache: more keys than queries, beside a self-attention, are other tokens' keys,
+        unless the queries are fewer than the block's tokens (Funnel pools them).
         """
-        reasons = {SkipReason.CROSS, SkipReason.CACHED} if self.calls else {SkipReason.CROSS}
-        return next((time for time, reason in self.skipped if reason in reasons), None)
+        pooled = {time for time, call in self.crossings if not self._asks_of_all_tokens(call)}
+        for time, reason in self.skipped:
+            if reason == SkipReason.CROSS or (
+                reason == SkipReason.CACHED and self.calls and time not in pooled
+            ):
+                return time
+        return None
+
+    def _asks_of_all_tokens(self, call: Any) -> bool:
+        return call.tensor.shape[0] * call.tensor.shape[2] == self.rows
 
     @property
     def cross_call(self) -> Any:

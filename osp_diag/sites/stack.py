@@ -150,13 +150,19 @@ def stack_names(model: nn.Module, trace: Trace, followed: str) -> dict[str, str]
     stacks = {followed: own} | {
         path: events
         for path, events in lists.items()
-        if any(_attends(trace, event) for event in events)
+        if (any(_attends(trace, event) for event in events) or _is_of_two_halves(model, path))
         and not any(block.start <= events[0].start <= block.stop for block in own)
     }
     parts = {path: path.split(".") for path in lists if path in stacks}
     if len(parts) < 2:
         return {}
     return {path: _distinct_part(path, parts) for path in parts}
+
+
+def _is_of_two_halves(model: nn.Module, path: str) -> bool:
+    """Whether a list stands in the encoder or the decoder of a model that has both."""
+    has_both = bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    return has_both and not {"encoder", "decoder"}.isdisjoint(path.split("."))
 
 
 def _distinct_part(path: str, parts: Mapping[str, list[str]]) -> str:
