@@ -38,6 +38,7 @@ def config_of(name: str, steps: int, sequences: int) -> TrainConfig:
         "data.source": "builtin",
         "data.mixture": {},
         "data.tokenizer": None,
+        "data.validation_fraction": 0.2,  # of a short text, for two probed sequences
         "probe.dense_until": 0,
         "probe.every": steps,
         "probe.tokens": 4 * shipped.data.sequence_length,
