@@ -105,6 +105,7 @@ class Collector:
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
     compiled : fold with ``torch.compile``, so that one site is read in few passes
+    asks_for_cuts : look once, for which the host waits, whether attention cuts its rows where nothing says so
     snapshots : keeps the raw activations of a first sequence for pictures, or None
     groups : keeps some sums apart by group of forward passes, or None
     """
@@ -118,6 +119,7 @@ class Collector:
         tokens_first: bool = False,
         vocabulary: int | None = None,
         compiled: bool = False,
+        asks_for_cuts: bool = True,
         snapshots: Snapshots | None = None,
         groups: TokenGroups | None = None,
     ) -> None:
@@ -154,7 +156,7 @@ class Collector:
         self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
         self._layers_crossed: set[int] = set()
-        self._cut_apart, self._asked_for_cuts = True, False
+        self._cut_apart, self._asks_for_cuts = True, asks_for_cuts
         self._values: dict[int, torch.Tensor] = {}
 
     def needs(self, tap: Tap) -> bool:
@@ -494,8 +496,8 @@ class Collector:
             return self._cut_apart
         is_open = all(part.documents is None for part in self._parts_on(call.tensor.device))
         has_mask = mask.tensor is not None or mask.function is not None or call.logits is not None
-        if is_open and has_mask and not self._asked_for_cuts:
-            self._asked_for_cuts = True
+        if is_open and has_mask and self._asks_for_cuts:
+            self._asks_for_cuts = False
             valid = self._valid.to(call.tensor.device) > 0
             inside = cuts_of_call(call, mask, valid) & valid & (valid.cumsum(1) > 1)
             if bool(inside.any()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -92,7 +92,7 @@ def joined_crossings(parts: Sequence[Crossing | None]) -> Crossing | str:
             return "its keys changed while tokens were made (beam search)"
     if any(part.call.mask_function is not None for part in crossings):
         return "its mask is a function of each pass's own positions"
-    changes: dict[str, Tensor] = {}
+    changes: dict[str, Any] = {}
     for name in ("query", "logits"):
         tensors = [getattr(part.call, name) for part in crossings]
         if all(isinstance(tensor, Tensor) for tensor in tensors):

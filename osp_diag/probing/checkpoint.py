@@ -150,7 +150,7 @@ def probe_stacks(
     settings = (measurement_settings or OF_A_CHECKPOINT).changed(opening)
     with joined_ranks():
         checkpoint = open_checkpoint(source, **opening)
-        runs = {}
+        runs: dict[str, Run] = {}
         for stack in stacks_of(checkpoint.model, settings):
             runs[stack] = probe_checkpoint(
                 checkpoint,

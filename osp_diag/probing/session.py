@@ -262,6 +262,7 @@ class Probe:
             tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
+            asks_for_cuts=not self._records.steps,
             snapshots=snapshots,
             groups=TokenGroups(settings.token_groups, rank=rank, ranks=ranks)
             if settings.token_groups
@@ -302,6 +303,7 @@ class Probe:
                     layer = capture.current.layer if capture.current else None
                     if layer is not None and call.module is not None and call.module is crossing.get(layer):
                         copies = sites.cross_key_copies.get(layer, 1)
+                        call = call.of_first_stream(sites.streams_in_a_row)
                         collector.on_cross_attention(call.with_distinct_keys(copies), layer)
                     # A router's softmax over as many experts as tokens looks like attention.
                     elif layer in sites.attention_layers and not call.crosses:

@@ -109,6 +109,18 @@ class AttentionCall:
         tensors: dict[str, Any] = {k: v.detach() for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
 
+    def of_first_stream(self, streams: int) -> AttentionCall:
+        """The call of the first of ``streams`` whose queries stand one behind the other."""
+        if streams == 1:
+            return self
+        queries = self.lengths[0]
+        changes: dict[str, Any] = {}
+        for name in ("query", "logits", "mask"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.ndim > 2 and tensor.shape[-2] == queries:
+                changes[name] = tensor[..., : queries // streams, :]
+        return replace(self, **changes)
+
     def with_distinct_keys(self, copies: int) -> AttentionCall:
         """The same call with each key and value head once, where the model repeated it ``copies`` times."""
         if copies == 1 or self.key is None or self.value is None:

@@ -56,7 +56,7 @@ def streams_in_a_row(
     """
     stream = block.input
     inputs = default_example(model) if example is None else example
-    named = inputs if isinstance(inputs, Mapping) else dict(enumerate(inputs))
+    named: dict[Any, Any] = dict(inputs) if isinstance(inputs, Mapping) else dict(enumerate(inputs))
     ids = [
         v for v in named.values() if isinstance(v, torch.Tensor) and v.ndim == 2 and not v.is_floating_point()
     ]

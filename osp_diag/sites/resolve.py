@@ -190,7 +190,7 @@ def _resolve_block(
 
 def _sites_at_the_call(block: Block) -> set[str]:
     """Sites that the attention calls themselves hand over."""
-    sites = set()
+    sites: set[str] = set()
     if block.call is not None:
         sites |= {ATTENTION} if block.call.query is None else AT_THE_CALL
     if _has_cross_call(block):
