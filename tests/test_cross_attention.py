@@ -322,3 +322,45 @@ def test_what_does_not_fit_is_refused() -> None:
         CrossAttentionObservation(query, None, None, strata, np.ones((4, 1, 6)))
     with pytest.raises(SiteError, match="'cross_attention' is seen at the attention call"):
         find_sites(sharp(t5), named={"cross_attention": "decoder.block.*"})
+
+
+@pytest.mark.filterwarnings("ignore:.*hidden_state.*is deprecated:FutureWarning")
+def test_layers_that_attend_to_an_image() -> None:
+    """Mllama's, which attend to nothing else; keys that are no tokens of a vocabulary."""
+    torch.manual_seed(0)
+    config = transformers.MllamaConfig(
+        text_config={
+            "vocab_size": 70, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "cross_attention_layers": [1, 3],
+            "pad_token_id": 0, "rope_scaling": {"rope_type": "default"}, "max_position_embeddings": 64,
+        },
+        vision_config={
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_global_layers": 1,
+            "attention_heads": 4, "image_size": 28, "patch_size": 14, "max_num_tiles": 1,
+            "vision_output_dim": 64, "intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]],
+        },
+        image_token_index=69,
+    )  # fmt: skip
+    model = transformers.MllamaForConditionalGeneration(config).eval()
+    batch = {
+        "input_ids": torch.arange(3, 27).reshape(2, 12),
+        "attention_mask": torch.ones(2, 12).long(),
+        "pixel_values": torch.randn(2, 1, 1, 3, 28, 28),
+        "aspect_ratio_ids": torch.ones(2, 1).long(),
+        "aspect_ratio_mask": torch.ones(2, 1, 1).long(),
+        "cross_attention_mask": torch.ones(2, 12, 1, 1).long(),
+    }
+    run = probed(model, batch, example=batch)
+    assert run.attrs["stack"] == "language_model"
+    double = copy.deepcopy(model).double()
+    double.set_attn_implementation("eager")
+    batch["pixel_values"] = batch["pixel_values"].double()
+    with torch.no_grad():
+        weights = double(**batch, output_attentions=True).attentions
+    data = run.at("cross_attention").sel(step=0)
+    assert list(data["layer"].values) == [1, 3]
+    for layer in (1, 3):
+        dense = weights[layer].numpy()
+        np.testing.assert_allclose(data["key_mass"].sel(layer=layer), dense.mean((0, 2)), atol=1e-5)
+        first = data["first_token_attention"].sel(layer=layer, stratum="all")
+        np.testing.assert_allclose(first, dense[..., 0].mean((0, 2)), atol=1e-5)

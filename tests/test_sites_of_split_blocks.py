@@ -179,11 +179,12 @@ def test_cross_attention_is_of_the_first_stream() -> None:
     with Probe(model) as probe, probe.step(0), torch.no_grad():
         model(**batch)
     with torch.no_grad():
-        weights = model(**batch, output_attentions=True).cross_attentions
+        # What it returns under this name are the logits, masked.
+        logits = model(**batch, output_attentions=True).cross_attentions
     tokens = batch["decoder_input_ids"].shape[1]
     mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).numpy() > 0
-    for layer, dense in enumerate(weights):
-        dense = dense.double().numpy().reshape(len(mask), dense.shape[1], -1, mask.shape[1])[:, :, :tokens]
+    for layer, returned in enumerate(logits):
+        dense = returned.double().softmax(-1).numpy()[:, :, :tokens]
         alpha = np.where(mask[:, None], dense.mean(2), np.nan)
         ours = probe.run.at("cross_attention")["key_mass"].sel(step=0, layer=layer)
         np.testing.assert_allclose(ours, np.nanmean(alpha, 0), atol=1e-4)
@@ -192,7 +193,7 @@ def test_cross_attention_is_of_the_first_stream() -> None:
 def test_of_streams_in_a_row_the_first_is_measured() -> None:
     torch.manual_seed(0)
     model = Streams().eval()
-    with Probe(model, estimators=["absolute_maximum"]) as probe, probe.step(0), torch.no_grad():
+    with Probe(model) as probe, probe.step(0), torch.no_grad():
         model(TOKENS)
     assert any("2 streams stand one behind the other" in note for note in probe.run.attrs["notes"])
     double = Streams().double()

@@ -31,7 +31,7 @@ from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
-from osp_diag.schema import ATTENTION, CROSS_ATTENTION, DOWN_WEIGHT, HEAD_SITES
+from osp_diag.schema import ATTENTION, CROSS_ATTENTION, CROSS_HEAD_SITES, DOWN_WEIGHT, HEAD_SITES
 from osp_diag.sites.names import Tap, matches
 
 if TYPE_CHECKING:
@@ -406,7 +406,7 @@ class Collector:
         """Fold one call of attention to another sequence, a layer's first in a pass."""
         if layer in self._layers_crossed or self._tokens is None or self._pass is None:
             return
-        if not self._measures_calls:
+        if not self._measures_calls or not any(map(self.includes, (CROSS_ATTENTION, *CROSS_HEAD_SITES))):
             return
         self._layers_crossed.add(layer)
         shape = (call.tensor.shape[0], call.tensor.shape[2])
