@@ -201,6 +201,7 @@ class SampledTile:
     def __init__(self, tile: LogitTile, is_sink: Array, sink_logit: Array, weight: Array) -> None:
         xp = namespace_of(tile.logits)
         self.logits = tile.logits
+        self.extra = tile.extra
         self.allowed = tile.allowed & (xp.abs(tile.logits) < xp.inf)
         self.other = self.allowed & ~is_sink
         visible = xp.isfinite(sink_logit)
