@@ -18,6 +18,7 @@ from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
 from osp_diag.capture.token_groups import TokenGroups
+from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators.base import Estimator, Field, Layout
@@ -39,6 +40,7 @@ from osp_diag.runs.run import Run
 from osp_diag.schema import ATTENTION, HEAD_SITES, HIDDEN_STATES, LINEAR_INPUT, SITES
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
+from osp_diag.sites.token_kinds import recognised_token_kinds
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.tokens import delimiter_ids_of
 from osp_diag.wording import did_you_mean
@@ -108,6 +110,7 @@ class Probe:
             model, blocks=settings.blocks, named=settings.named_sites, example=settings.example
         )
         self._check_patterns()
+        self.token_kinds = self._token_kinds()
         self.vocabulary = vocabulary_size_of(unwrap(model))
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if settings.compile == "auto" else bool(settings.compile)
@@ -145,6 +148,13 @@ class Probe:
                     + (f": {reason}" if reason else f"; {did_you_mean(pattern, sites)}")
                 )
 
+    def _token_kinds(self) -> TokenKinds | None:
+        """Those that were named, or else those that the model tells apart; None for text alone."""
+        kinds = self.settings.token_kinds
+        if kinds == "auto":
+            kinds = recognised_token_kinds(self.model, self.site_map, self.settings.example)
+        return TokenKinds(kinds) if isinstance(kinds, Mapping) and kinds else None
+
     def _identity(self) -> dict[str, Any]:
         """Everything about the model and the probe that determines a number."""
         model = unwrap(self.model)
@@ -172,6 +182,7 @@ class Probe:
             "estimators": list(estimators),
             "estimator_parameters": estimator_parameters(estimators.values()),
             "delimiter_ids": delimiter_fingerprint(self.delimiter_ids),
+            **({} if self.token_kinds is None else {"token_kinds": self.token_kinds.described()}),
             "compiled": self.compiled,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": str(parameter.device),
@@ -246,6 +257,7 @@ class Probe:
             self.measures_site,
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
+            token_kinds=self.token_kinds,
             tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
