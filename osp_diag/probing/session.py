@@ -231,6 +231,13 @@ class Probe:
             for module, training in flags:
                 module.training = training
         # Ranks that Ctrl-C reached at different moments would wait for one another for ever.
+        # In somebody's training it may be LayerDrop; of batches of our own nothing would ever come.
+        is_first = not self._records.steps and not is_distributed()
+        if interruption is None and is_first and collector.forward_passes > 0 and not collector.states:
+            raise CaptureError(
+                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
+                "that bypasses hooks, probe the original module"
+            )
         if interruption is None or (collector.forward_passes > 0 and not is_distributed()):
             self._record(step, collector, started)
         if interruption is not None:
@@ -328,19 +335,13 @@ class Probe:
                 f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing "
                 "to record; call the very model that was given to Probe (or a wrapper of it)"
             )
-        # Later on, a step in which LayerDrop leaves no block is one without numbers.
-        if not collector.states and not self._records.steps and not is_distributed():
-            raise CaptureError(
-                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
-                "that bypasses hooks, probe the original module"
-            )
         absent = collector.skipped.copy()
         labelled = self._labelled(collector, absent)
         datasets = self.beside() if self.beside is not None else {}
         # What is deferred must not change with what it was made from.
         beside = {group: dataset.copy(deep=self.deferred) for group, dataset in datasets.items()}
         self.absent |= collector.skipped
-        self.attributes["notes"] += [n for n in collector.notes if n not in self.attributes["notes"]]
+        self._records.note(collector.notes)
         self._records.step(step, lambda: labelled() | beside, absent)
         self._keep_snapshots(collector)
         self._keep_vocabulary()
@@ -392,7 +393,7 @@ class Probe:
             self.write_static(group, dataset)
         if dropped := sorted(collector.snapshots.dropped):
             places = ", ".join(f"{site} of layer {layer}" for site, layer in dropped)
-            self.attributes["notes"].append(f"raw activations too large to keep for pictures: {places}")
+            self._records.note([f"raw activations too large to keep for pictures: {places}"])
 
     def _keep_vocabulary(self) -> None:
         """The texts of all token ids, where some statistic of the first step names tokens."""
