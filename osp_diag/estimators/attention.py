@@ -350,26 +350,35 @@ class AttentionObservation:
     ) -> tuple[Float[Any, "batch head token"], Bool[Any, "batch head token"]]:
         """(α, whether it is defined) of the key at every position: α_k = mean over queries of A[i, k].
 
-        The mean is over the valid queries i ≥ k if the mask is causal, over all valid queries if not; where
-        only some keys are seen by earlier queries, over those i ≥ k and the earlier ones that see the key.
+        The mean is over :attr:`queries_of_key`.
         """
         xp = namespace_of(self.valid)
-        weight, mass = self.query_weight, self.softmax.key_mass
-        total = xp.sum(weight, axis=-1, keepdims=True)
-        # n − k of the formula, by weight: the queries at or after key k are all but those before it.
-        at_or_after = total - running_sum(weight) + weight
-        if self.mask.causal:
-            count = at_or_after
-        else:
-            count = xp.broadcast_to(total, weight.shape)
-            if self.mask.partly_causal is not None:
-                partly = self.mask.partly_causal[:, None, None]
-                count = xp.where(partly, at_or_after + self._earlier_viewers, count)
+        mass, count = self.softmax.key_mass, self.queries_of_key
         is_defined = (count > 0) & (self.valid[:, None, :] > 0)
         alpha = xp.where(
             is_defined, mass / xp.where(is_defined, count, xp.ones_like(count)), xp.zeros_like(mass)
         )
         return alpha, is_defined
+
+    @once
+    def queries_of_key(self) -> Float[Any, "batch head token"]:
+        """How many queries α_k averages over.
+
+        The valid queries i ≥ k if the mask is causal, all valid queries if not; where only some keys are seen
+        by earlier queries, those i ≥ k and the earlier ones that see the key.
+        """
+        xp = namespace_of(self.valid)
+        weight = self.query_weight
+        total = xp.sum(weight, axis=-1, keepdims=True)
+        # n − k of the formula, by weight: the queries at or after key k are all but those before it.
+        at_or_after = total - running_sum(weight) + weight
+        if self.mask.causal:
+            return at_or_after
+        count = xp.broadcast_to(total, weight.shape)
+        if self.mask.partly_causal is None:
+            return count
+        partly = self.mask.partly_causal[:, None, None]
+        return xp.where(partly, at_or_after + self._earlier_viewers, count)
 
     @once
     def _earlier_viewers(self) -> Float[Any, "batch head token"]:
