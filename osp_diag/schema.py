@@ -114,8 +114,8 @@ does."""
 STRATA = ("all", "first", "delimiter", "rest")
 """Token strata of text: every valid token, the first of each sequence, other delimiters, everything else.
 
-A model with kinds of tokens of its own has others, decided once for a run; they begin with ``all``, the sum of
-the others, and end with the ordinary tokens.
+A model with kinds of tokens of its own has others, decided once for a run; they begin with ``all``, the sum
+of the others, and end with the ordinary tokens.
 """
 STRATUM_WORDS = {
     "all": "all tokens",

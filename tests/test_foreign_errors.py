@@ -107,8 +107,14 @@ def test_an_error_of_a_function_of_the_users_is_said_to_be_theirs(loader: Path, 
 @pytest.mark.parametrize(
     ("lost", "message"),
     [
-        ("get_vocab = lambda", "asked for get_vocab(), a dictionary from each token's text to its id, and raised"),
-        (", **options: bytes", "asked for decode([id], skip_special_tokens=False, clean_up_tokenization_spaces="),
+        (
+            "get_vocab = lambda",
+            "asked for get_vocab(), a dictionary from each token's text to its id, and raised",
+        ),
+        (
+            ", **options: bytes",
+            "asked for decode([id], skip_special_tokens=False, clean_up_tokenization_spaces=",
+        ),
         (", **options):", "asked for a call with (text, add_special_tokens=…, verbose=False), and raised"),
     ],
 )

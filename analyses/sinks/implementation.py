@@ -36,7 +36,7 @@ OPTIONAL = (
 )  # fmt: skip
 DEFINITIONS = {
     "sink_rate": "share of sequences whose first token gets more than ε of the head's attention",
-    "sink_mass": "mean attention to the first token, of ordinary queries (in text neither first nor delimiters)",
+    "sink_mass": "mean attention to the first token, of ordinary queries (in text not first, no delimiters)",
     "learned_sink_mass": "mean attention to a learned sink or to softmax-off-by-one's 1",
     "kind": "how the gap between sink and other logits is made; thresholds in the attributes",
     "sink_logit": "median logit of the sink key",

@@ -118,7 +118,9 @@ def _kurtosis(numbers: Mapping[str, Any]) -> Judgement:
     if has_outlier_words:
         return Judgement("raised")
     special = [stratum_words(name) for name, value in _set_apart(numbers).items() if value >= EVERYDAY]
-    words = f"outliers on the {' and the '.join(special)} only" if special else "mild heavy tails, no outliers"
+    words = (
+        f"outliers on the {' and the '.join(special)} only" if special else "mild heavy tails, no outliers"
+    )
     return Judgement("raised", words)
 
 

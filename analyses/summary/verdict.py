@@ -189,7 +189,11 @@ def _kurtosis(summary: Summary, state: State, run: Run) -> Finding:
 
 def _tokens(stratum: str) -> str:
     """A stratum within a sentence."""
-    return f"the {stratum_words(stratum)}" if stratum in ("first", "cls", "distillation") else stratum_words(stratum)
+    return (
+        f"the {stratum_words(stratum)}"
+        if stratum in ("first", "cls", "distillation")
+        else stratum_words(stratum)
+    )
 
 
 def _highest(run: Run, step: int) -> tuple[float, str, int, str] | None:

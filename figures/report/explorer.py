@@ -73,7 +73,11 @@ def _cells_per_step(run: Run) -> int:
     channels = 0
     if CHANNEL_SITE in run.sites and "channel_rms" in run.at(CHANNEL_SITE):
         sizes = run.at(CHANNEL_SITE)["channel_rms"].sizes
-        channels = sizes["layer"] * _columns(sizes["channel"]) * len(_channel_strata(run.at(CHANNEL_SITE)["channel_rms"]))
+        channels = (
+            sizes["layer"]
+            * _columns(sizes["channel"])
+            * len(_channel_strata(run.at(CHANNEL_SITE)["channel_rms"]))
+        )
     return profiles + channels
 
 

@@ -165,9 +165,7 @@ def _compiled(
         strata,
     )
     if name not in _COMPILED:
-        _COMPILED[name] = _CompiledMeasure(
-            suite, mask, call.scale, call.softcap, query, vocabulary, strata
-        )
+        _COMPILED[name] = _CompiledMeasure(suite, mask, call.scale, call.softcap, query, vocabulary, strata)
     return _COMPILED[name]
 
 

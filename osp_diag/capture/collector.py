@@ -96,7 +96,7 @@ class Collector:
     includes : whether a site is measured
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
-    token_kinds : kinds of tokens that the model has beside text, which decide the strata; None for those of text
+    token_kinds : kinds of tokens that the model has beside text, which decide the strata; None for text
     tokens_first : whether the stream is (token, batch, channel)
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
@@ -600,9 +600,7 @@ def _shape_of_stream(forward_pass: ForwardPass, tokens_first: bool) -> tuple[int
 def _layout(kind: str, x: torch.Tensor, strata: tuple[str, ...]) -> Layout:
     if kind == "heads":
         _, heads, tokens, width = x.shape
-        return Layout(
-            channels=heads * width, heads=heads, head_channels=width, tokens=tokens, strata=strata
-        )
+        return Layout(channels=heads * width, heads=heads, head_channels=width, tokens=tokens, strata=strata)
     return Layout(channels=x.shape[-1], tokens=x.shape[1], strata=strata)
 
 

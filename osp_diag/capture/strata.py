@@ -86,7 +86,9 @@ def strata_of(
     return torch.stack([present, *parts]).to(torch.float32)
 
 
-def _with_kinds(kinds: TokenKinds, present: Tensor, of_text: list[Tensor], members: list[Tensor]) -> list[Tensor]:
+def _with_kinds(
+    kinds: TokenKinds, present: Tensor, of_text: list[Tensor], members: list[Tensor]
+) -> list[Tensor]:
     """The strata but ``all``, of a model with kinds of tokens."""
     members = [mine & present for mine in members]
     others = present

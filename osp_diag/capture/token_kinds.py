@@ -20,8 +20,8 @@ __all__ = ["TokenKinds", "TokenPlaces"]
 
 TokenPlaces = int | Sequence[int] | Callable[[Tensor], Tensor] | EllipsisType
 """Where the tokens of a kind are: positions in the stream that enters the first block (from 0; negative ones
-from its end), a function of the token ids (batch, token) that gives a bool tensor of that shape, or ``...`` for
-every token that no other kind claims."""
+from its end; of each document where several are packed), a function of the token ids (batch, token) that gives
+a bool tensor of that shape, or ``...`` for every token that no other kind claims."""
 
 _REST = STRATA[-1]
 
@@ -31,8 +31,8 @@ class TokenKinds:
     """The kinds of a model's tokens, and the strata that follow from them.
 
     A token of two kinds is of the first. With ``...`` among them every token has a kind, and the strata are
-    ``all`` and the kinds, the one of ``...`` last. Without it, what has no kind is ``first``, ``delimiter`` or
-    ``rest`` as in text.
+    ``all`` and the kinds, the one of ``...`` last. Without it, what has no kind is ``first``, ``delimiter``
+    or ``rest`` as in text.
 
     Parameters
     ----------

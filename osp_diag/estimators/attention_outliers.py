@@ -15,7 +15,7 @@ __all__ = ["AttentionOutlierCounts", "AttentionOutliers"]
 
 @dataclass(frozen=True)
 class AttentionOutlierCounts(Measurement):
-    """Keys whose column of A, heads averaged, adds up to ``share`` of the queries or more, and what they get."""
+    """Keys whose column of A, heads averaged, adds up to ``share`` of the queries, and what they get."""
 
     share: float = 0.1
     name = "attention_outliers"
@@ -104,7 +104,7 @@ class AttentionOutliers(Estimator):
                 quotient(state["attention_outliers.mass"], sequences),
                 ("stratum",),
                 "1",
-                f"mean share of a sequence's attention, over heads and queries, that keys with {rule} receive",
+                f"mean over sequences of the share of attention that keys with {rule} receive",
                 coords,
                 floor=0.0,
                 ceiling=1.0,

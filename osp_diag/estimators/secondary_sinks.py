@@ -56,10 +56,10 @@ class SecondarySinks(Estimator):
 
     Wong et al. detect secondary sinks by this likeness to the BOS token's state: middle MLPs write it, they
     last for some layers, and draw less attention than the first token. Whether they draw any is for
-    ``sink_keys`` to say. Their script takes |cos|, and only the layers between which the first token's norm is
-    large. A state of zeros has no direction and is not compared, nor is a sequence whose first
-    token is left out. Where all tokens share a direction (an embedding with a large mean) the count is near T:
-    read ``first_token_cosine`` beside it.
+    ``sink_keys`` to say. Their script takes |cos|, in the layers where the first token's norm is large. A
+    state of zeros has no direction and is not compared, nor is a sequence whose first token is left out.
+    Where all tokens share a direction (an embedding with a large mean) the count is near T: read
+    ``first_token_cosine`` beside it.
     """
 
     cosine: float = 0.9

@@ -144,9 +144,7 @@ def raw_states(suite: Suite, layers: Layers) -> xr.Dataset:
         coordinates: dict[str, Any] = {"layer": np.asarray(members)}
         for name, spec in suite.fields(layout).items():
             variables[name] = (("layer", *spec.dims), stack.raw(name), {"combine": spec.combine})
-            coordinates |= _coordinates(
-                spec.dims, stack.sums[name].shape[1:], fixed_labels, layout.strata
-            )
+            coordinates |= _coordinates(spec.dims, stack.sums[name].shape[1:], fixed_labels, layout.strata)
         parts.append(xr.Dataset(variables, coordinates))
         # Strata are a coordinate of the sums themselves.
         sizes.append({"layers": members, **{n: v for n, v in asdict(layout).items() if n != "strata"}})

@@ -29,6 +29,7 @@ _KINDS_OF_PARAMETERS = {
     "detection_tokens": "detection",
 }
 """What models call the learned vectors that stand for no patch → the kind of token."""
+_CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 _MODALITIES = ("image", "video", "audio")
 
 
@@ -51,9 +52,9 @@ def recognised_token_kinds(
 ) -> dict[str, Any]:
     """Kind → where its tokens are, as :class:`~osp_diag.capture.token_kinds.TokenKinds` takes it.
 
-    Of a vision model: while one of its learned tokens, or the convolution that embeds its patches, holds other
-    numbers, those places of the stream change that are made of it. So the kinds are those of the very stream
-    that is measured. Where both do not account for every place, once each, nothing is told apart.
+    Of a vision model: while one of its learned tokens, or the convolution that embeds its patches, holds
+    other numbers, those places of the stream change that are made of it. So the kinds are those of the very
+    stream that is measured. Where both do not account for every place, once each, nothing is told apart.
 
     Of a model that reads images, video or sound among text: the ids that its configuration reserves for them.
 
@@ -83,7 +84,7 @@ def _kinds_of_ids(model: nn.Module) -> dict[str, Any]:
 def _kinds_of_patches(
     model: nn.Module, site_map: SiteMap, example: Mapping[str, Any] | tuple[Any, ...] | None
 ) -> dict[str, Any]:
-    embeddings = [m.weight for m in model.modules() if _embeds_patches(m)]
+    embeddings = [m.weight for m in model.modules() if isinstance(m, _CONVOLUTIONS) and _embeds_patches(m)]
     if not embeddings:
         return {}
     stream = _stream(model, site_map, example)
@@ -110,7 +111,7 @@ def _kinds_of_patches(
 
 
 def _by_position(kinds: dict[str, list[int]], patches: list[int], tokens: int) -> dict[str, Any]:
-    """Places before the patches count from the front, those behind them from the end: images differ in size."""
+    """Places before the patches count from the front, those behind from the end: images differ in size."""
     if patches != list(range(patches[0], patches[-1] + 1)):
         return {}
     ordered = sorted(kinds.items(), key=lambda item: item[1])
@@ -120,18 +121,14 @@ def _by_position(kinds: dict[str, list[int]], patches: list[int], tokens: int) -
     return {**places, "patch": ...}
 
 
-def _embeds_patches(module: nn.Module) -> bool:
-    """A convolution over an image or a video whose windows do not overlap."""
-    return (
-        isinstance(module, (nn.Conv2d, nn.Conv3d))
-        and module.kernel_size == module.stride
-        and max(module.kernel_size) > 1
-    )
+def _embeds_patches(module: nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether the windows of a convolution over an image or a video do not overlap."""
+    return module.kernel_size == module.stride and max(module.kernel_size) > 1
 
 
 @contextmanager
 def _other_numbers(parameter: nn.Parameter) -> Iterator[None]:
-    """Within, a parameter holds other memory, of random numbers; what is of a type of its own stays as it is."""
+    """Within, a parameter holds other memory, of random numbers; what has a type of its own stays as it is."""
     data = parameter.data
     if type(parameter) is not nn.Parameter or data.is_meta or not data.is_floating_point():
         yield

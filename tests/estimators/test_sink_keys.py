@@ -74,7 +74,9 @@ def expected_outliers(case: Case) -> dict[str, np.ndarray]:
     keys, mass, tokens, sequences = np.zeros(4), np.zeros(4), np.zeros(4), 0
     for b in range(len(p)):
         valid = case.strata[0, b] > 0
-        shares = [p[b, h, valid & usable[b, h]].mean(0) for h in range(p.shape[1]) if (valid & usable[b, h]).any()]
+        shares = [
+            p[b, h, valid & usable[b, h]].mean(0) for h in range(p.shape[1]) if (valid & usable[b, h]).any()
+        ]
         if not shares:
             continue
         received, sequences = np.mean(shares, axis=0), sequences + 1
@@ -135,7 +137,9 @@ def test_halves_are_one_whole_and_strata_add_up() -> None:
         np.testing.assert_allclose(together[field], value, rtol=1e-6, err_msg=field)
     outputs = finalised(whole, observation.layout, SUITE)
     for output in ("sink_key_count", "attention_outlier_count", "attention_outlier_mass"):
-        np.testing.assert_allclose(np.nansum(outputs[output][..., 1:], -1), outputs[output][..., 0], rtol=1e-6)
+        np.testing.assert_allclose(
+            np.nansum(outputs[output][..., 1:], -1), outputs[output][..., 0], rtol=1e-6
+        )
     rate, count = outputs["any_sink_rate"], outputs["sink_key_count"]
     assert (rate[~np.isnan(rate)] <= count[~np.isnan(rate)] + 1e-6).all()
 
