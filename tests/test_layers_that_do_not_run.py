@@ -127,7 +127,7 @@ def test_a_first_step_in_which_no_block_ran_is_one_without_numbers(
     expected = whole.at("residual_post")["token_norm"].isel(step=0).values
     np.testing.assert_array_equal(run.at("residual_post")["token_norm"].sel(step=1), expected)
     (note,) = [note for note in run.attrs["notes"] if "no site was reached" in note]
-    assert note.startswith("step 0 is not in the run, because no site was reached in it: either no block ran")
+    assert note.startswith("step 0 is not in the run, because no site was reached in it: no block ran")
 
 
 def test_a_training_in_which_no_block_ever_runs_ends_well(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ __all__ = ["TokenKinds", "TokenPlaces"]
 
 TokenPlaces = int | Sequence[int] | Callable[[Tensor], Tensor] | EllipsisType
 """Where the tokens of a kind are: positions in the stream that enters the first block (from 0; negative ones
-from its end; of each document where several are packed), a function of the token ids (batch, token) that gives
-a bool tensor of that shape, or ``...`` for every token that no other kind claims."""
+from its end; of each document where several are packed), a function of the token ids (batch, token) that
+gives a bool tensor of that shape, or ``...`` for every token that no other kind claims."""
 
 _REST = STRATA[-1]
 

@@ -103,9 +103,9 @@ class Records:
             if not groups and not self._has_begun():
                 self._note(
                     [
-                        f"step {step} is not in the run, because no site was reached in it: either no block "
-                        "ran (LayerDrop leaves out blocks by chance), or the model is compiled or scripted in "
-                        "a way that bypasses hooks; then probe the original module"
+                        f"step {step} is not in the run, because no site was reached in it: no block "
+                        "ran (LayerDrop leaves out blocks by chance), or the model is compiled or scripted "
+                        "in a way that bypasses hooks; then probe the original module"
                     ]
                 )
                 return

@@ -128,7 +128,7 @@ def _embeds_patches(module: nn.Conv2d | nn.Conv3d) -> bool:
 
 @contextmanager
 def _other_numbers(parameter: nn.Parameter) -> Iterator[None]:
-    """Within, a parameter holds other memory, of random numbers; what has a type of its own stays as it is."""
+    """Within, a parameter holds other memory, of random numbers; one of a type of its own stays as it is."""
     data = parameter.data
     if type(parameter) is not nn.Parameter or data.is_meta or not data.is_floating_point():
         yield

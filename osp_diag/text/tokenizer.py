@@ -134,8 +134,8 @@ def _asked(tokenizer: Any, for_what: str) -> Iterator[None]:
     except (AttributeError, TypeError, NotImplementedError) as error:
         raise TokenError(
             f"the tokenizer ({type(tokenizer).__name__}) cannot be used: it was asked for {for_what}, and "
-            f"raised {type(error).__name__}: {error}. Give it that method, as tokenizers of transformers have "
-            "it, or pass no tokenizer, and token ids instead of text"
+            f"raised {type(error).__name__}: {error}. Give it that method, as tokenizers of transformers "
+            "have it, or pass no tokenizer, and token ids instead of text"
         ) from error
 
 
