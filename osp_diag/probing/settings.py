@@ -121,8 +121,8 @@ class MeasurementSettings(Settings):
     estimators : names or instances, for all sites or by pattern of sites; None: the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum; None: those of the tokenizer, and none without one
     token_kinds : kinds of tokens that are measured apart, and where each is: ``{"cls": 0, "patch": ...}``,
-        see :class:`~osp_diag.capture.token_kinds.TokenKinds`; ``"auto"``: those that the model itself tells apart
-        (CLS, registers, patches, images among text); None: none
+        see :class:`~osp_diag.capture.token_kinds.TokenKinds`; ``"auto"``: those that the model itself tells
+        apart (CLS, registers, patches, images among text); None: none
     blocks, named_sites, example : where the sites cannot be guessed: see :func:`osp_diag.sites.find_sites`
     compile : fold activations with ``torch.compile``; ``"auto"`` does so on CUDA
     keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs

@@ -91,7 +91,7 @@ def _kinds_of_patches(
     if stream is None:
         return {}
 
-    def places_of(parameter: nn.Parameter) -> list[int]:
+    def places_of(parameter: Tensor) -> list[int]:
         with _other_numbers(parameter):
             changed = _stream(model, site_map, example)
         if changed is None or changed.shape != stream.shape:
@@ -127,7 +127,7 @@ def _embeds_patches(module: nn.Conv2d | nn.Conv3d) -> bool:
 
 
 @contextmanager
-def _other_numbers(parameter: nn.Parameter) -> Iterator[None]:
+def _other_numbers(parameter: Tensor) -> Iterator[None]:
     """Within, a parameter holds other memory, of random numbers; one of a type of its own stays as it is."""
     data = parameter.data
     if type(parameter) is not nn.Parameter or data.is_meta or not data.is_floating_point():
