@@ -47,7 +47,9 @@ __all__ = [
     "in_site_order",
     "is_site",
     "network_order",
+    "ordinary_stratum",
     "site_of_path",
+    "stratum_words",
 ]
 
 # -- sites -----------------------------------------------------------------------------------------------
@@ -130,13 +132,26 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 """How tokens are fed: as real sequences, or each as a sequence of its own, as the released OSP script
 does."""
 STRATA = ("all", "first", "delimiter", "rest")
-"""Token strata: every valid token, the first of each sequence, other delimiters, everything else."""
+"""Token strata of text: every valid token, the first of each sequence, other delimiters, everything else.
+
+A model with kinds of tokens of its own has others, decided once for a run; they begin with ``all``, the sum
+of the others, and end with the ordinary tokens.
+"""
 STRATUM_WORDS = {
     "all": "all tokens",
     "first": "first token",
     "delimiter": "delimiters",
     "rest": "other tokens",
+    "cls": "CLS token",
+    "distillation": "distillation token",
+    "register": "registers",
+    "detection": "detection tokens",
+    "patch": "patches",
+    "image": "image tokens",
+    "video": "video tokens",
+    "audio": "audio tokens",
 }
+"""Stratum → how a sentence calls its tokens."""
 
 # -- groups ----------------------------------------------------------------------------------------------
 
@@ -184,6 +199,17 @@ def is_site(name: str, declared: Collection[str] = ()) -> bool:
     declared : the sites that a user named, as the attribute ``sites`` of a run lists them
     """
     return name in SITES or name.startswith(LINEAR_INPUT) or name in declared
+
+
+def stratum_words(stratum: str) -> str:
+    """How a sentence calls the tokens of a stratum, a user's own kind among them."""
+    return STRATUM_WORDS.get(stratum, f"{stratum} tokens")
+
+
+def ordinary_stratum(strata: Iterable[str]) -> str:
+    """The stratum of the tokens that nothing sets apart: ``rest`` of text, ``patch`` of an image."""
+    names = list(strata)
+    return "rest" if "rest" in names else names[-1]
 
 
 def group_path(site: str) -> str:

@@ -55,7 +55,9 @@ class Summary:
     massive_per_sequence: float | None = None
     """mean number in a sequence, in the layer that has most"""
     massive_on_first: float | None = None
-    """share of them on the first token"""
+    """share of them on the first token; None where the run has no such stratum"""
+    massive_by_stratum: dict[str, float] = field(default_factory=dict)
+    """share of them in each stratum"""
     massive_channels: tuple[int, ...] = ()
     jump_layer: int | None = None
     """block whose largest |x| exceeds that of the block before by the largest factor, if that is 5 or more"""
@@ -65,8 +67,10 @@ class Summary:
     largest_layer: int | None = None
     largest_channel: int | None = None
 
+    ordinary_stratum: str = "rest"
+    """the tokens that nothing sets apart: neither first nor delimiters in text, patches of an image"""
     everyday_kurtosis: float | None = None
-    """as osp_kurtosis, of the tokens that are neither first nor delimiters"""
+    """as osp_kurtosis, of the ordinary tokens"""
     everyday_max_median_ratio: float | None = None
     """of block outputs on these tokens, mean over layers"""
     outlier_feature_channels: dict[str, tuple[int, ...]] = field(default_factory=dict)

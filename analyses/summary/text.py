@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from osp_diag.schema import STRATUM_WORDS
+from osp_diag.schema import stratum_words
 from osp_diag.wording import number, of_stack
 
 if TYPE_CHECKING:
@@ -94,9 +94,9 @@ def _kurtosis(summary: Summary) -> Iterator[str]:
             f"scores"
         )
     strata = [
-        f"{words} {number(summary.osp_kurtosis_by_stratum[name])}"
-        for name, words in STRATUM_WORDS.items()
-        if name != "all" and name in summary.osp_kurtosis_by_stratum
+        f"{stratum_words(name)} {number(value)}"
+        for name, value in summary.osp_kurtosis_by_stratum.items()
+        if name != "all"
     ]
     if strata:
         yield f"  {', '.join(strata)}"
@@ -115,7 +115,7 @@ def _massive(summary: Summary) -> Iterator[str]:
         yield (
             f"Massive activations: layers {summary.massive_emergence_layer} to {summary.massive_last_layer}, "
             f"up to {number(summary.massive_per_sequence or 0)} in a sequence{channels}; "
-            f"{summary.massive_on_first:.0%} of them on the first token"
+            f"{carriers(summary)}"
         )
     elif summary.massive_per_sequence is not None:
         yield "Massive activations: none (no |x| above 100 and 1,000 times the median)"
@@ -127,6 +127,15 @@ def _massive(summary: Summary) -> Iterator[str]:
             f"Largest |x|: {number(summary.largest_magnitude)}, at {summary.largest_site}, "
             f"layer {summary.largest_layer}{channel}"
         )
+
+
+def carriers(summary: Summary) -> str:
+    """Which tokens carry the massive activations."""
+    if summary.massive_on_first is not None:
+        return f"{summary.massive_on_first:.0%} of them on the first token"
+    shares = sorted(summary.massive_by_stratum.items(), key=lambda item: -item[1])
+    parts = [f"{share:.0%} of them on {stratum_words(name)}" for name, share in shares if share > 0]
+    return ", ".join(parts)
 
 
 def _everyday(summary: Summary) -> Iterator[str]:
@@ -143,7 +152,7 @@ def _everyday(summary: Summary) -> Iterator[str]:
         whom = (
             "Channels, on all tokens"
             if summary.everyday_kurtosis is None
-            else "Everyday channels, on other tokens"
+            else f"Everyday channels, on {stratum_words(summary.ordinary_stratum)}"
         )
         yield f"{whom}: {', '.join(clauses)}"
 

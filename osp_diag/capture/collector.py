@@ -25,13 +25,14 @@ from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobse
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
 from osp_diag.capture.token_groups import GROUPED_FIELDS, TokenGroups
+from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
-from osp_diag.schema import ATTENTION, CROSS_ATTENTION, CROSS_HEAD_SITES, DOWN_WEIGHT, HEAD_SITES
+from osp_diag.schema import ATTENTION, CROSS_ATTENTION, CROSS_HEAD_SITES, DOWN_WEIGHT, HEAD_SITES, STRATA
 from osp_diag.sites.names import Tap, matches
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Collector:
     includes : whether a site is measured
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
+    token_kinds : kinds of tokens that the model has beside text, which decide the strata; None for text
     tokens_first : whether the stream is (token, batch, channel)
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
@@ -116,6 +118,7 @@ class Collector:
         *,
         estimators: EstimatorChoice = None,
         delimiter_ids: Sequence[int] = (),
+        token_kinds: TokenKinds | None = None,
         tokens_first: bool = False,
         vocabulary: int | None = None,
         compiled: bool = False,
@@ -126,6 +129,8 @@ class Collector:
         self.includes = includes
         self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
+        self.token_kinds = token_kinds
+        self.stratum_names = STRATA if token_kinds is None else token_kinds.strata
         self.tokens_first = tokens_first
         self.vocabulary = vocabulary
         self.compiled = compiled
@@ -184,6 +189,15 @@ class Collector:
             self.suites[site] = suites_of(site, self.estimators)
         return self.suites[site]
 
+    def _strata(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        return strata_of(ids, mask, self.delimiter_ids, positions, kinds=self.token_kinds, start=start)
+
     # One forward pass
 
     def start(self, forward_pass: ForwardPass) -> None:
@@ -207,7 +221,7 @@ class Collector:
             ids = torch.full((batch, tokens), -1, device=stream.device)
         mask = forward_pass.padding_mask(batch, tokens)
         positions = forward_pass.position_ids(batch, tokens)
-        strata = strata_of(ids, mask, self.delimiter_ids, positions)
+        strata = self._strata(ids, mask, positions)
         self._tokens = (batch, tokens)
         self._valid = strata[0]
         if self._opens_or_continues(forward_pass, ids, strata):
@@ -239,7 +253,7 @@ class Collector:
             )
             # Behind a token that is not there, none of these is a first one.
             before = functional.pad(ids, (1, 0), value=-1), functional.pad(present, (1, 0), value=True)
-            strata = strata_of(*before, self.delimiter_ids)[..., 1:]
+            strata = self._strata(*before, start=cached - 1)[..., 1:]
             self._parts = {strata.device: [_Part(None, strata, ids)]}
             self._measures_calls = False
             return True
@@ -257,7 +271,7 @@ class Collector:
         ids, present = sequences.whole("ids"), sequences.whole("present")
         self._is_put_together = True
         with unobserved(ids.device):
-            strata = strata_of(ids, present, self.delimiter_ids)
+            strata = self._strata(ids, present)
             self._tokens, self._masks, self._valid = (ids.shape[0], ids.shape[1]), Masks(), strata[0]
             self._parts = {strata.device: [_Part(None, strata, ids)]}
             for (site, layer, kind), values in sequences.activations().items():
@@ -308,7 +322,7 @@ class Collector:
     def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
         documents_of_ids = documents.on(ids.device)
         rows = documents_of_ids.rows(ids)
-        strata = strata_of(rows, documents_of_ids.valid, self.delimiter_ids)
+        strata = self._strata(rows, documents_of_ids.valid)
         return _Part(documents, strata, torch.where(documents_of_ids.valid, rows, -1))
 
     def stop(self, raised: bool) -> None:
@@ -423,7 +437,7 @@ class Collector:
             )
             return
         with unobserved(call.tensor.device):
-            crossing = key_tokens(self._pass, call, self.delimiter_ids)
+            crossing = key_tokens(self._pass, call, self.delimiter_ids, self.stratum_names)
             if self._cached_pass is not None:
                 self._cached_pass.keep_crossing(layer, crossing)
                 self._spill()
@@ -444,7 +458,9 @@ class Collector:
                 self._fold(site, layer, "heads", tensor, own)
         suite = self.suites_at(CROSS_ATTENTION).get("attention")
         if suite is not None and self.includes(CROSS_ATTENTION):
-            layout, increment = measure_cross_attention(suite, crossing, strata, self.vocabulary)
+            layout, increment = measure_cross_attention(
+                suite, crossing, strata, self.vocabulary, self.stratum_names
+            )
             self._merge((CROSS_ATTENTION, layer, "attention"), suite, layout, increment)
 
     def _fold_whole_call(self, call: AttentionCall, layer: int) -> None:
@@ -579,25 +595,27 @@ class Collector:
         if suite is None:
             return
         key = (site, layer, kind)
-        if kind == "activation" and self._compiles and x.device.type == "cuda":
+        # The kernels know three strata beside ``all``.
+        is_of_text = self.token_kinds is None
+        if kind == "activation" and self._compiles and x.device.type == "cuda" and is_of_text:
             increment = self._fused_folding().fold(key, suite, x, strata)
         else:
             increment = self._measure_function(site, kind, x)(x, strata)
         if increment:
-            self._merge(key, suite, _layout(kind, x), increment)
+            self._merge(key, suite, _layout(kind, x, self.stratum_names), increment)
 
     def _measure_function(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
         """The function (x, strata) → increments of a site, compiled once for all sites that are alike."""
-        suite = self.suites_at(site)[kind]
+        suite, names = self.suites_at(site)[kind], self.stratum_names
 
         def measure(x: torch.Tensor, strata: torch.Tensor) -> State:
             if kind == "heads":
-                return suite.measure(HeadsObservation(x, strata))
-            return suite.measure(ActivationObservation(x, strata))
+                return suite.measure(HeadsObservation(x, strata, stratum_names=names))
+            return suite.measure(ActivationObservation(x, strata, stratum_names=names))
 
         if not self._compiles:
             return measure
-        name = (suite.measurements, kind, x.shape, x.stride(), x.dtype, x.device)
+        name = (suite.measurements, kind, names, x.shape, x.stride(), x.dtype, x.device)
         return compile_once(name, measure)
 
     def _mask_of(self, call: AttentionCall) -> AttentionMask:
@@ -609,7 +627,13 @@ class Collector:
             return
         ids = None if self.vocabulary is None else TokenIds(part.ids, self.vocabulary)
         layout, increment = measure_attention(
-            suite, call, part.strata, mask=mask, compiled=self._compiles, token_ids=ids
+            suite,
+            call,
+            part.strata,
+            stratum_names=self.stratum_names,
+            mask=mask,
+            compiled=self._compiles,
+            token_ids=ids,
         )
         self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
 
@@ -676,11 +700,11 @@ def _shape_of_stream(forward_pass: ForwardPass, tokens_first: bool) -> tuple[int
     return (shape[1], shape[0]) if tokens_first else (shape[0], shape[1])
 
 
-def _layout(kind: str, x: torch.Tensor) -> Layout:
+def _layout(kind: str, x: torch.Tensor, strata: tuple[str, ...]) -> Layout:
     if kind == "heads":
         _, heads, tokens, width = x.shape
-        return Layout(channels=heads * width, heads=heads, head_channels=width, tokens=tokens)
-    return Layout(channels=x.shape[-1], tokens=x.shape[1])
+        return Layout(channels=heads * width, heads=heads, head_channels=width, tokens=tokens, strata=strata)
+    return Layout(channels=x.shape[-1], tokens=x.shape[1], strata=strata)
 
 
 def _padded(suite: Suite, state: State, layout: Layout) -> State:

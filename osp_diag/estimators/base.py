@@ -51,7 +51,7 @@ class Layout:
     ``channels`` is the width d of the activations; for attention, ``head_channels`` is the width of
     one head, and ``key_value_heads`` ≤ ``heads`` under grouped-query attention. ``vocabulary`` is the
     number of token ids, 1 where ids are not known. For the weights of a projection, ``channels`` is what
-    it takes in and ``output_channels`` what it gives.
+    it takes in and ``output_channels`` what it gives. ``strata`` names the strata of tokens, ``all`` first.
     """
 
     channels: int = 1
@@ -62,10 +62,11 @@ class Layout:
     vocabulary: int = 1
     output_channels: int = 1
     experts: int = 1
+    strata: tuple[str, ...] = STRATA
 
     def size(self, dim: str) -> int:
         sizes = {
-            "stratum": len(STRATA),
+            "stratum": len(self.strata),
             "channel": self.channels,
             "head": self.heads,
             "key_value_head": self.key_value_heads,

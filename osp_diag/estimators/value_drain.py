@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from osp_diag.estimators._arrays import Array, namespace_of, quotient
 from osp_diag.estimators.attention import AttentionObservation, wide
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
-from osp_diag.schema import STRATA
 
 __all__ = ["ValueDrain"]
 
@@ -44,7 +43,7 @@ class ValueNormSums(Measurement):
         norm, weight = norms
         strata = observation.key_strata * weight[None, ...]
         sink = weight * xp.astype(observation.is_sink, weight.dtype)
-        sums = [xp.sum(wide(strata[s, :, None, :] * norm), axis=(0, 2)) for s in range(len(STRATA))]
+        sums = [xp.sum(wide(strata[s, :, None, :] * norm), axis=(0, 2)) for s in range(strata.shape[0])]
         return {
             "norm": xp.stack(sums, axis=-1),
             "count": xp.sum(strata, axis=(1, 2)),
@@ -87,6 +86,6 @@ class ValueDrain(Estimator):
                 ("key_value_head", "stratum"),
                 "activation",
                 "mean over the stratum's tokens of ‖v‖₂",
-                {"stratum": STRATA},
+                {"stratum": layout.strata},
             ),
         }

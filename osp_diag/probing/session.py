@@ -18,6 +18,7 @@ from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
 from osp_diag.capture.token_groups import TokenGroups
+from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators.base import Estimator, Field, Layout
@@ -47,6 +48,7 @@ from osp_diag.schema import (
 )
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
+from osp_diag.sites.token_kinds import recognised_token_kinds
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.tokens import delimiter_ids_of
 from osp_diag.wording import did_you_mean
@@ -120,6 +122,7 @@ class Probe:
             example=settings.example,
         )
         self._check_patterns()
+        self.token_kinds = self._token_kinds()
         self.vocabulary = vocabulary_size_of(unwrap(model))
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if settings.compile == "auto" else bool(settings.compile)
@@ -157,6 +160,13 @@ class Probe:
                     + (f": {reason}" if reason else f"; {did_you_mean(pattern, sites)}")
                 )
 
+    def _token_kinds(self) -> TokenKinds | None:
+        """Those that were named, or else those that the model tells apart; None for text alone."""
+        kinds = self.settings.token_kinds
+        if kinds == "auto":
+            kinds = recognised_token_kinds(self.model, self.site_map, self.settings.example)
+        return TokenKinds(kinds) if isinstance(kinds, Mapping) and kinds else None
+
     def _identity(self) -> dict[str, Any]:
         """Everything about the model and the probe that determines a number."""
         model = unwrap(self.model)
@@ -185,6 +195,7 @@ class Probe:
             "estimators": list(estimators),
             "estimator_parameters": estimator_parameters(estimators.values()),
             "delimiter_ids": delimiter_fingerprint(self.delimiter_ids),
+            **({} if self.token_kinds is None else {"token_kinds": self.token_kinds.described()}),
             "compiled": self.compiled,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": str(parameter.device),
@@ -233,6 +244,13 @@ class Probe:
             for module, training in flags:
                 module.training = training
         # Ranks that Ctrl-C reached at different moments would wait for one another for ever.
+        # In somebody's training it may be LayerDrop; of batches of our own nothing would ever come.
+        is_first = not self._records.steps and not is_distributed()
+        if interruption is None and is_first and collector.forward_passes > 0 and not collector.states:
+            raise CaptureError(
+                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
+                "that bypasses hooks, probe the original module"
+            )
         if interruption is None or (collector.forward_passes > 0 and not is_distributed()):
             self._record(step, collector, started)
         if interruption is not None:
@@ -259,6 +277,7 @@ class Probe:
             self.measures_site,
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
+            token_kinds=self.token_kinds,
             tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
@@ -347,19 +366,13 @@ class Probe:
                 f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing "
                 "to record; call the very model that was given to Probe (or a wrapper of it)"
             )
-        # Later on, a step in which LayerDrop leaves no block is one without numbers.
-        if not collector.states and not self._records.steps and not is_distributed():
-            raise CaptureError(
-                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
-                "that bypasses hooks, probe the original module"
-            )
         absent = collector.skipped.copy()
         labelled = self._labelled(collector, absent)
         datasets = self.beside() if self.beside is not None else {}
         # What is deferred must not change with what it was made from.
         beside = {group: dataset.copy(deep=self.deferred) for group, dataset in datasets.items()}
         self.absent |= collector.skipped
-        self.attributes["notes"] += [n for n in collector.notes if n not in self.attributes["notes"]]
+        self._records.note(collector.notes)
         self._records.step(step, lambda: labelled() | beside, absent)
         self._keep_snapshots(collector)
         self._keep_vocabulary()
@@ -414,7 +427,7 @@ class Probe:
             self.write_static(group, dataset)
         if dropped := sorted(collector.snapshots.dropped):
             places = ", ".join(f"{site} of layer {layer}" for site, layer in dropped)
-            self.attributes["notes"].append(f"raw activations too large to keep for pictures: {places}")
+            self._records.note([f"raw activations too large to keep for pictures: {places}"])
 
     def _keep_vocabulary(self) -> None:
         """The texts of all token ids, where some statistic of the first step names tokens."""
