@@ -14,7 +14,7 @@ from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
 from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
 from osp_diag.capture.documents import Documents, documents_of
-from osp_diag.capture.down_projection import down_projection
+from osp_diag.capture.down_projection import down_projection, output_projection
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
@@ -101,6 +101,7 @@ class Collector:
     compiled : fold with ``torch.compile``, so that one site is read in few passes
     snapshots : keeps the raw activations of a first sequence for pictures, or None
     groups : keeps some sums apart by group of forward passes, or None
+    output_projections : layer → attention's output projection, for measurements that read its weight
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class Collector:
         compiled: bool = False,
         snapshots: Snapshots | None = None,
         groups: TokenGroups | None = None,
+        output_projections: Mapping[int, nn.Module] | None = None,
     ) -> None:
         self.includes = includes
         self.estimators = estimators
@@ -123,6 +125,7 @@ class Collector:
         self.compiled = compiled
         self.snapshots = snapshots
         self.groups = groups
+        self.output_projections = output_projections or {}
         self._states: dict[Key, State] = {}
         self._stacks: dict[tuple[Key, ...], State] = {}
         self._fused: FusedFolding | None = None
@@ -508,9 +511,29 @@ class Collector:
             return
         ids = None if self.vocabulary is None else TokenIds(part.ids, self.vocabulary)
         layout, increment = measure_attention(
-            suite, call, part.strata, mask=mask, compiled=self._compiles, token_ids=ids
+            suite,
+            call,
+            part.strata,
+            mask=mask,
+            compiled=self._compiles,
+            token_ids=ids,
+            output_weight=self._output_weight(suite, call, layer),
         )
         self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
+
+    def _output_weight(self, suite: Suite, call: AttentionCall, layer: int) -> torch.Tensor | None:
+        """W_O by head where a measurement reads it; of a weight that cannot be read a note says why."""
+        if call.value is None or not any(m.reads_output_weight for m in suite.measurements):
+            return None
+        heads, width = call.tensor.shape[1], call.value.shape[-1]
+        module = self.output_projections.get(layer)
+        weight: torch.Tensor | str = "no output projection reads the heads' outputs"
+        if module is not None:
+            weight = output_projection(module, heads, width)
+        if isinstance(weight, str):
+            self.notes.setdefault(f"values after the output projection are not measured: {weight}")
+            return None
+        return weight
 
     @property
     def _compiles(self) -> bool:

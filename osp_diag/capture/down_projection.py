@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from osp_diag.capture.experts import DOWN_NAMES
 
-__all__ = ["down_projection", "projection_weight", "weights_at_hand", "whole_weight"]
+__all__ = ["down_projection", "output_projection", "projection_weight", "weights_at_hand", "whole_weight"]
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,13 +42,36 @@ def down_projection(
         whole = projection_weight(module)
         if isinstance(whole, str):
             return whole
-        width = hidden.shape[-1]
-        if whole.ndim != 2 or width not in whole.shape:
-            return f"its weight of shape {tuple(whole.shape)} is no matrix over {width} input channels"
-        transposed = whole.shape[1] != width
-        if whole.shape[0] == whole.shape[1]:
-            transposed = "conv1d" in type(module).__name__.lower()
-        return (whole.T if transposed else whole)[None]
+        oriented = _oriented(module, whole, hidden.shape[-1])
+        return oriented if isinstance(oriented, str) else oriented[None]
+
+
+def output_projection(
+    module: nn.Module, heads: int, width: int
+) -> Float[Tensor, "head row value_channel"] | str:
+    """W_O by head: the columns of attention's output projection that read each head's output.
+
+    Parameters
+    ----------
+    module : the projection, whose input is the heads' outputs concatenated
+    heads, width : how many heads, and how wide the values of one are
+    """
+    with weights_at_hand(module):
+        whole = projection_weight(module)
+        if isinstance(whole, str):
+            return whole
+        oriented = _oriented(module, whole, heads * width)
+        return oriented if isinstance(oriented, str) else oriented.unflatten(1, (heads, width)).movedim(1, 0)
+
+
+def _oriented(module: nn.Module, whole: Tensor, width: int) -> Float[Tensor, "row channel"] | str:
+    """A projection's matrix with its output channels as rows, by the width of its input."""
+    if whole.ndim != 2 or width not in whole.shape:
+        return f"its weight of shape {tuple(whole.shape)} is no matrix over {width} input channels"
+    transposed = whole.shape[1] != width
+    if whole.shape[0] == whole.shape[1]:
+        transposed = "conv1d" in type(module).__name__.lower()
+    return whole.T if transposed else whole
 
 
 def projection_weight(module: nn.Module) -> Tensor | str:

@@ -128,6 +128,9 @@ class Measurement(ABC):
     What does not can be measured later, when the activations are gone.
     """
 
+    reads_output_weight: ClassVar[bool] = False
+    """Whether, of attention, it looks at the output projection, which is read for nothing else."""
+
     @abstractmethod
     def fields(self, layout: Layout) -> Mapping[str, Field]:
         """The state's arrays by name."""

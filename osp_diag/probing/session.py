@@ -253,6 +253,11 @@ class Probe:
             groups=TokenGroups(settings.token_groups, rank=rank, ranks=ranks)
             if settings.token_groups
             else None,
+            output_projections={
+                tap.layer: unwrap(self.model).get_submodule(tap.module)
+                for tap in self.site_map.taps
+                if tap.site == "attention_output" and tap.side == "input"
+            },
         )
 
     @contextmanager
