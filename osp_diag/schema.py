@@ -22,6 +22,7 @@ __all__ = [
     "LOGGED_STEP",
     "OCCASIONAL_SITES",
     "OPTIMIZER",
+    "PROJECTION_WEIGHT",
     "PROTOCOLS",
     "QUANTIZATION",
     "RAW",
@@ -88,6 +89,9 @@ ATTENTION = "attention"
 DOWN_WEIGHT = "mlp_down_weight"
 LINEAR_INPUT = "linear_input:"
 """How the sites begin that are the input of one projection, by its path within the block."""
+PROJECTION_WEIGHT = "projection_weight:"
+"""How the sites begin that are the weights of one projection, by its role (query, key, value,
+attention_output, gate, up) or its path within the block."""
 HEAD_SITES = ("query_pre_rope", "key_pre_rope", "query_post_rope", "key_post_rope", "value")
 RESIDUAL_SITES = ("embedding", "residual_pre", "residual_mid", "residual_post")
 DEFAULT_SITES = tuple(site for site in SITES if site != "residual_pre")
@@ -154,13 +158,13 @@ TOKEN_UNIT = "token id"
 
 
 def is_site(name: str, declared: Collection[str] = ()) -> bool:
-    """Whether a group is a site: of the vocabulary, the input of a projection, or ``declared`` by its run.
+    """Whether a group is a site: of the vocabulary, of one projection, or ``declared`` by its run.
 
     Parameters
     ----------
     declared : the sites that a user named, as the attribute ``sites`` of a run lists them
     """
-    return name in SITES or name.startswith(LINEAR_INPUT) or name in declared
+    return name in SITES or name.startswith((LINEAR_INPUT, PROJECTION_WEIGHT)) or name in declared
 
 
 def group_path(site: str) -> str:

@@ -14,7 +14,7 @@ from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
 from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
 from osp_diag.capture.documents import Documents, documents_of
-from osp_diag.capture.down_projection import down_projection, output_projection
+from osp_diag.capture.down_projection import down_projection, fused_part, output_projection
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
@@ -25,7 +25,7 @@ from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
-from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES
+from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, PROJECTION_WEIGHT
 from osp_diag.sites.names import Tap, matches
 
 if TYPE_CHECKING:
@@ -48,6 +48,10 @@ EstimatorChoice = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
 """Estimators for every site, for the sites that match a pattern, or (None) the default ones of each site."""
 
 
+def _is_weight(site: str) -> bool:
+    return site == DOWN_WEIGHT or site.startswith(PROJECTION_WEIGHT)
+
+
 def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     """The estimators that apply at a site, by what they observe."""
     if isinstance(estimators, Mapping):
@@ -56,7 +60,7 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     kinds: tuple[Observes, ...] = ("activation",)
     if site == ATTENTION:
         kinds = ("attention",)
-    elif site == DOWN_WEIGHT:
+    elif _is_weight(site):
         kinds = ("weight",)
     elif site in HEAD_SITES:
         kinds = ("activation", "heads")
@@ -154,7 +158,7 @@ class Collector:
 
     def needs(self, tap: Tap) -> bool:
         """Whether a tap is read: its site is measured, or attention statistics take their values there."""
-        if tap.site == DOWN_WEIGHT and not self.suites_at(DOWN_WEIGHT):
+        if _is_weight(tap.site) and not (self.includes(tap.site) and self.suites_at(tap.site)):
             return False
         return self.includes(tap.site) or (tap.site == "value" and self.includes(ATTENTION))
 
@@ -442,6 +446,8 @@ class Collector:
         if key in self._states:
             return
         weight = down_projection(module, hidden)
+        if tap.fused is not None and not isinstance(weight, str):
+            weight = fused_part(weight, tap.fused)
         if isinstance(weight, str):
             self.skipped[tap.site] = weight
             return

@@ -1,4 +1,4 @@
-"""The matrix of a down projection as estimators take it, whatever way a module holds it.
+"""The matrix of a projection as estimators take it, whatever way a module holds it.
 
 It is read just before the projection runs. Then a weight that FSDP shards is whole, one that a device map
 keeps elsewhere is about to be fetched, and it is the weight that this forward pass multiplies by.
@@ -15,7 +15,14 @@ from torch import Tensor, nn
 
 from osp_diag.capture.experts import DOWN_NAMES
 
-__all__ = ["down_projection", "output_projection", "projection_weight", "weights_at_hand", "whole_weight"]
+__all__ = [
+    "down_projection",
+    "fused_part",
+    "output_projection",
+    "projection_weight",
+    "weights_at_hand",
+    "whole_weight",
+]
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,6 +51,14 @@ def down_projection(
             return whole
         oriented = _oriented(module, whole, hidden.shape[-1])
         return oriented if isinstance(oriented, str) else oriented[None]
+
+
+def fused_part(
+    weight: Float[Tensor, "expert row channel"], part: tuple[int, int, int, int]
+) -> Float[Tensor, "expert row channel"]:
+    """The rows of a fused projection that a tap's ``fused`` names."""
+    groups, slots, first, count = part
+    return weight.unflatten(1, (groups, slots, -1))[:, :, first : first + count].flatten(1, 3)
 
 
 def output_projection(

@@ -36,7 +36,7 @@ from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, k
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
-from osp_diag.schema import ATTENTION, HEAD_SITES, HIDDEN_STATES, LINEAR_INPUT, SITES
+from osp_diag.schema import ATTENTION, HEAD_SITES, HIDDEN_STATES, LINEAR_INPUT, PROJECTION_WEIGHT, SITES
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
@@ -162,11 +162,7 @@ class Probe:
             "number_of_layers": self.site_map.number_of_layers,
             "hidden_size": self.site_map.hidden_size,
             "blocks": self.site_map.blocks,
-            "sites": {
-                site: SITES.get(site, "input of this projection")
-                for site in self.site_map.sites
-                if self.measures_site(site)
-            },
+            "sites": {site: _meaning(site) for site in self.site_map.sites if self.measures_site(site)},
             "absent_sites": self.absent,
             "notes": list(self.site_map.notes),
             "estimators": list(estimators),
@@ -437,3 +433,9 @@ class Probe:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _meaning(site: str) -> str:
+    if site.startswith(PROJECTION_WEIGHT):
+        return "weights of this projection: statistics of a matrix, not of tokens"
+    return SITES.get(site, "input of this projection")

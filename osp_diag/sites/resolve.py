@@ -30,6 +30,7 @@ from osp_diag.sites.trace import (
     undisturbed,
     unwrap,
 )
+from osp_diag.sites.weight_sites import projection_weights
 from osp_diag.sites.zero_weights import nonzero_weights
 
 __all__ = ["find_sites"]
@@ -98,6 +99,7 @@ def find_sites(
     taps += _outer_linear_sites(trace, events, traced_blocks[0], layers[-1])
     taps = _with_named_taps(taps, named or {}, trace, events, traced_blocks)
     taps += _down_weights(taps, trace, traced_blocks)
+    taps += [tap for block in traced_blocks for tap in projection_weights(block, taps)]
     return SiteMap(
         blocks=stack,
         block_paths=paths,

@@ -256,7 +256,11 @@ def own_weight(module: nn.Module) -> np.ndarray:
 
 def at_layer(run: Any, layer: int, step: int = 0) -> dict[str, np.ndarray]:
     found = run.at(SITE).sel(step=step, layer=layer)
-    return {str(name): value.values for name, value in found.data_vars.items()}
+    return {
+        str(name): value.values
+        for name, value in found.data_vars.items()
+        if value.attrs["estimator"] == "weight_outliers/1"
+    }
 
 
 def test_a_probe_records_them_by_default(tmp_path) -> None:
