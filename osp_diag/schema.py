@@ -27,6 +27,7 @@ __all__ = [
     "QUANTIZATION",
     "RAW",
     "RESIDUAL_SITES",
+    "ROUTER",
     "SERIES",
     "SINK_EPSILON",
     "SINK_POSITION",
@@ -69,6 +70,7 @@ SITES: dict[str, str] = {
     "cross_attention_contribution": "what cross-attention adds to the residual stream",
     "residual_mid": "residual stream that the MLP reads, after attention (and cross-attention) or the mixer",
     "mlp_input": "what the MLP receives, after its norm",
+    "router": "which experts a token is sent to, and what they give: statistics only, no activation is kept",
     "mlp_hidden": "the input of the MLP's down projection",
     "mlp_down_weight": "the weights of the MLP's down projection: statistics of a matrix, not of tokens",
     "mlp_contribution": "what the MLP adds to the residual stream",
@@ -83,10 +85,12 @@ OCCASIONAL_SITES = (
     "cross_attention_input",
     "cross_attention_output",
     "cross_attention_contribution",
+    "router",
 )
 """Sites that some kinds of layer have; where no layer is of that kind, nothing is said of them."""
 ATTENTION = "attention"
 DOWN_WEIGHT = "mlp_down_weight"
+ROUTER = "router"
 LINEAR_INPUT = "linear_input:"
 """How the sites begin that are the input of one projection, by its path within the block."""
 PROJECTION_WEIGHT = "projection_weight:"

@@ -17,7 +17,7 @@ RNG = np.random.default_rng(5)
 
 
 def norms_after_projection(value: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """(batch, head, token) of ‖W_O^h v‖₂ in float64, from (batch, group, token, width) and (head, row, width)."""
+    """‖W_O^h v‖₂ (batch, head, token) in float64; weight is (head, row, width)."""
     value = np.repeat(value.astype(np.float64), weight.shape[0] // value.shape[1], axis=1)
     return np.linalg.norm(np.einsum("hrw,bhtw->bhtr", weight.astype(np.float64), value), axis=-1)
 

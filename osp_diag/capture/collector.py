@@ -14,7 +14,12 @@ from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
 from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
 from osp_diag.capture.documents import Documents, documents_of
-from osp_diag.capture.down_projection import down_projection, fused_part, output_projection
+from osp_diag.capture.down_projection import (
+    down_projection,
+    expert_projection,
+    fused_part,
+    output_projection,
+)
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
@@ -24,8 +29,9 @@ from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
+from osp_diag.estimators.routing import RoutingObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
-from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, PROJECTION_WEIGHT
+from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, PROJECTION_WEIGHT, ROUTER
 from osp_diag.sites.names import Tap, matches
 
 if TYPE_CHECKING:
@@ -35,7 +41,7 @@ if TYPE_CHECKING:
 __all__ = ["Collector", "Key", "suites_of"]
 
 Key = tuple[str, int, str]
-"""(site, layer, what is observed: "activation", "heads", "attention" or "weight")"""
+"""(site, layer, what is observed: "activation", "heads", "attention", "weight" or "routing")"""
 
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
@@ -60,6 +66,8 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     kinds: tuple[Observes, ...] = ("activation",)
     if site == ATTENTION:
         kinds = ("attention",)
+    elif site == ROUTER:
+        kinds = ("routing",)
     elif _is_weight(site):
         kinds = ("weight",)
     elif site in HEAD_SITES:
@@ -106,6 +114,7 @@ class Collector:
     snapshots : keeps the raw activations of a first sequence for pictures, or None
     groups : keeps some sums apart by group of forward passes, or None
     output_projections : layer → attention's output projection, for measurements that read its weight
+    expert_projections : layer → the experts' down projections, where experts are modules
     """
 
     def __init__(
@@ -120,6 +129,7 @@ class Collector:
         snapshots: Snapshots | None = None,
         groups: TokenGroups | None = None,
         output_projections: Mapping[int, nn.Module] | None = None,
+        expert_projections: Mapping[int, Sequence[nn.Module]] | None = None,
     ) -> None:
         self.includes = includes
         self.estimators = estimators
@@ -130,6 +140,7 @@ class Collector:
         self.snapshots = snapshots
         self.groups = groups
         self.output_projections = output_projections or {}
+        self.expert_projections = expert_projections or {}
         self._states: dict[Key, State] = {}
         self._stacks: dict[tuple[Key, ...], State] = {}
         self._fused: FusedFolding | None = None
@@ -155,6 +166,8 @@ class Collector:
         self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
         self._values: dict[int, torch.Tensor] = {}
+        self._layers_chosen: set[int] = set()
+        """where the choice of experts is known in this pass: the router and the experts may both tell"""
 
     def needs(self, tap: Tap) -> bool:
         """Whether a tap is read: its site is measured, or attention statistics take their values there."""
@@ -187,7 +200,7 @@ class Collector:
         """A forward pass begins; which tokens it is about is known when the stream enters the first block."""
         self._pass = forward_pass
         self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
-        self._layers_called, self._values = set(), {}
+        self._layers_called, self._values, self._layers_chosen = set(), {}, set()
         if self.groups is not None:
             self.groups.start(self.forward_passes)
         self._before_stream, self._tokens, self._masks = [], None, Masks()
@@ -273,6 +286,8 @@ class Collector:
             self._fold(site, layer, kind, values, self._parts_on(values.device)[0].strata)
         elif kind == "routed":
             self._fold_routed(layer, values)
+        elif site == ROUTER:
+            self._fold_router(layer, kind, values)
         else:
             self._fold_heads(site, layer, values.transpose(1, 2))
 
@@ -355,6 +370,8 @@ class Collector:
                 self._values[layer] = tensor
             if self.includes(tap.site):
                 self._fold_heads(tap.site, layer, tensor)
+        elif tap.site == ROUTER:
+            self._on_router(layer, tap.scores, value.reshape(batch, tokens, -1))
         elif self.includes(tap.site):
             value = value.reshape(batch, tokens, -1)
             if self._cached_pass is not None:
@@ -440,10 +457,51 @@ class Collector:
             x = part.rows(rows).transpose(1, 2).flatten(0, 1)
             self._fold("mlp_hidden", layer, "activation", x, part.strata.repeat_interleave(slots, dim=1))
 
+    def on_choice(self, layer: int, experts: torch.Tensor, peaks: torch.Tensor, count: int) -> None:
+        """Fold which of ``count`` experts each token was sent to, and the largest |y| that each gave for it.
+
+        Both are (batch · token, slot).
+        """
+        if self._tokens is None or experts.shape[0] != self._tokens[0] * self._tokens[1]:
+            return
+        shape, index = (experts.shape[0], count), experts.long()
+        top = torch.full(shape, -torch.inf, device=peaks.device).scatter_reduce(
+            1, index, peaks.float(), "amax", include_self=True
+        )
+        choice = torch.zeros(shape, device=peaks.device).scatter(1, index, 1.0)
+        for kind, values in (("choice", choice), ("peaks", top)):
+            self._on_router(layer, kind, values.reshape(*self._tokens, count))
+
+    def _on_router(self, layer: int, kind: str, values: torch.Tensor) -> None:
+        if kind == "choice":
+            if layer in self._layers_chosen:
+                return
+            self._layers_chosen.add(layer)
+        if self._cached_pass is not None:
+            self._hold((ROUTER, layer, kind), values)
+            return
+        self._fold_router(layer, kind, values)
+
+    def _fold_router(self, layer: int, kind: str, values: torch.Tensor) -> None:
+        """(batch, token, expert) of one kind: logits, probabilities, choice or peaks."""
+        suite = self.suites_at(ROUTER).get("routing")
+        if suite is None:
+            return
+        if kind == "probabilities":
+            kind, values = "logits", values.float().log()
+        elif kind == "choice":
+            values = (values != 0).float()
+        for part in self._parts_on(values.device):
+            observation = RoutingObservation(part.strata, values.shape[-1], **{kind: part.rows(values)})
+            self._merge((ROUTER, layer, "routing"), suite, observation.layout, suite.measure(observation))
+
     def on_weight(self, tap: Tap, layer: int, module: nn.Module, hidden: torch.Tensor) -> None:
         """Measure a projection's weights, once a step: they are the same in all its forward passes."""
         key = (tap.site, layer, "weight")
         if key in self._states:
+            return
+        if tap.site == DOWN_WEIGHT and layer in self.expert_projections:
+            self._on_expert_weights(key, hidden.shape[-1])
             return
         weight = down_projection(module, hidden)
         if tap.fused is not None and not isinstance(weight, str):
@@ -454,6 +512,28 @@ class Collector:
         suite = self.suites_at(tap.site)["weight"]
         observation = WeightObservation(weight)
         self._merge(key, suite, observation.layout, suite.measure(observation))
+
+    def _on_expert_weights(self, key: Key, rows: int) -> None:
+        """Measure the experts' matrices one by one, and label them as if they were stacked."""
+        suite = self.suites_at(key[0])["weight"]
+        states: list[State] = []
+        for module in self.expert_projections[key[1]]:
+            weight = expert_projection(module, rows)
+            if isinstance(weight, str):
+                self.skipped[key[0]] = weight
+                return
+            observation = WeightObservation(weight)
+            states.append(suite.measure(observation))
+        layout = replace(observation.layout, experts=len(states))
+        together = {}
+        for name, spec in suite.fields(layout).items():
+            values = [state[name] for state in states]
+            if "expert" in spec.dims:
+                together[name] = torch.cat(values, dim=spec.dims.index("expert"))
+            else:
+                # Maxima, as all that is measured of weights (docs/decisions.md, Estimators).
+                together[name] = torch.stack(values).amax(0)
+        self._merge(key, suite, layout, together)
 
     # Folding
 

@@ -17,6 +17,7 @@ from osp_diag.capture.experts import DOWN_NAMES
 
 __all__ = [
     "down_projection",
+    "expert_projection",
     "fused_part",
     "output_projection",
     "projection_weight",
@@ -51,6 +52,20 @@ def down_projection(
             return whole
         oriented = _oriented(module, whole, hidden.shape[-1])
         return oriented if isinstance(oriented, str) else oriented[None]
+
+
+def expert_projection(module: nn.Module, rows: int) -> Float[Tensor, "expert row channel"] | str:
+    """The weights of one expert's down projection, by how many channels it gives."""
+    with weights_at_hand(module):
+        whole = projection_weight(module)
+        if isinstance(whole, str):
+            return whole
+        if whole.ndim != 2 or rows not in whole.shape:
+            return f"its weight of shape {tuple(whole.shape)} is no matrix that gives {rows} channels"
+        transposed = whole.shape[0] != rows
+        if whole.shape[0] == whole.shape[1]:
+            transposed = "conv1d" in type(module).__name__.lower()
+        return (whole.T if transposed else whole)[None]
 
 
 def fused_part(

@@ -36,7 +36,15 @@ from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, k
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
-from osp_diag.schema import ATTENTION, HEAD_SITES, HIDDEN_STATES, LINEAR_INPUT, PROJECTION_WEIGHT, SITES
+from osp_diag.schema import (
+    ATTENTION,
+    HEAD_SITES,
+    HIDDEN_STATES,
+    LINEAR_INPUT,
+    PROJECTION_WEIGHT,
+    ROUTER,
+    SITES,
+)
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
@@ -254,6 +262,10 @@ class Probe:
                 for tap in self.site_map.taps
                 if tap.site == "attention_output" and tap.side == "input"
             },
+            expert_projections={
+                layer: [unwrap(self.model).get_submodule(down) for _, down in experts]
+                for layer, experts in self.site_map.expert_modules.items()
+            },
         )
 
     @contextmanager
@@ -276,7 +288,7 @@ class Probe:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unfused(unwrap(self.model)))
             stack.enter_context(capture)
-            if self.site_map.expert_layers and self.measures_site("mlp_hidden"):
+            if self.site_map.expert_layers and any(map(self.measures_site, ("mlp_hidden", ROUTER))):
                 stack.enter_context(self._experts(collector, capture))
             if self.site_map.attention_layers and any(self.measures_site(site) for site in heads):
 
@@ -295,11 +307,30 @@ class Probe:
     @contextmanager
     def _experts(self, collector: Collector, capture: SiteCapture) -> Iterator[None]:
         def failed(layer: int) -> None:
-            collector.skipped["mlp_hidden"] = (
-                "the experts' products were not recognised in their implementation"
+            reason = "the experts' products were not recognised in their implementation"
+            if self.measures_site("mlp_hidden"):
+                collector.skipped["mlp_hidden"] = reason
+            if self.measures_site(ROUTER):
+                choice_unknown(reason)
+
+        def choice_unknown(reason: str) -> None:
+            collector.notes.setdefault(
+                "what each expert gives is not measured, nor its load where the router does not hand over "
+                f"its choice: {reason}"
             )
 
-        model, hooks = unwrap(self.model), (capture.active, collector.on_routed, failed)
+        def on_rows(layer: int, rows: torch.Tensor, slots: int) -> None:
+            if self.measures_site("mlp_hidden"):
+                collector.on_routed(layer, rows, slots)
+
+        def on_choice(layer: int, experts: torch.Tensor | None, peaks: torch.Tensor | None) -> None:
+            if experts is None or peaks is None:
+                choice_unknown("the experts' products do not tell whose weights they multiply by")
+            else:
+                collector.on_choice(layer, experts, peaks, self.site_map.expert_counts[layer])
+
+        model = unwrap(self.model)
+        hooks = (capture.active, on_rows, failed, on_choice if self.measures_site(ROUTER) else None)
         layers, modules = self.site_map.expert_layers, self.site_map.expert_modules
         stacked = {layer: path for layer, path in layers.items() if layer not in modules}
         with (

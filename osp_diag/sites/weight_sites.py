@@ -1,4 +1,4 @@
-"""The projections of a block as matrices: which is the query's, the key's, the gate's, by what they compute."""
+"""The projections of a block as matrices: whose each is (query, key, gate …), by what it computes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,12 @@ def projection_weights(block: Block, taps: list[Tap]) -> list[Tap]:
     ----------
     taps : those of the block so far
     """
-    projections = [e for e in block.inner if e.projection and block.has_one_row_a_token(e.input)]
+    experts = () if block.expert_list is None else (f"{block.expert_list[0]}.",)
+    projections = [
+        event
+        for event in block.inner
+        if event.projection and block.has_one_row_a_token(event.input) and not event.name.startswith(experts)
+    ]
     of_block = [tap for tap in taps if tap.layer == block.layer]
     down = {tap.module for tap in of_block if tap.site == DOWN_WEIGHT}
     roles: list[tuple[Event, str, _Part | None]] = []

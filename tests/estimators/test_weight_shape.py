@@ -1,4 +1,4 @@
-"""Kurtosis and norm ratios of weights: the definition in float64, its laws, and every projection by its role."""
+"""Kurtosis and norm ratios of weights: the definition in float64, laws, and projections by their roles."""
 
 from __future__ import annotations
 
