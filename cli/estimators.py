@@ -24,6 +24,7 @@ OBSERVED = {
     "heads": "of queries, keys and values, by head",
     "attention": "of attention: sinks and logits",
     "weight": "of weights: the down projections, and on request all others",
+    "product": "of what goes into the down projections and what comes out",
     "routing": "of mixtures of experts: the router, the load of its experts and what they give",
 }
 

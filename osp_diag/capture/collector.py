@@ -30,6 +30,7 @@ from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.routing import RoutingObservation
+from osp_diag.estimators.super_weight import ProductObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
 from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, PROJECTION_WEIGHT, ROUTER
 from osp_diag.sites.names import Tap, matches
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Collector", "Key", "suites_of"]
 
 Key = tuple[str, int, str]
-"""(site, layer, what is observed: "activation", "heads", "attention", "weight" or "routing")"""
+"""(site, layer, what is observed: "activation", "heads", "attention", "weight", "routing" or "product")"""
 
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
@@ -69,7 +70,7 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     elif site == ROUTER:
         kinds = ("routing",)
     elif _is_weight(site):
-        kinds = ("weight",)
+        kinds = ("weight", "product")
     elif site in HEAD_SITES:
         kinds = ("activation", "heads")
     suites: dict[str, Suite] = {}
@@ -171,7 +172,7 @@ class Collector:
 
     def needs(self, tap: Tap) -> bool:
         """Whether a tap is read: its site is measured, or attention statistics take their values there."""
-        if _is_weight(tap.site) and not (self.includes(tap.site) and self.suites_at(tap.site)):
+        if _is_weight(tap.site) and tap.side not in self.suites_at(tap.site):
             return False
         return self.includes(tap.site) or (tap.site == "value" and self.includes(ATTENTION))
 
@@ -512,6 +513,28 @@ class Collector:
         suite = self.suites_at(tap.site)["weight"]
         observation = WeightObservation(weight)
         self._merge(key, suite, observation.layout, suite.measure(observation))
+
+    def on_product(self, tap: Tap, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Fold what a projection was given and what it gave."""
+        if self._tokens is None:
+            return
+        batch, tokens = self._tokens
+        rows = [batch_first(tap, value, batch, tokens) for value in (inputs, outputs)]
+        suite = self.suites_at(tap.site)["product"]
+        key = (tap.site, layer, "product")
+        if "weight" in self.suites_at(tap.site) and (tap.site, layer, "weight") not in self._states:
+            return  # The matrix cannot be read, which ``skipped`` says.
+        if any(row is None for row in rows):
+            return
+        whole = [row.reshape(batch, tokens, -1) for row in rows if row is not None]
+        for part in self._parts_on(inputs.device):
+            observation = ProductObservation(*map(part.rows, whole), part.strata[0])
+            increment = suite.measure(observation)
+            if not self._measures_calls or (self._cached_pass is not None and self._cached_pass.start > 0):
+                # Of a part of a sequence: which of its tokens is the largest is not known.
+                names = ("product_peak.same_token", "product_peak.sequences")
+                increment |= {n: torch.zeros_like(increment[n]) for n in names if n in increment}
+            self._merge(key, suite, observation.layout, increment)
 
     def _on_expert_weights(self, key: Key, rows: int) -> None:
         """Measure the experts' matrices one by one, and label them as if they were stacked."""

@@ -25,9 +25,9 @@ from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, nam
 from osp_diag.schema import STRATA
 
 Combine = Literal["sum", "maximum", "minimum"]
-Observes = Literal["activation", "heads", "attention", "weight", "routing"]
-"""What an estimator looks at: activations of a site, the same by head, attention, a weight matrix, or which
-experts tokens are sent to."""
+Observes = Literal["activation", "heads", "attention", "weight", "routing", "product"]
+"""What an estimator looks at: activations of a site, the same by head, attention, a weight matrix, which
+experts tokens are sent to, or what a projection is given and what it gives."""
 State = dict[str, Array]
 
 __all__ = [

@@ -17,6 +17,7 @@ from osp_diag.capture.expert_modules import ExpertModuleCapture
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
+from osp_diag.capture.super_weights import with_super_weights
 from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
@@ -38,6 +39,7 @@ from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
 from osp_diag.schema import (
     ATTENTION,
+    DOWN_WEIGHT,
     HEAD_SITES,
     HIDDEN_STATES,
     LINEAR_INPUT,
@@ -280,6 +282,7 @@ class Probe:
             on_stop=collector.stop,
             on_weight=collector.on_weight,
             on_stream=collector.on_stream,
+            on_product=collector.on_product,
             prefix=self.site_map.prefix,
         )
         heads = (ATTENTION, *HEAD_SITES)
@@ -380,6 +383,7 @@ class Probe:
 
             layouts |= {key: layouts[key[:3]] for key in apart}
             states, layouts = merge_over_ranks(states, layouts, fields)
+        states = with_super_weights(states, self._down_projections())
         on_host = to_host(states)
         # Not the collector itself, which holds the device's memory.
         suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
@@ -404,6 +408,14 @@ class Probe:
             return groups
 
         return labelled
+
+    def _down_projections(self) -> dict[int, nn.Module]:
+        model = unwrap(self.model)
+        return {
+            tap.layer: model.get_submodule(tap.module)
+            for tap in self.site_map.taps
+            if tap.site == DOWN_WEIGHT and tap.side == "product"
+        }
 
     def _keep_snapshots(self, collector: Collector) -> None:
         if collector.snapshots is None or not is_first_rank():

@@ -19,7 +19,8 @@ AT_THE_CALL = frozenset({ATTENTION, "query_post_rope", "key_post_rope", "value"}
 class Tap:
     """Where one site of one layer is read: a module, one of its sides, and how its channels are laid out.
 
-    ``side`` is "input", "output" or, for the matrix that multiplies the input, "weight".
+    ``side`` is "input", "output" or, for the matrix that multiplies the input, "weight", and for what it is
+    given with what it gives, "product".
     ``argument`` is the position or keyword of the tensor among the module's inputs, or its index in an
     output tuple (None for a bare tensor). ``heads`` > 0 says that the channels are (heads, head_channels);
     ``head_axis`` is where the head axis stands in the tensor itself: "flat" for (…, heads · width),

@@ -185,7 +185,7 @@ def _down_weights(taps: list[Tap], trace: Trace, blocks: list[Block]) -> list[Ta
     for block in blocks:
         tap = hidden.get(block.layer)
         if tap is not None and tap.side == "input" and tap.module in projections:
-            weights.append(replace(tap, site=DOWN_WEIGHT, side="weight"))
+            weights += [replace(tap, site=DOWN_WEIGHT, side=side) for side in ("weight", "product")]
         elif tap is None and block.experts:
             experts = next(event for event in block.inner if event.name == block.experts)
             weights.append(replace(input_tap(DOWN_WEIGHT, block.layer, experts), side="weight"))

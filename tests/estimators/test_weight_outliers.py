@@ -360,7 +360,7 @@ def test_where_there_is_none_the_run_says_so() -> None:
     for block in model.model.layers:
         block.mlp.down_proj.weight = Subclass(block.mlp.down_proj.weight.detach())
     run = osp_diag.probe(model, tokenizer=byte_tokenizer(), tokens=32, seq_len=16)
-    assert SITE not in run.sites
+    assert SITE not in run.sites  # nor what goes in and comes out
     assert run.absent_sites[SITE] == "its weight is stored as Subclass"
     with pytest.raises(osp_diag.OspDiagError, match="has no site 'mlp_down_weight': its weight is stored"):
         run.at(SITE)
