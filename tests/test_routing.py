@@ -218,3 +218,19 @@ def test_nothing_is_said_of_routers_where_there_are_no_experts() -> None:
     probe = osp_diag.Probe(built("llama"))
     assert "router" not in probe.absent
     assert "router" not in probe.site_map.sites
+
+
+def test_a_summary_says_it_where_there_are_experts() -> None:
+    model, batch = FAMILIES["mixtral"].build(), FAMILIES["mixtral"].inputs()
+    probe = osp_diag.Probe(model)
+    with probe.step(0), torch.no_grad():
+        model(**batch)
+    summary = probe.run.summary()
+    router = probe.run.at("router").isel(step=0).sel(stratum="all")
+    assert summary.experts == 4
+    assert summary.router_entropy == pytest.approx(router["router_entropy"].mean().item())
+    assert summary.expert_load_max == pytest.approx(router["expert_load_max"].max().item())
+    layer, expert = summary.expert_load_max_layer, summary.expert_load_max_expert
+    assert router["expert_load"].sel(layer=layer).argmax() == expert
+    assert f"(layer {layer}, expert {expert}); 0 get no token" in " ".join(summary.text().split())
+    assert summary.as_dict()["idle_experts"] == 0
