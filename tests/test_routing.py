@@ -231,6 +231,6 @@ def test_a_summary_says_it_where_there_are_experts() -> None:
     assert summary.router_entropy == pytest.approx(router["router_entropy"].mean().item())
     assert summary.expert_load_max == pytest.approx(router["expert_load_max"].max().item())
     layer, expert = summary.expert_load_max_layer, summary.expert_load_max_expert
-    assert router["expert_load"].sel(layer=layer).argmax() == expert
+    assert router["expert_load"].sel(layer=layer).values.argmax() == expert
     assert f"(layer {layer}, expert {expert}); 0 get no token" in " ".join(summary.text().split())
     assert summary.as_dict()["idle_experts"] == 0

@@ -144,9 +144,8 @@ def _compared(case: Case, row: Row, model: nn.Module, batch: dict[str, Tensor], 
         return _ended(row, "raised", error)
     row.bit_identical = _same(output, probed) and _same(output, _forward(model, batch))
     site_map = probe.site_map
-    row.sites = [
-        site for site in site_map.sites if not site.startswith(("linear_input:", "projection_weight:"))
-    ]
+    of_projections = ("linear_input:", "projection_weight:")
+    row.sites = [site for site in site_map.sites if not site.startswith(of_projections)]
     row.absent = dict(site_map.absent)
     row.notes += [n for n in site_map.notes if not n.startswith("attention seen through")]
     row.layers = site_map.number_of_layers

@@ -528,7 +528,7 @@ class Collector:
             return
         whole = [row.reshape(batch, tokens, -1) for row in rows if row is not None]
         for part in self._parts_on(inputs.device):
-            observation = ProductObservation(*map(part.rows, whole), part.strata[0])
+            observation = ProductObservation(part.rows(whole[0]), part.rows(whole[1]), part.strata[0])
             increment = suite.measure(observation)
             if not self._measures_calls or (self._cached_pass is not None and self._cached_pass.start > 0):
                 # Of a part of a sequence: which of its tokens is the largest is not known.

@@ -194,21 +194,23 @@ class RouterEntropy(Estimator):
         xp = namespace_of(count)
         mean = quotient(state["router_softmax.probability"], count[..., None])
         logarithm = xp.log(xp.where(mean > 0, mean, xp.ones_like(mean)))
-        bounds = {"floor": 0.0, "ceiling": log(layout.experts)}
+        ceiling = log(layout.experts)
         return {
             self.name: Output(
                 quotient(state["router_softmax.entropy"], count),
                 ("stratum",),
-                self.unit,
-                self.formula,
-                **bounds,
+                unit=self.unit,
+                definition=self.formula,
+                floor=0.0,
+                ceiling=ceiling,
             ),
             "router_mean_entropy": Output(
                 -xp.sum(mean * logarithm, axis=-1),
                 ("stratum",),
-                self.unit,
-                "−Σ_e p̄_e log p̄_e, p̄ = mean over tokens of the router's softmax",
-                **bounds,
+                unit=self.unit,
+                definition="−Σ_e p̄_e log p̄_e, p̄ = mean over tokens of the router's softmax",
+                floor=0.0,
+                ceiling=ceiling,
             ),
         }
 

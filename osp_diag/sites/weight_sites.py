@@ -58,7 +58,7 @@ def projection_weights(block: Block, taps: list[Tap]) -> list[Tap]:
         for event in projections
         if event.name not in told | down
     ]
-    weights = {}
+    weights: dict[tuple[str, str], Tap] = {}
     for event, role, part in roles:
         tap = input_tap(f"{PROJECTION_WEIGHT}{role}", block.layer, event)
         # One matrix however often its module runs.
