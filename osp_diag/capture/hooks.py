@@ -366,7 +366,10 @@ class SiteCapture:
                 value, output = _input_of(tap.argument, args, kwargs), _output_of(None, result)
                 if isinstance(value, torch.Tensor) and isinstance(output, torch.Tensor):
                     with unobserved(value.device):
-                        on_product(tap, self._layer(tap), value.detach(), output.detach())
+                        pair = value.detach(), output.detach()
+                        if tap.channels_first:  # a convolution over single tokens gives what it takes
+                            pair = pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+                        on_product(tap, self._layer(tap), *pair)
 
         return hook
 
