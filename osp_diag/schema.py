@@ -24,10 +24,12 @@ __all__ = [
     "LOGGED_STEP",
     "OCCASIONAL_SITES",
     "OPTIMIZER",
+    "PROJECTION_WEIGHT",
     "PROTOCOLS",
     "QUANTIZATION",
     "RAW",
     "RESIDUAL_SITES",
+    "ROUTER",
     "SEAM_NOTE",
     "SERIES",
     "SINK_EPSILON",
@@ -77,6 +79,7 @@ SITES: dict[str, str] = {
     "cross_attention_contribution": "what cross-attention adds to the residual stream",
     "residual_mid": "residual stream that the MLP reads, after attention (and cross-attention) or the mixer",
     "mlp_input": "what the MLP receives, after its norm",
+    "router": "which experts a token is sent to, and what they give: statistics only, no activation is kept",
     "mlp_hidden": "the input of the MLP's down projection",
     "mlp_down_weight": "the weights of the MLP's down projection: statistics of a matrix, not of tokens",
     "mlp_contribution": "what the MLP adds to the residual stream",
@@ -95,14 +98,19 @@ OCCASIONAL_SITES = (
     "cross_attention",
     "cross_attention_output",
     "cross_attention_contribution",
+    "router",
 )
 """Sites that some kinds of layer have; where no layer is of that kind, nothing is said of them."""
 ATTENTION = "attention"
 CROSS_ATTENTION = "cross_attention"
 CROSS_HEAD_SITES = ("cross_attention_query", "cross_attention_key", "cross_attention_value")
 DOWN_WEIGHT = "mlp_down_weight"
+ROUTER = "router"
 LINEAR_INPUT = "linear_input:"
 """How the sites begin that are the input of one projection, by its path within the block."""
+PROJECTION_WEIGHT = "projection_weight:"
+"""How the sites begin that are the weights of one projection, by its role (query, key, value,
+attention_output, gate, up) or its path within the block."""
 HEAD_SITES = (
     "query_pre_rope",
     "key_pre_rope",
@@ -192,13 +200,13 @@ TOKEN_UNIT = "token id"
 
 
 def is_site(name: str, declared: Collection[str] = ()) -> bool:
-    """Whether a group is a site: of the vocabulary, the input of a projection, or ``declared`` by its run.
+    """Whether a group is a site: of the vocabulary, of one projection, or ``declared`` by its run.
 
     Parameters
     ----------
     declared : the sites that a user named, as the attribute ``sites`` of a run lists them
     """
-    return name in SITES or name.startswith(LINEAR_INPUT) or name in declared
+    return name in SITES or name.startswith((LINEAR_INPUT, PROJECTION_WEIGHT)) or name in declared
 
 
 def stratum_words(stratum: str) -> str:

@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from osp_diag.analyses.in_notebook import in_notebook
+from osp_diag.analyses.summary.experts import experts
 from osp_diag.analyses.summary.numbers import everyday, kurtosis, largest, massive, nonfinite, sinks
 from osp_diag.analyses.summary.rules import judged, verdict_words
+from osp_diag.analyses.summary.super_weights import super_weights
 from osp_diag.errors import StoreError
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
@@ -86,6 +88,20 @@ class Summary:
     largest_logit_layer: int | None = None
     largest_logit_head: int | None = None
     heads_above_qk_clip: int | None = None
+
+    super_weights: tuple[tuple[int, int, int, float], ...] | None = None
+    """(layer, row, column, value) of down projections' entries that count as super weights"""
+
+    experts: int | None = None
+    """that a router chooses among, in the layer that has most"""
+    router_entropy: float | None = None
+    """nats, mean over tokens and layers"""
+    idle_experts: int | None = None
+    """experts of all layers that no token was sent to"""
+    expert_load_max: float | None = None
+    """the largest load of an expert over the mean load of its layer"""
+    expert_load_max_layer: int | None = None
+    expert_load_max_expert: int | None = None
 
     nonfinite_counted: bool = False
     nonfinite_tokens: int = 0
@@ -164,7 +180,7 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
     if fields["sequence_length"] != 1:  # one token attends to nothing but itself
         fields |= sinks(sites)
         fields["cross_attention"] = sinks(sites, CROSS_ATTENTION)
-    fields |= nonfinite(sites)
+    fields |= super_weights(sites) | experts(sites) | nonfinite(sites)
     return Summary(**fields, notes=run.notes, verdict=verdict_words(judged(fields).values()))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -43,7 +44,9 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
         yield _nonfinite(summary)
     yield from _kurtosis(summary)
     yield from _massive(summary)
+    yield from _super_weights(summary)
     yield from _everyday(summary)
+    yield from _experts(summary)
     yield from _sinks(summary)
     yield from _cross_attention(summary)
 
@@ -155,6 +158,36 @@ def _everyday(summary: Summary) -> Iterator[str]:
             else f"Everyday channels, on {stratum_words(summary.ordinary_stratum)}"
         )
         yield f"{whom}: {', '.join(clauses)}"
+
+
+def _super_weights(summary: Summary) -> Iterator[str]:
+    if summary.super_weights is None:
+        return
+    entries = [
+        f"layer {layer} [{row}, {column}] = {number(value)}"
+        for layer, row, column, value in summary.super_weights
+    ]
+    listing = "; ".join(entries) if entries else "none"
+    yield f"Super weights of down projections ([row, column], super_weight/1): {listing}"
+
+
+def _experts(summary: Summary) -> Iterator[str]:
+    if summary.experts is None:
+        return
+    clauses = []
+    if summary.router_entropy is not None:
+        clauses.append(
+            f"the router's entropy is {summary.router_entropy:.2f} nats a token "
+            f"(ln {summary.experts} = {math.log(summary.experts):.2f} where all are alike)"
+        )
+    if summary.expert_load_max is not None:
+        clauses.append(
+            f"the largest load is {summary.expert_load_max:.1f} times the mean (layer "
+            f"{summary.expert_load_max_layer}, expert {summary.expert_load_max_expert}); "
+            f"{summary.idle_experts} get no token"
+        )
+    if clauses:
+        yield f"Experts: {', '.join(clauses)}"
 
 
 def _sinks(summary: Summary) -> Iterator[str]:

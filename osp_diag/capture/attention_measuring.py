@@ -30,6 +30,7 @@ def measure_attention(
     mask: AttentionMask,
     compiled: bool,
     token_ids: TokenIds | None = None,
+    output_weight: torch.Tensor | None = None,
 ) -> tuple[Layout, State]:
     """Measure one call.
 
@@ -40,6 +41,7 @@ def measure_attention(
     stratum_names : ``all``, then the others
     mask : from :func:`mask_of`
     token_ids : the ids of the tokens, on the call's device
+    output_weight : (head, row, value channel) of the output projection, where a measurement reads it
     compiled : use FlexAttention where its masks hold the call's; otherwise, and on a CPU, tiles of queries
     """
     if call.logits is not None:
@@ -52,6 +54,7 @@ def measure_attention(
             mask=mask,
             extra_columns=extra,
             token_ids=token_ids,
+            output_weight=output_weight,
         )
         return observation.layout, suite.measure(observation)
     query, key = call.query, call.key
@@ -61,7 +64,7 @@ def measure_attention(
     if compiled and query.device.type == "cuda" and is_expressible(mask):
         vocabulary = None if token_ids is None else token_ids.vocabulary
         measure = _compiled(suite, call, mask, query, vocabulary, stratum_names)
-        return _layout(query, key, token_ids, stratum_names), measure(call, strata, token_ids)
+        return _layout(query, key, token_ids, stratum_names), measure(call, strata, token_ids, output_weight)
     observation = AttentionObservation(
         query,
         key,
@@ -73,6 +76,7 @@ def measure_attention(
         softcap=call.softcap,
         sink_logits=call.sink_logits,
         token_ids=token_ids,
+        output_weight=output_weight,
     )
     return observation.layout, suite.measure(observation)
 
@@ -193,7 +197,14 @@ class _CompiledMeasure:
         )
 
         def measure(
-            query: Any, key: Any, value: Any, strata: Any, sinks: Any, ids: Any, softmax: SoftmaxStatistics
+            query: Any,
+            key: Any,
+            value: Any,
+            strata: Any,
+            sinks: Any,
+            ids: Any,
+            output_weight: Any,
+            softmax: SoftmaxStatistics,
         ) -> State:
             reductions = AttentionReductions(softmax_statistics=lambda *_: softmax)
             observation = AttentionObservation(
@@ -207,16 +218,23 @@ class _CompiledMeasure:
                 softcap=softcap,
                 sink_logits=sinks,
                 token_ids=None if vocabulary is None else TokenIds(ids, vocabulary),
+                output_weight=output_weight,
                 reductions=reductions,
             )
             return suite.measure(observation)
 
         self.measure = compile_apart(measure)
 
-    def __call__(self, call: AttentionCall, strata: torch.Tensor, token_ids: TokenIds | None) -> State:
+    def __call__(
+        self,
+        call: AttentionCall,
+        strata: torch.Tensor,
+        token_ids: TokenIds | None,
+        output_weight: torch.Tensor | None,
+    ) -> State:
         query, key, sinks = call.query, call.key, call.sink_logits
         assert query is not None, "a call without logits has queries"
         assert key is not None, "and keys"
         ids = None if token_ids is None else token_ids.ids
         softmax = self.softmax(query, key, strata, sinks)
-        return self.measure(query, key, call.value, strata, sinks, ids, softmax)
+        return self.measure(query, key, call.value, strata, sinks, ids, output_weight, softmax)

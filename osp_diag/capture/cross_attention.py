@@ -43,7 +43,7 @@ def key_tokens(
 
     They are an encoder's: the model's ``input_ids`` and ``attention_mask`` where these have that shape and
     the blocks' own arguments bear a prefix, or what it is handed as ``encoder_attention_mask``. Without a
-    mask of them, a key that no query may see is padding. Of ``stratum_names``, those of the queries' run, keys
+    mask of them, a key that no query may see is padding. Of ``stratum_names``, the run's, keys
     are in the strata of text alone: kinds of token are told among the queries.
     """
     batch, keys = call.tensor.shape[0], call.lengths[1]

@@ -138,6 +138,8 @@ class AttentionObservation:
     softcap : c in c · tanh(logit / c), before the mask; None for none
     sink_logits : (head,) learned logits of an extra column; zeros are softmax-off-by-one
     token_ids : the tokens' ids; None where they are not known
+    output_weight : what each head's output is multiplied with before it enters the stream, W_O by head; None
+        where no measurement asks for it, or it is not known
     query_sample : number of evenly spaced queries of a sequence's tokens whose logits enter distributions;
         None for all
     tile : queries at a time
@@ -153,6 +155,7 @@ class AttentionObservation:
     """(batch, head, token, channel) float32, 0 where not finite; None if only logits are known"""
     key: Array | None
     scale: float | None
+    output_weight: Array | None = None
 
     def __init__(
         self,
@@ -167,6 +170,7 @@ class AttentionObservation:
         sink_logits: Float[Any, " head"] | None = None,
         token_ids: TokenIds | None = None,
         stratum_names: tuple[str, ...] = STRATA,
+        output_weight: Float[Any, "head row value_channel"] | None = None,
         query_sample: int | None = 64,
         tile: int = 128,
         reductions: AttentionReductions = GENERIC_ATTENTION,
@@ -197,7 +201,7 @@ class AttentionObservation:
         query, key = _cleaned(query, finite), _cleaned(key, finite)
         source = ProductLogits(query, key, finite, scale, mask, softcap, sink_logits)
         self._open(source, value, strata, finite, layout, mask, token_ids, query_sample, tile, reductions)
-        self.query, self.key, self.scale = query, key, scale
+        self.query, self.key, self.scale, self.output_weight = query, key, scale, output_weight
 
     @classmethod
     def from_logits(
@@ -210,6 +214,7 @@ class AttentionObservation:
         extra_columns: int = 0,
         token_ids: TokenIds | None = None,
         stratum_names: tuple[str, ...] = STRATA,
+        output_weight: Float[Any, "head row value_channel"] | None = None,
         query_sample: int | None = 64,
         tile: int = 128,
         reductions: AttentionReductions = GENERIC_ATTENTION,
@@ -248,7 +253,7 @@ class AttentionObservation:
         finite = xp.ones_like(strata[0, ...]) > 0
         source = ModelLogits(logits, extra_columns, mask)
         self._open(source, value, strata, finite, layout, mask, token_ids, query_sample, tile, reductions)
-        self.query, self.key, self.scale = None, None, None
+        self.query, self.key, self.scale, self.output_weight = None, None, None, output_weight
         return self
 
     def _open(
@@ -449,18 +454,28 @@ class AttentionObservation:
         return sampled
 
     @once
-    def finite_values(
+    def finite_value(
         self,
-    ) -> tuple[Float[Any, "batch key_value_head token"], Float[Any, "batch token"]] | None:
-        """(‖v‖, weight of each key whose v and whose sequence's sink v are finite); None without values."""
+    ) -> tuple[Float[Any, "batch key_value_head token channel"], Float[Any, "batch token"]] | None:
+        """(v, weight of each key whose v and whose sequence's sink v are finite); None without values.
+
+        v is float32, and 0 where not finite.
+        """
         if self.value is None:
             return None
         xp = namespace_of(self.key_valid)
         value = _as_float32(self.value)
         finite = finite_tokens(value)
-        norm = channel_norm(_cleaned(value, finite))
         sink_finite = xp.take_along_axis(finite, self.sink[:, None], axis=-1)
-        return norm, self.key_valid * xp.astype(finite & sink_finite, xp.float32)
+        return _cleaned(value, finite), self.key_valid * xp.astype(finite & sink_finite, xp.float32)
+
+    @once
+    def finite_values(
+        self,
+    ) -> tuple[Float[Any, "batch key_value_head token"], Float[Any, "batch token"]] | None:
+        """(‖v‖, weight of each key) of :attr:`finite_value`; None without values."""
+        value = self.finite_value
+        return None if value is None else (channel_norm(value[0]), value[1])
 
     @once
     def sink_key(self) -> Float[Any, "batch key_value_head channel"] | None:

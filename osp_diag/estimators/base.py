@@ -25,8 +25,9 @@ from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, nam
 from osp_diag.schema import STRATA
 
 Combine = Literal["sum", "maximum", "minimum"]
-Observes = Literal["activation", "heads", "attention", "weight"]
-"""What an estimator looks at: activations of a site, the same by head, attention, or a weight matrix."""
+Observes = Literal["activation", "heads", "attention", "weight", "routing", "product"]
+"""What an estimator looks at: activations of a site, the same by head, attention, a weight matrix, which
+experts tokens are sent to, or what a projection is given and what it gives."""
 State = dict[str, Array]
 
 __all__ = [
@@ -128,6 +129,9 @@ class Measurement(ABC):
 
     What does not can be measured later, when the activations are gone.
     """
+
+    reads_output_weight: ClassVar[bool] = False
+    """Whether, of attention, it looks at the output projection, which is read for nothing else."""
 
     @abstractmethod
     def fields(self, layout: Layout) -> Mapping[str, Field]:

@@ -58,7 +58,7 @@ class ValueDrain(Estimator):
 
     Also the mean norm of values by stratum. Means are taken before the ratio. Norms are of v itself, and the
     mean is over all tokens, the sink's included. Guo et al. take norms after the output projection (of
-    W_O v, a head's part) and compare the sink's with those of the other tokens, which is another number.
+    W_O v, a head's part) and compare the sink's with those of the other tokens: ``guo_value_drain``.
     """
 
     name = "value_drain"

@@ -17,6 +17,7 @@ from osp_diag.capture.expert_modules import ExpertModuleCapture
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
+from osp_diag.capture.super_weights import with_super_weights
 from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
@@ -41,9 +42,12 @@ from osp_diag.runs.run import Run
 from osp_diag.schema import (
     ATTENTION,
     CROSS_ATTENTION,
+    DOWN_WEIGHT,
     HEAD_SITES,
     HIDDEN_STATES,
     LINEAR_INPUT,
+    PROJECTION_WEIGHT,
+    ROUTER,
     SITES,
 )
 from osp_diag.seams.attention import AttentionCapture
@@ -185,11 +189,7 @@ class Probe:
             "hidden_size": self.site_map.hidden_size,
             "blocks": self.site_map.blocks,
             **({"stack": self.site_map.stack} if self.site_map.stack else {}),
-            "sites": {
-                site: SITES.get(site, "input of this projection")
-                for site in self.site_map.sites
-                if self.measures_site(site)
-            },
+            "sites": {site: _meaning(site) for site in self.site_map.sites if self.measures_site(site)},
             "absent_sites": self.absent,
             "notes": list(self.site_map.notes),
             "estimators": list(estimators),
@@ -286,6 +286,15 @@ class Probe:
             groups=TokenGroups(settings.token_groups, rank=rank, ranks=ranks)
             if settings.token_groups
             else None,
+            output_projections={
+                tap.layer: unwrap(self.model).get_submodule(tap.module)
+                for tap in self.site_map.taps
+                if tap.site == "attention_output" and tap.side == "input"
+            },
+            expert_projections={
+                layer: [unwrap(self.model).get_submodule(down) for _, down in experts]
+                for layer, experts in self.site_map.expert_modules.items()
+            },
         )
 
     @contextmanager
@@ -300,6 +309,7 @@ class Probe:
             on_stop=collector.stop,
             on_weight=collector.on_weight,
             on_stream=collector.on_stream,
+            on_product=collector.on_product,
             prefix=self.site_map.prefix,
             entries=self.site_map.entries,
             channels_first=self.site_map.channels_first,
@@ -314,7 +324,7 @@ class Probe:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unfused(unwrap(self.model)))
             stack.enter_context(capture)
-            if self.site_map.expert_layers and self.measures_site("mlp_hidden"):
+            if self.site_map.expert_layers and any(map(self.measures_site, ("mlp_hidden", ROUTER))):
                 stack.enter_context(self._experts(collector, capture))
             if (sites.attention_layers or crossing) and any(self.measures_site(site) for site in heads):
 
@@ -344,11 +354,30 @@ class Probe:
     @contextmanager
     def _experts(self, collector: Collector, capture: SiteCapture) -> Iterator[None]:
         def failed(layer: int) -> None:
-            collector.skipped["mlp_hidden"] = (
-                "the experts' products were not recognised in their implementation"
+            reason = "the experts' products were not recognised in their implementation"
+            if self.measures_site("mlp_hidden"):
+                collector.skipped["mlp_hidden"] = reason
+            if self.measures_site(ROUTER):
+                choice_unknown(reason)
+
+        def choice_unknown(reason: str) -> None:
+            collector.notes.setdefault(
+                "what each expert gives is not measured, nor its load where the router does not hand over "
+                f"its choice: {reason}"
             )
 
-        model, hooks = unwrap(self.model), (capture.active, collector.on_routed, failed)
+        def on_rows(layer: int, rows: torch.Tensor, slots: int) -> None:
+            if self.measures_site("mlp_hidden"):
+                collector.on_routed(layer, rows, slots)
+
+        def on_choice(layer: int, experts: torch.Tensor | None, peaks: torch.Tensor | None) -> None:
+            if experts is None or peaks is None:
+                choice_unknown("the experts' products do not tell whose weights they multiply by")
+            else:
+                collector.on_choice(layer, experts, peaks, self.site_map.expert_counts[layer])
+
+        model = unwrap(self.model)
+        hooks = (capture.active, on_rows, failed, on_choice if self.measures_site(ROUTER) else None)
         layers, modules = self.site_map.expert_layers, self.site_map.expert_modules
         stacked = {layer: path for layer, path in layers.items() if layer not in modules}
         with (
@@ -392,6 +421,7 @@ class Probe:
 
             layouts |= {key: layouts[key[:3]] for key in apart}
             states, layouts = merge_over_ranks(states, layouts, fields)
+        states = with_super_weights(states, self._down_projections())
         on_host = to_host(states)
         # Not the collector itself, which holds the device's memory.
         suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
@@ -419,6 +449,14 @@ class Probe:
             return groups
 
         return labelled
+
+    def _down_projections(self) -> dict[int, nn.Module]:
+        model = unwrap(self.model)
+        return {
+            tap.layer: model.get_submodule(tap.module)
+            for tap in self.site_map.taps
+            if tap.site == DOWN_WEIGHT and tap.side == "product"
+        }
 
     def _keep_snapshots(self, collector: Collector) -> None:
         if collector.snapshots is None or not is_first_rank():
@@ -479,3 +517,9 @@ class Probe:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _meaning(site: str) -> str:
+    if site.startswith(PROJECTION_WEIGHT):
+        return "weights of this projection: statistics of a matrix, not of tokens"
+    return SITES.get(site, "input of this projection")
