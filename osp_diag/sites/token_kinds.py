@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from osp_diag.sites.names import SiteMap
-from osp_diag.sites.stack import is_list
 from osp_diag.sites.trace import is_compiled, run_example, undisturbed, unfused, unwrap
 
 __all__ = ["HasTokenId", "recognised_token_kinds"]
@@ -159,7 +158,8 @@ def _stream(
         stack.enter_context(unfused(model))
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        for module in block.children() if is_list(block) else (block,):
+        # A block that only holds its parts never runs itself.
+        for module in block.children() if isinstance(block, (nn.ModuleList, nn.ModuleDict)) else (block,):
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         run_example(model, example)
     if not entered or entered[0].ndim != 3:
