@@ -13,6 +13,7 @@ from torch.nn import functional
 from osp_diag.capture.cross_attention import Crossing
 from osp_diag.capture.hooks import ForwardPass
 from osp_diag.estimators.attention_mask import AttentionMask, QueryRows
+from osp_diag.estimators.base import Layout, State
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
@@ -58,6 +59,8 @@ class CachedPass:
     """by layer: attention to another sequence"""
     key_counts: dict[int, int] = field(default_factory=dict)
     """by layer: how many keys the queries were given"""
+    mixer_states: dict[int, tuple[Layout, State]] = field(default_factory=dict)
+    """by layer: what the states of recurrent mixers after the pass add to the statistics"""
     size: int = 0
 
     def keep_crossing(self, layer: int, crossing: Crossing) -> None:
