@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,13 @@ from osp_diag.capture.cross_attention import (
     key_tokens,
     measure_cross_attention,
 )
-from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
+from osp_diag.capture.decoding import (
+    UNCOUNTED,
+    CachedPass,
+    CachedSequences,
+    cache_without_count,
+    cached_tokens,
+)
 from osp_diag.capture.documents import Documents, cuts_of_call, documents_of
 from osp_diag.capture.down_projection import (
     down_projection,
@@ -275,8 +282,8 @@ class Collector:
     def _opens_or_continues(self, forward_pass: ForwardPass, ids: torch.Tensor, strata: torch.Tensor) -> bool:
         """Whether the pass is one of several over the same sequences, which are put together at their end."""
         self._cached_pass = None
-        cached = cached_tokens(forward_pass)
-        if self._sequences.passes and not self._sequences.continues(cached, ids.shape[0]):
+        cached, cache = cached_tokens(forward_pass), cache_without_count(forward_pass)
+        if self._sequences.passes and not self._sequences.continues(cached, ids.shape[0], cache):
             self.finish()
             # What was finished stays, should this pass raise.
             self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
@@ -285,6 +292,10 @@ class Collector:
         if cached is None or (cached == 0 and self.whole_sequences):
             return False
         present = strata[0] > 0
+        if cached == UNCOUNTED:
+            cached = self._sequences.tokens or 1
+        elif cache is not None:
+            self._sequences.cache = weakref.ref(cache)
         if cached > 0 and not self._sequences.passes:
             self.notes.setdefault(
                 "passes that went on with a cache whose beginning was not measured, or is too large to hold, "

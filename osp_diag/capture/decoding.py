@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,13 +19,22 @@ from osp_diag.estimators.base import Layout, State
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
 
-__all__ = ["CachedPass", "CachedSequences", "cached_tokens"]
+__all__ = ["CachedPass", "CachedSequences", "UNCOUNTED", "cache_without_count", "cached_tokens"]
+
+UNCOUNTED = -1
+"""of the tokens in a cache that holds recurrent states alone, which do not tell how many they sum up"""
 
 _OFFSETS = re.compile(r"^(start_pos|input_pos|cache_position|past_length|cache_len(gth)?)$")
 
 
 def cached_tokens(forward_pass: ForwardPass) -> int | None:
-    """How many tokens of each sequence a cache holds when a pass begins; None where there is no cache."""
+    """How many tokens of each sequence a cache holds when a pass begins; None where there is no cache.
+
+    ``UNCOUNTED`` of a cache of recurrent states alone, once it was written to.
+    """
+    cache = cache_without_count(forward_pass)
+    if cache is not None:
+        return UNCOUNTED if cache.has_previous_state() else 0
     for arguments in reversed(forward_pass.levels):
         for name, value in arguments.items():
             if hasattr(value, "get_seq_length"):
@@ -40,6 +50,17 @@ def cached_tokens(forward_pass: ForwardPass) -> int | None:
                     return int(value.reshape(-1)[0])
     asked = any(arguments.get("use_cache") is True for arguments in forward_pass.levels)
     return 0 if asked else None
+
+
+def cache_without_count(forward_pass: ForwardPass) -> Any:
+    """A cache of transformers that holds recurrent states alone, among the arguments of a pass; or None."""
+    for arguments in reversed(forward_pass.levels):
+        for value in arguments.values():
+            if hasattr(value, "get_seq_length") and hasattr(value, "has_previous_state"):
+                layers = getattr(value, "layers", None) or ()
+                if layers and not any(hasattr(layer, "get_seq_length") for layer in layers):
+                    return value
+    return None
 
 
 @dataclass
@@ -96,6 +117,8 @@ class CachedSequences:
         self.passes: list[CachedPass] = []
         self.last_keys: dict[int, Tensor] = {}
         """by layer: all keys that the last pass was given"""
+        self.cache: weakref.ref[Any] | None = None
+        """of recurrent states alone, which these sequences began with"""
 
     @property
     def tokens(self) -> int:
@@ -106,8 +129,13 @@ class CachedSequences:
         """Bytes that are held."""
         return sum(part.size for part in self.passes)
 
-    def continues(self, cached: int | None, batch: int) -> bool:
-        """Whether a pass after ``cached`` tokens goes on with these sequences."""
+    def continues(self, cached: int | None, batch: int, cache: Any = None) -> bool:
+        """Whether a pass after ``cached`` tokens goes on with these sequences.
+
+        Where their number is ``UNCOUNTED``, ``cache`` tells, if it is the one of the first pass.
+        """
+        if bool(self.passes) and cached == UNCOUNTED:
+            return self.cache is not None and self.cache() is cache and self.passes[-1].ids.shape[0] == batch
         return bool(self.passes) and self.tokens == cached and self.passes[-1].ids.shape[0] == batch
 
     def whole(self, name: str) -> Tensor:

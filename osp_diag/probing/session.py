@@ -31,6 +31,7 @@ from osp_diag.probing.identity import (
     library_versions,
 )
 from osp_diag.probing.labelling import StepLabels, labelled_groups, token_group_states
+from osp_diag.probing.padding_note import padding_note
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, rank_of_all
 from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
@@ -429,6 +430,7 @@ class Probe:
             states, layouts = merge_over_ranks(states, layouts, fields)
         states = with_super_weights(states, self._down_projections())
         on_host = to_host(states)
+        self._records.note(padding_note(on_host))
         # Not the collector itself, which holds the device's memory.
         suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
         idle = self.site_map.idle_layers(collector.block_runs)

@@ -6,6 +6,7 @@ a model is called with, in a module that keeps it, or beside the output of a mix
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from osp_diag.sites.blocks import Block
 from osp_diag.sites.names import Tap
 from osp_diag.sites.trace import TOKENS, default_example, run_example
 
-__all__ = ["NO_CACHE", "MixerStates", "find_mixer_states", "returned_state", "state_after"]
+__all__ = ["NO_CACHE", "MixerStates", "find_mixer_states", "state_after"]
 
 NO_CACHE = (
     "the model was called without a cache, in which alone the states of its mixers are seen; call it with "
@@ -62,7 +63,7 @@ def state_after(
     kept = vars(module).get("recurrent_states")
     if isinstance(kept, torch.Tensor):
         return kept
-    return returned_state(module, result) if returns or isinstance(module, nn.RNNBase) else None
+    return _returned_state(module, result) if returns or isinstance(module, nn.RNNBase) else None
 
 
 def _only(states: Any) -> torch.Tensor | str | None:
@@ -86,7 +87,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-def returned_state(module: nn.Module, result: Any) -> torch.Tensor | str | None:
+def _returned_state(module: nn.Module, result: Any) -> torch.Tensor | str | None:
     """The state of a module that gives (output, state), or why it cannot be told which of several it is."""
     if not isinstance(result, (tuple, list)) or len(result) < 2 or not isinstance(result[0], torch.Tensor):
         return None
@@ -151,8 +152,10 @@ def _may_keep(module: nn.Module) -> bool:
 
 
 def _takes_cache(module: nn.Module) -> bool:
-    code = getattr(type(module).forward, "__wrapped__", type(module).forward).__code__
-    return "cache_params" in code.co_varnames[: code.co_argcount]
+    try:
+        return "cache_params" in inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):  # compiled or built in
+        return False
 
 
 def _run(model: nn.Module, paths: set[str], mixers: set[str], example: Any) -> _Pass:
