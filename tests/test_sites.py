@@ -36,6 +36,8 @@ def expected_absences(family: Family) -> set[str]:
         absent |= {s for s in DEFAULT_SITES if s.startswith(("attention", "query", "key", "value"))}
     if name == "mamba":
         absent |= {"residual_mid", "mlp_input", "mlp_hidden", "mlp_down_weight", "mlp_contribution"}
+    if name == "rwkv":
+        absent.add("mixer_state")
     if name in SOFTMAX:
         absent |= {"query_post_rope", "key_post_rope"}
     if name in UNNAMED_PROJECTIONS:
@@ -53,6 +55,7 @@ def expected_absences(family: Family) -> set[str]:
 def test_each_site_is_there_or_says_why_not(family: Family) -> None:
     sites = sites_of(family.name)
     occasional = set() if family.has_attention else {"mixer_input", "mixer_contribution"}
+    occasional |= {"mixer_state"} if family.name == "mamba" else set()
     occasional |= {"router"} if family.name in EXPERTS else set()
     assert set(OCCASIONAL_SITES) & set(sites.sites) == occasional
     assert set(DEFAULT_SITES) - set(OCCASIONAL_SITES) - set(sites.sites) == expected_absences(family)
@@ -70,7 +73,7 @@ def test_all_sites_are_read_once_in_every_layer(family: Family) -> None:
     found = captured(family.name)
     single = {"embedding", "final_norm"}
     for site in found.sites.sites:
-        at_the_call = site == "attention" or (site, 0) not in found.activations
+        at_the_call = site in ("attention", "mixer_state") or (site, 0) not in found.activations
         if site.startswith(("linear_input", "projection_weight")) or site in single or at_the_call:
             continue
         layers = found.layers(site)

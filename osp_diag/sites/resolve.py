@@ -288,6 +288,11 @@ def _with_named_taps(
     for site, pattern in named.items():
         if site in (ATTENTION, CROSS_ATTENTION):
             raise SiteError(f"site {site!r} is seen at the attention call and cannot be named as a module")
+        if site == MIXER_STATE:
+            raise SiteError(
+                f"site {site!r} is what a mixer carries on, not one vector a token, and cannot be named as one; "
+                "return it from the mixer beside its output, as (output, state)"
+            )
         if site == DOWN_WEIGHT:
             raise SiteError(
                 f"site {site!r} is the weight of the projection whose input is mlp_hidden; name that input "
