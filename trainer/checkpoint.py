@@ -16,9 +16,13 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
 
 from osp_diag.errors import TrainingError
+from osp_diag.json_text import parse_object
+from osp_diag.plain_files import read_plain
 from osp_diag.probing.ranks import is_distributed, is_first_rank
+from osp_diag.trainer.checkpoint_files import TensorReader, read_metadata
 from osp_diag.trainer.config import CheckpointConfig, TrainConfig, from_dictionary
 from osp_diag.trainer.config_values import as_dictionary, differences
 
@@ -35,7 +39,9 @@ __all__ = [
 
 PART = ".part"
 HOST_STATE = "state.json"
-NAME = re.compile(r"step-(\d+)")
+NAME = re.compile(r"step-(\d+)", re.ASCII)
+_MOST_HOST_STATE = 64 * 2**20
+_DELETE = "delete it to resume from the one before"
 
 # Why these: docs/decisions.md, Training.
 FREE = (
@@ -94,15 +100,38 @@ class TrainingCheckpoint:
                 + "\nGive the same values, or another --out for a new run."
             )
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of its tensors by name, such as ``model.lm_head.weight``; nothing is read but metadata.
+
+        Raises
+        ------
+        TrainingError : as :func:`osp_diag.trainer.checkpoint_files.read_metadata`
+        """
+        return {name: tuple(tensor.size) for name, tensor in self._metadata().state_dict_metadata.items()}
+
     def load(self, tensors: dict[str, Any]) -> None:
-        """Read the tensors into those of ``tensors``, whatever the number of ranks that wrote them."""
+        """Read the tensors into those of ``tensors``, whatever the number of ranks that wrote them.
+
+        Nothing of the checkpoint is executed.
+
+        Raises
+        ------
+        TrainingError : it is damaged, or was not written by osp-diag
+        """
+        reader = TensorReader(self.path, self._metadata())
         try:
             with without_single_process_warnings():
-                dcp.load(tensors, checkpoint_id=self.path, no_dist=not is_distributed())
-        except (OSError, RuntimeError, KeyError, ValueError, dcp.CheckpointException) as error:
+                dcp.load(tensors, storage_reader=reader, no_dist=not is_distributed())
+        except (Exception, dcp.CheckpointException) as error:
             raise TrainingError(
-                f"{self.path} cannot be read ({error}); delete it to resume from the one before"
+                f"{self.path} cannot be read ({_reason(error)}); {_DELETE}"
             ) from error
+
+    def _metadata(self) -> Metadata:
+        try:
+            return read_metadata(self.path)
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {_DELETE}") from error
 
 
 @contextmanager
@@ -143,24 +172,38 @@ def delete_checkpoints(folder: Path) -> None:
     """Delete the checkpoints of a run that is to be replaced; nothing but checkpoints is ever deleted."""
     for entry in folder.glob("step-*") if folder.is_dir() else ():
         if NAME.fullmatch(entry.name.removesuffix(PART)):
-            shutil.rmtree(entry)
+            _delete(entry)
+
+
+def _delete(entry: Path) -> None:
+    """Delete a checkpoint; of a link the link."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    entries = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)]
+    entries = [e for e in folder.iterdir() if NAME.fullmatch(e.name) and e.is_dir() and not e.is_symlink()]
     return sorted(entries, key=lambda entry: int(entry.name.removeprefix("step-")))
 
 
 def _read(path: Path) -> TrainingCheckpoint:
     try:
-        state = json.loads((path / HOST_STATE).read_text(encoding="utf-8"))
+        state = parse_object(read_plain(path / HOST_STATE, _MOST_HOST_STATE))
         return TrainingCheckpoint(path, int(state["step"]), from_dictionary(state["config"]), state["data"])
-    except (OSError, ValueError, KeyError) as error:
-        raise TrainingError(
-            f"{path} is no checkpoint of this version ({error}); delete it to resume from the one before"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise TrainingError(f"{path} is no checkpoint of this version ({_reason(error)}); {_DELETE}") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why torch could not read or write, in a sentence: its own message repeats the trace of every rank."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class CheckpointFolder:
@@ -183,7 +226,7 @@ class CheckpointFolder:
         self._group = dist.new_group(backend="gloo") if is_distributed() else None
         if is_first_rank() and folder.is_dir():
             for part in folder.glob(f"step-*{PART}"):
-                shutil.rmtree(part)
+                _delete(part)
 
     def save(
         self,
