@@ -69,27 +69,25 @@ def open_tree(path: Path) -> xr.DataTree:
     root = read_packed_root(path) if packed else read_root(path)
     nodes = root["consolidated_metadata"]["metadata"]
     labels = (nodes.get("step"), nodes.get(f"{SERIES}/{LOGGED_STEP}"))
-    if not any(entry["shape"][0] for entry in labels if entry):
+    if not any(entry["shape"] and entry["shape"][0] for entry in labels if entry):
         raise StoreError(
             f"the run at {path} is empty: no step is recorded yet; probe first, or wait for its writer"
         )
+    from osp_diag.runs.reading import FolderFiles, PackedFiles, RunStore  # only here: it imports zarr
+
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
         return xr.open_datatree(
-            _zip_store(path) if packed else path,
+            RunStore(PackedFiles(path) if packed else FolderFiles(path), nodes),
             engine="zarr",
             consolidated=True,
             decode_times=False,
             decode_timedelta=False,
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except StoreError as error:  # without what xarray adds of its own
+        raise StoreError(str(error)) from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"the run at {path} is damaged ({error}); restore it from a copy") from error
-
-
-def _zip_store(path: Path) -> Any:
-    from zarr.storage import ZipStore  # only here: xarray imports zarr when a tree is opened
-
-    return ZipStore(path, mode="r")
 
 
 class Run:
