@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from osp_diag.capture.hooks import unobserved
+from osp_diag.seams.threads import of_this_thread
 
 __all__ = ["ExpertModuleCapture"]
 
@@ -80,14 +81,16 @@ class ExpertModuleCapture:
         self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __enter__(self) -> ExpertModuleCapture:
+        begin = of_this_thread(self._begin)
         for layer, pairs in self.experts.items():
+            end = of_this_thread(self._end_hook(layer))
             mixture = self.model.get_submodule(self.mixtures[layer])
-            self._handles.append(mixture.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._handles.append(mixture.register_forward_hook(self._end_hook(layer), always_call=True))
+            self._handles.append(mixture.register_forward_pre_hook(begin, with_kwargs=True))
+            self._handles.append(mixture.register_forward_hook(end, always_call=True))
             for expert, down in pairs:
                 for path, hook in ((expert, self._expert_hook), (down, self._down_hook)):
                     module = self.model.get_submodule(path)
-                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                    self._handles.append(module.register_forward_pre_hook(of_this_thread(hook), with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
