@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json as json_format
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
@@ -89,9 +90,9 @@ def _facts(cls: type[Estimator]) -> dict[str, Any]:
 def _console() -> Console:
     from rich.console import Console
 
-    console = Console()
+    console = Console(file=unfiltered(sys.stdout))
     # A pipe has no width; 80 columns would break formulas.
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(file=unfiltered(sys.stdout), width=140)
 
 
 def _table(title: str, classes: list[type[Estimator]]) -> Table:

@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 
 from osp_diag.cli.main import main
 from osp_diag.errors import TrainingError
-from osp_diag.trainer.checkpoint import folder_of, latest, without_single_process_warnings
+from osp_diag.trainer.checkpoint import CheckpointFolder, folder_of, latest, without_single_process_warnings
 from osp_diag.trainer.checkpoint_files import read_metadata
+from osp_diag.trainer.config import CheckpointConfig
 from osp_diag.trainer.config_values import as_dictionary
 from osp_diag.trainer.exporting import trained_model
 from osp_diag.trainer.loop import train
@@ -202,3 +203,55 @@ def test_metadata_damaged_anywhere_are_refused_or_read_as_what_they_say(whole, d
         assert ".metadata" in str(error)
     else:
         assert all(tensor.chunks for tensor in metadata.state_dict_metadata.values())
+
+
+# Saving
+
+
+def saved(folder, tensors, **options):
+    checkpoints = CheckpointFolder(folder, CheckpointConfig(**options))
+    with without_single_process_warnings():
+        try:
+            checkpoints.save(4, tensors, {}, CONFIG)
+            checkpoints.wait()
+        finally:
+            entries = sorted(entry.name for entry in folder.iterdir())
+    return entries
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_fills_while_saving_is_one_sentence_and_leaves_nothing(tmp_path, monkeypatch, background):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.torch.save", full)
+    with pytest.raises(TrainingError, match=r"step-00000004 could not be written: No space left") as raised:
+        saved(tmp_path, {"model": {"a": torch.ones(3)}}, background=background)
+    assert "\n" not in str(raised.value)
+    assert "Traceback" not in str(raised.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_second_signal_while_saving_asks_for_no_space_and_leaves_nothing(tmp_path, monkeypatch, background):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("torch.distributed.checkpoint.filesystem.torch.save", interrupted)
+    with pytest.raises(KeyboardInterrupt) as raised:
+        saved(tmp_path, {"model": {"a": torch.ones(3)}}, background=background)
+    (note,) = raised.value.__notes__
+    assert "step-00000004 was not finished and is removed; --resume goes on" in note
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_in_place_of_a_checkpoint_is_not_followed(tmp_path):
+    mine = tmp_path / "mine"
+    (mine / "step-00000001").mkdir(parents=True)
+    folder = tmp_path / "run.checkpoints"
+    folder.mkdir()
+    os.symlink(mine / "step-00000001", folder / "step-00000003")
+    os.symlink(mine, folder / "step-00000004.part")
+    assert latest(folder) is None
+    assert "step-00000004" in saved(folder, {"model": {"a": torch.ones(3)}}, background=False)
+    assert [entry.name for entry in mine.iterdir()] == ["step-00000001"]

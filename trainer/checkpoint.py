@@ -9,7 +9,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ PART = ".part"
 HOST_STATE = "state.json"
 NAME = re.compile(r"step-(\d+)", re.ASCII)
 _MOST_HOST_STATE = 64 * 2**20
+_NO_SPACE = 2**20
 _DELETE = "delete it to resume from the one before"
 
 # Why these: docs/decisions.md, Training.
@@ -221,7 +222,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
-        self._under_way: tuple[Future[Any], Callable[[], None]] | None = None
+        self._under_way: tuple[Future[Any], Callable[[], None], Path] | None = None
         # Collectives of a background thread must not mix with those of the training step.
         self._group = dist.new_group(backend="gloo") if is_distributed() else None
         if is_first_rank() and folder.is_dir():
@@ -244,14 +245,15 @@ class CheckpointFolder:
 
         Raises
         ------
-        TrainingError : the disk refuses, now or in the save before
+        TrainingError : the disk refuses, now or in the save before; nothing is left of what was not finished
+        KeyboardInterrupt : the same
         """
         self.wait()
         final, part = self.folder / f"step-{step:08d}", self.folder / f"step-{step:08d}{PART}"
         if final.exists():
             return
         host = {"step": step, "config": as_dictionary(run_config), "data": dict(data)}
-        with _disk_errors(final):
+        with self._disk_errors(final, part):
             if is_first_rank():
                 part.mkdir(parents=True, exist_ok=True)
                 (part / HOST_STATE).write_text(json.dumps(host), encoding="utf-8")
@@ -260,7 +262,7 @@ class CheckpointFolder:
             if self.config.background if background is None else background:
                 future = dcp.async_save(tensors, checkpoint_id=part, process_group=group, no_dist=alone)
                 assert isinstance(future, Future)
-                self._under_way = (future, lambda: self._commit(part, final))
+                self._under_way = (future, lambda: self._commit(part, final), part)
                 return
             dcp.save(tensors, checkpoint_id=part, process_group=group, no_dist=alone)
             self._commit(part, final)
@@ -269,8 +271,8 @@ class CheckpointFolder:
         """Wait until what is being written is committed."""
         if self._under_way is None:
             return
-        (future, commit), self._under_way = self._under_way, None
-        with _disk_errors(self.folder):
+        (future, commit, part), self._under_way = self._under_way, None
+        with self._disk_errors(part.with_suffix(""), part, future):
             future.result()
             commit()
 
@@ -292,21 +294,51 @@ class CheckpointFolder:
                 shutil.rmtree(old)
         self._barrier()
 
+    @contextmanager
+    def _disk_errors(self, final: Path, part: Path, future: Future[Any] | None = None) -> Iterator[None]:
+        """Turn what a full or read-only disk raises into a message; nothing is left of what was not finished."""
+        try:
+            yield
+        except (OSError, RuntimeError, KeyboardInterrupt, dcp.CheckpointException) as error:
+            if future is not None:
+                future.exception()  # its thread writes until then
+            if is_first_rank():
+                shutil.rmtree(part, ignore_errors=True)
+            # torch wraps a second Ctrl-C as it wraps everything else.
+            if any(isinstance(reason, KeyboardInterrupt) for reason in _reasons(error)):
+                interruption = KeyboardInterrupt()
+                interruption.add_note(
+                    f"the checkpoint {final.name} was not finished and is removed; --resume goes on from the one "
+                    "before it."
+                )
+                raise interruption from None
+            raise TrainingError(
+                f"the checkpoint {final} could not be written: {_refusal(error, part)}; free some space or give "
+                "another --out, and resume: the checkpoints before it are whole"
+            ) from error
+
     def _barrier(self) -> None:
         if self._group is not None:
             dist.barrier(group=self._group)
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises into a message."""
-    try:
-        yield
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        raise TrainingError(
-            f"the checkpoint {path} could not be written ({error}); free some space or give another --out, "
-            "and resume: the checkpoints before it are whole"
-        ) from error
+def _reasons(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it was raised from; torch carries those of every rank within one of its own."""
+    while error is not None:
+        yield error
+        for failure, _ in error.failures.values() if isinstance(error, dcp.CheckpointException) else ():
+            yield from _reasons(failure)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+
+
+def _refusal(error: BaseException, folder: Path) -> str:
+    """Why a disk refused: torch says of a full one that a position is another than it expected."""
+    refused = next((reason for reason in _reasons(error) if isinstance(reason, OSError)), None)
+    with suppress(OSError):
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        if shutil.disk_usage(nearest).free < _NO_SPACE:
+            return "no space left on the device"
+    return _reason(error) if refused is None else refused.strerror or str(refused)
 
 
 def _synchronise(folder: Path) -> None:

@@ -59,7 +59,7 @@ def concentration(energy: Float[Tensor, "*batch channel"]) -> dict[str, Float[Te
 
 
 def orthogonality(projection: Float[Tensor, "channel channel"]) -> dict[str, Float[Tensor, ""]]:
-    """How far a square matrix is from a multiple of an orthogonal one; in float64.
+    """How far a square matrix is from a multiple of an orthogonal one; in float64. NaN of a matrix with NaN or Inf.
 
     The singular values are the roots of the eigenvalues of PᵀP, so condition numbers above 10⁷ are not seen.
     """
@@ -69,7 +69,9 @@ def orthogonality(projection: Float[Tensor, "channel channel"]) -> dict[str, Flo
     gram = wide.mT @ wide
     scale = gram.diagonal().sum() / channels
     identity = torch.eye(channels, dtype=gram.dtype, device=gram.device)
-    eigenvalues = torch.linalg.eigvalsh(gram)
+    # Of NaN or Inf there are no eigenvalues, for which LAPACK raises: those of the identity become NaN.
+    finite = gram.isfinite().all()
+    eigenvalues = torch.where(finite, torch.linalg.eigvalsh(torch.where(finite, gram, identity)), torch.nan)
     # Rounding may leave the smallest at 0 or below.
     smallest = eigenvalues[0].clamp(min=torch.finfo(gram.dtype).eps * eigenvalues[-1])
     return {
