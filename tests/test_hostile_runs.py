@@ -20,7 +20,7 @@ from osp_diag.probing import saving
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.packed import pack
 from osp_diag.runs.replacing import exchange, replacement
-from osp_diag.runs.run import open_run
+from osp_diag.runs.run import open_run, open_whole_part
 from osp_diag.runs.writer import RunWriter
 from tests import run_fixtures
 from tests.run_fixtures import ATTRIBUTES, groups, write_run
@@ -370,3 +370,43 @@ def test_no_verb_waits_for_a_lock_that_is_a_pipe(run, capsys):
     start = time.monotonic()
     assert main(["watch", str(run), "--once"]) in (0, 1)
     assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(
+    ("chunk", "left"),
+    [
+        ("residual_post/osp_excess_kurtosis/c.0.0.0", {"absolute_maximum", "channel_rms", "token_count"}),
+        ("residual_post/channel/c.0", set()),  # without its labels nothing of the group can be read
+    ],
+)
+def test_a_report_shows_what_is_whole_and_says_what_is_not(run, tmp_path, capsys, chunk, left):
+    (run / chunk).write_bytes((run / chunk).read_bytes()[:-5])
+    page = tmp_path / "report.html"
+    assert main(["report", str(run), "--out", str(page)]) == 1
+    told = capsys.readouterr()
+    assert re.search(rf"^report: left out, chunk .*{re.escape(chunk)} is damaged", told.err, re.MULTILINE)
+    assert f"report: {page}" in told.out
+    html = page.read_text()
+    assert f"Damaged, and therefore not on this page: chunk run.zarr/{chunk} is damaged" in html
+    assert str(run) not in html
+    opened = open_whole_part(run)
+    assert set(opened.tree["residual_post"].data_vars) == left
+    assert set(opened.at("linear_input:mlp.down_proj").data_vars) > {"osp_excess_kurtosis"}
+    refused(run, f"{chunk} is damaged")
+
+
+def test_a_run_whose_steps_are_damaged_has_no_report(run, tmp_path, capsys):
+    (run / "step/c.0").unlink()
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 2
+    assert "step/c.0 is missing; restore the run from a copy" in capsys.readouterr().err
+
+
+def test_names_of_a_run_send_no_escape_sequence_to_the_terminal(tmp_path, capsys):
+    evil = "tiny\x1b]0;title\x07\x1b[2J\u202e\ud800"
+    path = write_run(tmp_path / "run.zarr", model_name=evil.replace("\ud800", ""), protocol=evil[:-1])
+    for words in (["report", str(path), "--out", str(tmp_path / "r.html")], ["watch", str(path), "--once"]):
+        main(words)
+        told = capsys.readouterr()
+        assert not set(told.out + told.err) & set("\x1b\x07\u202e")
+    assert main(["report", str(tmp_path / f"gone{evil}"), "--out", str(tmp_path / "r.html")]) == 2
+    assert "\x1b" not in capsys.readouterr().err

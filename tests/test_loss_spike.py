@@ -89,5 +89,5 @@ def test_a_training_that_ignores_nan_is_probed_to_its_end(tmp_path):
     run = train(config, tmp_path / "run.zarr")
     assert run.steps.tolist() == [0, 3, 6]
     assert np.isnan(run.series["loss"].values[-1])
-    group = run["weights/embedding_projection"]["embedding_projection_condition_number"]
-    assert np.isnan(group.sel(step=[3, 6])).all()
+    condition = run.tree["weights/embedding_projection/embedding_projection_condition_number"]
+    assert np.isnan(condition.sel(step=[3, 6])).all()

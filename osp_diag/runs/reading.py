@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import threading
@@ -11,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numcodecs.vlen import VLenUTF8
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -110,16 +112,17 @@ class RunStore(Store):
     Parameters
     ----------
     files : where it is
-    nodes : its groups and arrays, checked by :func:`osp_diag.runs.nodes.check_nodes`
+    root : its metadata, checked by :func:`osp_diag.runs.nodes.check_nodes`
 
     Raises
     ------
     StoreError : an array declares far more than there is, here; a chunk is damaged or lost, when it is read
     """
 
-    def __init__(self, files: FolderFiles | PackedFiles, nodes: Mapping[str, Any]) -> None:
+    def __init__(self, files: FolderFiles | PackedFiles, root: Mapping[str, Any]) -> None:
         super().__init__(read_only=True)
-        self.files = files
+        self.files, self.root = files, json.dumps(root).encode()
+        nodes = root["consolidated_metadata"]["metadata"]
         self.arrays = {path: entry for path, entry in nodes.items() if entry["node_type"] == "array"}
         for path, entry in self.arrays.items():
             declared = math.prod(entry["shape"]) * (item_bytes(entry) or 0)
@@ -131,6 +134,12 @@ class RunStore(Store):
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
+        data = self._read(key)
+        return None if data is None else prototype.buffer.from_bytes(_part(data, byte_range))
+
+    def _read(self, key: str) -> bytes | None:
+        if key == METADATA:  # what was checked, and not what may lie there by now
+            return self.root
         data = self.files.read(key)
         path, _, _ = key.partition("/c/") if "/c/" in key else key.rpartition("/c")
         entry = self.arrays.get(path)
@@ -139,7 +148,21 @@ class RunStore(Store):
                 self._check_lost(path, entry, key)
             else:
                 self._check(data, entry, self._named(key))
-        return None if data is None else prototype.buffer.from_bytes(_part(data, byte_range))
+        return data
+
+    def damage(self) -> dict[str, str]:
+        """Array → what is wrong with its first chunk that is damaged or lost; every chunk is read."""
+        problems = {}
+        for path, entry in self.arrays.items():
+            width = entry["chunk_grid"]["configuration"]["chunk_shape"]
+            counts = [math.ceil(size / step) for size, step in zip(entry["shape"], width, strict=True)]
+            separator = entry["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
+            try:
+                for index in np.ndindex(*counts):
+                    self._read(f"{path}/{separator.join(['c', *map(str, index)])}")
+            except StoreError as error:
+                problems[path] = str(error)
+        return problems
 
     def _check(self, data: bytes, entry: Mapping[str, Any], where: str) -> None:
         codecs = [codec["name"] if isinstance(codec, Mapping) else codec for codec in entry["codecs"]]

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from osp_diag.analyses.summary.summary import Summary
     from osp_diag.analyses.summary.verdict import Verdict
 
-__all__ = ["Run", "open_run", "open_tree"]
+__all__ = ["Run", "open_run", "open_tree", "open_whole_part"]
 
 _SUMMARY = (
     "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
@@ -63,8 +63,22 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return Run(open_tree(Path(path)), Path(path))
 
 
-def open_tree(path: Path) -> xr.DataTree:
-    """Everything in the run at ``path``, read when it is used; raises as :func:`open_run`."""
+def open_whole_part(path: str | os.PathLike[str]) -> Run:
+    """As :func:`open_run`, without what is damaged: :attr:`Run.damage` says what that is. Every chunk is read.
+
+    Raises
+    ------
+    StoreError : as :func:`open_run`; the metadata or the steps themselves are damaged
+    """
+    damage: dict[str, str] = {}
+    return Run(open_tree(Path(path), damage), Path(path), tuple(damage.values()))
+
+
+def open_tree(path: Path, damage: dict[str, str] | None = None) -> xr.DataTree:
+    """Everything in the run at ``path``, read when it is used; raises as :func:`open_run`.
+
+    If ``damage`` is given, every chunk is read, arrays that are damaged are left out, and it is told why.
+    """
     packed = is_packed(path)
     root = read_packed_root(path) if packed else read_root(path)
     nodes = root["consolidated_metadata"]["metadata"]
@@ -75,10 +89,14 @@ def open_tree(path: Path) -> xr.DataTree:
         )
     from osp_diag.runs.reading import FolderFiles, PackedFiles, RunStore  # only here: it imports zarr
 
+    store = RunStore(PackedFiles(path) if packed else FolderFiles(path), root)
+    if damage is not None and (problems := store.damage()):
+        damage |= problems
+        store = RunStore(store.files, _without(root, problems))
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
         return xr.open_datatree(
-            RunStore(PackedFiles(path) if packed else FolderFiles(path), nodes),
+            store,
             engine="zarr",
             consolidated=True,
             decode_times=False,
@@ -90,6 +108,24 @@ def open_tree(path: Path) -> xr.DataTree:
         raise StoreError(f"the run at {path} is damaged ({error}); restore it from a copy") from error
 
 
+def _without(root: Mapping[str, Any], problems: Mapping[str, str]) -> dict[str, Any]:
+    """The metadata of a run without damaged arrays, and without the groups of which a coordinate is damaged."""
+    nodes = root["consolidated_metadata"]["metadata"]
+    gone = set(problems)
+    for path, problem in problems.items():
+        group, _, name = path.rpartition("/")
+        if not group and name == "step":
+            raise StoreError(problem)
+        members = [member for member in nodes if member.rpartition("/")[0] == group]
+        dims = {dim for member in members for dim in nodes[member].get("dimension_names") or ()}
+        coordinates = str(nodes.get(group, {}).get("attributes", {}).get("coordinates", "")).split()
+        if name in dims or name in coordinates:
+            gone.update(members)
+    left = {path: entry for path, entry in nodes.items() if path not in gone}
+    consolidated = root["consolidated_metadata"]
+    return {**root, "consolidated_metadata": {**consolidated, "metadata": left}}
+
+
 class Run:
     """What a probe wrote, over steps or for one checkpoint.
 
@@ -97,8 +133,10 @@ class Run:
     every statistic of one site. ``run.tree`` is the whole as an :class:`xarray.DataTree`.
     """
 
-    def __init__(self, tree: xr.DataTree, path: Path | None = None) -> None:
+    def __init__(self, tree: xr.DataTree, path: Path | None = None, damage: Sequence[str] = ()) -> None:
         self._tree: xr.DataTree | None = tree
+        self.damage = tuple(damage)
+        """What was left out because it is damaged, one sentence each; see :func:`open_whole_part`."""
         self.path = path
         """Where the run is on disk; None if it is in memory."""
         self._texts: dict[str, dict[str, xr.DataArray]] = {}
