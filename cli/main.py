@@ -32,6 +32,7 @@ from osp_diag.cli.ranks import one_result, say_once
 from osp_diag.errors import OspDiagError
 from osp_diag.foreign_errors import foreign_origin
 from osp_diag.terminal import filtered_streams
+from osp_diag.text.panics import is_panic
 
 __all__ = ["main"]
 
@@ -61,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _dispatch(words)
         sys.stdout.flush()  # so that a reader that has gone is noticed here, not by the interpreter at exit
         return code
-    except (Exception, KeyboardInterrupt) as error:
+    except BaseException as error:
+        if not isinstance(error, (Exception, KeyboardInterrupt)) and not is_panic(error):
+            raise
         with filtered_streams():
             if show_traceback:
                 traceback.print_exc()

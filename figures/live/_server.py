@@ -162,9 +162,12 @@ def _named_rightly(header: str, host: str) -> bool:
     """Whether a browser asked for us by a name that nobody else can point at us.
 
     A foreign site can let its own name resolve to 127.0.0.1 and read what is there; it cannot do so for
-    an address, for localhost, or for the name that the user gave.
+    an address, for localhost, or for the name that the user gave. ValueError if it is no host at all.
     """
-    name = urlsplit(f"//{header}").hostname or ""
+    place = urlsplit(f"//{header}")
+    name = place.hostname or ""
+    if not header.isprintable() or (place.port is not None and place.path):
+        raise ValueError(header)
     if is_loopback(name) or name == host.lower():
         return True
     if is_loopback(host):
