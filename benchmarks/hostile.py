@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS, BYTES = 60, 10**9
-UNSAID = ("defect", "Traceback", "unexpected", "panicked", "\x1b", "Segmentation")
+UNSAID = ("unexpected", "defect of osp-diag", "Traceback", "panicked", "\x1b", "Segmentation")
 """What no message may contain."""
 
 
@@ -68,9 +68,9 @@ def make_gguf(folder: Path) -> None:
 
 
 def make_run(folder: Path) -> None:
-    from tests.run_fixtures import write_run
+    from tests.growing_runs import grown_run
 
-    write_run(folder / "run.zarr")
+    grown_run(folder / "run.zarr")
 
 
 def make_packed(folder: Path) -> None:
@@ -295,8 +295,8 @@ def judged(name: str, base: Path, number: int, seed: int, told: Path, resident: 
     text = told.read_text(errors="replace") if told.exists() else ""
     said = next((word for word in UNSAID if word in text), None)
     if ended or said is not None:
-        last = text.strip().splitlines()[-1:] or [""]
-        return ended or f"says {said!r}: {last[0][:160]}"
+        lines = [line for line in text.splitlines() if said is None or said in line or "osp-diag:" in line]
+        return f"{ended or f'says {said!r}'}: {' | '.join(lines)[:240]}"
     if largest - resident > BYTES:
         return f"took {(largest - resident) / 1e9:.1f} GB"
     return ""
@@ -349,7 +349,7 @@ def _import_everything() -> None:
         "osp_diag.cli.main", "osp_diag.cli.options", "osp_diag.cli.probe", "osp_diag.cli.train",
         "osp_diag.cli.report", "osp_diag.cli.watch", "osp_diag.cli.export", "osp_diag.probing.checkpoint",
         "osp_diag.checkpoints.pretrained", "osp_diag.checkpoints.gguf", "osp_diag.trainer.loop",
-        "osp_diag.trainer.exporting", "osp_diag.figures.report", "tests.tiny_checkpoints", "tests.run_fixtures",
+        "osp_diag.trainer.exporting", "osp_diag.figures.report", "tests.tiny_checkpoints", "tests.growing_runs",
         "tests.training_runs", "transformers.models.llama.modeling_llama", "zarr", "xarray", "gguf",
     )  # fmt: skip
     for module in modules:

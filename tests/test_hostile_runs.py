@@ -409,3 +409,24 @@ def test_names_of_a_run_send_no_escape_sequence_to_the_terminal(tmp_path, capsys
         assert not set(told.out + told.err) & set("\x1b\x07\u202e")
     assert main(["report", str(tmp_path / f"gone{evil}"), "--out", str(tmp_path / "r.html")]) == 2
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_metadata_that_differ_from_the_array_s_own_are_damage(run):
+    change(run, lambda nodes: nodes[KURTOSIS].update(dimension_names=["step", "stratum", "layer"]))
+    opened = open_whole_part(run)
+    (problem,) = opened.damage
+    assert f"{KURTOSIS} is described in its own zarr.json otherwise than in the run's" in problem
+    assert "osp_excess_kurtosis" not in opened.at("residual_post")
+
+
+@pytest.mark.parametrize(
+    ("attributes", "message"),
+    [
+        ({"sites": 5}, "its attribute 'sites' is 5"),
+        ({"estimators": [3]}, "its attribute 'estimators' holds what is no text"),
+        ({"model_name": {"a": 1}}, "its attribute 'model_name' is"),
+        ({"number_of_layers": "many"}, "its attribute 'number_of_layers' is 'many'"),
+    ],
+)
+def test_attributes_of_another_kind_are_refused(tmp_path, attributes, message):
+    refused(write_run(tmp_path / "run.zarr", **attributes), message)

@@ -373,7 +373,7 @@ def test_no_body_above_a_megabyte_is_read(page, chunked):
     body = io.BytesIO(b"x" * 2**22)
     overrides = {"wsgi.input_terminated": True, "CONTENT_LENGTH": ""} if chunked else {}
     answer = page[1].post(UPDATE, input_stream=body, headers=LOCAL, environ_overrides=overrides)
-    assert answer.status_code == 413
+    assert answer.status_code in ((400, 413) if chunked else (413,))
     assert body.tell() <= 2**20 + 2**16
 
 

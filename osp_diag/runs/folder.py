@@ -19,7 +19,7 @@ from osp_diag.plain_files import first_special, read_plain
 from osp_diag.runs.format import METADATA, PARTIAL
 from osp_diag.runs.lock import LOCK_NAME
 from osp_diag.runs.naming import model_name
-from osp_diag.runs.nodes import check_nodes
+from osp_diag.runs.nodes import check_attributes, check_nodes
 
 __all__ = [
     "FORMAT_KEY",
@@ -130,6 +130,7 @@ def _root_of(text: bytes, path: Path) -> dict[str, Any]:
             f"{path} was written in run format {version}, newer than the {FORMAT_VERSION} known here; "
             "upgrade osp_diag"
         )
+    check_attributes(attributes, path)
     members = root["consolidated_metadata"]
     check_nodes(members.get("metadata") if isinstance(members, dict) else None, path)
     return root

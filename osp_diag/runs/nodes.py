@@ -13,7 +13,7 @@ from typing import Any
 from osp_diag.errors import StoreError
 from osp_diag.schema import LOGGED_STEP, SERIES, STEP
 
-__all__ = ["CODECS", "MOST_CHUNK_BYTES", "check_nodes", "chunk_bytes", "item_bytes"]
+__all__ = ["CODECS", "MOST_CHUNK_BYTES", "check_attributes", "check_nodes", "chunk_bytes", "item_bytes"]
 
 NUMBERS = {
     "bool": 1, "int8": 1, "int16": 2, "int32": 4, "int64": 8, "uint8": 1, "uint16": 2, "uint32": 4,
@@ -30,6 +30,17 @@ CODECS = ("bytes", "vlen-utf8", "zstd")
 MOST_CHUNK_BYTES = 512 * 2**20
 """Of a chunk in memory. The largest of ours is one row, 97 MB for the vocabulary of an 80-layer model."""
 _MOST_ELEMENTS = 2**48
+_KINDS: Mapping[Any, tuple[str, ...]] = {
+    str: (
+        "model_name", "model_fingerprint", "architecture", "protocol", "token_source", "token_fingerprint",
+        "created", "command", "device", "dtype", "training_data", "interrupted", "estimator", "units",
+        "long_name", "definition", "coordinates",
+    ),
+    (int, float): ("number_of_layers", "hidden_size", "sequence_length", "tokens", "tokens_per_step"),
+    Mapping: ("sites", "absent_sites", "config", "versions", "estimator_parameters"),
+    list: ("estimators", "resumed", "notes"),
+}  # fmt: skip
+"""Attributes that are read by name, and what they are."""
 _GROWING = {STEP: STEP, LOGGED_STEP: f"{SERIES}/{LOGGED_STEP}"}
 
 
@@ -51,6 +62,7 @@ def check_nodes(nodes: Any, where: object) -> None:
         problem = _name_problem(path) or _problem(entry)
         if problem:
             raise _refusal(where, f"its group or array {path!r}", problem)
+        check_attributes(entry.get("attributes", {}), f"{where}/{path}")
     for path, entry in nodes.items():
         dims = entry.get("dimension_names") or (None,)
         labels = nodes.get(_GROWING.get(dims[0], ""))
@@ -60,6 +72,26 @@ def check_nodes(nodes: Any, where: object) -> None:
         parent = path.rpartition("/")[0]
         if parent and nodes.get(parent, {}).get("node_type") != "group":
             raise _refusal(where, f"its group or array {path!r}", f"lies in {parent!r}, which is no group")
+
+
+def check_attributes(attributes: Mapping[str, Any], where: object) -> None:
+    """Refuse attributes of a run, or of an array, that are of another kind than a probe writes.
+
+    Raises
+    ------
+    StoreError : naming the attribute
+    """
+    for kinds, names in _KINDS.items():
+        for name in names:
+            value = attributes.get(name)
+            if value is not None and (not isinstance(value, kinds) or isinstance(value, bool)):
+                raise _refusal(where, f"its attribute {name!r}", f"is {_short(value)}")
+    for name in ("estimators", "notes"):
+        if not all(isinstance(item, str) for item in attributes.get(name) or ()):
+            raise _refusal(where, f"its attribute {name!r}", "holds what is no text")
+    for item in attributes.get("resumed") or ():
+        if not isinstance(item, Mapping):
+            raise _refusal(where, "its attribute 'resumed'", "holds what is no object")
 
 
 def _refusal(where: object, what: str, problem: str) -> StoreError:

@@ -18,6 +18,7 @@ from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Sto
 from zarr.core.buffer import Buffer, BufferPrototype
 
 from osp_diag.errors import StoreError
+from osp_diag.json_text import parse_object
 from osp_diag.plain_files import open_plain, read_plain
 from osp_diag.runs.chunks import check_presence, check_texts, decompressed, is_lost
 from osp_diag.runs.format import METADATA, ArrayLayout
@@ -151,9 +152,15 @@ class RunStore(Store):
         return data
 
     def damage(self) -> dict[str, str]:
-        """Array → what is wrong with its first chunk that is damaged or lost; every chunk is read."""
+        """Array → what is wrong: the first chunk that is damaged or lost, or metadata; every chunk is read."""
         problems = {}
         for path, entry in self.arrays.items():
+            if self._is_described_otherwise(path, entry):
+                problems[path] = (
+                    f"array {self._named(path)} is described in its own {METADATA} otherwise than in the run's, so "
+                    "that one of them is damaged; restore the run from a copy"
+                )
+                continue
             width = entry["chunk_grid"]["configuration"]["chunk_shape"]
             counts = [math.ceil(size / step) for size, step in zip(entry["shape"], width, strict=True)]
             separator = entry["chunk_key_encoding"].get("configuration", {}).get("separator", "/")
@@ -163,6 +170,23 @@ class RunStore(Store):
             except StoreError as error:
                 problems[path] = str(error)
         return problems
+
+    def _is_described_otherwise(self, path: str, entry: Mapping[str, Any]) -> bool:
+        """Whether the array's own metadata, which are written once, differ in more than the length."""
+        own = self.files.read(f"{path}/{METADATA}")
+        if own is None:
+            return False
+        try:
+            described = parse_object(own)
+        except ValueError:
+            return True
+        shapes = described.pop("shape", []), entry["shape"]
+        growing = (entry.get("dimension_names") or [None])[0] in (STEP, LOGGED_STEP)
+        return (
+            described != {key: value for key, value in entry.items() if key != "shape"}
+            or not isinstance(shapes[0], list)
+            or shapes[0][growing:] != shapes[1][growing:]
+        )
 
     def _check(self, data: bytes, entry: Mapping[str, Any], where: str) -> None:
         codecs = [codec["name"] if isinstance(codec, Mapping) else codec for codec in entry["codecs"]]
