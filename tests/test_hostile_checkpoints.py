@@ -16,6 +16,7 @@ from osp_diag.errors import CheckpointError, OspDiagError, TokenError
 from osp_diag.json_text import parse_json, parse_object
 from osp_diag.terminal import one_line, printable
 from osp_diag.text.panics import no_panic
+from osp_diag.text.tokenizer import delimiter_ids_of, encode
 from osp_diag.trainer.data.sources import documents_in
 from tests.hostile_files import damage_bytes, damage_json, gguf_file
 from tests.tiny_checkpoints import byte_tokenizer, llama, save
@@ -186,8 +187,7 @@ def test_a_panic_anywhere_is_no_traceback(monkeypatch, capsys, tmp_path):
     def panics(*arguments, **options):
         raise PanicException("index out of bounds")
 
-    monkeypatch.setattr("osp_diag.figures.report.write_report", panics)
-    monkeypatch.setattr("osp_diag.runs.run.open_whole_part", lambda path: None)
+    monkeypatch.setattr("osp_diag.runs.run.open_whole_part", panics)
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "a.html")]) == 2
     assert capsys.readouterr().err.startswith("osp-diag: unexpected PanicException: index out of bounds")
 
@@ -199,7 +199,7 @@ def test_a_bomb_is_not_unpacked(tmp_path):
     bomb = tmp_path / "bomb.jsonl.gz"
     with gzip.open(bomb, "wb", compresslevel=1) as file:
         for _ in range(24):
-            file.write(b'"' + b"a" * 2**22)
+            file.write(b"a" * 2**22)
     assert bomb.stat().st_size < 2**20
     with pytest.raises(TokenError, match=r"data\.path=.*bomb\.jsonl\.gz: it unpacks to more than [\d,]+ bytes"):
         list(documents_in([bomb], "jsonl", None, "data.path"))
@@ -241,3 +241,19 @@ def test_nothing_that_a_terminal_acts_on_is_left(text):
     assert one_line(text).isprintable()
     assert printable(shown) == shown
     assert all(a == b or b == "\ufffd" for a, b in zip(text, shown, strict=True))
+
+
+def test_a_tokenizer_that_fails_in_use_is_named():
+    class Broken:
+        all_special_ids = ()
+
+        def __call__(self, *arguments, **options):
+            raise PanicException("no such token")
+
+        def get_vocab(self):
+            return {"a": "b"}[1]
+
+    with pytest.raises(TokenError, match=r"the tokenizer \(Broken\) fails when it is used: RuntimeError: its library"):
+        encode(Broken(), "text", special=False)
+    with pytest.raises(TokenError, match=r"the tokenizer \(Broken\) fails when it is used: KeyError: 1\. Its files"):
+        delimiter_ids_of(Broken())

@@ -15,7 +15,7 @@ __all__ = ["PACKED", "unpacked"]
 
 PACKED: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open}
 """Compressed files are read through these; a Parquet file compresses itself."""
-MOST_RATIO, FREE = 200, 64 * 2**20
+MOST_RATIO, FREE = 100, 16 * 2**20
 """A file may unpack to so many times its size and so many bytes more: text to some 3 to 30 times."""
 
 
