@@ -1,4 +1,4 @@
-"""A preset's first steps and first probe as shipped: what compiling takes, how fast it then is, what it fills.
+"""A preset's first steps and probe as shipped: what compiling takes, how fast it then is, what it fills.
 
 Only what names a corpus and a cluster is changed: the built-in text, a batch of few sequences, and, where one
 process is to hold what several would share, `parallel.mode=ddp`. On several GPUs start it with torchrun.
