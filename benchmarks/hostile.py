@@ -3,10 +3,10 @@
     python -m benchmarks.hostile --cases 1000 --seed 0
     python -m benchmarks.hostile --only gguf --case 17 --seed 0     # one case again, with what it says
 
-Each case damages a copy of a small whole file (a byte, an entry of its JSON, a pipe or a link in its place) and
-hands it to the verbs that read it, in a process of its own. It survives if the command ends by itself with exit
-code 0, 1 or 2, says nothing of a defect, a traceback or a panic, sends no escape sequence, and takes less than
-60 s and 1 GB beyond what the imports have.
+Each case damages a copy of a small whole file (a byte, an entry of its JSON, a pipe or a link in its place)
+and hands it to the verbs that read it, in a process of its own. It survives if the command ends by itself
+with exit code 0, 1 or 2, says nothing of a defect, a traceback or a panic, sends no escape sequence, and
+takes less than 60 s and 1 GB beyond what the imports have.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ class Format:
 # Making whole files. Imports are in the functions: the parent of all cases starts no thread.
 
 
-def make_checkpoint(folder: Path) -> None:
+def _make_checkpoint(folder: Path) -> None:
     from tests.tiny_checkpoints import byte_tokenizer, llama, save
 
     save(llama(), folder / "model", byte_tokenizer())
 
 
-def make_pickle(folder: Path) -> None:
+def _make_pickle(folder: Path) -> None:
     import torch
 
     from tests.tiny_checkpoints import llama, save
@@ -61,38 +61,40 @@ def make_pickle(folder: Path) -> None:
     torch.save(model.state_dict(), folder / "model" / "pytorch_model.bin")
 
 
-def make_gguf(folder: Path) -> None:
+def _make_gguf(folder: Path) -> None:
     from tests.hostile_files import gguf_file
 
     gguf_file(folder / "model.gguf")
 
 
-def make_run(folder: Path) -> None:
+def _make_run(folder: Path) -> None:
     from tests.growing_runs import grown_run
 
     grown_run(folder / "run.zarr")
 
 
-def make_packed(folder: Path) -> None:
+def _make_packed(folder: Path) -> None:
     from osp_diag.runs.packed import pack
 
-    make_run(folder)
+    _make_run(folder)
     pack(folder / "run.zarr", folder / "run.zip")
     shutil.rmtree(folder / "run.zarr")
 
 
-def make_training(folder: Path) -> None:
+def _make_training(folder: Path) -> None:
     from osp_diag.trainer.loop import train
     from tests.training_runs import minute
 
     train(minute(steps=1, probe__sites=("residual_post",), checkpoint__every=0), folder / "run.zarr")
 
 
-def make_text(folder: Path) -> None:
+def _make_text(folder: Path) -> None:
     import gzip
     import json
 
-    lines = [json.dumps({"text": f"Document {number}: " + "some words in a row. " * 20}) for number in range(50)]
+    lines = [
+        json.dumps({"text": f"Document {number}: " + "some words in a row. " * 20}) for number in range(50)
+    ]
     (folder / "text.jsonl").write_text("\n".join(lines) + "\n")
     with gzip.open(folder / "text.jsonl.gz", "wt") as file:
         file.write("\n".join(lines) + "\n")
@@ -179,7 +181,7 @@ def damage_text(folder: Path, dice: random.Random) -> None:
 # Reading them
 
 
-def probing(name: str) -> Callable[[Path], list[list[str]]]:
+def _probing(name: str) -> Callable[[Path], list[list[str]]]:
     def commands(folder: Path) -> list[list[str]]:
         options = ["--tokens", "64", "--seq-len", "32", "--batch-size", "2", "--overwrite"]
         return [["probe", str(folder / name), "--out", str(folder / "probed.zarr"), *options]]
@@ -187,12 +189,12 @@ def probing(name: str) -> Callable[[Path], list[list[str]]]:
     return commands
 
 
-def reading_run(folder: Path) -> list[list[str]]:
+def _reading_run(folder: Path) -> list[list[str]]:
     run = str(folder / "run.zarr")
     return [["watch", run, "--once"], ["report", run, "--out", str(folder / "report.html")]]
 
 
-def reading_packed(folder: Path) -> list[list[str]]:
+def _reading_packed(folder: Path) -> list[list[str]]:
     file = str(folder / "run.zip")
     return [
         ["report", file, "--out", str(folder / "report.html")],
@@ -200,11 +202,11 @@ def reading_packed(folder: Path) -> list[list[str]]:
     ]
 
 
-def exporting(folder: Path) -> list[list[str]]:
+def _exporting(folder: Path) -> list[list[str]]:
     return [["export", str(folder / "run.zarr"), "--out", str(folder / "model")]]
 
 
-def training(folder: Path) -> list[list[str]]:
+def _training(folder: Path) -> list[list[str]]:
     file = next(folder.glob("text.*"))
     changes = ["steps=1", "batch_size=2", "data.source=jsonl", f"data.path={file}", "checkpoint.every=0"]
     options = [word for change in changes for word in ("--set", change)]
@@ -212,22 +214,26 @@ def training(folder: Path) -> list[list[str]]:
 
 
 FORMATS: dict[str, Format] = {
-    "config": Format(make_checkpoint, damage_one_of("model/config.json"), probing("model")),
+    "config": Format(_make_checkpoint, damage_one_of("model/config.json"), _probing("model")),
     "tokenizer": Format(
-        make_checkpoint, damage_one_of("model/tokenizer.json", "model/tokenizer_config.json"), probing("model")
+        _make_checkpoint,
+        damage_one_of("model/tokenizer.json", "model/tokenizer_config.json"),
+        _probing("model"),
     ),
-    "safetensors": Format(make_checkpoint, damage_header, probing("model")),
-    "pickle": Format(make_pickle, damage_one_of("model/pytorch_model.bin"), probing("model")),
-    "gguf": Format(make_gguf, damage_one_of("model.gguf"), probing("model.gguf")),
-    "run": Format(make_run, damage_one_of("run.zarr/zarr.json", special=0.05), reading_run),
-    "chunk": Format(make_run, damage_one_of("run.zarr/**/c.*", "run.zarr/*/c.0", special=0.15), reading_run),
-    "packed": Format(make_packed, damage_packed, reading_packed),
+    "safetensors": Format(_make_checkpoint, damage_header, _probing("model")),
+    "pickle": Format(_make_pickle, damage_one_of("model/pytorch_model.bin"), _probing("model")),
+    "gguf": Format(_make_gguf, damage_one_of("model.gguf"), _probing("model.gguf")),
+    "run": Format(_make_run, damage_one_of("run.zarr/zarr.json", special=0.05), _reading_run),
+    "chunk": Format(
+        _make_run, damage_one_of("run.zarr/**/c.*", "run.zarr/*/c.0", special=0.15), _reading_run
+    ),
+    "packed": Format(_make_packed, damage_packed, _reading_packed),
     "training": Format(
-        make_training,
+        _make_training,
         damage_one_of("*/step-*/.metadata", "*/step-*/state.json", "*/step-*/*.distcp", special=0.1),
-        exporting,
+        _exporting,
     ),
-    "text": Format(make_text, damage_text, training),
+    "text": Format(_make_text, damage_text, _training),
 }
 
 
@@ -257,7 +263,7 @@ def run_case(name: str, base: Path, number: int, seed: int, told: Path) -> int:
 
 
 def in_a_process(function: Callable[[], int | None], seconds: float) -> tuple[str, float, int]:
-    """How a forked process that calls the function ended ("" is well), the seconds it took, and its largest RSS."""
+    """How a forked process that calls the function ended ("" is well), its seconds, and its largest RSS."""
     started = time.monotonic()
     child = os.fork()
     if child == 0:
@@ -265,7 +271,7 @@ def in_a_process(function: Callable[[], int | None], seconds: float) -> tuple[st
         code = 99
         try:
             code = function() or 0
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             print(f"Traceback of {type(error).__name__}: {error}", file=sys.stderr)
         finally:
             sys.stdout.flush()
@@ -304,7 +310,9 @@ def judged(name: str, base: Path, number: int, seed: int, told: Path, resident: 
 
 def main() -> int:
     """Try the cases and print how many survived, by format."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--cases", type=int, default=1000, help="in all, each format as many")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=FORMATS, action="append")
@@ -329,7 +337,9 @@ def main() -> int:
                 problem = judged(name, base, number, options.seed, told, resident)
                 failures += [f"  {name} --case {number}: {problem}"] if problem else []
             seconds = time.monotonic() - started
-            print(f"{name:<12} {len(numbers):>6} {len(numbers) - len(failures):>9} {seconds:>8.0f}", flush=True)
+            print(
+                f"{name:<12} {len(numbers):>6} {len(numbers) - len(failures):>9} {seconds:>8.0f}", flush=True
+            )
             print(*failures, sep="\n", end="\n" if failures else "", flush=True)
             tried, survived = tried + len(numbers), survived + len(numbers) - len(failures)
             if options.case is not None:
@@ -349,8 +359,9 @@ def _import_everything() -> None:
         "osp_diag.cli.main", "osp_diag.cli.options", "osp_diag.cli.probe", "osp_diag.cli.train",
         "osp_diag.cli.report", "osp_diag.cli.watch", "osp_diag.cli.export", "osp_diag.probing.checkpoint",
         "osp_diag.checkpoints.pretrained", "osp_diag.checkpoints.gguf", "osp_diag.trainer.loop",
-        "osp_diag.trainer.exporting", "osp_diag.figures.report", "tests.tiny_checkpoints", "tests.growing_runs",
-        "tests.training_runs", "transformers.models.llama.modeling_llama", "zarr", "xarray", "gguf",
+        "osp_diag.trainer.exporting", "osp_diag.figures.report", "tests.tiny_checkpoints",
+        "tests.growing_runs", "tests.training_runs", "transformers.models.llama.modeling_llama",
+        "zarr", "xarray", "gguf",
     )  # fmt: skip
     for module in modules:
         importlib.import_module(module)

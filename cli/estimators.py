@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
+from osp_diag.terminal import unfiltered
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table

@@ -25,8 +25,8 @@ def run(runs: Runs, /, *, out: Path = Path("report.html"), json: bool = False) -
     side on shared scales. The file needs no network; it can be sent, printed, and used with the keyboard
     alone. What a run does not hold is left out, and the page says so.
 
-    Of a damaged run the page shows what is whole and says what is not. The exit code is 1 if a run is damaged or
-    holds NaN or Inf, else 0.
+    Of a damaged run the page shows what is whole and says what is not. The exit code is 1 if a run is
+    damaged or holds NaN or Inf, else 0.
 
     Args:
         runs: the runs, which `osp-diag probe` or a training wrote.

@@ -1,4 +1,4 @@
-"""Files that may come from a stranger: nothing but plain ones is opened, no link is followed, none is waited for.
+"""Files that may come from a stranger: only plain ones are opened, no link is followed, none is waited for.
 
 A run or a checkpoint can be sent with a link to ``/dev/zero`` or a pipe in place of a chunk. Everything that
 reads or replaces files inside such a folder opens them here.
@@ -50,7 +50,7 @@ def read_plain(path: Path, most: int) -> bytes:
 
 
 def first_special(folder: Path) -> Path | None:
-    """The first entry anywhere below ``folder`` that is neither a plain file nor a folder; no link is followed."""
+    """The first entry below ``folder`` that is neither a plain file nor a folder; no link is followed."""
     return next(_special_below(str(folder)), None)
 
 

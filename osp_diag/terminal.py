@@ -1,6 +1,7 @@
 """Text of others on a terminal: names in files, runs and tokenizers may hold escape sequences.
 
-Written to a terminal these move the cursor, change its title or hide what was said. Nothing of them gets there.
+Written to a terminal these move the cursor, change its title or hide what was said. Nothing of them gets
+there.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 __all__ = ["filtered_streams", "one_line", "printable", "unfiltered"]
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-"""Control characters but for tab and line feed, what turns the direction of text, halves of surrogate pairs."""
+"""Control characters but tab and line feed, what turns text round, halves of surrogate pairs."""
 _REPLACEMENT = "\ufffd"
 
 

@@ -1,15 +1,34 @@
-"""Ways in which files are damaged, or made to do harm: for the property tests, and for ``benchmarks/hostile.py``."""
+"""Ways in which files are damaged or made to do harm: for property tests and ``benchmarks/hostile.py``."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["HOSTILE_VALUES", "Written", "damage_bytes", "damage_json", "gguf_file", "replace_by_special"]
+from osp_diag.errors import OspDiagError
+
+__all__ = [
+    "HOSTILE_VALUES",
+    "Written",
+    "damage_bytes",
+    "damage_json",
+    "gguf_file",
+    "refusal",
+    "replace_by_special",
+]
+
+
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    """What our error says that the function raises; empty if it raises nothing. Other errors go on."""
+    try:
+        function(*arguments)
+    except OspDiagError as error:
+        return str(error)
+    return ""
 
 
 class Written(str):
@@ -121,7 +140,8 @@ def gguf_file(path: Path) -> Path:
     shapes = {
         "token_embd.weight": (260, 16), "output_norm.weight": (16,), "output.weight": (260, 16),
         "blk.0.attn_norm.weight": (16,), "blk.0.ffn_norm.weight": (16,), "blk.0.attn_q.weight": (16, 16),
-        "blk.0.attn_k.weight": (16, 16), "blk.0.attn_v.weight": (16, 16), "blk.0.attn_output.weight": (16, 16),
+        "blk.0.attn_k.weight": (16, 16), "blk.0.attn_v.weight": (16, 16),
+        "blk.0.attn_output.weight": (16, 16),
         "blk.0.ffn_gate.weight": (24, 16), "blk.0.ffn_up.weight": (24, 16), "blk.0.ffn_down.weight": (16, 24),
     }  # fmt: skip
     for name, shape in shapes.items():

@@ -12,13 +12,13 @@ from osp_diag.checkpoints import open_checkpoint
 from osp_diag.checkpoints.gguf import read_header
 from osp_diag.checkpoints.weight_files import check_safetensors, read_json
 from osp_diag.cli.main import main
-from osp_diag.errors import CheckpointError, OspDiagError, TokenError
+from osp_diag.errors import CheckpointError, TokenError
 from osp_diag.json_text import parse_json, parse_object
 from osp_diag.terminal import one_line, printable
 from osp_diag.text.panics import no_panic
 from osp_diag.text.tokenizer import delimiter_ids_of, encode
 from osp_diag.trainer.data.sources import documents_in
-from tests.hostile_files import damage_bytes, damage_json, gguf_file
+from tests.hostile_files import damage_bytes, damage_json, gguf_file, refusal
 from tests.tiny_checkpoints import byte_tokenizer, llama, save
 
 
@@ -62,7 +62,10 @@ def refused(message, source, *, error=CheckpointError):
     ids=lambda entries: next(iter(entries)),
 )
 def test_a_size_that_the_weights_cannot_have_is_refused_before_anything_is_made(configured, entries):
-    refused(r"config\.json declares [\w.]+=[\d,]+, and the weights beside it have [\d,]+ bytes", configured(**entries))
+    refused(
+        r"config\.json declares [\w.]+=[\d,]+, and the weights beside it have [\d,]+ bytes",
+        configured(**entries),
+    )
 
 
 def test_a_model_many_times_larger_than_its_weights_is_not_made(configured):
@@ -130,10 +133,8 @@ def test_a_damaged_header_of_safetensors_is_refused_or_true(whole, seed, tmp_pat
     header = damage_json(data[8 : 8 + length].decode(), dice).encode(errors="surrogatepass")
     path = tmp_path_factory.getbasetemp() / "damaged.safetensors"
     path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
-    try:
-        assert isinstance(check_safetensors(path), dict)
-    except CheckpointError as error:
-        assert "damaged.safetensors" in str(error)
+    message = refusal(check_safetensors, path)
+    assert not message or "damaged.safetensors" in message
 
 
 @pytest.fixture(scope="module")
@@ -146,12 +147,8 @@ def gguf_bytes(tmp_path_factory):
 def test_a_damaged_gguf_header_is_refused_or_read(gguf_bytes, seed, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     path.write_bytes(damage_bytes(gguf_bytes[:9000], random.Random(seed)) + gguf_bytes[9000:])
-    try:
-        header = read_header(path)
-    except CheckpointError as error:
-        assert "damaged.gguf" in str(error)
-    else:
-        assert header.size <= path.stat().st_size
+    message = refusal(read_header, path)
+    assert "damaged.gguf" in message or read_header(path).size <= path.stat().st_size
 
 
 @settings(max_examples=100, deadline=None)
@@ -160,16 +157,14 @@ def test_a_damaged_configuration_is_refused_or_an_object(whole, seed, tmp_path_f
     path = tmp_path_factory.getbasetemp() / "config.json"
     damaged = damage_json((whole / "config.json").read_text(), random.Random(seed))
     path.write_text(damaged, errors="surrogatepass")
-    try:
-        assert isinstance(read_json(path), dict)
-    except CheckpointError as error:
-        assert "config.json" in str(error)
+    message = refusal(read_json, path)
+    assert not message or "config.json" in message
 
 
 # Tokenizers
 
 
-class PanicException(BaseException):  # noqa: N818
+class PanicException(BaseException):
     """As pyo3 makes it in each library of Rust, below no :class:`Exception`."""
 
 
@@ -201,7 +196,9 @@ def test_a_bomb_is_not_unpacked(tmp_path):
         for _ in range(24):
             file.write(b"a" * 2**22)
     assert bomb.stat().st_size < 2**20
-    with pytest.raises(TokenError, match=r"data\.path=.*bomb\.jsonl\.gz: it unpacks to more than [\d,]+ bytes"):
+    with pytest.raises(
+        TokenError, match=r"data\.path=.*bomb\.jsonl\.gz: it unpacks to more than [\d,]+ bytes"
+    ):
         list(documents_in([bomb], "jsonl", None, "data.path"))
 
 
@@ -222,10 +219,8 @@ def test_damaged_lines_are_named(tmp_path_factory, seed, packed):
     data = damage_bytes(gzip.compress(lines) if packed else lines, dice)
     path = tmp_path_factory.getbasetemp() / ("lines.jsonl.gz" if packed else "lines.jsonl")
     path.write_bytes(data)
-    try:
-        list(documents_in([path], "jsonl", None, "data.path"))
-    except OspDiagError as error:
-        assert path.name in str(error)
+    message = refusal(lambda: list(documents_in([path], "jsonl", None, "data.path")))
+    assert not message or path.name in message
 
 
 # Terminals
@@ -253,7 +248,11 @@ def test_a_tokenizer_that_fails_in_use_is_named():
         def get_vocab(self):
             return {"a": "b"}[1]
 
-    with pytest.raises(TokenError, match=r"the tokenizer \(Broken\) fails when it is used: RuntimeError: its library"):
+    with pytest.raises(
+        TokenError, match=r"the tokenizer \(Broken\) fails when it is used: RuntimeError: its library"
+    ):
         encode(Broken(), "text", special=False)
-    with pytest.raises(TokenError, match=r"the tokenizer \(Broken\) fails when it is used: KeyError: 1\. Its files"):
+    with pytest.raises(
+        TokenError, match=r"the tokenizer \(Broken\) fails when it is used: KeyError: 1\. Its files"
+    ):
         delimiter_ids_of(Broken())

@@ -1,4 +1,4 @@
-"""Runs from a stranger, and damaged ones: nothing outside is touched or waited for, and what is wrong is named."""
+"""Runs from a stranger, and damaged ones: nothing outside is touched, and what is wrong is named."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from numcodecs.zstd import Zstd
 
 from osp_diag.cli.main import main
-from osp_diag.errors import OspDiagError, StoreError
+from osp_diag.errors import StoreError
 from osp_diag.probing import saving
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.packed import pack
@@ -24,6 +24,7 @@ from osp_diag.runs.run import open_run, open_whole_part
 from osp_diag.runs.writer import RunWriter
 from tests import run_fixtures
 from tests.growing_runs import grown_run
+from tests.hostile_files import refusal
 from tests.run_fixtures import ATTRIBUTES, groups, write_run
 from tests.warm_processes import forking
 
@@ -94,7 +95,10 @@ def test_a_name_that_leads_out_of_the_run_is_refused(run, name):
 
 BOMBS = {
     "an endless axis": ({"step": [10**12]}, "rows"),
-    "an endless width": ({KURTOSIS: [3, 10**9, 4]}, "declares 48,000,000,000 bytes, and its chunks on disk have"),
+    "an endless width": (
+        {KURTOSIS: [3, 10**9, 4]},
+        "declares 48,000,000,000 bytes, and its chunks on disk have",
+    ),
     "a shape beyond counting": ({KURTOSIS: [3, 2**60, 4]}, "has the shape"),
     "no list": ({KURTOSIS: "many"}, "has the shape 'many'"),
     "a fraction": ({KURTOSIS: [3, 1.5, 4]}, "has the shape"),
@@ -157,7 +161,9 @@ def test_a_chunk_that_is_no_file_is_neither_followed_nor_waited_for(run, kind):
     refused(run, rf"{KURTOSIS}/c\.0\.0\.0 (cannot be read|is missing)")
 
 
-@pytest.mark.parametrize("path", ["step/c.0", f"{KURTOSIS}/c.0.0.0", "snapshot/token_id/c.0", "series/loss/c.0"])
+@pytest.mark.parametrize(
+    "path", ["step/c.0", f"{KURTOSIS}/c.0.0.0", "snapshot/token_id/c.0", "series/loss/c.0"]
+)
 def test_a_chunk_that_is_lost_does_not_read_as_numbers(run, path):
     """Zarr would make up NaN, or zeros of whole numbers."""
     (run / path).unlink()
@@ -173,7 +179,13 @@ def test_a_group_that_began_later_is_whole(tmp_path):
     values = open_run(path).at("final_norm")["osp_excess_kurtosis"]
     assert np.isnan(values[:4]).all()
     assert np.isfinite(values[4:]).all()
-    assert FollowedRun(path).refresh().values("final_norm", "osp_excess_kurtosis", {"stratum": "all"}).sizes["step"] == 6
+    assert (
+        FollowedRun(path)
+        .refresh()
+        .values("final_norm", "osp_excess_kurtosis", {"stratum": "all"})
+        .sizes["step"]
+        == 6
+    )
     (path / "final_norm/osp_excess_kurtosis/c.2.0.0").unlink()
     refused(path, r"final_norm/osp_excess_kurtosis/c\.\d\.0\.0 is missing")
 
@@ -200,11 +212,8 @@ def test_a_run_damaged_anywhere_is_read_right_or_refused_in_one_sentence(whole, 
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     file.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
-    try:
-        read_everything(path)
-    except OspDiagError as error:
-        assert str(path) in str(error)
-        assert "\n" not in str(error)
+    message = refusal(read_everything, path)
+    assert not message or (str(path) in message and "\n" not in message)
 
 
 # Writing into what a stranger made
@@ -247,7 +256,7 @@ def test_a_node_beside_the_run_is_not_written(run, tmp_path):
     before = (mine / "zarr.json").read_bytes()
     change(run, lambda nodes: nodes.update({"../mine.zarr": {"zarr_format": 3, "node_type": "group"}}))
     for mode in ("resume", "overwrite"):
-        with pytest.raises(StoreError, match="mine.zarr' is no path within the run"):
+        with pytest.raises(StoreError, match=r"mine\.zarr' is no path within the run"):
             RunWriter(run, ATTRIBUTES, **{mode: True})
     assert (mine / "zarr.json").read_bytes() == before
 
@@ -313,7 +322,9 @@ def test_a_disk_that_refuses_leaves_the_old_run(run, monkeypatch):
         raise OSError(28, "No space left on device", "c.0.0.0")
 
     monkeypatch.setattr("osp_diag.runs.format.replace_file", full)
-    with pytest.raises(StoreError, match=r"no space left .*; the run that is there is as it was\. Free space"):
+    with pytest.raises(
+        StoreError, match=r"no space left .*; the run that is there is as it was\. Free space"
+    ):
         replaced(run)
     monkeypatch.undo()
     assert open_run(run).steps.tolist() == [0, 10, 20]

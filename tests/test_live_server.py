@@ -377,7 +377,9 @@ def test_no_body_above_a_megabyte_is_read(page, chunked):
     assert body.tell() <= 2**20 + 2**16
 
 
-@pytest.mark.parametrize("path", ["/_dash-component-suites/other/a.js", "/_dash-component-suites/dash/../../x"])
+@pytest.mark.parametrize(
+    "path", ["/_dash-component-suites/other/a.js", "/_dash-component-suites/dash/../../x"]
+)
 def test_a_library_that_is_none_is_not_found(page, capfd, path):
     assert page[1].get(path, headers=LOCAL).status_code == 404
     assert "Traceback" not in capfd.readouterr().err

@@ -73,7 +73,9 @@ def test_only_chunks_with_new_steps_are_read(tmp_path, monkeypatch):
         kurtosis(run)
         read = []
         original = format.read_plain
-        monkeypatch.setattr(format, "read_plain", lambda file, most: (read.append(file), original(file, most))[1])
+        monkeypatch.setattr(
+            format, "read_plain", lambda file, most: (read.append(file), original(file, most))[1]
+        )
         record(writer, [100])
         run.refresh()
         names = [str(file.relative_to(path)) for file in read]

@@ -31,7 +31,7 @@ def beside(work):
         while not stop.is_set():
             try:
                 work()
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 errors.append(error)
                 break
             finally:
@@ -72,7 +72,9 @@ def test_a_plain_pass_beside_probed_ones_is_neither_disturbed_nor_recorded(probe
             assert collector.forward_passes == 1
             assert collector.skipped == alone.skipped
             for key, state in alone.states.items():
-                assert all(torch.equal(value, collector.states[key][name]) for name, value in state.items()), key
+                assert all(
+                    torch.equal(value, collector.states[key][name]) for name, value in state.items()
+                ), key
     assert passes
     assert all(passes)
     assert_untouched(model)
@@ -90,9 +92,14 @@ def transformers_table():
 def test_passes_of_another_thread_alone_are_no_pass_of_the_step(probe):
     step = osp_diag.Probe(probe.model, sites=("residual_post",))
     thread = threading.Thread(target=lambda: probe.model(token_ids(2)))
-    with pytest.raises(CaptureError, match="no forward pass of the probed model ran"), step.step(0):
-        thread.start()
-        thread.join()
+
+    def elsewhere():
+        with step.step(0):
+            thread.start()
+            thread.join()
+
+    with pytest.raises(CaptureError, match="no forward pass of the probed model ran"):
+        elsewhere()
 
 
 def test_a_name_outlives_the_step_for_a_thread_that_has_just_read_it(probe):
@@ -117,7 +124,10 @@ def test_a_second_thread_that_probes_is_refused_before_its_forward(probe):
     messages = []
 
     def second():
-        with pytest.raises(CaptureError, match="is being probed in another thread") as raised, probe.collect():
+        with (
+            pytest.raises(CaptureError, match="is being probed in another thread") as raised,
+            probe.collect(),
+        ):
             raise AssertionError("the step began")
         messages.append(str(raised.value))
 
@@ -135,7 +145,7 @@ def test_a_second_thread_that_probes_is_refused_before_its_forward(probe):
 
 def test_a_thread_that_died_within_its_step_holds_nothing(probe):
     def die():
-        probe.collect().__enter__()  # noqa: PLC2801
+        probe.collect().__enter__()
 
     thread = threading.Thread(target=die)
     thread.start()
@@ -172,7 +182,7 @@ def test_a_backward_pass_in_another_thread_recomputes_unobserved():
     def backward(loss):
         try:
             loss.backward()
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             errors.append(error)
 
     with probe.collect() as collector:

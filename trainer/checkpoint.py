@@ -124,9 +124,7 @@ class TrainingCheckpoint:
             with without_single_process_warnings():
                 dcp.load(tensors, storage_reader=reader, no_dist=not is_distributed())
         except (Exception, dcp.CheckpointException) as error:
-            raise TrainingError(
-                f"{self.path} cannot be read ({_reason(error)}); {_DELETE}"
-            ) from error
+            raise TrainingError(f"{self.path} cannot be read ({_reason(error)}); {_DELETE}") from error
 
     def _metadata(self) -> Metadata:
         try:
@@ -196,7 +194,9 @@ def _read(path: Path) -> TrainingCheckpoint:
         state = parse_object(read_plain(path / HOST_STATE, _MOST_HOST_STATE))
         return TrainingCheckpoint(path, int(state["step"]), from_dictionary(state["config"]), state["data"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise TrainingError(f"{path} is no checkpoint of this version ({_reason(error)}); {_DELETE}") from error
+        raise TrainingError(
+            f"{path} is no checkpoint of this version ({_reason(error)}); {_DELETE}"
+        ) from error
 
 
 def _reason(error: BaseException) -> str:
@@ -296,7 +296,7 @@ class CheckpointFolder:
 
     @contextmanager
     def _disk_errors(self, final: Path, part: Path, future: Future[Any] | None = None) -> Iterator[None]:
-        """Turn what a full or read-only disk raises into a message; nothing is left of what was not finished."""
+        """Turn what a full or read-only disk raises into a message; what was not finished is removed."""
         try:
             yield
         except (OSError, RuntimeError, KeyboardInterrupt, dcp.CheckpointException) as error:
@@ -308,12 +308,14 @@ class CheckpointFolder:
             if any(isinstance(reason, KeyboardInterrupt) for reason in _reasons(error)):
                 interruption = KeyboardInterrupt()
                 interruption.add_note(
-                    f"the checkpoint {final.name} was not finished and is removed; --resume goes on from the one "
+                    f"the checkpoint {final.name} was not finished and is removed; --resume goes on from "
+                    "the one "
                     "before it."
                 )
                 raise interruption from None
             raise TrainingError(
-                f"the checkpoint {final} could not be written: {_refusal(error, part)}; free some space or give "
+                f"the checkpoint {final} could not be written: {_refusal(error, part)}; free some space or "
+                "give "
                 "another --out, and resume: the checkpoints before it are whole"
             ) from error
 

@@ -1,9 +1,9 @@
 """Reading torch's distributed checkpoints without executing anything that is in them.
 
 torch keeps what a checkpoint holds in ``.metadata``, a pickle, and unpickles entries that are no tensors; a
-crafted one runs code. Here the pickle is taken apart into inert records. What it names beyond torch's own types
-is refused, and those types are made of the records' numbers and names, each of them checked. All entries are
-tensors.
+crafted one runs code. Here the pickle is taken apart into inert records. What it names beyond torch's own
+types is refused, and those types are made of the records' numbers and names, each of them checked. All
+entries are tensors.
 """
 
 from __future__ import annotations
@@ -103,7 +103,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
             return DTYPES[name]
         if (module, name) not in RECORDS:
             raise pickle.UnpicklingError(
-                f"it names {module}.{name}, which no checkpoint of osp-diag has and which would be run where a "
+                f"it names {module}.{name}, which no checkpoint of osp-diag has and which would be run "
+                "where a "
                 "pickle is trusted; nothing of it was run. Do not use this checkpoint"
             )
         return type(name, (_Record,), {})
@@ -268,7 +269,7 @@ class TensorReader(StorageReader):
 
 
 def _saved_tensor(data: bytes, where: str) -> torch.Tensor:
-    """The tensor that ``torch.save`` wrote; its archive holds no more than its bytes, and its checksums fit."""
+    """The tensor that ``torch.save`` wrote; its archive is not compressed, and its checksums fit."""
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist())
@@ -277,7 +278,9 @@ def _saved_tensor(data: bytes, where: str) -> torch.Tensor:
             tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             torn = "" if isinstance(tensor, torch.Tensor) else "it is no tensor"
     except Exception as error:
-        raise ValueError(f"{where} is damaged: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise ValueError(
+            f"{where} is damaged: {str(error).splitlines()[0] if str(error) else error!r}"
+        ) from error
     if torn:
         raise ValueError(f"{where} is damaged ({torn})")
     return tensor

@@ -107,7 +107,9 @@ def application(runs: Sequence[FollowedRun], *, host: str = "127.0.0.1", every: 
             return plain(error.description or error.name, error.code or 500)
         if request.path.startswith(LIBRARIES):  # a library or file that Dash does not know
             return plain("Nothing but the page is served here.", 404)
-        print(printable(f"watch: the page could not be made: {type(error).__name__}: {error}"), file=sys.stderr)
+        print(
+            printable(f"watch: the page could not be made: {type(error).__name__}: {error}"), file=sys.stderr
+        )
         return plain("The page could not be made; the terminal says why.", 500)
 
     @server.after_request
@@ -129,9 +131,12 @@ def _is_question(body: bytes, callbacks: Mapping[str, Any]) -> bool:
         return False
     output = question.get("output")
     callback = callbacks.get(output) if isinstance(output, str) else None
-    return callback is not None and all(
-        _are_properties(question.get(kind, []), callback[kind]) for kind in ("inputs", "state")
-    ) and _are_outputs(question.get("outputs"), str(output)) and _are_names(question.get("changedPropIds", []))
+    return (
+        callback is not None
+        and all(_are_properties(question.get(kind, []), callback[kind]) for kind in ("inputs", "state"))
+        and _are_outputs(question.get("outputs"), str(output))
+        and _are_names(question.get("changedPropIds", []))
+    )
 
 
 def _are_properties(values: Any, declared: Sequence[Mapping[str, str]]) -> bool:

@@ -90,7 +90,9 @@ class ExpertModuleCapture:
             for expert, down in pairs:
                 for path, hook in ((expert, self._expert_hook), (down, self._down_hook)):
                     module = self.model.get_submodule(path)
-                    self._handles.append(module.register_forward_pre_hook(of_this_thread(hook), with_kwargs=True))
+                    self._handles.append(
+                        module.register_forward_pre_hook(of_this_thread(hook), with_kwargs=True)
+                    )
         return self
 
     def __exit__(self, *exception: object) -> None:

@@ -2,8 +2,8 @@
 
 The user's own modules are hooked, never re-implemented. A hook only reads: it returns None, runs without
 gradients and outside of autocast, and acts only while a forward pass of the whole model is under way, so that
-the recomputation of activation checkpointing (which runs in the backward pass) is not counted twice. It acts in the
-thread that put it there alone: another one may run the model meanwhile.
+the recomputation of activation checkpointing (which runs in the backward pass) is not counted twice. It acts
+in the thread that put it there alone: another one may run the model meanwhile.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class SiteCapture:
         return self.current is not None and self._claim is not None and self._claim.is_held_here
 
     def attach(self) -> None:
-        """Register the hooks, which act in this thread alone. Nothing in the model changes but its hook tables.
+        """Register the hooks, which act in this thread alone; the model's hook tables are all that changes.
 
         Raises
         ------

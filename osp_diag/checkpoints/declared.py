@@ -1,7 +1,8 @@
 """What a configuration declares, held against the weights beside it before anything is made of it.
 
-A damaged or crafted ``config.json`` of a few hundred bytes can ask for a vocabulary of 10⁸ or 10⁶ layers; making
-such a model, or only its list of labels, takes all memory there is, long before the weights are found not to fit.
+A damaged or crafted ``config.json`` of a few hundred bytes can ask for a vocabulary of 10⁸ or 10⁶ layers;
+making such a model, or only its list of labels, takes all memory there is, long before the weights are found
+not to fit.
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ def check_declared(file: Path, weights: Sequence[Path]) -> None:
         most = most_layers if _LAYERS.search(key) else max(FREE, size) if _SIZE.search(key) else math.inf
         if value > most:
             raise CheckpointError(
-                f"{file} declares {name}={value:,}, and the weights beside it have {size:,} bytes: they do not "
+                f"{file} declares {name}={value:,}, and the weights beside it have {size:,} bytes: they do "
+                "not "
                 "belong together, or the file is damaged. Copy or download it again"
             )
 
@@ -107,6 +109,7 @@ def check_model_size(
     described += sum(buffer.numel() for buffer in model.buffers())
     if described > 8 * weight_bytes + FREE:
         raise CheckpointError(
-            f"{name} is not opened: its config.json describes a model of {described:,} numbers, and its weights "
+            f"{name} is not opened: its config.json describes a model of {described:,} numbers, and its "
+            "weights "
             f"have {weight_bytes:,} bytes. They do not belong together; put the model's own config.json there"
         )

@@ -265,7 +265,7 @@ _COUNTS = re.compile(r"(count|count_kv|length|length_swa|length_k|length_l|dimen
 
 
 def _check_kinds(path: Path, metadata: dict[str, Any]) -> None:
-    """Refuse metadata of another kind than their names say; transformers would fail on them, or loop for ever."""
+    """Refuse metadata of another kind than their names say, on which transformers would fail or never end."""
     for name, value in metadata.items():
         is_count = name.startswith(("split.", "tokenizer.")) or not name.startswith("general.")
         if is_count and _COUNTS.search(name):
@@ -280,7 +280,9 @@ def _check_kinds(path: Path, metadata: dict[str, Any]) -> None:
         else:
             continue
         if not right:
-            raise CheckpointError(f"{path} is damaged: its {name} is {str(value)[:60]!r}. Copy or download it again")
+            raise CheckpointError(
+                f"{path} is damaged: its {name} is {str(value)[:60]!r}. Copy or download it again"
+            )
 
 
 def _scalar(file: BinaryIO, form: str) -> Any:

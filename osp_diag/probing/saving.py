@@ -8,7 +8,7 @@ from typing import Any
 
 import xarray as xr
 
-from osp_diag.errors import StoreError, UsageError
+from osp_diag.errors import UsageError
 from osp_diag.runs.replacing import replacement
 from osp_diag.runs.writer import RunWriter, check_destination
 from osp_diag.wording import did_you_mean, nearest

@@ -203,7 +203,8 @@ class Probe:
         non-reentrant activation checkpointing, call ``backward`` inside the block too: after it, compiled
         code recomputes what eager code saved, and torch raises ``CheckpointError``.
 
-        Passes of other threads are neither seen nor changed, but that a compiled model runs eagerly in them too.
+        Passes of other threads are neither seen nor changed, but that a compiled model runs eagerly in them
+        too.
 
         Raises
         ------

@@ -237,13 +237,14 @@ class GrowingAxis:
         return before - len(self)
 
     def without_values(self, root: Path) -> list[str]:
-        """The arrays that began after the last position: no chunk of theirs is left, or a scalar's is all NaN."""
+        """The arrays that began after the last position: no chunk is left, or a scalar's is all NaN."""
         if not len(self):
             return []
         return [
             path
             for path, array in self.arrays.items()
-            if path != self.labels_path and array.is_empty(root / path, len(self.settled), self._last_of(path))
+            if path != self.labels_path
+            and array.is_empty(root / path, len(self.settled), self._last_of(path))
         ]
 
     def _last_of(self, path: str) -> list[np.ndarray]:

@@ -32,7 +32,9 @@ def decompressed(data: bytes, expected: int | None, where: str) -> bytes:
     if size is None or size > most or (expected is not None and size != expected):
         declares = "is no zstd frame that says its size" if size is None else f"declares {size:,} bytes"
         wanted = f"at most {most:,}" if expected is None else f"{expected:,}"
-        raise StoreError(f"chunk {where} is damaged (it {declares}, not {wanted}); restore the run from a copy")
+        raise StoreError(
+            f"chunk {where} is damaged (it {declares}, not {wanted}); restore the run from a copy"
+        )
     try:
         raw = Zstd().decode(data)
     except (RuntimeError, ValueError) as error:
@@ -62,13 +64,16 @@ def check_texts(raw: bytes, count: int, where: str) -> None:
     position, number = 4, int.from_bytes(raw[:4], "little")
     if len(raw) < 4 or number != count:
         raise StoreError(
-            f"chunk {where} is damaged (it declares {number:,} texts, not {count:,}); restore the run from a copy"
+            f"chunk {where} is damaged (it declares {number:,} texts, not {count:,}); restore the run from "
+            "a copy"
         )
     for _ in range(count):
         length = int.from_bytes(raw[position : position + 4], "little")
         position += 4 + length
         if position > len(raw):
-            raise StoreError(f"chunk {where} is damaged (a text goes beyond its end); restore the run from a copy")
+            raise StoreError(
+                f"chunk {where} is damaged (a text goes beyond its end); restore the run from a copy"
+            )
 
 
 def check_presence(declared: int, present: Callable[[], int], where: object) -> None:
@@ -81,12 +86,15 @@ def check_presence(declared: int, present: Callable[[], int], where: object) -> 
     """
     if declared > _MOST_MADE_UP and declared > _MOST_RATIO * (size := present()):
         raise StoreError(
-            f"array {where} declares {declared:,} bytes, and its chunks on disk have {size:,}; restore the run "
+            f"array {where} declares {declared:,} bytes, and its chunks on disk have {size:,}; restore the "
+            "run "
             "from a copy"
         )
 
 
-def is_lost(index: Sequence[int], counts: Sequence[int], growing: bool, exists: Callable[[int], bool]) -> bool:
+def is_lost(
+    index: Sequence[int], counts: Sequence[int], growing: bool, exists: Callable[[int], bool]
+) -> bool:
     """Whether a chunk that is not there was there once.
 
     An array that does not grow has all of its chunks. One that grows may have begun later than its axis: then

@@ -109,7 +109,7 @@ def replace_file(path: Path, data: bytes, *, durable: bool = False) -> None:
 
 
 def _made_anew(path: Path) -> BinaryIO:
-    """A new file at ``path``; what a crash, or a stranger, left there is not written into: it may be a link."""
+    """A new file at ``path``; what was left there, by a crash or a stranger as a link, is removed first."""
     try:
         return open(path, "xb")
     except FileExistsError:

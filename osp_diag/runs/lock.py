@@ -92,7 +92,8 @@ class WriterLock:
 
     def _foreign(self) -> StoreError:
         return StoreError(
-            f"cannot write {self.path.parent}: its {LOCK_NAME} is a link, or no plain file, and is not written "
+            f"cannot write {self.path.parent}: its {LOCK_NAME} is a link, or no plain file, and is not "
+            "written "
             "to; remove it"
         )
 

@@ -1,4 +1,4 @@
-"""The files of a run as zarr reads them: each chunk is checked, and what is wrong is named, before zarr sees it."""
+"""The files of a run as zarr reads them: each chunk is checked, and named if it is wrong, beforehand."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from zarr.core.buffer import Buffer, BufferPrototype
 
 from osp_diag.errors import StoreError
 from osp_diag.json_text import parse_object
-from osp_diag.plain_files import open_plain, read_plain
+from osp_diag.plain_files import read_plain
 from osp_diag.runs.chunks import check_presence, check_texts, decompressed, is_lost
 from osp_diag.runs.format import METADATA, ArrayLayout
 from osp_diag.runs.nodes import MOST_CHUNK_BYTES, chunk_bytes, item_bytes
@@ -92,8 +92,17 @@ class PackedFiles:
                 return archive.read(entry)
             except KeyError:
                 return None
-            except (OSError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-                raise StoreError(f"{self.path} is damaged ({key}: {error}); restore it from a copy") from error
+            except (
+                OSError,
+                zipfile.BadZipFile,
+                zlib.error,
+                EOFError,
+                NotImplementedError,
+                RuntimeError,
+            ) as error:
+                raise StoreError(
+                    f"{self.path} is damaged ({key}: {error}); restore it from a copy"
+                ) from error
 
     def exists(self, key: str) -> bool:
         """Whether there is such an entry."""
@@ -152,12 +161,13 @@ class RunStore(Store):
         return data
 
     def damage(self) -> dict[str, str]:
-        """Array → what is wrong: the first chunk that is damaged or lost, or metadata; every chunk is read."""
+        """Array → what is wrong with its metadata or a chunk, damaged or lost; every chunk is read."""
         problems = {}
         for path, entry in self.arrays.items():
             if self._is_described_otherwise(path, entry):
                 problems[path] = (
-                    f"array {self._named(path)} is described in its own {METADATA} otherwise than in the run's, so "
+                    f"array {self._named(path)} is described in its own {METADATA} otherwise than in the "
+                    "run's, so "
                     "that one of them is damaged; restore the run from a copy"
                 )
                 continue
@@ -195,7 +205,8 @@ class RunStore(Store):
         raw = decompressed(data, expected, where) if "zstd" in codecs else data
         if expected is not None and len(raw) != expected:
             raise StoreError(
-                f"chunk {where} is damaged ({len(raw):,} bytes, not {expected:,}); restore the run from a copy"
+                f"chunk {where} is damaged ({len(raw):,} bytes, not {expected:,}); restore the run from a "
+                "copy"
             )
         if is_text:
             count = math.prod(entry["chunk_grid"]["configuration"]["chunk_shape"])
@@ -203,14 +214,19 @@ class RunStore(Store):
             try:
                 VLenUTF8().decode(raw)
             except ValueError as error:
-                raise StoreError(f"chunk {where} is damaged ({error}); restore the run from a copy") from error
+                raise StoreError(
+                    f"chunk {where} is damaged ({error}); restore the run from a copy"
+                ) from error
 
     def _check_lost(self, path: str, entry: Mapping[str, Any], key: str) -> None:
         """What zarr would make up is an error where the chunk was there once."""
         try:
             layout = ArrayLayout.from_metadata(entry, path)
             index = [int(part) for part in key.removeprefix(f"{path}/c").split(".")[1:]]
-        except (StoreError, ValueError):  # copied by another tool, which writes no chunk that has nothing in it
+        except (
+            StoreError,
+            ValueError,
+        ):  # copied by another tool, which writes no chunk that has nothing in it
             return
         counts = [math.ceil(size / width) for size, width in zip(entry["shape"], layout.chunk, strict=True)]
         growing = layout.dims[:1] in ((STEP,), (LOGGED_STEP,))
@@ -252,7 +268,9 @@ class RunStore(Store):
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
         start = f"{prefix.rstrip('/')}/" if prefix.rstrip("/") else ""
-        names = dict.fromkeys([key.removeprefix(start).partition("/")[0] async for key in self.list_prefix(start)])
+        names = dict.fromkeys(
+            [key.removeprefix(start).partition("/")[0] async for key in self.list_prefix(start)]
+        )
         for name in names:
             yield name
 

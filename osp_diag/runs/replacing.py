@@ -20,7 +20,7 @@ __all__ = ["replacement"]
 
 @contextmanager
 def replacement(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """A folder beside ``path`` to write a run into, which takes the place of what is there when the block ends.
+    """A folder beside ``path`` to write a run into, which takes its place when the block ends.
 
     If the block raises, nothing but that folder is removed. What a killed process left beside ``path`` is
     removed too. Files in the old run that are none of a run stay where they are.

@@ -65,7 +65,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
 
 def open_whole_part(path: str | os.PathLike[str]) -> Run:
-    """As :func:`open_run`, without what is damaged: :attr:`Run.damage` says what that is. Every chunk is read.
+    """As :func:`open_run`, without what is damaged, which :attr:`Run.damage` tells. Every chunk is read.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def open_tree(path: Path, damage: dict[str, str] | None = None) -> xr.DataTree:
 
 
 def _without(root: Mapping[str, Any], problems: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata of a run without damaged arrays, and without the groups of which a coordinate is damaged."""
+    """The metadata without damaged arrays, and without groups of which a coordinate is damaged."""
     nodes = root["consolidated_metadata"]["metadata"]
     gone = set(problems)
     for path, problem in problems.items():

@@ -69,7 +69,8 @@ class AttentionCapture:
     Query and key are as the model hands them over; where autocast casts them inside the attention function,
     they are delivered before that cast.
 
-    It acts in the thread that attached it alone; what other threads run meanwhile is neither seen nor changed.
+    It acts in the thread that attached it alone; what other threads run meanwhile is neither seen nor
+    changed.
 
     Raises:
         CaptureError: attached twice, or while another thread observes the model.

@@ -54,7 +54,8 @@ class Claim:
                 if holder != self.owner and holder in alive:
                     self._objects = []
                     raise CaptureError(
-                        f"this {type(item).__name__} is being probed in another thread, and is observed by one at "
+                        f"this {type(item).__name__} is being probed in another thread, and is observed by "
+                        "one at "
                         "a time: wait until its step ends there, or give each thread a model of its own"
                     )
             for item in self._objects:

@@ -59,9 +59,10 @@ def concentration(energy: Float[Tensor, "*batch channel"]) -> dict[str, Float[Te
 
 
 def orthogonality(projection: Float[Tensor, "channel channel"]) -> dict[str, Float[Tensor, ""]]:
-    """How far a square matrix is from a multiple of an orthogonal one; in float64. NaN of a matrix with NaN or Inf.
+    """How far a square matrix is from a multiple of an orthogonal one; in float64.
 
     The singular values are the roots of the eigenvalues of PᵀP, so condition numbers above 10⁷ are not seen.
+    All are NaN of a matrix with NaN or Inf, but the scale, which may be Inf.
     """
     wide = projection.to(torch.float64)
     channels = wide.shape[0]
