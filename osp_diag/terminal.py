@@ -51,7 +51,7 @@ class _Filtered:
 def filtered_streams() -> Iterator[None]:
     """Let whatever is written to standard output and error inside the block be printable."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Filtered(sys.stdout), _Filtered(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Filtered(sys.stdout), _Filtered(sys.stderr)
     try:
         yield
     finally:

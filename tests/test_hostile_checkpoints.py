@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import zipfile
 
 import pytest
 from hypothesis import given, settings
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from osp_diag.checkpoints import open_checkpoint
 from osp_diag.checkpoints.gguf import read_header
-from osp_diag.checkpoints.weight_files import check_safetensors, read_json
+from osp_diag.checkpoints.weight_files import check_pickle, check_safetensors, read_json
 from osp_diag.cli.main import main
 from osp_diag.errors import CheckpointError, TokenError
 from osp_diag.json_text import parse_json, parse_object
@@ -256,3 +257,13 @@ def test_a_tokenizer_that_fails_in_use_is_named():
         TokenError, match=r"the tokenizer \(Broken\) fails when it is used: KeyError: 1\. Its files"
     ):
         delimiter_ids_of(Broken())
+
+
+def test_a_pickle_that_would_unpack_to_more_than_it_has_is_refused(tmp_path):
+    bomb = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(2**24))
+    with pytest.raises(
+        CheckpointError, match=r"no file that torch wrote: it would unpack to 16,777,216 bytes"
+    ):
+        check_pickle(bomb)

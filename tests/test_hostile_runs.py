@@ -18,7 +18,7 @@ from osp_diag.cli.main import main
 from osp_diag.errors import StoreError
 from osp_diag.probing import saving
 from osp_diag.runs.following import FollowedRun
-from osp_diag.runs.packed import pack
+from osp_diag.runs.packed import pack, unpack
 from osp_diag.runs.replacing import exchange, replacement
 from osp_diag.runs.run import open_run, open_whole_part
 from osp_diag.runs.writer import RunWriter
@@ -198,6 +198,8 @@ def test_a_packed_run_that_unpacks_to_more_than_it_may_is_refused(whole, tmp_pat
             large = entry.filename == f"{KURTOSIS}/c.0.0.0"
             target.writestr(entry.filename, bytes(2**27) if large else source.read(entry))
     refused(bomb, f"{KURTOSIS}/c.0.0.0 declares 134,217,728 bytes and has")
+    with pytest.raises(StoreError, match="would unpack to 134,217,728"):
+        unpack(bomb, tmp_path / "again.zarr")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

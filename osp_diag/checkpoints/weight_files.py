@@ -113,6 +113,21 @@ def check_pickle(path: Path) -> None:
             f"{path} is truncated or not a PyTorch file: it is neither a whole zip archive nor a pickle. "
             f"{_AGAIN}"
         )
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that would unpack to more than it has: torch compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged: its archive cannot be read ({error}). {_AGAIN}") from error
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is no file that torch wrote: it would unpack to {unpacked:,} bytes. {_AGAIN}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

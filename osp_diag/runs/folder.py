@@ -120,7 +120,7 @@ def _root_of(text: bytes, path: Path) -> dict[str, Any]:
         raise StoreError(f"{path / METADATA} is damaged ({error}); restore the run from a copy") from error
     attributes = root.get("attributes") if isinstance(root, dict) else None
     version = attributes.get(FORMAT_KEY) if isinstance(attributes, dict) else None
-    if type(version) is not int or "consolidated_metadata" not in root:
+    if type(version) is not int or attributes is None or "consolidated_metadata" not in root:
         raise StoreError(
             f"{path} is a Zarr hierarchy but not a run of osp_diag (its root lacks {FORMAT_KEY!r}); "
             "open it with xarray.open_datatree"

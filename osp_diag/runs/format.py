@@ -242,7 +242,7 @@ class ArrayLayout:
             return flat.astype(self.memory_dtype).reshape(self.chunk)
         check_texts(raw, count, where)
         try:
-            return VLenUTF8().decode(raw).reshape(self.chunk)  # type: ignore[no-any-return]
+            return VLenUTF8().decode(raw).reshape(self.chunk)
         except ValueError as error:
             raise StoreError(f"chunk {where} is damaged ({error}); restore the run from a copy") from error
 

@@ -65,7 +65,7 @@ def check_nodes(nodes: Any, where: object) -> None:
         check_attributes(entry.get("attributes", {}), f"{where}/{path}")
     for path, entry in nodes.items():
         dims = entry.get("dimension_names") or (None,)
-        labels = nodes.get(_GROWING.get(dims[0], ""))
+        labels = nodes.get(_GROWING.get(str(dims[0]), ""))
         if labels is not None and entry["shape"][0] != (labels["shape"] or [None])[0]:
             problem = f"has {entry['shape'][0]:,} rows, and {dims[0]!r} another number"
             raise _refusal(where, f"its array {path!r}", problem)
@@ -109,8 +109,8 @@ def _problem(entry: Any) -> str:
     """What is wrong with the metadata of a group or array; empty if nothing is."""
     if not isinstance(entry, Mapping) or entry.get("zarr_format") != 3:
         return "is not described as Zarr v3 does"
-    if not isinstance(entry.get("attributes", {}), Mapping):
-        return "has attributes that are no object"
+    if not isinstance(entry.get("attributes"), Mapping):
+        return "has no attributes, or such as are no object"
     if entry.get("node_type") == "group":
         return (
             ""

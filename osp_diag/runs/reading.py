@@ -23,6 +23,7 @@ from osp_diag.plain_files import read_plain
 from osp_diag.runs.chunks import check_presence, check_texts, decompressed, is_lost
 from osp_diag.runs.format import METADATA, ArrayLayout
 from osp_diag.runs.nodes import MOST_CHUNK_BYTES, chunk_bytes, item_bytes
+from osp_diag.runs.packed import MOST_RATIO, MOST_UNPACKED
 from osp_diag.schema import LOGGED_STEP, SERIES, STEP
 
 __all__ = ["FolderFiles", "PackedFiles", "RunStore"]
@@ -84,7 +85,7 @@ class PackedFiles:
             try:
                 archive = self._open()
                 entry = archive.getinfo(key)
-                if entry.file_size > min(MOST_FILE_BYTES, 2**26 + 20 * entry.compress_size):
+                if entry.file_size > min(MOST_FILE_BYTES, MOST_UNPACKED + MOST_RATIO * entry.compress_size):
                     raise StoreError(
                         f"{self.path} is damaged: {key} declares {entry.file_size:,} bytes and has "
                         f"{entry.compress_size:,}; restore it from a copy"
@@ -246,9 +247,9 @@ class RunStore(Store):
     async def exists(self, key: str) -> bool:
         return self.files.exists(key)
 
-    supports_writes = supports_deletes = False  # type: ignore[assignment]
-    supports_partial_writes = False  # type: ignore[assignment]
-    supports_listing = True  # type: ignore[assignment]
+    supports_writes = supports_deletes = False
+    supports_partial_writes = False
+    supports_listing = True
 
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
