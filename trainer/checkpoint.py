@@ -309,14 +309,12 @@ class CheckpointFolder:
                 interruption = KeyboardInterrupt()
                 interruption.add_note(
                     f"the checkpoint {final.name} was not finished and is removed; --resume goes on from "
-                    "the one "
-                    "before it."
+                    "the one before it."
                 )
                 raise interruption from None
             raise TrainingError(
                 f"the checkpoint {final} could not be written: {_refusal(error, part)}; free some space or "
-                "give "
-                "another --out, and resume: the checkpoints before it are whole"
+                "give another --out, and resume: the checkpoints before it are whole"
             ) from error
 
     def _barrier(self) -> None:

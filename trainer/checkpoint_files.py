@@ -104,8 +104,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
         if (module, name) not in RECORDS:
             raise pickle.UnpicklingError(
                 f"it names {module}.{name}, which no checkpoint of osp-diag has and which would be run "
-                "where a "
-                "pickle is trusted; nothing of it was run. Do not use this checkpoint"
+                "where a pickle is trusted; nothing of it was run. Do not use this checkpoint"
             )
         return type(name, (_Record,), {})
 

@@ -56,8 +56,7 @@ def check_declared(file: Path, weights: Sequence[Path]) -> None:
         if value > most:
             raise CheckpointError(
                 f"{file} declares {name}={value:,}, and the weights beside it have {size:,} bytes: they do "
-                "not "
-                "belong together, or the file is damaged. Copy or download it again"
+                "not belong together, or the file is damaged. Copy or download it again"
             )
 
 
@@ -110,6 +109,6 @@ def check_model_size(
     if described > 8 * weight_bytes + FREE:
         raise CheckpointError(
             f"{name} is not opened: its config.json describes a model of {described:,} numbers, and its "
-            "weights "
-            f"have {weight_bytes:,} bytes. They do not belong together; put the model's own config.json there"
+            f"weights have {weight_bytes:,} bytes. They do not belong together; put the model's own "
+            "config.json there"
         )

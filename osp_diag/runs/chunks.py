@@ -87,8 +87,7 @@ def check_presence(declared: int, present: Callable[[], int], where: object) -> 
     if declared > _MOST_MADE_UP and declared > _MOST_RATIO * (size := present()):
         raise StoreError(
             f"array {where} declares {declared:,} bytes, and its chunks on disk have {size:,}; restore the "
-            "run "
-            "from a copy"
+            "run from a copy"
         )
 
 

@@ -159,8 +159,7 @@ def survey(path: Path, *, resume: bool, overwrite: bool) -> bool:
     if special is not None:
         raise StoreError(
             f"cannot write to {path}: {special} is a link, or no plain file, through which files outside "
-            "of the "
-            "run could be written; remove it, or choose another path"
+            "of the run could be written; remove it, or choose another path"
         )
     if not resume and not overwrite:
         raise StoreError(
@@ -241,8 +240,7 @@ def disk_errors(path: Path, settled: Sequence[int]) -> Iterator[None]:
         if settled and not os.path.lexists(path / METADATA):
             raise StoreError(
                 f"cannot write run {path}: it was deleted or moved while it was written, and what was "
-                "committed "
-                "went with it; begin again, or move it back and open it with resume=True"
+                "committed went with it; begin again, or move it back and open it with resume=True"
             ) from error
         safe = f"{len(settled)} committed step{'' if len(settled) == 1 else 's'}"
         if settled:
@@ -250,8 +248,7 @@ def disk_errors(path: Path, settled: Sequence[int]) -> Iterator[None]:
         reason, advice = disk_reason(error)
         raise StoreError(
             f"cannot write run {path}: {reason}; its {safe} are safe. {advice}, then call flush() again, "
-            "or open "
-            "the run with resume=True"
+            "or open the run with resume=True"
         ) from error
 
 

@@ -93,8 +93,7 @@ class WriterLock:
     def _foreign(self) -> StoreError:
         return StoreError(
             f"cannot write {self.path.parent}: its {LOCK_NAME} is a link, or no plain file, and is not "
-            "written "
-            "to; remove it"
+            "written to; remove it"
         )
 
     def _lock(self, file: int) -> None:

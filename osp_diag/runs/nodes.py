@@ -112,11 +112,7 @@ def _problem(entry: Any) -> str:
     if not isinstance(entry.get("attributes"), Mapping):
         return "has no attributes, or such as are no object"
     if entry.get("node_type") == "group":
-        return (
-            ""
-            if "consolidated_metadata" not in entry or entry["consolidated_metadata"] is None
-            else ("lists members of its own")
-        )
+        return "" if entry.get("consolidated_metadata") is None else "lists members of its own"
     if entry.get("node_type") != "array":
         return f"is of the kind {entry.get('node_type')!r}"
     return _array_problem(entry)
@@ -133,17 +129,15 @@ def _array_problem(entry: Mapping[str, Any]) -> str:
     if item_bytes(entry) is None:
         return f"has the type {_short(entry.get('data_type'))}, which a run cannot hold"
     codecs = entry.get("codecs")
-    names = (
-        [codec.get("name") if isinstance(codec, Mapping) else codec for codec in codecs or ()]
-        if (isinstance(codecs, list))
-        else [codecs]
-    )
+    names = [
+        codec.get("name") if isinstance(codec, Mapping) else codec
+        for codec in (codecs if isinstance(codecs, list) and codecs else [None])
+    ]
     foreign = [name for name in names if name not in CODECS]
-    if foreign or not names:
+    if foreign:
         return (
-            f"is encoded by {_short(foreign[0] if foreign else None)}, and nothing but {', '.join(CODECS)} "
-            "is "
-            "decoded: another codec may execute what is in the file"
+            f"is encoded by {_short(foreign[0])}, and nothing but {', '.join(CODECS)} "
+            "is decoded: another codec may execute what is in the file"
         )
     if entry.get("storage_transformers"):
         return "has storage transformers"

@@ -168,8 +168,7 @@ class RunStore(Store):
             if self._is_described_otherwise(path, entry):
                 problems[path] = (
                     f"array {self._named(path)} is described in its own {METADATA} otherwise than in the "
-                    "run's, so "
-                    "that one of them is damaged; restore the run from a copy"
+                    "run's, so that one of them is damaged; restore the run from a copy"
                 )
                 continue
             width = entry["chunk_grid"]["configuration"]["chunk_shape"]
@@ -224,11 +223,8 @@ class RunStore(Store):
         try:
             layout = ArrayLayout.from_metadata(entry, path)
             index = [int(part) for part in key.removeprefix(f"{path}/c").split(".")[1:]]
-        except (
-            StoreError,
-            ValueError,
-        ):  # copied by another tool, which writes no chunk that has nothing in it
-            return
+        except (StoreError, ValueError):
+            return  # copied by another tool, which writes no chunk that has nothing in it
         counts = [math.ceil(size / width) for size, width in zip(entry["shape"], layout.chunk, strict=True)]
         growing = layout.dims[:1] in ((STEP,), (LOGGED_STEP,))
         growing = growing and path not in (STEP, f"{SERIES}/{LOGGED_STEP}")

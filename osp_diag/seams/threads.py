@@ -55,8 +55,8 @@ class Claim:
                     self._objects = []
                     raise CaptureError(
                         f"this {type(item).__name__} is being probed in another thread, and is observed by "
-                        "one at "
-                        "a time: wait until its step ends there, or give each thread a model of its own"
+                        "one at a time: wait until its step ends there, or give each thread a model of its "
+                        "own"
                     )
             for item in self._objects:
                 holder, count = _claims.get(id(item), (self.owner, 0))
