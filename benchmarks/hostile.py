@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 SECONDS, BYTES = 60, 10**9
-UNSAID = ("unexpected", "defect of osp-diag", "Traceback", "panicked", "\x1b", "Segmentation")
+UNSAID = ("osp-diag: unexpected", "defect of osp-diag", "Traceback", "panicked", "\x1b", "Segmentation")
 """What no message may contain."""
 
 
