@@ -16,6 +16,7 @@ __all__ = ["filtered_streams", "one_line", "printable", "unfiltered"]
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and line feed, what turns text round, halves of surrogate pairs."""
+_MOVES = re.compile("(?:[\r\n]|\x1b\\[A)*")
 _REPLACEMENT = "\ufffd"
 
 
@@ -36,7 +37,9 @@ class _Filtered:
         self.unfiltered = stream
 
     def write(self, text: str) -> int:
-        self.unfiltered.write(printable(text))
+        # Progress bars go back to the start of their line, and up a line by a text of its own.
+        moves = _MOVES.fullmatch(text) is not None
+        self.unfiltered.write(text if moves else "\r".join(map(printable, text.split("\r"))))
         return len(text)
 
     def writelines(self, lines: Any) -> None:

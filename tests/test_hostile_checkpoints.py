@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import sys
 import zipfile
 
 import pytest
@@ -15,7 +16,7 @@ from osp_diag.checkpoints.weight_files import check_pickle, check_safetensors, r
 from osp_diag.cli.main import main
 from osp_diag.errors import CheckpointError, TokenError
 from osp_diag.json_text import parse_json, parse_object
-from osp_diag.terminal import one_line, printable
+from osp_diag.terminal import filtered_streams, one_line, printable
 from osp_diag.text.panics import no_panic
 from osp_diag.text.tokenizer import delimiter_ids_of, encode
 from osp_diag.trainer.data.sources import documents_in
@@ -267,3 +268,10 @@ def test_a_pickle_that_would_unpack_to_more_than_it_has_is_refused(tmp_path):
         CheckpointError, match=r"no file that torch wrote: it would unpack to 16,777,216 bytes"
     ):
         check_pickle(bomb)
+
+
+def test_progress_bars_still_move(capsys):
+    with filtered_streams():
+        for text in ("\r 50%", "\x1b[A", "\n\x1b[A\x1b[A", "a\x1b[31mb\n"):
+            sys.stderr.write(text)
+    assert capsys.readouterr().err == "\r 50%\x1b[A\n\x1b[A\x1b[Aa\ufffd[31mb\n"

@@ -5,8 +5,11 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -447,3 +450,19 @@ def test_metadata_that_differ_from_the_array_s_own_are_damage(run):
 )
 def test_attributes_of_another_kind_are_refused(tmp_path, attributes, message):
     refused(write_run(tmp_path / "run.zarr", **attributes), message)
+
+
+@pytest.mark.slow
+def test_the_longer_fuzzer_counts_what_survives():
+    command = [sys.executable, "-m", "benchmarks.hostile", "--only", "run", "--cases", "2"]
+    root = Path(__file__).parents[1]
+    told = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert told.stdout.splitlines()[-1].split() == ["all", "2", "2"]
+
+
+def test_an_array_folder_that_is_a_link_is_not_read_through(run, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    (run / KURTOSIS).rename(elsewhere)
+    os.symlink(elsewhere, run / KURTOSIS)
+    refused(run, f"{KURTOSIS} is a link, which is not followed")

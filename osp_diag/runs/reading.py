@@ -52,6 +52,14 @@ class FolderFiles:
         """Whether there is such a file."""
         return os.path.lexists(self.path / key)
 
+    def check_folders(self, nodes: Iterable[str]) -> None:
+        """Refuse groups and arrays whose folder is a link, which leads out of the run."""
+        for node in nodes:
+            if (self.path / node).is_symlink():
+                raise StoreError(
+                    f"{self.path / node} is a link, which is not followed; restore the run from a copy"
+                )
+
     def size_below(self, node: str) -> int:
         """Bytes of the files of an array."""
         total = 0
@@ -110,6 +118,9 @@ class PackedFiles:
         with self._lock:
             return key in self._open().NameToInfo
 
+    def check_folders(self, nodes: Iterable[str]) -> None:
+        """There are no links in a zip that is read without unpacking it."""
+
     def size_below(self, node: str) -> int:
         """Bytes of the entries of an array."""
         with self._lock:
@@ -134,6 +145,7 @@ class RunStore(Store):
         super().__init__(read_only=True)
         self.files, self.root = files, json.dumps(root).encode()
         nodes = root["consolidated_metadata"]["metadata"]
+        files.check_folders(nodes)
         self.arrays = {path: entry for path, entry in nodes.items() if entry["node_type"] == "array"}
         for path, entry in self.arrays.items():
             declared = math.prod(entry["shape"]) * (item_bytes(entry) or 0)
