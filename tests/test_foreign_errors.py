@@ -104,6 +104,33 @@ def test_an_error_of_a_function_of_the_users_is_said_to_be_theirs(loader: Path, 
     assert "defect" not in shown
 
 
+@pytest.mark.parametrize(
+    ("lost", "message"),
+    [
+        (
+            "get_vocab = lambda",
+            "asked for get_vocab(), a dictionary from each token's text to its id, and raised",
+        ),
+        (
+            ", **options: bytes",
+            "asked for decode([id], skip_special_tokens=False, clean_up_tokenization_spaces=",
+        ),
+        (", **options):", "asked for a call with (text, add_special_tokens=…, verbose=False), and raised"),
+    ],
+)
+def test_a_tokenizer_that_lacks_a_method_is_named(loader: Path, capsys, lost: str, message: str) -> None:
+    replacement = {"get_vocab = lambda": "vocabulary = lambda"}.get(lost, lost.replace(", **options", ""))
+    assert lost in MODEL
+    loader.write_text(MODEL.replace(lost, replacement))
+    text = loader.with_name("text.txt")
+    text.write_text("Ten boats left the harbour before dawn. " * 40)
+    assert main(["probe", f"{loader}:load", "--text", str(text), "--tokens", "96", "--seq-len", "48"]) == 2
+    shown = " ".join(capsys.readouterr().err.split())
+    assert f"the tokenizer (Letters) cannot be used: it was {message}" in shown
+    assert "or pass no tokenizer, and token ids instead of text" in shown
+    assert "defect" not in shown
+
+
 def test_a_model_in_hand_that_fails_is_named(loader: Path) -> None:
     namespace: dict = {}
     exec(compile(MODEL, str(loader), "exec"), namespace)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from osp_diag.errors import TokenError
@@ -21,6 +22,11 @@ def delimiter_ids_of(tokenizer: Any) -> tuple[int, ...]:
 
     Blank tokens with a line break in them belong to it ("\\n\\n", "\\n    "); other blanks and special
     tokens do not.
+
+    Raises
+    ------
+    TokenError
+        The tokenizer does not list its tokens, or does not say what one reads as.
     """
     special = set(getattr(tokenizer, "all_special_ids", ()))
     return tuple(
@@ -65,12 +71,20 @@ def opening_tokens(tokenizer: Any | None, bos: str) -> tuple[int, ...]:
 
 @tokenizer_errors
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """The ids of a text, with the tokenizer's special tokens around it or without."""
+    """The ids of a text, with the tokenizer's special tokens around it or without.
+
+    Raises
+    ------
+    TokenError
+        The tokenizer cannot be called so.
+    """
     if not callable(tokenizer):  # a bare tokenizers.Tokenizer
-        return list(tokenizer.encode(text, add_special_tokens=special).ids)
+        with _asked(tokenizer, "encode(text, add_special_tokens=…), which gives an encoding with ids"):
+            return list(tokenizer.encode(text, add_special_tokens=special).ids)
     from osp_diag.quiet import quietly
 
-    with quietly():  # it would warn that the stream is longer than the model's maximum
+    # It would warn that the stream is longer than the model's maximum.
+    with quietly(), _asked(tokenizer, "a call with (text, add_special_tokens=…, verbose=False)"):
         encoded = tokenizer(text, add_special_tokens=special, verbose=False)
     ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
     return [int(token) for token in ids]
@@ -78,11 +92,19 @@ def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
 @tokenizer_errors
 def decode(tokenizer: Any, token: int) -> str:
-    """What one token reads as."""
-    if not callable(tokenizer):
-        return tokenizer.decode([token], skip_special_tokens=False)
-    # Cleaning up would remove the blank of " ." and is warned about.
-    return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    """What one token reads as.
+
+    Raises
+    ------
+    TokenError
+        The tokenizer cannot be asked so.
+    """
+    options = {"skip_special_tokens": False}
+    if callable(tokenizer):
+        # Cleaning up would remove the blank of " ." and is warned about.
+        options["clean_up_tokenization_spaces"] = False
+    with _asked(tokenizer, f"decode([id], {', '.join(f'{name}=False' for name in options)})"):
+        return tokenizer.decode([token], **options)
 
 
 @tokenizer_errors
@@ -91,18 +113,35 @@ def decode_each(tokenizer: Any, count: int) -> list[str]:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "decode_batch"):  # a hundred thousand calls from Python take seconds
         return list(backend.decode_batch([[token] for token in range(count)], skip_special_tokens=False))
-    with_token = set(tokenizer.get_vocab().values())
+    with_token = set(_vocabulary(tokenizer).values())
     return [decode(tokenizer, token) if token in with_token else "" for token in range(count)]
 
 
 def _candidates(tokenizer: Any) -> list[int]:
     """Ids worth decoding: a token with an ASCII letter or digit is no delimiter, byte tokens <0x0A> aside."""
-    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     return sorted(
         number
-        for token, number in vocabulary.items()
+        for token, number in _vocabulary(tokenizer).items()
         if token.startswith("<0x") or not any(c.isascii() and c.isalnum() for c in token)
     )
+
+
+def _vocabulary(tokenizer: Any) -> Mapping[str, int]:
+    with _asked(tokenizer, "get_vocab(), a dictionary from each token's text to its id"):
+        return tokenizer.get_vocab()
+
+
+@contextmanager
+def _asked(tokenizer: Any, for_what: str) -> Iterator[None]:
+    """A tokenizer of the user's own may lack what those of transformers and tokenizers have."""
+    try:
+        yield
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        raise TokenError(
+            f"the tokenizer ({type(tokenizer).__name__}) cannot be used: it was asked for {for_what}, and "
+            f"raised {type(error).__name__}: {error}. Give it that method, as tokenizers of transformers "
+            "have it, or pass no tokenizer, and token ids instead of text"
+        ) from error
 
 
 def _is_delimiter(text: str) -> bool:
