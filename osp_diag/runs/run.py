@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import MissingError, StoreError
+from osp_diag.runs.damage import without_damaged
 from osp_diag.runs.declared import unmeasured
 from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
@@ -93,7 +94,7 @@ def open_tree(path: Path, damage: dict[str, str] | None = None) -> xr.DataTree:
     store = RunStore(PackedFiles(path) if packed else FolderFiles(path), root)
     if damage is not None and (problems := store.damage()):
         damage |= problems
-        store = RunStore(store.files, _without(root, problems))
+        store = RunStore(store.files, without_damaged(root, problems))
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
         return xr.open_datatree(
@@ -107,24 +108,6 @@ def open_tree(path: Path, damage: dict[str, str] | None = None) -> xr.DataTree:
         raise StoreError(str(error)) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"the run at {path} is damaged ({error}); restore it from a copy") from error
-
-
-def _without(root: Mapping[str, Any], problems: Mapping[str, str]) -> dict[str, Any]:
-    """The metadata without damaged arrays, and without groups of which a coordinate is damaged."""
-    nodes = root["consolidated_metadata"]["metadata"]
-    gone = set(problems)
-    for path, problem in problems.items():
-        group, _, name = path.rpartition("/")
-        if not group and name == "step":
-            raise StoreError(problem)
-        members = [member for member in nodes if member.rpartition("/")[0] == group]
-        dims = {dim for member in members for dim in nodes[member].get("dimension_names") or ()}
-        coordinates = str(nodes.get(group, {}).get("attributes", {}).get("coordinates", "")).split()
-        if name in dims or name in coordinates:
-            gone.update(members)
-    left = {path: entry for path, entry in nodes.items() if path not in gone}
-    consolidated = root["consolidated_metadata"]
-    return {**root, "consolidated_metadata": {**consolidated, "metadata": left}}
 
 
 class Run:
