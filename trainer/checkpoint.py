@@ -108,7 +108,8 @@ class TrainingCheckpoint:
         ------
         TrainingError : as :func:`osp_diag.trainer.checkpoint_files.read_metadata`
         """
-        return {name: tuple(tensor.size) for name, tensor in self._metadata().state_dict_metadata.items()}
+        tensors = self._metadata().state_dict_metadata
+        return {name: tuple(entry.size) for name, entry in tensors.items() if hasattr(entry, "size")}
 
     def load(self, tensors: dict[str, Any]) -> None:
         """Read the tensors into those of ``tensors``, whatever the number of ranks that wrote them.

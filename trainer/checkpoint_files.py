@@ -86,13 +86,14 @@ class _Record:
     """An object of a pickle that was not made: the arguments and the state that it would have got."""
 
     def __init__(self, *arguments: Any) -> None:
-        self.arguments, self.state = arguments, {}
+        self.arguments = arguments
+        self.state: Any = {}
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[misc, name-defined]
+class _Unpickler(pickle._Unpickler):
     """Makes :class:`_Record` of whatever the pickle names, and runs nothing.
 
     Python's own unpickler, since the one in C grows its memo to any index that a pickle asks for.
@@ -264,7 +265,7 @@ class TensorReader(StorageReader):
         return done
 
     def _entry(self, item: Any) -> _Entry:
-        return self.metadata.storage_data[item.storage_index]  # type: ignore[no-any-return]
+        return self.metadata.storage_data[item.storage_index]
 
 
 def _saved_tensor(data: bytes, where: str) -> torch.Tensor:

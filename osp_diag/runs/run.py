@@ -98,7 +98,7 @@ def open_tree(path: Path, damage: dict[str, str] | None = None) -> xr.DataTree:
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
         return xr.open_datatree(
-            store,
+            store,  # type: ignore[arg-type]  # zarr's stores are taken too
             engine="zarr",
             consolidated=True,
             decode_times=False,
