@@ -102,8 +102,11 @@ def check_model_size(
     layers = layers if isinstance(layers, int) else 0
     if width * (vocabulary + layers * max(inner, width)) <= 2 * weight_bytes:
         return  # surely not: no need to make it
-    with torch.device("meta"):
-        model = make(config)
+    try:
+        with torch.device("meta"):
+            model = make(config)
+    except Exception:
+        return  # what is wrong shows, and is said, when it is made in earnest
     described = sum(parameter.numel() for parameter in model.parameters())
     described += sum(buffer.numel() for buffer in model.buffers())
     if described > 8 * weight_bytes + FREE:
