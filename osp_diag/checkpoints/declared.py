@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["check_declared", "check_model_size"]
 
 _SIZE = re.compile(
-    r"(^|_)(size|sizes|dim|dims|width|heads|labels|experts|positions?|length|ctx|rank|groups|embd|inner|state|"
-    r"kernel|channels|d|n|num)(_|$)"
+    r"(^|_)(size|sizes|dim|dims|width|heads?|labels|experts|positions?|embeddings?|ctx|rank|groups|embd|inner|"
+    r"state|kernel|channels|d)(_|$)"
 )
 _LAYERS = re.compile(r"(^|_)(layers?|blocks?|depth|n_layer)$")
 FREE = 2**24
