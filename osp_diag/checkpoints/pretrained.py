@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
+from osp_diag.checkpoints.declared import check_declared, check_model_size
 from osp_diag.checkpoints.hub import reach
 from osp_diag.checkpoints.weight_files import check_pickle, check_safetensors, find_weights, read_json
 from osp_diag.errors import CheckpointError
 from osp_diag.quiet import quietly
+from osp_diag.text.panics import no_panic
 
 if TYPE_CHECKING:
     import torch
@@ -55,8 +58,10 @@ class Loading:
 def open_directory(directory: Path, loading: Loading, *, name: str, source: str) -> Checkpoint:
     """Open a directory with a configuration, weights and perhaps a tokenizer."""
     _check_configuration(directory)
-    find_weights(directory)
+    weights = find_weights(directory)
+    check_declared(directory / "config.json", weights.paths)
     config = _config(str(directory), loading)
+    _check_size(config, name, loading, weights.paths)
     tokenizer = _tokenizer_in(directory, loading)
     model, notes = _load(str(directory), config, loading, name)
     return _finish(model, tokenizer, loading, name, source, notes)
@@ -74,7 +79,9 @@ def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoin
     if path.name.startswith("model-") and index.is_file():
         raise CheckpointError(f"{path} is one shard of a model; pass its directory, {directory}")
     state = _state_in(path)
+    check_declared(directory / "config.json", (path,))
     config = _config(str(directory), loading)
+    _check_size(config, path.name, loading, (path,))
     tokenizer = _tokenizer_in(directory, loading)
     model, notes = _load(None, config, loading, path.name, state_dict=state)
     return _finish(model, tokenizer, loading, path.stem, source, notes)
@@ -103,6 +110,15 @@ def _finish(
     return assemble(
         model, tokenizer, name=name, source=source, notes=notes, allow_nonfinite=loading.allow_nonfinite
     )
+
+
+def _check_size(config: Any, name: str, loading: Loading, weights: Sequence[Path]) -> None:
+    if loading.trust_remote_code:  # whose code is not run here once more
+        return
+    model_class = _model_class(config, False)
+    make = model_class.from_config if "Auto" in model_class.__name__ else model_class
+    with quietly():
+        check_model_size(config, make, name, weights)
 
 
 def _check_configuration(directory: Path) -> None:
@@ -286,7 +302,7 @@ def _auto_tokenizer(location: str, loading: Loading, **options: Any) -> Any:
     import transformers
 
     try:
-        with quietly():
+        with quietly(), no_panic():
             return transformers.AutoTokenizer.from_pretrained(
                 location, trust_remote_code=loading.trust_remote_code, **options
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -38,6 +39,7 @@ from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import CHANNEL_WEIGHTS, MIXER_STATE, WEIGHT_MAP
 from osp_diag.sites import find_sites
 from osp_diag.sites.trace import unwrap
+from osp_diag.terminal import printable, unfiltered
 from osp_diag.tokens import TokenBatches
 
 __all__ = [
@@ -332,7 +334,7 @@ def progress_bar(label: str, unit: str = "sequences") -> Iterator[Progress | Non
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
+    console = Console(file=unfiltered(sys.stderr))
     if not console.is_terminal or not is_first_rank():
         yield None
         return
@@ -344,7 +346,7 @@ def progress_bar(label: str, unit: str = "sequences") -> Iterator[Progress | Non
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(printable(label), total=None)
         yield lambda sequences, total: bar.update(task, completed=sequences, total=total)
 
 
@@ -353,9 +355,9 @@ def working(label: str) -> Iterator[None]:
     """A sign of life on standard error, while it is a terminal, for work whose length nobody knows."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(file=unfiltered(sys.stderr))
     if console.is_terminal and is_first_rank():
-        with console.status(label):
+        with console.status(printable(label)):
             yield
     else:
         yield

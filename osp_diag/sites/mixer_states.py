@@ -37,7 +37,7 @@ class MixerStates:
     absent: str = ""
     """why a mixer has no state to be read, of a model in which something like one was seen"""
     seen_with_cache: bool = False
-    """whether a state is seen only where the model is called with a cache, which changes no bit of its output"""
+    """whether a state is seen only where the model has a cache, which changes no bit of its output"""
 
 
 def state_after(

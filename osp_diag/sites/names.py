@@ -101,7 +101,7 @@ class SiteMap:
     key_copies: dict[int, int] = field(default_factory=dict)
     """layer → how often each key head stands in the keys that the model multiplies, where more than once"""
     states_with_cache: bool = False
-    """whether mixers' states are seen only in a cache, with which the model's output is the same bit for bit"""
+    """whether mixers' states are seen only in a cache, which changes no bit of the model's output"""
     stack: str = ""
     """the name of the stack, of a model that has several"""
     stacks: tuple[str, ...] = ()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import glob
-import gzip
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from osp_diag.errors import TokenError
 from osp_diag.text import builtin_text
 from osp_diag.text.sources import text_column
 from osp_diag.trainer.data.tokenizing import END_OF_TEXT
+from osp_diag.trainer.data.unpacking import PACKED, unpacked
 
 __all__ = ["Document", "builtin_documents", "documents_in", "files_at", "open_file"]
 
@@ -25,8 +26,6 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "tokens": (".npy", ".bin"),
 }
-PACKED: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open}
-"""Compressed files are read through these; a Parquet file compresses itself."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def _bare_suffix(file: Path) -> str:
 
 def open_file(file: Path) -> IO[bytes]:
     """A file's bytes, unpacked where it is compressed."""
-    return PACKED[file.suffix](file) if file.suffix in PACKED else file.open("rb")
+    return unpacked(file) if file.suffix in PACKED else file.open("rb")
 
 
 def documents_in(files: Sequence[Path], source: str, column: str | None, key: str) -> Iterator[Document]:
@@ -100,7 +99,7 @@ def documents_in(files: Sequence[Path], source: str, column: str | None, key: st
             raise TokenError(f"{key}={file}: {error}") from None
         except UnicodeDecodeError as error:
             raise TokenError(f"{key}={file} is not UTF-8 text, at byte {error.start}; convert it") from None
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise TokenError(f"{key}={file} cannot be read: {error}") from error
 
 
@@ -125,9 +124,11 @@ def _jsonl_documents(file: Path, column: str | None) -> Iterator[str]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
                 raise TokenError(
-                    f"line {number} is no JSON: {error.msg}; data.source=jsonl reads one object a line"
+                    f"line {number} is no JSON: {error}; data.source=jsonl reads one object a line"
                 ) from None
             if not isinstance(row, dict):
                 raise TokenError(f"line {number} is no JSON object with columns")
