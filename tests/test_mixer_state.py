@@ -215,6 +215,31 @@ def test_a_probe_runs_with_a_cache_where_no_bit_of_the_output_depends_on_it() ->
     agrees(at_layer(run, 0), mamba_state(model.backbone.layers[0].mixer, inputs_of(model, IDS)[0]), 1e-4)
 
 
+def test_nothing_else_depends_on_the_cache_of_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "mamba_d_state": 4}
+    period = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 1}
+    config = transformers.JambaConfig(**SMALL, **sizes, **period)
+    checkpoint = open_checkpoint(built(lambda: transformers.JambaForCausalLM(config)))
+    with_cache = probe_checkpoint(checkpoint, make_batches(ids=IDS.numpy()))
+    monkeypatch.setattr("osp_diag.probing.feeding.Feeding.ask_for_cache", lambda _: None)
+    without = probe_checkpoint(checkpoint, make_batches(ids=IDS.numpy()))
+    assert set(with_cache.sites) - set(without.sites) == {"mixer_state"}
+    assert all(with_cache.at(site).equals(without.at(site)) for site in without.sites)
+    assert with_cache.notes == without.notes
+
+
+def test_generation_is_not_disturbed_and_the_state_is_that_of_its_last_pass() -> None:
+    model = built(mamba)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    expected = model.generate(IDS, **options)
+    probe = osp_diag.Probe(model, sites=["mixer_*"])
+    with probe.step(0):
+        assert torch.equal(model.generate(IDS, **options), expected)
+    # The last token that is made is not run.
+    state = mamba_state(model.backbone.layers[0].mixer, inputs_of(model, expected[:, :-1])[0])
+    agrees(at_layer(probe.run, 0), state, 1e-4)
+
+
 # -- other ways in which a state is seen -------------------------------------------------------------------
 
 

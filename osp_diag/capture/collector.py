@@ -67,7 +67,7 @@ if TYPE_CHECKING:
 __all__ = ["Collector", "Key", "suites_of"]
 
 Key = tuple[str, int, str]
-"""(site, layer, what is observed: "activation", "heads", "attention", "weight", "routing", "product" or "state")"""
+"""(site, layer, what is observed there, as an estimator's ``observes`` says it)"""
 
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""

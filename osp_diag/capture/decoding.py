@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from osp_diag.estimators.base import Layout, State
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
 
-__all__ = ["CachedPass", "CachedSequences", "UNCOUNTED", "cache_without_count", "cached_tokens"]
+__all__ = ["UNCOUNTED", "CachedPass", "CachedSequences", "cache_without_count", "cached_tokens"]
 
 UNCOUNTED = -1
 """of the tokens in a cache that holds recurrent states alone, which do not tell how many they sum up"""
@@ -34,7 +35,7 @@ def cached_tokens(forward_pass: ForwardPass) -> int | None:
     """
     cache = cache_without_count(forward_pass)
     if cache is not None:
-        return UNCOUNTED if cache.has_previous_state() else 0
+        return UNCOUNTED if any(_was_written(layer) for layer in cache.layers) else 0
     for arguments in reversed(forward_pass.levels):
         for name, value in arguments.items():
             if hasattr(value, "get_seq_length"):
@@ -61,6 +62,12 @@ def cache_without_count(forward_pass: ForwardPass) -> Any:
                 if layers and not any(hasattr(layer, "get_seq_length") for layer in layers):
                     return value
     return None
+
+
+def _was_written(layer: Any) -> bool:
+    """Whether a layer of a cache holds the state of earlier tokens, whose flags are one for each state."""
+    flags = getattr(layer, "has_previous_state", False)
+    return any(flags.values()) if isinstance(flags, Mapping) else bool(flags)
 
 
 @dataclass

@@ -30,7 +30,7 @@ class StateObservation:
     EstimatorError : a state of no elements, or another number of sequences
     """
 
-    def __init__(self, state: Float[Any, "batch *element"], whole: Float[Any, " batch"]) -> None:
+    def __init__(self, state: Float[Any, "batch ..."], whole: Float[Any, " batch"]) -> None:
         shape = tuple(state.shape)
         if len(shape) < 2 or 0 in shape or tuple(whole.shape) != shape[:1]:
             raise EstimatorError(

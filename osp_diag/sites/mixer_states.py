@@ -130,8 +130,7 @@ def find_mixer_states(
     if not paths:
         return MixerStates()
     keywords = default_example(model) if example is None else example
-    takes_cache = hasattr(getattr(model, "config", None), "use_cache") and isinstance(keywords, Mapping)
-    if not takes_cache:
+    if not isinstance(keywords, Mapping) or not hasattr(getattr(model, "config", None), "use_cache"):
         return _where_told(_run(model, paths, mixers, example), blocks, seen_with_cache=False)
     without = _run(model, paths, mixers, {**keywords, "use_cache": False})
     cached = _run(model, paths, mixers, {**keywords, "use_cache": True})

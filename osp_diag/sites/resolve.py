@@ -290,7 +290,7 @@ def _with_named_taps(
             raise SiteError(f"site {site!r} is seen at the attention call and cannot be named as a module")
         if site == MIXER_STATE:
             raise SiteError(
-                f"site {site!r} is what a mixer carries on, no vector of a token, and cannot be named as one; "
+                f"site {site!r} is what a mixer carries on, no vector of a token, and cannot be named; "
                 "return it from the mixer beside its output, as (output, state)"
             )
         if site == DOWN_WEIGHT:
