@@ -8,6 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
 from osp_diag.checkpoints.hub import reach
+from osp_diag.checkpoints.loaded import (
+    needed,
+    refuse_incomplete,
+    stray_prefix,
+    unused_notes,
+    without_wrappers,
+)
 from osp_diag.checkpoints.weight_files import check_pickle, check_safetensors, find_weights, read_json
 from osp_diag.errors import CheckpointError
 from osp_diag.quiet import quietly
@@ -175,34 +182,49 @@ def _load(
     import transformers
 
     model_class = _model_class(config, loading.trust_remote_code)
-    model, report = _from_pretrained(model_class, location, config, loading, name, options)
-    notes: tuple[str, ...] = ()
+    model, report, notes = _under_its_names(model_class, location, config, loading, name, options)
     if report["missing_keys"] and model_class is not transformers.AutoModel:
         # A checkpoint saved without its head: the bare model may have all of its tensors.
-        base, base_report = _from_pretrained(transformers.AutoModel, location, config, loading, name, options)
-        if len(base_report["missing_keys"]) < len(report["missing_keys"]):
-            model, report = base, base_report
-            notes += (
+        base_class = _bare_class(config, location)
+        base, base_report, base_notes = _under_its_names(base_class, location, config, loading, name, options)
+        if len(needed(base_report["missing_keys"])) < len(needed(report["missing_keys"])):
+            without_head = (
                 f"the weights lack the head of {model_class.__name__}, so {type(base).__name__} was opened.",
             )
-    # BERT-like models saved without their pooler: it comes after every site.
-    absent = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-    if absent:
-        raise CheckpointError(
-            f"{name} lacks {len(absent)} tensors of {type(model).__name__}, the first {absent[0]!r}: the "
-            "weights do not belong to this config.json. Random numbers would stand in for them, so it is "
-            "not opened"
-        )
-    if report["mismatched_keys"]:
-        key, shape, expected = min(report["mismatched_keys"], key=str)
-        raise CheckpointError(
-            f"{name} does not fit its config.json: {key!r} has shape {tuple(shape)}, and the configuration "
-            f"asks for {tuple(expected)}"
-        )
-    unused = sorted(report["unexpected_keys"])
-    if unused and not notes and not all("head" in key or "predictions" in key for key in unused):
-        notes += (f"{len(unused)} tensors of the file are not used by the model, the first {unused[0]!r}.",)
-    return model, notes
+            model, report = base, base_report
+            notes = base_notes if needed(report["missing_keys"]) else (*base_notes, *without_head)
+    refuse_incomplete(name, model, report)
+    return model, notes + unused_notes(report["unexpected_keys"])
+
+
+def _bare_class(config: Any, location: str | None) -> Any:
+    """The model without a head. Automatic classes ask for a place; tensors in hand have none."""
+    import transformers
+
+    if location is None and type(config) in transformers.AutoModel._model_mapping:
+        return transformers.AutoModel._model_mapping[type(config)]
+    return transformers.AutoModel
+
+
+def _under_its_names(
+    model_class: Any, location: str | None, config: Any, loading: Loading, name: str, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
+    """Load weights, also those whose names have a prefix that is no part of the model's."""
+    model, report = _from_pretrained(model_class, location, config, loading, name, options)
+    prefix = stray_prefix(report["missing_keys"], report["unexpected_keys"])
+    if prefix is None:
+        return model, report, ()
+    state = options.get("state_dict")
+    if state is None:
+        if location is None or not Path(location).is_dir():  # of the hub
+            return model, report, ()
+        state = {}
+        for path in find_weights(Path(location)).paths:
+            state |= _state_in(path)
+    renamed = {without_wrappers(key).removeprefix(prefix): values for key, values in state.items()}
+    model, report = _from_pretrained(model_class, None, config, loading, name, {"state_dict": renamed})
+    example = max(state, key=len)
+    return model, report, (f"names such as {example!r} were read without what stands before the model's own.",)
 
 
 def _from_pretrained(
