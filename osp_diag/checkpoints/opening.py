@@ -119,10 +119,11 @@ def open_checkpoint(
         return open_hub(place, loading)
     path = Path(place)
     if kind == "gguf":
-        from osp_diag.checkpoints.gguf import converted
+        from osp_diag.checkpoints.gguf import conversion_notes, converted
 
         copy = converted(path)
-        return open_directory(copy, loading, name=path.stem, source=str(source))
+        notes = conversion_notes(copy)
+        return open_directory(copy, loading, name=path.stem, source=str(source), notes=notes)
     if kind == "directory":
         return open_directory(path, loading, name=path.resolve().name, source=str(source))
     return open_weights_file(path, loading, source=str(source))

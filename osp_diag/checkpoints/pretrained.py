@@ -59,14 +59,16 @@ class Loading:
         return options
 
 
-def open_directory(directory: Path, loading: Loading, *, name: str, source: str) -> Checkpoint:
-    """Open a directory with a configuration, weights and perhaps a tokenizer."""
+def open_directory(
+    directory: Path, loading: Loading, *, name: str, source: str, notes: tuple[str, ...] = ()
+) -> Checkpoint:
+    """Open a directory with a configuration, weights and perhaps a tokenizer; ``notes`` are added to."""
     _check_configuration(directory)
     find_weights(directory)
     config = _config(str(directory), loading)
     tokenizer = _tokenizer_in(directory, loading)
-    model, notes = _load(str(directory), config, loading, name)
-    return _finish(model, tokenizer, loading, name, source, notes)
+    model, loading_notes = _load(str(directory), config, loading, name)
+    return _finish(model, tokenizer, loading, name, source, notes + loading_notes)
 
 
 def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoint:
@@ -224,7 +226,11 @@ def _under_its_names(
     renamed = {without_wrappers(key).removeprefix(prefix): values for key, values in state.items()}
     model, report = _from_pretrained(model_class, None, config, loading, name, {"state_dict": renamed})
     example = max(state, key=len)
-    return model, report, (f"names such as {example!r} were read without what stands before the model's own.",)
+    return (
+        model,
+        report,
+        (f"names such as {example!r} were read without what stands before the model's own.",),
+    )
 
 
 def _from_pretrained(
