@@ -7,17 +7,25 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from osp_diag.errors import CheckpointError, TokenError
+from osp_diag.errors import CheckpointError
+from osp_diag.text.tokenizer import vocabulary_length
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Checkpoint", "assemble", "evaluation_mode", "vocabulary_size_of"]
+__all__ = ["Checkpoint", "assemble", "attention_cap", "evaluation_mode", "vocabulary_size_of"]
 
 NO_LIMIT = 10**9
 """Tokenizers write 10³⁰ where they know of no maximum length."""
 
-LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+LENGTH_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+    "block_size",
+)
 """What configurations call the longest sequence the model was made for."""
 
 
@@ -99,8 +107,6 @@ def assemble(
     ------
     CheckpointError
         The model has no parameters, or weights that are NaN or infinite.
-    TokenError
-        The tokenizer has more tokens than the embedding has rows.
     """
     from osp_diag.checkpoints.weights import fingerprint, nonfinite_weights
 
@@ -111,11 +117,13 @@ def assemble(
             "Pass the model itself, after its weights are made"
         )
     vocabulary_size = vocabulary_size_of(model)
-    if tokenizer is not None and vocabulary_size is not None and len(tokenizer) > vocabulary_size:
-        raise TokenError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model's embedding has only "
-            f"{vocabulary_size} rows: they do not belong together. Put the model's own tokenizer beside it"
+    entries = 0 if tokenizer is None else vocabulary_length(tokenizer)
+    if vocabulary_size is not None and entries > vocabulary_size:
+        notes += (
+            f"the tokenizer has {entries:,} tokens and the embedding {vocabulary_size:,} rows; a text "
+            "that uses one beyond them is refused.",
         )
+    notes += _cap_notes(model)
     nonfinite = nonfinite_weights(model)
     if nonfinite and not allow_nonfinite:
         first, count = next(iter(nonfinite.items()))
@@ -144,6 +152,24 @@ def assemble(
         dtype="+".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         device="+".join(sorted({str(p.device) for p in parameters})),
         notes=notes,
+    )
+
+
+def attention_cap(config: Any | None) -> float | None:
+    """The soft cap c of attention logits, c · tanh(x / c) before the softmax; None without."""
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text_config, "attn_logit_softcapping", None)
+
+
+def _cap_notes(model: nn.Module) -> tuple[str, ...]:
+    """PyTorch's fused attention leaves the cap out without a word, so that another model is measured."""
+    config = getattr(model, "config", None)
+    implementation, cap = str(getattr(config, "_attn_implementation", None)), attention_cap(config)
+    if cap is None or "sdpa" not in implementation:
+        return ()
+    return (
+        f"the model caps attention logits at {cap:g}, and {implementation} leaves the cap out: attention is "
+        "not the trained model's. Open it with attention='eager' (--attention eager).",
     )
 
 

@@ -45,7 +45,7 @@ SCALARS = {
 }
 STRING, ARRAY = 8, 9
 CONVERSION = 2
-"""Counted up whenever a conversion of the same file gives another model; copies of earlier ones stay unread."""
+"""Counted up whenever the same file gives another model, so that earlier copies stay unread."""
 NOTES = "conversion_notes.json"
 LONGEST_ARRAY = 64
 """Longer arrays (vocabularies, merges) are passed over."""

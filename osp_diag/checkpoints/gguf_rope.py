@@ -1,4 +1,4 @@
-"""Rotary frequencies of GGUF files that transformers' conversion leaves out: scaling, and factors as tensors."""
+"""Rotary frequencies of GGUF files, whose scaling and factors transformers' conversion leaves out."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rotary_scaling(path: Path, architecture: str, metadata: Mapping[str, Any], c
             )
         scaling = _factor_by_factor(short, long, int(length), metadata.get(f"{rope}scaling.attn_factor"))
         return scaling | {"factor": config.max_position_embeddings / int(length)}
-    if _settled(config) or factor in (None, 1.0, 0.0) or kind == "none" and factor is None:
+    if _settled(config) or factor in (None, 1.0, 0.0) or (kind == "none" and factor is None):
         return {}
     if kind in ("none", "linear"):  # earlier files have the factor alone
         return {"rope_type": "linear", "factor": float(factor)}

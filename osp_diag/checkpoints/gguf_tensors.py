@@ -69,8 +69,8 @@ def refuse_fewer_numbers(path: Path, tensors: Tensors, model: nn.Module) -> None
     )
     named = f"; other blocks have what this lacks: {', '.join(absent[:3])}" if absent else ""
     raise CheckpointError(
-        f"{path} lacks tensors: it holds {lacking:,} numbers fewer than {type(model).__name__} has{named}. Use "
-        "another GGUF file of the model"
+        f"{path} lacks tensors: it holds {lacking:,} numbers fewer than {type(model).__name__} has{named}. "
+        "Use another GGUF file of the model"
     )
 
 

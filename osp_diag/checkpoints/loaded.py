@@ -58,7 +58,7 @@ def refuse_incomplete(name: str, model: nn.Module, report: Mapping[str, Any]) ->
     scales = _unused_scales(report["unexpected_keys"])
     if scales:
         raise CheckpointError(
-            f"the weights of {name} are quantised, and the tensors that scale them are not used: {len(scales)}, "
+            f"the weights of {name} are quantised, and what scales them is not used: {len(scales)} tensors, "
             f"the first {scales[0]!r}. Without them every weight is a multiple of the true one. Open the "
             "original checkpoint, or one dequantised by the tool that wrote this, or give a loader "
             "module:function that multiplies them"
@@ -99,7 +99,7 @@ def stray_prefix(missing: Collection[str], unexpected: Collection[str]) -> str |
     sample = max(absent, key=len)
     for name in names:
         prefix = name.removesuffix(sample)
-        if name.endswith(sample) and prefix[-1:] in ("", "."):
-            if 2 * sum(prefix + key in names for key in absent) > len(absent):
-                return prefix
+        is_prefixed = name.endswith(sample) and prefix[-1:] in ("", ".")
+        if is_prefixed and 2 * sum(prefix + key in names for key in absent) > len(absent):
+            return prefix
     return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
 from osp_diag.checkpoints.path_advice import path_advice
-from osp_diag.errors import CheckpointError, UsageError
+from osp_diag.errors import CheckpointError, TokenError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,9 @@ def open_checkpoint(
     attention
         Attention implementation, as in transformers (``eager``, ``sdpa``, …); None for its choice.
     tokenizer
-        Used in place of the checkpoint's own.
+        Used in place of the checkpoint's own: a tokenizer in hand, or the name of one (a directory, a
+        tokenizer.json, a SentencePiece .model, a hub id, or ``module:function`` returning one). Of one in
+        hand ``encode(text)`` and ``decode(ids)`` are enough.
     allow_nonfinite
         Open a checkpoint whose weights hold NaN or Inf.
 
@@ -78,13 +80,12 @@ def open_checkpoint(
     ------
     CheckpointError
         It cannot be opened; the message says why and what to do.
-    TokenError
-        Its tokenizer does not fit its vocabulary.
     UsageError
         An option has no meaning here.
     """
     kind, place = _kind_of(source)
     dtype_name = _dtype(dtype)
+    tokenizer = _tokenizer(tokenizer, trust_remote_code)
     if device_map is not None and str(device) != "auto":
         raise UsageError(f"device={str(device)!r} and device_map cannot both place the model; leave one out")
     if kind == "module":
@@ -127,6 +128,29 @@ def open_checkpoint(
     if kind == "directory":
         return open_directory(path, loading, name=path.resolve().name, source=str(source))
     return open_weights_file(path, loading, source=str(source))
+
+
+def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any | None:
+    """A tokenizer in hand, or opened by its name."""
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    text = os.fspath(tokenizer)
+    if LOADER.fullmatch(text) and not Path(text).exists():
+        from osp_diag.checkpoints.loader import call_loader
+
+        made = call_loader(text)
+        if not (hasattr(made, "encode") or callable(made)) or not hasattr(made, "decode"):
+            raise CheckpointError(
+                f"the loader {text} returned a {type(made).__name__}; as a tokenizer it must return an "
+                "object with encode(text) and decode(ids)"
+            )
+        return made
+    from osp_diag.text.tokenizer_files import open_tokenizer
+
+    try:
+        return open_tokenizer(text, trust_remote_code=trust_remote_code)
+    except TokenError as error:
+        raise TokenError(f"tokenizer {text}: {error}") from error
 
 
 def _assembled(model: nn.Module, tokenizer: Any, name: str, allow_nonfinite: bool) -> Checkpoint:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
+from osp_diag.checkpoints.checkpoint import Checkpoint, assemble, attention_cap
+from osp_diag.checkpoints.foreign_formats import foreign_format
 from osp_diag.checkpoints.hub import reach
 from osp_diag.checkpoints.loaded import (
     needed,
@@ -15,9 +16,16 @@ from osp_diag.checkpoints.loaded import (
     unused_notes,
     without_wrappers,
 )
-from osp_diag.checkpoints.weight_files import check_pickle, check_safetensors, find_weights, read_json
-from osp_diag.errors import CheckpointError
+from osp_diag.checkpoints.weight_files import (
+    check_pickle,
+    check_safetensors,
+    find_weights,
+    folder_of_weights,
+    read_json,
+)
+from osp_diag.errors import CheckpointError, TokenError
 from osp_diag.quiet import quietly
+from osp_diag.text.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -43,8 +51,8 @@ class Loading:
     tokenizer: Any | None
     allow_nonfinite: bool
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of ``from_pretrained``."""
+    def arguments(self, config: Any) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for a model of that configuration."""
         import torch
 
         options: dict[str, Any] = {
@@ -56,6 +64,8 @@ class Loading:
             options["device_map"] = {"": self.device}
         if self.attention is not None:
             options["attn_implementation"] = self.attention
+        elif attention_cap(config) is not None:
+            options["attn_implementation"] = "eager"  # the only one that has the cap
         return options
 
 
@@ -64,10 +74,11 @@ def open_directory(
 ) -> Checkpoint:
     """Open a directory with a configuration, weights and perhaps a tokenizer; ``notes`` are added to."""
     _check_configuration(directory)
-    find_weights(directory)
+    weights = folder_of_weights(directory)
+    find_weights(weights)
     config = _config(str(directory), loading)
     tokenizer = _tokenizer_in(directory, loading)
-    model, loading_notes = _load(str(directory), config, loading, name)
+    model, loading_notes = _load(str(weights), config, loading, name)
     return _finish(model, tokenizer, loading, name, source, notes + loading_notes)
 
 
@@ -96,7 +107,7 @@ def open_hub(identifier: str, loading: Loading) -> Checkpoint:
     tokenizer = loading.tokenizer
     if tokenizer is None:
         try:
-            tokenizer = _auto_tokenizer(identifier, loading, local_files_only=cached_only)
+            tokenizer = _opened_tokenizer(identifier, loading, local_files_only=cached_only)
         except CheckpointError:  # a hub repository does not tell beforehand whether it has one
             tokenizer = None
     model, notes = _load(identifier, config, loading, identifier, local_files_only=cached_only)
@@ -124,6 +135,9 @@ def _check_configuration(directory: Path) -> None:
             f"{directory} is an adapter, not a model. Merge it into {base} (peft: merge_and_unload, "
             "save_pretrained) and pass the result"
         )
+    foreign = foreign_format(directory)
+    if foreign:
+        raise CheckpointError(f"{directory} is not a checkpoint that can be read: {foreign}")
     inside = sorted(entry.parent.name for entry in directory.glob("*/config.json"))
     advice = (
         f"; these directories inside it have one: {', '.join(inside[:5])}"
@@ -236,7 +250,7 @@ def _under_its_names(
 def _from_pretrained(
     model_class: Any, location: str | None, config: Any, loading: Loading, name: str, options: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    arguments = loading.arguments()
+    arguments = loading.arguments(config)
     if "Auto" in model_class.__name__:
         arguments["trust_remote_code"] = loading.trust_remote_code
     try:
@@ -291,8 +305,8 @@ def _state_in(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         raise _load_error(str(path), error) from error
-    # Training scripts wrap the state in a dictionary beside the optimizer's.
-    for key in ("state_dict", "model_state_dict", "model"):
+    # Training scripts wrap the state in a dictionary beside the optimizer's; DeepSpeed calls it module.
+    for key in ("state_dict", "model_state_dict", "model_state", "model", "module"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
@@ -307,21 +321,15 @@ def _tokenizer_in(directory: Path, loading: Loading) -> Any | None:
         return loading.tokenizer
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return _auto_tokenizer(str(directory), loading)
+    return _opened_tokenizer(str(directory), loading)
 
 
-def _auto_tokenizer(location: str, loading: Loading, **options: Any) -> Any:
-    import transformers
-
+def _opened_tokenizer(location: str, loading: Loading, **options: Any) -> Any:
     try:
-        with quietly():
-            return transformers.AutoTokenizer.from_pretrained(
-                location, trust_remote_code=loading.trust_remote_code, **options
-            )
-    except Exception as error:
+        return open_tokenizer(location, trust_remote_code=loading.trust_remote_code, **options)
+    except TokenError as error:
         raise CheckpointError(
-            f"the tokenizer of {location} cannot be opened: {type(error).__name__}: {_first_line(error)}. "
-            "Mend its files, remove them to measure on token ids, or pass tokenizer="
+            f"{error}. Mend its files, remove them to measure on token ids, or pass tokenizer= (--tokenizer)"
         ) from error
 
 

@@ -7,7 +7,15 @@ from typing import Any
 
 from osp_diag.errors import TokenError
 
-__all__ = ["DELIMITERS", "decode", "decode_each", "delimiter_ids_of", "encode", "opening_tokens"]
+__all__ = [
+    "DELIMITERS",
+    "decode",
+    "decode_each",
+    "delimiter_ids_of",
+    "encode",
+    "opening_tokens",
+    "vocabulary_length",
+]
 
 DELIMITERS = frozenset(",.;:!?…、。，．；：！？\n\r")
 """The characters of the ``delimiter`` stratum: marks that end a clause, a sentence or a line, in their
@@ -62,36 +70,72 @@ def opening_tokens(tokenizer: Any | None, bos: str) -> tuple[int, ...]:
 
 
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    """The ids of a text, with the tokenizer's special tokens around it or without."""
-    if not callable(tokenizer):  # a bare tokenizers.Tokenizer
-        return list(tokenizer.encode(text, add_special_tokens=special).ids)
-    from osp_diag.quiet import quietly
+    """The ids of a text, with the tokenizer's special tokens around it or without.
 
-    with quietly():  # it would warn that the stream is longer than the model's maximum
-        encoded = tokenizer(text, add_special_tokens=special, verbose=False)
-    ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
+    A tokenizer is one of transformers, one of tokenizers, or anything with ``encode(text)`` and
+    ``decode(ids)``, as tiktoken's and a function's own are; those put no special tokens around a text.
+    """
+    if callable(tokenizer):
+        from osp_diag.quiet import quietly
+
+        with quietly():  # it would warn that the stream is longer than the model's maximum
+            encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+        ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
+    elif _is_bare(tokenizer):
+        ids = tokenizer.encode(text, add_special_tokens=special).ids
+    elif hasattr(tokenizer, "encode_ordinary"):  # tiktoken refuses a text with a special token's characters
+        ids = tokenizer.encode_ordinary(text)
+    else:
+        ids = tokenizer.encode(text)
     return [int(token) for token in ids]
 
 
 def decode(tokenizer: Any, token: int) -> str:
     """What one token reads as."""
-    if not callable(tokenizer):
+    if callable(tokenizer):
+        # Cleaning up would remove the blank of " ." and is warned about.
+        return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    if _is_bare(tokenizer):
         return tokenizer.decode([token], skip_special_tokens=False)
-    # Cleaning up would remove the blank of " ." and is warned about.
-    return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    try:
+        return str(tokenizer.decode([token]))
+    except (KeyError, IndexError, ValueError):  # no token has that id
+        return ""
 
 
 def decode_each(tokenizer: Any, count: int) -> list[str]:
     """What each of the first ``count`` ids reads as by itself; nothing for an id without a token."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if hasattr(backend, "decode_batch"):  # a hundred thousand calls from Python take seconds
+    if _is_bare(backend):  # a hundred thousand calls from Python take seconds
         return list(backend.decode_batch([[token] for token in range(count)], skip_special_tokens=False))
+    if not hasattr(tokenizer, "get_vocab"):
+        known = vocabulary_length(tokenizer)
+        return [decode(tokenizer, token) if token < known else "" for token in range(count)]
     with_token = set(tokenizer.get_vocab().values())
     return [decode(tokenizer, token) if token in with_token else "" for token in range(count)]
 
 
+def vocabulary_length(tokenizer: Any) -> int:
+    """How many tokens it has; 0 where it does not say."""
+    if hasattr(tokenizer, "__len__"):
+        return len(tokenizer)
+    for name in ("get_vocab_size", "n_vocab", "vocab_size"):
+        size = getattr(tokenizer, name, None)
+        size = size() if callable(size) else size
+        if isinstance(size, int):
+            return size
+    return 0
+
+
+def _is_bare(tokenizer: Any) -> bool:
+    """Whether it is one of the library tokenizers."""
+    return hasattr(tokenizer, "to_str") and hasattr(tokenizer, "encode_batch")
+
+
 def _candidates(tokenizer: Any) -> list[int]:
     """Ids worth decoding: a token with an ASCII letter or digit is no delimiter, byte tokens <0x0A> aside."""
+    if not hasattr(tokenizer, "get_vocab"):
+        return list(range(vocabulary_length(tokenizer)))
     vocabulary: Mapping[str, int] = tokenizer.get_vocab()
     return sorted(
         number

@@ -14,8 +14,9 @@ from jaxtyping import Bool, Int64, UInt64
 
 from osp_diag.errors import TokenError
 from osp_diag.probing.checkpoint import progress_bar
+from osp_diag.text.documents import open_file
 from osp_diag.trainer.data.batch import SequenceForm
-from osp_diag.trainer.data.sources import Document, open_file
+from osp_diag.trainer.data.sources import Document
 from osp_diag.trainer.data.token_stream import TokenStream
 from osp_diag.trainer.data.tokenizing import Encoder
 
