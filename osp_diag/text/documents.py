@@ -169,8 +169,8 @@ def _decoded(stream: IO[bytes], file: Path) -> Iterator[str]:
         except UnicodeDecodeError as error:
             value, place = error.object[error.start], position + error.start
             raise TokenError(
-                f"{file} is not UTF-8 text: byte {place} is 0x{value:02x}, in line {number}. Convert it (iconv "
-                "-t UTF-8), or give another file"
+                f"{file} is not UTF-8 text: byte {place} is 0x{value:02x}, in line {number}. Convert it "
+                "(iconv -t UTF-8), or give another file"
             ) from None
         position += len(line)
 

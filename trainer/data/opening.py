@@ -50,11 +50,11 @@ def open_data(
     form = SequenceForm(config.sequence_length, config.bos, begin, end, config.separate_documents)
     if config.source in ("huggingface", "mixture"):
         return StreamData(config, form, tokenizer, dealing)
-    corpus, source, notes = _corpus(config, config.path, "data.path", form, tokenizer)
+    corpus, source, notes = _corpus(config, config.path, "data.path", form, tokenizer, vocabulary_size)
     validation = None
     if config.validation_path is not None:
         validation, _, further = _corpus(
-            config, config.validation_path, "data.validation_path", form, tokenizer
+            config, config.validation_path, "data.validation_path", form, tokenizer, vocabulary_size
         )
         notes += further
     largest = max(corpus.largest, 0 if validation is None else validation.largest)
@@ -69,7 +69,12 @@ def open_data(
 
 
 def _corpus(
-    config: DataConfig, path: str | None, key: str, form: SequenceForm, tokenizer: Any
+    config: DataConfig,
+    path: str | None,
+    key: str,
+    form: SequenceForm,
+    tokenizer: Any,
+    vocabulary_size: int,
 ) -> tuple[Corpus, str, tuple[str, ...]]:
     """The documents of a local source, what they are in words, and what is to be said of them."""
     if path is None:
@@ -80,7 +85,7 @@ def _corpus(
     files = files_at(path, kind, key)
     source = f"{kind} {_file_names(files)}"
     if kind == "tokens":
-        return read_token_files(files, form, key), source, ()
+        return read_token_files(files, form, key, vocabulary_size), source, ()
     documents = FileDocuments(files, kind, config.text_column, key)
     return encoded(documents, Encoder(tokenizer), form, f"{key}={path}"), source, documents.notes
 
