@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,14 @@ from osp_diag.text.tokenizer import vocabulary_length
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Checkpoint", "assemble", "attention_cap", "evaluation_mode", "vocabulary_size_of"]
+__all__ = [
+    "Checkpoint",
+    "assemble",
+    "attention_cap",
+    "evaluation_mode",
+    "learned_positions",
+    "vocabulary_size_of",
+]
 
 NO_LIMIT = 10**9
 """Tokenizers write 10³⁰ where they know of no maximum length."""
@@ -27,6 +35,10 @@ LENGTH_FIELDS = (
     "block_size",
 )
 """What configurations call the longest sequence the model was made for."""
+
+
+POSITIONS = re.compile(r"(^|[._])(wpe|pos|positions?|pos(ition(al)?)?_?(emb|enc)\w*)([._]|$)")
+"""Names of tables of learned positions in hand-written models."""
 
 
 @dataclass(frozen=True)
@@ -197,8 +209,19 @@ def _max_length(model: nn.Module, tokenizer: Any | None) -> int | None:
             value = getattr(text_config, field, None)
             if isinstance(value, int) and value > 0:
                 return value - _unusable_positions(model)
+    table = learned_positions(model)
+    if table is not None:
+        return table[1]
     limit = getattr(tokenizer, "model_max_length", None)
     return int(limit) if config is not None and isinstance(limit, int) and limit < NO_LIMIT else None
+
+
+def learned_positions(model: nn.Module) -> tuple[str, int] | None:
+    """The table of learned positions of a module without a configuration: its name, and how many it holds."""
+    for name, parameter in model.named_parameters():
+        if POSITIONS.search(name) and parameter.ndim > 1 and max(parameter.shape[:-1]) > 1:
+            return name, max(parameter.shape[:-1])
+    return None
 
 
 def _unusable_positions(model: nn.Module) -> int:

@@ -90,10 +90,11 @@ def open_checkpoint(
         raise UsageError(f"device={str(device)!r} and device_map cannot both place the model; leave one out")
     if kind == "module":
         elsewhere = str(device) != "auto" and {p.device for p in source.parameters()} != {_device(device)}  # type: ignore[union-attr]
-        if dtype_name != "auto" or elsewhere or device_map is not None:
+        if dtype_name != "auto" or elsewhere or device_map is not None or attention is not None:
             raise UsageError(
-                "a module in hand is measured as it is; call its .to(...) for another dtype or device, "
-                "and leave dtype, device and device_map out"
+                "a module in hand is measured as it is; call its .to(...) for another dtype or device and "
+                "its set_attn_implementation(...) for another attention, and leave dtype, device, device_map "
+                "and attention out"
             )
         return _assembled(source, tokenizer, place, allow_nonfinite)  # type: ignore[arg-type]
     if kind == "loader":
@@ -103,6 +104,8 @@ def open_checkpoint(
             raise UsageError(f"{place} places its model itself; leave device_map out")
         target = None if str(device) == "auto" else _device(device)
         model, loaded_tokenizer = load_from_function(place, dtype=dtype_name, device=target)
+        if attention is not None:
+            _set_attention(model, attention, place)
         return _assembled(model, loaded_tokenizer if tokenizer is None else tokenizer, place, allow_nonfinite)
 
     from osp_diag.checkpoints.pretrained import Loading, open_directory, open_hub, open_weights_file
@@ -128,6 +131,18 @@ def open_checkpoint(
     if kind == "directory":
         return open_directory(path, loading, name=path.resolve().name, source=str(source))
     return open_weights_file(path, loading, source=str(source))
+
+
+def _set_attention(model: Any, attention: str, name: str) -> None:
+    """Choose the implementation of a model that a function made, which only transformers' models allow."""
+    if not hasattr(model, "set_attn_implementation"):
+        raise UsageError(
+            f"{name} makes a {type(model).__name__}, whose attention is its own; leave attention out"
+        )
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError as error:
+        raise UsageError(f"{name} cannot run attention {attention!r}: {error}") from error
 
 
 def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import nn
 from osp_diag.capture.channel_weights import channel_weights
 from osp_diag.capture.weight_maps import weight_maps
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
+from osp_diag.checkpoints.checkpoint import learned_positions
 from osp_diag.checkpoints.opening import OpeningOptions
 from osp_diag.errors import CaptureError, OspDiagError, UsageError
 from osp_diag.foreign_errors import foreign_origin
@@ -182,12 +182,9 @@ def probe_checkpoint(
 
 def _learned_positions(model: nn.Module, length: int) -> str:
     """What to do about a model that may not take so many tokens at a time."""
-    for name, parameter in model.named_parameters():
-        if re.search(r"pos|wpe", name) and parameter.ndim > 1 and 1 < max(parameter.shape[:-1]) < length:
-            rows = max(parameter.shape[:-1])
-            return (
-                f"Its learned positions {name} hold {rows}: pass seq_len={rows} (--seq-len {rows}) or fewer"
-            )
+    name, rows = learned_positions(model) or ("", length)
+    if rows < length:
+        return f"Its learned positions {name} hold {rows}: pass seq_len={rows} (--seq-len {rows}) or fewer"
     return "If it takes fewer tokens at a time, pass a smaller seq_len (--seq-len)"
 
 

@@ -108,7 +108,8 @@ def _without_header(content: np.ndarray, vocabulary_size: int) -> np.ndarray:
     if len(halves) >= 32 and halves[:, 1].max() <= LARGEST_HALF < halves[:, 0].max():
         raise ValueError(
             "every second number of 16 bits is nearly zero, so these are ids of 32 bits; a .bin without a "
-            "header is read as uint16. Write them as .npy: numpy.save('ids.npy', numpy.fromfile(FILE, 'uint32'))"
+            "header is read as uint16. Write them as .npy: numpy.save('ids.npy', numpy.fromfile(FILE, "
+            "'uint32'))"
         )
     if vocabulary_size > 1 << 16:
         raise ValueError(
