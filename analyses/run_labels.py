@@ -18,11 +18,17 @@ __all__ = ["labels_of", "run_name"]
 
 
 def run_name(run: Run | FollowedRun) -> str:
-    """The recipe of a training by its published name; else the model's name, or that of the run's folder."""
+    """The recipe of a training by its published name; else the model's name, or that of the run's folder.
+
+    Of a model of several stacks, which it is of.
+    """
     try:
         return recipe_of(config_of(run))
     except StoreError:
-        return str(run.attrs.get("model_name") or (_file(run) or "unnamed model"))
+        stack = run.attrs.get("stack")
+        return str(run.attrs.get("model_name") or (_file(run) or "unnamed model")) + (
+            f", {stack}" if stack else ""
+        )
 
 
 def labels_of(runs: Sequence[Run | FollowedRun], steps: Sequence[int] | None = None) -> list[str]:

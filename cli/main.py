@@ -28,6 +28,7 @@ from collections.abc import Mapping, Sequence
 
 import osp_diag
 from osp_diag.cli.discovery import Verb, find_verbs, verb_by_name
+from osp_diag.cli.ranks import one_result, say_once
 from osp_diag.errors import OspDiagError
 from osp_diag.foreign_errors import foreign_origin
 
@@ -55,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     show_traceback = "--traceback" in arguments or os.environ.get("OSP_DIAG_TRACEBACK", "") not in ("", "0")
     words = [word for word in arguments if word != "--traceback"]
     try:
-        code = _dispatch(words)
+        with one_result():
+            code = _dispatch(words)
         sys.stdout.flush()  # so that a reader that has gone is noticed here, not by the interpreter at exit
         return code
     except (Exception, KeyboardInterrupt) as error:
@@ -116,26 +118,29 @@ def _report(error: BaseException, has_traceback: bool) -> int:
         # The reader has gone (`| head`). Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    message, code = _message_of(error, has_traceback)
+    say_once(f"osp-diag: {message}")
+    return code
+
+
+def _message_of(error: BaseException, has_traceback: bool) -> tuple[str, int]:
+    """What to say of an error, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         notes = " ".join(getattr(error, "__notes__", ())) or "what had already been written to disk is kept."
-        print(f"osp-diag: interrupted; {notes}", file=sys.stderr)
-        return INTERRUPTED
+        return f"interrupted; {notes}", INTERRUPTED
     if isinstance(error, OspDiagError):
-        message = "\n".join((str(error), *getattr(error, "__notes__", ())))
-        print(f"osp-diag: {message}", file=sys.stderr)
-        return error.exit_code
+        return "\n".join((str(error), *getattr(error, "__notes__", ()))), error.exit_code
     package = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and package in EXTRA_OF:
         advice = f'this needs the package {package!r}: pip install "osp-diag[{EXTRA_OF[package]}]"'
-        print(f"osp-diag: {advice}", file=sys.stderr)
-        return MISUSE
-    print(f"osp-diag: unexpected {type(error).__name__}: {error}", file=sys.stderr)
+        return advice, MISUSE
+    message = f"unexpected {type(error).__name__}: {error}"
     origin = foreign_origin(error)
     if origin:
-        print(f"It was raised outside of osp-diag, by the model or function given: {origin}", file=sys.stderr)
+        message += f"\nIt was raised outside of osp-diag, by the model or function given: {origin}"
     elif not has_traceback:
-        print("This is a defect of osp-diag; --traceback shows where it lies.", file=sys.stderr)
-    return MISUSE
+        message += "\nThis is a defect of osp-diag; --traceback shows where it lies."
+    return message, MISUSE
 
 
 def _silence_libraries() -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json as json_format
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from osp_diag.cli.checkpoint_options import (
     DEFAULT_OPENING,
@@ -39,6 +40,7 @@ def run(
     sites: tuple[str, ...] = (),
     estimators: tuple[str, ...] = (),
     name_site: tuple[str, ...] = (),
+    stack: str | None = None,
     blocks: str | None = None,
     weights: tuple[str, ...] = (),
     out: Path | None = None,
@@ -68,6 +70,9 @@ def run(
             the input of every single projection.
         estimators: which estimators, by name; `osp-diag estimators` lists them.
         name_site: SITE=MODULE_PATTERN[:input|:output] where a site is not found, '*' standing for the layer.
+        stack: of a model of several stacks (encoder and decoder), the one to follow, by a part of its path
+            such as `encoder`; by default each, and the runs of all but the largest lie beside `--out`
+            (run.encoder.zarr).
         blocks: path of the list of blocks, where it is not found.
         weights: projections whose |W| is kept for the figure weight_surface, such as 'mlp.*' or
             'model.layers.7.*'; by default those that write into the residual stream, of the first, middle
@@ -101,6 +106,7 @@ def run(
         sites=sites or None,
         estimators=estimators or None,
         named_sites=named_sites,
+        stack=stack,
         blocks=blocks,
         compile=compile == "yes" if compile != "auto" else "auto",
         keep_raw=not without_raw,
@@ -109,7 +115,7 @@ def run(
     )
     if out is not None:
         _check_out(out, overwrite)
-    from osp_diag.probing.checkpoint import joined_ranks
+    from osp_diag.probing.checkpoint import joined_ranks, path_of_stack, stacks_of
     from osp_diag.probing.ranks import is_first_rank
 
     with joined_ranks():
@@ -119,29 +125,44 @@ def run(
             from osp_diag.sites import find_sites
 
             batch = None if inputs is None else inputs.passes[0]
-            site_map = find_sites(model_checkpoint.model, blocks=blocks, named=named_sites, example=batch)
             if is_first_rank():
-                print(site_map.describe())
+                for name in stacks_of(model_checkpoint.model, measurement_settings):
+                    sites_of = find_sites(
+                        model_checkpoint.model,
+                        blocks=blocks,
+                        stack=name or stack,
+                        named=named_sites,
+                        example=batch,
+                    )
+                    print(sites_of.describe())
             return 0
         if inputs is not None:
             from osp_diag.probing.inputs import probe_inputs
 
             run = probe_inputs(model_checkpoint, inputs, measurement_settings, out=out, overwrite=overwrite)
-            return _report({"sequence": run}, out, json)
+            return _report_all({"": {"sequence": run}}, {"": out}, json)
         from osp_diag.cli.probe_protocols import measure
 
-        runs = measure(
-            model_checkpoint,
-            token_settings,
-            measurement_settings,
-            compare=not single_protocol and not sites and not estimators,
-            weights=() if weights == ("none",) else weights or None,
-            out=out,
-            overwrite=overwrite,
-        )
+        paths: dict[str, Path | None] = {}
+        for name in stacks_of(model_checkpoint.model, measurement_settings):
+            paths[name] = None if out is None else path_of_stack(out, name, following=bool(paths))
+        for path in filter(None, paths.values()):
+            _check_out(path, overwrite)
+        runs = {
+            name: measure(
+                model_checkpoint,
+                token_settings,
+                replace(measurement_settings, stack=name or stack),
+                compare=not single_protocol and not sites and not estimators,
+                weights=() if weights == ("none",) else weights or None,
+                out=path,
+                overwrite=overwrite,
+            )
+            for name, path in paths.items()
+        }
         if not is_first_rank():
             return 0
-    return _report(runs, out, json)
+    return _report_all(runs, paths, json)
 
 
 def _check_inputs(settings: TokenSettings, example: str | None, shapes: tuple[str, ...]) -> None:
@@ -168,27 +189,51 @@ def _inputs(checkpoint: Checkpoint, example: str | None, shapes: tuple[str, ...]
     return example_inputs(checkpoint.model, call_loader(example), f"what {example} returns")
 
 
-def _report(runs: Mapping[Protocol, Run], out: Path | None, as_json: bool) -> int:
-    from osp_diag.analyses.summary.protocol_comparison import compare_protocols, protocols_text
+def _report_all(
+    runs: Mapping[str, Mapping[Protocol, Run]], paths: Mapping[str, Path | None], as_json: bool
+) -> int:
+    """Of each stack in its turn; as JSON the others stand under ``stacks`` in the first."""
+    if not as_json:
+        status = 0
+        for number, (name, of_stack) in enumerate(runs.items()):
+            if number:
+                print()
+            status = max(status, _report(of_stack, paths[name]))
+        return status
+    values = {name: _values(of_stack) for name, of_stack in runs.items()}
+    first, *others = values
+    print(
+        json_format.dumps(
+            values[first] | ({"stacks": {o: values[o] for o in others}} if others else {}), indent=2
+        )
+    )
+    return 1 if any(value["nonfinite_tokens"] for value in values.values()) else 0
+
+
+def _values(runs: Mapping[Protocol, Run]) -> dict[str, Any]:
+    from osp_diag.analyses.summary.protocol_comparison import compare_protocols
+    from osp_diag.analyses.summary.summary import summarise
+
+    values = summarise(next(iter(runs.values()))).as_dict()
+    if len(runs) == 2:
+        try:
+            values["protocols"] = compare_protocols(runs["sequence"], runs["osp-published"]).as_dict()
+        except StoreError as reason:
+            values["protocols"] = {"not_compared": str(reason)}
+    return values
+
+
+def _report(runs: Mapping[Protocol, Run], out: Path | None) -> int:
+    from osp_diag.analyses.summary.protocol_comparison import protocols_text
     from osp_diag.analyses.summary.summary import summarise
 
     first = next(iter(runs.values()))
     summary = summarise(first)
-    both = len(runs) == 2
-    if as_json:
-        values = summary.as_dict()
-        if both:
-            try:
-                values["protocols"] = compare_protocols(runs["sequence"], runs["osp-published"]).as_dict()
-            except StoreError as reason:
-                values["protocols"] = {"not_compared": str(reason)}
-        print(json_format.dumps(values, indent=2))
-    else:
-        print(summary.text())
-        if both:
-            print(f"\n{protocols_text(runs['sequence'], runs['osp-published'])}")
-        if out is not None:
-            print(f"\nrun: {out}   (osp-diag figure depth_profile {out} --out depth.png)")
+    print(summary.text())
+    if len(runs) == 2:
+        print(f"\n{protocols_text(runs['sequence'], runs['osp-published'])}")
+    if out is not None:
+        print(f"\nrun: {out}   (osp-diag figure depth_profile {out} --out depth.png)")
     return 1 if summary.nonfinite_tokens else 0
 
 

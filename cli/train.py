@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,7 +19,8 @@ VERB = "train"
 HELP = "pre-train a model with the probes on: OSP, Adam, or anything between"
 
 PresetName = Annotated[str | None, tyro.conf.arg(metavar="[PRESET]")]
-Changes = tyro.conf.UseAppendAction[tuple[str, ...]]
+Changes = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+Loggers = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
 def run(
@@ -35,7 +37,7 @@ def run(
     out: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
-    log: Changes = (),
+    log: Loggers = (),
     show: bool = False,
     json: bool = False,
 ) -> int:
@@ -56,7 +58,7 @@ def run(
         ablation: train all six recipes and compare them; --out is then a folder.
         seeds: with --ablation, further seeds of adam and osp.
         at_a_time: with --ablation, how many runs at once; by default what memory (or cores) allow.
-        set: KEY=VALUE, such as optimizer.lr=1e-3; may be repeated. --show prints all keys.
+        set: KEY=VALUE, such as optimizer.lr=1e-3, one or several; may be repeated. --show prints all keys.
         out: the run to write, a folder ending in .zarr; by default the recipe's name in runs/.
         resume: go on from the newest checkpoint.
         overwrite: replace an earlier run and its checkpoints.
@@ -67,12 +69,12 @@ def run(
     Examples:
         osp-diag train tiny --out osp.zarr
         osp-diag train tiny --recipe adam --set steps=800 --out adam.zarr
-        osp-diag train small --set data.source=jsonl --set data.path='corpus/*.jsonl' --out run.zarr
+        osp-diag train small --set data.source=jsonl data.path='corpus/*.jsonl' --out run.zarr
         osp-diag train --ablation paper --preset tiny --out ablation
     """
     from osp_diag.cli.train_config import training_config
 
-    training = training_config(name or preset, config, recipe, set)
+    training = training_config(name or preset, config, recipe, tuple(chain.from_iterable(set)))
     if ablation is not None:
         from osp_diag.cli.train_ablation import run_ablation
 
@@ -120,7 +122,6 @@ def _train(
     as_json: bool,
 ) -> int:
     from osp_diag.cli.train_progress import shown_progress
-    from osp_diag.probing.ranks import is_first_rank
     from osp_diag.trainer.loop import train
 
     if out is None:
@@ -136,8 +137,7 @@ def _train(
             progress=progress,
             announce=announce,
         )
-    if is_first_rank():
-        _report(run, out, as_json)
+    _report(run, out, as_json)
     return 0
 
 

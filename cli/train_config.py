@@ -42,7 +42,9 @@ def training_config(
 def _change(entry: str) -> tuple[str, str]:
     key, separator, value = entry.partition("=")
     if not separator or not key:
-        raise UsageError(f"--set {entry!r}: write KEY=VALUE, such as optimizer.lr=1e-3")
+        raise UsageError(
+            f"--set {entry!r}: write KEY=VALUE, such as optimizer.lr=1e-3; a preset comes before the options"
+        )
     return key.strip(), value.strip()
 
 

@@ -13,6 +13,8 @@ __all__ = [
     "ATTENTION",
     "BESIDE",
     "CHANNEL_WEIGHTS",
+    "CROSS_ATTENTION",
+    "CROSS_HEAD_SITES",
     "DEFAULT_SITES",
     "DOWN_WEIGHT",
     "HEAD_SITES",
@@ -26,6 +28,7 @@ __all__ = [
     "QUANTIZATION",
     "RAW",
     "RESIDUAL_SITES",
+    "SEAM_NOTE",
     "SERIES",
     "SINK_EPSILON",
     "SINK_POSITION",
@@ -64,6 +67,10 @@ SITES: dict[str, str] = {
     "mixer_input": "what a mixer of tokens other than a seen attention receives, after its norm",
     "mixer_contribution": "what such a mixer (state-space, recurrent, an own kernel) adds to the stream",
     "cross_attention_input": "what attention to another sequence receives, after its norm",
+    "cross_attention_query": "queries of cross-attention as they enter the product",
+    "cross_attention_key": "its keys, of the other sequence's tokens, as they enter the product",
+    "cross_attention_value": "its values, of the other sequence's tokens, as attention averages them",
+    "cross_attention": "its probabilities and logits, over the other sequence's tokens: statistics only",
     "cross_attention_output": "its heads' outputs concatenated: the input of its output projection",
     "cross_attention_contribution": "what cross-attention adds to the residual stream",
     "residual_mid": "residual stream that the MLP reads, after attention (and cross-attention) or the mixer",
@@ -80,15 +87,28 @@ OCCASIONAL_SITES = (
     "mixer_input",
     "mixer_contribution",
     "cross_attention_input",
+    "cross_attention_query",
+    "cross_attention_key",
+    "cross_attention_value",
+    "cross_attention",
     "cross_attention_output",
     "cross_attention_contribution",
 )
 """Sites that some kinds of layer have; where no layer is of that kind, nothing is said of them."""
 ATTENTION = "attention"
+CROSS_ATTENTION = "cross_attention"
+CROSS_HEAD_SITES = ("cross_attention_query", "cross_attention_key", "cross_attention_value")
 DOWN_WEIGHT = "mlp_down_weight"
 LINEAR_INPUT = "linear_input:"
 """How the sites begin that are the input of one projection, by its path within the block."""
-HEAD_SITES = ("query_pre_rope", "key_pre_rope", "query_post_rope", "key_post_rope", "value")
+HEAD_SITES = (
+    "query_pre_rope",
+    "key_pre_rope",
+    "query_post_rope",
+    "key_post_rope",
+    "value",
+    *CROSS_HEAD_SITES,
+)
 RESIDUAL_SITES = ("embedding", "residual_pre", "residual_mid", "residual_post")
 DEFAULT_SITES = tuple(site for site in SITES if site != "residual_pre")
 """Every site but ``residual_pre``, which repeats ``embedding`` and ``residual_post``."""
@@ -148,6 +168,9 @@ BESIDE: dict[str, str] = {
     WEIGHTS: "statistics of the weights while they are trained",
 }
 """Group → what it holds, of those that stand beside the sites."""
+
+SEAM_NOTE = "attention seen through"
+"""How the note of a run begins that says where its attention was seen; others are for readers of numbers."""
 
 TOKEN_UNIT = "token id"
 """The units of variables that name tokens by their ids."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["did_you_mean", "duration", "listed", "nearest", "number"]
+__all__ = ["did_you_mean", "duration", "listed", "nearest", "number", "of_stack"]
 
 
 def number(value: float) -> str:
@@ -62,3 +63,8 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def of_stack(text: str, stack: str) -> str:
+    """A text with the name of a stack before every layer that it names by number; without one as it is."""
+    return re.sub(r"\b(?=layers? \d)", f"{stack} ", text) if stack else text

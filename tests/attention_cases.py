@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 
+from osp_diag.estimators import attention_entropy, query_key, sink_implementation, sinks, value_drain
 from osp_diag.estimators import logits as logit_estimators
-from osp_diag.estimators import query_key, sink_implementation, sinks, value_drain
 from osp_diag.estimators._arrays import namespace_of
 from osp_diag.estimators.attention import AttentionMask, AttentionObservation
 from osp_diag.estimators.base import Estimator, Suite
 from tests.dense_attention import Case, make_case
 
-MODULES = (sinks, value_drain, logit_estimators, sink_implementation, query_key)
+MODULES = (sinks, attention_entropy, value_drain, logit_estimators, sink_implementation, query_key)
 ESTIMATORS = tuple(
     found
     for module in MODULES

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.special import entr
 
 EPSILONS = (0.1, 0.2, 0.3, 0.5, 0.8)
 SINK_POSITIONS = (0, 1, 2, 3)
@@ -185,6 +186,7 @@ def _per_query(
         "extra_sink_mass": _mean(p_extra, weight),
         "max_logit": largest.max(axis=(0, 2)),
         "delta_logit": _mean(difference, sees_sink),
+        "attention_entropy": _mean(entr(p).sum(axis=-1) + entr(p_extra), weight),
     }
 
 

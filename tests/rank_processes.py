@@ -73,13 +73,18 @@ def launched(ranks: int, words: Sequence[str | Path], folder: Path) -> Completed
     """
     port = str(free_port())
     shared = {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": "0"}
+    errors = folder / f"launched-{port}"  # as torchrun's folder, of which each rank has its own
     shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    errors.mkdir()
     streams = {name: folder / f"launched-{port}.{name}" for name in ("stdout", "stderr")}
     processes = [
         Warm(
             command,
             ([str(word) for word in words],),
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env=os.environ
+            | shared
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            | {"TORCHELASTIC_ERROR_FILE": str(errors / str(rank) / "error.json")},
             **streams,
         )
         for rank in range(ranks)

@@ -65,6 +65,9 @@ def capture_sites(model: nn.Module, batch: dict[str, Any], sites: SiteMap | None
         on_activation,
         on_start=nothing,  # type: ignore[arg-type]
         on_stop=nothing,
+        entries=found.sites.entries,
+        channels_first=found.sites.channels_first,
+        streams_in_a_row=found.sites.streams_in_a_row,
     )
 
     def on_call(call: AttentionCall) -> None:

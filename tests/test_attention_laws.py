@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import entr, softmax
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators import logits as logit_estimators
@@ -35,6 +36,8 @@ def test_sampled_queries_are_evenly_spaced_and_the_rest_is_exact() -> None:
     assert rows == [2, 6, 11, 16, 20]
     mean = np.where(allowed, logits, 0).sum(axis=-1) / allowed.sum(axis=-1)
     exact["delta_logit"] = (logits[..., 0] - mean)[:, :, rows].mean(axis=(0, 2))
+    weights = softmax(np.where(allowed, logits, -np.inf), axis=-1)
+    exact["attention_entropy"] = entr(weights).sum(axis=-1)[:, :, rows].mean(axis=(0, 2))
     assert_same(found, exact)
 
 

@@ -196,6 +196,7 @@ def add_an_estimator(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch)
 def add_a_site_pattern(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     yield {}
     yield {}
+    yield {}
 
 
 def training(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from osp_diag import Probe
+from osp_diag import Probe, attention_function
 from osp_diag.capture.documents import _cuts
 from osp_diag.estimators.attention_mask import AttentionMask
 from osp_diag.trainer.model import Llama
@@ -148,3 +149,149 @@ def test_cuts_are_where_nothing_is_seen_across(lengths: list[int], causal: bool,
     found = _cuts(AttentionMask(causal=False, tensor=allowed[None, None]), torch.ones(1, tokens).bool())[0]
     for t in range(tokens):
         assert bool(found[t]) == (not allowed[t:, :t].any() and not allowed[:t, t:].any())
+
+
+class TakesOffsets(nn.Module):
+    """A model of somebody's own whose attention makes its mask of the documents' offsets itself."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.words = nn.Embedding(60, 16)
+        self.layers = nn.ModuleList(OwnMask(way) for _ in range(2))
+
+    def forward(self, tokens: Tensor, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = self.words(tokens)
+        for layer in self.layers:
+            x = layer(x, cu_seqlens)
+        return x
+
+
+@attention_function(causal=True)
+def varlen(query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """A kernel that no seam sees: exponentials and sums by hand, document by document."""
+    tokens = query.shape[2]
+    rows = torch.arange(len(query) * tokens).reshape(len(query), tokens)
+    number = rows // tokens if cu_seqlens is None else torch.searchsorted(cu_seqlens, rows, right=True)
+    seen = (number[:, :, None] == number[:, None, :]) & torch.ones(tokens, tokens).tril().bool()
+    weights = (query @ key.mT * 8**-0.5).exp() * seen[:, None]
+    return weights @ value / weights.sum(-1, keepdim=True)
+
+
+class OwnMask(nn.Module):
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.project, self.out = way, nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, offsets: Tensor | None) -> Tensor:
+        q, k, v = (t.unflatten(-1, (2, 8)).transpose(1, 2) for t in self.project(x).chunk(3, -1))
+        place = torch.arange(x.shape[0] * x.shape[1])
+        if offsets is None or self.way == "deaf":
+            number = place // x.shape[1]
+        else:
+            number = torch.searchsorted(offsets, place, right=True)
+        if self.way == "told by nobody":
+            number = place // 4
+        number = number.reshape(x.shape[:2])
+        mask = (
+            (number[:, :, None] == number[:, None, :]) & torch.ones(x.shape[1], x.shape[1]).tril().bool()
+        )[:, None]
+        if self.way == "declared":
+            mixed = varlen(q, k, v, offsets)
+        elif self.way == "softmax":
+            mixed = (q @ k.mT * 8**-0.5).masked_fill(~mask, float("-inf")).softmax(-1) @ v
+        else:
+            mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def run_of_offsets(model: nn.Module, *calls: dict[str, Any]) -> tuple[dict[str, np.ndarray], Probe]:
+    probe = Probe(model, sites=["residual_post", "attention"])
+    with torch.no_grad(), probe.step(0):
+        for call in calls:
+            model(**call)
+    return numbers(probe), probe
+
+
+OFFSETS = torch.tensor([0, 5, 14, 17, 34])
+
+
+@pytest.mark.parametrize("way", ["kernel", "softmax", "declared"])
+def test_offsets_of_documents_make_documents(way: str) -> None:
+    torch.manual_seed(0)
+    model, ids = TakesOffsets(way).eval(), packed_ids()
+    found, _ = run_of_offsets(model, {"tokens": ids, "cu_seqlens": OFFSETS})
+    assert_same_statistics(found, run_of_offsets(model, *({"tokens": part} for part in documents(ids)))[0])
+    flat = {"tokens": ids.reshape(1, 34), "cu_seqlens": OFFSETS.int()}
+    assert_same_statistics(run_of_offsets(model, flat)[0], found)
+
+
+def test_documents_that_attention_does_not_keep_apart_have_no_sinks() -> None:
+    model, ids = TakesOffsets("deaf").eval(), packed_ids()
+    found, probe = run_of_offsets(model, {"tokens": ids, "cu_seqlens": OFFSETS})
+    assert not any(name.startswith("/attention/") for name in found)
+    reason = probe.run.absent_sites["attention"]
+    assert reason == "the documents that the model was told of see one another in its attention"
+
+
+def test_documents_that_attention_alone_knows_are_noted_and_its_mask_holds() -> None:
+    model, ids = TakesOffsets("told by nobody").eval(), packed_ids()[:, :16]
+    found, probe = run_of_offsets(model, {"tokens": ids})
+    assert any("attention of layer 0 is cut where no token sees" in note for note in probe.run.notes)
+    # Of 16 tokens 4 see the first one.
+    assert "about w/T, the share of queries that see it (0.25)" in " ".join(probe.run.notes)
+    x = model.words(ids).double()
+    with torch.no_grad():
+        q, k, _ = (
+            t.unflatten(-1, (2, 8)).transpose(1, 2) for t in model.layers[0].double().project(x).chunk(3, -1)
+        )
+    number = torch.arange(16) // 4
+    seen = (number[:, None] == number) & torch.ones(16, 16).tril().bool()
+    weights = (q @ k.mT * 8**-0.5).masked_fill(~seen, float("-inf")).softmax(-1).numpy()
+    mass = [weights[:, :, place:, place].mean((0, 2)) for place in range(16)]
+    np.testing.assert_allclose(found["/attention/key_mass"][0], np.stack(mass, 1), atol=1e-6)
+
+
+def test_offsets_as_transformers_hand_them_to_flash_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels for packed rows take them; sdpa takes no notice of them."""
+    model, ids = FAMILIES["llama"].build("sdpa"), packed_ids()[:1]
+    offsets = torch.tensor([0, 5, 14, 17], dtype=torch.int32)
+    batch = {"input_ids": ids, "use_cache": False, "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets}
+    batch |= {"max_length_q": 9, "max_length_k": 9}
+    ignored = probed(model, batch, sites=SITES)
+    assert_same_statistics(ignored, probed(model, {"input_ids": ids, "use_cache": False}, sites=SITES))
+
+    def varlen(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        assert mask is None
+        offsets = options.get("cu_seq_lens_q", torch.tensor([0, query.shape[2]])).tolist()
+        groups = query.shape[1] // key.shape[1]
+        parts = [
+            nn.functional.scaled_dot_product_attention(
+                query[:, :, a:b], key[:, :, a:b].repeat_interleave(groups, 1),
+                value[:, :, a:b].repeat_interleave(groups, 1), is_causal=True,
+            )
+            for a, b in pairwise(offsets)
+        ]  # fmt: skip
+        return torch.cat(parts, 2).transpose(1, 2), None
+
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    monkeypatch.setitem(type(ALL_ATTENTION_FUNCTIONS)._global_mapping, "flash_of_ours", varlen)
+    monkeypatch.setitem(
+        type(ALL_MASK_ATTENTION_FUNCTIONS)._global_mapping, "flash_of_ours", lambda *_, **__: None
+    )
+    model.config._attn_implementation = "flash_of_ours"
+    found = probed(model, batch, sites=SITES)
+    model.config._attn_implementation = "sdpa"
+    parts = ids.split([5, 9, 3], 1)
+    # Positions go on over the row, where those of the documents alone begin again.
+    places = torch.arange(17)[None].split([5, 9, 3], 1)
+    expected = probed(
+        model,
+        *(
+            {"input_ids": p, "position_ids": t, "use_cache": False}
+            for p, t in zip(parts, places, strict=True)
+        ),
+        sites=SITES,
+    )
+    assert_same_statistics(found, expected)

@@ -384,7 +384,7 @@ def test_a_decoders_tokens_are_its_own() -> None:
     decoder = {"decoder_input_ids": batch["input_ids"], "decoder_attention_mask": torch.ones(2, 12).long()}
     decoder["decoder_attention_mask"][0, -5:] = 0
     probe = Probe(model, sites=["residual_post", "attention"])
-    assert any("the larger stack is probed: decoder.block.0" in note for note in probe.site_map.notes)
+    assert any("of the stack decoder (decoder.block)" in note for note in probe.site_map.notes)
     with torch.no_grad(), probe.step(0):
         model(**batch, **decoder)
     assert numbers(probe)["/residual_post/token_count"][0, 0] == 24 - 5

@@ -170,7 +170,10 @@ def test_the_options_of_the_verb(tmp_path):
     for arguments, message in [
         ((None, None, None, []), "say what to train: a preset"),
         (("tiny", file, None, []), "and not both"),
-        (("tiny", None, None, ["steps"]), "--set 'steps': write KEY=VALUE"),
+        (
+            ("tiny", None, None, ["steps"]),
+            "--set 'steps': write KEY=VALUE, such as optimizer.lr=1e-3; a preset comes before",
+        ),
         ((None, tmp_path / "absent.json", None, []), "cannot be read: No such file"),
     ]:
         with pytest.raises(UsageError, match=message):

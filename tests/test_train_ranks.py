@@ -42,6 +42,7 @@ def sharded(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded") / "run.zarr"
     done = by_command(2, minute(**CONFIG, **MODES["fsdp"]), out)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.count("next: osp-diag figure") == 1
     return out
 
 
@@ -115,5 +116,5 @@ def test_a_sharded_run_goes_on_under_another_number_of_ranks(sharded, alone, tmp
 def test_what_cannot_be_shared_is_refused_once(tmp_path):
     done = by_command(2, minute(batch_size=3), tmp_path / "run.zarr")
     assert done.returncode != 0
-    assert "batch_size=3 cannot be dealt to 2 ranks; give a multiple of 2" in done.stderr
+    assert done.stderr.count("batch_size=3 cannot be dealt to 2 ranks; give a multiple of 2") == 1
     assert not (tmp_path / "run.zarr").exists()

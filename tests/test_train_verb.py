@@ -45,7 +45,7 @@ def test_show_prints_every_key_and_where_parameters_go(capsys):
 
 def test_a_run_says_what_came_of_it(described, tmp_path, capsys):
     out = tmp_path / "run.zarr"
-    words = ["train", "--config", str(described), "--set", "steps=1", "--set", "probe.every=1"]
+    words = ["train", "--config", str(described), "--set", "steps=1", "probe.every=1"]
     assert main([*words, "--out", str(out), "--json"]) == 0
     printed = capsys.readouterr()
     found = json.loads(printed.out)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from osp_diag.errors import DivergenceError
 from osp_diag.probing.checkpoint import joined_ranks
 from osp_diag.probing.identity import token_attributes
-from osp_diag.probing.ranks import is_distributed, is_first_rank, rank_of_all
+from osp_diag.probing.ranks import is_first_rank, rank_of_all
 from osp_diag.probing.saving import check_out
 from osp_diag.runs.folder import check_destination
 from osp_diag.runs.run import Run, open_run
@@ -46,6 +46,7 @@ from osp_diag.trainer.parallel import (
     distribute,
     first_of_ranks,
     gathered,
+    is_sharded,
     summed,
 )
 from osp_diag.trainer.recording import Recording, due_steps
@@ -165,13 +166,17 @@ class Training:
 
     def _build_model(self) -> None:
         torch.manual_seed(self.config.seed)
-        model = Llama(self.config.model)
+        sharded = is_sharded(self.config)
+        with torch.device("meta" if sharded else "cpu"):
+            model = Llama(self.config.model)
         self.flops_per_token = model.flops_per_token(self.config.data.sequence_length)
-        model.to(self.device)
+        if not sharded:
+            model.to(self.device)
         if self.config.activation_checkpointing:
             model.set_activation_checkpointing(True)
-        blocks = model.blocks
-        self.model: nn.Module = distribute(model, blocks, self.config, self.device)
+        self.model: nn.Module = distribute(model, model.blocks, self.config, self.device)
+        if sharded:
+            model.initialise_shards()
         if self.config.compile:
             model.compile_parts()
 
@@ -221,10 +226,9 @@ class Training:
         }
 
     def _autocast(self) -> AbstractContextManager[None]:
-        # FSDP casts weights itself.
-        sharded = is_distributed() and self.config.parallel.mode != "ddp"
-        if self.config.dtype == "bfloat16" and not sharded:
-            return torch.autocast(self.device.type, torch.bfloat16)
+        if self.config.dtype == "bfloat16":
+            # Its cache would hold bfloat16 copies of all weights at once, which FSDP gathers block by block.
+            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
         return nullcontext()
 
     def _rehearse(self) -> None:

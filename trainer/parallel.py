@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from osp_diag.errors import UsageError
@@ -21,6 +21,7 @@ __all__ = [
     "distribute",
     "first_of_ranks",
     "gathered",
+    "is_sharded",
     "reshard",
     "summed",
 ]
@@ -61,17 +62,19 @@ def distribute(
 ) -> nn.Module:
     """The model as the ranks share it: itself alone, wrapped by DDP, or sharded in place by FSDP2.
 
-    Under ``fsdp`` and ``hsdp`` every block is a unit, gathered while it runs. Under bfloat16 the gathered
-    weights are bfloat16 and gradients are summed in float32.
+    Under ``fsdp`` and ``hsdp`` every block is a unit, gathered while it runs. Weights are gathered, and
+    gradients summed, in float32, so that every mode computes the same under autocast (docs/decisions.md,
+    Training).
 
     Parameters
     ----------
-    model : on ``device``, with the same weights on every rank
+    model : on ``device`` with the same weights on every rank, or on ``meta`` where :func:`is_sharded`; its
+        shards are then on ``device``, and empty
     blocks : its blocks
     """
     if not is_distributed():
         return model
-    if config.parallel.mode == "ddp":
+    if not is_sharded(config):
         ids = [device.index or 0] if device.type == "cuda" else None
         # A view of the bucket as gradient saves a copy of all gradients.
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -81,12 +84,15 @@ def distribute(
     else:
         shape = (ranks // config.parallel.shard, config.parallel.shard)
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    low = torch.bfloat16 if config.dtype == "bfloat16" else None
-    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model.to_empty(device=device)
+
+
+def is_sharded(config: TrainConfig) -> bool:
+    """Whether the ranks hold parts of the parameters."""
+    return is_distributed() and config.parallel.mode != "ddp"
 
 
 def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -19,7 +19,15 @@ from osp_diag.errors import MissingError
 from osp_diag.estimators.magnitude_outliers import outlier_features
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.runs.headline import hidden_states, mean_by_stratum
-from osp_diag.schema import HIDDEN_STATES, KURTOSIS, SINK_EPSILON, SINK_POSITION, network_order
+from osp_diag.schema import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    HIDDEN_STATES,
+    KURTOSIS,
+    SINK_EPSILON,
+    SINK_POSITION,
+    network_order,
+)
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
@@ -223,9 +231,9 @@ def everyday(sites: Mapping[str, xr.Dataset], fields: Mapping[str, Any]) -> dict
 # -- attention -------------------------------------------------------------------------------------------
 
 
-def sinks(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
-    """Sink rate, sink heads, attention to the first token, and the largest logit."""
-    attention = sites.get("attention")
+def sinks(sites: Mapping[str, xr.Dataset], site: str = ATTENTION) -> dict[str, Any]:
+    """Sink rate, sink heads, attention to the first token, and the largest logit, of ``site``."""
+    attention = sites.get(site)
     if attention is None:
         return {}
     fields: dict[str, Any] = {}
@@ -298,7 +306,9 @@ def nonfinite(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     counts: dict[tuple[str, int], float] = {}
     counted = False
     for site, dataset in sites.items():
-        name = "nonfinite_query_key_tokens" if site == "attention" else "nonfinite_token_count"
+        name = (
+            "nonfinite_query_key_tokens" if site in (ATTENTION, CROSS_ATTENTION) else "nonfinite_token_count"
+        )
         if name in dataset:
             counted = True
             counts |= {(site, layer): value for layer, value in _of_all(dataset[name]) if value > 0}

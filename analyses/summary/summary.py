@@ -19,6 +19,7 @@ from osp_diag.errors import StoreError
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import at_step, step_of
+from osp_diag.schema import CROSS_ATTENTION
 
 __all__ = ["Summary", "summarise"]
 
@@ -92,9 +93,18 @@ class Summary:
     nonfinite_channel: int | None = None
     verdict: str = ""
 
+    stack: str = ""
+    """which stack of a model of several all layers and sites here are of"""
+    cross_attention: dict[str, Any] = field(default_factory=dict)
+    """sink_rate, sink_heads, heads, first_token_attention and the largest logit of attention to another
+    sequence, whose first token it is"""
+    notes: tuple[str, ...] = ()
+    """what else the reader of these numbers should know"""
+
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain values that JSON knows; NaN becomes None."""
-        return {key: _plain(value) for key, value in asdict(self).items()}
+        """The fields as plain values that JSON knows; NaN becomes None, what few runs have is left out."""
+        values = {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: value for key, value in values.items() if value or key not in _OF_FEW}
 
     def text(self) -> str:
         """For a reader who has never heard of any of these numbers."""
@@ -104,6 +114,10 @@ class Summary:
 
     def _repr_html_(self) -> str:
         return in_notebook(self.text())
+
+
+_OF_FEW = ("stack", "cross_attention", "notes")
+"""Fields that most runs have nothing in."""
 
 
 def _plain(value: Any) -> Any:
@@ -131,6 +145,7 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
     attrs = run.attrs
     fields: dict[str, Any] = {
         "model": model_name(attrs),
+        "stack": str(attrs.get("stack", "")),
         "protocol": str(attrs.get("protocol", "unknown")),
         "bos": str(attrs.get("bos", "unknown")),
         "tokens": _integer(attrs.get("tokens")),
@@ -144,8 +159,9 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
     fields |= massive(sites) | largest(sites) | everyday(sites, fields)
     if fields["sequence_length"] != 1:  # one token attends to nothing but itself
         fields |= sinks(sites)
+        fields["cross_attention"] = sinks(sites, CROSS_ATTENTION)
     fields |= nonfinite(sites)
-    return Summary(**fields, verdict=verdict_words(judged(fields).values()))
+    return Summary(**fields, notes=run.notes, verdict=verdict_words(judged(fields).values()))
 
 
 def _integer(value: Any) -> int | None:

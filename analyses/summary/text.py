@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from osp_diag.schema import STRATUM_WORDS
-from osp_diag.wording import number
+from osp_diag.wording import number, of_stack
 
 if TYPE_CHECKING:
     from osp_diag.analyses.summary.summary import Summary
@@ -19,7 +19,8 @@ _WIDTH = 100
 
 def text_of(summary: Summary) -> str:
     """The verdict first, then one paragraph a question."""
-    lines = [_opening(summary), "", f"Verdict: {summary.verdict}.", "", *_paragraphs(summary)]
+    paragraphs = [of_stack(line, summary.stack) for line in _paragraphs(summary)]
+    lines = [_opening(summary), "", f"Verdict: {summary.verdict}.", "", *paragraphs, *_notes(summary)]
     return "\n".join(
         textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
         for line in lines
@@ -27,7 +28,7 @@ def text_of(summary: Summary) -> str:
 
 
 def _opening(summary: Summary) -> str:
-    parts = [summary.model]
+    parts = [f"{summary.model}, {summary.stack}" if summary.stack else summary.model]
     if summary.tokens is not None:
         tokens = f"{summary.tokens:,} tokens"
         if summary.sequence_length is not None:
@@ -44,6 +45,27 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
     yield from _massive(summary)
     yield from _everyday(summary)
     yield from _sinks(summary)
+    yield from _cross_attention(summary)
+
+
+def _notes(summary: Summary) -> Iterator[str]:
+    yield from (f"Note: {note}" for note in summary.notes)
+
+
+def _cross_attention(summary: Summary) -> Iterator[str]:
+    cross = summary.cross_attention
+    if "sink_rate" in cross:
+        yield (
+            f"Cross-attention: sink rate {cross['sink_rate']:.1%} on the first token of the other sequence; "
+            f"{cross['sink_heads']} of {cross['heads']} heads sink in at least half of the sequences"
+        )
+    if cross.get("first_token_attention") is not None:
+        yield f"  that token receives {cross['first_token_attention']:.1%} of all cross-attention"
+    if "largest_logit" in cross:
+        yield (
+            f"Largest logit of cross-attention: {number(cross['largest_logit'])}, layer "
+            f"{cross['largest_logit_layer']}, head {cross['largest_logit_head']}"
+        )
 
 
 def _nonfinite(summary: Summary) -> str:

@@ -8,7 +8,7 @@ onset that of :mod:`osp_diag.analyses.emergence.history`.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from osp_diag.analyses.summary.summary import Summary, summarise
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, SINK_EPSILON, STRATUM_WORDS
-from osp_diag.wording import number
+from osp_diag.wording import number, of_stack
 
 __all__ = ["Finding", "Verdict", "verdict"]
 
@@ -70,6 +70,7 @@ class Verdict:
         """Plain values that JSON knows."""
         return {
             "model": self.summary.model,
+            **({"stack": self.summary.stack} if self.summary.stack else {}),
             "step": self.summary.step,
             "state": self.state,
             "headline": self.headline,
@@ -112,6 +113,7 @@ def verdict(
     ]
     if onsets is not None:
         findings.append(_emergence(onsets))
+    findings = [replace(finding, text=of_stack(finding.text, summary.stack)) for finding in findings]
     return Verdict(summary, tuple(sorted(findings, key=lambda finding: STATES.index(finding.state))))
 
 

@@ -175,5 +175,6 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     count = len(run.steps)
     span = f", from {int(run.steps[0]):,} to {int(run.steps[-1]):,}" if count > 1 else ""
     facts.append(("probed steps", f"{count:,}{span}"))
+    facts += [("note", note) for note in run.notes]
     facts += [(f"without {site}", why) for site, why in run.absent_sites.items()]
     return facts

@@ -79,9 +79,10 @@ def channel_weights(model: nn.Module, site_map: SiteMap) -> xr.Dataset:
 
 def _position_in_block(path: str, site_map: SiteMap) -> tuple[str, int] | None:
     """(path within the block, layer) of a module inside a block."""
-    for layer, block in enumerate(site_map.block_paths):
-        if path.startswith(f"{block}."):
-            return path.removeprefix(f"{block}."), layer
+    for layer in range(site_map.number_of_layers):
+        name = site_map.within_block(layer, path)
+        if name is not None:
+            return name, layer
     return None
 
 

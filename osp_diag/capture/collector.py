@@ -12,8 +12,14 @@ from torch.nn import functional
 
 from osp_diag.capture.attention_measuring import Masks, measure_attention
 from osp_diag.capture.compiling import compile_once
+from osp_diag.capture.cross_attention import (
+    Crossing,
+    joined_crossings,
+    key_tokens,
+    measure_cross_attention,
+)
 from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
-from osp_diag.capture.documents import Documents, documents_of
+from osp_diag.capture.documents import Documents, cuts_of_call, documents_of
 from osp_diag.capture.down_projection import down_projection
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
@@ -25,7 +31,7 @@ from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
-from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES
+from osp_diag.schema import ATTENTION, CROSS_ATTENTION, CROSS_HEAD_SITES, DOWN_WEIGHT, HEAD_SITES
 from osp_diag.sites.names import Tap, matches
 
 if TYPE_CHECKING:
@@ -54,7 +60,7 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
         matching = [group for pattern, group in estimators.items() if matches(site, (pattern,))]
         estimators = matching[0] if matching else ()
     kinds: tuple[Observes, ...] = ("activation",)
-    if site == ATTENTION:
+    if site in (ATTENTION, CROSS_ATTENTION):
         kinds = ("attention",)
     elif site == DOWN_WEIGHT:
         kinds = ("weight",)
@@ -99,6 +105,7 @@ class Collector:
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
     compiled : fold with ``torch.compile``, so that one site is read in few passes
+    asks_for_cuts : look once, for which the host waits, whether attention cuts its rows where nothing says so
     snapshots : keeps the raw activations of a first sequence for pictures, or None
     groups : keeps some sums apart by group of forward passes, or None
     """
@@ -112,6 +119,7 @@ class Collector:
         tokens_first: bool = False,
         vocabulary: int | None = None,
         compiled: bool = False,
+        asks_for_cuts: bool = True,
         snapshots: Snapshots | None = None,
         groups: TokenGroups | None = None,
     ) -> None:
@@ -147,6 +155,8 @@ class Collector:
         self._before_stream: list[tuple[Tap, int, torch.Tensor]] = []
         self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
+        self._layers_crossed: set[int] = set()
+        self._cut_apart, self._asks_for_cuts = True, asks_for_cuts
         self._values: dict[int, torch.Tensor] = {}
 
     def needs(self, tap: Tap) -> bool:
@@ -180,7 +190,7 @@ class Collector:
         """A forward pass begins; which tokens it is about is known when the stream enters the first block."""
         self._pass = forward_pass
         self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
-        self._layers_called, self._values = set(), {}
+        self._layers_called, self._layers_crossed, self._values = set(), set(), {}
         if self.groups is not None:
             self.groups.start(self.forward_passes)
         self._before_stream, self._tokens, self._masks = [], None, Masks()
@@ -258,6 +268,12 @@ class Collector:
                     self.skipped[ATTENTION] = "the cache was reordered while tokens were made (beam search)"
                 else:
                     self._fold_whole_call(call, layer)
+            for layer in sequences.passes[0].crossings:
+                crossing = joined_crossings([each.crossings.get(layer) for each in sequences.passes])
+                if isinstance(crossing, str):
+                    self.skipped[CROSS_ATTENTION] = crossing
+                else:
+                    self._fold_crossing(crossing, layer)
         self._is_put_together = False
         self._tokens, self._parts, self._masks, self._valid = of_this_pass
 
@@ -286,6 +302,8 @@ class Collector:
         for layer, call in held.calls.items():
             if call.lengths[0] == call.lengths[1] == held.key_counts[layer]:
                 self._fold_whole_call(call, layer)
+        for layer, crossing in held.crossings.items():
+            self._fold_crossing(crossing, layer)
 
     def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
         documents_of_ids = documents.on(ids.device)
@@ -384,6 +402,51 @@ class Collector:
         with unobserved(call.tensor.device, traced=self.compiled):
             self._fold_whole_call(call, layer)
 
+    def on_cross_attention(self, call: AttentionCall, layer: int) -> None:
+        """Fold one call of attention to another sequence, a layer's first in a pass."""
+        if layer in self._layers_crossed or self._tokens is None or self._pass is None:
+            return
+        if not self._measures_calls or not any(map(self.includes, (CROSS_ATTENTION, *CROSS_HEAD_SITES))):
+            return
+        self._layers_crossed.add(layer)
+        shape = (call.tensor.shape[0], call.tensor.shape[2])
+        parts = self._parts_on(call.tensor.device)
+        if shape != self._tokens:
+            self.skipped[CROSS_ATTENTION] = (
+                f"its queries are of {shape[0]} sequences of {shape[1]}, the stream's tokens of "
+                f"{self._tokens[0]} of {self._tokens[1]}"
+            )
+            return
+        if any(part.documents is not None for part in parts):
+            self.skipped[CROSS_ATTENTION] = (
+                "the queries' sequences hold several documents, and which keys are whose is not known"
+            )
+            return
+        with unobserved(call.tensor.device):
+            crossing = key_tokens(self._pass, call, self.delimiter_ids)
+            if self._cached_pass is not None:
+                self._cached_pass.keep_crossing(layer, crossing)
+                self._spill()
+                return
+            self._fold_crossing(crossing, layer)
+
+    def _fold_crossing(self, crossing: Crossing, layer: int) -> None:
+        """Fold the queries, keys and values of cross-attention, and what its probabilities say."""
+        call = crossing.call
+        strata = self._parts_on(call.tensor.device)[0].strata
+        for site, tensor, own in (
+            ("cross_attention_query", call.query, strata),
+            ("cross_attention_key", call.key, crossing.key_strata),
+            ("cross_attention_value", call.value, crossing.key_strata),
+        ):
+            if tensor is not None and call.logits is None and self.includes(site):
+                self._fold(site, layer, "activation", tensor.transpose(1, 2).flatten(2), own, snapshot=False)
+                self._fold(site, layer, "heads", tensor, own)
+        suite = self.suites_at(CROSS_ATTENTION).get("attention")
+        if suite is not None and self.includes(CROSS_ATTENTION):
+            layout, increment = measure_cross_attention(suite, crossing, strata, self.vocabulary)
+            self._merge((CROSS_ATTENTION, layer, "attention"), suite, layout, increment)
+
     def _fold_whole_call(self, call: AttentionCall, layer: int) -> None:
         for site, tensor in (
             ("query_post_rope", call.query),
@@ -403,6 +466,8 @@ class Collector:
         if self.snapshots is None and not self.includes(ATTENTION):
             return
         mask = self._mask_of(call)
+        if not self._is_cut_as_declared(call, mask, layer):
+            return
         for part in parts:
             part_call, part_mask = call, mask
             if part.documents is not None:
@@ -411,6 +476,42 @@ class Collector:
                 self.snapshots.offer_call(layer, part_call, part_mask)
             if self.includes(ATTENTION) and part.strata.shape[-1] > 1:
                 self._fold_attention(part_call, layer, part, part_mask)
+
+    def _is_cut_as_declared(self, call: AttentionCall, mask: AttentionMask, layer: int) -> bool:
+        """Whether attention keeps apart documents told by offsets; notes cuts that nothing tells of.
+
+        Only the first call of a pass is asked about the former, of a run about the latter.
+        """
+        forward_pass = self._pass
+        if forward_pass is None or self._tokens is None:
+            return True
+        if forward_pass.cut_by_attention:
+            if len(self._layers_called) == 1:
+                cuts = cuts_of_call(call, mask, self._valid.to(call.tensor.device))
+                self._cut_apart = bool(cuts[self._starts_of_parts(cuts.device)].all())
+            if not self._cut_apart:
+                self.skipped[ATTENTION] = (
+                    "the documents that the model was told of see one another in its attention"
+                )
+            return self._cut_apart
+        is_open = all(part.documents is None for part in self._parts_on(call.tensor.device))
+        has_mask = mask.tensor is not None or mask.function is not None or call.logits is not None
+        if is_open and has_mask and self._asks_for_cuts:
+            self._asks_for_cuts = False
+            valid = self._valid.to(call.tensor.device) > 0
+            inside = cuts_of_call(call, mask, valid) & valid & (valid.cumsum(1) > 1)
+            if bool(inside.any()):
+                self.notes.setdefault(
+                    f"attention of layer {layer} is cut where no token sees an earlier one (documents in a "
+                    "row, or chunks) and nothing that the model was called with says so: first tokens, "
+                    "positions and sinks are those of whole rows"
+                )
+        return True
+
+    def _starts_of_parts(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(sequence, position) where each document begins."""
+        documents = [part.documents for part in self._parts_on(device) if part.documents is not None]
+        return torch.cat([d.sequence for d in documents]), torch.cat([d.position[:, 0] for d in documents])
 
     def on_routed(self, layer: int, rows: torch.Tensor, slots: int) -> None:
         """Fold the experts' hidden activations: each token's ``slots`` rows as so many parallel sequences."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from osp_diag.capture.cross_attention import Crossing
 from osp_diag.capture.hooks import ForwardPass
 from osp_diag.estimators.attention_mask import AttentionMask, QueryRows
 
@@ -53,9 +54,18 @@ class CachedPass:
     """by (site, layer, kind): (batch, token, …)"""
     calls: dict[int, AttentionCall] = field(default_factory=dict)
     """by layer: the new queries, with the new keys and values alone"""
+    crossings: dict[int, Crossing] = field(default_factory=dict)
+    """by layer: attention to another sequence"""
     key_counts: dict[int, int] = field(default_factory=dict)
     """by layer: how many keys the queries were given"""
     size: int = 0
+
+    def keep_crossing(self, layer: int, crossing: Crossing) -> None:
+        """Hold a call of cross-attention; its keys are the encoder's, which nobody writes to."""
+        held = {n: getattr(crossing.call, n) for n in ("query", "logits", "mask")}
+        copies: dict[str, Any] = {n: t.clone() for n, t in held.items() if t is not None}
+        self.size += sum(t.numel() * t.element_size() for t in copies.values())
+        self.crossings[layer] = replace(crossing, call=replace(crossing.call, **copies))
 
     def keep(self, key: tuple[str, int, str], values: Tensor) -> None:
         """A copy, since the model may go on to write to the tensor."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from osp_diag.capture.hooks import ForwardPass
 from osp_diag.estimators.attention_mask import AttentionMask, QueryRows
+from osp_diag.seams.call import DOCUMENT_OFFSETS
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
 
-__all__ = ["Documents", "documents_of"]
+__all__ = ["Documents", "cuts_of_call", "documents_of"]
 
 _DOCUMENT_IDS = re.compile(r"^(documents?|docs?|segments?|seq(uence)?)_(ids?|idx|index|indices)$")
 _MASK = re.compile(r"mask|bias", re.IGNORECASE)
@@ -104,10 +106,14 @@ def documents_of(forward_pass: ForwardPass, valid: Bool[Tensor, "batch token"]) 
 
     Positions that begin again, ids of documents, or a mask of the caller's own make one ask; whether they
     are documents is told by the mask that the first block is handed: none of them sees another. Attention
-    kernels of transformers that are given no mask ("flash") follow the positions.
+    kernels of transformers that are given no mask ("flash") follow the positions, or the documents' offsets
+    (``cu_seq_lens_q``); so does a model of somebody's own that takes such (``cu_seqlens``).
     """
     batch, tokens = valid.shape
+    cumulative = _cumulative_starts(forward_pass, valid)
     declared = _declared_starts(forward_pass, batch, tokens)
+    if cumulative is not None:
+        declared = cumulative if declared is None else declared | cumulative
     masks = list(_masks(forward_pass.block_arguments, batch, tokens))
     if declared is None and not _may_be_the_callers(forward_pass, batch, tokens):
         return []
@@ -116,6 +122,9 @@ def documents_of(forward_pass: ForwardPass, valid: Bool[Tensor, "batch token"]) 
         # A layer that attends within chunks cuts its sequences too, and they are no documents.
         if forward_pass.attends_in_chunks:
             starts = starts & declared if declared is not None else torch.zeros_like(starts)
+    elif cumulative is not None and (forward_pass.follows_positions or not forward_pass.makes_its_masks):
+        # Masks that attention makes of them itself are looked at when it is called.
+        starts, forward_pass.cut_by_attention = cumulative, not forward_pass.follows_positions
     elif declared is not None and forward_pass.follows_positions and batch == 1:
         starts = declared
     else:
@@ -142,6 +151,33 @@ def _declared_starts(forward_pass: ForwardPass, batch: int, tokens: int) -> Tens
                 changes[:, 1:] = value[:, 1:] != value[:, :-1]
                 starts = changes if starts is None else starts | changes.to(starts.device)
     return starts
+
+
+def _cumulative_starts(forward_pass: ForwardPass, valid: Tensor) -> Tensor | None:
+    """Where the offsets of documents say that one begins; None where there are none that fit."""
+    for arguments in forward_pass.levels:
+        for name, value in arguments.items():
+            if not isinstance(value, Tensor) or not DOCUMENT_OFFSETS.search(name) or value.ndim != 1:
+                continue
+            offsets = [] if value.is_floating_point() else value.tolist()
+            rises = all(one <= other for one, other in pairwise(offsets))
+            if len(offsets) > 1 and offsets[0] == 0 and rises and offsets[-1] <= valid.numel():
+                starts = torch.zeros(valid.numel(), dtype=torch.bool, device=valid.device)
+                starts[[offset for offset in offsets if offset < valid.numel()]] = True
+                return starts.reshape(valid.shape)
+    return None
+
+
+def cuts_of_call(call: AttentionCall, mask: AttentionMask, valid: Tensor) -> Bool[Tensor, "batch token"]:
+    """Where no query from a token on sees an earlier key, by what an attention call was given.
+
+    The host waits for nothing, but the answer is on the call's device.
+    """
+    if call.logits is not None:
+        tokens = call.logits.shape[-2]
+        seen = (call.logits[..., :tokens] > _HIDDEN).any(1, keepdim=True)
+        mask = AttentionMask(causal=False, tensor=seen)
+    return _cuts(mask, valid > 0)
 
 
 def _may_be_the_callers(forward_pass: ForwardPass, batch: int, tokens: int) -> bool:

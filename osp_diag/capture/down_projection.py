@@ -36,6 +36,9 @@ def down_projection(
     quantised, or does not tell its rows from its columns.
     """
     with weights_at_hand(module):
+        if isinstance(module, nn.Conv1d):
+            matrix = _of_convolution(module)
+            return matrix if isinstance(matrix, str) else matrix[None]
         matrices = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim == 3}
         if matrices:
             return _expert_down_projection(module, matrices, hidden.shape[-1])
@@ -49,6 +52,14 @@ def down_projection(
         if whole.shape[0] == whole.shape[1]:
             transposed = "conv1d" in type(module).__name__.lower()
         return (whole.T if transposed else whole)[None]
+
+
+def _of_convolution(module: nn.Conv1d) -> Tensor | str:
+    """The matrix of a convolution over single tokens: block-diagonal where it has groups."""
+    whole = projection_weight(module)
+    if isinstance(whole, str):
+        return whole
+    return torch.block_diag(*whole[..., 0].chunk(module.groups))
 
 
 def projection_weight(module: nn.Module) -> Tensor | str:

@@ -20,7 +20,6 @@ from torch.utils._python_dispatch import _disable_current_modes, _get_current_di
 
 from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import split_fused
-from osp_diag.sites.stack import is_list
 from osp_diag.sites.trace import unwrap
 
 __all__ = ["ForwardPass", "SiteCapture", "batch_first", "heads_first", "unobserved"]
@@ -41,6 +40,8 @@ class ForwardPass:
         """whether the model is of transformers, which make the masks of their blocks"""
         self.follows_positions = "flash" in attention
         """whether attention takes positions that begin again for documents"""
+        self.cut_by_attention = False
+        """whether documents are told by offsets alone, so that attention is asked whether it cuts there"""
         self.attends_in_chunks = getattr(config, "attention_chunk_size", None) is not None
         self.levels: list[dict[str, Any]] = [_flattened(arguments)]
         """arguments by the names that ``forward`` gives them: of the model, then of each module on the way
@@ -99,6 +100,19 @@ class ForwardPass:
                     return value.reshape(batch, tokens)
         return None
 
+    def of_other_sequence(self, batch: int, tokens: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(ids, padding mask) of the other (batch, token) sequence that the blocks attend to, where known."""
+        ids = mask = None
+        for arguments, prefix in self._inside_out():
+            mask = (
+                _of_shape(arguments.get("encoder_attention_mask"), (batch, tokens)) if mask is None else mask
+            )
+            # Inside of the decoder itself, plain names are those of its own tokens.
+            if prefix:
+                ids = _of_shape(arguments.get("input_ids"), (batch, tokens)) if ids is None else ids
+                mask = _of_shape(arguments.get("attention_mask"), (batch, tokens)) if mask is None else mask
+        return ids, mask
+
     def padding_mask(self, batch: int, tokens: int) -> torch.Tensor | None:
         """(batch, token) padding mask, if there is one; of one that covers a cache too, the end."""
         for arguments, prefix in self._inside_out():
@@ -114,6 +128,10 @@ class ForwardPass:
     def position_ids(self, batch: int, tokens: int) -> torch.Tensor | None:
         """Positions that were handed to the model, of shape (batch, token), (1, token) or (token,)."""
         return self.named("position_ids", {(batch, tokens), (1, tokens), (tokens,)})
+
+
+def _of_shape(value: Any, shape: tuple[int, ...]) -> torch.Tensor | None:
+    return value if isinstance(value, torch.Tensor) and tuple(value.shape) == shape else None
 
 
 def _flattened(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -139,6 +157,9 @@ class SiteCapture:
     on_weight : called so with (tap, layer, module, its input) where a tap's side is "weight", just before
         the module runs; None leaves those taps out
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
+    entries : block → the module with which it begins, where it does not run itself
+    channels_first : whether the stream between the blocks is (batch, channel, token)
+    streams_in_a_row : how many streams stand one behind the other in each row; the first is read
     on_start, on_stop : called when a forward pass of the whole model begins and ends; ``on_stop`` learns
         whether it raised
     on_stream : called once a pass, when the stream enters the first block that runs, before any tap there
@@ -156,6 +177,9 @@ class SiteCapture:
         on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None] | None = None,
         on_stream: Callable[[ForwardPass], None] | None = None,
         prefix: str = "",
+        entries: Mapping[str, str] | None = None,
+        channels_first: bool = False,
+        streams_in_a_row: int = 1,
     ) -> None:
         self.model = unwrap(model)
         self.taps = taps
@@ -164,6 +188,8 @@ class SiteCapture:
         self.on_start, self.on_stop, self.on_weight = on_start, on_stop, on_weight
         self.on_stream = on_stream
         self.prefix = prefix
+        self.entries, self.channels_first = entries or {}, channels_first
+        self.streams_in_a_row = streams_in_a_row
         self.current: ForwardPass | None = None
         self._handles: list[Any] = []
         self._layers: dict[str, list[int]] = defaultdict(list)
@@ -185,11 +211,9 @@ class SiteCapture:
                 hook = self._enter_hook(path)
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for path in self._layers:
-                block = self.model.get_submodule(path)
-                # A block that is a list does not run; the modules in it do.
-                for module in block.children() if is_list(block) else (block,):
-                    hook = self._block_hook(path, block)
-                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+                module = self.model.get_submodule(self.entries.get(path, path))
+                hook = self._block_hook(path)
+                self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             by_module: dict[tuple[str, str], list[Tap]] = defaultdict(list)
             for tap in self._distinct_taps():
                 by_module[tap.module, tap.side].append(tap)
@@ -261,12 +285,12 @@ class SiteCapture:
 
         return hook
 
-    def _block_hook(self, path: str, block: nn.Module) -> Callable[..., None]:
+    def _block_hook(self, path: str) -> Callable[..., None]:
         order = self._layers[path]
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             current = self.current
-            if current is None or (is_list(block) and current.layer == order[0]):
+            if current is None:
                 return
             current.layer = order[min(current.runs[path], len(order) - 1)]
             current.runs[path] += 1
@@ -282,6 +306,10 @@ class SiteCapture:
         stream = next((v for v in (*args, *kwargs.values()) if _is_activation(v)), None)
         if stream is None or self.current is None or torch.compiler.is_compiling():
             return
+        if self.channels_first and stream.ndim == 3:
+            stream = stream.transpose(1, 2)
+        if self.streams_in_a_row > 1:
+            stream = stream[:, : stream.shape[1] // self.streams_in_a_row]
         # Several streams side by side are one axis more, and the blocks' taps read one of them.
         index = next((tap.stream for tap in self.taps if tap.stream is not None), None)
         self.current.stream = stream.detach() if index is None or stream.ndim < 4 else stream.detach()[index]
@@ -340,8 +368,19 @@ class SiteCapture:
             return
         if tap.stream is not None and value.ndim == 4:
             value = value[tap.stream]
+        if tap.channels_first and value.ndim == 3:
+            value = value.transpose(1, 2)
+        value = self._first_in_its_row(value)
         with unobserved(value.device):
             self.on_activation(tap, self._layer(tap), value.detach())
+
+    def _first_in_its_row(self, value: torch.Tensor) -> torch.Tensor:
+        """Of several streams that stand one behind the other in each row the first."""
+        stream = None if self.current is None else self.current.stream
+        if self.streams_in_a_row == 1 or stream is None or value.ndim < 3:
+            return value
+        tokens = stream.shape[1]
+        return value[:, :tokens] if value.shape[1] == self.streams_in_a_row * tokens else value
 
 
 @contextmanager

@@ -83,10 +83,11 @@ def weight_maps(
 def _projections(model: nn.Module, site_map: SiteMap) -> dict[tuple[str, int], tuple[str, nn.Module]]:
     """(path within the block, layer) -> (whole path, module)."""
     return {
-        (name, layer): (f"{block}.{name}", module)
+        (name, layer): (path, module)
         for layer, block in enumerate(site_map.block_paths)
-        for name, module in model.get_submodule(block).named_modules()
-        if name and is_linear(module)
+        for part in site_map.members.get(block, (block,))
+        for path, module in model.get_submodule(part).named_modules(prefix=part)
+        if is_linear(module) and (name := site_map.within_block(layer, path))
     }
 
 
@@ -94,7 +95,7 @@ def _default_projections(site_map: SiteMap) -> set[tuple[str, int]]:
     last = site_map.number_of_layers - 1
     layers = {0, last // 2, last}
     return {
-        (tap.module.removeprefix(f"{site_map.block_paths[tap.layer]}."), tap.layer)
+        (site_map.within_block(tap.layer, tap.module) or tap.module, tap.layer)
         for tap in site_map.taps
         if tap.site in DEFAULT_SITES and tap.side == "input" and tap.layer in layers
     }

@@ -280,20 +280,34 @@ class AttentionObservation:
         self.sample = tokens if query_sample is None else min(query_sample, tokens)
         self.raw_strata = xp.astype(strata, xp.float32)
         self.finite_token = finite
-        self.sink = _sink_positions(self.raw_strata)
-        sink_finite = xp.take_along_axis(finite, self.sink[:, None], axis=-1)
-        self.strata = self.raw_strata * xp.astype(finite & sink_finite, xp.float32)[None, ...]
+        self._weigh(self.raw_strata, finite)
         self._cache: dict[str, Any] = {}
+
+    def _weigh(self, raw_key_strata: Array, finite_key: Array) -> None:
+        """Set the strata of queries and keys, of whose sink key and themselves all is finite."""
+        xp = namespace_of(raw_key_strata)
+        self.raw_key_strata = raw_key_strata
+        self.sink = _sink_positions(raw_key_strata)
+        sink_finite = xp.take_along_axis(finite_key, self.sink[:, None], axis=-1)
+        self.strata = self.raw_strata * xp.astype(self.finite_token & sink_finite, xp.float32)[None, ...]
+        self.key_strata = self.strata
+        if raw_key_strata is not self.raw_strata:
+            self.key_strata = raw_key_strata * xp.astype(finite_key & sink_finite, xp.float32)[None, ...]
 
     @property
     def valid(self) -> Float[Any, "batch token"]:
         """Weight of each token: 0 for padding and for what is not finite."""
         return self.strata[0, ...]
 
+    @property
+    def key_valid(self) -> Float[Any, "batch key"]:
+        """As :attr:`valid`, of the tokens whose keys are attended to: the same, but in cross-attention."""
+        return self.key_strata[0, ...]
+
     @once
-    def is_sink(self) -> Bool[Any, "batch token"]:
-        """Where a token is its sequence's sink key."""
-        return index_range(0, self.layout.tokens, self.valid)[None, :] == self.sink[:, None]
+    def is_sink(self) -> Bool[Any, "batch key"]:
+        """Where a key is its sequence's sink key."""
+        return index_range(0, self.source.key_count, self.valid)[None, :] == self.sink[:, None]
 
     @once
     def softmax(self) -> SoftmaxStatistics:
@@ -339,11 +353,11 @@ class AttentionObservation:
         if self.mask.causal:
             count = at_or_after
         else:
-            count = xp.broadcast_to(total, weight.shape)
+            count = xp.broadcast_to(total, mass.shape)
             if self.mask.partly_causal is not None:
                 partly = self.mask.partly_causal[:, None, None]
                 count = xp.where(partly, at_or_after + self._earlier_viewers, count)
-        is_defined = (count > 0) & (self.valid[:, None, :] > 0)
+        is_defined = (count > 0) & (self.key_valid[:, None, :] > 0)
         alpha = xp.where(
             is_defined, mass / xp.where(is_defined, count, xp.ones_like(count)), xp.zeros_like(mass)
         )
@@ -367,7 +381,7 @@ class AttentionObservation:
         """(α, its weight 0 or 1) of the k-th token from the sink key on."""
         xp = namespace_of(self.valid)
         alpha, is_defined = self.received_attention_in_place
-        tokens = self.layout.tokens
+        tokens = self.source.key_count
         place = self.sink[:, None] + index_range(0, tokens, self.valid)[None, :]
         inside = xp.astype(place < tokens, xp.float32)[:, None, :]
         index = xp.broadcast_to(xp.clip(place, 0, tokens - 1)[:, None, :], alpha.shape)
@@ -385,7 +399,7 @@ class AttentionObservation:
         """Logits of sampled queries, for statistics of their distribution; kept if there is only one tile."""
         if "sampled_tile" in self._cache:
             return self._cache["sampled_tile"]
-        tokens, weight = self.layout.tokens, self.query_weight
+        tokens, weight = self.valid.shape[1], self.query_weight
         start = number * self.tile
         if self.sample == tokens:
             rows = self.source.span(start, min(start + self.tile, tokens))
@@ -394,7 +408,7 @@ class AttentionObservation:
             # Of the tokens that are there: padding would thin the sample out.
             sample, live = sampled_rows(self.sample, self.raw_strata[0, ...])
             part = slice(start, start + self.tile)
-            rows = QueryRows(sample.queries[:, part], None, sample.keys)
+            rows = QueryRows(sample.queries[:, part], None, (0, self.source.key_count))
             weight = take_rows(weight, rows, axis=2) * live[:, None, part]
         tile = self.source.tile(rows)
         sink_logit, is_sink = pick_sink(tile, self.sink, rows)
@@ -407,15 +421,15 @@ class AttentionObservation:
     def finite_values(
         self,
     ) -> tuple[Float[Any, "batch key_value_head token"], Float[Any, "batch token"]] | None:
-        """(‖v‖, weight of each token whose v and whose sequence's sink v are finite); None without values."""
+        """(‖v‖, weight of each key whose v and whose sequence's sink v are finite); None without values."""
         if self.value is None:
             return None
-        xp = namespace_of(self.valid)
+        xp = namespace_of(self.key_valid)
         value = _as_float32(self.value)
         finite = finite_tokens(value)
         norm = channel_norm(_cleaned(value, finite))
         sink_finite = xp.take_along_axis(finite, self.sink[:, None], axis=-1)
-        return norm, self.valid * xp.astype(finite & sink_finite, xp.float32)
+        return norm, self.key_valid * xp.astype(finite & sink_finite, xp.float32)
 
     @once
     def sink_key(self) -> Float[Any, "batch key_value_head channel"] | None:

@@ -63,6 +63,9 @@ class LogitTile(NamedTuple):
 class LogitSource(Protocol):
     """Where the logits of some queries come from."""
 
+    @property
+    def key_count(self) -> int: ...
+
     def span(self, start: int, stop: int) -> QueryRows: ...
 
     def tile(self, rows: QueryRows) -> LogitTile: ...
@@ -72,8 +75,8 @@ class LogitSource(Protocol):
 class ProductLogits:
     """Logits from queries and keys.
 
-    ``query`` (batch, head, token, channel) and ``key`` (batch, key_value_head, token, channel) are
-    float32 and finite; ``usable`` (batch, token) is False for keys that had a NaN or Inf.
+    ``query`` (batch, head, token, channel) and ``key`` (batch, key_value_head, key, channel) are
+    float32 and finite; ``usable`` (batch, key) is False for keys that had a NaN or Inf.
     """
 
     query: Array
@@ -84,8 +87,12 @@ class ProductLogits:
     softcap: float | None
     sink_logits: Array | None
 
+    @property
+    def key_count(self) -> int:
+        return self.key.shape[2]
+
     def span(self, start: int, stop: int) -> QueryRows:
-        return self.mask.span(start, stop, self.key.shape[2], self.key)
+        return self.mask.span(start, stop, self.key_count, self.key)
 
     def tile(self, rows: QueryRows) -> LogitTile:
         xp = namespace_of(self.query)
@@ -111,24 +118,28 @@ class ProductLogits:
 
 @dataclass(frozen=True, eq=False)
 class ModelLogits:
-    """Logits that the model made itself: (batch, head, token, token + extra_columns), after the mask."""
+    """Logits that the model made itself: (batch, head, token, key + extra_columns), after the mask."""
 
     logits: Array
     extra_columns: int
     mask: AttentionMask
 
+    @property
+    def key_count(self) -> int:
+        return self.logits.shape[3] - self.extra_columns
+
     def span(self, start: int, stop: int) -> QueryRows:
-        return self.mask.span(start, stop, self.logits.shape[2], self.logits)
+        return self.mask.span(start, stop, self.key_count, self.logits)
 
     def tile(self, rows: QueryRows) -> LogitTile:
         xp = namespace_of(self.logits)
-        batch, heads, tokens = self.logits.shape[:3]
+        batch, heads = self.logits.shape[:2]
         part = take_rows(self.logits, rows, axis=2)
         _, allowed = self.mask.rows(rows, batch=batch, heads=heads, like=self.logits)
         logits = part[..., rows.keys[0] : rows.keys[1]]
         extra = None
         if self.extra_columns:
-            extra = _log_sum_exp(part[..., tokens:])
+            extra = _log_sum_exp(part[..., self.key_count :])
         return LogitTile(xp.astype(logits, xp.float32), allowed & ~is_fill(logits, allowed), extra)
 
 
@@ -190,6 +201,7 @@ class SampledTile:
     def __init__(self, tile: LogitTile, is_sink: Array, sink_logit: Array, weight: Array) -> None:
         xp = namespace_of(tile.logits)
         self.logits = tile.logits
+        self.extra = tile.extra
         self.allowed = tile.allowed & (xp.abs(tile.logits) < xp.inf)
         self.other = self.allowed & ~is_sink
         visible = xp.isfinite(sink_logit)
@@ -263,7 +275,7 @@ def softmax_statistics(
         part = _softmax_tile(source, rows, sink, weight)
         parts.append(part)
         # A tile sees a range of keys; zeros stand for the others.
-        before, after = rows.keys[0], tokens - rows.keys[1]
+        before, after = rows.keys[0], source.key_count - rows.keys[1]
         zero = xp.zeros_like(part.key_mass[..., :1])
         lead = part.key_mass.shape[:2]
         padding = [xp.broadcast_to(zero, (*lead, size)) for size in (before, after)]
@@ -275,7 +287,7 @@ def softmax_statistics(
     }
     # Tiles leave the sink key's column out: its mass is Σ_i w_i A[i, sink].
     to_sink = xp.sum(weight[:, None, :] * joined["sink_probability"], axis=-1)
-    is_sink = index_range(0, tokens, weight)[None, None, :] == sink[:, None, None]
+    is_sink = index_range(0, source.key_count, weight)[None, None, :] == sink[:, None, None]
     mass = xp.where(is_sink, to_sink[..., None], mass)
     return SoftmaxStatistics(key_mass=mass, **joined)
 

@@ -124,7 +124,7 @@ class MaxLogit(Estimator):
         "flash-attention (per-head maximum, issue 1876)",
     )
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -159,7 +159,7 @@ class LogitDistribution(Estimator):
     floor = "0"
     sources = (OSP,)
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     def __post_init__(self) -> None:
         if self.bins < 2 or not self.limit > 0 or any(not 0 <= q <= 1 for q in self.quantiles):
@@ -226,7 +226,7 @@ class DeltaLogit(Estimator):
     floor = "0"
     sources = (GUO,)
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:

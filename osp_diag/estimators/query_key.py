@@ -12,7 +12,7 @@ from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, namespace_of, once, quotient
 from osp_diag.estimators.attention import finite_tokens, wide
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
-from osp_diag.schema import STRATA
+from osp_diag.schema import HEAD_SITES, STRATA
 
 __all__ = ["HeadChannelNorm", "HeadsObservation", "MassiveValues"]
 
@@ -21,7 +21,6 @@ JIN = Source(
     "Understanding",
     "https://arxiv.org/abs/2502.01563",
 )
-HEAD_SITES = ("query_pre_rope", "query_post_rope", "key_pre_rope", "key_post_rope", "value")
 
 
 class HeadsObservation:

@@ -131,7 +131,7 @@ class AttentionMass(Measurement):
 
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
         xp, softmax = namespace_of(observation.valid), observation.softmax
-        weight, strata = observation.query_weight, observation.strata
+        weight, strata = observation.query_weight, observation.key_strata
         keys = [xp.sum(strata[s, :, None, :] * softmax.key_mass, axis=(0, 2)) for s in range(len(STRATA))]
         return {
             "keys": xp.stack(keys, axis=-1),
@@ -182,7 +182,7 @@ class SinkRate(Estimator):
         "sail-sg/Attention-Sink",
     )
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     def __post_init__(self) -> None:
         if not self.epsilons or any(not 0 < e < 1 for e in self.epsilons):
@@ -223,7 +223,7 @@ class FirstTokenAttention(Estimator):
     sources = (QIU,)
     also_used_by = ("Guo et al. 2024", "Sun et al. 2026 (sink ratio)")
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -249,7 +249,7 @@ class FirstTokenDominance(Estimator):
     ceiling = "1"
     sources = (KAUL,)
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -280,7 +280,7 @@ class KeyMass(Estimator):
     sources = (GU, XIAO)
     also_used_by = ("An et al. 2025 (column sums of A: attention outliers)",)
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -306,7 +306,7 @@ class KeyMassShare(Estimator):
     sources = (AN,)
     also_used_by = ("Kaul et al. 2024",)
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -330,7 +330,7 @@ class ExtraSinkMass(Estimator):
     ceiling = "1"
     sources = (GPT_OSS, MILLER)
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:
@@ -353,7 +353,7 @@ class NonfiniteQueryKeyTokens(Estimator):
     floor = "0"
     sources = (Source("osp_diag"),)
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:

@@ -37,12 +37,12 @@ class ValueNormSums(Measurement):
         xp = namespace_of(observation.valid)
         norms = observation.finite_values
         if norms is None:
-            zeros = xp.zeros_like(observation.strata[:, 0, 0])
+            zeros = xp.zeros_like(observation.key_strata[:, 0, 0])
             no_norm = xp.broadcast_to(zeros[:1], (observation.layout.key_value_heads,))
             norm = xp.zeros_like(no_norm[:, None] * zeros[None, :])
             return {"norm": norm, "count": zeros, "sink": no_norm, "sink_count": zeros[0]}
         norm, weight = norms
-        strata = observation.strata * weight[None, ...]
+        strata = observation.key_strata * weight[None, ...]
         sink = weight * xp.astype(observation.is_sink, weight.dtype)
         sums = [xp.sum(wide(strata[s, :, None, :] * norm), axis=(0, 2)) for s in range(len(STRATA))]
         return {
@@ -70,7 +70,7 @@ class ValueDrain(Estimator):
     sources = (GUO, GU)
     also_used_by = ("Sun et al. 2026",)
     observes = "attention"
-    sites = ("attention",)
+    sites = ("attention", "cross_attention")
 
     @property
     def measurements(self) -> tuple[Measurement, ...]:

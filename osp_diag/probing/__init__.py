@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from osp_diag.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from osp_diag.probing.checkpoint import probe
+    from osp_diag.probing.checkpoint import probe, probe_stacks
     from osp_diag.probing.labelling import relabel
     from osp_diag.probing.schedule import dense_early
     from osp_diag.probing.session import Probe
     from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
-__all__ = ["MeasurementSettings", "Probe", "TokenSettings", "dense_early", "probe", "relabel"]
+__all__ = ["MeasurementSettings", "Probe", "TokenSettings", "dense_early", "probe", "probe_stacks", "relabel"]
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -26,6 +26,7 @@ __getattr__, __dir__ = lazy_names(
         "TokenSettings": "osp_diag.probing.settings",
         "dense_early": "osp_diag.probing.schedule",
         "probe": "osp_diag.probing.checkpoint",
+        "probe_stacks": "osp_diag.probing.checkpoint",
         "relabel": "osp_diag.probing.labelling",
     },
 )

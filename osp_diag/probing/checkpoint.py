@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -35,10 +36,21 @@ from osp_diag.probing.settings import (
 )
 from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import CHANNEL_WEIGHTS, WEIGHT_MAP
+from osp_diag.sites import find_sites
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
 
-__all__ = ["OF_A_CHECKPOINT", "joined_ranks", "probe", "probe_checkpoint", "progress_bar", "working"]
+__all__ = [
+    "OF_A_CHECKPOINT",
+    "joined_ranks",
+    "path_of_stack",
+    "probe",
+    "probe_checkpoint",
+    "probe_stacks",
+    "progress_bar",
+    "stacks_of",
+    "working",
+]
 
 # Why eight groups: docs/decisions.md, Analyses.
 OF_A_CHECKPOINT = MeasurementSettings(snapshot_tokens=64, token_groups=8)
@@ -104,6 +116,68 @@ def probe(
             out=out,
             overwrite=overwrite,
         )
+
+
+@keyword_form(TokenSettings(), OF_A_CHECKPOINT, open_checkpoint)
+def probe_stacks(
+    source: str | Path | nn.Module,
+    token_settings: TokenSettings | None = None,
+    measurement_settings: MeasurementSettings | None = None,
+    *,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    **options: Unpack[ProbeOptions],
+) -> dict[str, Run]:
+    """:func:`probe` of every stack of one checkpoint: the encoder and the decoder of T5, a run each.
+
+    Parameters
+    ----------
+    source, token_settings, measurement_settings, options : as of :func:`probe`; each stack runs the
+        tokens anew
+    out : where to write the run of the largest stack; those of the others lie beside it
+        (:func:`path_of_stack`)
+
+    Returns
+    -------
+    Name of the stack -> run, the largest first; of a model of one stack {"": run}
+
+    Raises
+    ------
+    as :func:`probe`
+    """
+    opening: dict[str, Any] = dict(options)
+    token_settings = (token_settings or TokenSettings()).changed(opening)
+    settings = (measurement_settings or OF_A_CHECKPOINT).changed(opening)
+    with joined_ranks():
+        checkpoint = open_checkpoint(source, **opening)
+        runs: dict[str, Run] = {}
+        for stack in stacks_of(checkpoint.model, settings):
+            runs[stack] = probe_checkpoint(
+                checkpoint,
+                token_settings.batches(checkpoint),
+                replace(settings, stack=stack or settings.stack),
+                batch_size=token_settings.batch_size,
+                out=None if out is None else path_of_stack(out, stack, following=bool(runs)),
+                overwrite=overwrite,
+            )
+    return runs
+
+
+def stacks_of(model: nn.Module, settings: MeasurementSettings) -> tuple[str, ...]:
+    """The stacks that a probe with these settings measures one after the other, the largest first.
+
+    All that run; the one that is named by ``stack`` or ``blocks`` alone; ("",) where there is but one.
+    """
+    if settings.stack is not None or settings.blocks is not None:
+        return ("",)
+    sites = find_sites(model, named=settings.named_sites, example=settings.example)
+    return tuple(dict.fromkeys((sites.stack, *sites.stacks)))
+
+
+def path_of_stack(out: str | Path, stack: str, *, following: bool) -> Path:
+    """Where the run of a stack is written: ``run.zarr`` for the first, ``run.encoder.zarr`` for others."""
+    path = Path(out)
+    return path.with_name(f"{path.name.removesuffix('.zarr')}.{stack}.zarr") if following else path
 
 
 @keyword_form(MeasurementSettings())

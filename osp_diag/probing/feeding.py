@@ -112,6 +112,7 @@ class _Arguments:
         takes_ids = "input_ids" in parameters or not positional
         self._ids = "input_ids" if takes_ids else positional[0]
         self._decoder = bool(getattr(config, "is_encoder_decoder", False))
+        self._decoder_mask = "decoder_attention_mask" in parameters
         self._cache = hasattr(config, "use_cache")
 
     def of(self, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
@@ -120,6 +121,8 @@ class _Arguments:
             arguments["decoder_input_ids"] = ids
         if mask is not None:
             arguments["attention_mask"] = mask
+            if self._decoder and self._decoder_mask:
+                arguments["decoder_attention_mask"] = mask
         if self._cache:
             arguments["use_cache"] = False
         return arguments

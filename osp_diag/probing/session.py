@@ -34,9 +34,17 @@ from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
 from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, keyword_form
 from osp_diag.probing.vocabulary import VOCABULARY, name_tokens, vocabulary_dataset
+from osp_diag.probing.window_note import BEGINNING, window_note
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run
-from osp_diag.schema import ATTENTION, HEAD_SITES, HIDDEN_STATES, LINEAR_INPUT, SITES
+from osp_diag.schema import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    HEAD_SITES,
+    HIDDEN_STATES,
+    LINEAR_INPUT,
+    SITES,
+)
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
@@ -105,7 +113,11 @@ class Probe:
             delimiters = () if tokenizer is None else delimiter_ids_of(tokenizer)
         self.delimiter_ids = tuple(delimiters)
         self.site_map = find_sites(
-            model, blocks=settings.blocks, named=settings.named_sites, example=settings.example
+            model,
+            blocks=settings.blocks,
+            stack=settings.stack,
+            named=settings.named_sites,
+            example=settings.example,
         )
         self._check_patterns()
         self.vocabulary = vocabulary_size_of(unwrap(model))
@@ -162,6 +174,7 @@ class Probe:
             "number_of_layers": self.site_map.number_of_layers,
             "hidden_size": self.site_map.hidden_size,
             "blocks": self.site_map.blocks,
+            **({"stack": self.site_map.stack} if self.site_map.stack else {}),
             "sites": {
                 site: SITES.get(site, "input of this projection")
                 for site in self.site_map.sites
@@ -249,6 +262,7 @@ class Probe:
             tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
+            asks_for_cuts=not self._records.steps,
             snapshots=snapshots,
             groups=TokenGroups(settings.token_groups, rank=rank, ranks=ranks)
             if settings.token_groups
@@ -268,8 +282,14 @@ class Probe:
             on_weight=collector.on_weight,
             on_stream=collector.on_stream,
             prefix=self.site_map.prefix,
+            entries=self.site_map.entries,
+            channels_first=self.site_map.channels_first,
+            streams_in_a_row=self.site_map.streams_in_a_row,
         )
-        heads = (ATTENTION, *HEAD_SITES)
+        heads = (ATTENTION, CROSS_ATTENTION, *HEAD_SITES)
+        sites = self.site_map
+        names = dict(unwrap(self.model).named_modules())
+        crossing = {layer: names[path] for layer, path in sites.cross_attention.items()}
         with ExitStack() as stack:
             if is_compiled(self.model):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -277,17 +297,28 @@ class Probe:
             stack.enter_context(capture)
             if self.site_map.expert_layers and self.measures_site("mlp_hidden"):
                 stack.enter_context(self._experts(collector, capture))
-            if self.site_map.attention_layers and any(self.measures_site(site) for site in heads):
+            if (sites.attention_layers or crossing) and any(self.measures_site(site) for site in heads):
 
                 def on_call(call: Any) -> None:
                     layer = capture.current.layer if capture.current else None
+                    if layer is not None and call.module is not None and call.module is crossing.get(layer):
+                        copies = sites.cross_key_copies.get(layer, 1)
+                        call = call.of_first_stream(sites.streams_in_a_row)
+                        collector.on_cross_attention(call.with_distinct_keys(copies), layer)
                     # A router's softmax over as many experts as tokens looks like attention.
-                    if layer in self.site_map.attention_layers:
+                    elif layer in sites.attention_layers and not call.crosses:
                         copies = self.site_map.key_copies.get(layer, 1)
                         collector.on_attention(call.with_distinct_keys(copies), layer)
 
                 stack.enter_context(
-                    AttentionCapture(unwrap(self.model), on_call, capture.active, cached=True)
+                    AttentionCapture(
+                        unwrap(self.model),
+                        on_call,
+                        capture.active,
+                        cached=True,
+                        crossing=bool(crossing),
+                        streams=self.site_map.streams_in_a_row,
+                    )
                 )
             yield
 
@@ -366,6 +397,9 @@ class Probe:
                 left_out=absent,
             )
             self.absent |= absent
+            note = window_note(of_sites)
+            if note is not None and not any(n.startswith(BEGINNING) for n in self.attributes["notes"]):
+                self.attributes["notes"].append(note)
             if token_groups:
                 apart = {key: state for key, state in on_host.items() if len(key) == 4}
                 groups |= token_group_states(suites.__getitem__, apart, layouts, token_groups, labels)

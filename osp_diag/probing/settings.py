@@ -183,6 +183,8 @@ class MeasurementSettings(Settings):
         projections
     estimators : names or instances, for all sites or by pattern of sites; None: the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum; None: those of the tokenizer, and none without one
+    stack : of a model of several stacks (encoder and decoder, a vision tower and a language model) the one to
+        follow, by a part of its path such as ``"encoder"``; None: the largest
     blocks, named_sites, example : where the sites cannot be guessed: see :func:`osp_diag.sites.find_sites`
     compile : fold activations with ``torch.compile``; ``"auto"`` does so on CUDA
     keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs
@@ -199,6 +201,7 @@ class MeasurementSettings(Settings):
     sites: Sequence[str] | None = None
     estimators: EstimatorSelection | None = None
     delimiter_ids: Sequence[int] | None = None
+    stack: str | None = None
     blocks: str | None = None
     named_sites: Mapping[str, str] | None = None
     example: Mapping[str, Any] | tuple[Any, ...] | None = None
@@ -234,6 +237,7 @@ class MeasurementOptions(TypedDict, total=False):
     sites: Sequence[str] | None
     estimators: EstimatorSelection | None
     delimiter_ids: Sequence[int] | None
+    stack: str | None
     blocks: str | None
     named_sites: Mapping[str, str] | None
     example: Mapping[str, Any] | tuple[Any, ...] | None

@@ -24,6 +24,7 @@ from osp_diag.schema import (
     CHANNEL_WEIGHTS,
     LOGGED_STEP,
     RAW,
+    SEAM_NOTE,
     SERIES,
     SNAPSHOT,
     TOKEN_GROUPS,
@@ -44,9 +45,9 @@ if TYPE_CHECKING:
 __all__ = ["Run", "open_run", "open_tree"]
 
 _SUMMARY = (
-    "model_name", "model_fingerprint", "architecture", "number_of_layers", "hidden_size", "tokenizer",
-    "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens", "dtype", "device",
-    "created", "command",
+    "model_name", "stack", "model_fingerprint", "architecture", "number_of_layers", "hidden_size",
+    "tokenizer", "token_source", "token_fingerprint", "protocol", "bos", "sequence_length", "tokens",
+    "dtype", "device", "created", "command",
 )  # fmt: skip
 
 
@@ -197,6 +198,12 @@ class Run:
     @property
     def _groups(self) -> list[str]:
         return [site_of_path(node.path) for node in self.tree.subtree if node.path != "/" and node.data_vars]
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the reader of the numbers should know."""
+        notes = (str(note) for note in self.attrs.get("notes") or ())
+        return tuple(dict.fromkeys(note for note in notes if not note.startswith(SEAM_NOTE)))
 
     @property
     def declared_absent(self) -> dict[str, str] | None:

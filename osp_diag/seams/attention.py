@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from contextlib import ExitStack, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ _CROSS_NAMES = ("cross", "encoder_attn", "encdec", "encoder_attention")
 
 
 class AttentionCapture:
-    """Calls ``on_call`` with every self-attention call of ``model``'s forward.
+    """Calls ``on_call`` with every self-attention call of ``model``'s forward, and others on request.
 
     Args:
         model: any module; its own ``forward`` (or ``__call__``) must be what is run. A model wrapped by
@@ -50,6 +51,9 @@ class AttentionCapture:
             ``ModuleList``, ``ModuleDict`` and ``Sequential``, or any submodule where there are none.
         cached: deliver also calls with more keys than queries, as decoding with a cache makes them.
         on_skip: receives the reason (:class:`SkipReason`) of every call that is not delivered, at its time.
+        crossing: deliver also cross-attention, as calls that say so (``crosses``).
+        streams: how many streams stand one behind the other in the rows of hidden states (ProphetNet); a
+            softmax over the tokens of one of them is attention.
 
     Attributes:
         skipped: how many calls were not delivered, by reason (:class:`SkipReason`).
@@ -77,6 +81,8 @@ class AttentionCapture:
         blocks: Collection[nn.Module] | None = None,
         cached: bool = False,
         on_skip: Callable[[str], None] | None = None,
+        streams: int = 1,
+        crossing: bool = False,
     ) -> None:
         self.model: nn.Module = getattr(model, "_orig_mod", model)
         self.skipped: Counter[str] = Counter()
@@ -84,7 +90,10 @@ class AttentionCapture:
         self._on_call, self._on_skip = on_call, on_skip
         self._active = active
         self._cached = cached
-        self._blocks = set(blocks) if blocks is not None else _members_of_containers(self.model)
+        self._streams, self._crossing = streams, crossing
+        members = set(blocks) if blocks is not None else _members_of_containers(self.model)
+        # With what is in them: of a block whose ``forward`` is called directly no hook tells.
+        self._blocks = {inner for member in members for inner in member.modules()}
         self._handles: list[RemovableHandle] = []
         self._running: ExitStack | None = None
         self._suspension = ExitStack()
@@ -210,7 +219,7 @@ class AttentionCapture:
         # Under a torch function mode the module leaves its fast path, which rounds differently.
         self._suspension.enter_context(suspended(self._mode))
         if self._observing():
-            self._deliver(lambda: describe_multihead(module, args, kwargs))
+            self._deliver(lambda: describe_multihead(module, args, kwargs, crossing=self._crossing))
 
     def _multihead_ends(self, module: nn.Module, args: Any, output: Any) -> None:
         self._suspension.close()
@@ -226,7 +235,9 @@ class AttentionCapture:
         elif kind == "scaled_dot_product_attention":
             self._deliver(lambda: describe_scaled_dot_product(args, kwargs, self._frames))
         elif self._inside_block():
-            self._deliver(lambda: describe_softmax(args, kwargs, self._frames, self._heads))
+            self._deliver(
+                lambda: describe_softmax(args, kwargs, self._frames, self._heads, streams=self._streams)
+            )
 
     def _inside_block(self) -> bool:
         if not self._blocks:
@@ -239,6 +250,8 @@ class AttentionCapture:
             with torch.no_grad():
                 call = describe()
                 reason = self._reason_to_skip(call) if isinstance(call, AttentionCall) else call
+                if reason == SkipReason.CROSS and self._crossing and isinstance(call, AttentionCall):
+                    call, reason = replace(call, crosses=True), None
                 if reason is not None:
                     self.skipped[reason] += 1
                     if self._on_skip is not None:
@@ -255,7 +268,7 @@ class AttentionCapture:
 
     def _reason_to_skip(self, call: AttentionCall) -> str | None:
         queries, keys = call.lengths
-        if keys < queries or self._is_cross_attention(call.module):
+        if call.crosses or keys < queries or self._is_cross_attention(call.module):
             return SkipReason.CROSS
         return SkipReason.CACHED if keys > queries and not self._cached else None
 

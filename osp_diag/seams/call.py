@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from osp_diag.errors import CaptureError
 
-__all__ = ["AttentionCall", "MaskFunction", "Seam", "SkipReason", "add_bias"]
+__all__ = ["DOCUMENT_OFFSETS", "AttentionCall", "MaskFunction", "Seam", "SkipReason", "add_bias"]
 
 Seam = Literal[
     "attention interface",
@@ -20,6 +21,10 @@ Seam = Literal[
     "declared function",
     "softmax",
 ]
+
+DOCUMENT_OFFSETS = re.compile(r"^cu(mulative)?_?seq(uence)?_?len(gth)?s?(_q|_k)?$")
+"""What arguments are called that hold the offsets of documents in rows read one after the other, as the
+kernels of flash-attn take them."""
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """(batch, head, query position, key position) → allowed, as FlexAttention's ``mask_mod``."""
@@ -41,7 +46,9 @@ class SkipReason:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """One self-attention call. Tensors are the model's own, detached: read them, never write.
+    """One attention call, of self-attention or (``crosses``) over another sequence.
+
+    Tensors are the model's own, detached: read them, never write.
 
     The attention weights are the softmax over allowed keys of softcap·tanh(scale·q·kᵀ / softcap) plus the
     additive mask and, where there are ``sink_logits``, one more logit per head that takes mass and gives
@@ -65,6 +72,7 @@ class AttentionCall:
         logits: (B, H, T, T) where the model itself made them (``seam == "softmax"``): scaled, biased and
             masked, exactly what its softmax received. Query, key and value are then None, and nothing is
             known of the mask but what the logits show.
+        crosses: keys and values are of another sequence, of another length S: (B, G, S, hd).
     """
 
     query: Tensor | None
@@ -80,6 +88,7 @@ class AttentionCall:
     softcap: float | None = None
     sink_logits: Tensor | None = None
     logits: Tensor | None = None
+    crosses: bool = False
 
     @property
     def tensor(self) -> Tensor:
@@ -99,6 +108,18 @@ class AttentionCall:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         tensors: dict[str, Any] = {k: v.detach() for k, v in values.items() if isinstance(v, Tensor)}
         return replace(self, **tensors)
+
+    def of_first_stream(self, streams: int) -> AttentionCall:
+        """The call of the first of ``streams`` whose queries stand one behind the other."""
+        if streams == 1:
+            return self
+        queries = self.lengths[0]
+        changes: dict[str, Any] = {}
+        for name in ("query", "logits", "mask"):
+            tensor = getattr(self, name)
+            if tensor is not None and tensor.ndim > 2 and tensor.shape[-2] == queries:
+                changes[name] = tensor[..., : queries // streams, :]
+        return replace(self, **changes)
 
     def with_distinct_keys(self, copies: int) -> AttentionCall:
         """The same call with each key and value head once, where the model repeated it ``copies`` times."""

@@ -16,7 +16,7 @@ import torch
 from torch.overrides import handle_torch_function, has_torch_function
 
 from osp_diag.errors import CaptureError
-from osp_diag.seams.call import AttentionCall
+from osp_diag.seams.call import DOCUMENT_OFFSETS, AttentionCall, MaskFunction
 
 __all__ = ["attention_function", "describe_declared", "is_declared"]
 
@@ -40,7 +40,8 @@ def attention_function(**constant: Any) -> Callable[[Function], Function]:
     The function's own parameters are read by those names too: it needs ``query``, ``key`` and ``value``,
     each (batch, head, token, channel), and may have ``scale``, ``causal``, ``window``, ``mask``,
     ``mask_function``, ``softcap`` and ``sink_logits``. A ``mask`` may be FlexAttention's ``BlockMask``. A
-    ``scale`` that is missing or None is 1/√channels. Parameters of other names are not looked at.
+    ``scale`` that is missing or None is 1/√channels. Offsets of documents in the rows (``cu_seqlens``,
+    ``cu_seqlens_q``) keep these apart. Parameters of other names are not looked at.
 
     Raises
     ------
@@ -96,6 +97,24 @@ def describe_declared(
     block_mask = arguments.get("mask")
     if hasattr(block_mask, "mask_mod"):
         arguments |= {"mask": None, "mask_function": block_mask.mask_mod}
+    offsets = [v for n, v in bound.arguments.items() if DOCUMENT_OFFSETS.search(n) and torch.is_tensor(v)]
+    if offsets and offsets[0].ndim == 1 and arguments.get("mask_function") is None:
+        arguments["mask_function"] = _within_documents(offsets[0], arguments["query"].shape[2])
     if arguments.get("scale") is None:
         arguments["scale"] = arguments["query"].shape[-1] ** -0.5
     return AttentionCall(**arguments, seam="declared function", module=module)
+
+
+def _within_documents(offsets: torch.Tensor, tokens: int) -> MaskFunction:
+    """Keys of a query's own document, of rows of ``tokens`` that are read one after the other."""
+
+    def within_documents(
+        batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        one, other = (
+            torch.searchsorted(offsets, (batch * tokens + place).contiguous(), right=True)
+            for place in (query, key)
+        )
+        return one == other
+
+    return within_documents

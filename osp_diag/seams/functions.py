@@ -109,13 +109,21 @@ def suspended(mode: TorchFunctionMode) -> Iterator[None]:
                 _push_mode(entry)
 
 
-def _token_shapes(frames: list[Frame]) -> Iterator[tuple[int, int]]:
-    """(B, T), as both readings of the hidden states that the innermost module was given."""
-    for _, args, kwargs in reversed(frames):
+def _token_shapes(frames: list[Frame], streams: int = 1) -> Iterator[tuple[int, int]]:
+    """(B, T), as both readings of the hidden states that the innermost module was given.
+
+    Where a convolution in it reads them as (B, channel, T), so they are read too.
+    """
+    for module, args, kwargs in reversed(frames):
         for value in (*args, *kwargs.values()):
             if isinstance(value, Tensor) and value.ndim == 3 and value.is_floating_point():
-                yield value.shape[0], value.shape[1]
+                yield value.shape[0], value.shape[1] // streams
+                if streams > 1:
+                    yield value.shape[0], value.shape[1]
                 yield value.shape[1], value.shape[0]
+                convolutions = (m for m in module.children() if isinstance(m, nn.Conv1d))
+                if any(c.kernel_size == (1,) and c.in_channels == value.shape[1] for c in convolutions):
+                    yield value.shape[0], value.shape[2]
                 return
 
 
@@ -161,19 +169,25 @@ def describe_scaled_dot_product(
 
 
 def describe_softmax(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], frames: list[Frame], heads: int | None
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    frames: list[Frame],
+    heads: int | None,
+    *,
+    streams: int = 1,
 ) -> AttentionCall | str | None:
     """The call, the reason why it is skipped, or None where the softmax is no attention.
 
     Attention is a softmax over the last axis of (B, H, T, T) or (B·H, T, T), where B and T are those of the
     hidden states at hand. ``heads`` is the model's number of heads where known: it tells a router's
-    (B, T, experts) with as many experts as tokens from a one-headed (B, T, T).
+    (B, T, experts) with as many experts as tokens from a one-headed (B, T, T). Of ``streams`` that stand one
+    behind the other in the rows each has its own softmax.
     """
     logits = args[0] if args else kwargs.get("input", kwargs.get("self"))
     dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
     if not isinstance(logits, Tensor) or logits.ndim not in (3, 4) or dim not in (-1, logits.ndim - 1):
         return None
-    for batch, tokens in _token_shapes(frames):
+    for batch, tokens in _token_shapes(frames, streams):
         if logits.shape[-2] != tokens or logits.shape[0] % batch:
             continue
         if logits.ndim == 4 and logits.shape[0] != batch:
@@ -182,8 +196,6 @@ def describe_softmax(
         # A (B·H, T, T) of one head looks like a router's (B, T, experts): not in a model of several heads.
         if logits.ndim == 3 and number == 1 and (heads not in (None, 1) or logits.shape[-1] != tokens):
             continue
-        if logits.shape[-1] < tokens:
-            return SkipReason.CROSS
         return AttentionCall(
             query=None,
             key=None,

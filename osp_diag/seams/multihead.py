@@ -31,14 +31,15 @@ def takes_fused_path(layer: nn.TransformerEncoderLayer) -> bool:
 
 
 def describe_multihead(
-    module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any], *, crossing: bool = False
 ) -> AttentionCall | str:
-    """The call, or the reason why it is skipped."""
+    """The call, or the reason why it is skipped; of cross-attention only where it is asked for."""
     arguments = _SIGNATURE.bind(module, *args, **kwargs).arguments
     inputs = [arguments[name] for name in ("query", "key", "value")]
     if any(tensor.is_nested for tensor in inputs):
         return SkipReason.NESTED
-    if inputs[1] is not inputs[0]:
+    crosses = inputs[1] is not inputs[0]
+    if crosses and not crossing:
         return SkipReason.CROSS
     if module.bias_k is not None or module.add_zero_attn:
         return SkipReason.EXTRA_KEYS
@@ -57,6 +58,7 @@ def describe_multihead(
         mask=_mask(
             arguments.get("attn_mask"), arguments.get("key_padding_mask"), query.shape[0], query.dtype
         ),
+        crosses=crosses,
     )
 
 

@@ -52,6 +52,7 @@ def input_tap(site: str, layer: int, event: Event) -> Tap:
         argument=next(iter(reader.inputs)),
         call=reader.call,
         stream=event.stream,
+        channels_first=("input", next(iter(reader.inputs))) in reader.turned,
     )
 
 
@@ -65,6 +66,7 @@ def output_tap(site: str, layer: int, event: Event) -> Tap:
         argument=next(iter(event.outputs)),
         call=event.call,
         stream=event.stream,
+        channels_first=("output", next(iter(event.outputs))) in event.turned,
     )
 
 
@@ -94,6 +96,8 @@ class Block:
     """self-attention calls, with the time of each"""
     skipped: list[tuple[int, str]] = field(default_factory=list)
     """attention calls that were not delivered: when, and why"""
+    crossings: list[tuple[int, Any]] = field(default_factory=list)
+    """calls over another sequence's keys, with the time of each"""
     taps: list[Tap] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     factors: dict[str, float] = field(default_factory=dict)
@@ -117,10 +121,24 @@ class Block:
     def cross_time(self) -> int | None:
         """When cross-attention was called, or None.
 
-        The traced pass has no cache: more keys than queries, beside a self-attention, are other tokens' keys.
+        The traced pass has no cache: more keys than queries, beside a self-attention, are other tokens' keys,
+        unless the queries are fewer than the block's tokens (Funnel pools them).
         """
-        reasons = {SkipReason.CROSS, SkipReason.CACHED} if self.calls else {SkipReason.CROSS}
-        return next((time for time, reason in self.skipped if reason in reasons), None)
+        pooled = {time for time, call in self.crossings if not self._asks_of_all_tokens(call)}
+        for time, reason in self.skipped:
+            if reason == SkipReason.CROSS or (
+                reason == SkipReason.CACHED and self.calls and time not in pooled
+            ):
+                return time
+        return None
+
+    def _asks_of_all_tokens(self, call: Any) -> bool:
+        return call.tensor.shape[0] * call.tensor.shape[2] == self.rows
+
+    @property
+    def cross_call(self) -> Any:
+        """The call of cross-attention, or None where there is none or it could not be read."""
+        return next((call for time, call in self.crossings if time == self.cross_time), None)
 
     @property
     def rows(self) -> int:

@@ -276,6 +276,7 @@ def _attention_outputs(block: Block, attention: Event | None, earlier: list[Even
     inside = [e for e in block.inner if is_inside(e, attention)]
     if attention is None:
         inside = [e for e in block.inner if e.start > block.call_time and e.projection][:1]
+        inside += [e for e in block.inner if e.start < block.call_time < e.stop]
     return inside + [event for event in earlier if event.start > block.call_time]
 
 

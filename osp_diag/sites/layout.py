@@ -14,9 +14,109 @@ from torch import nn
 from osp_diag.errors import SiteError
 from osp_diag.sites.names import Tap
 from osp_diag.sites.stack import is_linear, is_norm
-from osp_diag.sites.trace import Event, Trace, is_compiled, run_example, undisturbed
+from osp_diag.sites.trace import Event, Trace, default_example, is_compiled, run_example, undisturbed
 
-__all__ = ["has_tokens_first", "with_layout"]
+__all__ = ["has_tokens_first", "keep_first_stream", "streams_in_a_row", "turn_channels", "with_layout"]
+
+
+def turn_channels(trace: Trace, blocks: list[Event]) -> bool:
+    """Turn activations that the blocks pass on as (batch, channel, token), and say whether they do.
+
+    So does SqueezeBERT, whose projections are convolutions of width 1: nothing in its first block multiplies
+    the stream's last axis. In the trace these activations are (batch, token, channel) afterwards, and the
+    convolutions are projections.
+    """
+    stream = blocks[0].input
+    if stream is None or stream.ndim != 3 or stream.shape[1] == stream.shape[2]:
+        return False
+    channels, tokens = stream.shape[1:]
+    inside = trace.within(blocks[0])
+    linear = any(is_linear(e.module) and e.input is not None and e.input.shape[-1] == tokens for e in inside)
+    if linear or not any(_is_pointwise(e.module) and e.module.in_channels == channels for e in inside):
+        return False
+    for event in trace.events:
+        if not blocks[0].start <= event.start <= blocks[-1].stop:
+            continue
+        event.projection = event.projection or _is_pointwise(event.module)
+        _turn(event, tokens)
+    for block in blocks:
+        if block.entry is not None:
+            block.inputs, block.turned = block.entry.inputs, block.entry.turned
+    return True
+
+
+def streams_in_a_row(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None, block: Event
+) -> int:
+    """How many streams stand one behind the other in each row, of which the first alone holds the tokens.
+
+    ProphetNet's decoder has such: behind T tokens stand T placeholders for each further token that it
+    predicts. A stream of k·T vectors is taken for k of them if, with the ids in another order, nothing but
+    the first T changes.
+    """
+    stream = block.input
+    inputs = default_example(model) if example is None else example
+    named: dict[Any, Any] = dict(inputs) if isinstance(inputs, Mapping) else dict(enumerate(inputs))
+    ids = [
+        v for v in named.values() if isinstance(v, torch.Tensor) and v.ndim == 2 and not v.is_floating_point()
+    ]
+    if stream is None or stream.ndim != 3:
+        return 1
+    lengths = [v.shape[1] for v in ids if v.shape[0] == stream.shape[0] and 1 < v.shape[1] < stream.shape[1]]
+    tokens = next((length for length in lengths if stream.shape[1] % length == 0), None)
+    if tokens is None:
+        return 1
+    turned = {name: v.roll(1, dims=1) if any(v is value for value in ids) else v for name, v in named.items()}
+    states: list[torch.Tensor] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        name = next(iter(block.inputs))
+        states.append((args[name] if isinstance(name, int) else kwargs[name]).detach().cpu())
+        raise _EnoughError
+
+    compiled = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
+    handle = model.get_submodule((block.entry or block).name).register_forward_pre_hook(
+        keep, with_kwargs=True
+    )
+    try:
+        with undisturbed(model), compiled:
+            run_example(model, turned if isinstance(inputs, Mapping) else tuple(turned.values()))
+    except _EnoughError:
+        pass
+    finally:
+        handle.remove()
+    if len(states) != 1 or states[0].shape != stream.shape:
+        return 1
+    same = (states[0] == stream).all(-1).all(0)
+    return stream.shape[1] // tokens if bool(same[tokens:].all()) and not bool(same[:tokens].all()) else 1
+
+
+def keep_first_stream(trace: Trace, blocks: list[Event], streams: int) -> None:
+    """Leave of ``streams`` that stand one behind the other in each row the first, in all of the trace."""
+    stream = blocks[0].input
+    if streams == 1 or stream is None:
+        return
+    width = stream.shape[1]
+    for event in (*trace.events, *(block for block in blocks if block.entry is not None)):
+        for tensors in (event.inputs, event.outputs):
+            for place, tensor in tensors.items():
+                if tensor.ndim >= 3 and tensor.shape[1] == width:
+                    tensors[place] = tensor[:, : width // streams]  # type: ignore[index]
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution over single tokens, which is a projection (in groups, perhaps)."""
+    return isinstance(module, nn.Conv1d) and module.kernel_size == (1,) and module.stride == (1,)
+
+
+def _turn(event: Event, tokens: int) -> None:
+    turned = []
+    for side, tensors in (("input", event.inputs), ("output", event.outputs)):
+        for place, tensor in tensors.items():
+            if tensor.ndim == 3 and tensor.shape[2] == tokens != tensor.shape[1]:
+                tensors[place] = tensor.transpose(1, 2)  # type: ignore[index]
+                turned.append((side, place))
+    event.turned = frozenset(turned)
 
 
 # Why this is asked of the model and not of names: docs/decisions.md, Capture.

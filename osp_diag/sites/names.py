@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from osp_diag.schema import ATTENTION, DEFAULT_SITES, SITES
+from osp_diag.schema import ATTENTION, CROSS_ATTENTION, CROSS_HEAD_SITES, DEFAULT_SITES, SITES
 
-__all__ = ["SiteMap", "Tap", "matches"]
+__all__ = ["SiteMap", "Tap", "matches", "name_within"]
 
 AT_THE_CALL = frozenset({ATTENTION, "query_post_rope", "key_post_rope", "value"})
-"""Sites that are read where the model calls attention."""
+"""Sites that are read where the model calls attention …"""
+AT_THE_CROSS_CALL = frozenset({CROSS_ATTENTION, *CROSS_HEAD_SITES})
+"""… and where it calls attention to another sequence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +44,8 @@ class Tap:
     """which call of a module that runs several times: in its block, or in the pass if it is in none"""
     stream: int | None = None
     """which of several streams, where (stream, batch, token, channel) run side by side"""
+    channels_first: bool = False
+    """whether the tensor is (batch, channel, token), as convolutions read it"""
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,24 @@ class SiteMap:
     """layer → (path of an expert, path of its down projection), where experts are modules"""
     tokens_first: bool = False
     """whether the stream between the blocks is (token, batch, channel) and not (batch, token, channel)"""
+    channels_first: bool = False
+    """whether the stream between the blocks is (batch, channel, token)"""
+    streams_in_a_row: int = 1
+    """how many streams stand one behind the other in each row, of which the first is measured"""
+    entries: dict[str, str] = field(default_factory=dict)
+    """block → the module with which it begins, where it does not run itself"""
+    members: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """block → the paths of its parts, where they stand in several lists"""
+    cross_attention: dict[int, str] = field(default_factory=dict)
+    """layer → the module that calls attention to another sequence"""
+    cross_key_copies: dict[int, int] = field(default_factory=dict)
+    """as ``key_copies``, of cross-attention"""
     key_copies: dict[int, int] = field(default_factory=dict)
     """layer → how often each key head stands in the keys that the model multiplies, where more than once"""
+    stack: str = ""
+    """the name of the stack, of a model that has several"""
+    stacks: tuple[str, ...] = ()
+    """the names of all stacks that ran, of a model that has several"""
     prefix: str = ""
     """of the arguments that hold the blocks' tokens: "decoder_" where an encoder stands beside them"""
 
@@ -83,6 +103,8 @@ class SiteMap:
             present.add("mlp_hidden")
         if self.attention_layers:
             present |= {ATTENTION, *(AT_THE_CALL - set(self.absent))}
+        if self.cross_attention:
+            present |= {CROSS_ATTENTION, *(AT_THE_CROSS_CALL - set(self.absent))}
         in_order = [site for site in SITES if site in present]
         return (*in_order, *sorted(present - set(in_order)))
 
@@ -93,7 +115,14 @@ class SiteMap:
             layers |= set(self.expert_layers)
         if site in AT_THE_CALL:
             layers |= set(self.attention_layers)
+        if site in AT_THE_CROSS_CALL:
+            layers |= set(self.cross_attention)
         return tuple(sorted(layers))
+
+    def within_block(self, layer: int, path: str) -> str | None:
+        """The path of a module within the block of a layer, or None where it stands in another."""
+        block = self.block_paths[layer]
+        return name_within(block, self.members.get(block, ()), path)
 
     def idle_layers(self, block_runs: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Site → its layers whose block did not run (LayerDrop, say), by how often each block ran."""
@@ -116,6 +145,7 @@ class SiteMap:
             layers = self.layers_of(site)
             example = next((tap for tap in self.taps if tap.site == site), None)
             where = "the attention call" if site in AT_THE_CALL else "the experts' weights"
+            where = "the call of cross-attention" if site in AT_THE_CROSS_CALL else where
             if example is not None:
                 where = f"{example.side} of {example.module}"
             span = f"{layers[0]}–{layers[-1]}" if len(layers) > 1 else f"{layers[0]}"
@@ -125,6 +155,16 @@ class SiteMap:
             by_reason.setdefault(reason, []).append(site)
         lines += [f"  absent: {', '.join(sites)}: {reason}" for reason, sites in by_reason.items()]
         return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+
+
+def name_within(block: str, members: tuple[str, ...], path: str) -> str | None:
+    """The path of a module within its block: of ``members`` in several lists with the list's name first."""
+    if not members:
+        return path.removeprefix(f"{block}.") if path.startswith(f"{block}.") else None
+    for member in members:
+        if f"{path}.".startswith(f"{member}."):
+            return member.rpartition(".")[0].rpartition(".")[2] + path.removeprefix(member)
+    return None
 
 
 def matches(site: str, patterns: tuple[str, ...] | None) -> bool:

@@ -11,16 +11,30 @@ from typing import Any
 from torch import nn
 
 from osp_diag.errors import SiteError
-from osp_diag.schema import ATTENTION, DOWN_WEIGHT, HEAD_SITES, SITES
+from osp_diag.schema import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    CROSS_HEAD_SITES,
+    DOWN_WEIGHT,
+    HEAD_SITES,
+    SEAM_NOTE,
+    SITES,
+)
 from osp_diag.sites.attention_sites import attention_event, attention_sites, is_causal
 from osp_diag.sites.blocks import Block, input_tap, output_tap, same
 from osp_diag.sites.feed_forward_sites import feed_forward_sites
 from osp_diag.sites.layers import count_calls, first_shape, number_layers, pick_stream, stream_after
-from osp_diag.sites.layout import has_tokens_first, with_layout
+from osp_diag.sites.layout import (
+    has_tokens_first,
+    keep_first_stream,
+    streams_in_a_row,
+    turn_channels,
+    with_layout,
+)
 from osp_diag.sites.linear_maps import mark_projections
-from osp_diag.sites.names import SiteMap, Tap
+from osp_diag.sites.names import AT_THE_CALL, AT_THE_CROSS_CALL, SiteMap, Tap, name_within
 from osp_diag.sites.projections import distinct_heads
-from osp_diag.sites.stack import find_stack, is_norm
+from osp_diag.sites.stack import find_stack, is_norm, parts_in_lists, stack_names
 from osp_diag.sites.trace import (
     TOKENS,
     Event,
@@ -36,9 +50,11 @@ __all__ = ["find_sites"]
 
 
 def _linear_sites(block: Block) -> list[Tap]:
-    prefix = block.event.name + "."
+    def name(path: str) -> str:
+        return name_within(block.event.name, parts_in_lists(block.event), path) or path
+
     return [
-        input_tap(f"linear_input:{event.name.removeprefix(prefix)}", block.layer, event)
+        input_tap(f"linear_input:{name(event.name)}", block.layer, event)
         for event in block.inner
         if event.projection and block.has_one_row_a_token(event.input)
     ]
@@ -56,6 +72,7 @@ def find_sites(
     model: nn.Module,
     *,
     blocks: str | None = None,
+    stack: str | None = None,
     named: Mapping[str, str] | None = None,
     example: Mapping[str, Any] | tuple[Any, ...] | None = None,
 ) -> SiteMap:
@@ -65,6 +82,8 @@ def find_sites(
     ----------
     model : any torch module; wrappers of ``torch.compile`` and DDP are looked through
     blocks : path or pattern of the stack of blocks, where the guess fails
+    stack : of several stacks that run (encoder and decoder, a vision tower and a language model) the one to
+        follow, by a part of its path; None: the largest
     named : site → ``"module pattern[:input|:output]"``, where a guess fails; ``*`` stands for the layer
     example : a batch to run, for models that do not take token ids alone
 
@@ -76,14 +95,21 @@ def find_sites(
     with undisturbed(model), nonzero_weights(model):
         trace = trace_forward(model, example)
         mark_projections(trace)
-        stack, events = find_stack(model, trace, blocks)
+        path, events = find_stack(model, trace, blocks, stack)
+        in_a_row = streams_in_a_row(model, example, events[0])
+        if in_a_row > 1:
+            trace = trace_forward(model, example, streams=in_a_row)
+            mark_projections(trace)
+            path, events = find_stack(model, trace, blocks, stack)
+            keep_first_stream(trace, events, in_a_row)
+        channels_first = turn_channels(trace, events)
         first = events[0].input
         if first is None:
-            raise SiteError(f"the blocks at {stack!r} receive no activations; name the stack with `blocks=`")
+            raise SiteError(f"the blocks at {path!r} receive no activations; name the stack with `blocks=`")
         tokens_first = has_tokens_first(model, example, trace, events)
         streams = pick_stream(events, *first_shape(example, TOKENS))
         count_calls(trace, events)
-        layers, paths = number_layers(model, stack, events)
+        layers, paths = number_layers(model, path, events)
         traced_blocks = [
             _resolve_block(layer, event, following, trace, first.shape[-1])
             for layer, event, following in zip(layers, events, [*events[1:], None], strict=True)
@@ -92,6 +118,8 @@ def find_sites(
     taps = [input_tap("embedding", 0, events[0])]
     for block in traced_blocks:
         taps += block.taps + _linear_sites(block)
+    names_of_stacks = stack_names(model, trace, path)
+    names = {module: name for name, module in model.named_modules()}
     final_norm = _final_norm_tap(trace, traced_blocks[-1])
     if final_norm is not None:
         taps.append(final_norm)
@@ -99,7 +127,9 @@ def find_sites(
     taps = _with_named_taps(taps, named or {}, trace, events, traced_blocks)
     taps += _down_weights(taps, trace, traced_blocks)
     return SiteMap(
-        blocks=stack,
+        blocks=path,
+        stack=names_of_stacks.get(path, ""),
+        stacks=tuple(names_of_stacks.values()),
         block_paths=paths,
         hidden_size=first.shape[-1],
         taps=tuple(with_layout(tap, trace, first, tokens_first=tokens_first) for tap in taps),
@@ -110,11 +140,18 @@ def find_sites(
         absent=_absent_sites(traced_blocks, {tap.site for tap in taps}),
         notes=(
             *_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
-            *_notes_of_layers(paths, layers, streams),
+            *_notes_of_stacks(names_of_stacks, path),
+            *_notes_of_layers(paths, layers, streams, in_a_row),
         ),
-        key_copies=_key_copies(traced_blocks),
+        cross_attention={b.layer: names[b.cross_call.module] for b in traced_blocks if _has_cross_call(b)},
+        key_copies=_key_copies({b.layer: b.call for b in traced_blocks}),
+        cross_key_copies=_key_copies({b.layer: b.cross_call for b in traced_blocks}),
         tokens_first=tokens_first,
-        prefix="decoder_" if _is_decoder(model, stack) else "",
+        channels_first=channels_first,
+        streams_in_a_row=in_a_row,
+        entries={event.name: event.entry.name for event in events if event.entry is not None},
+        members={event.name: members for event in events if (members := parts_in_lists(event))},
+        prefix="decoder_" if _is_decoder(model, path) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
         expert_modules={b.layer: _experts_in(model, *b.expert_list) for b in traced_blocks if b.expert_list},
     )
@@ -139,7 +176,8 @@ def _resolve_block(
 ) -> Block:
     calls = [(time, call) for time, call in trace.attention if event.start < time < event.stop]
     skipped = [(time, reason) for time, reason in trace.skipped if event.start < time < event.stop]
-    block = Block(layer, event, trace.within(event), hidden_size, calls, skipped)
+    crossings = [(time, call) for time, call in trace.crossings if event.start < time < event.stop]
+    block = Block(layer, event, trace.within(event), hidden_size, calls, skipped, crossings)
     block.add("residual_pre", event, "input")
     post = stream_after(block, following, trace)
     attention = attention_event(block)
@@ -151,12 +189,31 @@ def _resolve_block(
 
 
 def _sites_at_the_call(block: Block) -> set[str]:
-    """Sites that the attention call itself hands over."""
-    if block.call is None:
-        return set()
-    if block.call.query is None:
-        return {ATTENTION}
-    return {ATTENTION, "query_post_rope", "key_post_rope", "value"}
+    """Sites that the attention calls themselves hand over."""
+    sites: set[str] = set()
+    if block.call is not None:
+        sites |= {ATTENTION} if block.call.query is None else AT_THE_CALL
+    if _has_cross_call(block):
+        sites |= {CROSS_ATTENTION} if block.cross_call.query is None else AT_THE_CROSS_CALL
+    return sites
+
+
+def _has_cross_call(block: Block) -> bool:
+    """Whether cross-attention is measured at its call; where it is not, the block says why."""
+    if block.cross_time is None:
+        return False
+    call, own = block.cross_call, block.call
+    reason = ""
+    if call is None:
+        reason = "its call of cross-attention cannot be read"
+    elif own is not None and own.module is call.module:
+        reason = "one module calls self-attention and cross-attention, so that the two cannot be told apart"
+    elif call.query is None:
+        logits_only = f"the model hands only attention logits to its {call.seam}"
+        block.absent |= dict.fromkeys(CROSS_HEAD_SITES, logits_only)
+    if reason:
+        block.absent |= dict.fromkeys(AT_THE_CROSS_CALL, reason)
+    return not reason
 
 
 def _down_weights(taps: list[Tap], trace: Trace, blocks: list[Block]) -> list[Tap]:
@@ -192,10 +249,10 @@ def _absent_sites(blocks: list[Block], present: set[str]) -> dict[str, str]:
 
 
 def _outer_linear_sites(trace: Trace, events: list[Event], first: Block, last: int) -> list[Tap]:
-    inside = tuple(event.name + "." for event in events)
     taps = []
     for event in trace.events:
-        if event.name.startswith(inside) or not event.projection:
+        inside = any(block.start < event.start < block.stop for block in events)
+        if inside or not event.projection:
             continue
         if first.has_one_row_a_token(event.input):
             layer = 0 if event.start < events[0].start else last
@@ -208,7 +265,7 @@ def _with_named_taps(
 ) -> list[Tap]:
     """Taps with the user's own patterns in place of the guesses for those sites."""
     for site, pattern in named.items():
-        if site == ATTENTION:
+        if site in (ATTENTION, CROSS_ATTENTION):
             raise SiteError(f"site {site!r} is seen at the attention call and cannot be named as a module")
         if site == DOWN_WEIGHT:
             raise SiteError(
@@ -245,10 +302,10 @@ def _named_tap(site: str, event: Event, side: str, events: list[Event], blocks: 
     after = len(events) - 1 if event.start > events[-1].stop else 0
     place = next((i for i, block in enumerate(events) if block.start <= event.start <= block.stop), after)
     tap = (input_tap if side == "input" else output_tap)(site, blocks[place].layer, event)
-    call = blocks[place].call
+    call = blocks[place].cross_call if site in CROSS_HEAD_SITES else blocks[place].call
     if site in HEAD_SITES and call is not None:
         key = call.tensor if call.key is None else call.key
-        heads = (call.tensor if site.startswith("query") else key).shape[1]
+        heads = (call.tensor if "query" in site else key).shape[1]
         return replace(tap, heads=heads)
     return tap
 
@@ -263,13 +320,14 @@ def _notes(
     seams = Counter(block.call.seam for block in blocks if block.calls)
     if seams:
         listing = ", ".join(f"{seam} ({n} layers)" for seam, n in seams.items())
-        notes.append(f"attention seen through {listing}")
+        notes.append(f"{SEAM_NOTE} {listing}")
     layers_of_several = [block.layer for block in blocks if len(block.calls) > 1]
     if layers_of_several:
         notes.append(
             f"several attention calls in layers {_listing(layers_of_several)}: the first one is measured"
         )
-    reasons = dict.fromkeys(reason for _, reason in trace.skipped)
+    crossings = {block.cross_time for block in blocks if _has_cross_call(block)}
+    reasons = dict.fromkeys(reason for time, reason in trace.skipped if time not in crossings)
     notes += [f"attention calls not seen: {reason}" for reason in reasons]
     layers_by_factor: dict[str, list[int]] = {}
     for block in blocks:
@@ -282,12 +340,20 @@ def _notes(
             "nn.TransformerEncoderLayer leaves its fused inference path while probed: in evaluation mode "
             "without gradients, outputs agree to rounding and not bit by bit"
         )
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        notes.append(f"of encoder and decoder, the larger stack is probed: {blocks[0].event.name}, …")
     return (*notes, *_gaps(blocks, taps))
 
 
-def _notes_of_layers(paths: tuple[str, ...], layers: list[int], streams: int) -> list[str]:
+def _notes_of_stacks(stacks: Mapping[str, str], followed: str) -> list[str]:
+    if not stacks:
+        return []
+    others = ", ".join(f"{name} ({path})" for path, name in stacks.items() if path != followed)
+    return [
+        f"every layer and site here is of the stack {stacks[followed]} ({followed}); beside it runs "
+        f"{others}, which `stack=` (--stack) chooses"
+    ]
+
+
+def _notes_of_layers(paths: tuple[str, ...], layers: list[int], streams: int, in_a_row: int) -> list[str]:
     notes = []
     idle = sorted(set(range(len(paths))) - set(layers))
     if idle:
@@ -297,19 +363,21 @@ def _notes_of_layers(paths: tuple[str, ...], layers: list[int], streams: int) ->
         )
     if streams > 1:
         notes.append(f"{streams} streams run side by side: residual sites are those of the first")
+    if in_a_row > 1:
+        notes.append(f"{in_a_row} streams stand one behind the other in each row: all sites are the first's")
     return notes
 
 
-def _key_copies(blocks: list[Block]) -> dict[int, int]:
+def _key_copies(calls: Mapping[int, Any]) -> dict[int, int]:
     """layer → how often the model repeats each key and value head before the product, where it does."""
     copies = {}
-    for block in blocks:
-        key, value = (None, None) if block.call is None else (block.call.key, block.call.value)
+    for layer, call in calls.items():
+        key, value = (None, None) if call is None else (call.key, call.value)
         if key is None or value is None or key.shape[1] != value.shape[1]:
             continue
         distinct = distinct_heads(key).shape[1]
         if distinct < key.shape[1] and distinct_heads(value).shape[1] <= distinct:
-            copies[block.layer] = key.shape[1] // distinct
+            copies[layer] = key.shape[1] // distinct
     return copies
 
 

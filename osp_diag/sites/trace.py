@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
-from osp_diag.seams.attention import AttentionCall, AttentionCapture
+from osp_diag.seams.attention import AttentionCall, AttentionCapture, SkipReason
 
 __all__ = [
     "Event",
     "Trace",
+    "default_example",
     "fused_encoder_layers",
     "is_compiled",
     "outputs_of",
@@ -59,7 +60,11 @@ class Event:
     stream: int | None = None
     """which of several streams its activations are"""
     entry: Event | None = None
-    """the first call in a block that is a list, and does not run itself"""
+    """the first call in a block that does not run itself"""
+    members: tuple[str, ...] = ()
+    """the modules of such a block"""
+    turned: frozenset[tuple[str, int | str | None]] = frozenset()
+    """(side, place) of the tensors that were (batch, channel, token), and are turned here"""
 
     @property
     def input(self) -> torch.Tensor | None:
@@ -82,6 +87,8 @@ class Trace:
     clock: int = 0
     skipped: list[tuple[int, str]] = field(default_factory=list)
     """attention calls that were not delivered: when, and why"""
+    crossings: list[tuple[int, Any]] = field(default_factory=list)
+    """calls over another sequence's keys; each is among the skipped ones too"""
 
     def tick(self) -> int:
         self.clock += 2
@@ -123,8 +130,9 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 def _on_host(call: AttentionCall) -> AttentionCall:
     """A copy of what sites are told by: tensors and mask; a mask function becomes a mask."""
-    mask = call.mask
-    if call.mask_function is not None:
+    # What another sequence's keys are seen through tells no site.
+    mask = None if call.crosses else call.mask
+    if call.mask_function is not None and not call.crosses:
         position = torch.arange(call.lengths[1], device=call.tensor.device)
         zero = torch.zeros((), dtype=torch.long, device=call.tensor.device)
         mask = call.mask_function(zero, zero, position[:, None], position[None, :])
@@ -196,6 +204,12 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
         return model(**example) if _takes_keywords(model, example) else model(example)
     if example is not None:
         return model(*example)
+    example = default_example(model)
+    return model(**example) if isinstance(example, dict) else model(*example)
+
+
+def default_example(model: nn.Module) -> dict[str, Any] | tuple[Any, ...]:
+    """Eleven token ids, as keyword arguments of a model of transformers."""
     vocabulary = min(
         (
             m.num_embeddings
@@ -211,8 +225,8 @@ def run_example(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] |
         if getattr(model.config, "is_encoder_decoder", False):
             # Of another length, which tells whose blocks are whose.
             keywords["decoder_input_ids"] = ids[:, 1:]
-        return model(**keywords)
-    return model(ids)
+        return keywords
+    return (ids,)
 
 
 def _takes_keywords(model: nn.Module, example: Mapping[str, Any]) -> bool:
@@ -223,8 +237,13 @@ def _takes_keywords(model: nn.Module, example: Mapping[str, Any]) -> bool:
     return True
 
 
-def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None) -> Trace:
+def trace_forward(
+    model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...] | None = None, *, streams: int = 1
+) -> Trace:
     """Run the model once and record every module call and every attention call.
+
+    ``streams`` is how many stand one behind the other in the rows, of which the first is told of
+    (:func:`~osp_diag.sites.layout.streams_in_a_row`).
 
     Raises
     ------
@@ -249,6 +268,13 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
         event.outputs, event.stop = _floating_copies(outputs_of(result)), trace.tick()
 
     def on_call(call: AttentionCall) -> None:
+        queries, keys = call.lengths
+        if call.crosses or keys > queries:
+            # The traced pass has no cache: more keys than queries are of other tokens.
+            reason = SkipReason.CROSS if call.crosses else SkipReason.CACHED
+            trace.skipped.append((trace.tick(), reason))
+            trace.crossings.append((trace.clock, _on_host(replace(call, crosses=True))))
+            return
         trace.attention.append((trace.tick(), _on_host(call)))
         for event in open_events:
             event.attends = True
@@ -265,7 +291,9 @@ def trace_forward(model: nn.Module, example: Mapping[str, Any] | tuple[Any, ...]
         stack.enter_context(unfused(model))
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        capture = stack.enter_context(AttentionCapture(model, on_call, on_skip=on_skip))
+        capture = stack.enter_context(
+            AttentionCapture(model, on_call, on_skip=on_skip, streams=streams, cached=True, crossing=True)
+        )
         try:
             run_example(model, example)
         except Exception as error:

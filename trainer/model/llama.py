@@ -15,6 +15,7 @@ from osp_diag.errors import UsageError
 from osp_diag.trainer.config import ModelConfig
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.model.attention import Attention
+from osp_diag.trainer.model.initialising import draw_weights, spend_layer_draws
 from osp_diag.trainer.model.masks import Mask, attention_mask, document_starts
 from osp_diag.trainer.model.norms import make_norm
 from osp_diag.trainer.model.rotary import Rotation, rotation
@@ -151,17 +152,15 @@ class Llama(nn.Module):
         self.cross_entropy = CrossEntropy()
         self.initialise()
 
-    @torch.no_grad()
     def initialise(self) -> None:
         """Draw all weights anew from torch's random state."""
         projections = (self.model.embedding_projection, self.unembedding_projection)
-        for module in self.modules():
-            if module in projections:
-                nn.init.orthogonal_(module.weight)  # type: ignore[arg-type]
-            elif isinstance(module, nn.Embedding) or (
-                isinstance(module, nn.Linear) and not (module is self.lm_head and self.config.tie_embeddings)
-            ):
-                nn.init.normal_(module.weight, std=self.config.initializer_range)
+        draw_weights(self, deviation=self.config.initializer_range, orthogonal=projections)
+
+    def initialise_shards(self) -> None:
+        """Give a sharded model the weights that a model made whole would have after the same seed."""
+        spend_layer_draws(self)
+        self.initialise()
 
     @property
     def blocks(self) -> nn.ModuleList:
