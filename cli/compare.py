@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -22,7 +22,7 @@ def run(
     *,
     step: int | None = None,
     other_step: int | None = None,
-    stratum: Literal["all", "first", "delimiter", "rest"] = "all",
+    stratum: str = "all",
     sites: tuple[str, ...] = (),
     out: Path | None = None,
     json: bool = False,
@@ -42,7 +42,7 @@ def run(
         runs: two runs, or one and --other-step.
         step: of training; each run's last one by default.
         other_step: of the second run, or the second step of a single one.
-        stratum: the tokens.
+        stratum: the tokens: all, first, delimiter, rest, or a kind that the runs have (cls, patch).
         sites: only these sites; by default all that both runs measured by channel.
         out: write maps, differences, curves and distances to this file (.nc, netCDF).
         json: print distances, hot channels and notes as JSON.

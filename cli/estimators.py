@@ -23,7 +23,9 @@ OBSERVED = {
     "activation": "of activations: the residual stream, norms, inputs of linear layers",
     "heads": "of queries, keys and values, by head",
     "attention": "of attention: sinks and logits",
-    "weight": "of weights: the down projections",
+    "weight": "of weights: the down projections, and on request all others",
+    "product": "of what goes into the down projections and what comes out",
+    "routing": "of mixtures of experts: the router, the load of its experts and what they give",
 }
 
 

@@ -126,7 +126,7 @@ def run(
 
             batch = None if inputs is None else inputs.passes[0]
             if is_first_rank():
-                for name in stacks_of(model_checkpoint.model, measurement_settings):
+                for name in stacks_of(model_checkpoint.model, replace(measurement_settings, example=batch)):
                     sites_of = find_sites(
                         model_checkpoint.model,
                         blocks=blocks,

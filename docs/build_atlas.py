@@ -24,7 +24,8 @@ Every number is named, and belongs to one published or plainly stated definition
 an even spread gives, *ceiling* what the worst case gives: a number near its floor says "nothing there". d is
 the width of the activations, T the number of tokens of a sequence, t a token, j a channel. Where a statistic
 has the dimension `stratum`, it is given for `all` tokens, the `first` of each sequence, `delimiter` tokens
-and the `rest`. Tokens with a NaN or Inf are left out everywhere and counted by [`nonfinite`](#nonfinite).
+and the `rest`, or for the kinds of token that a model has (`cls`, `register`, `patch`, `image`). Tokens with
+a NaN or Inf are left out everywhere and counted by [`nonfinite`](#nonfinite).
 `osp-diag estimators NAME` prints an entry.
 """
 

@@ -63,9 +63,10 @@ def prepare(
                 f"channel_map: {statistic} has no channels; give one that has, such as channel_rms"
             )
         if "stratum" in by_channel.dims:
-            if stratum not in by_channel["stratum"].values:
+            strata = [str(name) for name in by_channel["stratum"].values]
+            if stratum not in strata:
                 raise UsageError(
-                    f"channel_map: no stratum is named {stratum!r}; there are all, first, delimiter, rest"
+                    f"channel_map: no stratum is named {stratum!r}; there are {', '.join(strata)}"
                 )
             by_channel = by_channel.sel(stratum=stratum, drop=True)
         identifiers.append(identifier(by_channel))

@@ -20,6 +20,7 @@ from osp_diag.figures.backend import Backend, Canvas, Dash, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
+from osp_diag.schema import ordinary_stratum
 
 ALIASES = ("depth",)
 REPORT = InReport("Where magnitudes grow", place=40)
@@ -160,8 +161,8 @@ def _single(dataset: xr.Dataset, magnitude: Panel, kurtosis: Panel, style: Style
                 layers,
                 values,
                 label=f"{stratum} tokens" if stratum == "all" else str(stratum),
-                colour=style.palette[index],
-                dash=_DASHES[index],
+                colour=style.palette[index % len(style.palette)],
+                dash=_DASHES[index % len(_DASHES)],
             )
 
 
@@ -174,6 +175,5 @@ def _overlaid(dataset: xr.Dataset, magnitude: Panel, kurtosis: Panel, style: Sty
         magnitude.line(layers, part["top_magnitude"].sel(rank=1).values, label=str(run), colour=colour)
         magnitude.line(layers, part["median_magnitude"].values, label="", colour=colour, dash="dotted")
         kurtosis.line(layers, part["kurtosis"].sel(stratum="all").values, label=str(run), colour=colour)
-        kurtosis.line(
-            layers, part["kurtosis"].sel(stratum="rest").values, label="", colour=colour, dash="dashed"
-        )
+        ordinary = part["kurtosis"].sel(stratum=ordinary_stratum(map(str, part["stratum"].values)))
+        kurtosis.line(layers, ordinary.values, label="", colour=colour, dash="dashed")

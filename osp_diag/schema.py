@@ -24,10 +24,12 @@ __all__ = [
     "LOGGED_STEP",
     "OCCASIONAL_SITES",
     "OPTIMIZER",
+    "PROJECTION_WEIGHT",
     "PROTOCOLS",
     "QUANTIZATION",
     "RAW",
     "RESIDUAL_SITES",
+    "ROUTER",
     "SEAM_NOTE",
     "SERIES",
     "SINK_EPSILON",
@@ -47,7 +49,9 @@ __all__ = [
     "in_site_order",
     "is_site",
     "network_order",
+    "ordinary_stratum",
     "site_of_path",
+    "stratum_words",
 ]
 
 # -- sites -----------------------------------------------------------------------------------------------
@@ -75,6 +79,7 @@ SITES: dict[str, str] = {
     "cross_attention_contribution": "what cross-attention adds to the residual stream",
     "residual_mid": "residual stream that the MLP reads, after attention (and cross-attention) or the mixer",
     "mlp_input": "what the MLP receives, after its norm",
+    "router": "which experts a token is sent to, and what they give: statistics only, no activation is kept",
     "mlp_hidden": "the input of the MLP's down projection",
     "mlp_down_weight": "the weights of the MLP's down projection: statistics of a matrix, not of tokens",
     "mlp_contribution": "what the MLP adds to the residual stream",
@@ -93,14 +98,19 @@ OCCASIONAL_SITES = (
     "cross_attention",
     "cross_attention_output",
     "cross_attention_contribution",
+    "router",
 )
 """Sites that some kinds of layer have; where no layer is of that kind, nothing is said of them."""
 ATTENTION = "attention"
 CROSS_ATTENTION = "cross_attention"
 CROSS_HEAD_SITES = ("cross_attention_query", "cross_attention_key", "cross_attention_value")
 DOWN_WEIGHT = "mlp_down_weight"
+ROUTER = "router"
 LINEAR_INPUT = "linear_input:"
 """How the sites begin that are the input of one projection, by its path within the block."""
+PROJECTION_WEIGHT = "projection_weight:"
+"""How the sites begin that are the weights of one projection, by its role (query, key, value,
+attention_output, gate, up) or its path within the block."""
 HEAD_SITES = (
     "query_pre_rope",
     "key_pre_rope",
@@ -130,13 +140,26 @@ PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 """How tokens are fed: as real sequences, or each as a sequence of its own, as the released OSP script
 does."""
 STRATA = ("all", "first", "delimiter", "rest")
-"""Token strata: every valid token, the first of each sequence, other delimiters, everything else."""
+"""Token strata of text: every valid token, the first of each sequence, other delimiters, everything else.
+
+A model with kinds of tokens of its own has others, decided once for a run; they begin with ``all``, the sum
+of the others, and end with the ordinary tokens.
+"""
 STRATUM_WORDS = {
     "all": "all tokens",
     "first": "first token",
     "delimiter": "delimiters",
     "rest": "other tokens",
+    "cls": "CLS token",
+    "distillation": "distillation token",
+    "register": "registers",
+    "detection": "detection tokens",
+    "patch": "patches",
+    "image": "image tokens",
+    "video": "video tokens",
+    "audio": "audio tokens",
 }
+"""Stratum → how a sentence calls its tokens."""
 
 # -- groups ----------------------------------------------------------------------------------------------
 
@@ -177,13 +200,24 @@ TOKEN_UNIT = "token id"
 
 
 def is_site(name: str, declared: Collection[str] = ()) -> bool:
-    """Whether a group is a site: of the vocabulary, the input of a projection, or ``declared`` by its run.
+    """Whether a group is a site: of the vocabulary, of one projection, or ``declared`` by its run.
 
     Parameters
     ----------
     declared : the sites that a user named, as the attribute ``sites`` of a run lists them
     """
-    return name in SITES or name.startswith(LINEAR_INPUT) or name in declared
+    return name in SITES or name.startswith((LINEAR_INPUT, PROJECTION_WEIGHT)) or name in declared
+
+
+def stratum_words(stratum: str) -> str:
+    """How a sentence calls the tokens of a stratum, a user's own kind among them."""
+    return STRATUM_WORDS.get(stratum, f"{stratum} tokens")
+
+
+def ordinary_stratum(strata: Iterable[str]) -> str:
+    """The stratum of the tokens that nothing sets apart: ``rest`` of text, ``patch`` of an image."""
+    names = list(strata)
+    return "rest" if "rest" in names else names[-1]
 
 
 def group_path(site: str) -> str:

@@ -100,6 +100,25 @@ def test_the_range_of_bfloat16(fused: ModuleType, factor: float) -> None:
         torch.testing.assert_close(getattr(found.channels, name), value, rtol=1e-4, atol=0.0, equal_nan=True)
 
 
+@pytest.mark.parametrize("mean", [1e2, 1e4, 1e5])
+def test_a_mean_of_many_deviations_is_not_taken_for_spread(fused: ModuleType, mean: float) -> None:
+    """Centred moments against float64, where a mean taken off once leaves its own rounding (2% at 1e5)."""
+    generator = torch.Generator().manual_seed(1)
+    x = (torch.randn(2, 8, 320, generator=generator) + mean) * 1.7
+    strata = torch.zeros(4, 2, 8)
+    strata[0] = strata[3] = 1
+    moments = observe(fused, x, strata).moments
+    z = x.double() / x.double().abs().amax(-1, keepdim=True)
+    centred = z - z.mean(-1, keepdim=True)
+    for power, name in ((2, "central_second"), (4, "central_fourth")):
+        expected = (centred**power).mean(-1)
+        torch.testing.assert_close(getattr(moments, name).double(), expected, rtol=2e-5, atol=0.0)
+    deviation = (centred**2).mean(-1) ** 1.5
+    skewness = (centred**3).mean(-1) / deviation
+    torch.testing.assert_close(moments.central_third.double() / deviation, skewness, rtol=0.0, atol=2e-5)
+    torch.testing.assert_close(moments.mean.double(), z.mean(-1), rtol=3e-7, atol=0.0)
+
+
 @pytest.mark.parametrize("site", ["residual_post", "attention_input", "mlp_hidden"])
 def test_folding_many_sites_at_once(fused: ModuleType, monkeypatch: pytest.MonkeyPatch, site: str) -> None:
     """What is put off and done for several sites together equals each site on its own."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import osp_diag
+from osp_diag.errors import CaptureError
 from osp_diag.estimators import Suite, get_estimator
 from osp_diag.estimators.base import Layout
 from osp_diag.probing.labelling import StepLabels, labelled_groups, relabel
@@ -115,6 +116,34 @@ def test_a_site_whose_every_layer_was_away_at_first_joins_later(whole: osp_diag.
     tokens = run.at("embedding")["token_count"].sel(stratum="all", layer=0)
     assert np.isnan(tokens.values[0])
     assert tokens.values[1] == whole.at("embedding")["token_count"].sel(stratum="all").item() == 24
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_first_step_in_which_no_block_ran_is_one_without_numbers(
+    whole: osp_diag.Run, on_disk: bool, tmp_path: Path
+) -> None:
+    run = probed([{0, 1, 2}, set()], tmp_path / "run.zarr" if on_disk else None)
+    assert run.steps.tolist() == [1]
+    expected = whole.at("residual_post")["token_norm"].isel(step=0).values
+    np.testing.assert_array_equal(run.at("residual_post")["token_norm"].sel(step=1), expected)
+    (note,) = [note for note in run.attrs["notes"] if "no site was reached" in note]
+    assert note.startswith("step 0 is not in the run, because no site was reached in it: no block ran")
+
+
+def test_a_training_in_which_no_block_ever_runs_ends_well(tmp_path: Path) -> None:
+    model = Skipping()
+    batches_of_our_own = osp_diag.Probe(model, sites=SITES, compile=False)
+    with osp_diag.Probe(model, out=tmp_path / "run.zarr", sites=SITES, compile=False) as probe:
+        model.skipped = {0, 1, 2}
+        for step in range(2):
+            with probe.step(step):
+                model(IDS)
+            probe.append_series(step, {"loss": 1.0})
+    notes = [note for note in probe.attributes["notes"] if "is not in the run" in note]
+    assert [note.split(",")[0] for note in notes] == ["step 0 is not in the run", "step 1 is not in the run"]
+    # Batches of our own would never give any number.
+    with pytest.raises(CaptureError, match="the model ran but no site was reached; if it is compiled or"):
+        batches_of_our_own.measure(0, [{"ids": IDS}])
 
 
 def test_a_resumed_run_has_the_layers_that_it_had(tmp_path: Path) -> None:

@@ -52,8 +52,9 @@ def expected_absences(family: Family) -> set[str]:
 @pytest.mark.parametrize("family", EVERY)
 def test_each_site_is_there_or_says_why_not(family: Family) -> None:
     sites = sites_of(family.name)
-    mixer = {"mixer_input", "mixer_contribution"}
-    assert set(OCCASIONAL_SITES) & set(sites.sites) == (set() if family.has_attention else mixer)
+    occasional = set() if family.has_attention else {"mixer_input", "mixer_contribution"}
+    occasional |= {"router"} if family.name in EXPERTS else set()
+    assert set(OCCASIONAL_SITES) & set(sites.sites) == occasional
     assert set(DEFAULT_SITES) - set(OCCASIONAL_SITES) - set(sites.sites) == expected_absences(family)
     assert set(sites.absent) == expected_absences(family)
     assert all(sites.absent.values())
@@ -70,10 +71,10 @@ def test_all_sites_are_read_once_in_every_layer(family: Family) -> None:
     single = {"embedding", "final_norm"}
     for site in found.sites.sites:
         at_the_call = site == "attention" or (site, 0) not in found.activations
-        if site.startswith("linear_input") or site in single or at_the_call:
+        if site.startswith(("linear_input", "projection_weight")) or site in single or at_the_call:
             continue
         layers = found.layers(site)
-        if site == "mlp_hidden":
+        if site in ("mlp_hidden", "router"):
             layers = sorted({*layers, *found.experts})
         assert layers == [0, 1], site
     assert not found.failed

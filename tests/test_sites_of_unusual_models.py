@@ -194,8 +194,8 @@ def test_experts_that_are_modules_give_mlp_hidden() -> None:
     tokens = torch.arange(20).reshape(2, 10)
     tokens[1] = tokens[0]  # equal states are told apart
     probe = Probe(model)
-    assert {"mlp_input", "mlp_hidden", "mlp_contribution"} <= set(probe.site_map.sites)
-    assert "modules of their own" in probe.site_map.absent["mlp_down_weight"]
+    sites = {"mlp_input", "mlp_hidden", "mlp_contribution", "mlp_down_weight", "router"}
+    assert sites <= set(probe.site_map.sites)
     with probe.step(0), torch.no_grad():
         model(tokens)
     hidden: list[Tensor] = []

@@ -171,6 +171,29 @@ def test_weight_outliers_write_the_massive_channel(run, checkpoint):
     assert found["weight_outlier_row"].sel(layer=BORN) == 507
 
 
+def test_super_weights(run, checkpoint, batches):
+    found = run.at("mlp_down_weight").sel(step=0)
+    layers = found["layer"].values[found["super_weight"].values == 1]
+    assert BORN in layers
+    here = found.sel(layer=BORN)
+    place = int(here["super_weight_row"]), int(here["super_weight_column"])
+    assert place == (507, 1229)
+    down = checkpoint.model.model.layers[BORN].mlp.down_proj
+    assert here["super_weight_value"].item() == pytest.approx(down.weight[place].item(), rel=1e-6)
+    # Yu et al.'s proof: without this one weight the massive activation is not made.
+    ids = torch.as_tensor(batches.tokens[:1, :64])
+    peaks = []
+    for value in (down.weight[place].item(), 0.0):
+        with torch.no_grad():
+            down.weight[place] = value
+            states = checkpoint.model.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        peaks.append(states[BORN + 1][0, :, 507].abs().max().item())
+    with torch.no_grad():
+        down.weight[place] = here["super_weight_value"].item()
+    assert peaks[1] < 0.5 * peaks[0]
+    assert "layer 11 [507, 1229] = 5.88" in run.summary().text().replace("\n", " ")
+
+
 def test_tokens_that_receive_attention_away_from_position_0(run, dense, batches):
     _, attention = dense
     ids = batches.tokens[:, 1:].ravel()

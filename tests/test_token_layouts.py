@@ -66,7 +66,9 @@ def test_patches_are_tokens(model: str, config: str, extra: int) -> None:
     assert torch.equal(output[0], expected)
     found = probe.run.at("residual_post").isel(step=0, layer=1)
     tokens = 9 + extra
-    np.testing.assert_array_equal(found["token_count"], [2 * tokens, 2, 0, 2 * (tokens - 1)])
+    counts = found["token_count"]
+    assert counts.sel(stratum="all") == 2 * tokens
+    assert counts.sel(stratum="patch") == 2 * 9
     norm = (streams[0] if isinstance(streams[0], Tensor) else streams[0][0]).double().norm(dim=-1)
     np.testing.assert_allclose(found["token_norm"].sel(stratum="all"), norm.mean(), rtol=1e-5)
     assert probe.run.at("attention").sizes["key_position"] == tokens
@@ -117,6 +119,65 @@ def test_learned_prompts_are_tokens_and_padding_is_that_of_the_inner_model() -> 
     probe, _ = measured(Prompted(), batch, sites=["residual_post", "attention"])
     valid = int(batch["attention_mask"].sum()) + 2 * 3
     assert probe.run.at("residual_post")["token_count"][0, 0, 0] == valid
+
+
+class ConditionedBlock(nn.Module):
+    """Norms shifted, scaled and gated by a condition, the gates 0 at first (DiT's adaLN-zero)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = (nn.LayerNorm(16, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+        self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.condition = nn.Linear(16, 96)
+        nn.init.zeros_(self.condition.weight)
+        nn.init.zeros_(self.condition.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate, shift2, scale2, gate2 = self.condition(c)[:, None].chunk(6, -1)
+        q, k, v = (
+            self.qkv(self.norm1(x) * (1 + scale) + shift).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+        )
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        x = x + gate * self.out(mixed.transpose(1, 2).flatten(2))
+        return x + gate2 * self.down(nn.functional.gelu(self.up(self.norm2(x) * (1 + scale2) + shift2)))
+
+
+class DiffusionTransformer(nn.Module):
+    """Patches of a latent image, and blocks that are told the time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.times = nn.Conv2d(4, 16, 2, 2), nn.Embedding(10, 16)
+        self.blocks = nn.ModuleList(ConditionedBlock() for _ in range(2))
+
+    def forward(self, latents: Tensor, time: Tensor) -> Tensor:
+        x, c = self.patches(latents).flatten(2).mT, self.times(time)
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+
+def test_a_diffusion_transformer_is_told_the_time_step() -> None:
+    torch.manual_seed(0)
+    model = DiffusionTransformer().eval()
+    example = {"latents": torch.randn(2, 4, 6, 6), "time": torch.tensor([3, 7])}
+    probe = Probe(model, example=example, compile=False)
+    with torch.no_grad():
+        for block in model.blocks:  # as training moves it from 0
+            block.condition.weight.normal_(std=0.5)
+        expected = model(**example)
+        first = model.blocks[0](model.patches(example["latents"]).flatten(2).mT, model.times(example["time"]))
+        with probe.step(0):
+            output = model(**example)
+    assert torch.equal(output, expected)
+    found = probe.run.at("residual_post").isel(step=0)
+    assert found["stratum"].values.tolist() == ["all", "patch"]
+    assert found["token_count"].values.tolist() == [[18, 18]] * 2
+    norms = [states.double().norm(dim=-1).mean() for states in (first, expected)]
+    np.testing.assert_allclose(found["token_norm"].sel(stratum="all"), norms, rtol=1e-5)
+    attention = probe.run.at("attention")
+    assert (attention.sizes["head"], attention.sizes["key_position"]) == (2, 9)
 
 
 # -- tokens first --------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import xarray as xr
 
-from osp_diag.schema import STRATUM_WORDS
+from osp_diag.schema import stratum_words
 from osp_diag.wording import number
 
 if TYPE_CHECKING:
@@ -30,9 +30,7 @@ def text_of(emergence: Emergence) -> str:
         f"{attrs['last_probe']:,.0f}. An outlier is a kurtosis above {attrs['departure']:g} times the noise; "
         f"intervals hold {attrs['level']:.0%} of {attrs['draws']} bootstrap draws."
     ]
-    lines += [
-        f"On {STRATUM_WORDS.get(name, name)}: {' '.join(_of_stratum(emergence, name))}" for name in paragraphs
-    ]
+    lines += [f"On {stratum_words(name)}: {' '.join(_of_stratum(emergence, name))}" for name in paragraphs]
     lines += [f"Not answered: {note}." for note in emergence.notes]
     return "\n".join(
         textwrap.fill(line, _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

@@ -24,6 +24,7 @@ from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
+from osp_diag.schema import ordinary_stratum
 
 __all__ = ["KINDS", "logit_edges", "sink_emergence", "sink_implementation"]
 
@@ -35,7 +36,7 @@ OPTIONAL = (
 )  # fmt: skip
 DEFINITIONS = {
     "sink_rate": "share of sequences whose first token gets more than ε of the head's attention",
-    "sink_mass": "mean attention to the first token, of queries that are neither first nor delimiters",
+    "sink_mass": "mean attention to the first token, of ordinary queries (in text not first, no delimiters)",
     "learned_sink_mass": "mean attention to a learned sink or to softmax-off-by-one's 1",
     "kind": "how the gap between sink and other logits is made; thresholds in the attributes",
     "sink_logit": "median logit of the sink key",
@@ -208,12 +209,13 @@ def _evidence(at: xr.Dataset, pairs: RotaryPairs) -> xr.Dataset:
     # q5, q50 and q95 of the logits of each class of keys; the gap is what the sink key wins the softmax by.
     low, middle, high = (quantile.sel(quantile=q, method="nearest", drop=True) for q in (0.05, 0.5, 0.95))
     spread = high - low
+    ordinary = ordinary_stratum(map(str, at["stratum"].values))
     sink, other = (middle.sel(key_class=name, drop=True) for name in ("sink", "other"))
     gap = sink - other
     evidence = xr.Dataset(
         {
             "sink_rate": at["sink_rate"].transpose(*head),
-            "sink_mass": at["first_token_attention"].sel(stratum="rest", drop=True).transpose(*head),
+            "sink_mass": at["first_token_attention"].sel(stratum=ordinary, drop=True).transpose(*head),
             "sink_logit": sink,
             "other_logit": other,
             "logit_gap": gap,

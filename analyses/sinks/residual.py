@@ -41,7 +41,8 @@ def _by_layer(run: Run, site: str, step: int) -> dict[int, tuple[float, float]]:
         at = run.at(site).sel(step=step)
     except OspDiagError:
         return {}
-    if "layer" not in at.coords:
+    # A run with kinds for all its tokens has no stratum of first ones.
+    if "layer" not in at.coords or "stratum" not in at.coords or "first" not in at["stratum"].values:
         return {}
     spike, massive = (np.full(at.sizes["layer"], np.nan) for _ in range(2))
     if "channel_rms" in at:

@@ -27,6 +27,7 @@ from osp_diag.schema import (
     SINK_EPSILON,
     SINK_POSITION,
     network_order,
+    ordinary_stratum,
 )
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def kurtosis(
     # Why a mean with a part missing is none: docs/decisions.md, The house.
     states, note = hidden_states(sites, absent)
     parts = mean_by_stratum(states)
+    ordinary = ordinary_stratum(map(str, states[0]["stratum"].values)) if states else "rest"
     headline = parts.get("all")
     if states and headline is None:
         unknown = sum(not np.isfinite(state.sel(stratum="all").values).any() for state in states)
@@ -73,7 +75,8 @@ def kurtosis(
         "osp_kurtosis_by_stratum": parts,
         "osp_kurtosis_of_ceiling": None,
         "osp_kurtosis_over_floor": None,
-        "everyday_kurtosis": parts.get("rest"),
+        "ordinary_stratum": ordinary,
+        "everyday_kurtosis": parts.get(ordinary),
         "note": note,
     }
     if headline is not None and width is not None and width > 3:
@@ -146,9 +149,8 @@ def massive(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
         if present.size:
             fields["massive_emergence_layer"] = int(count["layer"].values[present[0]])
             fields["massive_last_layer"] = int(count["layer"].values[present[-1]])
-            # A count is a mean per sequence, and every sequence has one first token.
-            on_first = np.nan_to_num(count.sel(stratum="first").values)[present].sum()
-            fields["massive_on_first"] = float(min(on_first / everywhere[present].sum(), 1.0))
+            fields["massive_by_stratum"] = shares = _massive_shares(count, present)
+            fields["massive_on_first"] = shares.get("first")
             fields["massive_channels"] = _massive_channels(blocks)
     if "top_magnitude" in blocks:
         top = blocks["top_magnitude"].sel(rank=1).sortby("layer").load()
@@ -198,6 +200,18 @@ def largest(sites: Mapping[str, xr.Dataset]) -> dict[str, Any]:
     return fields
 
 
+def _massive_shares(count: xr.DataArray, present: np.ndarray) -> dict[str, float]:
+    """Share of all massive activations in each stratum, in the layers ``present`` that have any."""
+    # A count is a mean over the sequences that have such a token: of fewer than all it would be too large.
+    whole = np.nan_to_num(count.sel(stratum="all").values)[present].sum()
+    parts = {
+        str(name): np.nan_to_num(count.sel(stratum=name).values)[present].sum()
+        for name in count["stratum"].values
+        if name != "all"
+    }
+    return {name: float(min(part / whole, 1.0)) for name, part in parts.items()}
+
+
 def _of_all(values: xr.DataArray) -> list[tuple[int, float]]:
     by_layer = (values.sel(stratum="all") if "stratum" in values.dims else values).load()
     return [
@@ -208,9 +222,8 @@ def _of_all(values: xr.DataArray) -> list[tuple[int, float]]:
 
 def everyday(sites: Mapping[str, xr.Dataset], fields: Mapping[str, Any]) -> dict[str, Any]:
     """Outliers on ordinary tokens; on all tokens where every token is a first one."""
-    stratum = (
-        "rest" if fields["everyday_kurtosis"] is not None or not fields["osp_kurtosis_by_stratum"] else "all"
-    )
+    has_ordinary = fields["everyday_kurtosis"] is not None or not fields["osp_kurtosis_by_stratum"]
+    stratum = fields["ordinary_stratum"] if has_ordinary else "all"
     features = {}
     for site in ("attention_input", "mlp_input"):
         if site in sites and "outlier_feature_fraction" in sites[site]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
-from osp_diag.schema import SINK_EPSILON
+from osp_diag.schema import SINK_EPSILON, stratum_words
 
 __all__ = [
     "EVERYDAY",
@@ -28,7 +28,8 @@ __all__ = [
 NEAR_GAUSSIAN = 3.0
 """Kurtosis up to so many times the Gaussian floor is called outlier-free."""
 EVERYDAY = 1.0
-"""Excess kurtosis of the tokens that are neither first nor delimiters from which on channels are outliers."""
+"""Excess kurtosis of ordinary tokens (in text neither first nor delimiters) from which on channels are
+outliers."""
 SINKS = 0.1
 """Sink rate from which on the verdict speaks of attention sinks."""
 SINK_HEAD = 0.5
@@ -116,10 +117,18 @@ def _kurtosis(numbers: Mapping[str, Any]) -> Judgement:
         return Judgement("clear", "" if has_outlier_words else "outlier-free")
     if has_outlier_words:
         return Judgement("raised")
-    on_first = (numbers.get("osp_kurtosis_by_stratum") or {}).get("first", 0.0) >= EVERYDAY
-    return Judgement(
-        "raised", "outliers on the first token only" if on_first else "mild heavy tails, no outliers"
+    special = [stratum_words(name) for name, value in _set_apart(numbers).items() if value >= EVERYDAY]
+    words = (
+        f"outliers on the {' and the '.join(special)} only" if special else "mild heavy tails, no outliers"
     )
+    return Judgement("raised", words)
+
+
+def _set_apart(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """The kurtosis of the first token, or of each kind of token other than the ordinary ones."""
+    parts: Mapping[str, float] = numbers.get("osp_kurtosis_by_stratum") or {}
+    others = ("all", "delimiter", numbers.get("ordinary_stratum", "rest"))
+    return {name: value for name, value in parts.items() if name not in others}
 
 
 def _above(numbers: Mapping[str, Any], name: str, threshold: float, words: str) -> Judgement:

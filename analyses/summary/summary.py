@@ -13,8 +13,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from osp_diag.analyses.in_notebook import in_notebook
+from osp_diag.analyses.summary.experts import experts
 from osp_diag.analyses.summary.numbers import everyday, kurtosis, largest, massive, nonfinite, sinks
 from osp_diag.analyses.summary.rules import judged, verdict_words
+from osp_diag.analyses.summary.super_weights import super_weights
 from osp_diag.errors import StoreError
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
@@ -55,7 +57,9 @@ class Summary:
     massive_per_sequence: float | None = None
     """mean number in a sequence, in the layer that has most"""
     massive_on_first: float | None = None
-    """share of them on the first token"""
+    """share of them on the first token; None where the run has no such stratum"""
+    massive_by_stratum: dict[str, float] = field(default_factory=dict)
+    """share of them in each stratum"""
     massive_channels: tuple[int, ...] = ()
     jump_layer: int | None = None
     """block whose largest |x| exceeds that of the block before by the largest factor, if that is 5 or more"""
@@ -65,8 +69,10 @@ class Summary:
     largest_layer: int | None = None
     largest_channel: int | None = None
 
+    ordinary_stratum: str = "rest"
+    """the tokens that nothing sets apart: neither first nor delimiters in text, patches of an image"""
     everyday_kurtosis: float | None = None
-    """as osp_kurtosis, of the tokens that are neither first nor delimiters"""
+    """as osp_kurtosis, of the ordinary tokens"""
     everyday_max_median_ratio: float | None = None
     """of block outputs on these tokens, mean over layers"""
     outlier_feature_channels: dict[str, tuple[int, ...]] = field(default_factory=dict)
@@ -82,6 +88,20 @@ class Summary:
     largest_logit_layer: int | None = None
     largest_logit_head: int | None = None
     heads_above_qk_clip: int | None = None
+
+    super_weights: tuple[tuple[int, int, int, float], ...] | None = None
+    """(layer, row, column, value) of down projections' entries that count as super weights"""
+
+    experts: int | None = None
+    """that a router chooses among, in the layer that has most"""
+    router_entropy: float | None = None
+    """nats, mean over tokens and layers"""
+    idle_experts: int | None = None
+    """experts of all layers that no token was sent to"""
+    expert_load_max: float | None = None
+    """the largest load of an expert over the mean load of its layer"""
+    expert_load_max_layer: int | None = None
+    expert_load_max_expert: int | None = None
 
     nonfinite_counted: bool = False
     nonfinite_tokens: int = 0
@@ -160,7 +180,7 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
     if fields["sequence_length"] != 1:  # one token attends to nothing but itself
         fields |= sinks(sites)
         fields["cross_attention"] = sinks(sites, CROSS_ATTENTION)
-    fields |= nonfinite(sites)
+    fields |= super_weights(sites) | experts(sites) | nonfinite(sites)
     return Summary(**fields, notes=run.notes, verdict=verdict_words(judged(fields).values()))
 
 

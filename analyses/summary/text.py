@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from osp_diag.schema import STRATUM_WORDS
+from osp_diag.schema import stratum_words
 from osp_diag.wording import number, of_stack
 
 if TYPE_CHECKING:
@@ -43,7 +44,9 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
         yield _nonfinite(summary)
     yield from _kurtosis(summary)
     yield from _massive(summary)
+    yield from _super_weights(summary)
     yield from _everyday(summary)
+    yield from _experts(summary)
     yield from _sinks(summary)
     yield from _cross_attention(summary)
 
@@ -94,9 +97,9 @@ def _kurtosis(summary: Summary) -> Iterator[str]:
             f"scores"
         )
     strata = [
-        f"{words} {number(summary.osp_kurtosis_by_stratum[name])}"
-        for name, words in STRATUM_WORDS.items()
-        if name != "all" and name in summary.osp_kurtosis_by_stratum
+        f"{stratum_words(name)} {number(value)}"
+        for name, value in summary.osp_kurtosis_by_stratum.items()
+        if name != "all"
     ]
     if strata:
         yield f"  {', '.join(strata)}"
@@ -115,7 +118,7 @@ def _massive(summary: Summary) -> Iterator[str]:
         yield (
             f"Massive activations: layers {summary.massive_emergence_layer} to {summary.massive_last_layer}, "
             f"up to {number(summary.massive_per_sequence or 0)} in a sequence{channels}; "
-            f"{summary.massive_on_first:.0%} of them on the first token"
+            f"{carriers(summary)}"
         )
     elif summary.massive_per_sequence is not None:
         yield "Massive activations: none (no |x| above 100 and 1,000 times the median)"
@@ -127,6 +130,15 @@ def _massive(summary: Summary) -> Iterator[str]:
             f"Largest |x|: {number(summary.largest_magnitude)}, at {summary.largest_site}, "
             f"layer {summary.largest_layer}{channel}"
         )
+
+
+def carriers(summary: Summary) -> str:
+    """Which tokens carry the massive activations."""
+    if summary.massive_on_first is not None:
+        return f"{summary.massive_on_first:.0%} of them on the first token"
+    shares = sorted(summary.massive_by_stratum.items(), key=lambda item: -item[1])
+    parts = [f"{share:.0%} of them on {stratum_words(name)}" for name, share in shares if share > 0]
+    return ", ".join(parts)
 
 
 def _everyday(summary: Summary) -> Iterator[str]:
@@ -143,9 +155,39 @@ def _everyday(summary: Summary) -> Iterator[str]:
         whom = (
             "Channels, on all tokens"
             if summary.everyday_kurtosis is None
-            else "Everyday channels, on other tokens"
+            else f"Everyday channels, on {stratum_words(summary.ordinary_stratum)}"
         )
         yield f"{whom}: {', '.join(clauses)}"
+
+
+def _super_weights(summary: Summary) -> Iterator[str]:
+    if summary.super_weights is None:
+        return
+    entries = [
+        f"layer {layer} [{row}, {column}] = {number(value)}"
+        for layer, row, column, value in summary.super_weights
+    ]
+    listing = "; ".join(entries) if entries else "none"
+    yield f"Super weights of down projections ([row, column], super_weight/1): {listing}"
+
+
+def _experts(summary: Summary) -> Iterator[str]:
+    if summary.experts is None:
+        return
+    clauses = []
+    if summary.router_entropy is not None:
+        clauses.append(
+            f"the router's entropy is {summary.router_entropy:.2f} nats a token "
+            f"(ln {summary.experts} = {math.log(summary.experts):.2f} where all are alike)"
+        )
+    if summary.expert_load_max is not None:
+        clauses.append(
+            f"the largest load is {summary.expert_load_max:.1f} times the mean (layer "
+            f"{summary.expert_load_max_layer}, expert {summary.expert_load_max_expert}); "
+            f"{summary.idle_experts} get no token"
+        )
+    if clauses:
+        yield f"Experts: {', '.join(clauses)}"
 
 
 def _sinks(summary: Summary) -> Iterator[str]:

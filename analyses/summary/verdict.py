@@ -18,9 +18,10 @@ from osp_diag.analyses.channels.profiles import HOT, relative_rms
 from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.analyses.summary.rules import QK_CLIP, RULES, SINK_HEAD, STATES, State, judged
 from osp_diag.analyses.summary.summary import Summary, summarise
+from osp_diag.analyses.summary.text import carriers
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.runs.run import Run
-from osp_diag.schema import HIDDEN_STATES, SINK_EPSILON, STRATUM_WORDS
+from osp_diag.schema import HIDDEN_STATES, SINK_EPSILON, STRATA, stratum_words
 from osp_diag.wording import number, of_stack
 
 __all__ = ["Finding", "Verdict", "verdict"]
@@ -160,10 +161,11 @@ def _massive(summary: Summary, state: State) -> Finding:
     first, last = summary.massive_emergence_layer, summary.massive_last_layer
     text = (
         f"Massive activations in layers {first} to {last}{channel_words}: "
-        f"{number(summary.massive_per_sequence or 0)} a sequence, {summary.massive_on_first or 0:.0%} of "
-        f"them on the first token. {peak}"
+        f"{number(summary.massive_per_sequence or 0)} a sequence, {carriers(summary)}. {peak}"
     ).strip()
-    place["stratum"] = "first" if (summary.massive_on_first or 0) >= 0.5 else "all"
+    most = max(summary.massive_by_stratum, key=summary.massive_by_stratum.__getitem__, default="all")
+    has_most = most in summary.massive_by_stratum and summary.massive_by_stratum[most] >= 0.5
+    place["stratum"] = most if has_most and most not in ("delimiter", summary.ordinary_stratum) else "all"
     return Finding(rule="massive", state=state, text=text, value=summary.massive_per_sequence, **place)
 
 
@@ -189,7 +191,11 @@ def _kurtosis(summary: Summary, state: State, run: Run) -> Finding:
 
 def _tokens(stratum: str) -> str:
     """A stratum within a sentence."""
-    return "the first token" if stratum == "first" else STRATUM_WORDS.get(stratum, stratum)
+    return (
+        f"the {stratum_words(stratum)}"
+        if stratum in ("first", "cls", "distillation")
+        else stratum_words(stratum)
+    )
 
 
 def _highest(run: Run, step: int) -> tuple[float, str, int, str] | None:
@@ -209,16 +215,14 @@ def _highest(run: Run, step: int) -> tuple[float, str, int, str] | None:
 
 def _everyday(summary: Summary, state: State, run: Run) -> Finding:
     if summary.everyday_kurtosis is None:
-        text = (
-            "There are no tokens that are neither first nor delimiters, or their kurtosis was not measured."
-        )
+        text = f"There are no {_ordinary_tokens(summary)}, or their kurtosis was not measured."
         return Finding(rule="everyday", state=state, text=text)
     value = number(summary.everyday_kurtosis)
-    text = f"On tokens that are neither first nor delimiters, OSP kurtosis is {value}"
+    text = f"On {_ordinary_tokens(summary)}, OSP kurtosis is {value}"
     if summary.everyday_max_median_ratio is not None:
         text += f" and the largest channel {number(summary.everyday_max_median_ratio)} times the median one"
-    place: dict[str, Any] = {"stratum": "rest"}
-    hottest = _hottest(run, summary.step)
+    place: dict[str, Any] = {"stratum": summary.ordinary_stratum}
+    hottest = _hottest(run, summary.step, summary.ordinary_stratum)
     if hottest is not None:
         ratio, layer, channel = hottest
         place |= {"site": "residual_post", "layer": layer, "channel": channel}
@@ -233,11 +237,21 @@ def _everyday(summary: Summary, state: State, run: Run) -> Finding:
     )
 
 
-def _hottest(run: Run, step: int) -> tuple[float, int, int] | None:
+def _ordinary_tokens(summary: Summary) -> str:
+    """Those that nothing sets apart, within a sentence."""
+    if summary.ordinary_stratum != "rest":
+        return stratum_words(summary.ordinary_stratum)
+    kinds = set(summary.osp_kurtosis_by_stratum) - set(STRATA)
+    others = "".join(f" nor {stratum_words(kind)}" for kind in sorted(kinds))
+    return f"tokens that are neither first nor delimiters{others}"
+
+
+def _hottest(run: Run, step: int, stratum: str) -> tuple[float, int, int] | None:
     """The channel of block outputs of largest RMS on ordinary tokens, over its layer's median channel."""
     if "residual_post" not in run.sites or "channel_rms" not in run.at("residual_post"):
         return None
-    rms = run.at("residual_post")["channel_rms"].sel(step=step, stratum="rest").transpose("layer", "channel")
+    rms = run.at("residual_post")["channel_rms"].sel(step=step, stratum=stratum)
+    rms = rms.transpose("layer", "channel")
     ratio = relative_rms(rms.values.astype(np.float64))
     if not np.isfinite(ratio).any():
         return None

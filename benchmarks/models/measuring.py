@@ -39,7 +39,7 @@ class Row:
     Attributes:
         state: "measured"; "not built": the model; "refused": by the probe; "raised": by the probe or in it.
         reason: why it was not measured.
-        sites: those that were found, but for the inputs of projections.
+        sites: those that were found, but for the inputs and weights of projections.
         absent: site → reason.
         layers: blocks; with attention, how many of them were compared.
         kurtosis_error: largest of kurtoses and maxima of states, relative where they exceed 1.
@@ -144,7 +144,8 @@ def _compared(case: Case, row: Row, model: nn.Module, batch: dict[str, Tensor], 
         return _ended(row, "raised", error)
     row.bit_identical = _same(output, probed) and _same(output, _forward(model, batch))
     site_map = probe.site_map
-    row.sites = [site for site in site_map.sites if not site.startswith("linear_input:")]
+    of_projections = ("linear_input:", "projection_weight:")
+    row.sites = [site for site in site_map.sites if not site.startswith(of_projections)]
     row.absent = dict(site_map.absent)
     row.notes += [n for n in site_map.notes if not n.startswith("attention seen through")]
     row.layers = site_map.number_of_layers

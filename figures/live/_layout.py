@@ -13,7 +13,7 @@ from osp_diag.figures.live._data import LARGEST, MEAN, Choice, chosen, floor_of,
 from osp_diag.figures.live._figures import figure_options
 from osp_diag.figures.live._pictures import Shown
 from osp_diag.runs.following import FollowedRun
-from osp_diag.schema import STRATUM_WORDS
+from osp_diag.schema import stratum_words
 
 __all__ = [
     "CONTROLS",
@@ -160,7 +160,7 @@ def options(runs: Sequence[FollowedRun], choice: Choice) -> list[list[dict[str, 
         return [{"label": n, "value": n} for n in dict.fromkeys([*names, present])]
 
     named = [{"label": label, "value": place} for place, label in enumerate(labels_of(runs))]
-    strata = [{"label": STRATUM_WORDS.get(s, s), "value": s} for s in offer.strata or [choice.stratum]]
+    strata = [{"label": stratum_words(s), "value": s} for s in offer.strata or [choice.stratum]]
     layers = [{"label": "largest", "value": LARGEST}, {"label": "mean", "value": MEAN}]
     layers += [{"label": str(layer), "value": str(layer)} for layer in offer.layers]
     return [

@@ -161,7 +161,7 @@ def _run_verdict(run: Run, label: str, head: Heads) -> _RunVerdict:
 
 
 def _strata(run: Run) -> list[str] | None:
-    """Those that the text speaks of; all where a run has others."""
+    """Those that the text speaks of; of a run with other strata all."""
     for site in run.sites:
         if "osp_excess_kurtosis" in run.at(site):
             strata = [str(name) for name in run.at(site)["stratum"].values]

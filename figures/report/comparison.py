@@ -23,7 +23,11 @@ NUMBERS = (
     ("OSP kurtosis", "osp_kurtosis", "mean over the hidden states, all tokens"),
     ("times its Gaussian floor", "osp_kurtosis_over_floor", "compare models of different width by this"),
     ("of its ceiling", "osp_kurtosis_of_ceiling", "share: 1 is a token with a single large channel"),
-    ("on other tokens", "everyday_kurtosis", "OSP kurtosis of tokens that are neither first nor delimiters"),
+    (
+        "on other tokens",
+        "everyday_kurtosis",
+        "OSP kurtosis of ordinary tokens: in text neither first nor delimiters",
+    ),
     ("max / median", "everyday_max_median_ratio", "of block outputs on these tokens, mean over layers"),
     ("largest |x|", "largest_magnitude", "at any site"),
     ("massive activations", "massive_per_sequence", "a sequence, in the layer that has most"),

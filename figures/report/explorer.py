@@ -19,7 +19,7 @@ from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.figures._decimate import bin_starts, max_pool
 from osp_diag.figures.report.encoding import packed, packed_log
 from osp_diag.runs.run import Run
-from osp_diag.schema import SINK_EPSILON
+from osp_diag.schema import SINK_EPSILON, ordinary_stratum
 
 __all__ = ["STATISTICS", "explorer_data"]
 
@@ -34,7 +34,6 @@ SITES = (
 )  # fmt: skip
 """Where; the first that a run holds is shown first."""
 CHANNEL_SITE = "residual_post"
-CHANNEL_STRATA = ("all", "rest")
 UNPOOLED, COLUMNS = 128, 96
 """Channels that a map has room for one by one; columns of wider ones, whose channels are pooled by their
 maximum. The channel that has it is kept."""
@@ -74,7 +73,11 @@ def _cells_per_step(run: Run) -> int:
     channels = 0
     if CHANNEL_SITE in run.sites and "channel_rms" in run.at(CHANNEL_SITE):
         sizes = run.at(CHANNEL_SITE)["channel_rms"].sizes
-        channels = sizes["layer"] * _columns(sizes["channel"]) * len(CHANNEL_STRATA)
+        channels = (
+            sizes["layer"]
+            * _columns(sizes["channel"])
+            * len(_channel_strata(run.at(CHANNEL_SITE)["channel_rms"]))
+        )
     return profiles + channels
 
 
@@ -143,7 +146,7 @@ def _channels(run: Run, places: np.ndarray) -> dict[str, Any] | None:
     if CHANNEL_SITE not in run.sites or "channel_rms" not in run.at(CHANNEL_SITE):
         return None
     rms = run.at(CHANNEL_SITE)["channel_rms"].transpose("step", "stratum", "layer", "channel")
-    strata = [name for name in CHANNEL_STRATA if name in rms["stratum"].values]
+    strata = _channel_strata(rms)
     ratios, channels = [], []
     for place in places:  # step by step, because one can be megabytes
         ratio, channel = _pooled(rms.isel(step=int(place)).sel(stratum=strata).values)
@@ -157,6 +160,12 @@ def _channels(run: Run, places: np.ndarray) -> dict[str, Any] | None:
         "ratio": packed_log(np.stack(ratios)),
         "channel": packed(np.stack(channels)),
     }
+
+
+def _channel_strata(values: xr.DataArray) -> list[str]:
+    """All tokens and the ordinary ones, of which maps are drawn."""
+    strata = [str(name) for name in values["stratum"].values]
+    return [name for name in strata if name in ("all", ordinary_stratum(strata))]
 
 
 def _columns(width: int) -> int:
@@ -202,18 +211,18 @@ def _course(run: Run) -> dict[str, Any] | None:
     if not statistics:
         return None
     starts = bin_starts(len(run.steps), COURSE)
-    pooled = {}
+    first = next(iter(statistics.values()))
+    strata, pooled = _channel_strata(first), {}
     for name, values in statistics.items():
         try:
-            whole = values.sel(stratum=list(CHANNEL_STRATA)).transpose("stratum", "layer", "step").values
+            whole = values.sel(stratum=strata).transpose("stratum", "layer", "step").values
         except (KeyError, OspDiagError):
             return None
         pooled[name] = packed(max_pool(whole, 2, COURSE))
-    first = next(iter(statistics.values()))
     return {
         "site": CHANNEL_SITE,
         "steps": [int(step) for step in run.steps[starts]],
-        "strata": list(CHANNEL_STRATA),
+        "strata": strata,
         "layers": [int(layer) for layer in first["layer"].values],
         "statistics": pooled,
     }

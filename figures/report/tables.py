@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from osp_diag.analyses.emergence.history import Emergence
 from osp_diag.figures.report.explorer import SITES
 from osp_diag.figures.report.heads import EVIDENCE, WORDS, Heads
 from osp_diag.runs.run import Run
+from osp_diag.schema import ordinary_stratum
 from osp_diag.wording import number
 
 __all__ = ["Table", "channel_table", "head_table", "layer_table"]
@@ -79,7 +80,11 @@ def layer_table(runs: Sequence[Run], labels: Sequence[str]) -> Table:
 
 def _by_layer(at: xr.Dataset, name: str, stratum: str) -> list[float | None]:
     count = at.sizes["layer"]
-    if name not in at or set(at[name].dims) != {"layer", "stratum"} or stratum not in at["stratum"].values:
+    if name not in at or set(at[name].dims) != {"layer", "stratum"}:
+        return [None] * count
+    if stratum == "rest":
+        stratum = ordinary_stratum(map(str, at["stratum"].values))
+    if stratum not in at["stratum"].values:
         return [None] * count
     return [_plain(value) for value in at[name].sel(stratum=stratum).values]
 
@@ -93,7 +98,7 @@ def _hottest(at: xr.Dataset) -> tuple[list[int | None], list[float | None]]:
     if "channel_rms" not in at:
         return [None] * count, [None] * count
     rms = at["channel_rms"]
-    rms = rms.sel(stratum="rest") if "rest" in rms["stratum"].values else rms.sel(stratum="all")
+    rms = rms.sel(stratum=ordinary_stratum(map(str, rms["stratum"].values)))
     values = rms.transpose("layer", "channel").values.astype(np.float64)
     channels: list[int | None] = []
     ratios: list[float | None] = []
@@ -126,9 +131,7 @@ def channel_table(
             continue
         rms = run.at("residual_post")["channel_rms"].isel(step=-1)
         rows = []
-        for stratum in ("first", "rest"):
-            if stratum not in rms["stratum"].values:
-                continue
+        for stratum in _strata_with_outliers(map(str, rms["stratum"].values)):
             values = rms.sel(stratum=stratum).transpose("layer", "channel").values.astype(np.float64)
             # Over the median channel of the layer, as everywhere that channels are compared.
             ratio = np.nan_to_num(relative_rms(values))
@@ -147,6 +150,11 @@ def channel_table(
                 rows.append((place, cells))
         table.rows += sorted(rows, key=lambda row: -row[1][5])
     return table.shortened()
+
+
+def _strata_with_outliers(strata: Iterable[str]) -> list[str]:
+    """All but ``all`` and delimiters."""
+    return [name for name in strata if name not in ("all", "delimiter")]
 
 
 def _birth(emergence: Emergence | None, stratum: str, channel: int) -> int | None:

@@ -13,6 +13,7 @@ from osp_diag.estimators.attention import AttentionMask, AttentionObservation, T
 from osp_diag.estimators.attention_reach import with_reach
 from osp_diag.estimators.attention_tiles import AttentionReductions, SoftmaxStatistics
 from osp_diag.estimators.base import Layout, State, Suite
+from osp_diag.schema import STRATA
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
@@ -25,9 +26,11 @@ def measure_attention(
     call: AttentionCall,
     strata: torch.Tensor,
     *,
+    stratum_names: tuple[str, ...] = STRATA,
     mask: AttentionMask,
     compiled: bool,
     token_ids: TokenIds | None = None,
+    output_weight: torch.Tensor | None = None,
 ) -> tuple[Layout, State]:
     """Measure one call.
 
@@ -35,14 +38,23 @@ def measure_attention(
     ----------
     suite : the attention estimators
     strata : (stratum, batch, token)
+    stratum_names : ``all``, then the others
     mask : from :func:`mask_of`
     token_ids : the ids of the tokens, on the call's device
+    output_weight : (head, row, value channel) of the output projection, where a measurement reads it
     compiled : use FlexAttention where its masks hold the call's; otherwise, and on a CPU, tiles of queries
     """
     if call.logits is not None:
         extra = max(call.logits.shape[-1] - call.logits.shape[-2], 0)
         observation = AttentionObservation.from_logits(
-            call.logits, call.value, strata, mask=mask, extra_columns=extra, token_ids=token_ids
+            call.logits,
+            call.value,
+            strata,
+            stratum_names=stratum_names,
+            mask=mask,
+            extra_columns=extra,
+            token_ids=token_ids,
+            output_weight=output_weight,
         )
         return observation.layout, suite.measure(observation)
     query, key = call.query, call.key
@@ -50,18 +62,21 @@ def measure_attention(
     assert key is not None, "and keys"
     # The ways from the fastest: FlexAttention's two passes, else tiles of queries.
     if compiled and query.device.type == "cuda" and is_expressible(mask):
-        measure = _compiled(suite, call, mask, query, None if token_ids is None else token_ids.vocabulary)
-        return _layout(query, key, token_ids), measure(call, strata, token_ids)
+        vocabulary = None if token_ids is None else token_ids.vocabulary
+        measure = _compiled(suite, call, mask, query, vocabulary, stratum_names)
+        return _layout(query, key, token_ids, stratum_names), measure(call, strata, token_ids, output_weight)
     observation = AttentionObservation(
         query,
         key,
         call.value,
         strata,
+        stratum_names=stratum_names,
         scale=call.scale,
         mask=mask,
         softcap=call.softcap,
         sink_logits=call.sink_logits,
         token_ids=token_ids,
+        output_weight=output_weight,
     )
     return observation.layout, suite.measure(observation)
 
@@ -115,7 +130,9 @@ class Masks:
         return mask
 
 
-def _layout(query: torch.Tensor, key: torch.Tensor, token_ids: TokenIds | None) -> Layout:
+def _layout(
+    query: torch.Tensor, key: torch.Tensor, token_ids: TokenIds | None, strata: tuple[str, ...]
+) -> Layout:
     _, heads, tokens, width = query.shape
     return Layout(
         channels=heads * width,
@@ -124,6 +141,7 @@ def _layout(query: torch.Tensor, key: torch.Tensor, token_ids: TokenIds | None) 
         head_channels=width,
         tokens=tokens,
         vocabulary=1 if token_ids is None else token_ids.vocabulary,
+        strata=strata,
     )
 
 
@@ -131,7 +149,12 @@ _COMPILED: dict[tuple[Any, ...], _CompiledMeasure] = {}
 
 
 def _compiled(
-    suite: Suite, call: AttentionCall, mask: AttentionMask, query: torch.Tensor, vocabulary: int | None
+    suite: Suite,
+    call: AttentionCall,
+    mask: AttentionMask,
+    query: torch.Tensor,
+    vocabulary: int | None,
+    strata: tuple[str, ...],
 ) -> _CompiledMeasure:
     """One compiled measurement for all layers that are alike."""
     name = (
@@ -143,9 +166,10 @@ def _compiled(
         query.shape[2],
         query.device,
         vocabulary,
+        strata,
     )
     if name not in _COMPILED:
-        _COMPILED[name] = _CompiledMeasure(suite, mask, call.scale, call.softcap, query, vocabulary)
+        _COMPILED[name] = _CompiledMeasure(suite, mask, call.scale, call.softcap, query, vocabulary, strata)
     return _COMPILED[name]
 
 
@@ -160,13 +184,27 @@ class _CompiledMeasure:
         softcap: float | None,
         query: torch.Tensor,
         vocabulary: int | None,
+        stratum_names: tuple[str, ...],
     ) -> None:
         self.softmax = FlexStatistics(
-            query.shape[2], query.device, mask, scale=scale, softcap=softcap, compile=compile_apart
+            query.shape[2],
+            query.device,
+            mask,
+            scale=scale,
+            softcap=softcap,
+            stratum_names=stratum_names,
+            compile=compile_apart,
         )
 
         def measure(
-            query: Any, key: Any, value: Any, strata: Any, sinks: Any, ids: Any, softmax: SoftmaxStatistics
+            query: Any,
+            key: Any,
+            value: Any,
+            strata: Any,
+            sinks: Any,
+            ids: Any,
+            output_weight: Any,
+            softmax: SoftmaxStatistics,
         ) -> State:
             reductions = AttentionReductions(softmax_statistics=lambda *_: softmax)
             observation = AttentionObservation(
@@ -174,21 +212,29 @@ class _CompiledMeasure:
                 key,
                 value,
                 strata,
+                stratum_names=stratum_names,
                 scale=scale,
                 mask=mask,
                 softcap=softcap,
                 sink_logits=sinks,
                 token_ids=None if vocabulary is None else TokenIds(ids, vocabulary),
+                output_weight=output_weight,
                 reductions=reductions,
             )
             return suite.measure(observation)
 
         self.measure = compile_apart(measure)
 
-    def __call__(self, call: AttentionCall, strata: torch.Tensor, token_ids: TokenIds | None) -> State:
+    def __call__(
+        self,
+        call: AttentionCall,
+        strata: torch.Tensor,
+        token_ids: TokenIds | None,
+        output_weight: torch.Tensor | None,
+    ) -> State:
         query, key, sinks = call.query, call.key, call.sink_logits
         assert query is not None, "a call without logits has queries"
         assert key is not None, "and keys"
         ids = None if token_ids is None else token_ids.ids
         softmax = self.softmax(query, key, strata, sinks)
-        return self.measure(query, key, call.value, strata, sinks, ids, softmax)
+        return self.measure(query, key, call.value, strata, sinks, ids, output_weight, softmax)

@@ -20,18 +20,35 @@ from osp_diag.capture.cross_attention import (
 )
 from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
 from osp_diag.capture.documents import Documents, cuts_of_call, documents_of
-from osp_diag.capture.down_projection import down_projection
+from osp_diag.capture.down_projection import (
+    down_projection,
+    expert_projection,
+    fused_part,
+    output_projection,
+)
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.snapshots import Snapshots
 from osp_diag.capture.strata import strata_of
 from osp_diag.capture.token_groups import GROUPED_FIELDS, TokenGroups
+from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.estimators.query_key import HeadsObservation
+from osp_diag.estimators.routing import RoutingObservation
+from osp_diag.estimators.super_weight import ProductObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
-from osp_diag.schema import ATTENTION, CROSS_ATTENTION, CROSS_HEAD_SITES, DOWN_WEIGHT, HEAD_SITES
+from osp_diag.schema import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    CROSS_HEAD_SITES,
+    DOWN_WEIGHT,
+    HEAD_SITES,
+    PROJECTION_WEIGHT,
+    ROUTER,
+    STRATA,
+)
 from osp_diag.sites.names import Tap, matches
 
 if TYPE_CHECKING:
@@ -41,7 +58,7 @@ if TYPE_CHECKING:
 __all__ = ["Collector", "Key", "suites_of"]
 
 Key = tuple[str, int, str]
-"""(site, layer, what is observed: "activation", "heads", "attention" or "weight")"""
+"""(site, layer, what is observed: "activation", "heads", "attention", "weight", "routing" or "product")"""
 
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
@@ -54,6 +71,10 @@ EstimatorChoice = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
 """Estimators for every site, for the sites that match a pattern, or (None) the default ones of each site."""
 
 
+def _is_weight(site: str) -> bool:
+    return site == DOWN_WEIGHT or site.startswith(PROJECTION_WEIGHT)
+
+
 def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     """The estimators that apply at a site, by what they observe."""
     if isinstance(estimators, Mapping):
@@ -62,8 +83,10 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
     kinds: tuple[Observes, ...] = ("activation",)
     if site in (ATTENTION, CROSS_ATTENTION):
         kinds = ("attention",)
-    elif site == DOWN_WEIGHT:
-        kinds = ("weight",)
+    elif site == ROUTER:
+        kinds = ("routing",)
+    elif _is_weight(site):
+        kinds = ("weight", "product")
     elif site in HEAD_SITES:
         kinds = ("activation", "heads")
     suites: dict[str, Suite] = {}
@@ -101,6 +124,7 @@ class Collector:
     includes : whether a site is measured
     estimators : the estimators to use; None for the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum
+    token_kinds : kinds of tokens that the model has beside text, which decide the strata; None for text
     tokens_first : whether the stream is (token, batch, channel)
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
@@ -108,6 +132,8 @@ class Collector:
     asks_for_cuts : look once, for which the host waits, whether attention cuts its rows where nothing says so
     snapshots : keeps the raw activations of a first sequence for pictures, or None
     groups : keeps some sums apart by group of forward passes, or None
+    output_projections : layer → attention's output projection, for measurements that read its weight
+    expert_projections : layer → the experts' down projections, where experts are modules
     """
 
     def __init__(
@@ -116,21 +142,28 @@ class Collector:
         *,
         estimators: EstimatorChoice = None,
         delimiter_ids: Sequence[int] = (),
+        token_kinds: TokenKinds | None = None,
         tokens_first: bool = False,
         vocabulary: int | None = None,
         compiled: bool = False,
         asks_for_cuts: bool = True,
         snapshots: Snapshots | None = None,
         groups: TokenGroups | None = None,
+        output_projections: Mapping[int, nn.Module] | None = None,
+        expert_projections: Mapping[int, Sequence[nn.Module]] | None = None,
     ) -> None:
         self.includes = includes
         self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
+        self.token_kinds = token_kinds
+        self.stratum_names = STRATA if token_kinds is None else token_kinds.strata
         self.tokens_first = tokens_first
         self.vocabulary = vocabulary
         self.compiled = compiled
         self.snapshots = snapshots
         self.groups = groups
+        self.output_projections = output_projections or {}
+        self.expert_projections = expert_projections or {}
         self._states: dict[Key, State] = {}
         self._stacks: dict[tuple[Key, ...], State] = {}
         self._fused: FusedFolding | None = None
@@ -158,10 +191,12 @@ class Collector:
         self._layers_crossed: set[int] = set()
         self._cut_apart, self._asks_for_cuts = True, asks_for_cuts
         self._values: dict[int, torch.Tensor] = {}
+        self._layers_chosen: set[int] = set()
+        """where the choice of experts is known in this pass: the router and the experts may both tell"""
 
     def needs(self, tap: Tap) -> bool:
         """Whether a tap is read: its site is measured, or attention statistics take their values there."""
-        if tap.site == DOWN_WEIGHT and not self.suites_at(DOWN_WEIGHT):
+        if _is_weight(tap.site) and tap.side not in self.suites_at(tap.site):
             return False
         return self.includes(tap.site) or (tap.site == "value" and self.includes(ATTENTION))
 
@@ -184,6 +219,15 @@ class Collector:
             self.suites[site] = suites_of(site, self.estimators)
         return self.suites[site]
 
+    def _strata(
+        self,
+        ids: torch.Tensor,
+        mask: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> torch.Tensor:
+        return strata_of(ids, mask, self.delimiter_ids, positions, kinds=self.token_kinds, start=start)
+
     # One forward pass
 
     def start(self, forward_pass: ForwardPass) -> None:
@@ -191,6 +235,7 @@ class Collector:
         self._pass = forward_pass
         self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
         self._layers_called, self._layers_crossed, self._values = set(), set(), {}
+        self._layers_chosen = set()
         if self.groups is not None:
             self.groups.start(self.forward_passes)
         self._before_stream, self._tokens, self._masks = [], None, Masks()
@@ -207,7 +252,7 @@ class Collector:
             ids = torch.full((batch, tokens), -1, device=stream.device)
         mask = forward_pass.padding_mask(batch, tokens)
         positions = forward_pass.position_ids(batch, tokens)
-        strata = strata_of(ids, mask, self.delimiter_ids, positions)
+        strata = self._strata(ids, mask, positions)
         self._tokens = (batch, tokens)
         self._valid = strata[0]
         if self._opens_or_continues(forward_pass, ids, strata):
@@ -239,7 +284,7 @@ class Collector:
             )
             # Behind a token that is not there, none of these is a first one.
             before = functional.pad(ids, (1, 0), value=-1), functional.pad(present, (1, 0), value=True)
-            strata = strata_of(*before, self.delimiter_ids)[..., 1:]
+            strata = self._strata(*before, start=cached - 1)[..., 1:]
             self._parts = {strata.device: [_Part(None, strata, ids)]}
             self._measures_calls = False
             return True
@@ -257,7 +302,7 @@ class Collector:
         ids, present = sequences.whole("ids"), sequences.whole("present")
         self._is_put_together = True
         with unobserved(ids.device):
-            strata = strata_of(ids, present, self.delimiter_ids)
+            strata = self._strata(ids, present)
             self._tokens, self._masks, self._valid = (ids.shape[0], ids.shape[1]), Masks(), strata[0]
             self._parts = {strata.device: [_Part(None, strata, ids)]}
             for (site, layer, kind), values in sequences.activations().items():
@@ -282,6 +327,8 @@ class Collector:
             self._fold(site, layer, kind, values, self._parts_on(values.device)[0].strata)
         elif kind == "routed":
             self._fold_routed(layer, values)
+        elif site == ROUTER:
+            self._fold_router(layer, kind, values)
         else:
             self._fold_heads(site, layer, values.transpose(1, 2))
 
@@ -308,7 +355,7 @@ class Collector:
     def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
         documents_of_ids = documents.on(ids.device)
         rows = documents_of_ids.rows(ids)
-        strata = strata_of(rows, documents_of_ids.valid, self.delimiter_ids)
+        strata = self._strata(rows, documents_of_ids.valid)
         return _Part(documents, strata, torch.where(documents_of_ids.valid, rows, -1))
 
     def stop(self, raised: bool) -> None:
@@ -366,6 +413,8 @@ class Collector:
                 self._values[layer] = tensor
             if self.includes(tap.site):
                 self._fold_heads(tap.site, layer, tensor)
+        elif tap.site == ROUTER:
+            self._on_router(layer, tap.scores, value.reshape(batch, tokens, -1))
         elif self.includes(tap.site):
             value = value.reshape(batch, tokens, -1)
             if self._cached_pass is not None:
@@ -423,7 +472,7 @@ class Collector:
             )
             return
         with unobserved(call.tensor.device):
-            crossing = key_tokens(self._pass, call, self.delimiter_ids)
+            crossing = key_tokens(self._pass, call, self.delimiter_ids, self.stratum_names)
             if self._cached_pass is not None:
                 self._cached_pass.keep_crossing(layer, crossing)
                 self._spill()
@@ -444,7 +493,9 @@ class Collector:
                 self._fold(site, layer, "heads", tensor, own)
         suite = self.suites_at(CROSS_ATTENTION).get("attention")
         if suite is not None and self.includes(CROSS_ATTENTION):
-            layout, increment = measure_cross_attention(suite, crossing, strata, self.vocabulary)
+            layout, increment = measure_cross_attention(
+                suite, crossing, strata, self.vocabulary, self.stratum_names
+            )
             self._merge((CROSS_ATTENTION, layer, "attention"), suite, layout, increment)
 
     def _fold_whole_call(self, call: AttentionCall, layer: int) -> None:
@@ -534,18 +585,107 @@ class Collector:
             x = part.rows(rows).transpose(1, 2).flatten(0, 1)
             self._fold("mlp_hidden", layer, "activation", x, part.strata.repeat_interleave(slots, dim=1))
 
+    def on_choice(self, layer: int, experts: torch.Tensor, peaks: torch.Tensor, count: int) -> None:
+        """Fold which of ``count`` experts each token was sent to, and the largest |y| that each gave for it.
+
+        Both are (batch · token, slot).
+        """
+        if self._tokens is None or experts.shape[0] != self._tokens[0] * self._tokens[1]:
+            return
+        shape, index = (experts.shape[0], count), experts.long()
+        top = torch.full(shape, -torch.inf, device=peaks.device).scatter_reduce(
+            1, index, peaks.float(), "amax", include_self=True
+        )
+        choice = torch.zeros(shape, device=peaks.device).scatter(1, index, 1.0)
+        for kind, values in (("choice", choice), ("peaks", top)):
+            self._on_router(layer, kind, values.reshape(*self._tokens, count))
+
+    def _on_router(self, layer: int, kind: str, values: torch.Tensor) -> None:
+        if kind == "choice":
+            if layer in self._layers_chosen:
+                return
+            self._layers_chosen.add(layer)
+        if self._cached_pass is not None:
+            self._hold((ROUTER, layer, kind), values)
+            return
+        self._fold_router(layer, kind, values)
+
+    def _fold_router(self, layer: int, kind: str, values: torch.Tensor) -> None:
+        """(batch, token, expert) of one kind: logits, probabilities, choice or peaks."""
+        suite = self.suites_at(ROUTER).get("routing")
+        if suite is None:
+            return
+        if kind == "probabilities":
+            kind, values = "logits", values.float().log()
+        elif kind == "choice":
+            values = (values != 0).float()
+        for part in self._parts_on(values.device):
+            observation = RoutingObservation(
+                part.strata, values.shape[-1], stratum_names=self.stratum_names, **{kind: part.rows(values)}
+            )
+            self._merge((ROUTER, layer, "routing"), suite, observation.layout, suite.measure(observation))
+
     def on_weight(self, tap: Tap, layer: int, module: nn.Module, hidden: torch.Tensor) -> None:
         """Measure a projection's weights, once a step: they are the same in all its forward passes."""
         key = (tap.site, layer, "weight")
         if key in self._states:
             return
+        if tap.site == DOWN_WEIGHT and layer in self.expert_projections:
+            self._on_expert_weights(key, hidden.shape[-1])
+            return
         weight = down_projection(module, hidden)
+        if tap.fused is not None and not isinstance(weight, str):
+            weight = fused_part(weight, tap.fused)
         if isinstance(weight, str):
             self.skipped[tap.site] = weight
             return
         suite = self.suites_at(tap.site)["weight"]
         observation = WeightObservation(weight)
         self._merge(key, suite, observation.layout, suite.measure(observation))
+
+    def on_product(self, tap: Tap, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Fold what a projection was given and what it gave."""
+        if self._tokens is None:
+            return
+        batch, tokens = self._tokens
+        rows = [batch_first(tap, value, batch, tokens) for value in (inputs, outputs)]
+        suite = self.suites_at(tap.site)["product"]
+        key = (tap.site, layer, "product")
+        if "weight" in self.suites_at(tap.site) and (tap.site, layer, "weight") not in self._states:
+            return  # The matrix cannot be read, which ``skipped`` says.
+        if any(row is None for row in rows):
+            return
+        whole = [row.reshape(batch, tokens, -1) for row in rows if row is not None]
+        for part in self._parts_on(inputs.device):
+            observation = ProductObservation(part.rows(whole[0]), part.rows(whole[1]), part.strata[0])
+            increment = suite.measure(observation)
+            if not self._measures_calls or (self._cached_pass is not None and self._cached_pass.start > 0):
+                # Of a part of a sequence: which of its tokens is the largest is not known.
+                names = ("product_peak.same_token", "product_peak.sequences")
+                increment |= {n: torch.zeros_like(increment[n]) for n in names if n in increment}
+            self._merge(key, suite, observation.layout, increment)
+
+    def _on_expert_weights(self, key: Key, rows: int) -> None:
+        """Measure the experts' matrices one by one, and label them as if they were stacked."""
+        suite = self.suites_at(key[0])["weight"]
+        states: list[State] = []
+        for module in self.expert_projections[key[1]]:
+            weight = expert_projection(module, rows)
+            if isinstance(weight, str):
+                self.skipped[key[0]] = weight
+                return
+            observation = WeightObservation(weight)
+            states.append(suite.measure(observation))
+        layout = replace(observation.layout, experts=len(states))
+        together = {}
+        for name, spec in suite.fields(layout).items():
+            values = [state[name] for state in states]
+            if "expert" in spec.dims:
+                together[name] = torch.cat(values, dim=spec.dims.index("expert"))
+            else:
+                # Maxima, as all that is measured of weights (docs/decisions.md, Estimators).
+                together[name] = torch.stack(values).amax(0)
+        self._merge(key, suite, layout, together)
 
     # Folding
 
@@ -579,25 +719,27 @@ class Collector:
         if suite is None:
             return
         key = (site, layer, kind)
-        if kind == "activation" and self._compiles and x.device.type == "cuda":
+        # The kernels know three strata beside ``all``.
+        is_of_text = self.token_kinds is None
+        if kind == "activation" and self._compiles and x.device.type == "cuda" and is_of_text:
             increment = self._fused_folding().fold(key, suite, x, strata)
         else:
             increment = self._measure_function(site, kind, x)(x, strata)
         if increment:
-            self._merge(key, suite, _layout(kind, x), increment)
+            self._merge(key, suite, _layout(kind, x, self.stratum_names), increment)
 
     def _measure_function(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
         """The function (x, strata) → increments of a site, compiled once for all sites that are alike."""
-        suite = self.suites_at(site)[kind]
+        suite, names = self.suites_at(site)[kind], self.stratum_names
 
         def measure(x: torch.Tensor, strata: torch.Tensor) -> State:
             if kind == "heads":
-                return suite.measure(HeadsObservation(x, strata))
-            return suite.measure(ActivationObservation(x, strata))
+                return suite.measure(HeadsObservation(x, strata, stratum_names=names))
+            return suite.measure(ActivationObservation(x, strata, stratum_names=names))
 
         if not self._compiles:
             return measure
-        name = (suite.measurements, kind, x.shape, x.stride(), x.dtype, x.device)
+        name = (suite.measurements, kind, names, x.shape, x.stride(), x.dtype, x.device)
         return compile_once(name, measure)
 
     def _mask_of(self, call: AttentionCall) -> AttentionMask:
@@ -609,9 +751,30 @@ class Collector:
             return
         ids = None if self.vocabulary is None else TokenIds(part.ids, self.vocabulary)
         layout, increment = measure_attention(
-            suite, call, part.strata, mask=mask, compiled=self._compiles, token_ids=ids
+            suite,
+            call,
+            part.strata,
+            stratum_names=self.stratum_names,
+            mask=mask,
+            compiled=self._compiles,
+            token_ids=ids,
+            output_weight=self._output_weight(suite, call, layer),
         )
         self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
+
+    def _output_weight(self, suite: Suite, call: AttentionCall, layer: int) -> torch.Tensor | None:
+        """W_O by head where a measurement reads it; of a weight that cannot be read a note says why."""
+        if call.value is None or not any(m.reads_output_weight for m in suite.measurements):
+            return None
+        heads, width = call.tensor.shape[1], call.value.shape[-1]
+        module = self.output_projections.get(layer)
+        weight: torch.Tensor | str = "no output projection reads the heads' outputs"
+        if module is not None:
+            weight = output_projection(module, heads, width)
+        if isinstance(weight, str):
+            self.notes.setdefault(f"values after the output projection are not measured: {weight}")
+            return None
+        return weight
 
     @property
     def _compiles(self) -> bool:
@@ -676,11 +839,11 @@ def _shape_of_stream(forward_pass: ForwardPass, tokens_first: bool) -> tuple[int
     return (shape[1], shape[0]) if tokens_first else (shape[0], shape[1])
 
 
-def _layout(kind: str, x: torch.Tensor) -> Layout:
+def _layout(kind: str, x: torch.Tensor, strata: tuple[str, ...]) -> Layout:
     if kind == "heads":
         _, heads, tokens, width = x.shape
-        return Layout(channels=heads * width, heads=heads, head_channels=width, tokens=tokens)
-    return Layout(channels=x.shape[-1], tokens=x.shape[1])
+        return Layout(channels=heads * width, heads=heads, head_channels=width, tokens=tokens, strata=strata)
+    return Layout(channels=x.shape[-1], tokens=x.shape[1], strata=strata)
 
 
 def _padded(suite: Suite, state: State, layout: Layout) -> State:

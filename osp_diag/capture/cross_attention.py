@@ -15,6 +15,7 @@ from osp_diag.capture.strata import strata_of
 from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Layout, State, Suite
 from osp_diag.estimators.cross_attention import CrossAttentionObservation
+from osp_diag.schema import STRATA
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
@@ -32,12 +33,18 @@ class Crossing:
     """−1 where they are no tokens of a vocabulary, or not known"""
 
 
-def key_tokens(forward_pass: ForwardPass, call: AttentionCall, delimiter_ids: Sequence[int]) -> Crossing:
+def key_tokens(
+    forward_pass: ForwardPass,
+    call: AttentionCall,
+    delimiter_ids: Sequence[int],
+    stratum_names: Sequence[str] = STRATA,
+) -> Crossing:
     """The call with the strata and ids of the tokens behind its keys.
 
     They are an encoder's: the model's ``input_ids`` and ``attention_mask`` where these have that shape and
     the blocks' own arguments bear a prefix, or what it is handed as ``encoder_attention_mask``. Without a
-    mask of them, a key that no query may see is padding.
+    mask of them, a key that no query may see is padding. Of ``stratum_names``, the run's, keys
+    are in the strata of text alone: kinds of token are told among the queries.
     """
     batch, keys = call.tensor.shape[0], call.lengths[1]
     ids, mask = forward_pass.of_other_sequence(batch, keys)
@@ -53,11 +60,18 @@ def key_tokens(forward_pass: ForwardPass, call: AttentionCall, delimiter_ids: Se
         while seen.ndim < 4:
             seen = seen[None]
         present = seen.flatten(1, 2).any(1).expand(batch, keys)
-    return Crossing(call, strata_of(ids, present, delimiter_ids), torch.where(present, ids, -1))
+    of_text = dict(zip(STRATA, strata_of(ids, present, delimiter_ids), strict=True))
+    nowhere = torch.zeros_like(of_text["all"])
+    strata = torch.stack([of_text.get(name, nowhere) for name in stratum_names])
+    return Crossing(call, strata, torch.where(present, ids, -1))
 
 
 def measure_cross_attention(
-    suite: Suite, crossing: Crossing, strata: Float[Tensor, "stratum batch token"], vocabulary: int | None
+    suite: Suite,
+    crossing: Crossing,
+    strata: Float[Tensor, "stratum batch token"],
+    vocabulary: int | None,
+    stratum_names: tuple[str, ...] = STRATA,
 ) -> tuple[Layout, State]:
     """Measure one call; ``strata`` are of the queries' tokens."""
     call = crossing.call
@@ -68,6 +82,7 @@ def measure_cross_attention(
         call.value,
         strata,
         crossing.key_strata,
+        stratum_names=stratum_names,
         scale=call.scale,
         logits=call.logits,
         mask=mask,

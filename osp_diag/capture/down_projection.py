@@ -1,4 +1,4 @@
-"""The matrix of a down projection as estimators take it, whatever way a module holds it.
+"""The matrix of a projection as estimators take it, whatever way a module holds it.
 
 It is read just before the projection runs. Then a weight that FSDP shards is whole, one that a device map
 keeps elsewhere is about to be fetched, and it is the weight that this forward pass multiplies by.
@@ -15,7 +15,15 @@ from torch import Tensor, nn
 
 from osp_diag.capture.experts import DOWN_NAMES
 
-__all__ = ["down_projection", "projection_weight", "weights_at_hand", "whole_weight"]
+__all__ = [
+    "down_projection",
+    "expert_projection",
+    "fused_part",
+    "output_projection",
+    "projection_weight",
+    "weights_at_hand",
+    "whole_weight",
+]
 
 _FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,13 +53,58 @@ def down_projection(
         whole = projection_weight(module)
         if isinstance(whole, str):
             return whole
-        width = hidden.shape[-1]
-        if whole.ndim != 2 or width not in whole.shape:
-            return f"its weight of shape {tuple(whole.shape)} is no matrix over {width} input channels"
-        transposed = whole.shape[1] != width
+        oriented = _oriented(module, whole, hidden.shape[-1])
+        return oriented if isinstance(oriented, str) else oriented[None]
+
+
+def expert_projection(module: nn.Module, rows: int) -> Float[Tensor, "expert row channel"] | str:
+    """The weights of one expert's down projection, by how many channels it gives."""
+    with weights_at_hand(module):
+        whole = projection_weight(module)
+        if isinstance(whole, str):
+            return whole
+        if whole.ndim != 2 or rows not in whole.shape:
+            return f"its weight of shape {tuple(whole.shape)} is no matrix that gives {rows} channels"
+        transposed = whole.shape[0] != rows
         if whole.shape[0] == whole.shape[1]:
             transposed = "conv1d" in type(module).__name__.lower()
         return (whole.T if transposed else whole)[None]
+
+
+def fused_part(
+    weight: Float[Tensor, "expert row channel"], part: tuple[int, int, int, int]
+) -> Float[Tensor, "expert row channel"]:
+    """The rows of a fused projection that a tap's ``fused`` names."""
+    groups, slots, first, count = part
+    return weight.unflatten(1, (groups, slots, -1))[:, :, first : first + count].flatten(1, 3)
+
+
+def output_projection(
+    module: nn.Module, heads: int, width: int
+) -> Float[Tensor, "head row value_channel"] | str:
+    """W_O by head: the columns of attention's output projection that read each head's output.
+
+    Parameters
+    ----------
+    module : the projection, whose input is the heads' outputs concatenated
+    heads, width : how many heads, and how wide the values of one are
+    """
+    with weights_at_hand(module):
+        whole = projection_weight(module)
+        if isinstance(whole, str):
+            return whole
+        oriented = _oriented(module, whole, heads * width)
+        return oriented if isinstance(oriented, str) else oriented.unflatten(1, (heads, width)).movedim(1, 0)
+
+
+def _oriented(module: nn.Module, whole: Tensor, width: int) -> Float[Tensor, "row channel"] | str:
+    """A projection's matrix with its output channels as rows, by the width of its input."""
+    if whole.ndim != 2 or width not in whole.shape:
+        return f"its weight of shape {tuple(whole.shape)} is no matrix over {width} input channels"
+    transposed = whole.shape[1] != width
+    if whole.shape[0] == whole.shape[1]:
+        transposed = "conv1d" in type(module).__name__.lower()
+    return whole.T if transposed else whole
 
 
 def _of_convolution(module: nn.Conv1d) -> Tensor | str:

@@ -6,7 +6,7 @@ Which tokens an expert got is told by the rows themselves: its input is made of 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,6 +14,19 @@ from torch import nn
 from osp_diag.capture.hooks import unobserved
 
 __all__ = ["ExpertModuleCapture"]
+
+
+class _Part(NamedTuple):
+    """What one expert did in a pass."""
+
+    state: torch.Tensor
+    """(row, channel) that it was given"""
+    hidden: torch.Tensor
+    """(row, channel) that its down projection was given"""
+    expert: int
+    peaks: torch.Tensor
+    """(row) max |y| of what the projection gave"""
+
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
@@ -61,6 +74,8 @@ class ExpertModuleCapture:
     on_rows : called with (layer, rows sorted by token (tokens · slots, channel), slots), where slots is the
         number of experts a token goes to
     on_failure : called with a layer whose experts do not get rows of the mixture's input
+    on_choice : called with (layer, expert of each row (token, slot), max |y| of its down projection's output
+        for it (token, slot)); None if nobody asks
     """
 
     def __init__(
@@ -71,23 +86,26 @@ class ExpertModuleCapture:
         active: Callable[[], bool],
         on_rows: Callable[[int, torch.Tensor, int], None],
         on_failure: Callable[[int], None],
+        on_choice: Callable[[int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
     ) -> None:
+        self.on_choice = on_choice
         self.model, self.mixtures, self.experts = model, dict(mixtures), dict(experts)
         self.active, self.on_rows, self.on_failure = active, on_rows, on_failure
         self._handles: list[Any] = []
         self._state: torch.Tensor | None = None
         self._input: torch.Tensor | None = None
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._parts: list[_Part] = []
 
     def __enter__(self) -> ExpertModuleCapture:
         for layer, pairs in self.experts.items():
             mixture = self.model.get_submodule(self.mixtures[layer])
             self._handles.append(mixture.register_forward_pre_hook(self._begin, with_kwargs=True))
             self._handles.append(mixture.register_forward_hook(self._end_hook(layer), always_call=True))
-            for expert, down in pairs:
-                for path, hook in ((expert, self._expert_hook), (down, self._down_hook)):
-                    module = self.model.get_submodule(path)
-                    self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            for number, (expert, down) in enumerate(pairs):
+                module, projection = self.model.get_submodule(expert), self.model.get_submodule(down)
+                self._handles.append(module.register_forward_pre_hook(self._expert_hook, with_kwargs=True))
+                hook = self._down_hook(number)
+                self._handles.append(projection.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -102,11 +120,17 @@ class ExpertModuleCapture:
     def _expert_hook(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         self._input = None if self._state is None else _first_activation(args, kwargs)
 
-    def _down_hook(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        hidden = None if self._input is None else _first_activation(args, kwargs)
-        if hidden is not None and self._input is not None:
-            self._parts.append((self._input, hidden))
-        self._input = None
+    def _down_hook(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
+            hidden = None if self._input is None else _first_activation(args, kwargs)
+            if hidden is not None and self._input is not None and isinstance(result, torch.Tensor):
+                with unobserved(hidden.device):
+                    output = result.detach().reshape(len(hidden), -1)
+                    peaks = output.abs().amax(-1) if len(output) else output[:, 0]
+                    self._parts.append(_Part(self._input, hidden, number, peaks))
+            self._input = None
+
+        return hook
 
     def _end_hook(self, layer: int) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
@@ -115,11 +139,16 @@ class ExpertModuleCapture:
             if state is None or result is None:
                 return
             with unobserved(state.device):
-                rows, slots = _in_token_order(state, parts)
-                if rows is None:
+                order = _token_order(state, parts)
+                if order is None:
                     self.on_failure(layer)
-                else:
-                    self.on_rows(layer, rows, slots)
+                    return
+                slots = len(order) // len(state)
+                self.on_rows(layer, torch.cat([part.hidden for part in parts])[order], slots)
+                if self.on_choice is not None:
+                    experts = torch.cat([torch.full_like(p.peaks, p.expert, dtype=torch.long) for p in parts])
+                    peaks = torch.cat([part.peaks for part in parts])
+                    self.on_choice(layer, experts[order].reshape(-1, slots), peaks[order].reshape(-1, slots))
 
         return hook
 
@@ -132,18 +161,20 @@ def _first_activation(args: Any, kwargs: Mapping[str, Any]) -> torch.Tensor | No
     return None
 
 
-def _in_token_order(
-    state: torch.Tensor, parts: list[tuple[torch.Tensor, torch.Tensor]]
-) -> tuple[torch.Tensor | None, int]:
-    """(rows sorted by token, experts a token); (None, 0) where a row is no token's or numbers differ."""
+def _token_order(state: torch.Tensor, parts: list[_Part]) -> torch.Tensor | None:
+    """The order in which the rows of all parts are sorted by token.
+
+    None where a row is no token's, or tokens go to different numbers of experts.
+    """
     hashes = _row_hashes(state)
-    parts = [part for part in parts if len(part[0])]
-    same_type = all(x.dtype == state.dtype and x.shape[0] == h.shape[0] for x, h in parts)
-    indices = [token_indices(hashes, x) if x.shape[-1] == state.shape[-1] else None for x, _ in parts]
-    if not parts or not same_type or any(index is None for index in indices):
-        return None, 0
+    parts = [part for part in parts if len(part.state)]
+    same_type = all(p.state.dtype == state.dtype and len(p.state) == len(p.hidden) for p in parts)
+    same_width = all(part.state.shape[-1] == state.shape[-1] for part in parts)
+    indices = [token_indices(hashes, part.state) for part in parts] if same_type and same_width else []
+    if not indices or any(index is None for index in indices):
+        return None
     index = torch.cat(indices)  # type: ignore[arg-type]
     slots = len(index) // len(state)
     if not bool((torch.bincount(index, minlength=len(state)) == slots).all()) or slots == 0:
-        return None, 0
-    return torch.cat([hidden for _, hidden in parts])[torch.argsort(index, stable=True)], slots
+        return None
+    return torch.argsort(index, stable=True)

@@ -26,17 +26,24 @@ _PRODUCTS = {"linear", "matmul", "__matmul__", "bmm", "_grouped_mm", "grouped_mm
 class _Watch(TorchFunctionMode):
     """Collects (token index, rows) of every product with a down projection during one call."""
 
-    def __init__(self, module: nn.Module, hidden: torch.Tensor) -> None:
+    def __init__(self, module: nn.Module, hidden: torch.Tensor, *, reads_choice: bool) -> None:
         super().__init__()
+        self.reads_choice = reads_choice
         self.hidden = hidden.untyped_storage().data_ptr()
         self.tokens = hidden.numel() // hidden.shape[-1]
         matrices = {name: p for name, p in module.named_parameters(recurse=False) if p.ndim == 3}
         self.down = {
             p.untyped_storage().data_ptr() for name, p in matrices.items() if DOWN_NAMES.search(name)
         }
-        self.copies: list[torch.Tensor] = []
+        self.matrices = [p for name, p in matrices.items() if DOWN_NAMES.search(name)]
+        parameters = module.named_parameters(recurse=False)
+        self.biases = [p for name, p in parameters if p.ndim == 2 and DOWN_NAMES.search(name)]
+        self.copies: dict[int, tuple[torch.Tensor, torch.Tensor | None]] = {}
+        """address of weights picked by index → themselves and the experts that were picked"""
         self.index: torch.Tensor | None = None
         self.rows: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.choices: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+        """of each product: the expert of each row, and the largest |y| that it gave there"""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
@@ -47,10 +54,13 @@ class _Watch(TorchFunctionMode):
             slots = result.shape[0] // self.tokens
             self.index = torch.arange(self.tokens, device=result.device).repeat_interleave(slots)
         elif name in _PRODUCTS and len(args) >= 2 and all(isinstance(a, torch.Tensor) for a in args[:2]):
-            self._on_product(args[0], args[1])
+            others = [a for a in (*args[2:], *(kwargs or {}).values()) if isinstance(a, torch.Tensor)]
+            self._on_product(args[0], args[1], result, others)
         return result
 
-    def _on_product(self, left: torch.Tensor, right: torch.Tensor) -> None:
+    def _on_product(
+        self, left: torch.Tensor, right: torch.Tensor, result: torch.Tensor, others: list[torch.Tensor]
+    ) -> None:
         """The factor that is not a down projection holds the rows, (rows, width, 1) if batched."""
         if self.index is None:
             return
@@ -60,7 +70,45 @@ class _Watch(TorchFunctionMode):
                 flat = flat.reshape(-1, flat.shape[-1])
                 if flat.shape[0] == self.index.numel():
                     self.rows.append((self.index.reshape(-1), flat.detach()))
+                    if not self.reads_choice:
+                        return
+                    with unobserved(flat.device):
+                        self.choices.append(self._choice(weight, result.detach(), flat.shape[0], others))
                 return
+
+    def _choice(
+        self, weight: torch.Tensor, result: torch.Tensor, rows: int, others: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(expert of each row, max |y| of each row) of one product; None where the expert is not told."""
+        output = result.reshape(rows, -1)
+        experts = self._experts_of(weight, rows, others)
+        if experts is None:
+            return None
+        has_bias = any(other.is_floating_point() for other in others)
+        if self.biases and not has_bias:
+            if len(self.biases) > 1 or self.biases[0].shape[-1] != output.shape[-1]:
+                return None
+            output = output + self.biases[0][experts]
+        return experts, output.abs().amax(-1)
+
+    def _experts_of(self, weight: torch.Tensor, rows: int, others: list[torch.Tensor]) -> torch.Tensor | None:
+        place = weight.untyped_storage().data_ptr()
+        if place in self.copies and self.copies[place][1] is not None:
+            picked = self.copies[place][1]
+            return picked if picked is not None and picked.numel() == rows else None
+        if len(self.matrices) != 1 or place != self.matrices[0].untyped_storage().data_ptr():
+            return None
+        whole = self.matrices[0]
+        is_one = weight.numel() == whole[0].numel()
+        if is_one:
+            number = (weight.storage_offset() - whole.storage_offset()) // whole.stride(0)
+            return torch.full((rows,), number, device=weight.device)
+        for other in others:
+            if not other.is_floating_point() and other.shape == whole.shape[:1]:
+                # Rows are sorted by expert, and the offsets are where each expert's rows end.
+                order = torch.arange(rows, device=weight.device, dtype=other.dtype)
+                return torch.searchsorted(other, order, right=True)
+        return None
 
     def _on_gather(self, args: Any, result: Any) -> None:
         source, index = args[0], args[-1]
@@ -74,8 +122,11 @@ class _Watch(TorchFunctionMode):
             self.index = index
         elif storage in self.down:
             # Picking experts by index copies their weights; kept alive so that the address stays theirs.
-            self.copies.append(result)
-            self.down.add(result.untyped_storage().data_ptr())
+            place = result.untyped_storage().data_ptr()
+            picked = index.reshape(-1) if is_index and place != storage else None
+            if place != storage:
+                self.copies[place] = (result, picked)
+            self.down.add(place)
 
 
 # Why experts are watched and not re-computed: docs/decisions.md, Capture.
@@ -90,6 +141,8 @@ class ExpertCapture:
     on_rows : called with (layer, rows sorted by token (tokens · slots, channel), slots), where slots is the
         number of experts a token goes to
     on_failure : called with a layer when the products were not recognised
+    on_choice : called with (layer, expert of each row (token, slot), max |y| of its down projection's output
+        for it (token, slot)), both None where a product does not tell its expert; None if nobody asks
     """
 
     def __init__(
@@ -99,7 +152,9 @@ class ExpertCapture:
         active: Callable[[], bool],
         on_rows: Callable[[int, torch.Tensor, int], None],
         on_failure: Callable[[int], None],
+        on_choice: Callable[[int, torch.Tensor | None, torch.Tensor | None], None] | None = None,
     ) -> None:
+        self.on_choice = on_choice
         self.model, self.layers, self.active = model, dict(layers), active
         self.on_rows, self.on_failure = on_rows, on_failure
         self._handles: list[Any] = []
@@ -125,7 +180,7 @@ class ExpertCapture:
             None,
         )
         if hidden is not None:
-            self._watch = _Watch(module, hidden)
+            self._watch = _Watch(module, hidden, reads_choice=self.on_choice is not None)
             self._watch.__enter__()
 
     def _leave(self) -> _Watch | None:
@@ -146,6 +201,15 @@ class ExpertCapture:
             with unobserved(watch.rows[0][1].device):
                 index = torch.cat([index for index, _ in watch.rows])
                 rows = torch.cat([rows for _, rows in watch.rows])
-                self.on_rows(layer, rows[torch.argsort(index, stable=True)], row_count // watch.tokens)
+                order, slots = torch.argsort(index, stable=True), row_count // watch.tokens
+                self.on_rows(layer, rows[order], slots)
+                if self.on_choice is None:
+                    return
+                choices = [choice for choice in watch.choices if choice is not None]
+                if len(choices) < len(watch.choices):
+                    self.on_choice(layer, None, None)
+                    return
+                experts, peaks = (torch.cat(part)[order] for part in zip(*choices, strict=True))
+                self.on_choice(layer, experts.reshape(-1, slots), peaks.reshape(-1, slots))
 
         return hook

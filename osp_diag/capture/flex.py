@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_bloc
 from osp_diag.estimators.attention import AttentionObservation
 from osp_diag.estimators.attention_mask import AttentionMask
 from osp_diag.estimators.attention_tiles import ProductLogits, SoftmaxStatistics
+from osp_diag.schema import STRATA
 
 __all__ = ["FlexStatistics", "is_expressible"]
 
@@ -88,6 +89,7 @@ class FlexStatistics:
     tokens, device : of the calls
     mask : causality and window, see :func:`is_expressible`
     scale, softcap : logits are softcap · tanh(scale · q·k / softcap), or scale · q·k
+    stratum_names : of the strata of tokens that come with each call
     compile : ``torch.compile``, which the kernels need
     """
 
@@ -99,9 +101,11 @@ class FlexStatistics:
         *,
         scale: float,
         softcap: float | None,
+        stratum_names: tuple[str, ...] = STRATA,
         compile: Compile,
     ) -> None:
         self.mask, self.scale, self.softcap = mask, scale, softcap
+        self.stratum_names = stratum_names
         self.forward_blocks, self.backward_blocks = _block_masks(tokens, mask.causal, mask.window, device)
         self.prepare = compile(self._prepare)
         self.over_keys = compile(self._over_keys)
@@ -126,7 +130,14 @@ class FlexStatistics:
         −Inf keeps the sink key and keys that are not finite out of the first pass.
         """
         observation = AttentionObservation(
-            query, key, None, strata, scale=self.scale, mask=self.mask, softcap=self.softcap
+            query,
+            key,
+            None,
+            strata,
+            stratum_names=self.stratum_names,
+            scale=self.scale,
+            mask=self.mask,
+            softcap=self.softcap,
         )
         source: Any = observation.source
         position = torch.arange(query.shape[2], device=query.device)[None]

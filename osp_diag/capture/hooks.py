@@ -156,6 +156,8 @@ class SiteCapture:
     on_activation : called with (tap, layer, tensor), under ``no_grad`` and outside of autocast
     on_weight : called so with (tap, layer, module, its input) where a tap's side is "weight", just before
         the module runs; None leaves those taps out
+    on_product : called so with (tap, layer, input, output) where a tap's side is "product"; None leaves
+        those taps out
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
     entries : block → the module with which it begins, where it does not run itself
     channels_first : whether the stream between the blocks is (batch, channel, token)
@@ -176,6 +178,7 @@ class SiteCapture:
         on_stop: Callable[[bool], None],
         on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None] | None = None,
         on_stream: Callable[[ForwardPass], None] | None = None,
+        on_product: Callable[[Tap, int, torch.Tensor, torch.Tensor], None] | None = None,
         prefix: str = "",
         entries: Mapping[str, str] | None = None,
         channels_first: bool = False,
@@ -186,7 +189,7 @@ class SiteCapture:
         self.block_paths = block_paths
         self.on_activation = on_activation
         self.on_start, self.on_stop, self.on_weight = on_start, on_stop, on_weight
-        self.on_stream = on_stream
+        self.on_stream, self.on_product = on_stream, on_product
         self.prefix = prefix
         self.entries, self.channels_first = entries or {}, channels_first
         self.streams_in_a_row = streams_in_a_row
@@ -224,6 +227,10 @@ class SiteCapture:
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 elif side == "output":
                     self._handles.append(module.register_forward_hook(self._output_hook(taps, path)))
+                elif side == "product":
+                    if self.on_product is not None:
+                        hook = self._product_hook(taps, path, self.on_product)
+                        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
                 elif self.on_weight is not None:
                     hook = self._weight_hook(taps, self.on_weight)
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
@@ -346,6 +353,23 @@ class SiteCapture:
             if self.current is not None:
                 for tap in self._of_this_call(taps, path, "output"):
                     self._read(tap, _output_of(tap.argument, result))
+
+        return hook
+
+    def _product_hook(
+        self, taps: list[Tap], path: str, on_product: Callable[[Tap, int, torch.Tensor, torch.Tensor], None]
+    ) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
+            if self.current is None or torch.compiler.is_compiling():
+                return
+            for tap in self._of_this_call(taps, path, "product"):
+                value, output = _input_of(tap.argument, args, kwargs), _output_of(None, result)
+                if isinstance(value, torch.Tensor) and isinstance(output, torch.Tensor):
+                    with unobserved(value.device):
+                        pair = value.detach(), output.detach()
+                        if tap.channels_first:  # a convolution over single tokens gives what it takes
+                            pair = pair[0].transpose(1, 2), pair[1].transpose(1, 2)
+                        on_product(tap, self._layer(tap), *pair)
 
         return hook
 

@@ -1,4 +1,4 @@
-"""Which tokens a statistic speaks of: the four strata of every forward pass, as weights on the device."""
+"""Which tokens a statistic speaks of: the strata of every forward pass, as weights on the device."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.errors import CaptureError
 
 __all__ = ["strata_of"]
 
 
-# Why every state holds all four: docs/decisions.md, Estimators.
+# Why every state holds all of them: docs/decisions.md, Estimators.
 def strata_of(
     input_ids: Int[Tensor, "batch token"] | None,
     attention_mask: Shaped[Tensor, "batch token"] | None,
@@ -22,7 +23,9 @@ def strata_of(
     position_ids: Int[Tensor, "batch token"] | None = None,
     *,
     inputs_embeds: Float[Tensor, "batch token channel"] | None = None,
-) -> Float[Tensor, "4 batch token"]:
+    kinds: TokenKinds | None = None,
+    start: int = 0,
+) -> Float[Tensor, "stratum batch token"]:
     """The weight, 0 or 1, of every token in every stratum.
 
     * ``all``: every token that is not padding;
@@ -30,6 +33,8 @@ def strata_of(
       token at position 0, so that each document of a packed row has its own first token;
     * ``delimiter``: not first, and its id is one of ``delimiter_ids``;
     * ``rest``: neither. So all = first + delimiter + rest.
+
+    A token of one of the model's ``kinds`` is of that stratum and of no other but ``all``.
 
     The host never waits for the device, except that delimiter ids given as Python numbers are copied
     there once and kept.
@@ -47,10 +52,15 @@ def strata_of(
         Positions, of shape (batch, token), (token,) or (1, token).
     inputs_embeds
         Stands in for missing ``input_ids``: only its shape and device are read.
+    kinds
+        Kinds of tokens that the model has beside text.
+    start
+        Position of the first token of each row, from which the positions of kinds count.
 
     Returns
     -------
-    float32 of shape (4, batch, token) in the order of :data:`STRATA`, on the device of the tokens.
+    float32 of shape (stratum, batch, token) in the order of :data:`STRATA`, or of ``kinds.strata``, on the
+    device of the tokens.
 
     Raises
     ------
@@ -69,7 +79,25 @@ def strata_of(
     else:
         delimiter = delimiter & _is_member(input_ids, _sorted_on_device(delimiter_ids, device))
     rest = present & ~first & ~delimiter
-    return torch.stack([present, first, delimiter, rest]).to(torch.float32)
+    parts = [first, delimiter, rest]
+    if kinds is not None:
+        ids = torch.full((batch, tokens), -1, device=device) if input_ids is None else input_ids
+        parts = _with_kinds(kinds, present, parts, kinds.members(ids, start))
+    return torch.stack([present, *parts]).to(torch.float32)
+
+
+def _with_kinds(
+    kinds: TokenKinds, present: Tensor, of_text: list[Tensor], members: list[Tensor]
+) -> list[Tensor]:
+    """The strata but ``all``, of a model with kinds of tokens."""
+    members = [mine & present for mine in members]
+    others = present
+    for mine in members:
+        others = others & ~mine
+    if kinds.has_remaining:
+        return [*members, others]
+    first, delimiter, rest = (part & others for part in of_text)
+    return [first, delimiter, *members, rest]
 
 
 def _shape_of(

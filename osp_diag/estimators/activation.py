@@ -61,8 +61,9 @@ class ActivationObservation:
     Parameters
     ----------
     x : (batch, token, channel), any floating dtype; computed on in float32
-    strata : (stratum, batch, token) of 0 and 1, in the order of ``STRATA``: row 0 (``all``) is the
+    strata : (stratum, batch, token) of 0 and 1, in the order of ``stratum_names``: row 0 (``all``) is the
         union of the others, which do not overlap; padding is 0 in all
+    stratum_names : ``all``, then the others
     significant_bits : how many leading bits of a float32 magnitude can be set, which shortens exact
         medians: 15 if the values came as bfloat16, 18 if float16, else 31. Read off ``x`` by default.
 
@@ -76,14 +77,15 @@ class ActivationObservation:
         x: Float[Any, "batch token channel"],
         strata: Float[Any, "stratum batch token"],
         *,
+        stratum_names: tuple[str, ...] = STRATA,
         significant_bits: int | None = None,
         reductions: Reductions = GENERIC,
     ) -> None:
-        fits = len(x.shape) == 3 and tuple(strata.shape) == (len(STRATA), *x.shape[:2])
+        fits = len(x.shape) == 3 and tuple(strata.shape) == (len(stratum_names), *x.shape[:2])
         if not fits or 0 in x.shape:
             raise EstimatorError(
                 "activations must be (batch, token, channel), none of them 0, and strata "
-                f"({len(STRATA)}, batch, token); got {tuple(x.shape)} and {tuple(strata.shape)}"
+                f"({len(stratum_names)}, batch, token); got {tuple(x.shape)} and {tuple(strata.shape)}"
             )
         xp = namespace_of(x)
         self.significant_bits = significant_bits or significant_bits_of(x)
@@ -102,7 +104,7 @@ class ActivationObservation:
         self.x = x if all_counted else xp.where(counted[..., None], x, xp.zeros_like(x[:1, :1, :1]))
         self.strata = self.raw_strata * xp.astype(counted, xp.float32)[None, ...]
         self.reductions = reductions
-        self.layout = Layout(channels=x.shape[-1], tokens=x.shape[-2])
+        self.layout = Layout(channels=x.shape[-1], tokens=x.shape[-2], strata=stratum_names)
         self._cache: dict[str, Any] = {}
 
     @once

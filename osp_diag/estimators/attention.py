@@ -100,14 +100,18 @@ def _cleaned(x: Array, finite: Bool[Any, "batch token"]) -> Array:
     return xp.where(finite[:, None, :, None], x, xp.zeros_like(x[:1, :1, :1, :1]))
 
 
-def _sink_positions(strata: Float[Any, "stratum batch token"]) -> Int[Any, " batch"]:
+def _sink_positions(
+    strata: Float[Any, "stratum batch token"], stratum_names: tuple[str, ...]
+) -> Int[Any, " batch"]:
     """First token of stratum ``first`` of each sequence, else its first token that is not padding."""
     # Why not position 0: docs/decisions.md, Estimators.
     xp = namespace_of(strata)
     tokens = strata.shape[-1]
     place = index_range(0, tokens, strata)
-    first = xp.min(xp.where(strata[1, ...] > 0, place, tokens), axis=-1)
     valid = xp.min(xp.where(strata[0, ...] > 0, place, tokens), axis=-1)
+    if "first" not in stratum_names:
+        return xp.clip(valid, 0, tokens - 1)
+    first = xp.min(xp.where(strata[stratum_names.index("first"), ...] > 0, place, tokens), axis=-1)
     return xp.clip(xp.where(first < tokens, first, valid), 0, tokens - 1)
 
 
@@ -127,12 +131,15 @@ class AttentionObservation:
     query : (batch, head, token, channel), as it enters the product: after RoPE and QK norm
     key : (batch, key_value_head, token, channel); head h uses key-value head h // (heads / groups)
     value : (batch, key_value_head, token, any width), or None where it is not known
-    strata : (stratum, batch, token) of 0 and 1, in the order of ``STRATA``; padding is 0 in all
+    strata : (stratum, batch, token) of 0 and 1, in the order of ``stratum_names``; padding is 0 in all
+    stratum_names : ``all``, then the others
     scale : logits are scale · q·k
     mask : what a query may see (the mask alone says so: padding keys that it lets through get mass)
     softcap : c in c · tanh(logit / c), before the mask; None for none
     sink_logits : (head,) learned logits of an extra column; zeros are softmax-off-by-one
     token_ids : the tokens' ids; None where they are not known
+    output_weight : what each head's output is multiplied with before it enters the stream, W_O by head; None
+        where no measurement asks for it, or it is not known
     query_sample : number of evenly spaced queries of a sequence's tokens whose logits enter distributions;
         None for all
     tile : queries at a time
@@ -148,6 +155,7 @@ class AttentionObservation:
     """(batch, head, token, channel) float32, 0 where not finite; None if only logits are known"""
     key: Array | None
     scale: float | None
+    output_weight: Array | None = None
 
     def __init__(
         self,
@@ -161,6 +169,8 @@ class AttentionObservation:
         softcap: float | None = None,
         sink_logits: Float[Any, " head"] | None = None,
         token_ids: TokenIds | None = None,
+        stratum_names: tuple[str, ...] = STRATA,
+        output_weight: Float[Any, "head row value_channel"] | None = None,
         query_sample: int | None = 64,
         tile: int = 128,
         reductions: AttentionReductions = GENERIC_ATTENTION,
@@ -184,13 +194,14 @@ class AttentionObservation:
             head_channels=channels,
             tokens=tokens,
             vocabulary=1 if token_ids is None else token_ids.vocabulary,
+            strata=stratum_names,
         )
         query, key = _as_float32(query), _as_float32(key)
         finite = finite_tokens(query) & finite_tokens(key)
         query, key = _cleaned(query, finite), _cleaned(key, finite)
         source = ProductLogits(query, key, finite, scale, mask, softcap, sink_logits)
         self._open(source, value, strata, finite, layout, mask, token_ids, query_sample, tile, reductions)
-        self.query, self.key, self.scale = query, key, scale
+        self.query, self.key, self.scale, self.output_weight = query, key, scale, output_weight
 
     @classmethod
     def from_logits(
@@ -202,6 +213,8 @@ class AttentionObservation:
         mask: AttentionMask | None = None,
         extra_columns: int = 0,
         token_ids: TokenIds | None = None,
+        stratum_names: tuple[str, ...] = STRATA,
+        output_weight: Float[Any, "head row value_channel"] | None = None,
         query_sample: int | None = 64,
         tile: int = 128,
         reductions: AttentionReductions = GENERIC_ATTENTION,
@@ -229,12 +242,18 @@ class AttentionObservation:
         mask.check(batch, heads, tokens)
         groups = heads if value is None else value.shape[1]
         vocabulary = 1 if token_ids is None else token_ids.vocabulary
-        layout = Layout(heads=heads, key_value_heads=groups, tokens=tokens, vocabulary=vocabulary)
+        layout = Layout(
+            heads=heads,
+            key_value_heads=groups,
+            tokens=tokens,
+            vocabulary=vocabulary,
+            strata=stratum_names,
+        )
         self = cls.__new__(cls)
         finite = xp.ones_like(strata[0, ...]) > 0
         source = ModelLogits(logits, extra_columns, mask)
         self._open(source, value, strata, finite, layout, mask, token_ids, query_sample, tile, reductions)
-        self.query, self.key, self.scale = None, None, None
+        self.query, self.key, self.scale, self.output_weight = None, None, None, output_weight
         return self
 
     def _open(
@@ -252,10 +271,10 @@ class AttentionObservation:
     ) -> None:
         xp = namespace_of(strata)
         batch, tokens = finite.shape
-        if tuple(strata.shape) != (len(STRATA), batch, tokens):
+        if tuple(strata.shape) != (len(layout.strata), batch, tokens):
             raise EstimatorError(
                 f"strata has shape {tuple(strata.shape)}, expected (stratum, batch, token) = "
-                f"{(len(STRATA), batch, tokens)}"
+                f"{(len(layout.strata), batch, tokens)}"
             )
         if value is not None and (
             (value.shape[0], value.shape[2]) != (batch, tokens) or layout.heads % value.shape[1]
@@ -287,7 +306,7 @@ class AttentionObservation:
         """Set the strata of queries and keys, of whose sink key and themselves all is finite."""
         xp = namespace_of(raw_key_strata)
         self.raw_key_strata = raw_key_strata
-        self.sink = _sink_positions(raw_key_strata)
+        self.sink = _sink_positions(raw_key_strata, self.layout.strata)
         sink_finite = xp.take_along_axis(finite_key, self.sink[:, None], axis=-1)
         self.strata = self.raw_strata * xp.astype(self.finite_token & sink_finite, xp.float32)[None, ...]
         self.key_strata = self.strata
@@ -308,6 +327,14 @@ class AttentionObservation:
     def is_sink(self) -> Bool[Any, "batch key"]:
         """Where a key is its sequence's sink key."""
         return index_range(0, self.source.key_count, self.valid)[None, :] == self.sink[:, None]
+
+    @once
+    def is_first(self) -> Bool[Any, "batch key"]:
+        """Where a key's token is of the stratum ``first``; nowhere without that stratum."""
+        names = self.layout.strata
+        if "first" not in names:
+            return self.raw_key_strata[0, ...] < 0
+        return self.raw_key_strata[names.index("first"), ...] > 0
 
     @once
     def softmax(self) -> SoftmaxStatistics:
@@ -342,26 +369,35 @@ class AttentionObservation:
     ) -> tuple[Float[Any, "batch head token"], Bool[Any, "batch head token"]]:
         """(α, whether it is defined) of the key at every position: α_k = mean over queries of A[i, k].
 
-        The mean is over the valid queries i ≥ k if the mask is causal, over all valid queries if not; where
-        only some keys are seen by earlier queries, over those i ≥ k and the earlier ones that see the key.
+        The mean is over :attr:`queries_of_key`.
         """
         xp = namespace_of(self.valid)
-        weight, mass = self.query_weight, self.softmax.key_mass
-        total = xp.sum(weight, axis=-1, keepdims=True)
-        # n − k of the formula, by weight: the queries at or after key k are all but those before it.
-        at_or_after = total - running_sum(weight) + weight
-        if self.mask.causal:
-            count = at_or_after
-        else:
-            count = xp.broadcast_to(total, mass.shape)
-            if self.mask.partly_causal is not None:
-                partly = self.mask.partly_causal[:, None, None]
-                count = xp.where(partly, at_or_after + self._earlier_viewers, count)
+        mass, count = self.softmax.key_mass, self.queries_of_key
         is_defined = (count > 0) & (self.key_valid[:, None, :] > 0)
         alpha = xp.where(
             is_defined, mass / xp.where(is_defined, count, xp.ones_like(count)), xp.zeros_like(mass)
         )
         return alpha, is_defined
+
+    @once
+    def queries_of_key(self) -> Float[Any, "batch head token"]:
+        """How many queries α_k averages over.
+
+        The valid queries i ≥ k if the mask is causal, all valid queries if not; where only some keys are seen
+        by earlier queries, those i ≥ k and the earlier ones that see the key.
+        """
+        xp = namespace_of(self.valid)
+        weight = self.query_weight
+        total = xp.sum(weight, axis=-1, keepdims=True)
+        # n − k of the formula, by weight: the queries at or after key k are all but those before it.
+        at_or_after = total - running_sum(weight) + weight
+        if self.mask.causal:
+            return at_or_after
+        count = xp.broadcast_to(total, self.softmax.key_mass.shape)
+        if self.mask.partly_causal is None:
+            return count
+        partly = self.mask.partly_causal[:, None, None]
+        return xp.where(partly, at_or_after + self._earlier_viewers, count)
 
     @once
     def _earlier_viewers(self) -> Float[Any, "batch head token"]:
@@ -418,18 +454,28 @@ class AttentionObservation:
         return sampled
 
     @once
-    def finite_values(
+    def finite_value(
         self,
-    ) -> tuple[Float[Any, "batch key_value_head token"], Float[Any, "batch token"]] | None:
-        """(‖v‖, weight of each key whose v and whose sequence's sink v are finite); None without values."""
+    ) -> tuple[Float[Any, "batch key_value_head token channel"], Float[Any, "batch token"]] | None:
+        """(v, weight of each key whose v and whose sequence's sink v are finite); None without values.
+
+        v is float32, and 0 where not finite.
+        """
         if self.value is None:
             return None
         xp = namespace_of(self.key_valid)
         value = _as_float32(self.value)
         finite = finite_tokens(value)
-        norm = channel_norm(_cleaned(value, finite))
         sink_finite = xp.take_along_axis(finite, self.sink[:, None], axis=-1)
-        return norm, self.key_valid * xp.astype(finite & sink_finite, xp.float32)
+        return _cleaned(value, finite), self.key_valid * xp.astype(finite & sink_finite, xp.float32)
+
+    @once
+    def finite_values(
+        self,
+    ) -> tuple[Float[Any, "batch key_value_head token"], Float[Any, "batch token"]] | None:
+        """(‖v‖, weight of each key) of :attr:`finite_value`; None without values."""
+        value = self.finite_value
+        return None if value is None else (channel_norm(value[0]), value[1])
 
     @once
     def sink_key(self) -> Float[Any, "batch key_value_head channel"] | None:

@@ -25,8 +25,9 @@ from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, nam
 from osp_diag.schema import STRATA
 
 Combine = Literal["sum", "maximum", "minimum"]
-Observes = Literal["activation", "heads", "attention", "weight"]
-"""What an estimator looks at: activations of a site, the same by head, attention, or a weight matrix."""
+Observes = Literal["activation", "heads", "attention", "weight", "routing", "product"]
+"""What an estimator looks at: activations of a site, the same by head, attention, a weight matrix, which
+experts tokens are sent to, or what a projection is given and what it gives."""
 State = dict[str, Array]
 
 __all__ = [
@@ -51,7 +52,7 @@ class Layout:
     ``channels`` is the width d of the activations; for attention, ``head_channels`` is the width of
     one head, and ``key_value_heads`` ≤ ``heads`` under grouped-query attention. ``vocabulary`` is the
     number of token ids, 1 where ids are not known. For the weights of a projection, ``channels`` is what
-    it takes in and ``output_channels`` what it gives.
+    it takes in and ``output_channels`` what it gives. ``strata`` names the strata of tokens, ``all`` first.
     """
 
     channels: int = 1
@@ -62,10 +63,11 @@ class Layout:
     vocabulary: int = 1
     output_channels: int = 1
     experts: int = 1
+    strata: tuple[str, ...] = STRATA
 
     def size(self, dim: str) -> int:
         sizes = {
-            "stratum": len(STRATA),
+            "stratum": len(self.strata),
             "channel": self.channels,
             "head": self.heads,
             "key_value_head": self.key_value_heads,
@@ -127,6 +129,9 @@ class Measurement(ABC):
 
     What does not can be measured later, when the activations are gone.
     """
+
+    reads_output_weight: ClassVar[bool] = False
+    """Whether, of attention, it looks at the output projection, which is read for nothing else."""
 
     @abstractmethod
     def fields(self, layout: Layout) -> Mapping[str, Field]:

@@ -19,6 +19,7 @@ from osp_diag.estimators.attention import (
 )
 from osp_diag.estimators.attention_tiles import LogitSource, ModelLogits, ProductLogits
 from osp_diag.estimators.base import Layout
+from osp_diag.schema import STRATA
 
 __all__ = ["CrossAttentionObservation"]
 
@@ -37,6 +38,7 @@ class CrossAttentionObservation(AttentionObservation):
     scale, softcap, sink_logits, query_sample, tile : as of :class:`AttentionObservation`
     mask : what a query may see, rectangular
     token_ids : ids of the keys' tokens
+    stratum_names : of both
 
     The *sink key* is the first token of the other sequence that is not padding, and key positions count from
     it. No key is later than a query: α_k is the mean of A[i, k] over all valid queries i, and what is told by
@@ -63,6 +65,7 @@ class CrossAttentionObservation(AttentionObservation):
         query_sample: int | None = 64,
         tile: int = 128,
         reductions: AttentionReductions = GENERIC_ATTENTION,
+        stratum_names: tuple[str, ...] = STRATA,
     ) -> None:
         xp = namespace_of(strata)
         mask = _both_ways(AttentionMask(causal=False) if mask is None else mask)
@@ -87,7 +90,7 @@ class CrossAttentionObservation(AttentionObservation):
                     f"the mask tensor has shape {tuple(mask.tensor.shape)}, which does not broadcast to "
                     f"(batch, head, query, key) = {expected}"
                 )
-        layout = Layout(heads=heads, key_value_heads=heads, tokens=keys)
+        layout = Layout(heads=heads, key_value_heads=heads, tokens=keys, strata=stratum_names)
         layout = replace(layout, vocabulary=1 if token_ids is None else token_ids.vocabulary)
         if value is not None:
             layout = replace(layout, key_value_heads=value.shape[1])

@@ -1,4 +1,8 @@
-"""Guo's Δlogit, whose logits are taken before the causal mask: of every query against every key."""
+"""Guo et al.'s own definitions, which others use under the same words and define otherwise.
+
+Their Δlogit takes logits before the causal mask, of every query against every key; their value-state drain
+takes values after the output projection.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from osp_diag.estimators._arrays import Array, float32_matmul, namespace_of, quotient
-from osp_diag.estimators.attention import AttentionObservation, per_head, wide
+from osp_diag.estimators.attention import AttentionObservation, channel_norm, per_head, wide
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
 
-__all__ = ["GuoDeltaLogit"]
+__all__ = ["GuoDeltaLogit", "GuoValueDrain"]
 
 GUO = Source("Guo et al. 2024, Active-Dormant Attention Heads", "https://arxiv.org/abs/2410.13835")
 
@@ -70,3 +74,92 @@ class GuoDeltaLogit(Estimator):
     def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
         mean = quotient(state["unmasked_delta_logit.difference"], state["unmasked_delta_logit.count"])
         return {self.name: Output(mean, ("head",), self.unit, self.formula, floor=0.0)}
+
+
+@dataclass(frozen=True)
+class ProjectedValueNormSums(Measurement):
+    """‖W_O v‖₂ of each head, summed over the sink tokens and over all others."""
+
+    name = "projected_value_norm"
+    reads_output_weight = True
+
+    def fields(self, layout: Layout) -> Mapping[str, Field]:
+        return {
+            "sink": Field(("head",)),
+            "sink_count": Field(()),
+            "other": Field(("head",)),
+            "other_count": Field(()),
+        }
+
+    def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
+        xp = namespace_of(observation.valid)
+        heads, weight, finite_value = (
+            observation.layout.heads,
+            observation.output_weight,
+            observation.finite_value,
+        )
+        if finite_value is None or weight is None:
+            nothing = xp.sum(xp.zeros_like(observation.valid))
+            no_norm = xp.broadcast_to(nothing, (heads,))
+            return {"sink": no_norm, "sink_count": nothing, "other": no_norm, "other_count": nothing}
+        value, counted = finite_value
+        sink = counted * xp.astype(observation.is_sink, counted.dtype)
+        other = counted - sink
+        shared_by = heads // value.shape[1]
+        of_sink, of_other = [], []
+        # Head by head: what all heads give together is as large as the stream times their number.
+        for head in range(heads):
+            projection = xp.matrix_transpose(xp.astype(weight[head, :, :], xp.float32))
+            norm = channel_norm(float32_matmul(value[:, head // shared_by, :, :], projection))
+            of_sink.append(xp.sum(wide(sink * norm)))
+            of_other.append(xp.sum(wide(other * norm)))
+        return {
+            "sink": xp.stack(of_sink),
+            "sink_count": xp.sum(sink),
+            "other": xp.stack(of_other),
+            "other_count": xp.sum(other),
+        }
+
+
+@dataclass(frozen=True)
+class GuoValueDrain(Estimator):
+    """How little the sink token's value adds to the stream: its norm after a head's part of W_O.
+
+    With W_O^h the columns of the output projection that read head h, ‖W_O^h v‖₂ of the sink token over its
+    mean over all *other* valid tokens; the two means too. ``value_drain`` takes v itself and the mean over
+    all tokens, the sink's included. Without the projection's bias. NaN where values or the one matrix of the
+    projection are not seen (a note says which); where a model scales or norms the heads' outputs before it
+    projects them, that is not in it. Multiplies every value by W_O, hence optional.
+    """
+
+    name = "guo_value_drain"
+    title = "Value drain after the output projection (Guo)"
+    formula = "mean over sequences of ‖W_O^h v_sink‖₂ / mean over other valid tokens of ‖W_O^h v‖₂"
+    range = "[0, ∞); 1 = the sink's value adds as much as any other"
+    floor = "0"
+    sources = (GUO,)
+    also_used_by = ("Confusable with `value_drain`, of values before the projection.",)
+    observes = "attention"
+    sites = ("attention",)
+    optional = True
+
+    @property
+    def measurements(self) -> tuple[Measurement, ...]:
+        return (ProjectedValueNormSums(),)
+
+    def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
+        sink, other = (
+            quotient(
+                state[f"projected_value_norm.{of}"], state[f"projected_value_norm.{of}_count"][..., None]
+            )
+            for of in ("sink", "other")
+        )
+        return {
+            self.name: Output(quotient(sink, other), ("head",), self.unit, self.formula, floor=0.0),
+            "guo_sink_value_norm": Output(
+                sink, ("head",), "activation", "mean over sequences of ‖W_O^h v_sink‖₂", floor=0.0
+            ),
+            "guo_other_value_norm": Output(
+                other, ("head",), "activation", "mean over other valid tokens of ‖W_O^h v‖₂", floor=0.0
+            ),
+        }

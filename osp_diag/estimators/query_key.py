@@ -30,21 +30,26 @@ class HeadsObservation:
     ----------
     x : (batch, head, token, channel), any floating dtype; computed on in float32. For keys and
         values, ``head`` is the key-value head, not repeated.
-    strata : (stratum, batch, token) of 0 and 1, in the order of ``STRATA``; padding is 0 in all
+    strata : (stratum, batch, token) of 0 and 1, in the order of ``stratum_names``; padding is 0 in all
+    stratum_names : ``all``, then the others
 
     Tokens with a NaN or Inf in any head are left out; ``nonfinite_token_count`` of the same site
     counts them.
     """
 
     def __init__(
-        self, x: Float[Any, "batch head token channel"], strata: Float[Any, "stratum batch token"]
+        self,
+        x: Float[Any, "batch head token channel"],
+        strata: Float[Any, "stratum batch token"],
+        *,
+        stratum_names: tuple[str, ...] = STRATA,
     ) -> None:
         xp = namespace_of(x)
         batch, heads, tokens, channels = x.shape
-        if tuple(strata.shape) != (len(STRATA), batch, tokens):
+        if tuple(strata.shape) != (len(stratum_names), batch, tokens):
             raise EstimatorError(
                 f"strata has shape {tuple(strata.shape)}, expected (stratum, batch, token) = "
-                f"{(len(STRATA), batch, tokens)} for x of shape {tuple(x.shape)} (batch, head, token, "
+                f"{(len(stratum_names), batch, tokens)} for x of shape {tuple(x.shape)} (batch, head, token, "
                 "channel)"
             )
         x = x if x.dtype == xp.float32 else xp.astype(x, xp.float32)
@@ -59,6 +64,7 @@ class HeadsObservation:
             key_value_heads=heads,
             head_channels=channels,
             tokens=tokens,
+            strata=stratum_names,
         )
         self._cache: dict[str, Any] = {}
 

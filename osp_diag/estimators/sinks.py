@@ -13,7 +13,6 @@ from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, namespace_of, quotient
 from osp_diag.estimators.attention import AttentionObservation
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
-from osp_diag.schema import STRATA
 
 __all__ = [
     "ExtraSinkMass",
@@ -94,7 +93,7 @@ class FirstTokenSums(Measurement):
 
         def by_stratum(values: Array) -> Array:
             return xp.stack(
-                [xp.sum(strata[s, :, None, :] * values, axis=(0, 2)) for s in range(len(STRATA))], axis=-1
+                [xp.sum(strata[s, :, None, :] * values, axis=(0, 2)) for s in range(strata.shape[0])], axis=-1
             )
 
         return {
@@ -132,7 +131,7 @@ class AttentionMass(Measurement):
     def measure(self, observation: AttentionObservation) -> Mapping[str, Array]:
         xp, softmax = namespace_of(observation.valid), observation.softmax
         weight, strata = observation.query_weight, observation.key_strata
-        keys = [xp.sum(strata[s, :, None, :] * softmax.key_mass, axis=(0, 2)) for s in range(len(STRATA))]
+        keys = [xp.sum(strata[s, :, None, :] * softmax.key_mass, axis=(0, 2)) for s in range(strata.shape[0])]
         return {
             "keys": xp.stack(keys, axis=-1),
             "extra": xp.sum(weight * softmax.extra_probability, axis=(0, 2)),
@@ -231,7 +230,7 @@ class FirstTokenAttention(Estimator):
 
     def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
         mean = quotient(state["first_token_attention.probability"], state["first_token_attention.count"])
-        coords = {"stratum": STRATA}
+        coords = {"stratum": layout.strata}
         return {
             "first_token_attention": Output(mean, ("head", "stratum"), "1", self.formula, coords, ceiling=1.0)
         }
@@ -257,7 +256,7 @@ class FirstTokenDominance(Estimator):
 
     def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
         mean = quotient(state["first_token_attention.dominant"], state["first_token_attention.count"])
-        coords = {"stratum": STRATA}
+        coords = {"stratum": layout.strata}
         return {
             "first_token_dominance": Output(mean, ("head", "stratum"), "1", self.formula, coords, ceiling=1.0)
         }
@@ -314,7 +313,7 @@ class KeyMassShare(Estimator):
 
     def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
         share = quotient(state["attention_mass.keys"], state["attention_mass.queries"][..., None])
-        coords = {"stratum": STRATA}
+        coords = {"stratum": layout.strata}
         return {"key_mass_share": Output(share, ("head", "stratum"), "1", self.formula, coords, ceiling=1.0)}
 
 

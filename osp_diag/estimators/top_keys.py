@@ -45,7 +45,7 @@ class TokenKeyMass(Measurement):
         heads = xp.sum(weight, axis=1)
         mean = xp.sum(alpha * weight, axis=1) / xp.where(heads > 0, heads, xp.ones_like(heads))
         # In packed rows each document has a first token of its own.
-        later = (heads > 0) & ~observation.is_sink & ~(observation.raw_key_strata[1, ...] > 0)
+        later = (heads > 0) & ~observation.is_sink & ~observation.is_first
         tokens = observation.token_ids
         if tokens is None:
             index, token_weight = xp.astype(xp.zeros_like(heads), xp.int32), xp.zeros_like(heads)

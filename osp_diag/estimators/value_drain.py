@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from osp_diag.estimators._arrays import Array, namespace_of, quotient
 from osp_diag.estimators.attention import AttentionObservation, wide
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Output, Source
-from osp_diag.schema import STRATA
 
 __all__ = ["ValueDrain"]
 
@@ -44,7 +43,7 @@ class ValueNormSums(Measurement):
         norm, weight = norms
         strata = observation.key_strata * weight[None, ...]
         sink = weight * xp.astype(observation.is_sink, weight.dtype)
-        sums = [xp.sum(wide(strata[s, :, None, :] * norm), axis=(0, 2)) for s in range(len(STRATA))]
+        sums = [xp.sum(wide(strata[s, :, None, :] * norm), axis=(0, 2)) for s in range(strata.shape[0])]
         return {
             "norm": xp.stack(sums, axis=-1),
             "count": xp.sum(strata, axis=(1, 2)),
@@ -59,7 +58,7 @@ class ValueDrain(Estimator):
 
     Also the mean norm of values by stratum. Means are taken before the ratio. Norms are of v itself, and the
     mean is over all tokens, the sink's included. Guo et al. take norms after the output projection (of
-    W_O v, a head's part) and compare the sink's with those of the other tokens, which is another number.
+    W_O v, a head's part) and compare the sink's with those of the other tokens: ``guo_value_drain``.
     """
 
     name = "value_drain"
@@ -87,6 +86,6 @@ class ValueDrain(Estimator):
                 ("key_value_head", "stratum"),
                 "activation",
                 "mean over the stratum's tokens of ‖v‖₂",
-                {"stratum": STRATA},
+                {"stratum": layout.strata},
             ),
         }

@@ -29,7 +29,7 @@ _BLOCK_ELEMENTS = 2**22
 
 
 class WeightObservation:
-    """The down projection of one layer.
+    """A projection of one layer.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class WeightObservation:
     def __init__(self, weight: Float[Any, "expert row channel"]) -> None:
         if len(weight.shape) != 3 or 0 in weight.shape:
             raise EstimatorError(
-                "a down projection is observed as (expert, row, channel), none of them 0; got "
+                "a projection is observed as (expert, row, channel), none of them 0; got "
                 f"{tuple(weight.shape)}: a single matrix is weight[None]"
             )
         experts, rows, channels = weight.shape

@@ -18,7 +18,6 @@ from torch import nn
 from osp_diag.capture.channel_weights import channel_weights
 from osp_diag.capture.weight_maps import weight_maps
 from osp_diag.checkpoints import Checkpoint, open_checkpoint
-from osp_diag.checkpoints.checkpoint import learned_positions
 from osp_diag.checkpoints.opening import OpeningOptions
 from osp_diag.errors import CaptureError, OspDiagError, UsageError
 from osp_diag.foreign_errors import foreign_origin
@@ -246,20 +245,12 @@ def probe_checkpoint(
         raise CaptureError(
             f"{checkpoint.name} itself raised {type(error).__name__}: {error} ({origin}), on sequences of "
             f"{batches.sequence_length} tokens; a few tokens went through when its sites were found. "
-            f"{_learned_positions(unwrap(checkpoint.model), batches.sequence_length)}"
+            "If it takes fewer tokens at a time, pass a smaller seq_len (--seq-len)"
         ) from error
     if out is None:
         return session.run
     on_first_rank(lambda: session.save(out, overwrite=overwrite))
     return open_run(out)
-
-
-def _learned_positions(model: nn.Module, length: int) -> str:
-    """What to do about a model that may not take so many tokens at a time."""
-    name, rows = learned_positions(model) or ("", length)
-    if rows < length:
-        return f"Its learned positions {name} hold {rows}: pass seq_len={rows} (--seq-len {rows}) or fewer"
-    return "If it takes fewer tokens at a time, pass a smaller seq_len (--seq-len)"
 
 
 def _write_weights(session: Probe, patterns: Sequence[str] | None) -> None:

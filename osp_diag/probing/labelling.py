@@ -23,13 +23,15 @@ Layers = Mapping[int, tuple[State | None, Layout]]
 """Layer → its state as NumPy arrays, and the sizes that it has; None for a layer that did not run."""
 
 
-def _coordinates(dims: tuple[str, ...], shape: tuple[int, ...], labels: Mapping[str, Any]) -> dict[str, Any]:
+def _coordinates(
+    dims: tuple[str, ...], shape: tuple[int, ...], labels: Mapping[str, Any], strata: tuple[str, ...]
+) -> dict[str, Any]:
     coordinates: dict[str, Any] = {}
     for dim, size in zip(dims, shape, strict=True):
         if dim in labels:
             coordinates[dim] = np.asarray(labels[dim])
         elif dim == "stratum":
-            coordinates[dim] = np.asarray(STRATA)
+            coordinates[dim] = np.asarray(strata)
         else:
             coordinates[dim] = np.arange(size)
     return coordinates
@@ -123,7 +125,7 @@ def label_states(suite: Suite, layers: Layers) -> xr.Dataset:
         for estimator, name, output in _Stack.of(suite, layers, members, layout).outputs():
             values = np.asarray(output.values)
             variables[name] = (("layer", *output.dims), values, _attributes(estimator, output))
-            coordinates |= _coordinates(output.dims, values.shape[1:], output.coords)
+            coordinates |= _coordinates(output.dims, values.shape[1:], output.coords, layout.strata)
         parts.append(xr.Dataset(variables, coordinates))
     return _joined(parts)
 
@@ -142,9 +144,10 @@ def raw_states(suite: Suite, layers: Layers) -> xr.Dataset:
         coordinates: dict[str, Any] = {"layer": np.asarray(members)}
         for name, spec in suite.fields(layout).items():
             variables[name] = (("layer", *spec.dims), stack.raw(name), {"combine": spec.combine})
-            coordinates |= _coordinates(spec.dims, stack.sums[name].shape[1:], fixed_labels)
+            coordinates |= _coordinates(spec.dims, stack.sums[name].shape[1:], fixed_labels, layout.strata)
         parts.append(xr.Dataset(variables, coordinates))
-        sizes.append({"layers": members, **asdict(layout)})
+        # Strata are a coordinate of the sums themselves.
+        sizes.append({"layers": members, **{n: v for n, v in asdict(layout).items() if n != "strata"}})
     attributes = {f"layout_{suite.estimators[0].observes}": sizes}
     return _joined(parts).assign_attrs(attributes)
 
@@ -393,7 +396,7 @@ def token_group_states(
                 # Single precision for what is by channel: it is nearly all of the bytes.
                 stored = values.astype(np.float32) if "channel" in dims else values
                 variables[name] = (("layer", "token_group", *dims), stored, {"combine": fields[name].combine})
-                coordinates |= _coordinates(dims, values.shape[2:], {})
+                coordinates |= _coordinates(dims, values.shape[2:], {}, layout.strata)
             parts.append(xr.Dataset(variables, coordinates))
         groups[f"token_groups/{site}"] = _joined(parts).reindex(layer=labels.layers(site))
     return groups
@@ -478,9 +481,11 @@ def _of_run(run: Run) -> list[Estimator]:
 def _relabelled(suite: Suite, sums: xr.Dataset, sizes: Sequence[Mapping[str, Any]]) -> xr.Dataset:
     """One step's statistics from its raw sums; padding that joined layers of other sizes is cut off."""
     fixed_labels = suite.coords()
+    strata = tuple(map(str, sums["stratum"].values)) if "stratum" in sums.coords else STRATA
     layers: dict[int, tuple[State | None, Layout]] = {}
     for entry in sizes:
-        layout = Layout(**{key: int(value) for key, value in entry.items() if key != "layers"})
+        numbers = {key: int(value) for key, value in entry.items() if key != "layers"}
+        layout = Layout(**numbers, strata=strata)
         for layer in entry["layers"]:
             state = {}
             for name, spec in suite.fields(layout).items():

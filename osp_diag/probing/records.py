@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ class Records:
         self.steps = 0
         """How many steps this process has recorded or is about to."""
         self._latest = ProbedStep()
+        self._begun = False
         self._memory: list[tuple[int, ProbedStep]] = []
         self._series: dict[str, dict[int, float]] = {}
         self._deferred = deferred
@@ -89,6 +90,8 @@ class Records:
         ----------
         finished : makes the statistics, from what is on the host already
         absent : sites that turned out not to be there, and why; ``finished`` may add to them
+
+        A run begins with a step that has numbers: one before it in which no site was reached is noted.
         """
 
         self.steps += 1
@@ -97,6 +100,16 @@ class Records:
             started = time.perf_counter()
             groups = finished()
             self._latest = groups
+            if not groups and not self._has_begun():
+                self._note(
+                    [
+                        f"step {step} is not in the run, because no site was reached in it: no block "
+                        "ran (LayerDrop leaves out blocks by chance), or the model is compiled or scripted "
+                        "in a way that bypasses hooks; then probe the original module"
+                    ]
+                )
+                return
+            self._begun = True
             if self.writer is not None:
                 self.writer.append(step, groups, partial=True)
                 if absent:
@@ -108,6 +121,21 @@ class Records:
 
         self._work.wait()
         self._work.later(record)
+
+    def _has_begun(self) -> bool:
+        return self._begun or (self.writer is not None and bool(self.writer.steps))
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what the reader of the numbers should know, each once."""
+        texts = list(notes)
+        if texts:
+            self._work.later(lambda: self._note(texts))
+
+    def _note(self, notes: list[str]) -> None:
+        known = self._attributes["notes"]
+        known += [note for note in notes if note not in known]
+        if self.writer is not None:
+            self.writer.note(notes)
 
     def append_series(self, step: int, values: Mapping[str, float]) -> None:
         """Keep scalars of a step."""

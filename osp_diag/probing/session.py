@@ -17,7 +17,9 @@ from osp_diag.capture.expert_modules import ExpertModuleCapture
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
+from osp_diag.capture.super_weights import with_super_weights
 from osp_diag.capture.token_groups import TokenGroups
+from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators.base import Estimator, Field, Layout
@@ -40,13 +42,17 @@ from osp_diag.runs.run import Run
 from osp_diag.schema import (
     ATTENTION,
     CROSS_ATTENTION,
+    DOWN_WEIGHT,
     HEAD_SITES,
     HIDDEN_STATES,
     LINEAR_INPUT,
+    PROJECTION_WEIGHT,
+    ROUTER,
     SITES,
 )
 from osp_diag.seams.attention import AttentionCapture
 from osp_diag.sites import find_sites, matches
+from osp_diag.sites.token_kinds import recognised_token_kinds
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.tokens import delimiter_ids_of
 from osp_diag.wording import did_you_mean
@@ -120,6 +126,7 @@ class Probe:
             example=settings.example,
         )
         self._check_patterns()
+        self.token_kinds = self._token_kinds()
         self.vocabulary = vocabulary_size_of(unwrap(model))
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
         self.compiled = on_accelerator if settings.compile == "auto" else bool(settings.compile)
@@ -157,6 +164,13 @@ class Probe:
                     + (f": {reason}" if reason else f"; {did_you_mean(pattern, sites)}")
                 )
 
+    def _token_kinds(self) -> TokenKinds | None:
+        """Those that were named, or else those that the model tells apart; None for text alone."""
+        kinds = self.settings.token_kinds
+        if kinds == "auto":
+            kinds = recognised_token_kinds(self.model, self.site_map, self.settings.example)
+        return TokenKinds(kinds) if isinstance(kinds, Mapping) and kinds else None
+
     def _identity(self) -> dict[str, Any]:
         """Everything about the model and the probe that determines a number."""
         model = unwrap(self.model)
@@ -175,16 +189,13 @@ class Probe:
             "hidden_size": self.site_map.hidden_size,
             "blocks": self.site_map.blocks,
             **({"stack": self.site_map.stack} if self.site_map.stack else {}),
-            "sites": {
-                site: SITES.get(site, "input of this projection")
-                for site in self.site_map.sites
-                if self.measures_site(site)
-            },
+            "sites": {site: _meaning(site) for site in self.site_map.sites if self.measures_site(site)},
             "absent_sites": self.absent,
             "notes": list(self.site_map.notes),
             "estimators": list(estimators),
             "estimator_parameters": estimator_parameters(estimators.values()),
             "delimiter_ids": delimiter_fingerprint(self.delimiter_ids),
+            **({} if self.token_kinds is None else {"token_kinds": self.token_kinds.described()}),
             "compiled": self.compiled,
             "dtype": str(parameter.dtype).removeprefix("torch."),
             "device": str(parameter.device),
@@ -233,6 +244,13 @@ class Probe:
             for module, training in flags:
                 module.training = training
         # Ranks that Ctrl-C reached at different moments would wait for one another for ever.
+        # In somebody's training it may be LayerDrop; of batches of our own nothing would ever come.
+        is_first = not self._records.steps and not is_distributed()
+        if interruption is None and is_first and collector.forward_passes > 0 and not collector.states:
+            raise CaptureError(
+                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
+                "that bypasses hooks, probe the original module"
+            )
         if interruption is None or (collector.forward_passes > 0 and not is_distributed()):
             self._record(step, collector, started)
         if interruption is not None:
@@ -259,6 +277,7 @@ class Probe:
             self.measures_site,
             estimators=self.estimators,
             delimiter_ids=self.delimiter_ids,
+            token_kinds=self.token_kinds,
             tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
@@ -267,6 +286,15 @@ class Probe:
             groups=TokenGroups(settings.token_groups, rank=rank, ranks=ranks)
             if settings.token_groups
             else None,
+            output_projections={
+                tap.layer: unwrap(self.model).get_submodule(tap.module)
+                for tap in self.site_map.taps
+                if tap.site == "attention_output" and tap.side == "input"
+            },
+            expert_projections={
+                layer: [unwrap(self.model).get_submodule(down) for _, down in experts]
+                for layer, experts in self.site_map.expert_modules.items()
+            },
         )
 
     @contextmanager
@@ -281,6 +309,7 @@ class Probe:
             on_stop=collector.stop,
             on_weight=collector.on_weight,
             on_stream=collector.on_stream,
+            on_product=collector.on_product,
             prefix=self.site_map.prefix,
             entries=self.site_map.entries,
             channels_first=self.site_map.channels_first,
@@ -295,7 +324,7 @@ class Probe:
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(unfused(unwrap(self.model)))
             stack.enter_context(capture)
-            if self.site_map.expert_layers and self.measures_site("mlp_hidden"):
+            if self.site_map.expert_layers and any(map(self.measures_site, ("mlp_hidden", ROUTER))):
                 stack.enter_context(self._experts(collector, capture))
             if (sites.attention_layers or crossing) and any(self.measures_site(site) for site in heads):
 
@@ -325,11 +354,30 @@ class Probe:
     @contextmanager
     def _experts(self, collector: Collector, capture: SiteCapture) -> Iterator[None]:
         def failed(layer: int) -> None:
-            collector.skipped["mlp_hidden"] = (
-                "the experts' products were not recognised in their implementation"
+            reason = "the experts' products were not recognised in their implementation"
+            if self.measures_site("mlp_hidden"):
+                collector.skipped["mlp_hidden"] = reason
+            if self.measures_site(ROUTER):
+                choice_unknown(reason)
+
+        def choice_unknown(reason: str) -> None:
+            collector.notes.setdefault(
+                "what each expert gives is not measured, nor its load where the router does not hand over "
+                f"its choice: {reason}"
             )
 
-        model, hooks = unwrap(self.model), (capture.active, collector.on_routed, failed)
+        def on_rows(layer: int, rows: torch.Tensor, slots: int) -> None:
+            if self.measures_site("mlp_hidden"):
+                collector.on_routed(layer, rows, slots)
+
+        def on_choice(layer: int, experts: torch.Tensor | None, peaks: torch.Tensor | None) -> None:
+            if experts is None or peaks is None:
+                choice_unknown("the experts' products do not tell whose weights they multiply by")
+            else:
+                collector.on_choice(layer, experts, peaks, self.site_map.expert_counts[layer])
+
+        model = unwrap(self.model)
+        hooks = (capture.active, on_rows, failed, on_choice if self.measures_site(ROUTER) else None)
         layers, modules = self.site_map.expert_layers, self.site_map.expert_modules
         stacked = {layer: path for layer, path in layers.items() if layer not in modules}
         with (
@@ -347,19 +395,13 @@ class Probe:
                 f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing "
                 "to record; call the very model that was given to Probe (or a wrapper of it)"
             )
-        # Later on, a step in which LayerDrop leaves no block is one without numbers.
-        if not collector.states and not self._records.steps and not is_distributed():
-            raise CaptureError(
-                f"step {step}: the model ran but no site was reached; if it is compiled or scripted in a way "
-                "that bypasses hooks, probe the original module"
-            )
         absent = collector.skipped.copy()
         labelled = self._labelled(collector, absent)
         datasets = self.beside() if self.beside is not None else {}
         # What is deferred must not change with what it was made from.
         beside = {group: dataset.copy(deep=self.deferred) for group, dataset in datasets.items()}
         self.absent |= collector.skipped
-        self.attributes["notes"] += [n for n in collector.notes if n not in self.attributes["notes"]]
+        self._records.note(collector.notes)
         self._records.step(step, lambda: labelled() | beside, absent)
         self._keep_snapshots(collector)
         self._keep_vocabulary()
@@ -379,6 +421,7 @@ class Probe:
 
             layouts |= {key: layouts[key[:3]] for key in apart}
             states, layouts = merge_over_ranks(states, layouts, fields)
+        states = with_super_weights(states, self._down_projections())
         on_host = to_host(states)
         # Not the collector itself, which holds the device's memory.
         suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
@@ -407,6 +450,14 @@ class Probe:
 
         return labelled
 
+    def _down_projections(self) -> dict[int, nn.Module]:
+        model = unwrap(self.model)
+        return {
+            tap.layer: model.get_submodule(tap.module)
+            for tap in self.site_map.taps
+            if tap.site == DOWN_WEIGHT and tap.side == "product"
+        }
+
     def _keep_snapshots(self, collector: Collector) -> None:
         if collector.snapshots is None or not is_first_rank():
             return
@@ -414,7 +465,7 @@ class Probe:
             self.write_static(group, dataset)
         if dropped := sorted(collector.snapshots.dropped):
             places = ", ".join(f"{site} of layer {layer}" for site, layer in dropped)
-            self.attributes["notes"].append(f"raw activations too large to keep for pictures: {places}")
+            self._records.note([f"raw activations too large to keep for pictures: {places}"])
 
     def _keep_vocabulary(self) -> None:
         """The texts of all token ids, where some statistic of the first step names tokens."""
@@ -466,3 +517,9 @@ class Probe:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _meaning(site: str) -> str:
+    if site.startswith(PROJECTION_WEIGHT):
+        return "weights of this projection: statistics of a matrix, not of tokens"
+    return SITES.get(site, "input of this projection")

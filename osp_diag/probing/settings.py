@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, cast
 
+from osp_diag.capture.token_kinds import TokenKinds, TokenPlaces
 from osp_diag.errors import UsageError
 from osp_diag.estimators import get_estimator
 from osp_diag.estimators.base import Estimator
@@ -185,6 +186,9 @@ class MeasurementSettings(Settings):
     delimiter_ids : token ids of the ``delimiter`` stratum; None: those of the tokenizer, and none without one
     stack : of a model of several stacks (encoder and decoder, a vision tower and a language model) the one to
         follow, by a part of its path such as ``"encoder"``; None: the largest
+    token_kinds : kinds of tokens that are measured apart, and where each is: ``{"cls": 0, "patch": ...}``,
+        see :class:`~osp_diag.capture.token_kinds.TokenKinds`; ``"auto"``: those that the model itself tells
+        apart (CLS, registers, patches, images among text); None: none
     blocks, named_sites, example : where the sites cannot be guessed: see :func:`osp_diag.sites.find_sites`
     compile : fold activations with ``torch.compile``; ``"auto"`` does so on CUDA
     keep_raw : also write the sums behind the numbers, so that later definitions apply to old runs
@@ -195,13 +199,14 @@ class MeasurementSettings(Settings):
     Raises
     ------
     EstimatorError : no estimator has that name
-    UsageError : a single token group
+    UsageError : a single token group, or kinds of tokens that are none
     """
 
     sites: Sequence[str] | None = None
     estimators: EstimatorSelection | None = None
     delimiter_ids: Sequence[int] | None = None
     stack: str | None = None
+    token_kinds: Mapping[str, TokenPlaces] | Literal["auto"] | None = "auto"
     blocks: str | None = None
     named_sites: Mapping[str, str] | None = None
     example: Mapping[str, Any] | tuple[Any, ...] | None = None
@@ -212,6 +217,7 @@ class MeasurementSettings(Settings):
 
     def __post_init__(self) -> None:
         self.estimator_instances()
+        self._check_token_kinds()
         if self.token_groups < 0 or self.token_groups == 1:
             raise UsageError(
                 f"token_groups={self.token_groups}: a bootstrap over groups of batches needs 2 or more; 0 "
@@ -223,6 +229,15 @@ class MeasurementSettings(Settings):
         if isinstance(self.estimators, Mapping):
             return {pattern: _instances(entries) for pattern, entries in self.estimators.items()}
         return None if self.estimators is None else _instances(self.estimators)
+
+    def _check_token_kinds(self) -> None:
+        if isinstance(self.token_kinds, Mapping):
+            TokenKinds(self.token_kinds)
+        elif self.token_kinds not in ("auto", None):
+            raise UsageError(
+                f"token_kinds is {self.token_kinds!r}; give a mapping from each kind to where its tokens are "
+                '({"cls": 0, "patch": ...}), "auto" or None'
+            )
 
     def for_batches(self, batches: TokenBatches) -> Self:
         """With the delimiters of these sequences unless some are named, and no more groups than sequences."""
@@ -238,6 +253,7 @@ class MeasurementOptions(TypedDict, total=False):
     estimators: EstimatorSelection | None
     delimiter_ids: Sequence[int] | None
     stack: str | None
+    token_kinds: Mapping[str, TokenPlaces] | Literal["auto"] | None
     blocks: str | None
     named_sites: Mapping[str, str] | None
     example: Mapping[str, Any] | tuple[Any, ...] | None

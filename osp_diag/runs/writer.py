@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +58,7 @@ __all__ = ["RunWriter", "check_destination"]
 
 CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
-VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites")
+VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites", "notes")
 
 _CHUNK_BYTES = 256 * 1024
 _SERIES_CHUNK = 4096
@@ -275,6 +275,15 @@ class RunWriter:
         noted = self._attributes.get("absent_sites", {})
         if reasons.items() - noted.items():
             self._attributes["absent_sites"] = noted | jsonable(dict(reasons), "absent_sites")
+            with self._disk_errors():
+                self._commit()
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what the reader of the numbers should know, when that shows only once the model runs."""
+        self._require_open()
+        noted = self._attributes.get("notes", [])
+        if more := [note for note in notes if note not in noted]:
+            self._attributes["notes"] = [*noted, *more]
             with self._disk_errors():
                 self._commit()
 

@@ -196,14 +196,24 @@ def _hidden_site(block: Block, linears: list[Event], experts: list[Event], mlp: 
         return
     down = [event for event in linears[1:] if event.output is not None and event.input is not None]
     down = [event for event in down if event.output.shape[-1] == block.hidden_size]  # type: ignore[union-attr]
-    unrouted = [event for event in down if block.has_one_row_a_token(event.input)]
+    routed = [event for event in down if not block.has_one_row_a_token(event.input)]
+    # An expert that every token of the traced pass went to has routed siblings.
+    unrouted = [event for event in down if not any(event is e or _are_siblings(event, e) for e in routed)]
     narrowing = [event for event in unrouted if not block.is_state(event.input)]
     if unrouted:
         block.add("mlp_hidden", (narrowing or unrouted)[-1], "input")
     elif down:
-        _expert_modules(block, down[-1], mlp)
+        _expert_modules(block, routed[-1], mlp)
     else:
         block.absent["mlp_hidden"] = "no down projection back to the residual stream's width was seen"
+
+
+def _are_siblings(first: Event, second: Event) -> bool:
+    """Whether two modules are the same part of two members of one list: their paths differ by a number."""
+    parts = list(zip(first.name.split("."), second.name.split("."), strict=False))
+    differing = [pair for pair in parts if pair[0] != pair[1]]
+    same_depth = first.name.count(".") == second.name.count(".")
+    return same_depth and len(differing) == 1 and all(part.isdigit() for part in differing[0])
 
 
 def _expert_modules(block: Block, down: Event, mlp: Event | None) -> None:

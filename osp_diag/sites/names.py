@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from osp_diag.schema import ATTENTION, CROSS_ATTENTION, CROSS_HEAD_SITES, DEFAULT_SITES, SITES
+from osp_diag.schema import (
+    ATTENTION,
+    CROSS_ATTENTION,
+    CROSS_HEAD_SITES,
+    DEFAULT_SITES,
+    ROUTER,
+    SITES,
+)
 
 __all__ = ["SiteMap", "Tap", "matches", "name_within"]
 
@@ -21,7 +28,8 @@ AT_THE_CROSS_CALL = frozenset({CROSS_ATTENTION, *CROSS_HEAD_SITES})
 class Tap:
     """Where one site of one layer is read: a module, one of its sides, and how its channels are laid out.
 
-    ``side`` is "input", "output" or, for the matrix that multiplies the input, "weight".
+    ``side`` is "input", "output" or, for the matrix that multiplies the input, "weight", and for what it is
+    given with what it gives, "product".
     ``argument`` is the position or keyword of the tensor among the module's inputs, or its index in an
     output tuple (None for a bare tensor). ``heads`` > 0 says that the channels are (heads, head_channels);
     ``head_axis`` is where the head axis stands in the tensor itself: "flat" for (…, heads · width),
@@ -42,6 +50,8 @@ class Tap:
     """whether the tensor is (token, batch, …) and not (batch, token, …)"""
     call: int | None = None
     """which call of a module that runs several times: in its block, or in the pass if it is in none"""
+    scores: str = ""
+    """of a router's output: "logits", "probabilities", or "choice" (0 for experts that are not chosen)"""
     stream: int | None = None
     """which of several streams, where (stream, batch, token, channel) run side by side"""
     channels_first: bool = False
@@ -68,6 +78,8 @@ class SiteMap:
     """layer → path of a module that holds its experts: as stacked parameters, or as modules"""
     expert_modules: dict[int, tuple[tuple[str, str], ...]] = field(default_factory=dict)
     """layer → (path of an expert, path of its down projection), where experts are modules"""
+    expert_counts: dict[int, int] = field(default_factory=dict)
+    """layer → how many experts its router chooses among"""
     tokens_first: bool = False
     """whether the stream between the blocks is (token, batch, channel) and not (batch, token, channel)"""
     channels_first: bool = False
@@ -100,7 +112,7 @@ class SiteMap:
         """Sites that exist, in network order, ``linear_input:…`` last."""
         present = {tap.site for tap in self.taps}
         if self.expert_layers:
-            present.add("mlp_hidden")
+            present |= {"mlp_hidden", ROUTER}
         if self.attention_layers:
             present |= {ATTENTION, *(AT_THE_CALL - set(self.absent))}
         if self.cross_attention:
@@ -111,7 +123,7 @@ class SiteMap:
     def layers_of(self, site: str) -> tuple[int, ...]:
         """The layers that have a site."""
         layers = {tap.layer for tap in self.taps if tap.site == site}
-        if site == "mlp_hidden":
+        if site in ("mlp_hidden", ROUTER):
             layers |= set(self.expert_layers)
         if site in AT_THE_CALL:
             layers |= set(self.attention_layers)

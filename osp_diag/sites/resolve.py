@@ -34,6 +34,7 @@ from osp_diag.sites.layout import (
 from osp_diag.sites.linear_maps import mark_projections
 from osp_diag.sites.names import AT_THE_CALL, AT_THE_CROSS_CALL, SiteMap, Tap, name_within
 from osp_diag.sites.projections import distinct_heads
+from osp_diag.sites.router_sites import router_taps
 from osp_diag.sites.stack import find_stack, is_norm, parts_in_lists, stack_names
 from osp_diag.sites.trace import (
     TOKENS,
@@ -44,6 +45,7 @@ from osp_diag.sites.trace import (
     undisturbed,
     unwrap,
 )
+from osp_diag.sites.weight_sites import projection_weights
 from osp_diag.sites.zero_weights import nonzero_weights
 
 __all__ = ["find_sites"]
@@ -126,6 +128,16 @@ def find_sites(
     taps += _outer_linear_sites(trace, events, traced_blocks[0], layers[-1])
     taps = _with_named_taps(taps, named or {}, trace, events, traced_blocks)
     taps += _down_weights(taps, trace, traced_blocks)
+    expert_modules = {b.layer: _experts_in(model, *b.expert_list) for b in traced_blocks if b.expert_list}
+    expert_counts = {
+        block.layer: len(expert_modules.get(block.layer, ())) or _stacked_experts(model, block.experts)
+        for block in traced_blocks
+        if block.experts
+    }
+    for block in traced_blocks:
+        if block.experts:
+            taps += router_taps(block, expert_counts[block.layer])
+    taps += [tap for block in traced_blocks for tap in projection_weights(block, taps)]
     return SiteMap(
         blocks=path,
         stack=names_of_stacks.get(path, ""),
@@ -153,7 +165,8 @@ def find_sites(
         members={event.name: members for event in events if (members := parts_in_lists(event))},
         prefix="decoder_" if _is_decoder(model, path) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
-        expert_modules={b.layer: _experts_in(model, *b.expert_list) for b in traced_blocks if b.expert_list},
+        expert_modules=expert_modules,
+        expert_counts=expert_counts,
     )
 
 
@@ -162,6 +175,11 @@ def _experts_in(model: nn.Module, path: str, down: str) -> tuple[tuple[str, str]
     names = [f"{path}.{name}" for name, _ in model.get_submodule(path).named_children()]
     modules = dict(model.named_modules())
     return tuple((name, f"{name}.{down}") for name in names if f"{name}.{down}" in modules)
+
+
+def _stacked_experts(model: nn.Module, path: str) -> int:
+    """How many experts a module holds in its parameters."""
+    return next(p.shape[0] for p in model.get_submodule(path).parameters(recurse=False) if p.ndim == 3)
 
 
 def _is_decoder(model: nn.Module, stack: str) -> bool:
@@ -217,16 +235,14 @@ def _has_cross_call(block: Block) -> bool:
 
 
 def _down_weights(taps: list[Tap], trace: Trace, blocks: list[Block]) -> list[Tap]:
-    """The matrices that read ``mlp_hidden``: of a projection, or of the experts stacked in one parameter."""
+    """The matrices that read ``mlp_hidden``: of a projection, or of the experts of a mixture."""
     hidden = {tap.layer: tap for tap in taps if tap.site == "mlp_hidden"}
     projections = {event.name for event in trace.events if event.projection}
     weights = []
     for block in blocks:
         tap = hidden.get(block.layer)
         if tap is not None and tap.side == "input" and tap.module in projections:
-            weights.append(replace(tap, site=DOWN_WEIGHT, side="weight"))
-        elif tap is None and block.expert_list:
-            block.absent[DOWN_WEIGHT] = "its experts are modules of their own, with a matrix each"
+            weights += [replace(tap, site=DOWN_WEIGHT, side=side) for side in ("weight", "product")]
         elif tap is None and block.experts:
             experts = next(event for event in block.inner if event.name == block.experts)
             weights.append(replace(input_tap(DOWN_WEIGHT, block.layer, experts), side="weight"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from osp_diag.errors import TokenError
@@ -27,6 +28,11 @@ def delimiter_ids_of(tokenizer: Any) -> tuple[int, ...]:
 
     Blank tokens with a line break in them belong to it ("\\n\\n", "\\n    "); other blanks and special
     tokens do not.
+
+    Raises
+    ------
+    TokenError
+        The tokenizer does not list its tokens, or does not say what one reads as.
     """
     special = set(getattr(tokenizer, "all_special_ids", ()))
     return tuple(
@@ -74,32 +80,46 @@ def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
 
     A tokenizer is one of transformers, one of tokenizers, or anything with ``encode(text)`` and
     ``decode(ids)``, as tiktoken's and a function's own are; those put no special tokens around a text.
+
+    Raises
+    ------
+    TokenError
+        The tokenizer cannot be called so.
     """
     if callable(tokenizer):
         from osp_diag.quiet import quietly
 
-        with quietly():  # it would warn that the stream is longer than the model's maximum
+        # It would warn that the stream is longer than the model's maximum.
+        with quietly(), _asked(tokenizer, "a call with (text, add_special_tokens=…, verbose=False)"):
             encoded = tokenizer(text, add_special_tokens=special, verbose=False)
         ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
     elif _is_bare(tokenizer):
         ids = tokenizer.encode(text, add_special_tokens=special).ids
-    elif hasattr(tokenizer, "encode_ordinary"):  # tiktoken refuses a text with a special token's characters
-        ids = tokenizer.encode_ordinary(text)
     else:
-        ids = tokenizer.encode(text)
+        # tiktoken's own refuses a text with a special token's characters.
+        plain = getattr(tokenizer, "encode_ordinary", None)
+        with _asked(tokenizer, "encode(text), which gives a list of ids"):
+            ids = list(tokenizer.encode(text) if plain is None else plain(text))
     return [int(token) for token in ids]
 
 
 def decode(tokenizer: Any, token: int) -> str:
-    """What one token reads as."""
+    """What one token reads as; nothing where no token has that id.
+
+    Raises
+    ------
+    TokenError
+        The tokenizer cannot be asked so.
+    """
+    options = {"skip_special_tokens": False} if callable(tokenizer) or _is_bare(tokenizer) else {}
     if callable(tokenizer):
         # Cleaning up would remove the blank of " ." and is warned about.
-        return tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    if _is_bare(tokenizer):
-        return tokenizer.decode([token], skip_special_tokens=False)
+        options["clean_up_tokenization_spaces"] = False
+    call = ", ".join(["[id]", *(f"{name}=False" for name in options)])
     try:
-        return str(tokenizer.decode([token]))
-    except (KeyError, IndexError, ValueError):  # no token has that id
+        with _asked(tokenizer, f"decode({call})"):
+            return str(tokenizer.decode([token], **options))
+    except (KeyError, IndexError, ValueError):
         return ""
 
 
@@ -108,10 +128,10 @@ def decode_each(tokenizer: Any, count: int) -> list[str]:
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if _is_bare(backend):  # a hundred thousand calls from Python take seconds
         return list(backend.decode_batch([[token] for token in range(count)], skip_special_tokens=False))
-    if not hasattr(tokenizer, "get_vocab"):
-        known = vocabulary_length(tokenizer)
+    known = vocabulary_length(tokenizer)
+    if known and not hasattr(tokenizer, "get_vocab"):
         return [decode(tokenizer, token) if token < known else "" for token in range(count)]
-    with_token = set(tokenizer.get_vocab().values())
+    with_token = set(_vocabulary(tokenizer).values())
     return [decode(tokenizer, token) if token in with_token else "" for token in range(count)]
 
 
@@ -134,14 +154,32 @@ def _is_bare(tokenizer: Any) -> bool:
 
 def _candidates(tokenizer: Any) -> list[int]:
     """Ids worth decoding: a token with an ASCII letter or digit is no delimiter, byte tokens <0x0A> aside."""
-    if not hasattr(tokenizer, "get_vocab"):
-        return list(range(vocabulary_length(tokenizer)))
-    vocabulary: Mapping[str, int] = tokenizer.get_vocab()
+    known = vocabulary_length(tokenizer)
+    if known and not hasattr(tokenizer, "get_vocab"):
+        return list(range(known))
     return sorted(
         number
-        for token, number in vocabulary.items()
+        for token, number in _vocabulary(tokenizer).items()
         if token.startswith("<0x") or not any(c.isascii() and c.isalnum() for c in token)
     )
+
+
+def _vocabulary(tokenizer: Any) -> Mapping[str, int]:
+    with _asked(tokenizer, "get_vocab(), a dictionary from each token's text to its id"):
+        return tokenizer.get_vocab()
+
+
+@contextmanager
+def _asked(tokenizer: Any, for_what: str) -> Iterator[None]:
+    """A tokenizer of the user's own may lack what those of transformers and tokenizers have."""
+    try:
+        yield
+    except (AttributeError, TypeError, NotImplementedError) as error:
+        raise TokenError(
+            f"the tokenizer ({type(tokenizer).__name__}) cannot be used: it was asked for {for_what}, and "
+            f"raised {type(error).__name__}: {error}. Give it that method, as tokenizers of transformers "
+            "have it, or pass no tokenizer, and token ids instead of text"
+        ) from error
 
 
 def _is_delimiter(text: str) -> bool:

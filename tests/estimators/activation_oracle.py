@@ -66,6 +66,7 @@ class Oracle:
 
     def __init__(self, x: np.ndarray, strata: np.ndarray) -> None:
         self.x = x.astype(np.float64)
+        self.present = strata[0] > 0
         self.keep = (strata > 0) & np.isfinite(self.x).all(-1)
         self.d = x.shape[-1]
         self.rows = [self.x[keep] for keep in self.keep]

@@ -85,7 +85,7 @@ const Explorer = {
     const places = State.places().filter((place) => DATA.runs[place].channels);
     visible("channels-figure", places.length > 0);
     if (!places.length) return;
-    const stratum = State.stratum === "rest" ? "rest" : "all";
+    const stratum = places.some((place) => DATA.runs[place].channels.strata.includes(State.stratum)) ? State.stratum : "all";
     const top = Math.log10(Math.max(10, ...places.map((place) => this.highest(DATA.runs[place].channels))));
     this.maps("channels-plot", places, (run) => {
       const map = run.channels, step = stepPlace(run), which = Math.max(map.strata.indexOf(stratum), 0), columns = map.ratio.shape[3];
