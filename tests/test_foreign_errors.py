@@ -84,7 +84,7 @@ def loader(tmp_path: Path) -> Path:
 def test_sequences_are_as_long_as_learned_positions(loader: Path, capsys) -> None:
     words = ["probe", f"{loader}:load", "--tokens", "96", "--single-protocol", "--sites", "residual_post"]
     assert main(words) == 0
-    assert "in sequences of 48" in capsys.readouterr().out
+    assert "in sequences of 48" in " ".join(capsys.readouterr().out.split())
     assert main([*words, "--seq-len", "96"]) == 2
     assert "longer than the 48 that the model was made for; pass --seq-len 48" in capsys.readouterr().err
 
