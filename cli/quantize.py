@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,12 +69,12 @@ def run(
         osp-diag quantize path/to/model --run run.zarr
         osp-diag quantize osp-model --run osp.zarr --held-out --widths W16A16 W4A4 --tokens 65536
         osp-diag quantize checkpoint-500 --tokenizer path/to/base-model --dataset reviews.jsonl
-        osp-diag quantize nanogpt.py:load --ids validation.npy --seq-len 256 --widths W16A16 W8A8
+        osp-diag quantize model.py:load --ids validation.npy --seq-len 256 --widths W16A16 W8A8
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
     """
     from osp_diag.probing.checkpoint import progress_bar
     from osp_diag.quantizing.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
-    from osp_diag.quantizing.results import HELD_OUT, store_results
+    from osp_diag.quantizing.results import HELD_OUT, partial_rounding, store_results
     from osp_diag.quantizing.round_to_nearest import check_bits
     from osp_diag.runs.folder import check_destination
     from osp_diag.runs.run import open_run
@@ -101,9 +102,13 @@ def run(
             batch_size=token_settings.batch_size,
             progress=progress,
         )
+    notes = (*opened.notes, *batches.notes, *filter(None, (partial_rounding(results),)))
     # Printed before it is stored, so that nothing measured is lost where the run cannot be written.
     print(
-        json_format.dumps(_as_rows(results), indent=2) if json else _as_text(results, opened.name), flush=True
+        json_format.dumps(_as_rows(results, notes), indent=2)
+        if json
+        else _as_text(results, opened.name, notes),
+        flush=True,
     )
     if out is not None:
         results.to_netcdf(out)
@@ -183,17 +188,18 @@ def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
             )
 
 
-def _as_rows(results: xr.Dataset) -> list[dict[str, object]]:
-    """One dictionary a setting; what is not finite is null, which JSON knows."""
+def _as_rows(results: xr.Dataset, notes: Sequence[str]) -> list[dict[str, object]]:
+    """One dictionary a setting, each with the notes; what is not finite is null, which JSON knows."""
     columns = {str(name): values.values.tolist() for name, values in results.data_vars.items()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [
         {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        | ({"notes": list(notes)} if notes else {})
         for row in rows
     ]
 
 
-def _as_text(results: xr.Dataset, name: str) -> str:
+def _as_text(results: xr.Dataset, name: str, notes: Sequence[str]) -> str:
     from osp_diag.analyses.few_bits import perplexity_at
     from osp_diag.quantizing.results import UNQUANTIZED, notation
 
@@ -209,4 +215,4 @@ def _as_text(results: xr.Dataset, name: str) -> str:
         bits = notation(int(row["weight_bits"]), int(row["activation_bits"]))
         times = "" if math.isnan(full) or bits == "W16A16" else f"   {value / full:.4g} × W16A16"
         lines.append(f"  {bits:<8}{value:>14,.4g}{times}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"Note: {note}" for note in notes)])

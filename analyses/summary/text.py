@@ -61,8 +61,8 @@ def not_measured(summary: Summary) -> Iterator[str]:
     absent = len(summary.absent_sites)
     if absent > summary.measured_sites:
         yield (
-            f"Only {summary.measured_sites} of {summary.measured_sites + absent} sites were measured: what is "
-            "said here of the model is of those alone"
+            f"Only {summary.measured_sites} of {summary.measured_sites + absent} sites were measured: what "
+            "is said here of the model is of those alone"
         )
     sites_by_reason: dict[str, list[str]] = {}
     for site, reason in summary.absent_sites.items():

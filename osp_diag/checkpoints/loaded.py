@@ -67,7 +67,7 @@ def refuse_incomplete(name: str, model: nn.Module, report: Mapping[str, Any]) ->
 
 def _unused_scales(unexpected: Collection[str]) -> list[str]:
     """Scales whose weight is used; a layer that is left out takes its scales with it."""
-    left_out = {key.rpartition(".")[0] for key in unexpected if key.endswith("weight")}
+    left_out = {key.rpartition(".")[0] for key in unexpected if key.endswith((".weight", ".qweight"))}
     scales = [key for key in unexpected if _WEIGHT_SCALE.search(key)]
     return sorted(key for key in scales if key.rpartition(".")[0] not in left_out)
 

@@ -17,6 +17,7 @@ from osp_diag.checkpoints.loaded import (
     without_wrappers,
 )
 from osp_diag.checkpoints.weight_files import (
+    WeightFiles,
     check_pickle,
     check_safetensors,
     find_weights,
@@ -74,11 +75,14 @@ def open_directory(
 ) -> Checkpoint:
     """Open a directory with a configuration, weights and perhaps a tokenizer; ``notes`` are added to."""
     _check_configuration(directory)
-    weights = folder_of_weights(directory)
-    find_weights(weights)
+    place = folder_of_weights(directory)
+    weights = find_weights(place)
     config = _config(str(directory), loading)
     tokenizer = _tokenizer_in(directory, loading)
-    model, loading_notes = _load(str(weights), config, loading, name)
+    if place == directory:
+        model, loading_notes = _load(str(directory), config, loading, name)
+    else:  # where no configuration lies, which transformers would look for
+        model, loading_notes = _load(None, config, loading, name, state_dict=_state_of(weights))
     return _finish(model, tokenizer, loading, name, source, notes + loading_notes)
 
 
@@ -234,9 +238,7 @@ def _under_its_names(
     if state is None:
         if location is None or not Path(location).is_dir():  # of the hub
             return model, report, ()
-        state = {}
-        for path in find_weights(Path(location)).paths:
-            state |= _state_in(path)
+        state = _state_of(find_weights(Path(location)))
     renamed = {without_wrappers(key).removeprefix(prefix): values for key, values in state.items()}
     model, report = _from_pretrained(model_class, None, config, loading, name, {"state_dict": renamed})
     example = max(state, key=len)
@@ -314,6 +316,14 @@ def _state_in(path: Path) -> dict[str, Any]:
             f"{path} holds a {type(state).__name__} without tensors, not a model's state_dict"
         )
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _state_of(weights: WeightFiles) -> dict[str, Any]:
+    """The tensors of all files of a checkpoint."""
+    state: dict[str, Any] = {}
+    for path in weights.paths:
+        state |= _state_in(path)
+    return state
 
 
 def _tokenizer_in(directory: Path, loading: Loading) -> Any | None:

@@ -21,7 +21,7 @@ BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "[CLS]")
 """What ends and begins a text in tokenizers that come as a bare ``tokenizer.json``, which does not say."""
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model")
-SAMPLE = "The ferry leaves at 9, and (so far) nobody's here. "
+SAMPLE = "The ferry leaves at 9, and (so far) nobody's here."
 """What a converted SentencePiece model has to read as the model itself does."""
 
 
@@ -55,11 +55,13 @@ def open_tokenizer(name: str | Path, *, trust_remote_code: bool = False, **optio
     if model is None or (path / "tokenizer.json").is_file():
         return _automatic(str(path), trust_remote_code, options)
     original = _from_sentencepiece(model)
+    if (path / "tokenizer_config.json").is_file():
+        return _automatic(str(path), trust_remote_code, options)
     try:
         converted = _automatic(str(path), trust_remote_code, options)
     except TokenError:
         return original
-    # What says how to read it may be missing, and then blanks are read in another way.
+    # Without what says how to read it, a conversion may read blanks in another way.
     return converted if _reads_alike(converted, original) else original
 
 
