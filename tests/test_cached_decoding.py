@@ -19,11 +19,20 @@ SITES = ["embedding", "residual_*", "attention*", "mlp_*", "query_*", "key_*", "
 OPTIONS: dict[str, Any] = {"sites": SITES, "delimiter_ids": (5, 6, 7, 8, 9)}
 
 
+OF_ALL_TOKENS = (
+    "super_weight",
+    "super_weight_same_token",
+    "product_peak.same_token",
+    "product_peak.sequences",
+)
+"""Which token of all has the largest activation is not known where they are made one by one."""
+
+
 def assert_same_statistics(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     """Products of one row and of many round differently; sums are as far off as their terms."""
     assert set(found) == set(expected)
     for name, value in expected.items():
-        if "logit_density" not in name and "histogram" not in name:
+        if not name.endswith(OF_ALL_TOKENS) and "logit_density" not in name and "histogram" not in name:
             np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
@@ -55,6 +64,7 @@ def test_generated_tokens_are_one_sequence(name: str, implementation: str, padde
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     whole = {"input_ids": out[:, :-1], "attention_mask": mask, "position_ids": positions, "use_cache": False}
     assert_same_statistics(numbers(probe), probed(model, whole, **OPTIONS))
+    assert np.isnan(numbers(probe)["/mlp_down_weight/super_weight"]).all()
 
 
 def by_hand(model: Any, ids: Tensor, probe: Probe, step: int, *, cut: int = 4) -> None:

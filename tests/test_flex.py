@@ -17,6 +17,7 @@ from osp_diag.capture.flex import FlexStatistics, is_expressible
 from osp_diag.estimators import default_estimators
 from osp_diag.estimators.attention import AttentionMask, AttentionObservation, TokenIds
 from osp_diag.estimators.base import Suite
+from osp_diag.schema import STRATA
 from osp_diag.seams.attention import AttentionCall
 
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 48, 16
@@ -114,9 +115,11 @@ def test_the_compiled_measurement_is_one_graph(monkeypatch: pytest.MonkeyPatch) 
     ids = TokenIds(torch.randint(0, 5, (BATCH, TOKENS), generator=generator), 5)
     options: dict[str, Any] = {"mask": AttentionMask(causal=True), "token_ids": ids}
     _, expected = attention_measuring.measure_attention(suite, call, weights, compiled=False, **options)
-    measure = attention_measuring._CompiledMeasure(suite, AttentionMask(causal=True), 0.25, None, query, 5)
+    measure = attention_measuring._CompiledMeasure(
+        suite, AttentionMask(causal=True), 0.25, None, query, 5, STRATA
+    )
     assert expected["token_key_mass.count"].sum() > 0
-    for name, increment in measure(call, weights, ids).items():
+    for name, increment in measure(call, weights, ids, None).items():
         torch.testing.assert_close(
             increment, expected[name], rtol=1e-4, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )

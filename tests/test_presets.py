@@ -2,12 +2,14 @@
 
 import numpy as np
 import pytest
+from torch import nn
 
 from osp_diag.runs.run import open_run
 from osp_diag.trainer.config_values import with_changes
 from osp_diag.trainer.loop import train
 from osp_diag.trainer.presets import PRESETS, preset
 from tests.rank_processes import Ranks
+from tests.training_runs import SITES
 
 REDUCED = {
     "steps": 3,
@@ -24,6 +26,7 @@ REDUCED = {
     "probe.tokens": 128,
     "probe.dense_until": 0,
     "probe.every": 3,
+    "probe.sites": SITES,
     "checkpoint.every": 0,
 }
 """Sizes, and text that is there. What a preset computes with, and how, stays."""
@@ -34,8 +37,18 @@ def reduced(name):
     return with_changes(config, REDUCED | ({"micro_batch_size": 1} if config.micro_batch_size else {}))
 
 
+def without_code_generation(monkeypatch):
+    """Compile into the same graphs, and no further: making code takes longer than all that it runs."""
+    compile_module = nn.Module.compile
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda module, **options: compile_module(module, backend="aot_eager", **options)
+    )
+
+
 def _trained(rank, ranks, name, out):
-    train(reduced(name), out)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        without_code_generation(monkeypatch)
+        train(reduced(name), out)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +59,8 @@ def two():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_trains_on_ranks_what_it_trains_alone(name, two, tmp_path):
+def test_a_preset_trains_on_ranks_what_it_trains_alone(name, two, tmp_path, monkeypatch):
+    without_code_generation(monkeypatch)
     alone, shared = tmp_path / "alone.zarr", tmp_path / "shared.zarr"
     train(with_changes(reduced(name), {"parallel.mode": "ddp"}), alone)
     two.run(_trained, name, str(shared))

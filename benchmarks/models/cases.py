@@ -17,7 +17,7 @@ from benchmarks.models.configurations import (
     tiny_configuration,
     tiny_model,
 )
-from benchmarks.models.handwritten import FlexModel, NanoModel, TimeFirstEncoder, quantise
+from benchmarks.models.handwritten import DiffusionModel, FlexModel, NanoModel, TimeFirstEncoder, quantise
 
 __all__ = ["KINDS", "Case", "all_cases"]
 
@@ -191,6 +191,9 @@ def _whisper_encoder(sharp: bool) -> nn.Module:
 
 def _others() -> Iterator[Case]:
     yield Case("LoRA (peft) on Llama", "adapted", _lora, tokens, model="PeftModelForCausalLM", package="peft")
+    prompt = "Prompt tuning (peft) on Llama"
+    yield Case(prompt, "adapted", _prompt_tuned, tokens, model="PeftModelForCausalLM", package="peft")
+    yield Case("DiT-like, adaLN", "vision", _by_hand(DiffusionModel), _latents, as_example=True)
     yield Case("8-bit Linears in buffers, Llama", "quantised", _quantised, tokens, model="LlamaForCausalLM")
     for title, make in {
         "nanoGPT-like": NanoModel,
@@ -211,6 +214,20 @@ def _by_hand(make: Callable[[], nn.Module]) -> Callable[[bool], nn.Module]:
         return model.eval()
 
     return build
+
+
+def _latents(model: nn.Module) -> dict[str, Tensor]:
+    latents = torch.randn(2, 4, 6, 6, generator=torch.Generator().manual_seed(1))
+    return {"latents": latents, "time": torch.tensor([3, 7])}
+
+
+def _prompt_tuned(sharp: bool) -> nn.Module:
+    import peft
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        settings = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+        return peft.get_peft_model(_builder("llama", "LlamaForCausalLM")(sharp), settings).eval()
 
 
 def _quantised(sharp: bool) -> nn.Module:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["FlexModel", "NanoModel", "TimeFirstEncoder", "quantise"]
+__all__ = ["DiffusionModel", "FlexModel", "NanoModel", "TimeFirstEncoder", "quantise"]
 
 WIDTH, HEADS, VOCABULARY = 32, 4, 96
 
@@ -128,6 +128,51 @@ def _with_weights(attention: nn.MultiheadAttention) -> Any:
         return attention.out_proj(mixed.permute(2, 0, 1, 3).flatten(2)), None
 
     return forward
+
+
+class ConditionedBlock(nn.Module):
+    """Norms shifted, scaled and gated by a condition: DiT's adaLN."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.norm1, self.norm2 = (nn.LayerNorm(WIDTH, elementwise_affine=False) for _ in range(2))
+        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 48), nn.Linear(48, WIDTH)
+        self.condition = nn.Linear(WIDTH, 6 * WIDTH)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale, gate, shift2, scale2, gate2 = self.condition(c)[:, None].chunk(6, -1)
+        heads = self.qkv(self.norm1(x) * (1 + scale) + shift).unflatten(-1, (3, HEADS, -1))
+        q, k, v = heads.permute(2, 0, 3, 1, 4)
+        if self.fused:
+            mixed = functional.scaled_dot_product_attention(q, k, v)
+        else:
+            mixed = functional.softmax(q @ k.mT / math.sqrt(q.shape[-1]), dim=-1) @ v
+        x = x + gate * self.out(mixed.transpose(1, 2).flatten(2))
+        return x + gate2 * self.down(functional.gelu(self.up(self.norm2(x) * (1 + scale2) + shift2)))
+
+
+class DiffusionModel(nn.Module):
+    """Patches of a latent image through blocks that are told the time step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.times = nn.Conv2d(4, WIDTH, 2, 2), nn.Embedding(10, WIDTH)
+        self.blocks = nn.ModuleList(ConditionedBlock(fused=True) for _ in range(2))
+
+    def forward(self, latents: Tensor, time: Tensor) -> Tensor:
+        x, c = self.patches(latents).flatten(2).mT, self.times(time)
+        for block in self.blocks:
+            x = block(x, c)
+        return x
+
+    def dense(self) -> DiffusionModel:
+        """Make every layer compute its weights, in place."""
+        for module in self.modules():
+            if isinstance(module, ConditionedBlock):
+                module.fused = False
+        return self
 
 
 class BufferLinear(nn.Module):

@@ -659,8 +659,8 @@ class Collector:
         for part in self._parts_on(inputs.device):
             observation = ProductObservation(part.rows(whole[0]), part.rows(whole[1]), part.strata[0])
             increment = suite.measure(observation)
-            if not self._measures_calls or (self._cached_pass is not None and self._cached_pass.start > 0):
-                # Of a part of a sequence: which of its tokens is the largest is not known.
+            if not self._measures_calls or self._cached_pass is not None:
+                # Of a part of a sequence: which of all its tokens is the largest is not known.
                 names = ("product_peak.same_token", "product_peak.sequences")
                 increment |= {n: torch.zeros_like(increment[n]) for n in names if n in increment}
             self._merge(key, suite, observation.layout, increment)

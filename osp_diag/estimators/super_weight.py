@@ -109,7 +109,8 @@ class SuperWeight(Estimator):
     the sequences; the entry's product alone, |W_rc| max|x_c|, is at least half of max|y_r|; and max|y_r| is
     at least 50 times the median over output channels of theirs. A layer's second super weight is not seen
     before the first is taken out. Of experts there is none. The first condition says nothing where every
-    token is fed as a sequence of its own (protocol osp-published).
+    token is fed as a sequence of its own (protocol osp-published), and is not known, so that ``super_weight``
+    is NaN, where tokens are made one by one with a cache.
     """
 
     name: ClassVar[str] = "super_weight"

@@ -70,8 +70,10 @@ def runner(suite: Suite, backend: str, **options: Any) -> Callable[[np.ndarray, 
     def body(x: Any, strata: Any) -> dict[str, Any]:
         return measure(suite, x, strata, **options)
 
-    if backend == "torch-compiled":
-        body = torch.compile(body, fullgraph=True, dynamic=False)
+    if backend.startswith("torch-compiled"):
+        # Inductor, or the same graph without code for it, which takes longer to make than all that it runs.
+        name = "inductor" if backend == "torch-compiled" else "aot_eager"
+        body = torch.compile(body, fullgraph=True, dynamic=False, backend=name)
     if backend == "jax":
         body = jax.jit(body)
     to = converter(backend)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -56,15 +54,13 @@ def test_the_oracle_covers_every_output() -> None:
     assert not expected - set(outputs)
 
 
-def test_a_test_file_says_what_its_statistic_should_be(tmp_path, monkeypatch) -> None:
+def test_a_test_file_says_what_its_statistic_should_be(tmp_path) -> None:
     text = "\ndef expected(oracle):\n    return {'width': oracle.over_tokens(len)}\n"
     (tmp_path / "test_of_the_width.py").write_text(text)
     (tmp_path / "test_of_nothing.py").write_text("raise AssertionError('imported')\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
     (expected,) = oracles_of_test_files(tmp_path)
     x = INPUTS["normal"]
     np.testing.assert_array_equal(expected(Oracle(x, strata_of(x)))["width"], [x.shape[-1]] * 4)
-    sys.modules.pop("test_of_the_width")
 
 
 @pytest.mark.parametrize("padding", [True, False], ids=["padded", "full"])
@@ -131,7 +127,7 @@ def test_compiled_torch_equals_float64(name: str, compiled_without_medians) -> N
 @pytest.mark.slow
 def test_everything_compiles_into_one_graph() -> None:
     EVERYTHING.init(layout_of(INPUTS["planted"]), torch.zeros(1))  # a state comes first, as in any use
-    run = runner(EVERYTHING, "torch-compiled", significant_bits=31)
+    run = runner(EVERYTHING, "torch-compiled-eagerly", significant_bits=31)
     for name in ("planted", "student", "huge", "zero"):
         x = INPUTS[name]
         strata = strata_of(x)
