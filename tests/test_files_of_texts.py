@@ -171,7 +171,7 @@ def test_sentencepiece_reads_as_the_model_itself_does(tmp_path):
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     opened = open_checkpoint(folder).tokenizer
     assert type(opened).__name__ == "LlamaTokenizer"
-    assert encode(opened, TEXT[:60], special=False) == own.encode(TEXT[:60])
+    assert encode(opened, "had turned by noon", special=False) == own.encode("had turned by noon")
     assert encode(open_tokenizer(folder / "tokenizer.model"), "the quay", special=False) == own.encode(
         "the quay"
     )

@@ -169,7 +169,9 @@ def assemble(
 
 def attention_cap(config: Any | None) -> float | None:
     """The soft cap c of attention logits, c · tanh(x / c) before the softmax; None without."""
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text_config: Any = config
+    if config is not None and hasattr(config, "get_text_config"):
+        text_config = config.get_text_config()
     return getattr(text_config, "attn_logit_softcapping", None)
 
 

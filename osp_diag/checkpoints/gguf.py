@@ -195,7 +195,7 @@ def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
         scaling = rotary_scaling(path, header.architecture, header.metadata, config)
         if scaling:
             config.rope_parameters = (config.rope_parameters or {}) | scaling
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent,
             config=config,
             gguf_file=path.name,
@@ -204,6 +204,7 @@ def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
             ignore_mismatched_sizes=True,  # so that the message can name the tensor
             **unpack,
         )
+        model, report = loaded
         refuse_incomplete(path.name, model, report)
         refuse_fewer_numbers(path, header.tensors, model)
         check_frequencies(path, model, scaling)

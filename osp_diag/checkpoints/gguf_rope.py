@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from osp_diag.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 __all__ = ["FACTORS", "check_frequencies", "rotary_scaling"]
 
@@ -58,7 +58,7 @@ def rotary_scaling(path: Path, architecture: str, metadata: Mapping[str, Any], c
     )
 
 
-def check_frequencies(path: Path, model: nn.Module, scaling: Mapping[str, Any]) -> None:
+def check_frequencies(path: Path, model: PreTrainedModel, scaling: Mapping[str, Any]) -> None:
     """Refuse a model whose class has not taken the factors that the file gives one by one.
 
     Raises

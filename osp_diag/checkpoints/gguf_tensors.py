@@ -12,7 +12,7 @@ from osp_diag.checkpoints.gguf_rope import FACTORS
 from osp_diag.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from transformers import PreTrainedModel
 
 __all__ = ["refuse_fewer_numbers", "refuse_other_depth", "set_expert_sizes", "unused_tensors"]
 
@@ -51,7 +51,7 @@ def set_expert_sizes(tensors: Tensors, config: Any) -> None:
             setattr(config, field, width)
 
 
-def refuse_fewer_numbers(path: Path, tensors: Tensors, model: nn.Module) -> None:
+def refuse_fewer_numbers(path: Path, tensors: Tensors, model: PreTrainedModel) -> None:
     """Refuse zeros, which the conversion leaves where one of the tensors that make up experts is missing.
 
     Raises
@@ -74,7 +74,7 @@ def refuse_fewer_numbers(path: Path, tensors: Tensors, model: nn.Module) -> None
     )
 
 
-def unused_tensors(architecture: str, tensors: Tensors, model: nn.Module) -> set[str]:
+def unused_tensors(architecture: str, tensors: Tensors, model: PreTrainedModel) -> set[str]:
     """Tensors of the file that are in no parameter of the model."""
     from transformers.modeling_gguf_pytorch_utils import (
         TENSOR_PROCESSORS,
@@ -94,5 +94,5 @@ def _stored(tensors: Tensors) -> int:
     return sum(math.prod(size) for name, size in tensors.items() if name not in FACTORS)
 
 
-def _numbers_in(model: nn.Module) -> int:
+def _numbers_in(model: PreTrainedModel) -> int:
     return sum({values.data_ptr(): values.numel() for values in model.parameters()}.values())

@@ -115,7 +115,8 @@ def _named(model: nn.Module, arguments: Any, source: str) -> Mapping[str, Any]:
     signature = inspect.signature(unwrap(model).forward)
     try:
         if isinstance(arguments, Mapping):
-            named: Mapping[str, Any] = signature.bind(**arguments) and arguments
+            signature.bind(**arguments)
+            named: Mapping[str, Any] = arguments
         else:
             positional = arguments if isinstance(arguments, tuple) else (arguments,)
             named = signature.bind(*positional).arguments

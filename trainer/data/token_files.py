@@ -14,7 +14,7 @@ __all__ = ["token_array"]
 
 LLM_C_WORDS = 256
 """int32 numbers of llm.c's header: magic, version, how many tokens, zeros."""
-LLM_C_TYPES = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
+LLM_C_TYPES: dict[int, np.dtype] = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
 """Magic → type of the ids: GPT-2's (modded-nanogpt's too), Llama 3's."""
 MEGATRON_MAGIC = b"MMIDIDX\x00\x00"
 MEGATRON_TYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
