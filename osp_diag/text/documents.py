@@ -154,7 +154,7 @@ def lines_of(file: Path) -> Iterator[str]:
         stream.seek(0)
         if encoding == "utf-16":
             try:
-                with io.TextIOWrapper(stream, encoding=encoding) as lines:  # which ends them with \\n
+                with io.TextIOWrapper(stream, encoding=encoding) as lines:  # which ends them with a line feed
                     yield from lines
             except UnicodeError as error:
                 raise TokenError(f"{file} is not whole UTF-16 text: {error}") from None
