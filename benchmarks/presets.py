@@ -28,10 +28,11 @@ from osp_diag.trainer.loop import train
 from osp_diag.trainer.presets import PRESETS, preset
 
 
-def config_of(name: str, steps: int, sequences: int) -> TrainConfig:
+def config_of(name: str, steps: int, sequences: int, *, compiled: bool) -> TrainConfig:
     """The preset on text that is there, for few steps."""
     shipped = preset(name)
     changes = {
+        "compile": shipped.compile and compiled,
         "steps": steps,
         "batch_size": sequences,
         "log_every": 1,
@@ -64,6 +65,7 @@ def measured(config: TrainConfig, folder: Path) -> dict[str, object]:
     return {
         "preset": config.name,
         "parallel": config.parallel.mode,
+        "compiled": config.compile,
         "ranks": run.attrs["ranks"],
         "tokens_per_step": config.tokens_per_step,
         "seconds_until_first_step": done[0],
@@ -82,12 +84,14 @@ def main() -> None:
     parser.add_argument("preset", choices=PRESETS)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--sequences", type=int, default=16, help="a step")
+    parser.add_argument("--uncompiled", action="store_true", help="to see what compiling takes and gives")
     words = parser.parse_args()
     # Of several ranks the first writes the run, and all read it.
     port = os.environ.get("MASTER_PORT", str(os.getpid()))
     folder = Path(tempfile.gettempdir()) / f"osp-diag-presets-{port}"
     folder.mkdir(exist_ok=True)
-    numbers = measured(config_of(words.preset, words.steps, words.sequences), folder)
+    config = config_of(words.preset, words.steps, words.sequences, compiled=not words.uncompiled)
+    numbers = measured(config, folder)
     if numbers:
         print(json.dumps(numbers, indent=2))
         shutil.rmtree(folder)

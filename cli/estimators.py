@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import inspect
 import json as json_format
+import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
+
+from osp_diag.terminal import unfiltered
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,9 +94,9 @@ def _facts(cls: type[Estimator]) -> dict[str, Any]:
 def _console() -> Console:
     from rich.console import Console
 
-    console = Console()
+    console = Console(file=unfiltered(sys.stdout))
     # A pipe has no width; 80 columns would break formulas.
-    return console if console.is_terminal else Console(width=140)
+    return console if console.is_terminal else Console(file=unfiltered(sys.stdout), width=140)
 
 
 def _table(title: str, classes: list[type[Estimator]]) -> Table:

@@ -31,6 +31,8 @@ from osp_diag.cli.discovery import Verb, find_verbs, verb_by_name
 from osp_diag.cli.ranks import one_result, say_once
 from osp_diag.errors import OspDiagError
 from osp_diag.foreign_errors import foreign_origin
+from osp_diag.terminal import filtered_streams
+from osp_diag.text.panics import is_panic
 
 __all__ = ["main"]
 
@@ -60,10 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             code = _dispatch(words)
         sys.stdout.flush()  # so that a reader that has gone is noticed here, not by the interpreter at exit
         return code
-    except (Exception, KeyboardInterrupt) as error:
-        if show_traceback:
-            traceback.print_exc()
-        return _report(error, show_traceback)
+    except BaseException as error:
+        if not isinstance(error, (Exception, KeyboardInterrupt)) and not is_panic(error):
+            raise
+        with filtered_streams():
+            if show_traceback:
+                traceback.print_exc()
+            return _report(error, show_traceback)
 
 
 def _dispatch(words: Sequence[str]) -> int:
@@ -109,7 +114,8 @@ def _run(verb: Verb, words: Sequence[str]) -> int:
         call = call_described_by(words, run, f"osp-diag {verb.name}")
     except SystemExit as stop:  # after --help, or a usage error that has been shown
         return stop.code if isinstance(stop.code, int) else MISUSE
-    return run(*call.positional, **call.keywords) or FINE
+    with filtered_streams():
+        return run(*call.positional, **call.keywords) or FINE
 
 
 def _report(error: BaseException, has_traceback: bool) -> int:

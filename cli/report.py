@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,8 @@ def run(runs: Runs, /, *, out: Path = Path("report.html"), json: bool = False) -
     side on shared scales. The file needs no network; it can be sent, printed, and used with the keyboard
     alone. What a run does not hold is left out, and the page says so.
 
-    The exit code is 1 if a run holds NaN or Inf, else 0.
+    Of a damaged run the page shows what is whole and says what is not. The exit code is 1 if a run is
+    damaged or holds NaN or Inf, else 0.
 
     Args:
         runs: the runs, which `osp-diag probe` or a training wrote.
@@ -36,18 +38,23 @@ def run(runs: Runs, /, *, out: Path = Path("report.html"), json: bool = False) -
         osp-diag report adam.zarr osp.zarr --out adam-and-osp.html
     """
     from osp_diag.figures.report import check_out, write_report
-    from osp_diag.runs.run import open_run
+    from osp_diag.runs.run import open_whole_part
 
     if not runs:
         raise UsageError("report: give at least one run, the path that `osp-diag probe --out` wrote")
     check_out(out)
-    report = write_report([open_run(path) for path in runs], out)
+    opened = [open_whole_part(path) for path in runs]
+    for problem in (problem for one in opened for problem in one.damage):
+        print(f"report: left out, {problem}", file=sys.stderr)
+    report = write_report(opened, out)
     if json:
         verdicts = [verdict.as_dict() for verdict in report.verdicts]
-        facts = {"out": str(out), "runs": verdicts, "left_out": list(report.left_out)}
+        damage = [problem for one in opened for problem in one.damage]
+        facts = {"out": str(out), "runs": verdicts, "left_out": list(report.left_out), "damaged": damage}
         print(json_format.dumps(facts, indent=2, ensure_ascii=False))
     else:
         for label, verdict in zip(report.labels, report.verdicts, strict=True):
             print(f"{label}: {verdict.headline}.")
         print(f"\nreport: {out} ({out.stat().st_size / 1e6:.1f} MB)")
-    return int(any(verdict.state == "broken" for verdict in report.verdicts))
+    damaged = any(one.damage for one in opened)
+    return int(damaged or any(verdict.state == "broken" for verdict in report.verdicts))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from osp_diag.runs.headline import headline
+from osp_diag.terminal import printable, unfiltered
 
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
@@ -28,7 +29,7 @@ def shown_progress() -> Iterator[tuple[Told | None, Callable[[str], None]]]:
 
     from osp_diag.probing.ranks import is_first_rank
 
-    console = Console(stderr=True)
+    console = Console(file=unfiltered(sys.stderr))
 
     def announce(text: str) -> None:
         print(text, file=sys.stderr)
@@ -50,7 +51,7 @@ def shown_progress() -> Iterator[tuple[Told | None, Callable[[str], None]]]:
             numbers = f"loss {values['loss']:.3f}  {values['tokens_per_second']:,.0f} tokens/s"
             bar.update(task, completed=done, total=total, numbers=numbers)
 
-        yield told, lambda text: bar.console.print(text, markup=False, highlight=False)
+        yield told, lambda text: bar.console.print(printable(text), markup=False, highlight=False)
 
 
 def outcome(run: Run) -> dict[str, float]:

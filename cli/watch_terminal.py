@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Sequence
 from itertools import pairwise
@@ -13,6 +14,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from osp_diag.terminal import one_line, unfiltered
 from osp_diag.wording import number
 
 if TYPE_CHECKING:
@@ -53,7 +55,7 @@ def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile 
     def picture(standings: Sequence[Standing]) -> RenderableType:
         return _picture(standings, labels_of(runs), console)
 
-    console = Console(highlight=False)
+    console = Console(file=unfiltered(sys.stdout), highlight=False)
     standings = standings_now()
     if every is None:
         console.print(picture(standings))
@@ -102,7 +104,7 @@ def _picture(standings: Sequence[Standing], labels: Sequence[str], console: Cons
             top=float(max(tops, default=LEAST_TOP)),
             bars=BARS if console.encoding.lower().startswith("utf") else DIGITS,
         )
-        parts.append(Panel(text, title=Text(_printable(label), style="bold"), title_align="left"))
+        parts.append(Panel(text, title=Text(one_line(label), style="bold"), title_align="left"))
     return Group(*parts)
 
 
@@ -123,21 +125,21 @@ def standing_as_text(one: Standing, *, width: int, rows: int, top: float, bars: 
     """
     lines = [Text(line) for line in _facts(one)]
     if one.problem:
-        lines.append(Text(_printable(one.problem), style="bold red"))
+        lines.append(Text(one_line(one.problem), style="bold red"))
     if one.kurtosis is not None and one.kurtosis.sizes["step"]:
         lines += [Text(), *_kurtosis_rows(one.kurtosis, width, rows, top, bars)]
     if one.sinks is not None and one.sinks.sizes["step"]:
         lines += [Text(), *_sink_rows(one.sinks, width, max(1, rows // 2), bars)]
     for alert in one.alerts:
         mark, style = ("!! ", "bold red") if alert.severity == "bad" else ("!  ", "bold")
-        lines += [Text(mark + _printable(alert.text), style=style)]
+        lines += [Text(mark + one_line(alert.text), style=style)]
     return Text("\n").join(lines)
 
 
 def _facts(one: Standing) -> list[str]:
     of = f" of {one.planned_steps:,}" if one.planned_steps is not None else ""
     step = f"step {one.last_step:,}{of}, " if one.last_step is not None else ""
-    lines = [f"{_printable(one.path)}" + (f" ({_printable(one.description)})" if one.description else "")]
+    lines = [f"{one_line(one.path)}" + (f" ({one_line(one.description)})" if one.description else "")]
     lines.append(step + one.life)
     scalars = one.scalars
     if "loss" in scalars:
@@ -217,8 +219,3 @@ def _bar(share: float, bars: str) -> tuple[str, str]:
     share = float(np.clip(share, 0.0, 1.0))
     red, green, blue = (round(low + share * (high - low)) for low, high in zip(LOW, HIGH, strict=True))
     return bars[round(share * (len(bars) - 1))], f"rgb({red},{green},{blue})"
-
-
-def _printable(text: str) -> str:
-    """Names come from files of others: no escape sequence of theirs reaches the terminal."""
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)

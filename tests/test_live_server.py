@@ -1,5 +1,6 @@
 """The live page's server: what it answers, what it lets through, and the verb that starts it."""
 
+import io
 import json
 import shutil
 import socket
@@ -320,3 +321,76 @@ def test_without_dash_the_message_says_how_to_install_it(tmp_path, capsys, monke
     path = str(grown_run(tmp_path / "run.zarr"))
     assert main(["watch", path, "--serve", "--port", "0"]) == 2
     assert "this needs the package 'dash': pip install \"osp-diag[live]\"" in capsys.readouterr().err
+
+
+# -- what no page asks -----------------------------------------------------------------------------------
+
+LOCAL = {"Host": "127.0.0.1:8050"}
+UPDATE = "/_dash-update-component"
+
+
+@pytest.mark.parametrize("host", ["[::1", "[", "a b:1", "127.0.0.1:port", "[v1.x]:80"])
+def test_a_host_that_is_none_is_refused_without_a_traceback(page, capfd, host):
+    assert page[1].get("/", headers={"Host": host}).status_code in (400, 403)
+    assert capfd.readouterr().err == ""
+
+
+BODIES = {
+    "no JSON": b"{",
+    "no UTF-8": b"\xff\xfe",
+    "deep": b"[" * 100_000,
+    "endless number": b'{"output": ' + b"9" * 5000 + b"}",
+    "a list": b"[]",
+    "no output": b"{}",
+    "another output": b'{"output": "..a.b..", "inputs": []}',
+    "output of another kind": b'{"output": {"a": 1}}',
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
+def test_a_malformed_body_is_a_bad_request(page, capfd, body):
+    answer = page[1].post(UPDATE, data=body, headers=LOCAL, content_type="application/json")
+    assert (answer.status_code, answer.text) == (400, "This is nothing that the page asks.\n")
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("part", ["inputs", "state", "outputs", "changedPropIds"])
+@pytest.mark.parametrize("value", [None, 3, "x", [None], [{}], [3]])
+def test_a_body_with_a_part_of_another_shape_is_a_bad_request(page, monkeypatch, part, value):
+    _, client = page
+    bodies = []
+    monkeypatch.setattr(client, "post", lambda path, json, headers: bodies.append(json) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        asked(client)
+    monkeypatch.undo()
+    assert client.post(UPDATE, json=bodies[0], headers=LOCAL).status_code == 200
+    assert client.post(UPDATE, json=bodies[0] | {part: value}, headers=LOCAL).status_code == 400
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_no_body_above_a_megabyte_is_read(page, chunked):
+    body = io.BytesIO(b"x" * 2**22)
+    overrides = {"wsgi.input_terminated": True, "CONTENT_LENGTH": ""} if chunked else {}
+    answer = page[1].post(UPDATE, input_stream=body, headers=LOCAL, environ_overrides=overrides)
+    assert answer.status_code in ((400, 413) if chunked else (413,))
+    assert body.tell() <= 2**20 + 2**16
+
+
+@pytest.mark.parametrize(
+    "path", ["/_dash-component-suites/other/a.js", "/_dash-component-suites/dash/../../x"]
+)
+def test_a_library_that_is_none_is_not_found(page, capfd, path):
+    assert page[1].get(path, headers=LOCAL).status_code == 404
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_page_that_cannot_be_made_leaves_a_sentence(page, capfd, monkeypatch):
+    def broken(self, choice):
+        raise ZeroDivisionError("by \x1b[2Jzero")
+
+    monkeypatch.setattr(Watched, "version", broken)
+    with pytest.raises(AssertionError, match="the terminal says why"):
+        asked(page[1])
+    told = capfd.readouterr().err
+    assert told == "watch: the page could not be made: ZeroDivisionError: by \ufffd[2Jzero\n"

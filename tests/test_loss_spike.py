@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from osp_diag.analyses.alerts import alerts
@@ -11,6 +12,7 @@ from osp_diag.cli.main import main
 from osp_diag.errors import DivergenceError
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
+from osp_diag.trainer import loop
 from osp_diag.trainer.loop import Training, train
 from tests.growing_runs import ATTRIBUTES, scalars
 from tests.training_runs import minute
@@ -73,3 +75,19 @@ def test_watch_tells_of_a_real_training(tmp_path, monkeypatch, capsys):
     train(minute(divergence__policy="skip", divergence__window=4), out, resume=True)
     assert main(["watch", str(out), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["runs"][0]["alerts"] == []
+
+
+def test_a_step_that_is_not_finite_is_no_spike():
+    assert loop._unseen_cause({"loss": 9.0, "gradient_norm": 3.0}) == "no NaN or Inf, the loss is a spike"
+    overflown = loop._unseen_cause({"loss": 9.0, "gradient_norm": float("inf")})
+    assert overflown == "every gradient is finite, and the sum of their squares is not"
+    assert "spike" not in loop._unseen_cause({"loss": float("nan"), "gradient_norm": 1.0})
+
+
+def test_a_training_that_ignores_nan_is_probed_to_its_end(tmp_path):
+    config = minute(divergence__policy="ignore", optimizer__lr=1e30, optimizer__gradient_clip=None)
+    run = train(config, tmp_path / "run.zarr")
+    assert run.steps.tolist() == [0, 3, 6]
+    assert np.isnan(run.series["loss"].values[-1])
+    condition = run.tree["weights/embedding_projection/embedding_projection_condition_number"]
+    assert np.isnan(condition.sel(step=[3, 6])).all()

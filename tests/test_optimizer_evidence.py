@@ -177,3 +177,13 @@ def test_groups_without_anything_to_say_are_left_out():
         "optimizer/update",
         "weights/embedding_rows",
     }
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_orthogonality_of_a_matrix_that_is_not_finite_is_nan(bad):
+    matrix = torch.eye(3)
+    matrix[0, 1] = bad
+    numbers = orthogonality(matrix)
+    assert torch.isnan(numbers["orthogonality_error"])
+    assert torch.isnan(numbers["condition_number"])
+    assert not torch.isfinite(numbers["scale"])

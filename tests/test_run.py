@@ -101,7 +101,9 @@ class TestBadPaths:
     def test_a_damaged_coordinate(self, tmp_path: Path) -> None:
         path = write_run(tmp_path / "run.zarr")
         (path / "step" / "c.0").write_bytes(b"rubbish")
-        with pytest.raises(StoreError, match=r"is damaged \(.*\); restore it from a copy"):
+        with pytest.raises(
+            StoreError, match=r"^chunk .*step/c.0 is damaged \(.*\); restore the run from a copy$"
+        ):
             open_run(path)
 
     def test_a_newer_format(self, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.runs import following
+from osp_diag.runs import following, format
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.lock import LOCK_NAME, writer_state
 from osp_diag.runs.run import open_run, open_tree
@@ -72,8 +72,10 @@ def test_only_chunks_with_new_steps_are_read(tmp_path, monkeypatch):
         run.refresh()
         kurtosis(run)
         read = []
-        original = Path.read_bytes
-        monkeypatch.setattr(Path, "read_bytes", lambda self: (read.append(self), original(self))[1])
+        original = format.read_plain
+        monkeypatch.setattr(
+            format, "read_plain", lambda file, most: (read.append(file), original(file, most))[1]
+        )
         record(writer, [100])
         run.refresh()
         names = [str(file.relative_to(path)) for file in read]

@@ -9,16 +9,20 @@ import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
 
 from osp_diag.errors import TrainingError
+from osp_diag.json_text import parse_object
+from osp_diag.plain_files import read_plain
 from osp_diag.probing.ranks import is_distributed, is_first_rank
+from osp_diag.trainer.checkpoint_files import TensorReader, read_metadata
 from osp_diag.trainer.config import CheckpointConfig, TrainConfig, from_dictionary
 from osp_diag.trainer.config_values import as_dictionary, differences
 
@@ -35,7 +39,10 @@ __all__ = [
 
 PART = ".part"
 HOST_STATE = "state.json"
-NAME = re.compile(r"step-(\d+)")
+NAME = re.compile(r"step-(\d+)", re.ASCII)
+_MOST_HOST_STATE = 64 * 2**20
+_NO_SPACE = 2**20
+_DELETE = "delete it to resume from the one before"
 
 # Why these: docs/decisions.md, Training.
 FREE = (
@@ -94,15 +101,37 @@ class TrainingCheckpoint:
                 + "\nGive the same values, or another --out for a new run."
             )
 
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """The sizes of its tensors by name, such as ``model.lm_head.weight``; nothing is read but metadata.
+
+        Raises
+        ------
+        TrainingError : as :func:`osp_diag.trainer.checkpoint_files.read_metadata`
+        """
+        tensors = self._metadata().state_dict_metadata
+        return {name: tuple(entry.size) for name, entry in tensors.items() if hasattr(entry, "size")}
+
     def load(self, tensors: dict[str, Any]) -> None:
-        """Read the tensors into those of ``tensors``, whatever the number of ranks that wrote them."""
+        """Read the tensors into those of ``tensors``, whatever the number of ranks that wrote them.
+
+        Nothing of the checkpoint is executed.
+
+        Raises
+        ------
+        TrainingError : it is damaged, or was not written by osp-diag
+        """
+        reader = TensorReader(self.path, self._metadata())
         try:
             with without_single_process_warnings():
-                dcp.load(tensors, checkpoint_id=self.path, no_dist=not is_distributed())
-        except (OSError, RuntimeError, KeyError, ValueError, dcp.CheckpointException) as error:
-            raise TrainingError(
-                f"{self.path} cannot be read ({error}); delete it to resume from the one before"
-            ) from error
+                dcp.load(tensors, storage_reader=reader, no_dist=not is_distributed())
+        except (Exception, dcp.CheckpointException) as error:
+            raise TrainingError(f"{self.path} cannot be read ({_reason(error)}); {_DELETE}") from error
+
+    def _metadata(self) -> Metadata:
+        try:
+            return read_metadata(self.path)
+        except TrainingError as error:
+            raise TrainingError(f"{error}; {_DELETE}") from error
 
 
 @contextmanager
@@ -143,24 +172,40 @@ def delete_checkpoints(folder: Path) -> None:
     """Delete the checkpoints of a run that is to be replaced; nothing but checkpoints is ever deleted."""
     for entry in folder.glob("step-*") if folder.is_dir() else ():
         if NAME.fullmatch(entry.name.removesuffix(PART)):
-            shutil.rmtree(entry)
+            _delete(entry)
+
+
+def _delete(entry: Path) -> None:
+    """Delete a checkpoint; of a link the link."""
+    if entry.is_dir() and not entry.is_symlink():
+        shutil.rmtree(entry)
+    else:
+        entry.unlink()
 
 
 def _complete(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    entries = [entry for entry in folder.iterdir() if NAME.fullmatch(entry.name)]
+    entries = [e for e in folder.iterdir() if NAME.fullmatch(e.name) and e.is_dir() and not e.is_symlink()]
     return sorted(entries, key=lambda entry: int(entry.name.removeprefix("step-")))
 
 
 def _read(path: Path) -> TrainingCheckpoint:
     try:
-        state = json.loads((path / HOST_STATE).read_text(encoding="utf-8"))
+        state = parse_object(read_plain(path / HOST_STATE, _MOST_HOST_STATE))
         return TrainingCheckpoint(path, int(state["step"]), from_dictionary(state["config"]), state["data"])
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise TrainingError(
-            f"{path} is no checkpoint of this version ({error}); delete it to resume from the one before"
+            f"{path} is no checkpoint of this version ({_reason(error)}); {_DELETE}"
         ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """Why torch could not read or write, in a sentence: its own message repeats the trace of every rank."""
+    if isinstance(error, dcp.CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 class CheckpointFolder:
@@ -178,12 +223,12 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
-        self._under_way: tuple[Future[Any], Callable[[], None]] | None = None
+        self._under_way: tuple[Future[Any], Callable[[], None], Path] | None = None
         # Collectives of a background thread must not mix with those of the training step.
         self._group = dist.new_group(backend="gloo") if is_distributed() else None
         if is_first_rank() and folder.is_dir():
             for part in folder.glob(f"step-*{PART}"):
-                shutil.rmtree(part)
+                _delete(part)
 
     def save(
         self,
@@ -201,14 +246,15 @@ class CheckpointFolder:
 
         Raises
         ------
-        TrainingError : the disk refuses, now or in the save before
+        TrainingError : the disk refuses, now or in the save before; nothing is left of what was not finished
+        KeyboardInterrupt : the same
         """
         self.wait()
         final, part = self.folder / f"step-{step:08d}", self.folder / f"step-{step:08d}{PART}"
         if final.exists():
             return
         host = {"step": step, "config": as_dictionary(run_config), "data": dict(data)}
-        with _disk_errors(final):
+        with self._disk_errors(final, part):
             if is_first_rank():
                 part.mkdir(parents=True, exist_ok=True)
                 (part / HOST_STATE).write_text(json.dumps(host), encoding="utf-8")
@@ -217,7 +263,7 @@ class CheckpointFolder:
             if self.config.background if background is None else background:
                 future = dcp.async_save(tensors, checkpoint_id=part, process_group=group, no_dist=alone)
                 assert isinstance(future, Future)
-                self._under_way = (future, lambda: self._commit(part, final))
+                self._under_way = (future, lambda: self._commit(part, final), part)
                 return
             dcp.save(tensors, checkpoint_id=part, process_group=group, no_dist=alone)
             self._commit(part, final)
@@ -226,8 +272,8 @@ class CheckpointFolder:
         """Wait until what is being written is committed."""
         if self._under_way is None:
             return
-        (future, commit), self._under_way = self._under_way, None
-        with _disk_errors(self.folder):
+        (future, commit, part), self._under_way = self._under_way, None
+        with self._disk_errors(part.with_suffix(""), part, future):
             future.result()
             commit()
 
@@ -249,21 +295,51 @@ class CheckpointFolder:
                 shutil.rmtree(old)
         self._barrier()
 
+    @contextmanager
+    def _disk_errors(self, final: Path, part: Path, future: Future[Any] | None = None) -> Iterator[None]:
+        """Turn what a full or read-only disk raises into a message; what was not finished is removed."""
+        try:
+            yield
+        except (OSError, RuntimeError, KeyboardInterrupt, dcp.CheckpointException) as error:
+            if future is not None:
+                future.exception()  # its thread writes until then
+            if is_first_rank():
+                shutil.rmtree(part, ignore_errors=True)
+            # torch wraps a second Ctrl-C as it wraps everything else.
+            if any(isinstance(reason, KeyboardInterrupt) for reason in _reasons(error)):
+                interruption = KeyboardInterrupt()
+                interruption.add_note(
+                    f"the checkpoint {final.name} was not finished and is removed; --resume goes on from "
+                    "the one before it."
+                )
+                raise interruption from None
+            raise TrainingError(
+                f"the checkpoint {final} could not be written: {_refusal(error, part)}; free some space or "
+                "give another --out, and resume: the checkpoints before it are whole"
+            ) from error
+
     def _barrier(self) -> None:
         if self._group is not None:
             dist.barrier(group=self._group)
 
 
-@contextmanager
-def _disk_errors(path: Path) -> Iterator[None]:
-    """Turn what a full or read-only disk raises into a message."""
-    try:
-        yield
-    except (OSError, RuntimeError, dcp.CheckpointException) as error:
-        raise TrainingError(
-            f"the checkpoint {path} could not be written ({error}); free some space or give another --out, "
-            "and resume: the checkpoints before it are whole"
-        ) from error
+def _reasons(error: BaseException) -> Iterator[BaseException]:
+    """An exception and what it was raised from; torch carries those of every rank within one of its own."""
+    while error is not None:
+        yield error
+        for failure, _ in error.failures.values() if isinstance(error, dcp.CheckpointException) else ():
+            yield from _reasons(failure)
+        error = error.__cause__ or error.__context__  # type: ignore[assignment]
+
+
+def _refusal(error: BaseException, folder: Path) -> str:
+    """Why a disk refused: torch says of a full one that a position is another than it expected."""
+    refused = next((reason for reason in _reasons(error) if isinstance(reason, OSError)), None)
+    with suppress(OSError):
+        nearest = next(place for place in (folder, *folder.parents) if place.exists())
+        if shutil.disk_usage(nearest).free < _NO_SPACE:
+            return "no space left on the device"
+    return _reason(error) if refused is None else refused.strerror or str(refused)
 
 
 def _synchronise(folder: Path) -> None:

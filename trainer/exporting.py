@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from osp_diag.errors import TrainingError
 from osp_diag.runs.headline import headline
@@ -16,6 +20,8 @@ from osp_diag.trainer.export import ExportReport, export
 from osp_diag.trainer.model import Llama
 
 __all__ = ["export_run", "trained_model"]
+
+_LAYER = re.compile(r"model\.model\.layers\.(\d+)\.")
 
 
 def export_run(
@@ -47,10 +53,34 @@ def _tokenizer(config: DataConfig) -> Any:
 
 
 def trained_model(checkpoint: TrainingCheckpoint) -> Llama:
-    """The model of a checkpoint, on the CPU in float32."""
+    """The model of a checkpoint, on the CPU in float32.
+
+    Raises
+    ------
+    TrainingError : it cannot be read, or holds other tensors than its configuration describes
+    """
+    _check_described(checkpoint)
     model = Llama(checkpoint.config.model)
     checkpoint.load({"model": model.state_dict()})
     return model.eval()
+
+
+def _check_described(checkpoint: TrainingCheckpoint) -> None:
+    """Hold what the configuration declares against the tensors that are there, before any of it is made."""
+    config, sizes = checkpoint.config.model, checkpoint.sizes()
+    layers = {match[1] for match in map(_LAYER.match, sizes) if match}
+    described: Mapping[str, tuple[int, ...]] = {}
+    if len(layers) == config.layers:  # else making the layers, even without memory, could take for ever
+        with torch.device("meta"):
+            described = {f"model.{name}": tuple(t.shape) for name, t in Llama(config).state_dict().items()}
+        differing = [name for name, shape in described.items() if sizes.get(name) != shape]
+        if not differing:
+            return
+        name = differing[0]
+        problem = f"of {name} the configuration makes {described[name]}, and the file has {sizes.get(name)}"
+    else:
+        problem = f"its configuration has {config.layers:,} layers, and the file {len(layers):,}"
+    raise TrainingError(f"{checkpoint.path} is damaged: {problem}; delete it to take the one before")
 
 
 def _newest(run: str | Path) -> TrainingCheckpoint:

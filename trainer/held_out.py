@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from osp_diag.errors import UsageError
+from osp_diag.seams.threads import of_this_thread
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
 from osp_diag.trainer.config import TrainConfig
@@ -61,7 +62,7 @@ class HeldOutLoss:
 
     def __enter__(self) -> None:
         self._sums, self._sequences = [], 0
-        self._hook = self._model.register_forward_hook(self._add)
+        self._hook = self._model.register_forward_hook(of_this_thread(self._add))
 
     def __exit__(self, *exception: object) -> None:
         if self._hook is not None:

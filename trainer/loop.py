@@ -377,9 +377,7 @@ class Training:
         batch = dict(self.batches)[step]
         with torch.compiler.set_stance("force_eager"):
             parts = (self._loss(part) for part in self._micro_batches(batch))
-            cause = (
-                first_of_ranks(first_bad_tensor(self.model, parts)) or "no NaN or Inf, the loss is a spike"
-            )
+            cause = first_of_ranks(first_bad_tensor(self.model, parts)) or _unseen_cause(values)
         self.optimizers.zero_grad()
         self.step = step - 1
         if self.step:
@@ -393,3 +391,12 @@ class Training:
             "--resume and divergence.policy=skip to pass over such steps, or begin again with a lower "
             "optimizer.lr"
         )
+
+
+def _unseen_cause(values: Mapping[str, float]) -> str:
+    """What went wrong in a step in which no tensor is NaN or Inf when it is made again."""
+    if math.isfinite(values["loss"] + values["gradient_norm"]):
+        return "no NaN or Inf, the loss is a spike"
+    if math.isfinite(values["loss"]):
+        return "every gradient is finite, and the sum of their squares is not"
+    return "every tensor of the step is finite when it is made again, eagerly"

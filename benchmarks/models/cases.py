@@ -192,7 +192,7 @@ def _whisper_encoder(sharp: bool) -> nn.Module:
 def _others() -> Iterator[Case]:
     yield Case("LoRA (peft) on Llama", "adapted", _lora, tokens, model="PeftModelForCausalLM", package="peft")
     prompt = "Prompt tuning (peft) on Llama"
-    yield Case(prompt, "adapted", _prompt_tuned, tokens, model="PeftModelForCausalLM", package="peft")
+    yield Case(prompt, "adapted", _prompt_tuned, _unpadded, model="PeftModelForCausalLM", package="peft")
     yield Case("DiT-like, adaLN", "vision", _by_hand(DiffusionModel), _latents, as_example=True)
     yield Case("8-bit Linears in buffers, Llama", "quantised", _quantised, tokens, model="LlamaForCausalLM")
     for title, make in {
@@ -214,6 +214,11 @@ def _by_hand(make: Callable[[], nn.Module]) -> Callable[[bool], nn.Module]:
         return model.eval()
 
     return build
+
+
+def _unpadded(model: nn.Module) -> dict[str, Tensor]:
+    # Padding is told by a mask as long as the batch, and the states are longer by the tuned prompt.
+    return {"input_ids": tokens(model)["input_ids"]}
 
 
 def _latents(model: nn.Module) -> dict[str, Tensor]:

@@ -176,11 +176,7 @@ def _compare(row: Row, run: Any, reference: Reference, output: Any, batch: Any, 
 
 def _valid(batch: Mapping[str, Tensor], shape: tuple[int, ...], stack: str) -> np.ndarray:
     mask = None if stack == "decoder" else batch.get("attention_mask")
-    valid = np.ones(shape)
-    if mask is not None and len(mask) == shape[0] and mask.shape[1] <= shape[1]:
-        # What stands before the batch's own tokens (a tuned prompt) is no padding.
-        valid[:, shape[1] - mask.shape[1] :] = mask.numpy()
-    return valid
+    return np.ones(shape) if mask is None or tuple(mask.shape) != shape else mask.numpy()
 
 
 def _compare_states(row: Row, run: Any, reference: Reference, batch: Any, stack: str) -> None:

@@ -86,7 +86,9 @@ class Watched:
 
     def choice(self, runs: Any, site: Any, statistic: Any, stratum: Any, layer: Any) -> Choice:
         """What a browser sent, as a choice; names that no run holds find nothing."""
-        places = {int(place) for place in runs or () if str(place).isdigit() and int(place) < len(self.runs)}
+        numbers = {str(place): place for place in range(len(self.runs))}
+        named = runs if isinstance(runs, (list, tuple)) else ()
+        places = {numbers[text] for place in named if (text := str(place)) in numbers}
         given = {"site": site, "statistic": statistic, "stratum": stratum, "layer": layer}
         return Choice(tuple(sorted(places)), **{name: str(value) for name, value in given.items() if value})
 

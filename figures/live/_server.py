@@ -6,17 +6,22 @@ import ipaddress
 import logging
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from osp_diag.errors import UsageError
 from osp_diag.figures.live._page import make_page
+from osp_diag.json_text import parse_object
 from osp_diag.runs.following import FollowedRun
+from osp_diag.terminal import printable
 
 __all__ = ["application", "is_loopback", "serve_page"]
 
-PATHS = ("/", "/_dash-layout", "/_dash-dependencies", "/_dash-update-component")
+UPDATE = "/_dash-update-component"
+PATHS = ("/", "/_dash-layout", "/_dash-dependencies", UPDATE)
+MOST_BODY = 2**20
+"""Bytes of a request; what the page sends has a few thousand."""
 LIBRARIES = "/_dash-component-suites/"
 """Dash's own scripts, which it serves from its packages by a table of theirs."""
 POLICY = (
@@ -66,21 +71,46 @@ def serve_page(
 def application(runs: Sequence[FollowedRun], *, host: str = "127.0.0.1", every: float = 2.0) -> Any:
     """The Dash application behind a guard that lets only the page through."""
     from flask import Flask, Response, request
+    from werkzeug.exceptions import HTTPException
 
     server = Flask("osp_diag_live", static_folder=None)
+    server.config["MAX_CONTENT_LENGTH"] = MOST_BODY
+
+    def plain(text: str, status: int) -> Response:
+        return Response(f"{text}\n", status, mimetype="text/plain")
 
     @server.before_request
     def guard() -> Response | None:
-        if not _named_rightly(request.headers.get("Host", ""), host):
-            return Response(
+        try:
+            named_rightly = _named_rightly(request.headers.get("Host", ""), host)
+        except ValueError:
+            return plain("The Host header is no host.", 400)
+        if not named_rightly:
+            return plain(
                 "This page answers to the name or address of its own machine only (protection against DNS "
-                "rebinding). Open it as http://127.0.0.1, or through an ssh tunnel as http://localhost.\n",
+                "rebinding). Open it as http://127.0.0.1, or through an ssh tunnel as http://localhost.",
                 403,
-                mimetype="text/plain",
             )
         if request.path not in PATHS and not request.path.startswith(LIBRARIES):
-            return Response("Nothing but the page is served here.\n", 404, mimetype="text/plain")
+            return plain("Nothing but the page is served here.", 404)
+        if request.method == "POST":
+            if (request.content_length or 0) > MOST_BODY:
+                return plain(f"At most {MOST_BODY:,} bytes are read.", 413)
+            # What the page itself sends fits; of the rest Dash would make a traceback.
+            if request.path != UPDATE or not _is_question(request.get_data(), page.callback_map):
+                return plain("This is nothing that the page asks.", 400)
         return None
+
+    @server.errorhandler(Exception)
+    def failed(error: Exception) -> Response:
+        if isinstance(error, HTTPException):
+            return plain(error.description or error.name, error.code or 500)
+        if request.path.startswith(LIBRARIES):  # a library or file that Dash does not know
+            return plain("Nothing but the page is served here.", 404)
+        print(
+            printable(f"watch: the page could not be made: {type(error).__name__}: {error}"), file=sys.stderr
+        )
+        return plain("The page could not be made; the terminal says why.", 500)
 
     @server.after_request
     def strict(response: Response) -> Response:
@@ -89,7 +119,43 @@ def application(runs: Sequence[FollowedRun], *, host: str = "127.0.0.1", every: 
         response.headers["Referrer-Policy"] = "no-referrer"
         return response
 
-    return make_page(runs, every=every, server=server)
+    page = make_page(runs, every=every, server=server)
+    return page
+
+
+def _is_question(body: bytes, callbacks: Mapping[str, Any]) -> bool:
+    """Whether a body is one that the page in a browser sends: a callback with its inputs and states."""
+    try:
+        question = parse_object(body)
+    except ValueError:
+        return False
+    output = question.get("output")
+    callback = callbacks.get(output) if isinstance(output, str) else None
+    return (
+        callback is not None
+        and all(_are_properties(question.get(kind, []), callback[kind]) for kind in ("inputs", "state"))
+        and _are_outputs(question.get("outputs"), str(output))
+        and _are_names(question.get("changedPropIds", []))
+    )
+
+
+def _are_properties(values: Any, declared: Sequence[Mapping[str, str]]) -> bool:
+    if not isinstance(values, list) or not all(isinstance(value, dict) for value in values):
+        return False
+    names = [(value.get("id"), value.get("property")) for value in values]
+    return names == [(entry["id"], entry["property"]) for entry in declared]
+
+
+def _are_outputs(values: Any, output: str) -> bool:
+    parts = values if isinstance(values, list) else [values]
+    if not parts or not all(isinstance(part, dict) for part in parts):
+        return False
+    named = "...".join(f"{part.get('id')}.{part.get('property')}" for part in parts)
+    return output in (f"..{named}..", named)
+
+
+def _are_names(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, str) and "." in value for value in values)
 
 
 def is_loopback(host: str) -> bool:
@@ -101,9 +167,12 @@ def _named_rightly(header: str, host: str) -> bool:
     """Whether a browser asked for us by a name that nobody else can point at us.
 
     A foreign site can let its own name resolve to 127.0.0.1 and read what is there; it cannot do so for
-    an address, for localhost, or for the name that the user gave.
+    an address, for localhost, or for the name that the user gave. ValueError if it is no host at all.
     """
-    name = urlsplit(f"//{header}").hostname or ""
+    place = urlsplit(f"//{header}")
+    name = place.hostname or ""
+    if not header.isprintable() or (place.port is not None and place.path):
+        raise ValueError(header)
     if is_loopback(name) or name == host.lower():
         return True
     if is_loopback(host):

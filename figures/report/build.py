@@ -31,6 +31,7 @@ from osp_diag.runs.steps import step_of
 
 __all__ = ["Report", "build_report", "check_out", "write_report"]
 
+_SHOWN_DAMAGE = 6
 PROBES, DRAWS, CHANNEL_PROBES = 96, 20, 24
 """Of the emergence of outliers: probed steps of onsets, bootstrap draws, probed steps of channels."""
 
@@ -133,7 +134,7 @@ def build_report(runs: Any) -> Report:
         title=f"{', '.join(labels)}: outliers and attention sinks",
         labels=labels,
         run_verdicts=run_verdicts,
-        sentences=sentences(run_list, verdicts, labels),
+        sentences=[*sentences(run_list, verdicts, labels), *_damage(run_list)],
         numbers=key_numbers(verdicts, labels) if len(run_list) > 1 else None,
         pairs=compared_pairs(run_list, labels),
         others=others(run_list, labels),
@@ -145,6 +146,19 @@ def build_report(runs: Any) -> Report:
         data=script_json(data),
     )
     return Report(html, tuple(verdicts), tuple(labels), tuple(left_out))
+
+
+def _damage(runs: list[Run]) -> list[str]:
+    """What is not on the page because it is damaged, in a sentence a run; by file names, not by paths."""
+    texts = []
+    for run in (run for run in runs if run.damage):
+        problems = " ".join(f"{problem}." for problem in run.damage[:_SHOWN_DAMAGE])
+        more = len(run.damage) - _SHOWN_DAMAGE
+        texts.append(
+            f"Damaged, and therefore not on this page: {problems.replace(str(run.path), run.path.name)}"  # type: ignore[union-attr]
+            + (f" And {more} more." if more > 0 else "")
+        )
+    return texts
 
 
 def _run_verdict(run: Run, label: str, head: Heads) -> _RunVerdict:

@@ -77,13 +77,13 @@ def _together(
                 continue
             _draw(placement, {index: run}, picture, str(index))
             fitting[index] = run
-        except OspDiagError as reason:
-            picture.left_out.append(f"{labels[index]}: {reason}")
+        except Exception as error:  # one figure that fails takes nothing else off the page
+            picture.left_out.append(f"{labels[index]}: {_reason(error)}")
     if len(fitting) > 1:
         try:
             _draw(placement, fitting, picture, "all")
-        except OspDiagError as reason:
-            picture.left_out.append(f"side by side: {reason}")
+        except Exception as error:
+            picture.left_out.append(f"side by side: {_reason(error)}")
     elif fitting:
         picture.variants["all"] = next(iter(picture.variants))
     if len(group) < len(runs):
@@ -99,10 +99,17 @@ def _pairs(name: str, placement: InReport, runs: Sequence[Run], labels: Sequence
         picture = Picture(name, f"{placement.heading}: {both}")
         try:
             _draw(placement, {first: runs[first], second: runs[second]}, picture, "all")
-        except OspDiagError as reason:
-            picture.left_out.append(f"{both}: {reason}")
+        except Exception as error:
+            picture.left_out.append(f"{both}: {_reason(error)}")
         pictures.append(picture)
     return pictures
+
+
+def _reason(error: Exception) -> str:
+    """Why a figure is not drawn: as its own message says, or that the run holds what no probe writes."""
+    if isinstance(error, OspDiagError):
+        return str(error)
+    return f"it cannot be drawn of what the run holds ({type(error).__name__}: {error})"
 
 
 def _draw(placement: InReport, runs: Mapping[int, Run], picture: Picture, variant: str) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from osp_diag.capture.hooks import unobserved
+from osp_diag.seams.threads import of_this_thread
 
 __all__ = ["ExpertModuleCapture"]
 
@@ -97,14 +98,16 @@ class ExpertModuleCapture:
         self._parts: list[_Part] = []
 
     def __enter__(self) -> ExpertModuleCapture:
+        begin, enter = of_this_thread(self._begin), of_this_thread(self._expert_hook)
         for layer, pairs in self.experts.items():
+            end = of_this_thread(self._end_hook(layer))
             mixture = self.model.get_submodule(self.mixtures[layer])
-            self._handles.append(mixture.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._handles.append(mixture.register_forward_hook(self._end_hook(layer), always_call=True))
+            self._handles.append(mixture.register_forward_pre_hook(begin, with_kwargs=True))
+            self._handles.append(mixture.register_forward_hook(end, always_call=True))
             for number, (expert, down) in enumerate(pairs):
                 module, projection = self.model.get_submodule(expert), self.model.get_submodule(down)
-                self._handles.append(module.register_forward_pre_hook(self._expert_hook, with_kwargs=True))
-                hook = self._down_hook(number)
+                self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                hook = of_this_thread(self._down_hook(number))
                 self._handles.append(projection.register_forward_hook(hook, with_kwargs=True))
         return self
 

@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from osp_diag.capture.hooks import unobserved
+from osp_diag.seams.threads import of_this_thread
 
 __all__ = ["DOWN_NAMES", "ExpertCapture"]
 
@@ -161,10 +162,12 @@ class ExpertCapture:
         self._watch: _Watch | None = None
 
     def __enter__(self) -> ExpertCapture:
+        begin = of_this_thread(self._begin)
         for layer, path in self.layers.items():
+            end = of_this_thread(self._end_hook(layer))
             module = self.model.get_submodule(path)
-            self._handles.append(module.register_forward_pre_hook(self._begin, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._end_hook(layer), always_call=True))
+            self._handles.append(module.register_forward_pre_hook(begin, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(end, always_call=True))
         return self
 
     def __exit__(self, *exception: object) -> None:

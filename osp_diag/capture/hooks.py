@@ -2,7 +2,8 @@
 
 The user's own modules are hooked, never re-implemented. A hook only reads: it returns None, runs without
 gradients and outside of autocast, and acts only while a forward pass of the whole model is under way, so that
-the recomputation of activation checkpointing (which runs in the backward pass) is not counted twice.
+the recomputation of activation checkpointing (which runs in the backward pass) is not counted twice. It acts
+in the thread that put it there alone: another one may run the model meanwhile.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
+from osp_diag.seams.threads import Claim, of_this_thread
 from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import split_fused
 from osp_diag.sites.trace import unwrap
@@ -195,27 +197,33 @@ class SiteCapture:
         self.streams_in_a_row = streams_in_a_row
         self.current: ForwardPass | None = None
         self._handles: list[Any] = []
+        self._claim: Claim | None = None
         self._layers: dict[str, list[int]] = defaultdict(list)
         for layer, path in enumerate(block_paths):
             self._layers[path].append(layer)
 
     def active(self) -> bool:
-        """Whether a forward pass of the whole model is under way."""
-        return self.current is not None
+        """Whether a forward pass of the whole model is under way in this thread."""
+        return self.current is not None and self._claim is not None and self._claim.is_held_here
 
     def attach(self) -> None:
-        """Register the hooks. Nothing in the model changes but its hook tables."""
+        """Register the hooks, which act in this thread alone; the model's hook tables are all that changes.
+
+        Raises
+        ------
+        CaptureError : another thread observes the model
+        """
         try:
-            self._handles.append(
-                self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True)
-            )
+            self._claim = Claim([self.model])
+            begin = of_this_thread(self._begin)
+            self._handles.append(self.model.register_forward_pre_hook(begin, with_kwargs=True, prepend=True))
             for path in self._modules_around():
                 module = self.model.get_submodule(path)
-                hook = self._enter_hook(path)
+                hook = of_this_thread(self._enter_hook(path))
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             for path in self._layers:
                 module = self.model.get_submodule(self.entries.get(path, path))
-                hook = self._block_hook(path)
+                hook = of_this_thread(self._block_hook(path))
                 self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
             by_module: dict[tuple[str, str], list[Tap]] = defaultdict(list)
             for tap in self._distinct_taps():
@@ -223,18 +231,20 @@ class SiteCapture:
             for (path, side), taps in by_module.items():
                 module = self.model.get_submodule(path)
                 if side == "input":
-                    hook = self._input_hook(taps, path)
+                    hook = of_this_thread(self._input_hook(taps, path))
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
                 elif side == "output":
-                    self._handles.append(module.register_forward_hook(self._output_hook(taps, path)))
+                    hook = of_this_thread(self._output_hook(taps, path))
+                    self._handles.append(module.register_forward_hook(hook))
                 elif side == "product":
                     if self.on_product is not None:
-                        hook = self._product_hook(taps, path, self.on_product)
+                        hook = of_this_thread(self._product_hook(taps, path, self.on_product))
                         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
                 elif self.on_weight is not None:
-                    hook = self._weight_hook(taps, self.on_weight)
+                    hook = of_this_thread(self._weight_hook(taps, self.on_weight))
                     self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-            self._handles.append(self.model.register_forward_hook(self._end, always_call=True))
+            end = of_this_thread(self._end)
+            self._handles.append(self.model.register_forward_hook(end, always_call=True))
         except BaseException:
             self.detach()
             raise
@@ -244,6 +254,9 @@ class SiteCapture:
         while self._handles:
             self._handles.pop().remove()
         self._abandon()
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def _abandon(self) -> None:
         """A pass that Ctrl-C interrupted ends without its hooks."""

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -262,7 +263,11 @@ def read_header(path: Path) -> GgufHeader:
                 f"{path} is not a GGUF file: it starts with {magic!r}. Copy or download it again"
             )
         try:
-            return _header_after_magic(file, path)
+            header = _header_after_magic(file, path)
+            _check_kinds(path, header.metadata)
+            return header
+        except RecursionError:
+            raise CheckpointError(f"{path} is damaged: its metadata are nested too deep") from None
         except (struct.error, UnicodeDecodeError):
             size = path.stat().st_size
             raise CheckpointError(
@@ -307,6 +312,8 @@ def _header_after_magic(file: BinaryIO, path: Path) -> GgufHeader:
         end = max(end, offset + count // values_per_block * bytes_per_block)
     # The data begin at the next multiple of the alignment after the header; offsets count from there.
     alignment = metadata.get("general.alignment", 32)
+    if type(alignment) is not int or not 0 < alignment < 2**20:
+        raise CheckpointError(f"{path} is damaged: its general.alignment is {alignment!r}")
     size = -(-file.tell() // alignment) * alignment + end
     actual = path.stat().st_size
     if actual < size:
@@ -317,13 +324,37 @@ def _header_after_magic(file: BinaryIO, path: Path) -> GgufHeader:
     return GgufHeader(str(metadata.get("general.architecture", "")), metadata, tensors, parameters, size)
 
 
+_COUNTS = re.compile(r"(count|count_kv|length|length_swa|length_k|length_l|dimension_count|_id|\.no)$")
+
+
+def _check_kinds(path: Path, metadata: dict[str, Any]) -> None:
+    """Refuse metadata of another kind than their names say, on which transformers would fail or never end."""
+    for name, value in metadata.items():
+        is_count = name.startswith(("split.", "tokenizer.")) or not name.startswith("general.")
+        if is_count and _COUNTS.search(name):
+            values = value if isinstance(value, list) else [value]
+            right = all(type(number) is int and 0 <= number < 2**32 for number in values)
+        elif name in ("general.architecture", "tokenizer.ggml.model"):
+            right = isinstance(value, str)
+        elif name in ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"):
+            right = isinstance(value, list) and all(isinstance(text, str) for text in value)
+        elif name in ("tokenizer.ggml.scores", "tokenizer.ggml.token_type"):
+            right = isinstance(value, list) and all(isinstance(number, (int, float)) for number in value)
+        else:
+            continue
+        if not right:
+            raise CheckpointError(
+                f"{path} is damaged: its {name} is {str(value)[:60]!r}. Copy or download it again"
+            )
+
+
 def _scalar(file: BinaryIO, form: str) -> Any:
     return struct.unpack(form, file.read(struct.calcsize(form)))[0]
 
 
 def _string(file: BinaryIO) -> str:
     length = _scalar(file, "<Q")
-    raw = file.read(length) if length < 2**31 else b""
+    raw = file.read(length) if length <= os.fstat(file.fileno()).st_size else b""
     if len(raw) < length:
         raise struct.error
     return raw.decode("utf-8", errors="replace")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble, attention_cap
+from osp_diag.checkpoints.declared import check_declared, check_model_size
 from osp_diag.checkpoints.foreign_formats import foreign_format
 from osp_diag.checkpoints.hub import reach
 from osp_diag.checkpoints.loaded import (
@@ -77,7 +79,9 @@ def open_directory(
     _check_configuration(directory)
     place = folder_of_weights(directory)
     weights = find_weights(place)
+    check_declared(directory / "config.json", weights.paths)
     config = _config(str(directory), loading)
+    _check_size(config, name, loading, weights.paths)
     tokenizer = _tokenizer_in(directory, loading)
     if place == directory:
         model, loading_notes = _load(str(directory), config, loading, name)
@@ -98,7 +102,9 @@ def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoin
     if path.name.startswith("model-") and index.is_file():
         raise CheckpointError(f"{path} is one shard of a model; pass its directory, {directory}")
     state = _state_in(path)
+    check_declared(directory / "config.json", (path,))
     config = _config(str(directory), loading)
+    _check_size(config, path.name, loading, (path,))
     tokenizer = _tokenizer_in(directory, loading)
     model, notes = _load(None, config, loading, path.name, state_dict=state)
     return _finish(model, tokenizer, loading, path.stem, source, notes)
@@ -127,6 +133,15 @@ def _finish(
     return assemble(
         model, tokenizer, name=name, source=source, notes=notes, allow_nonfinite=loading.allow_nonfinite
     )
+
+
+def _check_size(config: Any, name: str, loading: Loading, weights: Sequence[Path]) -> None:
+    if loading.trust_remote_code:  # whose code is not run here once more
+        return
+    model_class = _model_class(config, False)
+    make = model_class.from_config if "Auto" in model_class.__name__ else model_class
+    with quietly():
+        check_model_size(config, make, name, weights)
 
 
 def _check_configuration(directory: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import operator
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from osp_diag.checkpoints.foreign_formats import foreign_format
 from osp_diag.errors import CheckpointError
+from osp_diag.json_text import parse_object
 
 __all__ = [
     "WeightFiles",
@@ -22,6 +23,7 @@ __all__ = [
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 LFS_POINTER = b"version https://git-lfs"
+MOST_JSON = 64 * 2**20
 LONGEST_HEADER = 100_000_000
 """safetensors itself refuses longer headers."""
 
@@ -98,15 +100,15 @@ def check_safetensors(path: Path) -> dict[str, Any]:
     if len(header_bytes) < length:
         raise CheckpointError(f"{path} is truncated: it ends inside its header, at {size:,} bytes. {_AGAIN}")
     try:
-        header = json.loads(header_bytes)
+        header = parse_object(header_bytes)
         end = max(
             (entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0
         )
+        expected = 8 + length + operator.index(end)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError):
         raise CheckpointError(
             f"{path} is not a safetensors file: its header cannot be read. {_AGAIN}"
         ) from None
-    expected = 8 + length + end
     if size < expected:
         raise CheckpointError(
             f"{path} is truncated: its header promises {expected:,} bytes, and it has {size:,}. {_AGAIN}"
@@ -128,24 +130,44 @@ def check_pickle(path: Path) -> None:
             f"{path} is truncated or not a PyTorch file: it is neither a whole zip archive nor a pickle. "
             f"{_AGAIN}"
         )
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse a zip archive that would unpack to more than it has: torch compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError, EOFError) as error:
+        raise CheckpointError(f"{path} is damaged: its archive cannot be read ({error}). {_AGAIN}") from error
+    if unpacked > path.stat().st_size:
+        raise CheckpointError(
+            f"{path} is no file that torch wrote: it would unpack to {unpacked:,} bytes. {_AGAIN}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a checkpoint's file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        size = path.stat().st_size
+        if size > MOST_JSON:
+            raise CheckpointError(f"{path} has {size:,} bytes, and no configuration has so many. {_AGAIN}")
+        return parse_object(path.read_bytes())
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}. {_AGAIN}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a JSON {type(value).__name__}, not an object. {_AGAIN}")
-    return value
 
 
 def _shards(index: Path) -> tuple[Path, ...]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index} has no weight_map, so the shards are not known. {_AGAIN}")
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} names a shard by what is no name. {_AGAIN}")
     names = sorted(set(weight_map.values()))
+    outside = [name for name in names if Path(name).name != name or not name.isprintable()]
+    if outside:
+        raise CheckpointError(f"{index} names {outside[0]!r}, which is no file beside it. {_AGAIN}")
     absent = [name for name in names if not (index.parent / name).is_file()]
     if absent:
         raise CheckpointError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -37,6 +38,7 @@ from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import CHANNEL_WEIGHTS, WEIGHT_MAP
 from osp_diag.sites import find_sites
 from osp_diag.sites.trace import unwrap
+from osp_diag.terminal import printable, unfiltered
 from osp_diag.tokens import TokenBatches
 
 __all__ = [
@@ -318,7 +320,7 @@ def progress_bar(label: str, unit: str = "sequences") -> Iterator[Progress | Non
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    console = Console(stderr=True)
+    console = Console(file=unfiltered(sys.stderr))
     if not console.is_terminal or not is_first_rank():
         yield None
         return
@@ -330,7 +332,7 @@ def progress_bar(label: str, unit: str = "sequences") -> Iterator[Progress | Non
         TimeRemainingColumn(),
     )
     with Bar(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(label, total=None)
+        task = bar.add_task(printable(label), total=None)
         yield lambda sequences, total: bar.update(task, completed=sequences, total=total)
 
 
@@ -339,9 +341,9 @@ def working(label: str) -> Iterator[None]:
     """A sign of life on standard error, while it is a terminal, for work whose length nobody knows."""
     from rich.console import Console
 
-    console = Console(stderr=True)
+    console = Console(file=unfiltered(sys.stderr))
     if console.is_terminal and is_first_rank():
-        with console.status(label):
+        with console.status(printable(label)):
             yield
     else:
         yield

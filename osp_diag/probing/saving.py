@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
-from osp_diag.errors import StoreError, UsageError
+from osp_diag.errors import UsageError
+from osp_diag.runs.replacing import replacement
 from osp_diag.runs.writer import RunWriter, check_destination
 from osp_diag.wording import did_you_mean, nearest
 
@@ -54,29 +53,18 @@ def write_run(
     *,
     overwrite: bool = False,
 ) -> None:
-    """Write at once what was measured; a folder that holds no step because writing failed is removed.
+    """Write at once what was measured: beside its place, then in its place, whole.
 
-    Writing only now, and not while the model runs, leaves a run that is to be replaced alone until
-    there is something to put in its place.
+    Whatever kills the process, a run that was to be replaced is there until the new one is.
+
+    Raises
+    ------
+    StoreError : it cannot be written; what was there is as it was
     """
-    existed = path.exists()
-    try:
-        with RunWriter(path, attributes, overwrite=overwrite) as writer:
-            for step, groups in steps:
-                writer.append(step, groups, partial=True)
-            for step in sorted({step for values in series.values() for step in values}):
-                writer.append_series(step, {name: v[step] for name, v in series.items() if step in v})
-            for group, dataset in static.items():
-                writer.write_static(group, dataset)
-    except StoreError:
-        if not existed and not _holds_a_step(path):
-            shutil.rmtree(path, ignore_errors=True)
-        raise
-
-
-def _holds_a_step(path: Path) -> bool:
-    from osp_diag.runs.run import open_run
-
-    with suppress(StoreError):
-        return len(open_run(path).steps) > 0
-    return False
+    with replacement(path, overwrite=overwrite) as beside, RunWriter(beside, attributes) as writer:
+        for step, groups in steps:
+            writer.append(step, groups, partial=True)
+        for step in sorted({step for values in series.values() for step in values}):
+            writer.append_series(step, {name: v[step] for name, v in series.items() if step in v})
+        for group, dataset in static.items():
+            writer.write_static(group, dataset)

@@ -213,6 +213,13 @@ class Probe:
         A compiled model runs eagerly inside a due step. Where only its blocks are compiled and they are under
         non-reentrant activation checkpointing, call ``backward`` inside the block too: after it, compiled
         code recomputes what eager code saved, and torch raises ``CheckpointError``.
+
+        Passes of other threads are neither seen nor changed, but that a compiled model runs eagerly in them
+        too.
+
+        Raises
+        ------
+        CaptureError : another thread probes the model, no forward pass ran, or none reached a site
         """
         if not self.due(step):
             yield False

@@ -73,6 +73,19 @@ class GrowingArray:
         if end % steps == 0:
             self.tail = None
 
+    def is_empty(self, folder: Path, length: int, further: Sequence[np.ndarray]) -> bool:
+        """Whether nothing was recorded in the first ``length`` positions on disk, nor in ``further`` ones."""
+        if any(values.dtype.kind != "f" or not np.isnan(values).all() for values in further):
+            return False
+        rows = self.layout.chunk[0]
+        chunks = range(math.ceil((length + len(further)) / rows))
+        if self.row_shape:  # only a scalar can be absent from a row that others are in
+            return not any(self._path(folder, index).exists() for index in chunks)
+        blocks = ((index, self.layout.read_chunk(folder, (index,))) for index in chunks)
+        return all(
+            block is None or np.isnan(block[: max(0, length - index * rows)]).all() for index, block in blocks
+        )
+
     def read(self, folder: Path, position: int) -> np.ndarray:
         """The values at one committed position."""
         index, place = divmod(position, self.layout.chunk[0])
@@ -89,9 +102,9 @@ class GrowingArray:
         if self.tail is not None and self.tail_index == index:
             block[:keep] = self.tail[:keep]
             return block
-        path = self._path(folder, index)
-        if path.exists():  # it does not where an array came later than the axis began
-            block[:keep] = self.layout.decode(path.read_bytes(), str(path))[:keep]
+        written = self.layout.read_chunk(folder, (index, *[0] * len(self.row_shape)))
+        if written is not None:  # as where an array came later than the axis began
+            block[:keep] = written[:keep]
         return block
 
 
@@ -222,6 +235,27 @@ class GrowingAxis:
         for array in self.arrays.values():
             array.tail = None
         return before - len(self)
+
+    def without_values(self, root: Path) -> list[str]:
+        """The arrays that began after the last position: no chunk is left, or a scalar's is all NaN."""
+        if not len(self):
+            return []
+        return [
+            path
+            for path, array in self.arrays.items()
+            if path != self.labels_path
+            and array.is_empty(root / path, len(self.settled), self._last_of(path))
+        ]
+
+    def _last_of(self, path: str) -> list[np.ndarray]:
+        return [row[path] for row in self.pending if path in row]
+
+    def forget(self, path: str) -> None:
+        """Drop an array, all of it."""
+        if path in self.arrays:
+            self.arrays = {name: array for name, array in self.arrays.items() if name != path}
+            for row in self.pending:
+                row.pop(path, None)
 
     def holds_chunk(self, path: str, name: str) -> bool:
         """Whether chunk file ``name`` of array ``path`` lies within the axis."""

@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from osp_diag.errors import StoreError
+from osp_diag.json_text import parse_json
+from osp_diag.plain_files import first_special, read_plain
 from osp_diag.runs.format import METADATA, PARTIAL
 from osp_diag.runs.lock import LOCK_NAME
 from osp_diag.runs.naming import model_name
+from osp_diag.runs.nodes import check_attributes, check_nodes
 
 __all__ = [
     "FORMAT_KEY",
@@ -24,6 +27,7 @@ __all__ = [
     "PACKED_SUFFIX",
     "check_destination",
     "disk_errors",
+    "disk_reason",
     "identity_differences",
     "is_packed",
     "read_packed_root",
@@ -39,6 +43,8 @@ FORMAT_VERSION = 1
 PACKED_SUFFIX = ".zip"
 """By custom the end of a packed run's name, as in run.zarr.zip."""
 
+_MOST_METADATA = 64 * 2**20
+"""Of the root, which has 0.8 MB for a default probe."""
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _CHUNK_NAME = re.compile(r"c(\.\d+)*")
 
@@ -54,11 +60,15 @@ def read_root(path: Path) -> dict[str, Any]:
             f"{path} is a file; a run is a folder (by custom named *.zarr), or a file made by `osp-diag pack`"
         )
     try:
-        text = (path / METADATA).read_bytes()
+        text = read_plain(path / METADATA, _MOST_METADATA)
     except FileNotFoundError:
         raise StoreError(
             f"{path} is not a run: it has no {METADATA}; give the folder that `osp-diag probe --out` wrote"
         ) from None
+    except OSError as error:
+        raise StoreError(
+            f"{path / METADATA} cannot be read ({error.strerror or error}); restore the run from a copy"
+        ) from error
     return _root_of(text, path)
 
 
@@ -75,6 +85,12 @@ def read_packed_root(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is a folder and not a packed run")
     try:
         with zipfile.ZipFile(path) as archive:
+            size = archive.getinfo(METADATA).file_size
+            if size > _MOST_METADATA:
+                raise StoreError(
+                    f"{path} is damaged: its {METADATA} declares {size:,} bytes, of which at most "
+                    f"{_MOST_METADATA:,} are read; restore it from a copy"
+                )
             text = archive.read(METADATA)
     except KeyError:
         raise StoreError(
@@ -83,7 +99,9 @@ def read_packed_root(path: Path) -> dict[str, Any]:
         ) from None
     except zipfile.BadZipFile as error:
         raise StoreError(f"{path} is no packed run, or damaged ({error}); restore it from a copy") from error
-    except (zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (zlib.error, EOFError, UnicodeDecodeError, NotImplementedError, RuntimeError) as error:
         raise StoreError(f"{path} is damaged ({error}); restore it from a copy") from error
     return _root_of(text, path)
 
@@ -97,11 +115,12 @@ def _unpack_command(path: Path) -> str:
 def _root_of(text: bytes, path: Path) -> dict[str, Any]:
     """The root's metadata of the run at ``path``, checked."""
     try:
-        root = json.loads(text)
+        root = parse_json(text)
     except ValueError as error:
         raise StoreError(f"{path / METADATA} is damaged ({error}); restore the run from a copy") from error
-    version = root.get("attributes", {}).get(FORMAT_KEY) if isinstance(root, dict) else None
-    if not isinstance(version, int) or "consolidated_metadata" not in root:
+    attributes = root.get("attributes") if isinstance(root, dict) else None
+    version = attributes.get(FORMAT_KEY) if isinstance(attributes, dict) else None
+    if type(version) is not int or attributes is None or "consolidated_metadata" not in root:
         raise StoreError(
             f"{path} is a Zarr hierarchy but not a run of osp_diag (its root lacks {FORMAT_KEY!r}); "
             "open it with xarray.open_datatree"
@@ -111,6 +130,9 @@ def _root_of(text: bytes, path: Path) -> dict[str, Any]:
             f"{path} was written in run format {version}, newer than the {FORMAT_VERSION} known here; "
             "upgrade osp_diag"
         )
+    check_attributes(attributes, path)
+    members = root["consolidated_metadata"]
+    check_nodes(members.get("metadata") if isinstance(members, dict) else None, path)
     return root
 
 
@@ -127,12 +149,18 @@ def survey(path: Path, *, resume: bool, overwrite: bool) -> bool:
         return False
     try:
         root = read_root(path)
+        special = first_special(path)
     except StoreError as error:
         raise StoreError(
             f"cannot write a run to {path}: it holds {len(names)} entries ({', '.join(names[:3])}"
             f"{', …' if len(names) > 3 else ''}) and is no run that could be resumed or overwritten "
             f"({error}); choose another path"
         ) from None
+    if special is not None:
+        raise StoreError(
+            f"cannot write to {path}: {special} is a link, or no plain file, through which files outside "
+            "of the run could be written; remove it, or choose another path"
+        )
     if not resume and not overwrite:
         raise StoreError(
             f"{path} already holds a run ({_describe(root)}); resume it (resume=True), replace it "
@@ -155,7 +183,7 @@ def check_destination(path: str | os.PathLike[str], *, resume: bool = False, ove
 def _describe(root: Mapping[str, Any]) -> str:
     attributes = root["attributes"]
     step = root["consolidated_metadata"]["metadata"].get("step", {})
-    count = step.get("shape", [0])[0]
+    count = (step.get("shape") or [0])[0]
     model = model_name(attributes)
     return f"{model}, {count} step{'' if count == 1 else 's'}, created {attributes.get('created', 'unknown')}"
 
@@ -209,13 +237,23 @@ def disk_errors(path: Path, settled: Sequence[int]) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in _FULL
+        if settled and not os.path.lexists(path / METADATA):
+            raise StoreError(
+                f"cannot write run {path}: it was deleted or moved while it was written, and what was "
+                "committed went with it; begin again, or move it back and open it with resume=True"
+            ) from error
         safe = f"{len(settled)} committed step{'' if len(settled) == 1 else 's'}"
         if settled:
             safe += f" (the last is step {settled[-1]})"
+        reason, advice = disk_reason(error)
         raise StoreError(
-            f"cannot write run {path}: {'no space left' if full else error.strerror or error} "
-            f"({error.filename or 'while writing'}); its {safe} are safe. "
-            f"{'Free space' if full else 'Mend this'}, then call flush() again, or open the run with "
-            "resume=True"
+            f"cannot write run {path}: {reason}; its {safe} are safe. {advice}, then call flush() again, "
+            "or open the run with resume=True"
         ) from error
+
+
+def disk_reason(error: OSError) -> tuple[str, str]:
+    """Why the file system refused, and what to do."""
+    full = error.errno in _FULL
+    reason = "no space left" if full else error.strerror or str(error)
+    return f"{reason} ({error.filename or 'while writing'})", "Free space" if full else "Mend this"

@@ -7,6 +7,7 @@ read ten thousand steps again each time; here rows that were read once are kept,
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -19,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
+from osp_diag.runs.chunks import is_lost
 from osp_diag.runs.folder import read_root
 from osp_diag.runs.format import METADATA, PARTIAL, ArrayLayout
 from osp_diag.runs.lock import LOCK_NAME, WriterState, writer_state
@@ -101,9 +103,7 @@ class FollowedRun(Run):
         attrs = root["attributes"]
         if _life(attrs) != _life(self._attributes):
             self._forget()
-        nodes = root["consolidated_metadata"]["metadata"]
-        # A run may come from anybody: nothing beside it is ever opened.
-        self._nodes = {path: nodes[path] for path in nodes if ".." not in path and not path.startswith("/")}
+        self._nodes = root["consolidated_metadata"]["metadata"]
         self._attributes = attrs
         self._dims, self._group_names = _dims_by_step(self._nodes), _groups_of(self._nodes)
         self._close()
@@ -295,7 +295,8 @@ class _Column:
         start = (length_before - 1) // chunk_rows * chunk_rows if length_before else 0
         while start < length:
             stop = min(start + chunk_rows, length)
-            rows = self.pick(self._chunk(layout, root, start // chunk_rows)[: stop - start])
+            chunk = self._chunk(layout, root, start // chunk_rows, math.ceil(length / chunk_rows))
+            rows = self.pick(chunk[: stop - start])
             settled = min(length_before - self.open_end, stop)
             if settled > start and not _equal(rows[: settled - start], self._room[start:settled]):
                 return False
@@ -304,16 +305,20 @@ class _Column:
         self.length = length
         return True
 
-    def _chunk(self, layout: ArrayLayout, root: Path, index: int) -> np.ndarray:
-        path = layout.chunk_path(root / self.path, (index, *[0] * (len(layout.chunk) - 1)))
-        try:
-            return layout.decode(path.read_bytes(), str(path))
-        except FileNotFoundError:
-            if self.open_end:  # a scalar that was first recorded later
-                return layout.empty_chunk()
-            raise StoreError(f"chunk {path} is missing; restore the run from a copy") from None
-        except OSError as error:
-            raise StoreError(f"chunk {path} cannot be read: {error.strerror or error}") from error
+    def _chunk(self, layout: ArrayLayout, root: Path, index: int, count: int) -> np.ndarray:
+        folder, beyond = root / self.path, [0] * (len(layout.chunk) - 1)
+        chunk = layout.read_chunk(folder, (index, *beyond))
+        if chunk is not None:
+            return chunk
+
+        def exists(place: int) -> bool:
+            return layout.chunk_path(folder, (place, *beyond)).exists()
+
+        growing = self.path not in ("step", _LOGGED)
+        if is_lost((index, *beyond), (count, *[1] * len(beyond)), growing, exists):
+            path = layout.chunk_path(folder, (index, *beyond))
+            raise StoreError(f"chunk {path} is missing; restore the run from a copy")
+        return layout.empty_chunk()
 
     def _put(self, start: int, rows: np.ndarray) -> None:
         stop = start + len(rows)

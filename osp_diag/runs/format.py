@@ -21,13 +21,16 @@ from dataclasses import dataclass, field
 from datetime import date, datetime
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numcodecs.vlen import VLenUTF8
 from numcodecs.zstd import Zstd
 
 from osp_diag.errors import StoreError
+from osp_diag.plain_files import read_plain
+from osp_diag.runs.chunks import check_presence, check_texts, decompressed
+from osp_diag.runs.nodes import MOST_CHUNK_BYTES, NUMBERS
 
 __all__ = [
     "PARTIAL",
@@ -43,8 +46,6 @@ METADATA = "zarr.json"
 PARTIAL = ".partial"
 """Ending of files that are being written; whatever carries it after a crash is rubbish."""
 
-_NUMBERS = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64",
-            "float16", "float32", "float64")  # fmt: skip
 _COMPRESSION = {"level": 1, "checksum": True}
 
 
@@ -91,7 +92,7 @@ def replace_file(path: Path, data: bytes, *, durable: bool = False) -> None:
     ``durable`` also waits until the file is on the device, for the one file that commits others.
     """
     partial = path.with_name(path.name + PARTIAL)
-    with open(partial, "wb") as file:
+    with _made_anew(partial) as file:
         file.write(data)
         if durable:
             file.flush()
@@ -105,6 +106,15 @@ def replace_file(path: Path, data: bytes, *, durable: bool = False) -> None:
                 os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def _made_anew(path: Path) -> BinaryIO:
+    """A new file at ``path``; what was left there, by a crash or a stranger as a link, is removed first."""
+    try:
+        return open(path, "xb")
+    except FileExistsError:
+        path.unlink()
+        return open(path, "xb")
 
 
 def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,17 +200,21 @@ class ArrayLayout:
             values.dtype.kind == "O" and all(isinstance(v, str) for v in values.flat)
         ):
             dtype = "string"
-        elif values.dtype.name in _NUMBERS:
+        elif values.dtype.name in NUMBERS:
             dtype = values.dtype.name
         else:
             raise StoreError(
                 f"variable {where} has type {values.dtype}, which a run cannot hold; convert it to one of "
-                f"{', '.join(_NUMBERS)} or text"
+                f"{', '.join(NUMBERS)} or text"
             )
         return cls(dims, dtype, tuple(max(1, size) for size in values.shape), attributes)
 
+    @staticmethod
+    def chunk_name(index: Sequence[int]) -> str:
+        return ".".join(["c", *map(str, index)])
+
     def chunk_path(self, folder: Path, index: Sequence[int]) -> Path:
-        return folder / ".".join(["c", *map(str, index)])
+        return folder / self.chunk_name(index)
 
     def empty_chunk(self) -> np.ndarray:
         return np.full(self.chunk, self.fill, dtype=self.memory_dtype)
@@ -219,15 +233,17 @@ class ArrayLayout:
         return Zstd(**_COMPRESSION).encode(raw)
 
     def decode(self, data: bytes, where: str) -> np.ndarray:
-        """The chunk back from its bytes; its checksum is verified."""
+        """The chunk back from its bytes; its size and checksum are verified."""
+        count = math.prod(self.chunk)
+        text = self.dtype == "string"
+        raw = decompressed(data, None if text else count * self.memory_dtype.itemsize, where)
+        if not text:
+            flat = np.frombuffer(raw, self.memory_dtype.newbyteorder("<"))
+            return flat.astype(self.memory_dtype).reshape(self.chunk)
+        check_texts(raw, count, where)
         try:
-            raw = Zstd(**_COMPRESSION).decode(data)
-            if self.dtype == "string":
-                flat = VLenUTF8().decode(raw)
-            else:
-                flat = np.frombuffer(raw, self.memory_dtype.newbyteorder("<")).astype(self.memory_dtype)
-            return flat.reshape(self.chunk)
-        except (RuntimeError, ValueError) as error:
+            return VLenUTF8().decode(raw).reshape(self.chunk)
+        except ValueError as error:
             raise StoreError(f"chunk {where} is damaged ({error}); restore the run from a copy") from error
 
     def write_all(self, folder: Path, values: np.ndarray) -> None:
@@ -238,16 +254,32 @@ class ArrayLayout:
             replace_file(self.chunk_path(folder, index), self.encode(values[corner]))
 
     def read_all(self, folder: Path, shape: Sequence[int]) -> np.ndarray:
-        """Every element of the array at this shape."""
+        """Every element of the array at this shape; a chunk that is not there is an error."""
+        declared = math.prod(shape) * self.memory_dtype.itemsize
+        check_presence(declared, lambda: sum(entry.stat().st_size for entry in os.scandir(folder)), folder)
         values = np.full(tuple(shape), self.fill, dtype=self.memory_dtype)
         counts = [math.ceil(size / width) for size, width in zip(shape, self.chunk, strict=True)]
         for index in np.ndindex(*counts):
-            path = self.chunk_path(folder, index)
-            if path.exists():
-                corner = tuple(slice(i * w, (i + 1) * w) for i, w in zip(index, self.chunk, strict=True))
-                inside = values[corner]
-                values[corner] = self.decode(path.read_bytes(), str(path))[tuple(map(slice, inside.shape))]
+            block = self.read_chunk(folder, index)
+            if block is None:
+                raise StoreError(
+                    f"chunk {self.chunk_path(folder, index)} is missing; restore the run from a copy"
+                )
+            corner = tuple(slice(i * w, (i + 1) * w) for i, w in zip(index, self.chunk, strict=True))
+            values[corner] = block[tuple(map(slice, values[corner].shape))]
         return values
+
+    def read_chunk(self, folder: Path, index: Sequence[int]) -> np.ndarray | None:
+        """One chunk; None if it is not there."""
+        path = self.chunk_path(folder, index)
+        try:
+            return self.decode(read_plain(path, MOST_CHUNK_BYTES), str(path))
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StoreError(
+                f"chunk {path} cannot be read ({error.strerror or error}); restore the run from a copy"
+            ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -6,12 +6,15 @@ import errno
 import json
 import os
 import socket
+import stat
 import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 from osp_diag.errors import StoreError
+from osp_diag.json_text import parse_object
+from osp_diag.plain_files import open_plain
 
 try:
     import fcntl
@@ -55,7 +58,7 @@ class WriterLock:
                 f"{self.path.parent} is already open for writing in this process; close that writer first"
             )
         while True:
-            file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
+            file = self._opened()
             try:
                 self._lock(file)
                 # A writer that closed in between has deleted the file that we locked: try its successor.
@@ -72,6 +75,26 @@ class WriterLock:
         record = {"pid": os.getpid(), "host": socket.gethostname(), "since": datetime.now(UTC).isoformat()}
         os.ftruncate(file, 0)
         os.pwrite(file, json.dumps(record).encode(), 0)
+
+    def _opened(self) -> int:
+        """The file, made if it is not there; never another one to which a name in the run leads."""
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.EMLINK, errno.ENXIO):
+                raise
+            raise self._foreign() from None
+        status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+            os.close(file)
+            raise self._foreign()
+        return file
+
+    def _foreign(self) -> StoreError:
+        return StoreError(
+            f"cannot write {self.path.parent}: its {LOCK_NAME} is a link, or no plain file, and is not "
+            "written to; remove it"
+        )
 
     def _lock(self, file: int) -> None:
         try:
@@ -93,9 +116,10 @@ class WriterLock:
     @staticmethod
     def _holder(file: int) -> str:
         try:
-            record = json.loads(os.pread(file, 4096, 0))
-            return f"process {record['pid']} on {record['host']} since {record['since']}"
-        except (ValueError, KeyError, TypeError):
+            record = parse_object(os.pread(file, 4096, 0))
+            holder = f"process {record['pid']} on {record['host']} since {record['since']}"
+            return holder if holder.isprintable() else "another process"
+        except (ValueError, KeyError):
             return "another process"
 
     def release(self) -> None:
@@ -122,15 +146,16 @@ def writer_state(folder: Path) -> WriterState:
     if not hasattr(os, "lockf"):
         return "unknown"
     try:
-        file = os.open(path, os.O_RDONLY)
+        opened = open_plain(path)
     except FileNotFoundError:
         return "closed"
     except OSError:
         return "unknown"
     try:
+        file = opened.fileno()
         os.lockf(file, os.F_TEST, 0)
     except OSError as error:
         return "writing" if error.errno in (errno.EACCES, errno.EAGAIN) else "unknown"
     finally:
-        os.close(file)
+        opened.close()
     return "died"

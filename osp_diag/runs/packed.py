@@ -22,12 +22,14 @@ from osp_diag.runs.folder import PACKED_SUFFIX, is_packed, read_packed_root, rea
 from osp_diag.runs.format import METADATA, PARTIAL
 from osp_diag.runs.lock import LOCK_NAME, writer_state
 
-__all__ = ["pack", "unpack"]
+__all__ = ["MOST_RATIO", "MOST_UNPACKED", "pack", "unpack"]
 
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 """The time of every entry: the same run gives the same file."""
 _UNIX = 3
 _ENCRYPTED = 0x1
+MOST_UNPACKED, MOST_RATIO = 2**26, 20
+"""What an entry may unpack to, in bytes and in multiples of its size: ours are compressed already."""
 
 
 def pack(
@@ -180,6 +182,8 @@ def _problem(entry: zipfile.ZipInfo) -> str:
         return "is a link or something else that is no plain file"
     if parts[-1] == LOCK_NAME or parts[-1].endswith(PARTIAL):
         return "is nothing that a packed run has"
+    if entry.file_size > MOST_UNPACKED + MOST_RATIO * entry.compress_size:
+        return f"is {entry.compress_size:,} bytes and would unpack to {entry.file_size:,}"
     if entry.flag_bits & _ENCRYPTED:
         return "is encrypted"
     if entry.compress_type == zipfile.ZIP_STORED and entry.compress_size != entry.file_size:

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import MissingError, StoreError
+from osp_diag.runs.damage import without_damaged
 from osp_diag.runs.declared import unmeasured
 from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from osp_diag.analyses.summary.summary import Summary
     from osp_diag.analyses.summary.verdict import Verdict
 
-__all__ = ["Run", "open_run", "open_tree"]
+__all__ = ["Run", "open_run", "open_tree", "open_whole_part"]
 
 _SUMMARY = (
     "model_name", "stack", "model_fingerprint", "architecture", "number_of_layers", "hidden_size",
@@ -64,33 +65,49 @@ def open_run(path: str | os.PathLike[str]) -> Run:
     return Run(open_tree(Path(path)), Path(path))
 
 
-def open_tree(path: Path) -> xr.DataTree:
-    """Everything in the run at ``path``, read when it is used; raises as :func:`open_run`."""
+def open_whole_part(path: str | os.PathLike[str]) -> Run:
+    """As :func:`open_run`, without what is damaged, which :attr:`Run.damage` tells. Every chunk is read.
+
+    Raises
+    ------
+    StoreError : as :func:`open_run`; the metadata or the steps themselves are damaged
+    """
+    damage: dict[str, str] = {}
+    return Run(open_tree(Path(path), damage), Path(path), tuple(damage.values()))
+
+
+def open_tree(path: Path, damage: dict[str, str] | None = None) -> xr.DataTree:
+    """Everything in the run at ``path``, read when it is used; raises as :func:`open_run`.
+
+    If ``damage`` is given, every chunk is read, arrays that are damaged are left out, and it is told why.
+    """
     packed = is_packed(path)
     root = read_packed_root(path) if packed else read_root(path)
     nodes = root["consolidated_metadata"]["metadata"]
     labels = (nodes.get("step"), nodes.get(f"{SERIES}/{LOGGED_STEP}"))
-    if not any(entry["shape"][0] for entry in labels if entry):
+    if not any(entry["shape"] and entry["shape"][0] for entry in labels if entry):
         raise StoreError(
             f"the run at {path} is empty: no step is recorded yet; probe first, or wait for its writer"
         )
+    from osp_diag.runs.reading import FolderFiles, PackedFiles, RunStore  # only here: it imports zarr
+
+    store = RunStore(PackedFiles(path) if packed else FolderFiles(path), root)
+    if damage is not None and (problems := store.damage()):
+        damage |= problems
+        store = RunStore(store.files, without_damaged(root, problems))
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
         return xr.open_datatree(
-            _zip_store(path) if packed else path,
+            store,  # type: ignore[arg-type]  # zarr's stores are taken too
             engine="zarr",
             consolidated=True,
             decode_times=False,
             decode_timedelta=False,
         )
-    except (OSError, RuntimeError, ValueError, KeyError) as error:
+    except StoreError as error:  # without what xarray adds of its own
+        raise StoreError(str(error)) from error
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"the run at {path} is damaged ({error}); restore it from a copy") from error
-
-
-def _zip_store(path: Path) -> Any:
-    from zarr.storage import ZipStore  # only here: xarray imports zarr when a tree is opened
-
-    return ZipStore(path, mode="r")
 
 
 class Run:
@@ -100,8 +117,10 @@ class Run:
     every statistic of one site. ``run.tree`` is the whole as an :class:`xarray.DataTree`.
     """
 
-    def __init__(self, tree: xr.DataTree, path: Path | None = None) -> None:
+    def __init__(self, tree: xr.DataTree, path: Path | None = None, damage: Sequence[str] = ()) -> None:
         self._tree: xr.DataTree | None = tree
+        self.damage = tuple(damage)
+        """What was left out because it is damaged, one sentence each; see :func:`open_whole_part`."""
         self.path = path
         """Where the run is on disk; None if it is in memory."""
         self._texts: dict[str, dict[str, xr.DataArray]] = {}

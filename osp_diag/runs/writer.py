@@ -312,7 +312,19 @@ class RunWriter:
                 self._series.write_metadata(self.path)
                 self._sweep()
                 self._series.reopen(self.path)
+                self._drop_what_began_later()
         return dropped
+
+    def _drop_what_began_later(self) -> None:
+        """Forget arrays that have nothing in the steps that are left."""
+        empty = [path for axis in (self._axis, self._series) for path in axis.without_values(self.path)]
+        for path in empty:
+            self._tree.growing.pop(path, None)
+            for axis in (self._axis, self._series):
+                axis.forget(path)
+        if empty:
+            self._commit()
+            self._sweep()
 
     def close(self) -> None:
         """Commit and let other writers in. Closing twice does nothing."""

@@ -32,6 +32,7 @@ from osp_diag.seams.functions import (
 )
 from osp_diag.seams.interface import InterfaceSwitch
 from osp_diag.seams.multihead import describe_multihead, takes_fused_path
+from osp_diag.seams.threads import Claim, of_this_thread
 
 __all__ = ["AttentionCall", "AttentionCapture", "SkipReason"]
 
@@ -68,8 +69,11 @@ class AttentionCapture:
     Query and key are as the model hands them over; where autocast casts them inside the attention function,
     they are delivered before that cast.
 
+    It acts in the thread that attached it alone; what other threads run meanwhile is neither seen nor
+    changed.
+
     Raises:
-        CaptureError: attached twice.
+        CaptureError: attached twice, or while another thread observes the model.
     """
 
     def __init__(
@@ -95,6 +99,7 @@ class AttentionCapture:
         # With what is in them: of a block whose ``forward`` is called directly no hook tells.
         self._blocks = {inner for member in members for inner in member.modules()}
         self._handles: list[RemovableHandle] = []
+        self._claim: Claim | None = None
         self._running: ExitStack | None = None
         self._suspension = ExitStack()
         self._busy = False
@@ -110,10 +115,13 @@ class AttentionCapture:
         self._heads = getattr(getattr(self.model, "config", None), "num_attention_heads", None)
         self._mode = AttentionFunctionMode(self._observe_function)
         self._switch = InterfaceSwitch(self.model, self._observe_interface, lambda: suspended(self._mode))
+        self._claim = Claim([self.model, *self._switch.configs])
         self._handles = [
-            self.model.register_forward_pre_hook(self._forward_starts),
+            self.model.register_forward_pre_hook(of_this_thread(self._forward_starts)),
             # First among the hooks, so that captures on one model end in the reverse order of their start.
-            self.model.register_forward_hook(self._forward_ends, always_call=True, prepend=True),
+            self.model.register_forward_hook(
+                of_this_thread(self._forward_ends), always_call=True, prepend=True
+            ),
         ]
         return self
 
@@ -122,6 +130,9 @@ class AttentionCapture:
         self._end()
         while self._handles:
             self._handles.pop().remove()
+        if self._claim is not None:
+            self._claim.release()
+            self._claim = None
 
     def __enter__(self) -> AttentionCapture:
         return self.attach()
@@ -166,6 +177,9 @@ class AttentionCapture:
     def _hook_modules(self, running: ExitStack) -> bool:
         """Follow which module runs. True where a fused encoder layer forbids hooks and modes."""
         fused = False
+        starts, ends = of_this_thread(self._module_starts), of_this_thread(self._module_ends)
+        starts_multihead = of_this_thread(self._multihead_starts)
+        ends_multihead = of_this_thread(self._multihead_ends)
         untouchable: set[nn.Module] = set()
         for module in self.model.modules():
             if isinstance(module, nn.TransformerEncoderLayer) and takes_fused_path(module):
@@ -178,15 +192,15 @@ class AttentionCapture:
             if isinstance(module, nn.MultiheadAttention):
                 untouchable |= set(module.modules())
                 handles = [
-                    module.register_forward_pre_hook(self._multihead_starts, with_kwargs=True),
-                    module.register_forward_hook(self._multihead_ends, always_call=True),
+                    module.register_forward_pre_hook(starts_multihead, with_kwargs=True),
+                    module.register_forward_hook(ends_multihead, always_call=True),
                 ]
             elif next(module.children(), None) is None and type(module).__module__.startswith("torch.nn."):
                 continue
             else:
                 handles = [
-                    module.register_forward_pre_hook(self._module_starts, with_kwargs=True),
-                    module.register_forward_hook(self._module_ends, always_call=True),
+                    module.register_forward_pre_hook(starts, with_kwargs=True),
+                    module.register_forward_hook(ends, always_call=True),
                 ]
             for handle in handles:
                 running.callback(handle.remove)
@@ -205,7 +219,9 @@ class AttentionCapture:
     # -- the seams ------------------------------------------------------------------------------------------
 
     def _observing(self) -> bool:
-        return self._running is not None and not self._busy and self._active()
+        # The name under which attention is looked up is seen by other threads too.
+        here = self._claim is not None and self._claim.is_held_here
+        return here and self._running is not None and not self._busy and self._active()
 
     def _observe_interface(self, describe: Callable[[], AttentionCall], compute: Callable[[], Any]) -> Any:
         # What the function does inside is this one call; and a kernel that torch compiles (FlexAttention)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from types import CodeType, FunctionType
@@ -39,9 +40,9 @@ class ObservedName(str):
     during the forward) is the plain original name, so no trace can leak.
     """
 
-    def __new__(cls, original: str) -> ObservedName:
+    def __new__(cls, original: str, like: ObservedName | None = None) -> ObservedName:
         name = super().__new__(cls, original)
-        name._token = object()  # type: ignore[attr-defined]
+        name._token = object() if like is None else like._token  # type: ignore[attr-defined]
         return name
 
     def __hash__(self) -> int:
@@ -123,6 +124,16 @@ def _tables() -> tuple[Any, Any]:
     return ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS
 
 
+def _register(table: Any, name: ObservedName, function: Callable[..., Any]) -> None:
+    """Enter a function under a name for as long as anybody holds the name.
+
+    Another thread may have read it from the config just before it is taken back, and looks it up just after.
+    """
+    key = ObservedName(str(name), like=name)  # the same entry, which does not keep the name alive
+    table.register(key, function)
+    weakref.finalize(name, type(table)._global_mapping.pop, key, None).atexit = False
+
+
 class InterfaceSwitch:
     """Puts configs on observed names and back. ``enter`` and ``exit`` bracket one forward."""
 
@@ -132,7 +143,6 @@ class InterfaceSwitch:
         self._without_eager: set[int] = set()
         self._eager: dict[type, Callable[..., Any] | None] = {}
         self._restore: list[tuple[Any, str]] = []
-        self._names: list[ObservedName] = []
         if "transformers" in sys.modules:
             self._collect_configs(model)
 
@@ -166,24 +176,22 @@ class InterfaceSwitch:
                 continue
             if original not in names:
                 name = names[original] = ObservedName(original)
-                self._names.append(name)
-                functions.register(name, self._function(original))
+                _register(functions, name, self._function(original))
                 if original in mask_functions:
-                    mask_functions.register(name, self._mask_function(mask_functions[original]))
+                    _register(mask_functions, name, self._mask_function(mask_functions[original]))
             self._restore.append((config, original))
             config._attn_implementation_internal = names[original]
 
     def exit(self) -> None:
-        """Give every config its own name back and forget ours."""
+        """Give every config its own name back, with which ours and its entries in the tables go."""
         while self._restore:
             config, original = self._restore.pop()
             config._attn_implementation_internal = original
-        if self._names:
-            functions, mask_functions = _tables()
-            while self._names:
-                name = self._names.pop()
-                type(functions)._global_mapping.pop(name, None)
-                type(mask_functions)._global_mapping.pop(name, None)
+
+    @property
+    def configs(self) -> list[Any]:
+        """The configs that are switched."""
+        return list(self._configs.values())
 
     def _mask_function(self, original: Callable[..., Any]) -> Callable[..., Any]:
         # FlexAttention compiles the making of its mask, once more for every set of function modes.

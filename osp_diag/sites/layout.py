@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from osp_diag.errors import SiteError
+from osp_diag.seams.threads import of_this_thread
 from osp_diag.sites.names import Tap
 from osp_diag.sites.stack import is_linear, is_norm
 from osp_diag.sites.trace import Event, Trace, default_example, is_compiled, run_example, undisturbed
@@ -76,7 +77,7 @@ def streams_in_a_row(
 
     compiled = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
     handle = model.get_submodule((block.entry or block).name).register_forward_pre_hook(
-        keep, with_kwargs=True
+        of_this_thread(keep), with_kwargs=True
     )
     try:
         with undisturbed(model), compiled:
@@ -188,7 +189,8 @@ def _mixes_along_first_axis(model: nn.Module, example: Any, block: Event) -> boo
         raise _EnoughError
 
     compiled = torch.compiler.set_stance("force_eager") if is_compiled(model) else nullcontext()
-    handle = model.get_submodule(block.name).register_forward_pre_hook(with_changed_input, with_kwargs=True)
+    hook = of_this_thread(with_changed_input)
+    handle = model.get_submodule(block.name).register_forward_pre_hook(hook, with_kwargs=True)
     try:
         with undisturbed(model), compiled:
             run_example(model, example)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from osp_diag.seams.threads import of_this_thread
 from osp_diag.sites.names import SiteMap
 from osp_diag.sites.trace import is_compiled, run_example, undisturbed, unfused, unwrap
 
@@ -160,7 +161,7 @@ def _stream(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         # A block that only holds its parts never runs itself.
         for module in block.children() if isinstance(block, (nn.ModuleList, nn.ModuleDict)) else (block,):
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(module.register_forward_pre_hook(of_this_thread(hook), with_kwargs=True).remove)
         run_example(model, example)
     if not entered or entered[0].ndim != 3:
         return None

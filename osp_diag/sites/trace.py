@@ -17,6 +17,7 @@ from torch import nn
 
 from osp_diag.errors import SiteError
 from osp_diag.seams.attention import AttentionCall, AttentionCapture, SkipReason
+from osp_diag.seams.threads import of_this_thread
 
 __all__ = [
     "Event",
@@ -286,8 +287,9 @@ def trace_forward(
         stack.enter_context(undisturbed(model))
         for name, module in model.named_modules():
             if name:
-                stack.callback(module.register_forward_pre_hook(start_hook(name), with_kwargs=True).remove)
-                stack.callback(module.register_forward_hook(stop_hook).remove)
+                start, stop = of_this_thread(start_hook(name)), of_this_thread(stop_hook)
+                stack.callback(module.register_forward_pre_hook(start, with_kwargs=True).remove)
+                stack.callback(module.register_forward_hook(stop).remove)
         stack.enter_context(unfused(model))
         if is_compiled(model):
             stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -6,10 +6,8 @@ out, UTF-16 is read as what it is, and every line ends with a line feed whatever
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
 import lzma
@@ -21,6 +19,7 @@ from typing import IO, Any
 
 from osp_diag.errors import TokenError
 from osp_diag.text.tokenizer_files import END_OF_TEXT
+from osp_diag.text.unpacking import PACKED, unpacked
 from osp_diag.wording import listed
 
 __all__ = [
@@ -41,9 +40,6 @@ SUFFIXES: Mapping[str, tuple[str, ...]] = {
     "parquet": (".parquet",),
     "table": (".csv", ".tsv"),
 }
-PACKED: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-"""Compressed files are read through these; a Parquet file compresses itself."""
-
 TEXT_COLUMN = "text"
 SAMPLED_ROWS = 1000
 """Rows whose values say which columns hold text, where no schema does."""
@@ -63,7 +59,7 @@ def kind_of(file: Path) -> str | None:
 
 def open_file(file: Path) -> IO[bytes]:
     """A file's bytes, unpacked where it is compressed."""
-    return PACKED[file.suffix](file) if file.suffix in PACKED else file.open("rb")
+    return unpacked(file) if file.suffix in PACKED else file.open("rb")
 
 
 class Documents:
@@ -144,14 +140,13 @@ def lines_of(file: Path) -> Iterator[str]:
         It is no text in UTF-8, nor in UTF-16 with a byte order mark.
     """
     with open_file(file) as stream:
-        beginning = stream.read(4096)
+        beginning = stream.peek(4096)[:4096]  # type: ignore[attr-defined]  # a buffered reader of either kind
         encoding = next((name for mark, name in ENCODINGS if beginning.startswith(mark)), "utf-8")
         if encoding != "utf-16" and b"\0" in beginning:
             raise TokenError(
                 f"{file} is no text: byte {beginning.index(0)} is zero. If it is UTF-16, convert it "
                 "(iconv -f UTF-16LE -t UTF-8)"
             )
-        stream.seek(0)
         if encoding == "utf-16":
             try:
                 with io.TextIOWrapper(stream, encoding=encoding) as lines:  # which ends them with a line feed
@@ -235,6 +230,8 @@ def _json_array(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         rows = json.loads(read_text(file))
     except json.JSONDecodeError as error:
         raise TokenError(f"{file}, line {error.lineno} is no JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, or very deep
+        raise TokenError(f"{file} is no JSON that can be read: {type(error).__name__}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise TokenError(

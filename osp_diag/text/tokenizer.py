@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from osp_diag.errors import TokenError
+from osp_diag.text.panics import tokenizer_errors
 
 __all__ = [
     "DELIMITERS",
@@ -23,6 +24,7 @@ DELIMITERS = frozenset(",.;:!?…、。，．；：！？\n\r")
 ASCII and East Asian forms. Quotation marks, brackets and dashes are not among them."""
 
 
+@tokenizer_errors
 def delimiter_ids_of(tokenizer: Any) -> tuple[int, ...]:
     """Ids of the tokens whose text, blanks around it removed, consists of :data:`DELIMITERS` alone.
 
@@ -75,6 +77,7 @@ def opening_tokens(tokenizer: Any | None, bos: str) -> tuple[int, ...]:
     return (int(bos_id),)
 
 
+@tokenizer_errors
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     """The ids of a text, with the tokenizer's special tokens around it or without.
 
@@ -103,6 +106,7 @@ def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     return [int(token) for token in ids]
 
 
+@tokenizer_errors
 def decode(tokenizer: Any, token: int) -> str:
     """What one token reads as; nothing where no token has that id.
 
@@ -123,6 +127,7 @@ def decode(tokenizer: Any, token: int) -> str:
         return ""
 
 
+@tokenizer_errors
 def decode_each(tokenizer: Any, count: int) -> list[str]:
     """What each of the first ``count`` ids reads as by itself; nothing for an id without a token."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)

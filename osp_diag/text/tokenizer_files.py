@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from osp_diag.errors import TokenError
 from osp_diag.quiet import quietly
+from osp_diag.text.panics import no_panic
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -121,7 +122,7 @@ def _automatic(location: str, trust_remote_code: bool, options: dict[str, Any]) 
     import transformers
 
     try:
-        with quietly():
+        with quietly(), no_panic():
             return transformers.AutoTokenizer.from_pretrained(
                 location, trust_remote_code=trust_remote_code, **options
             )
@@ -142,7 +143,8 @@ def _from_file(path: Path) -> Any:
         content = path.read_text("utf-8")
         from tokenizers import Tokenizer
 
-        vocabulary = Tokenizer.from_str(content).get_vocab()
+        with no_panic():
+            vocabulary = Tokenizer.from_str(content).get_vocab()
     except Exception as error:
         raise TokenError(
             f"{path} is not a tokenizer of the library tokenizers: {_first_line(error)}; give its "

@@ -62,6 +62,7 @@ def orthogonality(projection: Float[Tensor, "channel channel"]) -> dict[str, Flo
     """How far a square matrix is from a multiple of an orthogonal one; in float64.
 
     The singular values are the roots of the eigenvalues of PᵀP, so condition numbers above 10⁷ are not seen.
+    All are NaN of a matrix with NaN or Inf, but the scale, which may be Inf.
     """
     wide = projection.to(torch.float64)
     channels = wide.shape[0]
@@ -69,7 +70,9 @@ def orthogonality(projection: Float[Tensor, "channel channel"]) -> dict[str, Flo
     gram = wide.mT @ wide
     scale = gram.diagonal().sum() / channels
     identity = torch.eye(channels, dtype=gram.dtype, device=gram.device)
-    eigenvalues = torch.linalg.eigvalsh(gram)
+    # Of NaN or Inf there are no eigenvalues, for which LAPACK raises: those of the identity become NaN.
+    finite = gram.isfinite().all()
+    eigenvalues = torch.where(finite, torch.linalg.eigvalsh(torch.where(finite, gram, identity)), torch.nan)
     # Rounding may leave the smallest at 0 or below.
     smallest = eigenvalues[0].clamp(min=torch.finfo(gram.dtype).eps * eigenvalues[-1])
     return {
