@@ -271,3 +271,31 @@ def test_networks_without_tokens_are_refused_when_the_probe_is_made() -> None:
     config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1])
     with pytest.raises(SiteError, match="which are not vectors of tokens"):
         Probe(transformers.ResNetModel(config).eval(), example=images())
+
+
+def test_a_mask_of_other_tokens_than_the_stream_s_is_noted() -> None:
+    class Prompted(nn.Module):
+        """Two learned tokens before those of the batch, whose mask it ignores."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.prompt = nn.Embedding(40, 16), nn.Parameter(torch.randn(2, 16))
+            self.blocks = nn.ModuleList(
+                nn.TransformerEncoderLayer(16, 2, 24, batch_first=True) for _ in range(2)
+            )
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            x = torch.cat([self.prompt.expand(len(input_ids), -1, -1), self.words(input_ids)], dim=1)
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, ids = Prompted().eval(), torch.arange(3, 15).reshape(2, 6)
+    for padded in (False, True):
+        mask = torch.ones_like(ids)
+        mask[1, 4:] = 0 if padded else 1
+        probe = Probe(model, example={"input_ids": ids}, compile=False)
+        with torch.no_grad(), probe.step(0):
+            model(ids, attention_mask=mask)
+        text = "padding counts as tokens: the attention mask is of 6 tokens, the stream of 8; run"
+        assert any(note.startswith(text) for note in probe.run.attrs["notes"]) is padded

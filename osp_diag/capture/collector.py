@@ -191,6 +191,7 @@ class Collector:
         self._layers_crossed: set[int] = set()
         self._cut_apart, self._asks_for_cuts = True, asks_for_cuts
         self._values: dict[int, torch.Tensor] = {}
+        self._asks_for_masks = True  # in the first pass alone: the host waits
         self._layers_chosen: set[int] = set()
         """where the choice of experts is known in this pass: the router and the experts may both tell"""
 
@@ -218,6 +219,14 @@ class Collector:
         if site not in self.suites:
             self.suites[site] = suites_of(site, self.estimators)
         return self.suites[site]
+
+    def _note_unread_mask(self, forward_pass: ForwardPass, batch: int, tokens: int) -> None:
+        mask = forward_pass.mask_of_other_tokens(batch)
+        if mask is not None and not bool((mask != 0).all()):
+            self.notes.setdefault(
+                f"padding counts as tokens: the attention mask is of {mask.shape[1]} tokens, the stream of "
+                f"{tokens}; run sequences of one length together to leave padding out"
+            )
 
     def _strata(
         self,
@@ -251,6 +260,9 @@ class Collector:
             # Made inside the model: patches, frames, learned prompts, labels moved on by one.
             ids = torch.full((batch, tokens), -1, device=stream.device)
         mask = forward_pass.padding_mask(batch, tokens)
+        if mask is None and self._asks_for_masks:
+            self._note_unread_mask(forward_pass, batch, tokens)
+        self._asks_for_masks = False
         positions = forward_pass.position_ids(batch, tokens)
         strata = self._strata(ids, mask, positions)
         self._tokens = (batch, tokens)

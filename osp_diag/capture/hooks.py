@@ -127,6 +127,12 @@ class ForwardPass:
                 return mask[:, -tokens:]
         return None
 
+    def mask_of_other_tokens(self, batch: int) -> torch.Tensor | None:
+        """The outermost (batch, token) padding mask, of whatever length."""
+        masks = (arguments.get(f"{prefix}attention_mask") for arguments, prefix in self._inside_out())
+        of_batch = [m for m in masks if isinstance(m, torch.Tensor) and m.ndim == 2 and m.shape[0] == batch]
+        return of_batch[-1] if of_batch else None
+
     def position_ids(self, batch: int, tokens: int) -> torch.Tensor | None:
         """Positions that were handed to the model, of shape (batch, token), (1, token) or (token,)."""
         return self.named("position_ids", {(batch, tokens), (1, tokens), (tokens,)})
