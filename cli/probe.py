@@ -6,32 +6,37 @@ import json as json_format
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Any, Literal
 
 from osp_diag.capture.token_kinds import token_kinds_of_words
+from osp_diag.cli.checkpoint_options import (
+    DEFAULT_OPENING,
+    DEFAULT_TOKENS,
+    CheckpointName,
+    Opening,
+    Tokens,
+    check_tokens,
+)
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
 if TYPE_CHECKING:
+    from osp_diag.checkpoints import Checkpoint
+    from osp_diag.probing.inputs import ModelInputs
     from osp_diag.runs.run import Run
     from osp_diag.schema import Protocol
 
 VERB = "probe"
 HELP = "measure every outlier and sink statistic of a checkpoint"
 
-CheckpointName = Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
-Tokens = Annotated[TokenSettings, tyro.conf.arg(name="")]
-"""Its fields are options of the verb, and their documentation is the help: docs/decisions.md, Capture."""
-
-DEFAULT_TOKENS = TokenSettings()
-
 
 def run(
     checkpoint: CheckpointName,
     *,
     token_settings: Tokens = DEFAULT_TOKENS,
+    opening: Opening = DEFAULT_OPENING,
+    example: str | None = None,
+    random_inputs: tuple[str, ...] = (),
     single_protocol: bool = False,
     sites: tuple[str, ...] = (),
     estimators: tuple[str, ...] = (),
@@ -44,13 +49,8 @@ def run(
     overwrite: bool = False,
     without_raw: bool = False,
     token_groups: int = 8,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
-    device_map: str | None = None,
     compile: Literal["auto", "yes", "no"] = "auto",
     list_sites: bool = False,
-    trust_remote_code: bool = False,
-    allow_nonfinite: bool = False,
     json: bool = False,
 ) -> int:
     """Measure every outlier and sink statistic of every layer of a checkpoint.
@@ -62,6 +62,11 @@ def run(
     Args:
         checkpoint: what to probe.
         token_settings: which tokens to run.
+        opening: how to open the checkpoint.
+        example: `module:function` that returns the arguments of a forward pass (a mapping, a tuple, or a list
+            of such), which are run in place of tokens: for a model that takes others than ids alone.
+        random_inputs: NAME=SHAPE of arguments that are run in place of tokens, filled with standard normal
+            numbers, such as pixel_values=8x3x32x32.
         single_protocol: do not also measure the OSP kurtosis under the other protocol for the summary.
         sites: which sites, by name or pattern such as 'residual_*' or 'linear_input:*'; by default all but
             the input of every single projection.
@@ -82,13 +87,8 @@ def run(
         without_raw: leave out the sums behind the numbers, by which later definitions apply to this run.
         token_groups: so many groups of batches whose channel sums are kept apart, by which `osp-diag compare`
             tells what is significant; 0 keeps none.
-        dtype: of the weights and the forward pass; auto keeps the checkpoint's own.
-        device: auto, cpu, cuda, cuda:1, mps ...
-        device_map: spread a model over devices, as in accelerate (auto, balanced ...).
         compile: compile the statistics; auto does so on CUDA.
         list_sites: say which sites were found, and stop.
-        trust_remote_code: run modelling code that the checkpoint brings along.
-        allow_nonfinite: probe although weights hold NaN or Inf.
         json: print the summary as JSON.
 
     Examples:
@@ -97,9 +97,17 @@ def run(
         osp-diag probe path/to/model --list-sites
         osp-diag probe path/to/vision-model --token-kinds cls=0 register=1-4 patch=...
         osp-diag probe path/to/model --name-site 'mlp_hidden=blocks.*.ff.w2:input'
+        osp-diag probe checkpoint-500 --tokenizer path/to/base-model
+        osp-diag probe path/to/model --dataset reviews.jsonl --text-column body --split train
+        osp-diag probe path/to/model --ids ids.npy --seq-len 256
+        osp-diag probe nanogpt.py:load --random-tokens
+        osp-diag probe path/to/model --attention eager
+        osp-diag probe tower.py:load --example tower.py:batch
+        osp-diag probe path/to/vit --random-inputs pixel_values=8x3x224x224
     """
     named_sites = dict(_site_pattern(entry) for entry in name_site)
-    _check(token_settings)
+    check_tokens(token_settings)
+    _check_inputs(token_settings, example, random_inputs)
     measurement_settings = MeasurementSettings(
         sites=sites or None,
         estimators=estimators or None,
@@ -114,29 +122,32 @@ def run(
     )
     if out is not None:
         _check_out(out, overwrite)
-    from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing.checkpoint import joined_ranks, path_of_stack, stacks_of
     from osp_diag.probing.ranks import is_first_rank
 
     with joined_ranks():
-        model_checkpoint = open_checkpoint(
-            checkpoint,
-            dtype=dtype,
-            device=device,
-            device_map=device_map,
-            trust_remote_code=trust_remote_code,
-            allow_nonfinite=allow_nonfinite,
-        )
+        model_checkpoint = opening.open(checkpoint)
+        inputs = _inputs(model_checkpoint, example, random_inputs)
         if list_sites:
             from osp_diag.sites import find_sites
 
+            batch = None if inputs is None else inputs.passes[0]
             if is_first_rank():
-                for name in stacks_of(model_checkpoint.model, measurement_settings):
+                for name in stacks_of(model_checkpoint.model, replace(measurement_settings, example=batch)):
                     sites_of = find_sites(
-                        model_checkpoint.model, blocks=blocks, stack=name or stack, named=named_sites
+                        model_checkpoint.model,
+                        blocks=blocks,
+                        stack=name or stack,
+                        named=named_sites,
+                        example=batch,
                     )
                     print(sites_of.describe())
             return 0
+        if inputs is not None:
+            from osp_diag.probing.inputs import probe_inputs
+
+            run = probe_inputs(model_checkpoint, inputs, measurement_settings, out=out, overwrite=overwrite)
+            return _report_all({"": {"sequence": run}}, {"": out}, json)
         from osp_diag.cli.probe_protocols import measure
 
         paths: dict[str, Path | None] = {}
@@ -159,6 +170,30 @@ def run(
         if not is_first_rank():
             return 0
     return _report_all(runs, paths, json)
+
+
+def _check_inputs(settings: TokenSettings, example: str | None, shapes: tuple[str, ...]) -> None:
+    """Refuse several kinds of inputs at once."""
+    if example is None and not shapes:
+        return
+    sources = [name for name in ("text", "dataset", "ids", "random_tokens") if getattr(settings, name)]
+    if sources or (example is not None and shapes):
+        raise UsageError(
+            "--example and --random-inputs are run in place of tokens; give one of them, and no --text, "
+            "--dataset, --ids or --random-tokens"
+        )
+
+
+def _inputs(checkpoint: Checkpoint, example: str | None, shapes: tuple[str, ...]) -> ModelInputs | None:
+    """What --example or --random-inputs name."""
+    if example is None and not shapes:
+        return None
+    from osp_diag.checkpoints.loader import call_loader
+    from osp_diag.probing.inputs import example_inputs, parsed_shapes, random_inputs
+
+    if example is None:
+        return random_inputs(checkpoint.model, parsed_shapes(shapes))
+    return example_inputs(checkpoint.model, call_loader(example), f"what {example} returns")
 
 
 def _report_all(
@@ -216,14 +251,6 @@ def _site_pattern(entry: str) -> tuple[str, str]:
             f"--name-site {entry!r}: write SITE=MODULE_PATTERN, for example mlp_hidden=blocks.*.w2:input"
         )
     return site, pattern
-
-
-def _check(settings: TokenSettings) -> None:
-    """Refuse what cannot be meant before a model is opened."""
-    for name in ("tokens", "seq_len", "batch_size"):
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: give 1 or more")
 
 
 def _check_out(out: Path, overwrite: bool) -> None:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json as json_format
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import tyro
-
+from osp_diag.cli.checkpoint_options import (
+    DEFAULT_OPENING,
+    DEFAULT_TOKENS,
+    CheckpointName,
+    Opening,
+    Tokens,
+    check_tokens,
+)
 from osp_diag.errors import UsageError
+from osp_diag.probing.settings import TokenSettings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,11 +25,10 @@ if TYPE_CHECKING:
 
     from osp_diag.checkpoints import Checkpoint
     from osp_diag.runs.run import Run
+    from osp_diag.tokens import TokenBatches
 
 VERB = "quantize"
 HELP = "measure a checkpoint's perplexity at few bits, and keep it in its run"
-
-CheckpointName = Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
 
 
 def run(
@@ -30,17 +37,10 @@ def run(
     *,
     run: Path | None = None,
     widths: tuple[str, ...] = (),
-    text: str | None = None,
-    dataset: str | None = None,
+    token_settings: Tokens = DEFAULT_TOKENS,
+    opening: Opening = DEFAULT_OPENING,
     held_out: bool = False,
-    tokens: int = 8192,
-    seq_len: int | None = None,
-    batch_size: int | None = None,
-    bos: Literal["auto", "yes", "no"] = "auto",
     blocks: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -58,57 +58,39 @@ def run(
         run: the run to add the results to.
         widths: settings such as W4A4 or W8A16, 16 for "as it is"; by default weights from 8 to 3 bits,
             activations from 8 to 4, and W8A8, W4A8, W4A4.
-        text: a UTF-8 file to read, or the text itself; without it and --dataset, the built-in public-domain
-            text.
-        dataset: a Hugging Face dataset, by hub id or local path.
+        token_settings: which tokens to run, under every setting.
+        opening: how to open the checkpoint.
         held_out: the tokens that the training which wrote --run held out, in its sequences.
-        tokens: how many tokens to run, under every setting.
-        seq_len: tokens a sequence; by default 512, or the model's maximum if that is less.
-        batch_size: sequences a forward pass; by default about 1,024 tokens.
-        bos: whether sequences begin with the beginning-of-sequence token; auto follows the tokenizer.
         blocks: path of the list of blocks, where it is not found.
-        dtype: of the weights and the forward pass; auto keeps the checkpoint's own.
-        device: auto, cpu, cuda, cuda:1, mps ...
-        trust_remote_code: run modelling code that the checkpoint brings along.
         out: also write the table to this file (.nc, netCDF).
         json: print the table as JSON.
 
     Examples:
         osp-diag quantize path/to/model --run run.zarr
         osp-diag quantize osp-model --run osp.zarr --held-out --widths W16A16 W4A4 --tokens 65536
+        osp-diag quantize checkpoint-500 --tokenizer path/to/base-model --dataset reviews.jsonl
+        osp-diag quantize model.py:load --ids validation.npy --seq-len 256 --widths W16A16 W8A8
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
     """
-    from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing.checkpoint import progress_bar
     from osp_diag.quantizing.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
-    from osp_diag.quantizing.results import HELD_OUT, store_results
+    from osp_diag.quantizing.results import HELD_OUT, partial_rounding, store_results
     from osp_diag.quantizing.round_to_nearest import check_bits
     from osp_diag.runs.folder import check_destination
     from osp_diag.runs.run import open_run
-    from osp_diag.tokens import make_batches
 
     settings = [bit_widths(entry) for entry in widths] or list(WIDTHS)
     for bits in settings:
         check_bits(*bits)
-    _check(out, tokens, seq_len)
+    _check(out, token_settings)
     holder = None if run is None else open_run(run)
     if run is not None:
         check_destination(run, resume=True)
-    training_tokens = _held_out_tokens(holder, tokens, text, dataset) if held_out else None
-    opened = open_checkpoint(checkpoint, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    training_tokens = _held_out_tokens(holder, token_settings) if held_out else None
+    opened = opening.open(checkpoint)
     if holder is not None:
         _check_same_model(holder, opened)
-    batches = make_batches(
-        opened.tokenizer,
-        text=text,
-        dataset=dataset,
-        ids=training_tokens,
-        tokens=None if held_out else tokens,
-        seq_len=None if held_out else seq_len,
-        bos="auto" if held_out else bos,
-        max_length=opened.max_length,
-        vocabulary_size=opened.vocabulary_size,
-    )
+    batches = _batches(opened, token_settings, training_tokens)
     with progress_bar(f"quantizing {opened.name}", unit="settings") as progress:
         results = bit_width_sweep(
             opened.model,
@@ -117,12 +99,16 @@ def run(
             token_source=HELD_OUT if held_out else batches.source,
             model_fingerprint=opened.fingerprint,
             blocks=blocks,
-            batch_size=batch_size,
+            batch_size=token_settings.batch_size,
             progress=progress,
         )
+    notes = (*opened.notes, *batches.notes, *filter(None, (partial_rounding(results),)))
     # Printed before it is stored, so that nothing measured is lost where the run cannot be written.
     print(
-        json_format.dumps(_as_rows(results), indent=2) if json else _as_text(results, opened.name), flush=True
+        json_format.dumps(_as_rows(results, notes), indent=2)
+        if json
+        else _as_text(results, opened.name, notes),
+        flush=True,
     )
     if out is not None:
         results.to_netcdf(out)
@@ -133,24 +119,40 @@ def run(
     return 0 if all(math.isfinite(value) for value in results["negative_log_likelihood"].values) else 1
 
 
-def _check(out: Path | None, tokens: int, seq_len: int | None) -> None:
+def _check(out: Path | None, settings: TokenSettings) -> None:
     """Refuse options that make no sense before a model is opened."""
-    for name, value, least in (("--tokens", tokens, 2), ("--seq-len", seq_len, 2)):
-        if value is not None and value < least:
-            raise UsageError(f"{name} {value}: give {least} or more, so that a token can be predicted")
+    check_tokens(settings, fewest=2, why=", so that a token can be predicted")
+    if settings.protocol != "sequence":
+        raise UsageError(
+            f"--protocol {settings.protocol}: perplexity is of real sequences, where a token has a context"
+        )
     if out is not None and (out.suffix != ".nc" or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: give a file ending in .nc in a folder that exists")
 
 
-def _held_out_tokens(
-    run: Run | None, tokens: int, text: str | None, dataset: str | None
-) -> np.ndarray[Any, Any]:
+def _batches(opened: Checkpoint, settings: TokenSettings, training_tokens: Any | None) -> TokenBatches:
+    """The tokens that are asked for, or those that a training held out."""
+    if training_tokens is None:
+        return settings.batches(opened)
+    from osp_diag.tokens import make_batches
+
+    return make_batches(
+        opened.tokenizer,
+        ids=training_tokens,
+        max_length=opened.max_length,
+        vocabulary_size=opened.vocabulary_size,
+    )
+
+
+def _held_out_tokens(run: Run | None, settings: TokenSettings) -> np.ndarray[Any, Any]:
     """What the training that wrote a run held out."""
     from osp_diag.cli.train_ablation import held_out_tokens
 
-    if run is None or text is not None or dataset is not None:
+    sources = [name for name in ("text", "dataset", "ids", "random_tokens") if getattr(settings, name)]
+    if run is None or sources:
         raise UsageError(
-            "--held-out takes the tokens of --run's training: give --run, and no --text or --dataset"
+            "--held-out takes the tokens of --run's training: give --run, and no --text, --dataset, --ids or "
+            "--random-tokens"
         )
     config = run.attrs.get("config")
     if not config:
@@ -159,7 +161,7 @@ def _held_out_tokens(
         )
     from osp_diag.trainer.config import from_dictionary
 
-    return held_out_tokens(from_dictionary(dict(config)), tokens)
+    return held_out_tokens(from_dictionary(dict(config)), settings.tokens)
 
 
 def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
@@ -186,17 +188,18 @@ def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
             )
 
 
-def _as_rows(results: xr.Dataset) -> list[dict[str, object]]:
-    """One dictionary a setting; what is not finite is null, which JSON knows."""
+def _as_rows(results: xr.Dataset, notes: Sequence[str]) -> list[dict[str, object]]:
+    """One dictionary a setting, each with the notes; what is not finite is null, which JSON knows."""
     columns = {str(name): values.values.tolist() for name, values in results.data_vars.items()}
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     return [
         {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        | ({"notes": list(notes)} if notes else {})
         for row in rows
     ]
 
 
-def _as_text(results: xr.Dataset, name: str) -> str:
+def _as_text(results: xr.Dataset, name: str, notes: Sequence[str]) -> str:
     from osp_diag.analyses.few_bits import perplexity_at
     from osp_diag.quantizing.results import UNQUANTIZED, notation
 
@@ -212,4 +215,4 @@ def _as_text(results: xr.Dataset, name: str) -> str:
         bits = notation(int(row["weight_bits"]), int(row["activation_bits"]))
         times = "" if math.isnan(full) or bits == "W16A16" else f"   {value / full:.4g} × W16A16"
         lines.append(f"  {bits:<8}{value:>14,.4g}{times}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"Note: {note}" for note in notes)])

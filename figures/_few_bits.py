@@ -5,6 +5,7 @@ from __future__ import annotations
 import xarray as xr
 
 from osp_diag.analyses.few_bits import comparable_results
+from osp_diag.quantizing.results import partial_rounding
 from osp_diag.runs.run import Run
 
 __all__ = ["results_and_remark"]
@@ -20,4 +21,6 @@ def results_and_remark(runs: list[Run], scheme: str) -> tuple[list[xr.Dataset], 
         f"{int(last['sequence_length']):,}) by the checkpoint; weights and inputs of the blocks' Linears at "
         f"so many bits, {scheme}"
     )
+    partial = [words for table in results if (words := partial_rounding(table))]
+    remark = "; ".join([remark, *dict.fromkeys(partial)])
     return results, remark

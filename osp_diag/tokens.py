@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -15,6 +16,7 @@ from osp_diag.errors import TokenError, UsageError
 from osp_diag.schema import PROTOCOLS
 from osp_diag.text.sources import STRING_TEXT, Text, text_source
 from osp_diag.text.tokenizer import DELIMITERS, decode, delimiter_ids_of, encode, opening_tokens
+from osp_diag.token_ids import integers, random_ids, read_ids
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +48,8 @@ class TokenBatches:
     protocol
         ``sequence`` or ``osp-published``.
     bos
-        Whether sequences begin with the tokenizer's opening tokens: ``yes``, ``no``, or ``as given``.
+        Whether sequences begin with the tokenizer's opening tokens: ``yes``, ``no``, ``as given``, or
+        ``once, before the text`` under ``osp-published``.
     bos_ids
         Those opening tokens: none, or BOS (BERT's [CLS]), or all of what the tokenizer puts first.
     sequence_length
@@ -104,6 +107,7 @@ def make_batches(
     text: str | Path | None = None,
     dataset: str | None = None,
     ids: Any | None = None,
+    random_tokens: bool = False,
     attention_mask: Any | None = None,
     tokens: int | None = None,
     seq_len: int | None = None,
@@ -123,10 +127,11 @@ def make_batches(
     ----------
     tokenizer
         The model's; not needed with ``ids``.
-    text, dataset, ids
-        At most one of: a UTF-8 file or the text itself; a Hugging Face data set (hub id,
+    text, dataset, ids, random_tokens
+        At most one of: a text file or the text itself; a Hugging Face data set (hub id,
         ``id:configuration`` or local path); ids of shape (token,), cut like a text, or (sequence,
-        position), taken as they are. None of them: the built-in English text.
+        position), taken as they are, or the path of a ``.npy`` of them; ids drawn evenly from the model's
+        vocabulary. None of them: the built-in English text.
     attention_mask
         Of ``ids`` of shape (sequence, position).
     tokens
@@ -134,8 +139,9 @@ def make_batches(
     seq_len
         Positions of a sequence; None: 512, or less where the model or ``tokens`` allow less.
     protocol
-        ``sequence``, or ``osp-published``: the same stream, every token fed as a sequence of its own
-        without BOS, as the released OSP script does (evaluate_kurtosis.py).
+        ``sequence``, or ``osp-published``: the same stream, every token fed as a sequence of its own, as
+        the released OSP script does (evaluate_kurtosis.py). Sequences have no BOS there; the stream begins
+        with one where the tokenizer puts it before a text.
     bos
         ``auto`` follows the tokenizer: where ``tokenizer("x")`` puts something before "x", so does every
         sequence. ``yes`` insists; ``no`` leaves it out.
@@ -152,20 +158,32 @@ def make_batches(
         An option has no meaning.
     """
     _check_choices(protocol, bos, tokens, seq_len, max_length)
-    if sum(choice is not None for choice in (text, dataset, ids)) > 1:
-        raise UsageError("text, dataset and ids are three sources; give one of them")
+    if sum(choice is not None for choice in (text, dataset, ids)) + random_tokens > 1:
+        raise UsageError("text, dataset, ids and random_tokens are four sources; give one of them")
+    if dataset is None and (split is not None or text_column is not None):
+        raise UsageError("split and text_column are of a dataset; give dataset too (--dataset)")
+    source = "token ids given as an array"
+    if random_tokens:
+        ids = random_ids(tokens or DEFAULT_TOKENS, vocabulary_size)
+        source = f"random token ids, each of {vocabulary_size:,} equally likely"
+    elif isinstance(ids, (str, os.PathLike)):
+        source = f"token ids of {Path(ids).name}"
+        ids = read_ids(Path(ids))
+    is_published = protocol == "osp-published"
     if ids is not None and np.ndim(ids) == 2:
-        sequences = _whole_sequences(ids, attention_mask, tokens, seq_len, bos, max_length)
+        sequences = _whole_sequences(ids, attention_mask, tokens, seq_len, bos, max_length, source)
     else:
-        # The published protocol has no BOS, and ids of the user's own are taken as they are.
-        is_bare = protocol == "osp-published" or (ids is not None and bos == "auto")
-        opening = () if is_bare else opening_tokens(tokenizer, bos)
-        stream = _Stream(tokenizer, text, dataset, ids, split, text_column)
-        sequences = _cut_stream(stream, tokens, seq_len, max_length, opening)
-    if protocol == "osp-published":
+        # Ids of the user's own are taken as they are.
+        opening = () if ids is not None and bos == "auto" else opening_tokens(tokenizer, bos)
+        stream = _Stream(tokenizer, text, dataset, ids, split, text_column, source)
+        if is_published:  # the released script tokenises all documents at once
+            sequences = _opened_stream(stream, tokens, seq_len, max_length, opening)
+        else:
+            sequences = _cut_stream(stream, tokens, seq_len, max_length, opening)
+    if is_published:
         # As the released script does it: every token that is no padding becomes a sequence at position 0.
         present = sequences.tokens[sequences.mask == 1][:, None]
-        sequences = _Sequences(present, np.ones_like(present), (), sequences.source, sequences.notes)
+        sequences = replace(sequences, tokens=present, mask=np.ones_like(present))
     if vocabulary_size is not None:
         _check_vocabulary(sequences.tokens, vocabulary_size, tokenizer)
     is_as_given = ids is not None and not sequences.opening and protocol == "sequence"
@@ -173,7 +191,7 @@ def make_batches(
         tokens=sequences.tokens,
         attention_mask=sequences.mask,
         protocol=protocol,
-        bos="yes" if sequences.opening else "as given" if is_as_given else "no",
+        bos=_bos_words(sequences.opening, is_published, is_as_given),
         bos_ids=sequences.opening,
         sequence_length=sequences.tokens.shape[1],
         source=sequences.source,
@@ -182,6 +200,12 @@ def make_batches(
         notes=sequences.notes,
         tokenizer=tokenizer,
     )
+
+
+def _bos_words(opening: tuple[int, ...], is_published: bool, is_as_given: bool) -> str:
+    if opening:
+        return "once, before the text" if is_published else "yes"
+    return "as given" if is_as_given else "no"
 
 
 @dataclass(frozen=True)
@@ -199,29 +223,43 @@ class _Stream:
     """Token ids from the start of a source, as many as are asked for."""
 
     def __init__(
-        self, tokenizer: Any, text: Any, dataset: Any, ids: Any, split: str | None, column: str | None
+        self,
+        tokenizer: Any,
+        text: Any,
+        dataset: Any,
+        ids: Any,
+        split: str | None,
+        column: str | None,
+        source: str,
     ) -> None:
-        self._ids = None if ids is None else _integers(ids)
+        self._ids = None if ids is None else integers(ids)
+        self._text: Text | None = None
         if self._ids is not None:
-            self.description = "token ids given as an array"
+            self.description = source
             return
         if tokenizer is None:
             raise TokenError(
-                "the checkpoint has no tokenizer, so text cannot be made into tokens; pass a tokenizer, or "
-                "token ids"
+                "the checkpoint has no tokenizer, so text cannot be made into tokens; pass a tokenizer "
+                "(--tokenizer), token ids (--ids FILE.npy), or --random-tokens"
             )
         self._tokenizer = tokenizer
-        self._text: Text = text_source(text, dataset, split=split, column=column)
+        self._text = text_source(text, dataset, split=split, column=column)
         self.description = self._text.description
 
     @property
     def length(self) -> int | None:
         return None if self._ids is None else len(self._ids)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the text that has been read."""
+        return () if self._text is None else self._text.notes
+
     def take(self, count: int) -> np.ndarray:
         """The first ``count`` ids, or all there are."""
         if self._ids is not None:
             return self._ids[:count]
+        assert self._text is not None
         # A text is read from its start, twice as far each time, until it gives enough tokens and a margin,
         # since the last tokens of a text that was cut may not be those of the whole text.
         characters = CHARACTERS_PER_TOKEN * (count + MARGIN)
@@ -260,19 +298,37 @@ def _cut_stream(
             f"longer text, or --seq-len {len(stream_ids) + len(opening)}{mistaken}"
         )
     count = len(stream_ids) // body
-    notes: tuple[str, ...] = ()
+    notes = stream.notes
     if count < rows:
-        notes = (f"{stream.description} gives {count} sequences of {length}; {rows} were asked for.",)
+        notes += (f"{stream.description} gives {count} sequences of {length}; {rows} were asked for.",)
     bodies = stream_ids[: count * body].reshape(count, body)
     prefix = np.tile(np.asarray(opening, dtype=np.int64), (count, 1))
     ids = np.concatenate([prefix, bodies], axis=1)
     return _Sequences(ids, np.ones_like(ids), opening, stream.description, notes)
 
 
-def _whole_sequences(
-    ids: Any, mask: Any | None, tokens: int | None, seq_len: int | None, bos: str, max_length: int | None
+def _opened_stream(
+    stream: _Stream, tokens: int | None, seq_len: int | None, max_length: int | None, opening: tuple[int, ...]
 ) -> _Sequences:
-    values = _integers(ids)
+    """The stream without openings of sequences, and the opening tokens once before it, within its length."""
+    sequences = _cut_stream(stream, tokens, seq_len, max_length, ())
+    if not opening:
+        return sequences
+    ids = sequences.tokens.reshape(-1)
+    opened = np.concatenate([np.asarray(opening, dtype=np.int64), ids])[: len(ids)]
+    return replace(sequences, tokens=opened.reshape(sequences.tokens.shape), opening=opening)
+
+
+def _whole_sequences(
+    ids: Any,
+    mask: Any | None,
+    tokens: int | None,
+    seq_len: int | None,
+    bos: str,
+    max_length: int | None,
+    source: str,
+) -> _Sequences:
+    values = integers(ids)
     if values.size == 0:
         raise TokenError(f"the token ids are empty: their shape is {values.shape}")
     if bos == "yes":
@@ -287,13 +343,13 @@ def _whole_sequences(
     if max_length is not None and length > max_length:
         raise _too_long(length, max_length)
     # Masks may come as booleans or as numbers other than 1.
-    present = np.ones_like(values) if mask is None else (_integers(mask) != 0).astype(np.int64)
+    present = np.ones_like(values) if mask is None else (integers(mask) != 0).astype(np.int64)
     if present.shape != values.shape:
         raise TokenError(f"the attention mask has shape {present.shape}, the token ids {values.shape}")
     if not present.any():
         raise TokenError("the attention mask marks every token as padding")
     rows = count if tokens is None else max(1, min(count, tokens // length))
-    return _Sequences(values[:rows], present[:rows], (), "token ids given as an array")
+    return _Sequences(values[:rows], present[:rows], (), source)
 
 
 def _check_choices(
@@ -305,7 +361,8 @@ def _check_choices(
         raise UsageError(f"bos {bos!r} is not one of {', '.join(BOS_CHOICES)}")
     if protocol == "osp-published" and bos == "yes":
         raise UsageError(
-            "osp-published feeds every token as its own sequence, without BOS; leave bos at auto"
+            "osp-published feeds every token as its own sequence, and a BOS only where the tokenizer puts "
+            "one before a text; leave bos at auto"
         )
     for name, value in (("tokens", tokens), ("seq_len", seq_len)):
         if value is not None and value < 1:
@@ -327,7 +384,9 @@ def _check_vocabulary(tokens: np.ndarray, vocabulary_size: int, tokenizer: Any |
         return
     sequence, position = map(int, foreign[0])
     advice = (
-        "the ids come from another tokenizer" if tokenizer is None else "the tokenizer is not this model's"
+        "the ids come from another tokenizer"
+        if tokenizer is None
+        else "the tokenizer is not this model's, or has tokens added that the embedding has no rows for"
     )
     raise TokenError(
         f"token id {tokens[sequence, position]} at position {position} of sequence {sequence} is outside the "
@@ -341,15 +400,3 @@ def _fingerprint(tokens: np.ndarray, mask: np.ndarray, protocol: str) -> str:
     digest.update(np.ascontiguousarray(tokens, dtype="<i8").tobytes())
     digest.update(np.ascontiguousarray(mask, dtype="<i8").tobytes())
     return digest.hexdigest()[:32]
-
-
-def _integers(values: Any) -> np.ndarray:
-    if hasattr(values, "detach"):
-        values = values.detach().cpu().numpy()
-    array = np.asarray(values)
-    if array.dtype.kind not in "iub" or array.ndim not in (1, 2):
-        raise TokenError(
-            f"token ids are integers of shape (token,) or (sequence, position), not {array.dtype} of shape "
-            f"{array.shape}"
-        )
-    return array.astype(np.int64)

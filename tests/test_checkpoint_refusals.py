@@ -15,6 +15,7 @@ from torch import nn
 from osp_diag.checkpoints import open_checkpoint
 from osp_diag.checkpoints.weights import nonfinite_weights
 from osp_diag.errors import TokenError, UsageError
+from osp_diag.tokens import make_batches
 from tests.checkpoint_folders import VOCABULARY, edit_config, refused, save, tiny_llama, tiny_tokenizer
 
 
@@ -147,7 +148,16 @@ def test_large_finite_weights_are_no_alarm():
 
 def test_tokenizers_that_do_not_belong(tmp_path, llama):
     directory = save(tiny_llama(), tmp_path / "foreign", tiny_tokenizer(VOCABULARY + 6))
-    refused(directory, f"has {VOCABULARY + 6} tokens", f"only {VOCABULARY} rows", kind=TokenError)
+    note = f"the tokenizer has {VOCABULARY + 6} tokens and the embedding {VOCABULARY} rows"
+    checkpoint = open_checkpoint(directory)
+    assert checkpoint.notes[0].startswith(note)
+    with pytest.raises(TokenError, match=f"token id {VOCABULARY + 1} at position 0 .* has tokens added"):
+        make_batches(
+            checkpoint.tokenizer,
+            text=f"w{VOCABULARY + 1}",
+            tokens=1,
+            vocabulary_size=checkpoint.vocabulary_size,
+        )
     assert len(open_checkpoint(directory, tokenizer=tiny_tokenizer()).tokenizer) == VOCABULARY
     (llama / "tokenizer.json").write_text("{}")
     refused(llama, "the tokenizer of", "cannot be opened", "pass tokenizer=")

@@ -19,7 +19,7 @@ from osp_diag.json_text import parse_json, parse_object
 from osp_diag.terminal import filtered_streams, one_line, printable
 from osp_diag.text.panics import no_panic
 from osp_diag.text.tokenizer import delimiter_ids_of, encode
-from osp_diag.trainer.data.sources import documents_in
+from osp_diag.trainer.data.sources import FileDocuments
 from tests.hostile_files import damage_bytes, damage_json, gguf_file, refusal
 from tests.tiny_checkpoints import byte_tokenizer, llama, save
 
@@ -198,10 +198,8 @@ def test_a_bomb_is_not_unpacked(tmp_path):
         for _ in range(24):
             file.write(b"a" * 2**22)
     assert bomb.stat().st_size < 2**20
-    with pytest.raises(
-        TokenError, match=r"data\.path=.*bomb\.jsonl\.gz: it unpacks to more than [\d,]+ bytes"
-    ):
-        list(documents_in([bomb], "jsonl", None, "data.path"))
+    with pytest.raises(TokenError, match=r"data\.path: .*bomb\.jsonl\.gz unpacks to more than [\d,]+ bytes"):
+        list(FileDocuments([bomb], "jsonl", None, "data.path"))
 
 
 def test_packed_text_is_read_as_it_is(tmp_path):
@@ -210,7 +208,7 @@ def test_packed_text_is_read_as_it_is(tmp_path):
     plain.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     packed.write_bytes(gzip.compress(plain.read_bytes()))
     for file in (plain, packed):
-        assert [document.text for document in documents_in([file], "jsonl", None, "data.path")] == texts
+        assert [document.text for document in FileDocuments([file], "jsonl", None, "data.path")] == texts
 
 
 @settings(max_examples=60, deadline=None)
@@ -221,7 +219,7 @@ def test_damaged_lines_are_named(tmp_path_factory, seed, packed):
     data = damage_bytes(gzip.compress(lines) if packed else lines, dice)
     path = tmp_path_factory.getbasetemp() / ("lines.jsonl.gz" if packed else "lines.jsonl")
     path.write_bytes(data)
-    message = refusal(lambda: list(documents_in([path], "jsonl", None, "data.path")))
+    message = refusal(lambda: list(FileDocuments([path], "jsonl", None, "data.path")))
     assert not message or path.name in message
 
 

@@ -108,8 +108,11 @@ def test_osp_published_feeds_the_same_tokens_one_by_one():
         sequences = make_batches(tokenizer, text=TEXT, tokens=64, seq_len=16, bos="no")
         single = make_batches(tokenizer, text=TEXT, tokens=64, seq_len=16, protocol="osp-published")
         assert single.tokens.shape == (64, 1)
-        assert single.tokens.ravel().tolist() == sequences.tokens.ravel().tolist()
-        assert (single.bos, single.sequence_length, single.protocol) == ("no", 1, "osp-published")
+        # The released script tokenises the whole text at once: what the tokenizer puts first is there once.
+        stream = [*([1] if opens else []), *sequences.tokens.ravel().tolist()][:64]
+        assert single.tokens.ravel().tolist() == stream
+        assert single.bos == ("once, before the text" if opens else "no")
+        assert (single.sequence_length, single.protocol) == (1, "osp-published")
         assert single.fingerprint != sequences.fingerprint
 
 
@@ -294,8 +297,8 @@ def test_data_sets_that_cannot_be_used(tmp_path, monkeypatch):
     )
     refused("has no text column 'id'; its text columns are", dataset=str(unclear), text_column="id")
     refused("the path does not exist", dataset=str(tmp_path / "absent.jsonl"))
-    (tmp_path / "notes.md").write_text("one")
-    refused("its type must be one of .jsonl", dataset=str(tmp_path / "notes.md"))
+    (tmp_path / "notes.pdf").write_text("one")
+    refused("its type must be one of .*.jsonl", dataset=str(tmp_path / "notes.pdf"))
     (tmp_path / "empty.jsonl").write_text("")
     refused(r"data set .*empty.jsonl", dataset=str(tmp_path / "empty.jsonl"))
 
@@ -371,11 +374,11 @@ def test_no_bos_and_no_tokenizer():
     [
         ({"protocol": "osp"}, "protocol 'osp' is not one of sequence, osp-published"),
         ({"bos": "maybe"}, "bos 'maybe' is not one of auto, yes, no"),
-        ({"protocol": "osp-published", "bos": "yes"}, "without BOS; leave bos at auto"),
+        ({"protocol": "osp-published", "bos": "yes"}, "puts one before a text; leave bos at auto"),
         ({"tokens": 0}, "tokens=0: give 1 or more"),
         ({"tokens": -5}, "tokens=-5: give 1 or more"),
         ({"seq_len": 0}, "seq_len=0: give 1 or more"),
-        ({"text": "one", "ids": [1]}, "three sources; give one of them"),
+        ({"text": "one", "ids": [1]}, "four sources; give one of them"),
         ({"ids": [[1, 2]], "seq_len": 3}, "seq_len=3, but the token ids given have 2 positions"),
         ({"ids": [[1, 2]], "bos": "yes"}, "taken as they are; put BOS into them"),
     ],

@@ -257,11 +257,14 @@ def test_held_out_documents_are_never_read(lengths, fraction):
         )
         try:
             held, read = held_and_read(config)
+            notes = open_data(config, batch_size=1, vocabulary_size=VOCABULARY).notes
         except TokenError:
             return
     assert held
     assert read
     assert not held & read
+    if any("the end of the text is held out" in note for note in notes):
+        return
     home = {token: number for number, document in enumerate(documents) for token in document}
     assert not {home[t] for t in held} & {home[t] for t in read}, "documents are held out as a whole"
 

@@ -38,15 +38,21 @@ def test_missing_and_empty_files_are_refused(tmp_path):
 
 def test_unreadable_files_are_refused(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9")
-    refused("a.txt is not UTF-8 text, at byte 3", source="text", path=str(tmp_path / "a.txt"))
+    refused(
+        "data.path: .*a.txt is not UTF-8 text: byte 3 is 0xe9, in line 1",
+        source="text",
+        path=str(tmp_path / "a.txt"),
+    )
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\nno json\n')
-    refused("a.jsonl: line 2 is no JSON", source="jsonl", path=str(tmp_path / "a.jsonl"))
+    refused("a.jsonl, line 2 is no JSON: Expecting value", source="jsonl", path=str(tmp_path / "a.jsonl"))
     (tmp_path / "b.jsonl").write_text("[1]\n")
-    refused("line 1 is no JSON object", source="jsonl", path=str(tmp_path / "b.jsonl"))
+    refused("b.jsonl: entry 1 is no JSON object", source="jsonl", path=str(tmp_path / "b.jsonl"))
     (tmp_path / "c.jsonl").write_text('{"text": "x"}\n{"text": 3}\n')
-    refused("line 2 has int in the column 'text'", source="jsonl", path=str(tmp_path / "c.jsonl"))
+    refused(
+        "c.jsonl, line 2: int in the column 'text', not text", source="jsonl", path=str(tmp_path / "c.jsonl")
+    )
     (tmp_path / "a.parquet").write_bytes(b"PAR?")
-    refused("a.parquet: it is no Parquet file", source="parquet", path=str(tmp_path / "a.parquet"))
+    refused("a.parquet is no whole Parquet file", source="parquet", path=str(tmp_path / "a.parquet"))
     (tmp_path / "a.txt.gz").write_bytes(b"no gzip")
     refused("a.txt.gz cannot be read", source="text", path=str(tmp_path / "a.txt.gz"))
 
@@ -54,13 +60,10 @@ def test_unreadable_files_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_the_columns_there_are_are_named(kind, tmp_path):
     config = {**write_texts(tmp_path, kind), "text_column": "words"}
-    message = (
-        r"no text column 'words'; its text columns are story, note \(data.text_column; all columns are id,"
-    )
+    message = "no text column 'words'; its text columns are story, note, and all its columns id, story, note"
     refused(message, **config)
-    refused(
-        "which column .* is not clear: its text columns are story, note", **{**config, "text_column": None}
-    )
+    unclear = "is not clear: its text columns are story, note; name one with text_column .*data.text_column"
+    refused(f"which column .* {unclear}", **{**config, "text_column": None})
 
 
 def test_too_small_a_corpus_is_refused(tmp_path):
@@ -112,11 +115,11 @@ def test_ids_without_the_bos_that_is_asked_for_are_refused(tmp_path):
 
 
 def test_tokenizers_that_cannot_be_opened_are_refused(tmp_path):
-    refused("data.tokenizer=/no/where: there is no such file or directory", tokenizer="/no/where")
+    refused("data.tokenizer=/no/where: there is no tokenizer at /no/where", tokenizer="/no/where")
     (tmp_path / "tokenizer.json").write_text("{}")
     refused("is not a tokenizer of the library tokenizers", tokenizer=str(tmp_path / "tokenizer.json"))
     message = (
-        "data.tokenizer=nobody/nothing cannot be opened: .* check the hub id and the connection; without a"
+        "data.tokenizer=nobody/nothing: .*cannot be opened: .* Check the hub id and the connection; without a"
     )
     refused(message, tokenizer="nobody/nothing")
     bare = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))

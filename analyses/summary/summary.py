@@ -120,6 +120,9 @@ class Summary:
     sequence, whose first token it is"""
     notes: tuple[str, ...] = ()
     """what else the reader of these numbers should know"""
+    absent_sites: dict[str, str] = field(default_factory=dict)
+    """sites that were looked for and not measured, with the reason"""
+    measured_sites: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain values that JSON knows; NaN becomes None, what few runs have is left out."""
@@ -136,7 +139,7 @@ class Summary:
         return in_notebook(self.text())
 
 
-_OF_FEW = ("stack", "cross_attention", "notes")
+_OF_FEW = ("stack", "cross_attention", "notes", "absent_sites")
 """Fields that most runs have nothing in."""
 
 
@@ -181,7 +184,13 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
         fields |= sinks(sites)
         fields["cross_attention"] = sinks(sites, CROSS_ATTENTION)
     fields |= super_weights(sites) | experts(sites) | nonfinite(sites)
-    return Summary(**fields, notes=run.notes, verdict=verdict_words(judged(fields).values()))
+    return Summary(
+        **fields,
+        notes=run.notes,
+        absent_sites=run.absent_sites,
+        measured_sites=len(sites),
+        verdict=verdict_words(judged(fields).values()),
+    )
 
 
 def _integer(value: Any) -> int | None:

@@ -13,7 +13,7 @@ from osp_diag.wording import number, of_stack
 if TYPE_CHECKING:
     from osp_diag.analyses.summary.summary import Summary
 
-__all__ = ["text_of"]
+__all__ = ["not_measured", "text_of"]
 
 _WIDTH = 100
 
@@ -52,7 +52,22 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
 
 
 def _notes(summary: Summary) -> Iterator[str]:
+    yield from not_measured(summary)
     yield from (f"Note: {note}" for note in summary.notes)
+
+
+def not_measured(summary: Summary) -> Iterator[str]:
+    """A sentence for each reason for which sites are absent; a first one where most of them are."""
+    absent = len(summary.absent_sites)
+    if absent > summary.measured_sites:
+        yield (
+            f"Only {summary.measured_sites} of {summary.measured_sites + absent} sites were measured: what "
+            "is said here of the model is of those alone"
+        )
+    sites_by_reason: dict[str, list[str]] = {}
+    for site, reason in summary.absent_sites.items():
+        sites_by_reason.setdefault(reason, []).append(site)
+    yield from (f"Not measured: {', '.join(sites)} ({why})" for why, sites in sites_by_reason.items())
 
 
 def _cross_attention(summary: Summary) -> Iterator[str]:

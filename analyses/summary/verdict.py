@@ -18,7 +18,7 @@ from osp_diag.analyses.channels.profiles import HOT, relative_rms
 from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.analyses.summary.rules import QK_CLIP, RULES, SINK_HEAD, STATES, State, judged
 from osp_diag.analyses.summary.summary import Summary, summarise
-from osp_diag.analyses.summary.text import carriers
+from osp_diag.analyses.summary.text import carriers, not_measured
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, SINK_EPSILON, STRATA, stratum_words
@@ -76,7 +76,14 @@ class Verdict:
             "state": self.state,
             "headline": self.headline,
             "findings": [asdict(finding) | {"definition": finding.definition} for finding in self.findings],
+            "notes": list(self.summary.notes),
+            "absent_sites": dict(self.summary.absent_sites),
         }
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What was not measured, and what else the reader should know, one sentence each."""
+        return (*not_measured(self.summary), *self.summary.notes)
 
     def _repr_html_(self) -> str:
         return in_notebook("\n".join([self.headline, *(finding.text for finding in self.findings)]))

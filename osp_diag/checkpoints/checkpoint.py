@@ -2,23 +2,43 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from osp_diag.errors import CheckpointError, TokenError
+from osp_diag.errors import CheckpointError
+from osp_diag.text.tokenizer import vocabulary_length
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["Checkpoint", "assemble", "evaluation_mode", "vocabulary_size_of"]
+__all__ = [
+    "Checkpoint",
+    "assemble",
+    "attention_cap",
+    "evaluation_mode",
+    "learned_positions",
+    "vocabulary_size_of",
+]
 
 NO_LIMIT = 10**9
 """Tokenizers write 10³⁰ where they know of no maximum length."""
 
-LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "n_ctx")
+LENGTH_FIELDS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "n_ctx",
+    "block_size",
+)
 """What configurations call the longest sequence the model was made for."""
+
+
+POSITIONS = re.compile(r"(^|[._])(wpe|pos|positions?|pos(ition(al)?)?_?(emb|enc)\w*)([._]|$)")
+"""Names of tables of learned positions in hand-written models."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +119,6 @@ def assemble(
     ------
     CheckpointError
         The model has no parameters, or weights that are NaN or infinite.
-    TokenError
-        The tokenizer has more tokens than the embedding has rows.
     """
     from osp_diag.checkpoints.weights import fingerprint, nonfinite_weights
 
@@ -111,11 +129,13 @@ def assemble(
             "Pass the model itself, after its weights are made"
         )
     vocabulary_size = vocabulary_size_of(model)
-    if tokenizer is not None and vocabulary_size is not None and len(tokenizer) > vocabulary_size:
-        raise TokenError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, but the model's embedding has only "
-            f"{vocabulary_size} rows: they do not belong together. Put the model's own tokenizer beside it"
+    entries = 0 if tokenizer is None else vocabulary_length(tokenizer)
+    if vocabulary_size is not None and entries > vocabulary_size:
+        notes += (
+            f"the tokenizer has {entries:,} tokens and the embedding {vocabulary_size:,} rows; a text "
+            "that uses one beyond them is refused.",
         )
+    notes += _cap_notes(model)
     nonfinite = nonfinite_weights(model)
     if nonfinite and not allow_nonfinite:
         first, count = next(iter(nonfinite.items()))
@@ -147,6 +167,26 @@ def assemble(
     )
 
 
+def attention_cap(config: Any | None) -> float | None:
+    """The soft cap c of attention logits, c · tanh(x / c) before the softmax; None without."""
+    text_config: Any = config
+    if config is not None and hasattr(config, "get_text_config"):
+        text_config = config.get_text_config()
+    return getattr(text_config, "attn_logit_softcapping", None)
+
+
+def _cap_notes(model: nn.Module) -> tuple[str, ...]:
+    """PyTorch's fused attention leaves the cap out without a word, so that another model is measured."""
+    config = getattr(model, "config", None)
+    implementation, cap = str(getattr(config, "_attn_implementation", None)), attention_cap(config)
+    if cap is None or "sdpa" not in implementation:
+        return ()
+    return (
+        f"the model caps attention logits at {cap:g}, and {implementation} leaves the cap out: attention is "
+        "not the trained model's. Open it with attention='eager' (--attention eager).",
+    )
+
+
 def vocabulary_size_of(model: nn.Module) -> int | None:
     """Rows of the token embedding."""
     from torch import nn
@@ -171,8 +211,19 @@ def _max_length(model: nn.Module, tokenizer: Any | None) -> int | None:
             value = getattr(text_config, field, None)
             if isinstance(value, int) and value > 0:
                 return value - _unusable_positions(model)
+    table = learned_positions(model)
+    if table is not None:
+        return table[1]
     limit = getattr(tokenizer, "model_max_length", None)
     return int(limit) if config is not None and isinstance(limit, int) and limit < NO_LIMIT else None
+
+
+def learned_positions(model: nn.Module) -> tuple[str, int] | None:
+    """The table of learned positions of a module without a configuration: its name, and how many it holds."""
+    for name, parameter in model.named_parameters():
+        if POSITIONS.search(name) and parameter.ndim > 1 and max(parameter.shape[:-1]) > 1:
+            return name, max(parameter.shape[:-1])
+    return None
 
 
 def _unusable_positions(model: nn.Module) -> int:

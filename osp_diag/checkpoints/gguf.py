@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -16,11 +17,19 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from osp_diag.checkpoints.weight_files import find_weights
+from osp_diag.checkpoints.gguf_rope import check_frequencies, rotary_scaling
+from osp_diag.checkpoints.gguf_tensors import (
+    refuse_fewer_numbers,
+    refuse_other_depth,
+    set_expert_sizes,
+    unused_tensors,
+)
+from osp_diag.checkpoints.loaded import refuse_incomplete, unused_notes
+from osp_diag.checkpoints.weight_files import find_weights, read_json
 from osp_diag.errors import CheckpointError
 from osp_diag.quiet import quietly
 
-__all__ = ["GgufHeader", "cache_directory", "converted", "read_header"]
+__all__ = ["GgufHeader", "cache_directory", "conversion_notes", "converted", "read_header"]
 
 SCALARS = {
     0: "<B",
@@ -36,6 +45,9 @@ SCALARS = {
     12: "<d",
 }
 STRING, ARRAY = 8, 9
+CONVERSION = 2
+"""Counted up whenever the same file gives another model, so that earlier copies stay unread."""
+NOTES = "conversion_notes.json"
 LONGEST_ARRAY = 64
 """Longer arrays (vocabularies, merges) are passed over."""
 
@@ -46,6 +58,8 @@ class GgufHeader:
 
     architecture: str
     metadata: dict[str, Any]
+    tensors: dict[str, tuple[int, ...]]
+    """Name → dimensions, the fastest first."""
     parameters: int
     size: int
     """Bytes that the file must have."""
@@ -68,7 +82,7 @@ def converted(path: Path) -> Path:
     """The directory of the dequantised copy of a GGUF file, made if it is not there yet.
 
     Every weight becomes the float32 number that its quantised form stands for. The copy is keyed by the
-    SHA-256 of the file and the version of transformers that converted it.
+    SHA-256 of the file, the version of transformers that converted it, and our :data:`CONVERSION`.
 
     Raises
     ------
@@ -79,7 +93,8 @@ def converted(path: Path) -> Path:
 
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    copy = cache_directory() / "gguf" / f"{digest}-transformers-{transformers.__version__}"
+    name = f"{digest}-transformers-{transformers.__version__}-conversion-{CONVERSION}"
+    copy = cache_directory() / "gguf" / name
     if copy.is_dir():
         try:
             find_weights(copy)
@@ -92,22 +107,37 @@ def converted(path: Path) -> Path:
     return copy
 
 
+def conversion_notes(copy: Path) -> tuple[str, ...]:
+    """What was to be said of a file when it was converted to ``copy``."""
+    return tuple(read_json(copy / NOTES)["notes"]) if (copy / NOTES).is_file() else ()
+
+
 def _refuse_unsupported(path: Path, header: GgufHeader) -> None:
+    # First, since only the first part says what the model is.
+    if header.metadata.get("split.count", 0) > 1:
+        part, parts = header.metadata.get("split.no", 0) + 1, header.metadata["split.count"]
+        raise CheckpointError(
+            f"{path} is one of {parts} parts, the {part}. of them. Join them with `llama-gguf-split --merge "
+            "FIRST_PART WHOLE_FILE` and pass the whole file"
+        )
+    if not header.architecture:
+        raise CheckpointError(
+            f"{path} does not say what model it is: it has no general.architecture. It may be part of one, a "
+            "LoRA or a projector; pass the file of the whole model"
+        )
+    refuse_other_depth(path, header.architecture, header.metadata, header.tensors)
+
+
+def _unsupported(path: Path, header: GgufHeader) -> CheckpointError:
     import transformers
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
-    if header.architecture not in GGUF_SUPPORTED_ARCHITECTURES:
-        supported = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer", "tokenizer_config"})
-        raise CheckpointError(
-            f"{path} has the GGUF architecture {header.architecture!r}, which transformers "
-            f"{transformers.__version__} cannot convert; it knows {', '.join(supported)}. Use the model's "
-            "safetensors instead"
-        )
-    if header.metadata.get("split.count", 0) > 1:
-        raise CheckpointError(
-            f"{path} is one of {header.metadata['split.count']} parts. Join them with `llama-gguf-split "
-            "--merge` and pass the whole file"
-        )
+    supported = sorted(set(GGUF_SUPPORTED_ARCHITECTURES) - {"general", "tokenizer", "tokenizer_config"})
+    return CheckpointError(
+        f"{path} has the GGUF architecture {header.architecture!r}, which transformers "
+        f"{transformers.__version__} cannot convert; it knows {', '.join(supported)}. Use the model's "
+        "safetensors instead"
+    )
 
 
 def _convert(path: Path, header: GgufHeader, copy: Path) -> None:
@@ -155,12 +185,34 @@ def _dequantise(path: Path, header: GgufHeader, destination: Path) -> None:
     if hasattr(transformers, "GgufConfig"):
         unpack["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with quietly(bars=True), _parsed_once():
-        config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        try:
+            config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        except (ValueError, KeyError, NotImplementedError) as error:
+            if header.architecture in str(error):
+                raise _unsupported(path, header) from error
+            raise
+        set_expert_sizes(header.tensors, config)
         _refuse_other_size(path, header, config)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            path.parent, config=config, gguf_file=path.name, dtype=torch.float32, **unpack
+        scaling = rotary_scaling(path, header.architecture, header.metadata, config)
+        if scaling:
+            config.rope_parameters = (config.rope_parameters or {}) | scaling
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent,
+            config=config,
+            gguf_file=path.name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the message can name the tensor
+            **unpack,
         )
+        model, report = loaded
+        refuse_incomplete(path.name, model, report)
+        refuse_fewer_numbers(path, header.tensors, model)
+        check_frequencies(path, model, scaling)
         model.save_pretrained(destination)
+        unused = unused_tensors(header.architecture, header.tensors, model)
+        notes = unused_notes({*unused, *report["unexpected_keys"]})
+        (destination / NOTES).write_text(json.dumps({"notes": notes}), encoding="utf-8")
         if header.has_tokenizer:
             tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
             # transformers warns whenever a tokenizer that asks for clean-up decodes, and does without.
@@ -228,14 +280,24 @@ def _header_after_magic(file: BinaryIO, path: Path) -> GgufHeader:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
     version = _scalar(file, "<I")
+    if version in (2 << 24, 3 << 24):
+        raise CheckpointError(
+            f"{path} is a big-endian GGUF file, for machines such as IBM's s390x. Convert it with "
+            "`gguf-convert-endian FILE little`, which comes with the package gguf, or use the usual file of "
+            "the model"
+        )
     if version not in (2, 3):
-        raise CheckpointError(f"{path} is GGUF version {version}; versions 2 and 3 are supported")
+        raise CheckpointError(
+            f"{path} is GGUF version {version}; versions 2 and 3 are supported. Download a later file of the "
+            "model, or convert its safetensors anew with llama.cpp's convert_hf_to_gguf.py"
+        )
     tensor_count, entry_count = _scalar(file, "<Q"), _scalar(file, "<Q")
     metadata: dict[str, Any] = {}
     for _ in range(entry_count):
         key = _string(file)
         metadata[key] = _value(file, _scalar(file, "<I"))
     end = parameters = 0
+    tensors: dict[str, tuple[int, ...]] = {}
     for _ in range(tensor_count):
         name = _string(file)
         dimensions = [_scalar(file, "<Q") for _ in range(_scalar(file, "<I"))]
@@ -246,6 +308,7 @@ def _header_after_magic(file: BinaryIO, path: Path) -> GgufHeader:
             raise CheckpointError(f"{path} stores {name!r} in GGML type {kind}, which is not known") from None
         count = math.prod(dimensions)
         parameters += count
+        tensors[name] = tuple(dimensions)
         end = max(end, offset + count // values_per_block * bytes_per_block)
     # The data begin at the next multiple of the alignment after the header; offsets count from there.
     alignment = metadata.get("general.alignment", 32)
@@ -258,7 +321,7 @@ def _header_after_magic(file: BinaryIO, path: Path) -> GgufHeader:
             f"{path} is truncated: its header promises {size:,} bytes, and it has {actual:,}. Copy or "
             "download it again"
         )
-    return GgufHeader(str(metadata.get("general.architecture", "")), metadata, parameters, size)
+    return GgufHeader(str(metadata.get("general.architecture", "")), metadata, tensors, parameters, size)
 
 
 _COUNTS = re.compile(r"(count|count_kv|length|length_swa|length_k|length_l|dimension_count|_id|\.no)$")

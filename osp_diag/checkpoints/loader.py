@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["load_from_function"]
+__all__ = ["call_loader", "load_from_function"]
 
 
 def load_from_function(
@@ -34,20 +34,30 @@ def load_from_function(
         The module cannot be imported, has no such function, or the function fails or returns
         something else.
     """
-    module_name, _, function_name = name.rpartition(":")
-    function = _function(_module(module_name, name), function_name, name)
-    try:
-        result = function()
-    except Exception as error:
-        raise CheckpointError(
-            f"the loader {name} failed: {type(error).__name__}: {error}. It is called without arguments"
-        ) from error
-    model, tokenizer = _model_and_tokenizer(result, name)
+    model, tokenizer = _model_and_tokenizer(call_loader(name), name)
     if dtype != "auto" or device is not None:
         import torch
 
         model = model.to(device=device, dtype=None if dtype == "auto" else getattr(torch, dtype))
     return model.eval().requires_grad_(False), tokenizer
+
+
+def call_loader(name: str) -> Any:
+    """What the function of that name returns, called without arguments.
+
+    Raises
+    ------
+    CheckpointError
+        The module cannot be imported, has no such function, or the function fails.
+    """
+    module_name, _, function_name = name.rpartition(":")
+    function = _function(_module(module_name, name), function_name, name)
+    try:
+        return function()
+    except Exception as error:
+        raise CheckpointError(
+            f"the loader {name} failed: {type(error).__name__}: {error}. It is called without arguments"
+        ) from error
 
 
 def _module(module_name: str, name: str) -> ModuleType:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
 from osp_diag.checkpoints.path_advice import path_advice
-from osp_diag.errors import CheckpointError, UsageError
+from osp_diag.errors import CheckpointError, TokenError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +70,9 @@ def open_checkpoint(
     attention
         Attention implementation, as in transformers (``eager``, ``sdpa``, …); None for its choice.
     tokenizer
-        Used in place of the checkpoint's own.
+        Used in place of the checkpoint's own: a tokenizer in hand, or the name of one (a directory, a
+        tokenizer.json, a SentencePiece .model, a hub id, or ``module:function`` returning one). Of one in
+        hand ``encode(text)`` and ``decode(ids)`` are enough.
     allow_nonfinite
         Open a checkpoint whose weights hold NaN or Inf.
 
@@ -78,21 +80,21 @@ def open_checkpoint(
     ------
     CheckpointError
         It cannot be opened; the message says why and what to do.
-    TokenError
-        Its tokenizer does not fit its vocabulary.
     UsageError
         An option has no meaning here.
     """
     kind, place = _kind_of(source)
     dtype_name = _dtype(dtype)
+    tokenizer = _tokenizer(tokenizer, trust_remote_code)
     if device_map is not None and str(device) != "auto":
         raise UsageError(f"device={str(device)!r} and device_map cannot both place the model; leave one out")
     if kind == "module":
         elsewhere = str(device) != "auto" and {p.device for p in source.parameters()} != {_device(device)}  # type: ignore[union-attr]
-        if dtype_name != "auto" or elsewhere or device_map is not None:
+        if dtype_name != "auto" or elsewhere or device_map is not None or attention is not None:
             raise UsageError(
-                "a module in hand is measured as it is; call its .to(...) for another dtype or device, "
-                "and leave dtype, device and device_map out"
+                "a module in hand is measured as it is; call its .to(...) for another dtype or device and "
+                "its set_attn_implementation(...) for another attention, and leave dtype, device, device_map "
+                "and attention out"
             )
         return _assembled(source, tokenizer, place, allow_nonfinite)  # type: ignore[arg-type]
     if kind == "loader":
@@ -102,6 +104,8 @@ def open_checkpoint(
             raise UsageError(f"{place} places its model itself; leave device_map out")
         target = None if str(device) == "auto" else _device(device)
         model, loaded_tokenizer = load_from_function(place, dtype=dtype_name, device=target)
+        if attention is not None:
+            _set_attention(model, attention, place)
         return _assembled(model, loaded_tokenizer if tokenizer is None else tokenizer, place, allow_nonfinite)
 
     from osp_diag.checkpoints.pretrained import Loading, open_directory, open_hub, open_weights_file
@@ -119,13 +123,49 @@ def open_checkpoint(
         return open_hub(place, loading)
     path = Path(place)
     if kind == "gguf":
-        from osp_diag.checkpoints.gguf import converted
+        from osp_diag.checkpoints.gguf import conversion_notes, converted
 
         copy = converted(path)
-        return open_directory(copy, loading, name=path.stem, source=str(source))
+        notes = conversion_notes(copy)
+        return open_directory(copy, loading, name=path.stem, source=str(source), notes=notes)
     if kind == "directory":
         return open_directory(path, loading, name=path.resolve().name, source=str(source))
     return open_weights_file(path, loading, source=str(source))
+
+
+def _set_attention(model: Any, attention: str, name: str) -> None:
+    """Choose the implementation of a model that a function made, which only transformers' models allow."""
+    if not hasattr(model, "set_attn_implementation"):
+        raise UsageError(
+            f"{name} makes a {type(model).__name__}, whose attention is its own; leave attention out"
+        )
+    try:
+        model.set_attn_implementation(attention)
+    except ValueError as error:
+        raise UsageError(f"{name} cannot run attention {attention!r}: {error}") from error
+
+
+def _tokenizer(tokenizer: Any, trust_remote_code: bool) -> Any | None:
+    """A tokenizer in hand, or opened by its name."""
+    if not isinstance(tokenizer, (str, os.PathLike)):
+        return tokenizer
+    text = os.fspath(tokenizer)
+    if LOADER.fullmatch(text) and not Path(text).exists():
+        from osp_diag.checkpoints.loader import call_loader
+
+        made = call_loader(text)
+        if not (hasattr(made, "encode") or callable(made)) or not hasattr(made, "decode"):
+            raise CheckpointError(
+                f"the loader {text} returned a {type(made).__name__}; as a tokenizer it must return an "
+                "object with encode(text) and decode(ids)"
+            )
+        return made
+    from osp_diag.text.tokenizer_files import open_tokenizer
+
+    try:
+        return open_tokenizer(text, trust_remote_code=trust_remote_code)
+    except TokenError as error:
+        raise TokenError(f"tokenizer {text}: {error}") from error
 
 
 def _assembled(model: nn.Module, tokenizer: Any, name: str, allow_nonfinite: bool) -> Checkpoint:

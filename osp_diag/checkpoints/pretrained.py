@@ -7,13 +7,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
+from osp_diag.checkpoints.checkpoint import Checkpoint, assemble, attention_cap
 from osp_diag.checkpoints.declared import check_declared, check_model_size
+from osp_diag.checkpoints.foreign_formats import foreign_format
 from osp_diag.checkpoints.hub import reach
-from osp_diag.checkpoints.weight_files import check_pickle, check_safetensors, find_weights, read_json
-from osp_diag.errors import CheckpointError
+from osp_diag.checkpoints.loaded import (
+    needed,
+    refuse_incomplete,
+    stray_prefix,
+    unused_notes,
+    without_wrappers,
+)
+from osp_diag.checkpoints.weight_files import (
+    WeightFiles,
+    check_pickle,
+    check_safetensors,
+    find_weights,
+    folder_of_weights,
+    read_json,
+)
+from osp_diag.errors import CheckpointError, TokenError
 from osp_diag.quiet import quietly
-from osp_diag.text.panics import no_panic
+from osp_diag.text.tokenizer_files import open_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -39,8 +54,8 @@ class Loading:
     tokenizer: Any | None
     allow_nonfinite: bool
 
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of ``from_pretrained``."""
+    def arguments(self, config: Any) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for a model of that configuration."""
         import torch
 
         options: dict[str, Any] = {
@@ -52,19 +67,27 @@ class Loading:
             options["device_map"] = {"": self.device}
         if self.attention is not None:
             options["attn_implementation"] = self.attention
+        elif attention_cap(config) is not None:
+            options["attn_implementation"] = "eager"  # the only one that has the cap
         return options
 
 
-def open_directory(directory: Path, loading: Loading, *, name: str, source: str) -> Checkpoint:
-    """Open a directory with a configuration, weights and perhaps a tokenizer."""
+def open_directory(
+    directory: Path, loading: Loading, *, name: str, source: str, notes: tuple[str, ...] = ()
+) -> Checkpoint:
+    """Open a directory with a configuration, weights and perhaps a tokenizer; ``notes`` are added to."""
     _check_configuration(directory)
-    weights = find_weights(directory)
+    place = folder_of_weights(directory)
+    weights = find_weights(place)
     check_declared(directory / "config.json", weights.paths)
     config = _config(str(directory), loading)
     _check_size(config, name, loading, weights.paths)
     tokenizer = _tokenizer_in(directory, loading)
-    model, notes = _load(str(directory), config, loading, name)
-    return _finish(model, tokenizer, loading, name, source, notes)
+    if place == directory:
+        model, loading_notes = _load(str(directory), config, loading, name)
+    else:  # where no configuration lies, which transformers would look for
+        model, loading_notes = _load(None, config, loading, name, state_dict=_state_of(weights))
+    return _finish(model, tokenizer, loading, name, source, notes + loading_notes)
 
 
 def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoint:
@@ -94,7 +117,7 @@ def open_hub(identifier: str, loading: Loading) -> Checkpoint:
     tokenizer = loading.tokenizer
     if tokenizer is None:
         try:
-            tokenizer = _auto_tokenizer(identifier, loading, local_files_only=cached_only)
+            tokenizer = _opened_tokenizer(identifier, loading, local_files_only=cached_only)
         except CheckpointError:  # a hub repository does not tell beforehand whether it has one
             tokenizer = None
     model, notes = _load(identifier, config, loading, identifier, local_files_only=cached_only)
@@ -131,6 +154,9 @@ def _check_configuration(directory: Path) -> None:
             f"{directory} is an adapter, not a model. Merge it into {base} (peft: merge_and_unload, "
             "save_pretrained) and pass the result"
         )
+    foreign = foreign_format(directory)
+    if foreign:
+        raise CheckpointError(f"{directory} is not a checkpoint that can be read: {foreign}")
     inside = sorted(entry.parent.name for entry in directory.glob("*/config.json"))
     advice = (
         f"; these directories inside it have one: {', '.join(inside[:5])}"
@@ -191,40 +217,57 @@ def _load(
     import transformers
 
     model_class = _model_class(config, loading.trust_remote_code)
-    model, report = _from_pretrained(model_class, location, config, loading, name, options)
-    notes: tuple[str, ...] = ()
+    model, report, notes = _under_its_names(model_class, location, config, loading, name, options)
     if report["missing_keys"] and model_class is not transformers.AutoModel:
         # A checkpoint saved without its head: the bare model may have all of its tensors.
-        base, base_report = _from_pretrained(transformers.AutoModel, location, config, loading, name, options)
-        if len(base_report["missing_keys"]) < len(report["missing_keys"]):
-            model, report = base, base_report
-            notes += (
+        base_class = _bare_class(config, location)
+        base, base_report, base_notes = _under_its_names(base_class, location, config, loading, name, options)
+        if len(needed(base_report["missing_keys"])) < len(needed(report["missing_keys"])):
+            without_head = (
                 f"the weights lack the head of {model_class.__name__}, so {type(base).__name__} was opened.",
             )
-    # BERT-like models saved without their pooler: it comes after every site.
-    absent = sorted(key for key in report["missing_keys"] if "pooler" not in key)
-    if absent:
-        raise CheckpointError(
-            f"{name} lacks {len(absent)} tensors of {type(model).__name__}, the first {absent[0]!r}: the "
-            "weights do not belong to this config.json. Random numbers would stand in for them, so it is "
-            "not opened"
-        )
-    if report["mismatched_keys"]:
-        key, shape, expected = min(report["mismatched_keys"], key=str)
-        raise CheckpointError(
-            f"{name} does not fit its config.json: {key!r} has shape {tuple(shape)}, and the configuration "
-            f"asks for {tuple(expected)}"
-        )
-    unused = sorted(report["unexpected_keys"])
-    if unused and not notes and not all("head" in key or "predictions" in key for key in unused):
-        notes += (f"{len(unused)} tensors of the file are not used by the model, the first {unused[0]!r}.",)
-    return model, notes
+            model, report = base, base_report
+            notes = base_notes if needed(report["missing_keys"]) else (*base_notes, *without_head)
+    refuse_incomplete(name, model, report)
+    return model, notes + unused_notes(report["unexpected_keys"])
+
+
+def _bare_class(config: Any, location: str | None) -> Any:
+    """The model without a head. Automatic classes ask for a place; tensors in hand have none."""
+    import transformers
+
+    if location is None and type(config) in transformers.AutoModel._model_mapping:
+        return transformers.AutoModel._model_mapping[type(config)]
+    return transformers.AutoModel
+
+
+def _under_its_names(
+    model_class: Any, location: str | None, config: Any, loading: Loading, name: str, options: dict[str, Any]
+) -> tuple[nn.Module, dict[str, Any], tuple[str, ...]]:
+    """Load weights, also those whose names have a prefix that is no part of the model's."""
+    model, report = _from_pretrained(model_class, location, config, loading, name, options)
+    prefix = stray_prefix(report["missing_keys"], report["unexpected_keys"])
+    if prefix is None:
+        return model, report, ()
+    state = options.get("state_dict")
+    if state is None:
+        if location is None or not Path(location).is_dir():  # of the hub
+            return model, report, ()
+        state = _state_of(find_weights(Path(location)))
+    renamed = {without_wrappers(key).removeprefix(prefix): values for key, values in state.items()}
+    model, report = _from_pretrained(model_class, None, config, loading, name, {"state_dict": renamed})
+    example = max(state, key=len)
+    return (
+        model,
+        report,
+        (f"names such as {example!r} were read without what stands before the model's own.",),
+    )
 
 
 def _from_pretrained(
     model_class: Any, location: str | None, config: Any, loading: Loading, name: str, options: dict[str, Any]
 ) -> tuple[nn.Module, dict[str, Any]]:
-    arguments = loading.arguments()
+    arguments = loading.arguments(config)
     if "Auto" in model_class.__name__:
         arguments["trust_remote_code"] = loading.trust_remote_code
     try:
@@ -279,8 +322,8 @@ def _state_in(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
     except Exception as error:
         raise _load_error(str(path), error) from error
-    # Training scripts wrap the state in a dictionary beside the optimizer's.
-    for key in ("state_dict", "model_state_dict", "model"):
+    # Training scripts wrap the state in a dictionary beside the optimizer's; DeepSpeed calls it module.
+    for key in ("state_dict", "model_state_dict", "model_state", "model", "module"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     if not isinstance(state, dict) or not any(isinstance(value, torch.Tensor) for value in state.values()):
@@ -290,26 +333,28 @@ def _state_in(path: Path) -> dict[str, Any]:
     return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
 
 
+def _state_of(weights: WeightFiles) -> dict[str, Any]:
+    """The tensors of all files of a checkpoint."""
+    state: dict[str, Any] = {}
+    for path in weights.paths:
+        state |= _state_in(path)
+    return state
+
+
 def _tokenizer_in(directory: Path, loading: Loading) -> Any | None:
     if loading.tokenizer is not None:
         return loading.tokenizer
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return _auto_tokenizer(str(directory), loading)
+    return _opened_tokenizer(str(directory), loading)
 
 
-def _auto_tokenizer(location: str, loading: Loading, **options: Any) -> Any:
-    import transformers
-
+def _opened_tokenizer(location: str, loading: Loading, **options: Any) -> Any:
     try:
-        with quietly(), no_panic():
-            return transformers.AutoTokenizer.from_pretrained(
-                location, trust_remote_code=loading.trust_remote_code, **options
-            )
-    except Exception as error:
+        return open_tokenizer(location, trust_remote_code=loading.trust_remote_code, **options)
+    except TokenError as error:
         raise CheckpointError(
-            f"the tokenizer of {location} cannot be opened: {type(error).__name__}: {_first_line(error)}. "
-            "Mend its files, remove them to measure on token ids, or pass tokenizer="
+            f"{error}. Mend its files, remove them to measure on token ids, or pass tokenizer= (--tokenizer)"
         ) from error
 
 

@@ -8,10 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from osp_diag.checkpoints.foreign_formats import foreign_format
 from osp_diag.errors import CheckpointError
 from osp_diag.json_text import parse_object
 
-__all__ = ["WeightFiles", "check_pickle", "check_safetensors", "find_weights", "read_json"]
+__all__ = [
+    "WeightFiles",
+    "check_pickle",
+    "check_safetensors",
+    "find_weights",
+    "folder_of_weights",
+    "read_json",
+]
 
 SINGLE = ("model.safetensors", "pytorch_model.bin")
 LFS_POINTER = b"version https://git-lfs"
@@ -49,6 +57,9 @@ def find_weights(directory: Path) -> WeightFiles:
             for shard in shards:
                 check(shard)
             return WeightFiles(shards, safe)
+    foreign = foreign_format(directory)
+    if foreign:
+        raise CheckpointError(f"{directory} has no weights that can be read: {foreign}")
     files = sorted(
         entry.name
         for entry in directory.iterdir()
@@ -65,6 +76,12 @@ def find_weights(directory: Path) -> WeightFiles:
     raise CheckpointError(
         f"{directory} has no weights: no model.safetensors and no pytorch_model.bin{advice}"
     )
+
+
+def folder_of_weights(directory: Path) -> Path:
+    """Where weights lie: in the directory, or in the folder that DeepSpeed's script names like a file."""
+    inside = [directory / name for name in SINGLE if (directory / name).is_dir()]
+    return inside[0] if inside else directory
 
 
 def check_safetensors(path: Path) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -250,23 +249,12 @@ def probe_checkpoint(
         raise CaptureError(
             f"{checkpoint.name} itself raised {type(error).__name__}: {error} ({origin}), on sequences of "
             f"{batches.sequence_length} tokens; a few tokens went through when its sites were found. "
-            f"{_learned_positions(unwrap(checkpoint.model), batches.sequence_length)}"
+            "If it takes fewer tokens at a time, pass a smaller seq_len (--seq-len)"
         ) from error
     if out is None:
         return session.run
     on_first_rank(lambda: session.save(out, overwrite=overwrite))
     return open_run(out)
-
-
-def _learned_positions(model: nn.Module, length: int) -> str:
-    """What to do about a model that may not take so many tokens at a time."""
-    for name, parameter in model.named_parameters():
-        if re.search(r"pos|wpe", name) and parameter.ndim > 1 and 1 < max(parameter.shape[:-1]) < length:
-            rows = max(parameter.shape[:-1])
-            return (
-                f"Its learned positions {name} hold {rows}: pass seq_len={rows} (--seq-len {rows}) or fewer"
-            )
-    return "If it takes fewer tokens at a time, pass a smaller seq_len (--seq-len)"
 
 
 def _write_weights(session: Probe, patterns: Sequence[str] | None) -> None:

@@ -30,6 +30,7 @@ __all__ = [
     "EstimatorSelection",
     "MeasurementOptions",
     "MeasurementSettings",
+    "OpeningSettings",
     "Settings",
     "TokenOptions",
     "TokenSettings",
@@ -60,7 +61,17 @@ class TokenSettings(Settings):
         a UTF-8 file to read, or the text itself; where neither this nor dataset is named, a built-in
         public-domain text.
     dataset
-        a Hugging Face dataset, by hub id or local path.
+        a Hugging Face dataset, by hub id or local path (a folder, .jsonl, .json, .parquet, .csv or .txt, also
+        compressed).
+    split
+        of the dataset; by default the first there is of validation, test and train.
+    text_column
+        of the dataset; by default `text`, or the only column of text.
+    ids
+        token ids from a .npy file, in place of text: integers of shape (token,) or (sequence, position).
+    random_tokens
+        ids drawn evenly from the model's vocabulary, in place of text: for a model without a tokenizer. What
+        depends on language (sinks, delimiters) is then not that of text.
     tokens
         how many tokens to run.
     seq_len
@@ -75,6 +86,10 @@ class TokenSettings(Settings):
 
     text: str | Path | None = None
     dataset: str | None = None
+    split: str | None = None
+    text_column: str | None = None
+    ids: str | Path | None = None
+    random_tokens: bool = False
     tokens: int = 8192
     seq_len: int | None = None
     batch_size: int | None = None
@@ -103,11 +118,60 @@ class TokenOptions(TypedDict, total=False):
 
     text: str | Path | None
     dataset: str | None
+    split: str | None
+    text_column: str | None
+    ids: str | Path | None
+    random_tokens: bool
     tokens: int
     seq_len: int | None
     batch_size: int | None
     protocol: Protocol
     bos: BeginningOfSequence
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpeningSettings(Settings):
+    """How a checkpoint is opened; the keywords of :func:`osp_diag.open_checkpoint`, as one object.
+
+    Attributes
+    ----------
+    dtype
+        of the weights and the forward pass; auto keeps the checkpoint's own.
+    device
+        auto, cpu, cuda, cuda:1, mps ...
+    device_map
+        spread a model over devices, as in accelerate (auto, balanced ...).
+    attention
+        which implementation of attention runs, as in transformers (eager, sdpa ...); by default the one that
+        computes what the model was trained with, and of those the fastest.
+    tokenizer
+        in place of the checkpoint's own: a directory, a tokenizer.json, a SentencePiece .model, a hub id, or
+        `module:function` returning one.
+    trust_remote_code
+        run code that the checkpoint brings along.
+    allow_nonfinite
+        open it although weights hold NaN or Inf.
+    """
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    device_map: str | None = None
+    attention: str | None = None
+    tokenizer: str | Path | None = None
+    trust_remote_code: bool = False
+    allow_nonfinite: bool = False
+
+    def open(self, source: str | Path) -> Checkpoint:
+        """Open a checkpoint so: see :func:`osp_diag.open_checkpoint`.
+
+        Raises
+        ------
+        CheckpointError, TokenError, UsageError : it cannot be opened
+        """
+        from osp_diag.checkpoints import open_checkpoint
+
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return open_checkpoint(source, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ import xarray as xr
 from torch import nn
 
 from osp_diag.errors import UsageError
-from osp_diag.quantizing.perplexity import perplexity
+from osp_diag.quantizing.perplexity import perplexity, refuse_what_sees_ahead
 from osp_diag.quantizing.results import UNQUANTIZED, QuantizedResult, results_dataset
-from osp_diag.quantizing.round_to_nearest import check_bits, round_to_nearest
+from osp_diag.quantizing.round_to_nearest import check_bits, round_to_nearest, rounded_share
 from osp_diag.tokens import make_batches
 
 __all__ = ["WIDTHS", "bit_width_sweep", "bit_widths"]
@@ -86,10 +86,12 @@ def bit_width_sweep(
         check_bits(weight_bits, activation_bits)
     # Results compare only on the same tokens, so each row carries their fingerprint.
     fingerprint = make_batches(ids=np.asarray(tokens)).fingerprint
+    share = rounded_share(model, blocks=blocks)
     results = []
+    refuse_what_sees_ahead(model, tokens)  # before rounding, by which the least error may become a step
     for count, (weight_bits, activation_bits) in enumerate(settings, start=1):
         with round_to_nearest(model, weight_bits, activation_bits, blocks=blocks):
-            prediction = perplexity(model, tokens, batch_size=batch_size)
+            prediction = perplexity(model, tokens, batch_size=batch_size, known_causal=True)
         results.append(
             QuantizedResult(
                 weight_bits=weight_bits,
@@ -100,6 +102,7 @@ def bit_width_sweep(
                 token_source=token_source,
                 token_fingerprint=fingerprint,
                 model_fingerprint=model_fingerprint,
+                rounded_share=share,
             )
         )
         if progress is not None:

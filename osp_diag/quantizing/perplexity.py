@@ -15,10 +15,12 @@ from osp_diag.errors import TokenError, UsageError
 from osp_diag.quantizing.results import perplexity_of
 from osp_diag.tokens import make_batches
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "perplexity", "refuse_what_sees_ahead"]
 
 _TOKENS_A_PASS = 1024
 """Tokens a forward pass by default."""
+_SEES_AHEAD = 16.0
+"""Rounding errors of the model's dtype by which logits of one token may differ in two runs."""
 _LOGITS_AT_ONCE = 2**24
 """Logits that are float64 at one time: 128 MiB."""
 
@@ -38,7 +40,9 @@ class Perplexity:
         return perplexity_of(self.negative_log_likelihood)
 
 
-def perplexity(model: nn.Module, tokens: Any, *, batch_size: int | None = None) -> Perplexity:
+def perplexity(
+    model: nn.Module, tokens: Any, *, batch_size: int | None = None, known_causal: bool = False
+) -> Perplexity:
     """exp(−1/N Σ log p(x_t | x_<t)) over all next-token predictions, sequence by sequence.
 
     Log-probabilities and their sum are float64, whatever the dtype of the logits. The context of a token
@@ -49,26 +53,72 @@ def perplexity(model: nn.Module, tokens: Any, *, batch_size: int | None = None) 
     model : causal language model; ``model(input_ids).logits`` is (sequence, position, vocabulary)
     tokens : ids of shape (sequence, position), without padding
     batch_size : sequences a forward pass; None: about 1,024 tokens
+    known_causal : leave out the two passes that ask whether the model sees what comes later
 
     Raises
     ------
     TokenError : ids of another shape, foreign to the model, or too few to predict one
-    UsageError : the model returns no logits of that shape, or ``batch_size`` is below 1
+    UsageError : the model is no causal language model (it is trained on masked tokens, is an encoder and
+        decoder, or its predictions depend on what comes later), returns no logits of that shape, or
+        ``batch_size`` is below 1
     """
     ids = _checked(tokens, model)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size={batch_size}: a forward pass needs 1 or more sequences")
     size = batch_size or max(1, _TOKENS_A_PASS // ids.shape[1])
-    # A cache of keys and values that no one reads would only take memory.
-    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
-    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    if not known_causal:
+        refuse_what_sees_ahead(model, ids)
     total = 0.0
     with evaluation_mode(model), torch.no_grad():
         for batch in ids.split(size):
-            batch = batch.to(device)
-            total += _surprise(_logits(model(batch, **options), batch), batch)
+            logits, batch = _logits_of(model, batch)
+            total += _surprise(logits, batch)
     count = ids.shape[0] * (ids.shape[1] - 1)
     return Perplexity(negative_log_likelihood=total / count, tokens=count)
+
+
+def refuse_what_sees_ahead(model: nn.Module, tokens: Any) -> None:
+    """Change the last token of a sequence: where a prediction of an earlier one moves, it is no prediction.
+
+    Parameters
+    ----------
+    model, tokens : as in :func:`perplexity`; the first sequence is run twice
+
+    Raises
+    ------
+    TokenError, UsageError : as :func:`perplexity`
+    """
+    kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UsageError(
+            f"perplexity needs a causal language model, and {kind} is an encoder with a decoder, which "
+            "needs a source beside the text"
+        )
+    ids = _checked(tokens, model)[:1]
+    other = ids.clone()
+    # An id that the model knows, since it occurs.
+    other[:, -1] = next((token for token in ids[0] if token != ids[0, -1]), ids[0, -1])
+    # One after the other: a mixture of experts rounds differently for other company in the batch.
+    with evaluation_mode(model), torch.no_grad():
+        first, second = (_logits_of(model, part)[0][:, :-1] for part in (ids, other))
+    dtypes = {first.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
+    coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
+    difference = (first.float() - second.float()).abs().amax()
+    if bool(difference > _SEES_AHEAD * coarsest * first.float().abs().amax()):
+        raise UsageError(
+            f"perplexity needs a causal language model, and {kind} is none: a prediction depends on the "
+            "tokens after it, as in models trained on masked tokens (BERT), and what it would give is no "
+            "perplexity"
+        )
+
+
+def _logits_of(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of a batch, and its ids on their device."""
+    # A cache of keys and values that no one reads would only take memory.
+    options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
+    device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    ids = ids.to(device)
+    return _logits(model(ids, **options), ids), ids
 
 
 def _checked(tokens: Any, model: nn.Module) -> Int64[Tensor, "sequence position"]:
@@ -83,7 +133,9 @@ def _checked(tokens: Any, model: nn.Module) -> Int64[Tensor, "sequence position"
 
 
 def _logits(output: Any, ids: Tensor) -> Tensor:
-    logits = getattr(output, "logits", None)
+    # A hand-written model may return them bare, or before its loss.
+    bare = output[0] if isinstance(output, tuple) and output else output
+    logits = getattr(output, "logits", bare if isinstance(bare, Tensor) else None)
     if logits is None or logits.shape[:2] != ids.shape:
         description = "no logits" if logits is None else f"logits of shape {tuple(logits.shape)}"
         raise UsageError(

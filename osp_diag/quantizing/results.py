@@ -32,6 +32,7 @@ __all__ = [
     "UNQUANTIZED",
     "QuantizedResult",
     "notation",
+    "partial_rounding",
     "perplexity_of",
     "results_dataset",
     "results_of",
@@ -43,6 +44,9 @@ UNQUANTIZED = 16
 ROUND_TO_NEAREST = "round-to-nearest"
 HELD_OUT = "held-out tokens of the training"
 """What the tokens are called that a training of ours did not see."""
+
+WHOLLY_ROUNDED = 0.99
+"""Share of the blocks' matrices from which on nothing is said of the rest: routers, small tables."""
 
 FEW_BITS = (4, 4)
 """Bits of weights and activations in the paper's Table 2."""
@@ -65,6 +69,7 @@ class QuantizedResult:
     token_source: str
     token_fingerprint: str
     model_fingerprint: str = ""
+    rounded_share: float = math.nan
 
 
 _DEFINITIONS = {
@@ -79,6 +84,11 @@ _DEFINITIONS = {
     "token_source": ("", "where the tokens come from"),
     "token_fingerprint": ("", "results on equal fingerprints are on the same tokens"),
     "model_fingerprint": ("", "of the parameters before quantization"),
+    "rounded_share": (
+        "1",
+        "share of the numbers in the blocks' matrices that are of Linears, which alone are rounded; experts "
+        "stacked in one parameter are not. NaN: not recorded",
+    ),
 }
 _KEY_FIELDS = ("scheme", "weight_bits", "activation_bits", "key_value_bits", "token_fingerprint")
 """What makes two rows the same setting."""
@@ -109,6 +119,21 @@ def perplexity_of(negative_log_likelihood: float) -> float:
         return math.exp(negative_log_likelihood)
     except OverflowError:
         return math.inf
+
+
+def partial_rounding(results: xr.Dataset) -> str:
+    """What is to be said of results for which much of the model was not rounded; empty where all was.
+
+    Their setting, as W4A4, is then of that part alone.
+    """
+    shares = results["rounded_share"].values if "rounded_share" in results else np.empty(0)
+    share = float(np.nanmin(shares)) if np.isfinite(shares).any() else 1.0
+    if share > WHOLLY_ROUNDED:
+        return ""
+    return (
+        f"only {share:.0%} of the blocks' matrices are in Linears and rounded; the rest (experts stacked "
+        "in one parameter) stays as it is, so that a setting such as W4A4 is of that part alone"
+    )
 
 
 def results_of(run: Run) -> xr.Dataset:
@@ -153,7 +178,8 @@ def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
 
 
 def _rows(results: xr.Dataset) -> list[QuantizedResult]:
-    names = [field.name for field in fields(QuantizedResult)]
+    # Runs of earlier versions lack what was recorded later.
+    names = [field.name for field in fields(QuantizedResult) if field.name in results]
     columns = [results[name].values.tolist() for name in names]
     return [QuantizedResult(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
 

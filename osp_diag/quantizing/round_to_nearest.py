@@ -20,7 +20,7 @@ from osp_diag.sites.trace import unwrap
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 
-__all__ = ["check_bits", "round_to_nearest"]
+__all__ = ["check_bits", "round_to_nearest", "rounded_share"]
 
 _FEWEST_BITS, _MOST_BITS = 2, 8
 
@@ -75,6 +75,27 @@ def round_to_nearest(
                 hook = _rounding_of_inputs(scheme.input_activations)
                 undo.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield tuple(linears)
+
+
+def rounded_share(model: nn.Module, *, blocks: str | None = None) -> float:
+    """Which part of the numbers in the blocks' matrices :func:`round_to_nearest` rounds, 0 to 1.
+
+    Matrices are parameters of two or more dimensions, each counted once. Experts stacked in one parameter
+    are matrices, and in no Linear.
+
+    Raises
+    ------
+    CheckpointError, SiteError : as :func:`round_to_nearest`
+    """
+    model = unwrap(model)
+    matrices: dict[int, int] = {}
+    for block in find_sites(model, blocks=blocks).block_paths:
+        parameters = model.get_submodule(block).parameters()
+        matrices |= {id(values): values.numel() for values in parameters if values.ndim > 1}
+    rounded = {
+        id(linear.weight): linear.weight.numel() for linear in _linears_of_blocks(model, blocks).values()
+    }
+    return sum(rounded.values()) / max(sum((matrices | rounded).values()), 1)
 
 
 def check_bits(weight_bits: int, activation_bits: int) -> QuantizationScheme:

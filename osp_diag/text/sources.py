@@ -6,23 +6,32 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
 
 from osp_diag.errors import TokenError
 from osp_diag.text import builtin_text
+from osp_diag.text.documents import (
+    SAMPLED_ROWS,
+    SUFFIXES,
+    Documents,
+    column_of,
+    kind_of,
+    read_text,
+    texts_by_column,
+)
 
 __all__ = [
     "STRING_TEXT",
     "DatasetText",
     "PlainText",
     "Text",
+    "chosen_column",
     "dataset_errors",
     "open_dataset",
-    "text_column",
     "text_source",
 ]
 
@@ -32,11 +41,13 @@ STRING_TEXT = "text given as a string"
 BETWEEN_DOCUMENTS = "\n\n"
 """What joins the documents of a data set: a blank line, as in the released OSP script."""
 
-PREFERRED_COLUMNS = ("text", "content", "document", "article", "body", "sentence")
 PREFERRED_SPLITS = ("validation", "test", "train")
 """Held-out text first: activations are measured on what was not trained on."""
 
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".txt": "text"}
+LONGEST_WORD = 1000
+"""Characters within which a blank is looked for where a text is cut; Chinese, DNA and base64 have none."""
+FILE_SPLIT = "train"
+"""What the library datasets calls the rows of a single file."""
 
 
 class Text(Protocol):
@@ -44,38 +55,41 @@ class Text(Protocol):
 
     description: str
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of what has been read."""
+        ...
+
     def prefix(self, characters: int) -> tuple[str, bool]:
-        """At least that many characters from the start (fewer at its end), and whether that was all."""
+        """About that many characters from the start (fewer at its end), and whether that was all."""
         ...
 
 
 class PlainText:
     """A text in memory."""
 
+    notes: tuple[str, ...] = ()
+
     def __init__(self, text: str, description: str) -> None:
         self.description = description
         self._text = text
 
     def prefix(self, characters: int) -> tuple[str, bool]:
-        # Cut between words, so that the tokens before the cut are those of the whole text.
-        space = re.compile(r"\s").search(self._text, characters)
-        if space is None:
-            return self._text, True
-        return self._text[: space.start()], False
+        return _cut(self._text, characters)
 
 
 class DatasetText:
-    """The text column of a Hugging Face data set, its documents joined by blank lines.
+    """The text column of a data set, its documents joined by blank lines.
 
     Parameters
     ----------
     dataset
         A hub id, ``id:configuration``, or a local path (a directory, or a file .jsonl, .json, .parquet,
-        .csv or .txt).
+        .csv, .tsv or .txt, also compressed).
     split
         None takes the first there is of validation, test and train.
     column
-        None takes ``text`` or its like, or the only column of strings.
+        None takes ``text``, or the only column of text.
 
     Raises
     ------
@@ -84,32 +98,128 @@ class DatasetText:
     """
 
     def __init__(self, dataset: str, *, split: str | None = None, column: str | None = None) -> None:
-        documents, split_name = open_dataset(dataset, split)
-        rows = iter(documents)
-        with dataset_errors(dataset):
-            first = next(rows, None)
-        if first is None:
-            raise TokenError(f"the data set {dataset} has no rows in its split {split_name!r}")
-        self.column = text_column(first, column, dataset)
-        name = Path(dataset).name if Path(dataset).expanduser().exists() else dataset
-        self.description = f"dataset {name}, split {split_name}, column {self.column}"
+        path = Path(dataset).expanduser()
+        name = path.name if path.exists() else dataset
         self._dataset = dataset
-        self._rows = chain([first], rows)
-        self._text = ""
+        self._documents: _File | _Rows
+        if path.is_file():
+            self._documents = _File(path, split, column)
+        else:
+            self._documents = _Rows(dataset, split, column)
+        self._texts = iter(self._documents)
+        # The first document settles which column is read.
+        first = self._next()
+        if first is None:
+            raise TokenError(
+                f"the data set {dataset} has no text in its split {self._documents.split!r}; it is empty, or "
+                "its rows are"
+            )
+        of_column = f", column {self._documents.column}" if self._documents.column else ""
+        self.description = f"dataset {name}, split {self._documents.split}{of_column}"
+        self._text = first
         self._exhausted = False
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._documents.notes
+
     def prefix(self, characters: int) -> tuple[str, bool]:
-        pieces, length = [self._text] if self._text else [], len(self._text)
-        with dataset_errors(self._dataset):
-            while length < characters and not self._exhausted:
-                row = next(self._rows, None)
-                if row is None:
-                    self._exhausted = True
-                elif row[self.column]:
-                    pieces.append(row[self.column])
-                    length += len(row[self.column]) + len(BETWEEN_DOCUMENTS)
+        pieces, length = [self._text], len(self._text)
+        while length <= characters and not self._exhausted:
+            text = self._next()
+            if text is None:
+                self._exhausted = True
+            else:
+                pieces.append(text)
+                length += len(text) + len(BETWEEN_DOCUMENTS)
         self._text = BETWEEN_DOCUMENTS.join(pieces)
-        return self._text, self._exhausted
+        cut, is_whole = _cut(self._text, characters)
+        return cut, is_whole and self._exhausted
+
+    def _next(self) -> str | None:
+        with dataset_errors(self._dataset):
+            return next(self._texts, None)
+
+
+class _File:
+    """The documents of one local file."""
+
+    split = FILE_SPLIT
+
+    def __init__(self, path: Path, split: str | None, column: str | None) -> None:
+        kind = kind_of(path)
+        if kind is None:
+            formats = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+            raise TokenError(
+                f"{path} is not a data set: its type must be one of {formats}, also with .gz, .xz or .bz2"
+            )
+        if split not in (None, FILE_SPLIT):
+            raise TokenError(f"the data set {path} has no split {split!r}; a single file is {FILE_SPLIT}")
+        if kind == "text" and column is not None:
+            raise TokenError(f"{path} is a text file, which has no columns; leave text_column out")
+        self._documents = Documents([path], kind, column)
+
+    def __iter__(self) -> Iterator[str]:
+        return (text for text, _ in self._documents)
+
+    @property
+    def column(self) -> str | None:
+        return self._documents.column
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._documents.notes
+
+
+class _Rows:
+    """The documents of a data set that the library datasets reads."""
+
+    def __init__(self, dataset: str, split: str | None, column: str | None) -> None:
+        self._rows, self.split = open_dataset(dataset, split)
+        with dataset_errors(dataset):
+            self.column, self._rows = chosen_column(self._rows, column, dataset)
+        self._without = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for row in self._rows:
+            text = row[self.column]
+            if text is None:
+                self._without += 1
+            elif text and not text.isspace():
+                yield text
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return (f"{self._without:,} rows without a text are left out.",) if self._without else ()
+
+
+def chosen_column(rows: Any, column: str | None, dataset: str) -> tuple[str, Any]:
+    """The column that holds the text, by the schema or else by the first rows; and all the rows.
+
+    Raises
+    ------
+    TokenError
+        There is none, or several could be meant.
+    """
+    features = getattr(rows, "features", None)
+    if features:
+        types = {name: getattr(feature, "dtype", None) for name, feature in features.items()}
+        columns = {name: dtype in ("string", "large_string") for name, dtype in types.items()}
+        return column_of(columns, column, dataset), rows
+    remaining = iter(rows)
+    sample = list(islice(remaining, SAMPLED_ROWS))
+    if not sample:
+        raise TokenError(f"the data set {dataset} has no rows")
+    return column_of(texts_by_column(sample), column, dataset), chain(sample, remaining)
+
+
+def _cut(text: str, characters: int) -> tuple[str, bool]:
+    """A text up to a blank near that place, and whether that is all of it."""
+    if len(text) <= characters:
+        return text, True
+    # Between words, so that the tokens before the cut are those of the whole text.
+    space = re.compile(r"\s").search(text, characters, characters + LONGEST_WORD)
+    return text[: characters if space is None else space.start()], False
 
 
 def text_source(
@@ -166,12 +276,9 @@ def _read(path: Path) -> str:
             raise TokenError(f"{path} is a directory; give one text file, or a data set's path as dataset")
         if not path.is_file():
             raise TokenError(f"there is no text file {path}{_spelling_advice(path)}")
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise TokenError(
-            f"{path} is not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}. Convert it "
-            "(iconv -t UTF-8), or give another file"
-        ) from None
+        if kind_of(path) in ("jsonl", "parquet"):
+            raise TokenError(f"{path} holds rows, not a text; give it as dataset (--dataset {path})")
+        return read_text(path)
     except OSError as error:
         raise TokenError(f"{path} cannot be read: {error.strerror}") from error
 
@@ -186,6 +293,8 @@ def _spelling_advice(path: Path) -> str:
 def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
     """A data set of the library ``datasets``, streamed unless it was saved to disk, and the split it is.
 
+    A local file is read without it: see :mod:`osp_diag.text.documents`.
+
     Raises
     ------
     TokenError
@@ -198,18 +307,11 @@ def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
             f'reading the data set {dataset} needs the package datasets: pip install "osp-diag[datasets]"'
         ) from error
     path = Path(dataset).expanduser()
-    looks_local = path.is_absolute() or dataset.startswith((".", "~")) or path.suffix in FILE_FORMATS
+    looks_local = path.is_absolute() or dataset.startswith((".", "~")) or kind_of(path) is not None
     if looks_local and not path.exists():
         raise TokenError(f"there is no data set at {dataset}: the path does not exist")
     with dataset_errors(dataset):
-        if path.is_file():
-            if path.suffix not in FILE_FORMATS:
-                formats = ", ".join(FILE_FORMATS)
-                raise TokenError(f"{dataset} is not a data set: its type must be one of {formats}")
-            splits = datasets.load_dataset(
-                FILE_FORMATS[path.suffix], data_files={"train": str(path)}, streaming=True
-            )
-        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(path))
         else:
             name, _, configuration = (str(path), "", "") if path.is_dir() else dataset.partition(":")
@@ -243,30 +345,3 @@ def dataset_errors(dataset: str, *, quiet: bool = True) -> Iterator[None]:
             "Check its name (id:configuration where it has several) and the connection, or give a local "
             ".jsonl or .parquet file, or a text file"
         ) from error
-
-
-def text_column(row: Mapping[str, Any], column: str | None, dataset: str) -> str:
-    """The name of the column that holds the text, judged by one row: ``column`` if it is one of text.
-
-    Raises
-    ------
-    TokenError
-        There is no such column of text, or several could be meant.
-    """
-    strings = [name for name, value in row.items() if isinstance(value, str)]
-    if column is not None:
-        if column not in strings:
-            raise TokenError(
-                f"the data set {dataset} has no text column {column!r}; its text columns are "
-                f"{', '.join(strings) or 'none'}"
-            )
-        return column
-    for name in PREFERRED_COLUMNS:
-        if name in strings:
-            return name
-    if len(strings) == 1:
-        return strings[0]
-    raise TokenError(
-        f"which column of the data set {dataset} holds the text is not clear: its text columns are "
-        f"{', '.join(strings) or 'none'}; name one with text_column"
-    )

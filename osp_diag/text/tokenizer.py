@@ -9,7 +9,15 @@ from typing import Any
 from osp_diag.errors import TokenError
 from osp_diag.text.panics import tokenizer_errors
 
-__all__ = ["DELIMITERS", "decode", "decode_each", "delimiter_ids_of", "encode", "opening_tokens"]
+__all__ = [
+    "DELIMITERS",
+    "decode",
+    "decode_each",
+    "delimiter_ids_of",
+    "encode",
+    "opening_tokens",
+    "vocabulary_length",
+]
 
 DELIMITERS = frozenset(",.;:!?…、。，．；：！？\n\r")
 """The characters of the ``delimiter`` stratum: marks that end a clause, a sentence or a line, in their
@@ -73,52 +81,87 @@ def opening_tokens(tokenizer: Any | None, bos: str) -> tuple[int, ...]:
 def encode(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     """The ids of a text, with the tokenizer's special tokens around it or without.
 
+    A tokenizer is one of transformers, one of tokenizers, or anything with ``encode(text)`` and
+    ``decode(ids)``, as tiktoken's and a function's own are; those put no special tokens around a text.
+
     Raises
     ------
     TokenError
         The tokenizer cannot be called so.
     """
-    if not callable(tokenizer):  # a bare tokenizers.Tokenizer
-        with _asked(tokenizer, "encode(text, add_special_tokens=…), which gives an encoding with ids"):
-            return list(tokenizer.encode(text, add_special_tokens=special).ids)
-    from osp_diag.quiet import quietly
+    if callable(tokenizer):
+        from osp_diag.quiet import quietly
 
-    # It would warn that the stream is longer than the model's maximum.
-    with quietly(), _asked(tokenizer, "a call with (text, add_special_tokens=…, verbose=False)"):
-        encoded = tokenizer(text, add_special_tokens=special, verbose=False)
-    ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
+        # It would warn that the stream is longer than the model's maximum.
+        with quietly(), _asked(tokenizer, "a call with (text, add_special_tokens=…, verbose=False)"):
+            encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+        ids = encoded["input_ids"] if isinstance(encoded, Mapping) or hasattr(encoded, "keys") else encoded
+    elif _is_bare(tokenizer):
+        ids = tokenizer.encode(text, add_special_tokens=special).ids
+    else:
+        # tiktoken's own refuses a text with a special token's characters.
+        plain = getattr(tokenizer, "encode_ordinary", None)
+        with _asked(tokenizer, "encode(text), which gives a list of ids"):
+            ids = list(tokenizer.encode(text) if plain is None else plain(text))
     return [int(token) for token in ids]
 
 
 @tokenizer_errors
 def decode(tokenizer: Any, token: int) -> str:
-    """What one token reads as.
+    """What one token reads as; nothing where no token has that id.
 
     Raises
     ------
     TokenError
         The tokenizer cannot be asked so.
     """
-    options = {"skip_special_tokens": False}
+    options = {"skip_special_tokens": False} if callable(tokenizer) or _is_bare(tokenizer) else {}
     if callable(tokenizer):
         # Cleaning up would remove the blank of " ." and is warned about.
         options["clean_up_tokenization_spaces"] = False
-    with _asked(tokenizer, f"decode([id], {', '.join(f'{name}=False' for name in options)})"):
-        return tokenizer.decode([token], **options)
+    call = ", ".join(["[id]", *(f"{name}=False" for name in options)])
+    try:
+        with _asked(tokenizer, f"decode({call})"):
+            return str(tokenizer.decode([token], **options))
+    except (KeyError, IndexError, ValueError):
+        return ""
 
 
 @tokenizer_errors
 def decode_each(tokenizer: Any, count: int) -> list[str]:
     """What each of the first ``count`` ids reads as by itself; nothing for an id without a token."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    if hasattr(backend, "decode_batch"):  # a hundred thousand calls from Python take seconds
+    if _is_bare(backend):  # a hundred thousand calls from Python take seconds
         return list(backend.decode_batch([[token] for token in range(count)], skip_special_tokens=False))
+    known = vocabulary_length(tokenizer)
+    if known and not hasattr(tokenizer, "get_vocab"):
+        return [decode(tokenizer, token) if token < known else "" for token in range(count)]
     with_token = set(_vocabulary(tokenizer).values())
     return [decode(tokenizer, token) if token in with_token else "" for token in range(count)]
 
 
+def vocabulary_length(tokenizer: Any) -> int:
+    """How many tokens it has; 0 where it does not say."""
+    if hasattr(tokenizer, "__len__"):
+        return len(tokenizer)
+    for name in ("get_vocab_size", "n_vocab", "vocab_size"):
+        size = getattr(tokenizer, name, None)
+        size = size() if callable(size) else size
+        if isinstance(size, int):
+            return size
+    return 0
+
+
+def _is_bare(tokenizer: Any) -> bool:
+    """Whether it is one of the library tokenizers."""
+    return hasattr(tokenizer, "to_str") and hasattr(tokenizer, "encode_batch")
+
+
 def _candidates(tokenizer: Any) -> list[int]:
     """Ids worth decoding: a token with an ASCII letter or digit is no delimiter, byte tokens <0x0A> aside."""
+    known = vocabulary_length(tokenizer)
+    if known and not hasattr(tokenizer, "get_vocab"):
+        return list(range(known))
     return sorted(
         number
         for token, number in _vocabulary(tokenizer).items()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +14,8 @@ from jaxtyping import Bool, Int64, UInt64
 from osp_diag.errors import TokenError
 from osp_diag.probing.checkpoint import progress_bar
 from osp_diag.trainer.data.batch import SequenceForm
-from osp_diag.trainer.data.sources import Document, open_file
+from osp_diag.trainer.data.sources import Document
+from osp_diag.trainer.data.token_files import token_array
 from osp_diag.trainer.data.token_stream import TokenStream
 from osp_diag.trainer.data.tokenizing import Encoder
 
@@ -158,7 +158,7 @@ def held_out_share(text: str) -> float:
 # Out of files of ids
 
 
-def read_token_files(files: Sequence[Path], form: SequenceForm, key: str) -> Corpus:
+def read_token_files(files: Sequence[Path], form: SequenceForm, key: str, vocabulary_size: int) -> Corpus:
     """Files of ids, as they are: ``form.end`` ends documents, and so does the end of a file.
 
     Raises
@@ -169,7 +169,7 @@ def read_token_files(files: Sequence[Path], form: SequenceForm, key: str) -> Cor
     boundaries: list[np.ndarray] = [np.zeros(1, dtype=np.int64)]
     length, largest = 0, 0
     for file in files:
-        array = _token_array(file, key)
+        array = token_array(file, key, vocabulary_size)
         ends, most = _scan(array, form.end, file, key)
         largest = max(largest, most)
         if _opens_documents(form) and array[0] != form.begin:
@@ -186,38 +186,6 @@ def read_token_files(files: Sequence[Path], form: SequenceForm, key: str) -> Cor
         length += int(ends[-1])
     edges = np.concatenate(boundaries)
     return Corpus(tuple(arrays), edges, _mixed(np.arange(len(edges) - 1, dtype=np.uint64)), largest)
-
-
-def _token_array(file: Path, key: str) -> np.ndarray:
-    try:
-        if file.suffix == ".npy":
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        elif file.suffix == ".bin":
-            _check_size(file.stat().st_size)
-            array = np.memmap(file, dtype="<u2", mode="r")
-        else:
-            with open_file(file) as stream:
-                content = stream.read()
-            if ".npy" in file.suffixes:
-                array = np.load(io.BytesIO(content), allow_pickle=False)
-            else:
-                _check_size(len(content))
-                array = np.frombuffer(content, "<u2")
-    except (OSError, EOFError, ValueError) as error:
-        raise TokenError(f"{key}={file} holds no token ids: {error}") from error
-    if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
-        raise TokenError(
-            f"{key}={file} has {array.dtype} of shape {array.shape}; token ids are integers in one "
-            "dimension, one or more"
-        )
-    return array
-
-
-def _check_size(size: int) -> None:
-    if size == 0:
-        raise ValueError("it is empty")
-    if size % 2:
-        raise ValueError(f"{size} bytes are no whole number of uint16; ids of another type go into a .npy")
 
 
 def _scan(array: np.ndarray, end: int, file: Path, key: str) -> tuple[Int64[np.ndarray, " document"], int]:

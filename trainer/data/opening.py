@@ -12,7 +12,7 @@ from osp_diag.trainer.config import DataConfig
 from osp_diag.trainer.data.arrays import ArrayData
 from osp_diag.trainer.data.batch import SequenceForm
 from osp_diag.trainer.data.corpus import Corpus, encoded, read_token_files
-from osp_diag.trainer.data.sources import builtin_documents, documents_in, files_at
+from osp_diag.trainer.data.sources import FileDocuments, builtin_documents, files_at
 from osp_diag.trainer.data.streams import StreamData
 from osp_diag.trainer.data.tokenizing import Encoder, check_vocabulary, delimiters_of, open_tokenizer
 from osp_diag.trainer.data.training_data import Dealing, TrainingData
@@ -50,35 +50,44 @@ def open_data(
     form = SequenceForm(config.sequence_length, config.bos, begin, end, config.separate_documents)
     if config.source in ("huggingface", "mixture"):
         return StreamData(config, form, tokenizer, dealing)
-    corpus, source = _corpus(config, config.path, "data.path", form, tokenizer)
+    corpus, source, notes = _corpus(config, config.path, "data.path", form, tokenizer, vocabulary_size)
     validation = None
     if config.validation_path is not None:
-        validation, _ = _corpus(config, config.validation_path, "data.validation_path", form, tokenizer)
+        validation, _, further = _corpus(
+            config, config.validation_path, "data.validation_path", form, tokenizer, vocabulary_size
+        )
+        notes += further
     largest = max(corpus.largest, 0 if validation is None else validation.largest)
     if largest >= vocabulary_size:
         raise TokenError(
             f"{source} has the token id {largest}, and model.vocabulary_size={vocabulary_size}; set "
             f"model.vocabulary_size={largest + 1} or more, or give the ids of another tokenizer"
         )
-    return ArrayData(config, form, tokenizer, dealing, corpus=corpus, validation=validation, source=source)
+    data = ArrayData(config, form, tokenizer, dealing, corpus=corpus, validation=validation, source=source)
+    data.notes += notes
+    return data
 
 
 def _corpus(
-    config: DataConfig, path: str | None, key: str, form: SequenceForm, tokenizer: Any
-) -> tuple[Corpus, str]:
-    """The documents of a local source, and what they are in words."""
+    config: DataConfig,
+    path: str | None,
+    key: str,
+    form: SequenceForm,
+    tokenizer: Any,
+    vocabulary_size: int,
+) -> tuple[Corpus, str, tuple[str, ...]]:
+    """The documents of a local source, what they are in words, and what is to be said of them."""
     if path is None:
-        return encoded(
-            builtin_documents(), Encoder(tokenizer), form, "the built-in text"
-        ), "built-in English text"
+        corpus = encoded(builtin_documents(), Encoder(tokenizer), form, "the built-in text")
+        return corpus, "built-in English text", ()
     # What is held out from the built-in text may be a text file.
     kind = "text" if config.source == "builtin" else config.source
     files = files_at(path, kind, key)
     source = f"{kind} {_file_names(files)}"
     if kind == "tokens":
-        return read_token_files(files, form, key), source
-    documents = documents_in(files, kind, config.text_column, key)
-    return encoded(documents, Encoder(tokenizer), form, f"{key}={path}"), source
+        return read_token_files(files, form, key, vocabulary_size), source, ()
+    documents = FileDocuments(files, kind, config.text_column, key)
+    return encoded(documents, Encoder(tokenizer), form, f"{key}={path}"), source, documents.notes
 
 
 def _file_names(files: Sequence[Path]) -> str:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import glob
-import json
-import lzma
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from osp_diag.errors import TokenError
 from osp_diag.text import builtin_text
-from osp_diag.text.sources import text_column
-from osp_diag.trainer.data.tokenizing import END_OF_TEXT
-from osp_diag.trainer.data.unpacking import PACKED, unpacked
+from osp_diag.text.documents import SUFFIXES as TEXT_SUFFIXES
+from osp_diag.text.documents import Documents, bare_suffix
 
-__all__ = ["Document", "builtin_documents", "documents_in", "files_at", "open_file"]
+__all__ = ["Document", "FileDocuments", "builtin_documents", "files_at"]
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
-    "text": (".txt", ".md", ".text"),
-    "jsonl": (".jsonl", ".json", ".ndjson"),
-    "parquet": (".parquet",),
+    **{kind: TEXT_SUFFIXES[kind] for kind in ("text", "jsonl", "parquet")},
     "tokens": (".npy", ".bin"),
 }
 
@@ -56,9 +49,7 @@ def files_at(path: str, source: str, key: str) -> list[Path]:
     if root.is_file():
         return [root]
     if root.is_dir():
-        matches = sorted(
-            file for file in root.rglob("*") if file.is_file() and _bare_suffix(file) in suffixes
-        )
+        matches = sorted(file for file in root.rglob("*") if file.is_file() and bare_suffix(file) in suffixes)
         if not matches:
             raise TokenError(f"{key}={path}: the folder has no {source} files ({', '.join(suffixes)})")
         return matches
@@ -66,111 +57,30 @@ def files_at(path: str, source: str, key: str) -> list[Path]:
     if not matches:
         kind = "no file matches the pattern" if glob.has_magic(path) else "there is no such file or folder"
         raise TokenError(
-            f"{key}={path}: {kind}; data.source={source} reads {', '.join(suffixes)} (also .gz, .xz)"
+            f"{key}={path}: {kind}; data.source={source} reads {', '.join(suffixes)} (also .gz, .xz, .bz2)"
         )
     return matches
 
 
-def _bare_suffix(file: Path) -> str:
-    return (file.with_suffix("") if file.suffix in PACKED else file).suffix.lower()
-
-
-def open_file(file: Path) -> IO[bytes]:
-    """A file's bytes, unpacked where it is compressed."""
-    return unpacked(file) if file.suffix in PACKED else file.open("rb")
-
-
-def documents_in(files: Sequence[Path], source: str, column: str | None, key: str) -> Iterator[Document]:
+class FileDocuments:
     """The documents of files of one kind, in order; empty ones are left out.
-
-    A text file is one document, or several between lines of ``<|endoftext|>``.
 
     Raises
     ------
-    TokenError : a file cannot be read, or which column holds its text is not clear
+    TokenError : a file cannot be read, or which column holds its text is not clear; names ``key``
     """
-    reader = {"text": _text_documents, "jsonl": _jsonl_documents, "parquet": _parquet_documents}[source]
-    for file in files:
+
+    def __init__(self, files: Sequence[Path], source: str, column: str | None, key: str) -> None:
+        self._documents, self._key = Documents(files, source, column), key
+
+    def __iter__(self) -> Iterator[Document]:
         try:
-            for text in reader(file, column):
-                if text and not text.isspace():
-                    yield Document(text, file.name)
+            for text, name in self._documents:
+                yield Document(text, name)
         except TokenError as error:
-            raise TokenError(f"{key}={file}: {error}") from None
-        except UnicodeDecodeError as error:
-            raise TokenError(f"{key}={file} is not UTF-8 text, at byte {error.start}; convert it") from None
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            raise TokenError(f"{key}={file} cannot be read: {error}") from error
+            raise TokenError(f"{self._key}: {error}") from error
 
-
-def _text_documents(file: Path, column: str | None) -> Iterator[str]:
-    with open_file(file) as stream:
-        lines: list[str] = []
-        for line in stream:
-            text = line.decode("utf-8")
-            if text.strip() == END_OF_TEXT:
-                yield "".join(lines)
-                lines = []
-            else:
-                lines.append(text)
-        yield "".join(lines)
-
-
-def _jsonl_documents(file: Path, column: str | None) -> Iterator[str]:
-    name = None
-    with open_file(file) as stream:
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError:
-                raise
-            except (ValueError, RecursionError) as error:  # also of a number of thousands of digits
-                raise TokenError(
-                    f"line {number} is no JSON: {error}; data.source=jsonl reads one object a line"
-                ) from None
-            if not isinstance(row, dict):
-                raise TokenError(f"line {number} is no JSON object with columns")
-            if name is None:
-                name = _column(row, column, file)
-            yield _string(row.get(name), name, f"line {number}")
-
-
-def _parquet_documents(file: Path, column: str | None) -> Iterator[str]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
-        raise TokenError(
-            "reading Parquet needs the package pyarrow, which datasets brings: "
-            'pip install "osp-diag[datasets]"'
-        ) from error
-    try:
-        parquet = pyarrow.parquet.ParquetFile(file)
-    except pyarrow.ArrowInvalid as error:
-        raise TokenError(f"it is no Parquet file: {error}") from None
-    strings = (pyarrow.types.is_string, pyarrow.types.is_large_string)
-    row = {
-        field.name: "" if any(is_string(field.type) for is_string in strings) else None
-        for field in parquet.schema_arrow
-    }
-    name = _column(row, column, file)
-    for batch in parquet.iter_batches(columns=[name]):
-        for value in batch.column(0):
-            yield value.as_py() or ""
-
-
-def _column(row: Mapping[str, Any], column: str | None, file: Path) -> str:
-    try:
-        return text_column(row, column, file.name)
-    except TokenError as error:
-        raise TokenError(f"{error} (data.text_column; all columns are {', '.join(row) or 'none'})") from None
-
-
-def _string(value: Any, column: str, place: str) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
-    raise TokenError(
-        f"{place} has {type(value).__name__} in the column {column!r} (data.text_column), not text"
-    )
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of what has been read."""
+        return self._documents.notes

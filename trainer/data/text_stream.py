@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from osp_diag.errors import TokenError
-from osp_diag.text.sources import dataset_errors, open_dataset, text_column
+from osp_diag.text.sources import chosen_column, dataset_errors, open_dataset
 from osp_diag.trainer.data.arrays import sequence_order
 from osp_diag.trainer.data.batch import SequenceForm
 from osp_diag.trainer.data.tokenizing import Encoder
@@ -66,13 +66,9 @@ class StreamedTexts:
         self._source = rows if seed is None else rows.shuffle(seed=seed, buffer_size=1)
         self._beginning = self._source.state_dict()
         with dataset_errors(dataset):
-            row = next(iter(rows), None)
-        if row is None:
-            raise TokenError(f"the data set {dataset} has no rows in its split {name!r}")
-        try:
-            self._column = text_column(row, column, dataset)
-        except TokenError as error:
-            raise TokenError(f"{error} (data.text_column; all its columns are {', '.join(row)})") from None
+            if next(iter(rows), None) is None:
+                raise TokenError(f"the data set {dataset} has no rows in its split {name!r}")
+            self._column, _ = chosen_column(rows, column, dataset)
         self._begin(0)
 
     def next(self) -> np.ndarray | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from osp_diag.errors import TokenError
-from osp_diag.quiet import quietly
 from osp_diag.text.tokenizer import encode
+from osp_diag.text.tokenizer_files import END_OF_TEXT, fast_tokenizer
+from osp_diag.text.tokenizer_files import open_tokenizer as text_tokenizer
 
 __all__ = [
     "END_OF_TEXT",
@@ -22,12 +22,7 @@ __all__ = [
     "open_tokenizer",
 ]
 
-END_OF_TEXT = "<|endoftext|>"
 BUILTIN_FILE = "english_bpe.json"
-
-END_NAMES = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]")
-BEGIN_NAMES = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "[CLS]")
-"""What ends and begins a text in tokenizers that come as a bare ``tokenizer.json``, which does not say."""
 
 
 def open_tokenizer(name: str | None) -> Any:
@@ -43,32 +38,10 @@ def open_tokenizer(name: str | None) -> Any:
     """
     if name is None:
         return builtin_tokenizer()
-    path = Path(name).expanduser()
-    if path.is_file():
-        return _from_file(path)
-    if (
-        path.is_dir()
-        and not (path / "tokenizer_config.json").is_file()
-        and (path / "tokenizer.json").is_file()
-    ):
-        return _from_file(path / "tokenizer.json")
-    if not path.is_dir() and (path.is_absolute() or name.startswith((".", "~")) or path.suffix == ".json"):
-        raise TokenError(f"data.tokenizer={name}: there is no such file or directory")
-    import transformers
-
     try:
-        with quietly():
-            return transformers.AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
-    except Exception as error:
-        advice = (
-            "give a directory with tokenizer.json"
-            if path.is_dir()
-            else "check the hub id and the connection; without a network give a directory or a "
-            "tokenizer.json, or none for the tokenizer that comes along"
-        )
-        raise TokenError(
-            f"data.tokenizer={name} cannot be opened: {type(error).__name__}: {_first_line(error)}; {advice}"
-        ) from error
+        return text_tokenizer(name)
+    except TokenError as error:
+        raise TokenError(f"data.tokenizer={name}: {error}") from error
 
 
 def builtin_tokenizer() -> Any:
@@ -77,34 +50,9 @@ def builtin_tokenizer() -> Any:
 
     ``<|endoftext|>``, id 0, ends documents and is BOS; the tokenizer puts it before a text by itself.
     """
-    return _fast(files(__package__).joinpath(BUILTIN_FILE).read_text("utf-8"), END_OF_TEXT, END_OF_TEXT)
-
-
-def _from_file(path: Path) -> Any:
-    try:
-        content = path.read_text("utf-8")
-        from tokenizers import Tokenizer
-
-        vocabulary = Tokenizer.from_str(content).get_vocab()
-    except Exception as error:
-        raise TokenError(
-            f"data.tokenizer={path} is not a tokenizer of the library tokenizers: {_first_line(error)}; "
-            "give its tokenizer.json"
-        ) from error
-    end = next((token for token in END_NAMES if token in vocabulary), None)
-    begin = next((token for token in BEGIN_NAMES if token in vocabulary), end)
-    return _fast(content, begin, end)
-
-
-def _fast(content: str, begin: str | None, end: str | None) -> Any:
-    import transformers
-    from tokenizers import Tokenizer
-
-    names = {key: token for key, token in (("bos_token", begin), ("eos_token", end)) if token is not None}
-    with quietly():
-        return transformers.PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer.from_str(content), clean_up_tokenization_spaces=False, **names
-        )
+    return fast_tokenizer(
+        files(__package__).joinpath(BUILTIN_FILE).read_text("utf-8"), END_OF_TEXT, END_OF_TEXT
+    )
 
 
 def delimiters_of(tokenizer: Any) -> tuple[int, int]:
@@ -171,7 +119,3 @@ class Encoder:
                 for encoding in self._fast.encode_batch_fast(list(texts), add_special_tokens=False)
             ]
         return [np.asarray(ids, dtype=self.dtype) for ids in id_lists]
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import lzma
@@ -13,7 +14,7 @@ from osp_diag.errors import TokenError
 
 __all__ = ["PACKED", "unpacked"]
 
-PACKED: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open}
+PACKED: Mapping[str, Callable[[Path], Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 """Compressed files are read through these; a Parquet file compresses itself."""
 MOST_RATIO, FREE = 100, 16 * 2**20
 """A file may unpack to so many times its size and so many bytes more: text to some 3 to 30 times."""
@@ -26,14 +27,15 @@ def unpacked(file: Path) -> IO[bytes]:
     ------
     TokenError : while it is read: it unpacks to far more than text does
     """
-    return io.BufferedReader(_Bounded(PACKED[file.suffix](file), MOST_RATIO * file.stat().st_size + FREE))
+    most = MOST_RATIO * file.stat().st_size + FREE
+    return io.BufferedReader(_Bounded(file, PACKED[file.suffix](file), most))
 
 
 class _Bounded(io.RawIOBase):
     """A stream of which at most so many bytes are given."""
 
-    def __init__(self, stream: IO[bytes], most: int) -> None:
-        self.stream, self.most, self.given = stream, most, 0
+    def __init__(self, file: Path, stream: IO[bytes], most: int) -> None:
+        self.file, self.stream, self.most, self.given = file, stream, most, 0
 
     def readable(self) -> bool:
         return True
@@ -43,8 +45,8 @@ class _Bounded(io.RawIOBase):
         self.given += len(data)
         if self.given > self.most:
             raise TokenError(
-                f"it unpacks to more than {self.most:,} bytes, far more than text compresses to; unpack it "
-                "yourself if it is meant so"
+                f"{self.file} unpacks to more than {self.most:,} bytes, far more than text compresses to; "
+                "unpack it yourself if it is meant so"
             )
         buffer[: len(data)] = data
         return len(data)
