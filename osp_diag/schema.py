@@ -22,6 +22,7 @@ __all__ = [
     "KURTOSIS",
     "LINEAR_INPUT",
     "LOGGED_STEP",
+    "MIXER_STATE",
     "OCCASIONAL_SITES",
     "OPTIMIZER",
     "PROJECTION_WEIGHT",
@@ -69,6 +70,7 @@ SITES: dict[str, str] = {
     "attention_output": "heads' outputs concatenated: the input of the output projection",
     "attention_contribution": "what attention adds to the residual stream",
     "mixer_input": "what a mixer of tokens other than a seen attention receives, after its norm",
+    "mixer_state": "what a recurrent mixer carries on after the last token: statistics only, of no token",
     "mixer_contribution": "what such a mixer (state-space, recurrent, an own kernel) adds to the stream",
     "cross_attention_input": "what attention to another sequence receives, after its norm",
     "cross_attention_query": "queries of cross-attention as they enter the product",
@@ -90,6 +92,7 @@ SITES: dict[str, str] = {
 
 OCCASIONAL_SITES = (
     "mixer_input",
+    "mixer_state",
     "mixer_contribution",
     "cross_attention_input",
     "cross_attention_query",
@@ -105,6 +108,7 @@ ATTENTION = "attention"
 CROSS_ATTENTION = "cross_attention"
 CROSS_HEAD_SITES = ("cross_attention_query", "cross_attention_key", "cross_attention_value")
 DOWN_WEIGHT = "mlp_down_weight"
+MIXER_STATE = "mixer_state"
 ROUTER = "router"
 LINEAR_INPUT = "linear_input:"
 """How the sites begin that are the input of one projection, by its path within the block."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import osp_diag
 from osp_diag.capture.strata import strata_of
-from osp_diag.capture.token_kinds import TokenKinds
+from osp_diag.capture.token_kinds import TokenKinds, token_kinds_of_words
 from osp_diag.errors import CaptureError, UsageError
 from osp_diag.probing.labelling import relabel
 from osp_diag.sites import find_sites
@@ -198,6 +198,20 @@ def test_a_users_kinds() -> None:
 def test_kinds_that_are_none(kinds: Any, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         osp_diag.MeasurementSettings(token_kinds=kinds)
+
+
+def test_kinds_as_they_are_written_on_a_command_line() -> None:
+    assert token_kinds_of_words(["auto"]) == "auto"
+    assert token_kinds_of_words(["none"]) is None
+    kinds = {"cls": [0], "register": [1, 2, 3, 4, 7, -2, -1], "patch": ...}
+    assert token_kinds_of_words(["cls=0", "register=1-4,7,-2--1", "patch=..."]) == kinds
+    assert token_kinds_of_words(["cls=0,register=1-4,7,-2--1,patch=..."]) == kinds
+    for words in (["cls"], ["cls=4-1"], ["cls=first"], ["auto", "cls=0"], ["cls=-1-2"], ["cls="], []):
+        message = "--token-kinds .*write auto, none, or KIND=PLACES such as cls=0"
+        with pytest.raises(UsageError, match=message):
+            token_kinds_of_words(words)
+    with pytest.raises(UsageError, match="names the kind 'cls' twice"):
+        token_kinds_of_words(["cls=0", "cls=1"])
 
 
 def test_a_function_that_gives_something_else() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,13 @@ from osp_diag.capture.cross_attention import (
     key_tokens,
     measure_cross_attention,
 )
-from osp_diag.capture.decoding import CachedPass, CachedSequences, cached_tokens
+from osp_diag.capture.decoding import (
+    UNCOUNTED,
+    CachedPass,
+    CachedSequences,
+    cache_without_count,
+    cached_tokens,
+)
 from osp_diag.capture.documents import Documents, cuts_of_call, documents_of
 from osp_diag.capture.down_projection import (
     down_projection,
@@ -35,6 +42,7 @@ from osp_diag.estimators import default_estimators
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
+from osp_diag.estimators.mixer_state import StateObservation
 from osp_diag.estimators.query_key import HeadsObservation
 from osp_diag.estimators.routing import RoutingObservation
 from osp_diag.estimators.super_weight import ProductObservation
@@ -45,6 +53,7 @@ from osp_diag.schema import (
     CROSS_HEAD_SITES,
     DOWN_WEIGHT,
     HEAD_SITES,
+    MIXER_STATE,
     PROJECTION_WEIGHT,
     ROUTER,
     STRATA,
@@ -58,7 +67,7 @@ if TYPE_CHECKING:
 __all__ = ["Collector", "Key", "suites_of"]
 
 Key = tuple[str, int, str]
-"""(site, layer, what is observed: "activation", "heads", "attention", "weight", "routing" or "product")"""
+"""(site, layer, what is observed there, as an estimator's ``observes`` says it)"""
 
 GROWING = ("key_position", "token_position")
 """Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
@@ -85,6 +94,8 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
         kinds = ("attention",)
     elif site == ROUTER:
         kinds = ("routing",)
+    elif site == MIXER_STATE:
+        kinds = ("state",)
     elif _is_weight(site):
         kinds = ("weight", "product")
     elif site in HEAD_SITES:
@@ -129,6 +140,8 @@ class Collector:
     vocabulary : how many token ids the model has; None where that is not known, and then no statistic is
         told by token
     compiled : fold with ``torch.compile``, so that one site is read in few passes
+    whole_sequences : whether each pass is over whole sequences, so that what it leaves in a cache is not
+        gone on with
     asks_for_cuts : look once, for which the host waits, whether attention cuts its rows where nothing says so
     snapshots : keeps the raw activations of a first sequence for pictures, or None
     groups : keeps some sums apart by group of forward passes, or None
@@ -146,6 +159,7 @@ class Collector:
         tokens_first: bool = False,
         vocabulary: int | None = None,
         compiled: bool = False,
+        whole_sequences: bool = False,
         asks_for_cuts: bool = True,
         snapshots: Snapshots | None = None,
         groups: TokenGroups | None = None,
@@ -160,6 +174,7 @@ class Collector:
         self.tokens_first = tokens_first
         self.vocabulary = vocabulary
         self.compiled = compiled
+        self.whole_sequences = whole_sequences
         self.snapshots = snapshots
         self.groups = groups
         self.output_projections = output_projections or {}
@@ -279,16 +294,20 @@ class Collector:
     def _opens_or_continues(self, forward_pass: ForwardPass, ids: torch.Tensor, strata: torch.Tensor) -> bool:
         """Whether the pass is one of several over the same sequences, which are put together at their end."""
         self._cached_pass = None
-        cached = cached_tokens(forward_pass)
-        if self._sequences.passes and not self._sequences.continues(cached, ids.shape[0]):
+        cached, cache = cached_tokens(forward_pass), cache_without_count(forward_pass)
+        if self._sequences.passes and not self._sequences.continues(cached, ids.shape[0], cache):
             self.finish()
             # What was finished stays, should this pass raise.
             self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
             if self.groups is not None:
                 self.groups.start(self.forward_passes)
-        if cached is None:
+        if cached is None or (cached == 0 and self.whole_sequences):
             return False
         present = strata[0] > 0
+        if cached == UNCOUNTED:
+            cached = self._sequences.tokens or 1
+        elif cache is not None:
+            self._sequences.cache = weakref.ref(cache)
         if cached > 0 and not self._sequences.passes:
             self.notes.setdefault(
                 "passes that went on with a cache whose beginning was not measured, or is too large to hold, "
@@ -325,6 +344,7 @@ class Collector:
                     self.skipped[ATTENTION] = "the cache was reordered while tokens were made (beam search)"
                 else:
                     self._fold_whole_call(call, layer)
+            self._fold_mixer_states(sequences.passes[-1])
             for layer in sequences.passes[0].crossings:
                 crossing = joined_crossings([each.crossings.get(layer) for each in sequences.passes])
                 if isinstance(crossing, str):
@@ -363,6 +383,12 @@ class Collector:
                 self._fold_whole_call(call, layer)
         for layer, crossing in held.crossings.items():
             self._fold_crossing(crossing, layer)
+        self._fold_mixer_states(held)
+
+    def _fold_mixer_states(self, held: CachedPass) -> None:
+        for layer, (layout, increment) in held.mixer_states.items():
+            suite = self.suites_at(MIXER_STATE)["state"]
+            self._merge((MIXER_STATE, layer, "state"), suite, layout, increment)
 
     def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
         documents_of_ids = documents.on(ids.device)
@@ -676,6 +702,39 @@ class Collector:
                 names = ("product_peak.same_token", "product_peak.sequences")
                 increment |= {n: torch.zeros_like(increment[n]) for n in names if n in increment}
             self._merge(key, suite, observation.layout, increment)
+
+    def on_state(self, tap: Tap, layer: int, state: torch.Tensor | str) -> None:
+        """Fold the state that a recurrent mixer has after a pass, of sequences without padding.
+
+        Of sequences that are made token by token it is the state after their last pass.
+        """
+        suite = self.suites_at(MIXER_STATE).get("state")
+        if suite is None or self._tokens is None:
+            return
+        reason = state if isinstance(state, str) else self._why_no_state(tap, state)
+        if reason or isinstance(state, str):
+            self.skipped[MIXER_STATE] = reason
+            return
+        held = self._cached_pass
+        present = self._valid > 0 if held is None else self._sequences.whole("present")
+        observation = StateObservation(state, present.all(1).to(state.device))
+        increment = suite.measure(observation)
+        if held is not None:
+            held.mixer_states[layer] = observation.layout, increment
+            return
+        self._merge((MIXER_STATE, layer, "state"), suite, observation.layout, increment)
+
+    def _why_no_state(self, tap: Tap, state: torch.Tensor) -> str:
+        """Why a tensor is not the state after the last token of each sequence; empty where it is."""
+        batch, _ = self._tokens or (0, 0)
+        if tuple(state.shape) != (batch, *tap.state_shape):
+            expected = ", ".join(map(str, tap.state_shape))
+            return f"its state is {tuple(state.shape)}, not ({batch} sequences, {expected})"
+        if not self._measures_calls:
+            return "passes went on with a cache whose beginning was not measured"
+        if any(part.documents is not None for part in self._parts_on(state.device)):
+            return "rows hold several documents, and a state runs through all of a row"
+        return ""
 
     def _on_expert_weights(self, key: Key, rows: int) -> None:
         """Measure the experts' matrices one by one, and label them as if they were stacked."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,17 +15,27 @@ from torch.nn import functional
 from osp_diag.capture.cross_attention import Crossing
 from osp_diag.capture.hooks import ForwardPass
 from osp_diag.estimators.attention_mask import AttentionMask, QueryRows
+from osp_diag.estimators.base import Layout, State
 
 if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
 
-__all__ = ["CachedPass", "CachedSequences", "cached_tokens"]
+__all__ = ["UNCOUNTED", "CachedPass", "CachedSequences", "cache_without_count", "cached_tokens"]
+
+UNCOUNTED = -1
+"""of the tokens in a cache that holds recurrent states alone, which do not tell how many they sum up"""
 
 _OFFSETS = re.compile(r"^(start_pos|input_pos|cache_position|past_length|cache_len(gth)?)$")
 
 
 def cached_tokens(forward_pass: ForwardPass) -> int | None:
-    """How many tokens of each sequence a cache holds when a pass begins; None where there is no cache."""
+    """How many tokens of each sequence a cache holds when a pass begins; None where there is no cache.
+
+    ``UNCOUNTED`` of a cache of recurrent states alone, once it was written to.
+    """
+    cache = cache_without_count(forward_pass)
+    if cache is not None:
+        return UNCOUNTED if any(_was_written(layer) for layer in cache.layers) else 0
     for arguments in reversed(forward_pass.levels):
         for name, value in arguments.items():
             if hasattr(value, "get_seq_length"):
@@ -39,6 +51,23 @@ def cached_tokens(forward_pass: ForwardPass) -> int | None:
                     return int(value.reshape(-1)[0])
     asked = any(arguments.get("use_cache") is True for arguments in forward_pass.levels)
     return 0 if asked else None
+
+
+def cache_without_count(forward_pass: ForwardPass) -> Any:
+    """A cache of transformers that holds recurrent states alone, among the arguments of a pass; or None."""
+    for arguments in reversed(forward_pass.levels):
+        for value in arguments.values():
+            if hasattr(value, "get_seq_length") and hasattr(value, "has_previous_state"):
+                layers = getattr(value, "layers", None) or ()
+                if layers and not any(hasattr(layer, "get_seq_length") for layer in layers):
+                    return value
+    return None
+
+
+def _was_written(layer: Any) -> bool:
+    """Whether a layer of a cache holds the state of earlier tokens, whose flags are one for each state."""
+    flags = getattr(layer, "has_previous_state", False)
+    return any(flags.values()) if isinstance(flags, Mapping) else bool(flags)
 
 
 @dataclass
@@ -58,6 +87,8 @@ class CachedPass:
     """by layer: attention to another sequence"""
     key_counts: dict[int, int] = field(default_factory=dict)
     """by layer: how many keys the queries were given"""
+    mixer_states: dict[int, tuple[Layout, State]] = field(default_factory=dict)
+    """by layer: what the states of recurrent mixers after the pass add to the statistics"""
     size: int = 0
 
     def keep_crossing(self, layer: int, crossing: Crossing) -> None:
@@ -93,6 +124,8 @@ class CachedSequences:
         self.passes: list[CachedPass] = []
         self.last_keys: dict[int, Tensor] = {}
         """by layer: all keys that the last pass was given"""
+        self.cache: weakref.ref[Any] | None = None
+        """of recurrent states alone, which these sequences began with"""
 
     @property
     def tokens(self) -> int:
@@ -103,8 +136,13 @@ class CachedSequences:
         """Bytes that are held."""
         return sum(part.size for part in self.passes)
 
-    def continues(self, cached: int | None, batch: int) -> bool:
-        """Whether a pass after ``cached`` tokens goes on with these sequences."""
+    def continues(self, cached: int | None, batch: int, cache: Any = None) -> bool:
+        """Whether a pass after ``cached`` tokens goes on with these sequences.
+
+        Where their number is ``UNCOUNTED``, ``cache`` tells, if it is the one of the first pass.
+        """
+        if bool(self.passes) and cached == UNCOUNTED:
+            return self.cache is not None and self.cache() is cache and self.passes[-1].ids.shape[0] == batch
         return bool(self.passes) and self.tokens == cached and self.passes[-1].ids.shape[0] == batch
 
     def whole(self, name: str) -> Tensor:

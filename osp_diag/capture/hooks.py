@@ -20,6 +20,7 @@ from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode
 
 from osp_diag.seams.threads import Claim, of_this_thread
+from osp_diag.sites.mixer_states import NO_CACHE, state_after
 from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import split_fused
 from osp_diag.sites.trace import unwrap
@@ -166,6 +167,8 @@ class SiteCapture:
         the module runs; None leaves those taps out
     on_product : called so with (tap, layer, input, output) where a tap's side is "product"; None leaves
         those taps out
+    on_state : called so with (tap, layer, state) where a tap's side is "state", just after the module ran,
+        with a reason in place of a state that is not seen; None leaves those taps out
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
     entries : block → the module with which it begins, where it does not run itself
     channels_first : whether the stream between the blocks is (batch, channel, token)
@@ -187,6 +190,7 @@ class SiteCapture:
         on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None] | None = None,
         on_stream: Callable[[ForwardPass], None] | None = None,
         on_product: Callable[[Tap, int, torch.Tensor, torch.Tensor], None] | None = None,
+        on_state: Callable[[Tap, int, torch.Tensor | str], None] | None = None,
         prefix: str = "",
         entries: Mapping[str, str] | None = None,
         channels_first: bool = False,
@@ -197,7 +201,7 @@ class SiteCapture:
         self.block_paths = block_paths
         self.on_activation = on_activation
         self.on_start, self.on_stop, self.on_weight = on_start, on_stop, on_weight
-        self.on_stream, self.on_product = on_stream, on_product
+        self.on_stream, self.on_product, self.on_state = on_stream, on_product, on_state
         self.prefix = prefix
         self.entries, self.channels_first = entries or {}, channels_first
         self.streams_in_a_row = streams_in_a_row
@@ -245,6 +249,10 @@ class SiteCapture:
                 elif side == "product":
                     if self.on_product is not None:
                         hook = of_this_thread(self._product_hook(taps, path, self.on_product))
+                        self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
+                elif side == "state":
+                    if self.on_state is not None:
+                        hook = of_this_thread(self._state_hook(taps, path, self.on_state))
                         self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
                 elif self.on_weight is not None:
                     hook = of_this_thread(self._weight_hook(taps, self.on_weight))
@@ -389,6 +397,23 @@ class SiteCapture:
                         if tap.channels_first:  # a convolution over single tokens gives what it takes
                             pair = pair[0].transpose(1, 2), pair[1].transpose(1, 2)
                         on_product(tap, self._layer(tap), *pair)
+
+        return hook
+
+    def _state_hook(
+        self, taps: list[Tap], path: str, on_state: Callable[[Tap, int, torch.Tensor | str], None]
+    ) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
+            if self.current is None or torch.compiler.is_compiling():
+                return
+            for tap in self._of_this_call(taps, path, "state"):
+                arguments = (*args, *kwargs.values())
+                state = state_after(module, arguments, result, returns=tap.returns_state)
+                if not isinstance(state, torch.Tensor):
+                    on_state(tap, self._layer(tap), state or NO_CACHE)
+                    continue
+                with unobserved(state.device):
+                    on_state(tap, self._layer(tap), state.detach())
 
         return hook
 

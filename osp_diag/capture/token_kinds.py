@@ -5,9 +5,11 @@ Which strata a run has is decided by them, once, before anything is measured.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,7 +18,7 @@ from torch import Tensor
 from osp_diag.errors import CaptureError, UsageError
 from osp_diag.schema import STRATA
 
-__all__ = ["TokenKinds", "TokenPlaces"]
+__all__ = ["TokenKinds", "TokenPlaces", "token_kinds_of_words"]
 
 TokenPlaces = int | Sequence[int] | Callable[[Tensor], Tensor] | EllipsisType
 """Where the tokens of a kind are: positions in the stream that enters the first block (from 0; negative ones
@@ -24,6 +26,10 @@ from its end; of each document where several are packed), a function of the toke
 gives a bool tensor of that shape, or ``...`` for every token that no other kind claims."""
 
 _REST = STRATA[-1]
+_WRITING = (
+    "write auto, none, or KIND=PLACES such as cls=0, register=1-4 (both ends belong to it) or patch=... (all "
+    "other tokens)"
+)
 
 
 @dataclass(frozen=True)
@@ -97,6 +103,40 @@ class TokenKinds:
     def described(self) -> dict[str, str]:
         """Kind → where its tokens are, in words, to be recorded."""
         return {kind: _description(places) for kind, places in self.places.items()}
+
+
+def token_kinds_of_words(words: Sequence[str]) -> Mapping[str, TokenPlaces] | Literal["auto"] | None:
+    """Kinds as they are written on a command line: ``auto``, ``none``, or a ``KIND=PLACES`` each.
+
+    Places are positions and ranges with both ends, ``0,5-8``, negative ones from the end, ``-1``; or ``...``
+    for all other tokens. A word may hold several kinds, where ``,KIND=`` begins the next.
+
+    Raises
+    ------
+    UsageError : a word is none of these, or names a kind twice
+    """
+    if list(words) in (["auto"], ["none"]):
+        return "auto" if words[0] == "auto" else None
+    if not words:
+        raise UsageError(f"--token-kinds names none: {_WRITING}")
+    kinds: dict[str, TokenPlaces] = {}
+    for word in (part for text in words for part in re.split(r",(?=[^,=]+=)", text)):
+        kind, _, places = word.partition("=")
+        if kind in kinds:
+            raise UsageError(f"--token-kinds names the kind {kind!r} twice; write all its places in one")
+        kinds[kind] = ... if places == "..." else _positions_of(places, word)
+    return kinds
+
+
+def _positions_of(places: str, word: str) -> list[int]:
+    positions: list[int] = []
+    for part in places.split(","):
+        ends = re.fullmatch(r"(-?\d+)(?:-(-?\d+))?", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (0, -1)
+        if last < first or (first < 0 <= last):
+            raise UsageError(f"--token-kinds {word!r}: {_WRITING}")
+        positions += range(first, last + 1)
+    return positions
 
 
 def _check(kind: str, places: object) -> None:

@@ -25,9 +25,9 @@ from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, nam
 from osp_diag.schema import STRATA
 
 Combine = Literal["sum", "maximum", "minimum"]
-Observes = Literal["activation", "heads", "attention", "weight", "routing", "product"]
+Observes = Literal["activation", "heads", "attention", "weight", "routing", "product", "state"]
 """What an estimator looks at: activations of a site, the same by head, attention, a weight matrix, which
-experts tokens are sent to, or what a projection is given and what it gives."""
+experts tokens are sent to, what a projection is given and gives, or the state of a recurrent mixer."""
 State = dict[str, Array]
 
 __all__ = [

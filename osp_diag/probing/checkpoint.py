@@ -35,7 +35,7 @@ from osp_diag.probing.settings import (
     keyword_form,
 )
 from osp_diag.runs.run import Run, open_run
-from osp_diag.schema import CHANNEL_WEIGHTS, WEIGHT_MAP
+from osp_diag.schema import CHANNEL_WEIGHTS, MIXER_STATE, WEIGHT_MAP
 from osp_diag.sites import find_sites
 from osp_diag.sites.trace import unwrap
 from osp_diag.terminal import printable, unfiltered
@@ -225,12 +225,14 @@ def probe_checkpoint(
         attributes=attributes,
         deferred=False,  # no loop goes on meanwhile
     )
+    if session.site_map.states_with_cache and session.measures_site(MIXER_STATE):
+        feeding.ask_for_cache()
     session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
     _write_weights(session, () if weights is None and settings.sites is not None else weights)
     if settings.snapshot_tokens and is_first_rank():
         session.write_static("snapshot", _snapshot_tokens(batches, settings.snapshot_tokens))
     try:
-        session.measure(step, feeding)
+        session.measure(step, feeding, whole_sequences=True)
     except KeyboardInterrupt as interruption:
         interruption.add_note(_save_part(session, feeding, len(batches), out, overwrite))
         raise

@@ -79,6 +79,10 @@ class Feeding:
                 )
             self._rows = self._rows[dist.get_rank() :: ranks]
 
+    def ask_for_cache(self) -> None:
+        """Call the model with a new cache in every pass, in which alone the states of its mixers are seen."""
+        self._arguments.asks_for_cache = True
+
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         padded = not bool(np.all(self._batches.attention_mask))
         for start in range(0, len(self._rows), self.batch_size):
@@ -114,6 +118,7 @@ class _Arguments:
         self._decoder = bool(getattr(config, "is_encoder_decoder", False))
         self._decoder_mask = "decoder_attention_mask" in parameters
         self._cache = hasattr(config, "use_cache")
+        self.asks_for_cache = False
 
     def of(self, ids: torch.Tensor, mask: torch.Tensor | None) -> dict[str, Any]:
         arguments: dict[str, Any] = {self._ids: ids}
@@ -124,7 +129,7 @@ class _Arguments:
             if self._decoder and self._decoder_mask:
                 arguments["decoder_attention_mask"] = mask
         if self._cache:
-            arguments["use_cache"] = False
+            arguments["use_cache"] = self.asks_for_cache
         return arguments
 
 

@@ -31,6 +31,7 @@ from osp_diag.probing.identity import (
     library_versions,
 )
 from osp_diag.probing.labelling import StepLabels, labelled_groups, token_group_states
+from osp_diag.probing.padding_note import padding_note
 from osp_diag.probing.ranks import is_distributed, is_first_rank, merge_over_ranks, rank_of_all
 from osp_diag.probing.records import Records
 from osp_diag.probing.schedule import Schedule, schedule_of
@@ -229,14 +230,18 @@ class Probe:
             yield True
         self._record(step, collector, started)
 
-    def measure(self, step: int, batches: Iterable[Mapping[str, Any]]) -> None:
+    def measure(
+        self, step: int, batches: Iterable[Mapping[str, Any]], *, whole_sequences: bool = False
+    ) -> None:
         """Run the model on held-out batches of keyword arguments, in evaluation mode without gradients.
 
         The same tokens at every step make curves that show the model and not the data. The training flags
         are put back afterwards. Ctrl-C records what was measured so far and is raised again.
+
+        ``whole_sequences`` says that no batch goes on with the cache of one before it.
         """
         started = time.perf_counter()
-        collector = self._collector()
+        collector = self._collector(whole_sequences=whole_sequences)
         flags = [(module, module.training) for module in self.model.modules()]
         interruption: KeyboardInterrupt | None = None
         try:
@@ -271,7 +276,7 @@ class Probe:
             yield collector
         collector.finish()
 
-    def _collector(self) -> Collector:
+    def _collector(self, *, whole_sequences: bool = False) -> Collector:
         settings = self.settings
         takes_snapshots = settings.snapshot_tokens > 0 and not any(
             group.startswith("snapshot/") for group in self._records.static
@@ -288,6 +293,7 @@ class Probe:
             tokens_first=self.site_map.tokens_first,
             vocabulary=self.vocabulary,
             compiled=self.compiled,
+            whole_sequences=whole_sequences,
             asks_for_cuts=not self._records.steps,
             snapshots=snapshots,
             groups=TokenGroups(settings.token_groups, rank=rank, ranks=ranks)
@@ -317,6 +323,7 @@ class Probe:
             on_weight=collector.on_weight,
             on_stream=collector.on_stream,
             on_product=collector.on_product,
+            on_state=collector.on_state,
             prefix=self.site_map.prefix,
             entries=self.site_map.entries,
             channels_first=self.site_map.channels_first,
@@ -430,6 +437,7 @@ class Probe:
             states, layouts = merge_over_ranks(states, layouts, fields)
         states = with_super_weights(states, self._down_projections())
         on_host = to_host(states)
+        self._records.note(padding_note(on_host))
         # Not the collector itself, which holds the device's memory.
         suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
         idle = self.site_map.idle_layers(collector.block_runs)

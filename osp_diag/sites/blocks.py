@@ -107,6 +107,8 @@ class Block:
     """(path of the list of experts that are modules, path of the down projection within one)"""
     after: torch.Tensor | None = None
     """the stream after the block"""
+    mixer: Event | None = None
+    """what mixes tokens where no seam sees attention"""
 
     @property
     def call(self) -> Any:

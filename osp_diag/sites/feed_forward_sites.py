@@ -62,6 +62,7 @@ def feed_forward_sites(block: Block, attention: Event | None) -> None:
     mixer: Event | None = None
     if block.call is None and block.cross_time is None:
         mixer, outside = after_unseen_mixer(block)
+        block.mixer = mixer
     else:
         outside = _outside_attention(block, attention)
     linears = [event for event in outside if event.projection]

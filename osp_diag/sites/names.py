@@ -29,7 +29,7 @@ class Tap:
     """Where one site of one layer is read: a module, one of its sides, and how its channels are laid out.
 
     ``side`` is "input", "output" or, for the matrix that multiplies the input, "weight", and for what it is
-    given with what it gives, "product".
+    given with what it gives, "product"; "state" for what a recurrent mixer carries on when it has run.
     ``argument`` is the position or keyword of the tensor among the module's inputs, or its index in an
     output tuple (None for a bare tensor). ``heads`` > 0 says that the channels are (heads, head_channels);
     ``head_axis`` is where the head axis stands in the tensor itself: "flat" for (…, heads · width),
@@ -56,6 +56,10 @@ class Tap:
     """which of several streams, where (stream, batch, token, channel) run side by side"""
     channels_first: bool = False
     """whether the tensor is (batch, channel, token), as convolutions read it"""
+    state_shape: tuple[int, ...] = ()
+    """of a state, its axes but the first, which is sequences: they do not depend on the number of tokens"""
+    returns_state: bool = False
+    """whether the state may be what the module gives beside its output"""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,8 @@ class SiteMap:
     """as ``key_copies``, of cross-attention"""
     key_copies: dict[int, int] = field(default_factory=dict)
     """layer → how often each key head stands in the keys that the model multiplies, where more than once"""
+    states_with_cache: bool = False
+    """whether mixers' states are seen only in a cache, which changes no bit of the model's output"""
     stack: str = ""
     """the name of the stack, of a model that has several"""
     stacks: tuple[str, ...] = ()

@@ -17,6 +17,7 @@ from osp_diag.schema import (
     CROSS_HEAD_SITES,
     DOWN_WEIGHT,
     HEAD_SITES,
+    MIXER_STATE,
     SEAM_NOTE,
     SITES,
 )
@@ -32,6 +33,7 @@ from osp_diag.sites.layout import (
     with_layout,
 )
 from osp_diag.sites.linear_maps import mark_projections
+from osp_diag.sites.mixer_states import find_mixer_states
 from osp_diag.sites.names import AT_THE_CALL, AT_THE_CROSS_CALL, SiteMap, Tap, name_within
 from osp_diag.sites.projections import distinct_heads
 from osp_diag.sites.router_sites import router_taps
@@ -116,6 +118,7 @@ def find_sites(
             _resolve_block(layer, event, following, trace, first.shape[-1])
             for layer, event, following in zip(layers, events, [*events[1:], None], strict=True)
         ]
+        states = find_mixer_states(model, traced_blocks, example)
     # Why the embedding is what the first block reads: docs/decisions.md, Capture.
     taps = [input_tap("embedding", 0, events[0])]
     for block in traced_blocks:
@@ -144,12 +147,13 @@ def find_sites(
         stacks=tuple(names_of_stacks.values()),
         block_paths=paths,
         hidden_size=first.shape[-1],
-        taps=tuple(with_layout(tap, trace, first, tokens_first=tokens_first) for tap in taps),
+        taps=(*(with_layout(tap, trace, first, tokens_first=tokens_first) for tap in taps), *states.taps),
         attention_layers=tuple(block.layer for block in traced_blocks if block.calls),
         causal_layers=frozenset(
             block.layer for block in traced_blocks if block.calls and is_causal(block.call)
         ),
-        absent=_absent_sites(traced_blocks, {tap.site for tap in taps}),
+        absent=_absent_sites(traced_blocks, {tap.site for tap in taps})
+        | ({MIXER_STATE: states.absent} if states.absent else {}),
         notes=(
             *_notes(model, trace, traced_blocks, {(tap.site, tap.layer) for tap in taps}),
             *_notes_of_stacks(names_of_stacks, path),
@@ -163,6 +167,7 @@ def find_sites(
         streams_in_a_row=in_a_row,
         entries={event.name: event.entry.name for event in events if event.entry is not None},
         members={event.name: members for event in events if (members := parts_in_lists(event))},
+        states_with_cache=states.seen_with_cache,
         prefix="decoder_" if _is_decoder(model, path) else "",
         expert_layers={block.layer: block.experts for block in traced_blocks if block.experts},
         expert_modules=expert_modules,
@@ -283,6 +288,11 @@ def _with_named_taps(
     for site, pattern in named.items():
         if site in (ATTENTION, CROSS_ATTENTION):
             raise SiteError(f"site {site!r} is seen at the attention call and cannot be named as a module")
+        if site == MIXER_STATE:
+            raise SiteError(
+                f"site {site!r} is what a mixer carries on, no vector of a token, and cannot be named; "
+                "return it from the mixer beside its output, as (output, state)"
+            )
         if site == DOWN_WEIGHT:
             raise SiteError(
                 f"site {site!r} is the weight of the projection whose input is mlp_hidden; name that input "
