@@ -205,7 +205,7 @@ def test_the_mixture_of_the_paper():
     assert osp_mixture() == {f"{corpus}:fineweb-edu-dedup": 220, f"{corpus}:cosmopedia-v2": 28}
     assert osp_mixture("me/python")["me/python"] == 4
     config = DataConfig(source="mixture", mixture=osp_mixture(), tokenizer=OSP_TOKENIZER)
-    with pytest.raises(TokenError, match=r"data.tokenizer=dmis-lab/OSP.*check the hub id and the connection"):
+    with pytest.raises(TokenError, match=r"data.tokenizer=dmis-lab/OSP.*Check the hub id and the connection"):
         open_data(config, batch_size=1, vocabulary_size=49_152)
 
 
@@ -222,7 +222,7 @@ def test_data_sets_that_cannot_be_read_are_refused(folders, tmp_path, monkeypatc
     with pytest.raises(TokenError, match="has no split 'test'; it has train"):
         open_stream(folders["lines"], split="test")
     with pytest.raises(
-        TokenError, match=r"no text column 'words'.*data.text_column; all its columns are text, id"
+        TokenError, match=r"no text column 'words'.*data.text_column\); all its columns are text, id"
     ):
         open_stream(folders["lines"], text_column="words")
     with pytest.raises(TokenError, match=r"the tokenizer has 4,096 entries and model.vocabulary_size=100"):

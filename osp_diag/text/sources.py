@@ -46,6 +46,8 @@ PREFERRED_SPLITS = ("validation", "test", "train")
 
 LONGEST_WORD = 1000
 """Characters within which a blank is looked for where a text is cut; Chinese, DNA and base64 have none."""
+BUILDERS = {"text": "text", "jsonl": "json", "parquet": "parquet", "table": "csv"}
+"""What the library datasets calls readers of files."""
 FILE_SPLIT = "train"
 """What the library datasets calls the rows of a single file."""
 
@@ -293,7 +295,8 @@ def _spelling_advice(path: Path) -> str:
 def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
     """A data set of the library ``datasets``, streamed unless it was saved to disk, and the split it is.
 
-    A local file is read without it: see :mod:`osp_diag.text.documents`.
+    Of a file, its only split. Where no place in it has to be found again, :mod:`osp_diag.text.documents`
+    reads files without the library.
 
     Raises
     ------
@@ -311,7 +314,9 @@ def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
     if looks_local and not path.exists():
         raise TokenError(f"there is no data set at {dataset}: the path does not exist")
     with dataset_errors(dataset):
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if path.is_file():
+            splits = _file_rows(path)
+        elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
             splits = datasets.load_from_disk(str(path))
         else:
             name, _, configuration = (str(path), "", "") if path.is_dir() else dataset.partition(":")
@@ -322,6 +327,21 @@ def open_dataset(dataset: str, split: str | None) -> tuple[Any, str]:
     if name_of_split not in splits:
         raise TokenError(f"the data set {dataset} has no split {name_of_split!r}; it has {', '.join(splits)}")
     return splits[name_of_split], name_of_split
+
+
+def _file_rows(path: Path) -> Any:
+    """A file as a streamed data set of the split :data:`FILE_SPLIT`."""
+    import datasets
+
+    kind = kind_of(path)
+    if kind not in BUILDERS:
+        kinds = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+        raise TokenError(f"{path} is not a data set: its type must be one of {kinds}")
+    # A text is one document, not one a line.
+    options = {"sample_by": "document"} if kind == "text" else {}
+    return datasets.load_dataset(
+        BUILDERS[kind], data_files={FILE_SPLIT: str(path)}, streaming=True, **options
+    )
 
 
 @contextmanager
