@@ -164,8 +164,8 @@ def test_a_site_in_two_stacks_is_one_site(fused: ModuleType) -> None:
     )
     increment = later.measure(observe(fused, x, strata))
     stacked = {name: torch.stack([value, value]) for name, value in increment.items()}
-    collector._merge_stack((key, other), suite, layout, stacked)
-    collector._merge_stack((key, key), suite, layout, stacked)
+    collector._sites.merge_stack((key, other), suite, layout, stacked)
+    collector._sites.merge_stack((key, key), suite, layout, stacked)
     assert torch.equal(collector.states[key]["token.count"], 3 * increment["token.count"])
     assert torch.equal(collector.states[other]["token.count"], increment["token.count"].double())
     assert torch.equal(collector.states[key]["channel.maximum"], increment["channel.maximum"].double())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -28,86 +28,41 @@ from osp_diag.capture.decoding import (
 )
 from osp_diag.capture.documents import Documents, cuts_of_call, documents_of
 from osp_diag.capture.down_projection import (
-    down_projection,
-    expert_projection,
-    fused_part,
     output_projection,
 )
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
+from osp_diag.capture.routing import by_expert, measure_routing
 from osp_diag.capture.snapshots import Snapshots
+from osp_diag.capture.states import EstimatorChoice, Key, SiteStates, is_weight
 from osp_diag.capture.strata import strata_of
-from osp_diag.capture.token_groups import GROUPED_FIELDS, TokenGroups
+from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.capture.token_kinds import TokenKinds
-from osp_diag.estimators import default_estimators
+from osp_diag.capture.weight_measuring import measure_expert_weights, measure_weight
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.attention import AttentionMask, TokenIds
-from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
+from osp_diag.estimators.base import Layout, State, Suite
 from osp_diag.estimators.mixer_state import StateObservation
 from osp_diag.estimators.query_key import HeadsObservation
-from osp_diag.estimators.routing import RoutingObservation
 from osp_diag.estimators.super_weight import ProductObservation
-from osp_diag.estimators.weight_outliers import WeightObservation
 from osp_diag.schema import (
     ATTENTION,
     CROSS_ATTENTION,
     CROSS_HEAD_SITES,
     DOWN_WEIGHT,
-    HEAD_SITES,
     MIXER_STATE,
-    PROJECTION_WEIGHT,
     ROUTER,
     STRATA,
 )
-from osp_diag.sites.names import Tap, matches
+from osp_diag.sites.names import Tap
 
 if TYPE_CHECKING:
     from osp_diag.capture.fused import FusedFolding
     from osp_diag.seams.attention import AttentionCall
 
-__all__ = ["Collector", "Key", "suites_of"]
-
-Key = tuple[str, int, str]
-"""(site, layer, what is observed there, as an estimator's ``observes`` says it)"""
-
-GROWING = ("key_position", "token_position")
-"""Dimensions whose length is the sequence's: shorter sequences are padded when states are merged."""
-
+__all__ = ["Collector"]
 
 HELD_BYTES = 2**30
 """What is held of sequences that are made token by token, before they are folded as far as they go."""
-
-EstimatorChoice = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
-"""Estimators for every site, for the sites that match a pattern, or (None) the default ones of each site."""
-
-
-def _is_weight(site: str) -> bool:
-    return site == DOWN_WEIGHT or site.startswith(PROJECTION_WEIGHT)
-
-
-def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
-    """The estimators that apply at a site, by what they observe."""
-    if isinstance(estimators, Mapping):
-        matching = [group for pattern, group in estimators.items() if matches(site, (pattern,))]
-        estimators = matching[0] if matching else ()
-    kinds: tuple[Observes, ...] = ("activation",)
-    if site in (ATTENTION, CROSS_ATTENTION):
-        kinds = ("attention",)
-    elif site == ROUTER:
-        kinds = ("routing",)
-    elif site == MIXER_STATE:
-        kinds = ("state",)
-    elif _is_weight(site):
-        kinds = ("weight", "product")
-    elif site in HEAD_SITES:
-        kinds = ("activation", "heads")
-    suites: dict[str, Suite] = {}
-    for kind in kinds:
-        applicable: Sequence[Estimator] = default_estimators(observes=kind, site=site)
-        if estimators is not None:
-            applicable = [estimator for estimator in estimators if estimator.observes == kind]
-        if applicable:
-            suites[kind] = Suite(applicable)
-    return suites
 
 
 @dataclass(frozen=True)
@@ -167,7 +122,6 @@ class Collector:
         expert_projections: Mapping[int, Sequence[nn.Module]] | None = None,
     ) -> None:
         self.includes = includes
-        self.estimators = estimators
         self.delimiter_ids = tuple(delimiter_ids)
         self.token_kinds = token_kinds
         self.stratum_names = STRATA if token_kinds is None else token_kinds.strata
@@ -176,14 +130,10 @@ class Collector:
         self.compiled = compiled
         self.whole_sequences = whole_sequences
         self.snapshots = snapshots
-        self.groups = groups
         self.output_projections = output_projections or {}
         self.expert_projections = expert_projections or {}
-        self._states: dict[Key, State] = {}
-        self._stacks: dict[tuple[Key, ...], State] = {}
+        self._sites = SiteStates(estimators, groups)
         self._fused: FusedFolding | None = None
-        self.layouts: dict[Key, Layout] = {}
-        self.suites: dict[str, dict[str, Suite]] = {}
         self.skipped: dict[str, str] = {}
         self.forward_passes = 0
         self.block_runs: dict[str, int] = {}
@@ -201,7 +151,6 @@ class Collector:
         """(sequences, tokens of each) of the pass, once the stream has entered the first block"""
         self._masks = Masks()
         self._before_stream: list[tuple[Tap, int, torch.Tensor]] = []
-        self._backup: tuple[Any, ...] = ()
         self._layers_called: set[int] = set()
         self._layers_crossed: set[int] = set()
         self._cut_apart, self._asks_for_cuts = True, asks_for_cuts
@@ -212,28 +161,28 @@ class Collector:
 
     def needs(self, tap: Tap) -> bool:
         """Whether a tap is read: its site is measured, or attention statistics take their values there."""
-        if _is_weight(tap.site) and tap.side not in self.suites_at(tap.site):
+        if is_weight(tap.site) and tap.side not in self.suites_at(tap.site):
             return False
         return self.includes(tap.site) or (tap.site == "value" and self.includes(ATTENTION))
 
     @property
     def states(self) -> dict[Key, State]:
         """The state of every (site, layer, kind) that was observed."""
-        states = {key: dict(state) for key, state in self._states.items()}
-        for keys, stack in self._stacks.items():
-            for index, key in enumerate(keys):
-                part = {name: value[index] for name, value in stack.items()}
-                state = states.setdefault(key, {})
-                fields = self.suites_at(key[0])[key[2]].fields(self.layouts[key])
-                # A site that was read twice in a pass, or stacked otherwise in another, is one site.
-                twice = {name: fields[name] for name in part if name in state}
-                state |= part | (merge_states(twice, state, part) if twice else {})
-        return states
+        return self._sites.whole
+
+    @property
+    def groups(self) -> TokenGroups | None:
+        """Some sums apart, by group of forward passes."""
+        return self._sites.groups
+
+    @property
+    def layouts(self) -> dict[Key, Layout]:
+        """The sizes of each state."""
+        return self._sites.layouts
 
     def suites_at(self, site: str) -> dict[str, Suite]:
-        if site not in self.suites:
-            self.suites[site] = suites_of(site, self.estimators)
-        return self.suites[site]
+        """The estimators that apply at a site, by what they observe."""
+        return self._sites.suites_at(site)
 
     def _note_unread_mask(self, forward_pass: ForwardPass, batch: int, tokens: int) -> None:
         mask = forward_pass.mask_of_other_tokens(batch)
@@ -257,11 +206,9 @@ class Collector:
     def start(self, forward_pass: ForwardPass) -> None:
         """A forward pass begins; which tokens it is about is known when the stream enters the first block."""
         self._pass = forward_pass
-        self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
+        self._sites.begin(self.forward_passes)
         self._layers_called, self._layers_crossed, self._values = set(), set(), {}
         self._layers_chosen = set()
-        if self.groups is not None:
-            self.groups.start(self.forward_passes)
         self._before_stream, self._tokens, self._masks = [], None, Masks()
         self._cached_pass, self._measures_calls = None, True
 
@@ -298,9 +245,7 @@ class Collector:
         if self._sequences.passes and not self._sequences.continues(cached, ids.shape[0], cache):
             self.finish()
             # What was finished stays, should this pass raise.
-            self._backup = (dict(self._states), dict(self._stacks), dict(self.layouts))
-            if self.groups is not None:
-                self.groups.start(self.forward_passes)
+            self._sites.begin(self.forward_passes)
         if cached is None or (cached == 0 and self.whole_sequences):
             return False
         present = strata[0] > 0
@@ -388,7 +333,7 @@ class Collector:
     def _fold_mixer_states(self, held: CachedPass) -> None:
         for layer, (layout, increment) in held.mixer_states.items():
             suite = self.suites_at(MIXER_STATE)["state"]
-            self._merge((MIXER_STATE, layer, "state"), suite, layout, increment)
+            self._sites.merge((MIXER_STATE, layer, "state"), suite, layout, increment)
 
     def _documents_alone(self, documents: Documents, ids: torch.Tensor) -> _Part:
         documents_of_ids = documents.on(ids.device)
@@ -403,16 +348,14 @@ class Collector:
         if raised:
             if self._cached_pass is not None:
                 self._sequences.passes.remove(self._cached_pass)
-            self._states, self._stacks, self.layouts = self._backup
-            if self.groups is not None:
-                self.groups.forget()
             if self.snapshots is not None and self.forward_passes == 0:
                 self.snapshots.clear()
         else:
             self.forward_passes += 1
             for path, runs in self._pass.runs.items() if self._pass is not None else ():
                 self.block_runs[path] = max(runs, self.block_runs.get(path, 0))
-        self._backup, self._pass, self._values = (), None, {}
+        self._sites.end(forget=raised)
+        self._pass, self._values = None, {}
         self._before_stream, self._tokens, self._masks = [], None, Masks()
         self._cached_pass = None
         if self._sequences.size > HELD_BYTES:
@@ -534,7 +477,7 @@ class Collector:
             layout, increment = measure_cross_attention(
                 suite, crossing, strata, self.vocabulary, self.stratum_names
             )
-            self._merge((CROSS_ATTENTION, layer, "attention"), suite, layout, increment)
+            self._sites.merge((CROSS_ATTENTION, layer, "attention"), suite, layout, increment)
 
     def _fold_whole_call(self, call: AttentionCall, layer: int) -> None:
         for site, tensor in (
@@ -630,12 +573,7 @@ class Collector:
         """
         if self._tokens is None or experts.shape[0] != self._tokens[0] * self._tokens[1]:
             return
-        shape, index = (experts.shape[0], count), experts.long()
-        top = torch.full(shape, -torch.inf, device=peaks.device).scatter_reduce(
-            1, index, peaks.float(), "amax", include_self=True
-        )
-        choice = torch.zeros(shape, device=peaks.device).scatter(1, index, 1.0)
-        for kind, values in (("choice", choice), ("peaks", top)):
+        for kind, values in by_expert(experts, peaks, count).items():
             self._on_router(layer, kind, values.reshape(*self._tokens, count))
 
     def _on_router(self, layer: int, kind: str, values: torch.Tensor) -> None:
@@ -653,33 +591,25 @@ class Collector:
         suite = self.suites_at(ROUTER).get("routing")
         if suite is None:
             return
-        if kind == "probabilities":
-            kind, values = "logits", values.float().log()
-        elif kind == "choice":
-            values = (values != 0).float()
         for part in self._parts_on(values.device):
-            observation = RoutingObservation(
-                part.strata, values.shape[-1], stratum_names=self.stratum_names, **{kind: part.rows(values)}
-            )
-            self._merge((ROUTER, layer, "routing"), suite, observation.layout, suite.measure(observation))
+            measured = measure_routing(suite, kind, part.rows(values), part.strata, self.stratum_names)
+            self._sites.merge((ROUTER, layer, "routing"), suite, *measured)
 
     def on_weight(self, tap: Tap, layer: int, module: nn.Module, hidden: torch.Tensor) -> None:
         """Measure a projection's weights, once a step: they are the same in all its forward passes."""
         key = (tap.site, layer, "weight")
-        if key in self._states:
-            return
-        if tap.site == DOWN_WEIGHT and layer in self.expert_projections:
-            self._on_expert_weights(key, hidden.shape[-1])
-            return
-        weight = down_projection(module, hidden)
-        if tap.fused is not None and not isinstance(weight, str):
-            weight = fused_part(weight, tap.fused)
-        if isinstance(weight, str):
-            self.skipped[tap.site] = weight
+        if key in self._sites:
             return
         suite = self.suites_at(tap.site)["weight"]
-        observation = WeightObservation(weight)
-        self._merge(key, suite, observation.layout, suite.measure(observation))
+        experts = self.expert_projections.get(layer) if tap.site == DOWN_WEIGHT else None
+        if experts is None:
+            measured = measure_weight(suite, module, hidden, tap.fused)
+        else:
+            measured = measure_expert_weights(suite, experts, hidden.shape[-1])
+        if isinstance(measured, str):
+            self.skipped[tap.site] = measured
+            return
+        self._sites.merge(key, suite, *measured)
 
     def on_product(self, tap: Tap, layer: int, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
         """Fold what a projection was given and what it gave."""
@@ -689,7 +619,7 @@ class Collector:
         rows = [batch_first(tap, value, batch, tokens) for value in (inputs, outputs)]
         suite = self.suites_at(tap.site)["product"]
         key = (tap.site, layer, "product")
-        if "weight" in self.suites_at(tap.site) and (tap.site, layer, "weight") not in self._states:
+        if "weight" in self.suites_at(tap.site) and (tap.site, layer, "weight") not in self._sites:
             return  # The matrix cannot be read, which ``skipped`` says.
         if any(row is None for row in rows):
             return
@@ -701,7 +631,7 @@ class Collector:
                 # Of a part of a sequence: which of all its tokens is the largest is not known.
                 names = ("product_peak.same_token", "product_peak.sequences")
                 increment |= {n: torch.zeros_like(increment[n]) for n in names if n in increment}
-            self._merge(key, suite, observation.layout, increment)
+            self._sites.merge(key, suite, observation.layout, increment)
 
     def on_state(self, tap: Tap, layer: int, state: torch.Tensor | str) -> None:
         """Fold the state that a recurrent mixer has after a pass, of sequences without padding.
@@ -722,7 +652,7 @@ class Collector:
         if held is not None:
             held.mixer_states[layer] = observation.layout, increment
             return
-        self._merge((MIXER_STATE, layer, "state"), suite, observation.layout, increment)
+        self._sites.merge((MIXER_STATE, layer, "state"), suite, observation.layout, increment)
 
     def _why_no_state(self, tap: Tap, state: torch.Tensor) -> str:
         """Why a tensor is not the state after the last token of each sequence; empty where it is."""
@@ -735,28 +665,6 @@ class Collector:
         if any(part.documents is not None for part in self._parts_on(state.device)):
             return "rows hold several documents, and a state runs through all of a row"
         return ""
-
-    def _on_expert_weights(self, key: Key, rows: int) -> None:
-        """Measure the experts' matrices one by one, and label them as if they were stacked."""
-        suite = self.suites_at(key[0])["weight"]
-        states: list[State] = []
-        for module in self.expert_projections[key[1]]:
-            weight = expert_projection(module, rows)
-            if isinstance(weight, str):
-                self.skipped[key[0]] = weight
-                return
-            observation = WeightObservation(weight)
-            states.append(suite.measure(observation))
-        layout = replace(observation.layout, experts=len(states))
-        together = {}
-        for name, spec in suite.fields(layout).items():
-            values = [state[name] for state in states]
-            if "expert" in spec.dims:
-                together[name] = torch.cat(values, dim=spec.dims.index("expert"))
-            else:
-                # Maxima, as all that is measured of weights (docs/decisions.md, Estimators).
-                together[name] = torch.stack(values).amax(0)
-        self._merge(key, suite, layout, together)
 
     # Folding
 
@@ -797,7 +705,7 @@ class Collector:
         else:
             increment = self._measure_function(site, kind, x)(x, strata)
         if increment:
-            self._merge(key, suite, _layout(kind, x, self.stratum_names), increment)
+            self._sites.merge(key, suite, _layout(kind, x, self.stratum_names), increment)
 
     def _measure_function(self, site: str, kind: str, x: torch.Tensor) -> Callable[..., State]:
         """The function (x, strata) → increments of a site, compiled once for all sites that are alike."""
@@ -831,7 +739,7 @@ class Collector:
             token_ids=ids,
             output_weight=self._output_weight(suite, call, layer),
         )
-        self._merge((ATTENTION, layer, "attention"), suite, layout, increment)
+        self._sites.merge((ATTENTION, layer, "attention"), suite, layout, increment)
 
     def _output_weight(self, suite: Suite, call: AttentionCall, layer: int) -> torch.Tensor | None:
         """W_O by head where a measurement reads it; of a weight that cannot be read a note says why."""
@@ -861,37 +769,8 @@ class Collector:
             # Triton comes with torch's CUDA builds alone.
             from osp_diag.capture.fused import FusedFolding
 
-            self._fused = FusedFolding(self._merge_stack)
+            self._fused = FusedFolding(self._sites.merge_stack)
         return self._fused
-
-    def _merge(self, key: Key, suite: Suite, layout: Layout, increment: State) -> None:
-        first_layout = self.layouts.setdefault(key, layout)
-        if self.groups is not None:
-            self.groups.add(key, suite, layout, increment)
-        if key not in self._states:
-            self._states[key] = suite.opening(increment)
-            return
-        state = self._states[key]
-        if layout.tokens != first_layout.tokens:
-            longest = layout if layout.tokens > first_layout.tokens else first_layout
-            state, increment = (_padded(suite, part, longest) for part in (state, increment))
-            self.layouts[key] = longest
-        fields = suite.fields(layout)
-        self._states[key] = merge_states({name: fields[name] for name in increment}, state, increment)
-
-    def _merge_stack(self, keys: tuple[Key, ...], suite: Suite, layout: Layout, increment: State) -> None:
-        """As :meth:`_merge`, for many keys at once; what is measured so has no axis over positions."""
-        for index, key in enumerate(keys):
-            self.layouts.setdefault(key, layout)
-            if self.groups is not None:
-                part = {name: increment[name][index] for name in GROUPED_FIELDS if name in increment}
-                self.groups.add(key, suite, layout, part)
-        fields = suite.fields(layout)
-        if keys not in self._stacks:
-            self._stacks[keys] = suite.opening(increment)
-        else:
-            increment_fields = {name: fields[name] for name in increment}
-            self._stacks[keys] = merge_states(increment_fields, self._stacks[keys], increment)
 
 
 def _shape_of_stream(forward_pass: ForwardPass, tokens_first: bool) -> tuple[int, int]:
@@ -915,19 +794,3 @@ def _layout(kind: str, x: torch.Tensor, strata: tuple[str, ...]) -> Layout:
         _, heads, tokens, width = x.shape
         return Layout(channels=heads * width, heads=heads, head_channels=width, tokens=tokens, strata=strata)
     return Layout(channels=x.shape[-1], tokens=x.shape[1], strata=strata)
-
-
-def _padded(suite: Suite, state: State, layout: Layout) -> State:
-    """``state`` with its position axes extended to the layout's length by the identity of merging."""
-    out = {}
-    fields = suite.fields(layout)
-    for name, value in state.items():
-        spec = fields[name]
-        for axis, dim in enumerate(spec.dims):
-            missing = layout.tokens - value.shape[axis] if dim in GROWING else 0
-            if missing > 0:
-                shape = list(value.shape)
-                shape[axis] = missing
-                value = torch.cat([value, value.new_full(shape, spec.identity)], dim=axis)
-        out[name] = value
-    return out

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 import xarray as xr
 
-from osp_diag.capture.collector import Key
 from osp_diag.capture.snapshots import LogitRule, Snapshots
+from osp_diag.capture.states import Key
 from osp_diag.estimators.base import State
 from osp_diag.schema import SITES
 

@@ -12,11 +12,12 @@ import torch
 import xarray as xr
 from torch import nn
 
-from osp_diag.capture.collector import Collector, suites_of
+from osp_diag.capture.collector import Collector
 from osp_diag.capture.expert_modules import ExpertModuleCapture
 from osp_diag.capture.experts import ExpertCapture
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
+from osp_diag.capture.states import suites_of
 from osp_diag.capture.super_weights import with_super_weights
 from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.capture.token_kinds import TokenKinds
