@@ -341,7 +341,7 @@ def column_of(columns: Mapping[str, bool | None], wanted: str | None, source: st
     if wanted is not None:
         if wanted not in columns or columns[wanted] is False:
             raise TokenError(
-                f"the data set {source} has no text column {wanted!r}; {candidates}, name one of them with "
+                f"the data set {source} has no text column {wanted!r}; {candidates}; name one of them with "
                 f"text_column (--text-column, in training data.text_column); all its columns are "
                 f"{listed(list(columns)) or 'none'}"
             )
