@@ -60,7 +60,7 @@ def test_unreadable_files_are_refused(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_the_columns_there_are_are_named(kind, tmp_path):
     config = {**write_texts(tmp_path, kind), "text_column": "words"}
-    message = "no text column 'words'; its text columns are story, note; .* all its columns are id, story, note"
+    message = "no text column 'words'; its text columns are story, note; .* all its columns are id, story"
     refused(message, **config)
     unclear = "is not clear: its text columns are story, note; name one with text_column .*data.text_column"
     refused(f"which column .* {unclear}", **{**config, "text_column": None})
