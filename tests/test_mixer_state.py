@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import jax.numpy as jnp
@@ -213,6 +214,21 @@ def test_a_probe_runs_with_a_cache_where_no_bit_of_the_output_depends_on_it() ->
     batches = make_batches(ids=IDS.numpy())
     run = probe_checkpoint(open_checkpoint(model), batches, sites=["mixer_*"])
     agrees(at_layer(run, 0), mamba_state(model.backbone.layers[0].mixer, inputs_of(model, IDS)[0]), 1e-4)
+
+
+def test_passes_of_another_thread_with_a_cache_do_not_change_where_states_are_seen() -> None:
+    model = built(mamba)
+    this_thread = threading.get_ident()
+
+    def beside(*_: object) -> None:
+        if threading.get_ident() == this_thread:
+            thread = threading.Thread(target=lambda: model(IDS, use_cache=True))
+            thread.start()
+            thread.join()
+
+    handle = model.register_forward_hook(beside)
+    assert find_sites(model).states_with_cache
+    handle.remove()
 
 
 def test_nothing_else_depends_on_the_cache_of_a_probe(monkeypatch: pytest.MonkeyPatch) -> None:

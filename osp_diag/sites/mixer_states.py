@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from osp_diag.schema import MIXER_STATE
+from osp_diag.seams.threads import of_this_thread
 from osp_diag.sites.blocks import Block
 from osp_diag.sites.names import Tap
 from osp_diag.sites.trace import TOKENS, default_example, run_example
@@ -172,7 +173,8 @@ def _run(model: nn.Module, paths: set[str], mixers: set[str], example: Any) -> _
     with ExitStack() as stack:
         for path in paths:
             module = model.get_submodule(path)
-            stack.callback(module.register_forward_hook(reading(path), with_kwargs=True).remove)
+            hook = of_this_thread(reading(path))
+            stack.callback(module.register_forward_hook(hook, with_kwargs=True).remove)
         try:
             result = run_example(model, example)
         except Exception:  # a model of another's, which need not run with a cache
