@@ -249,6 +249,32 @@ def test_a_model_of_ones_own(attend: Callable[..., Tensor], keys: int) -> None:
         assert "only attention logits" in probe.run.absent_sites["cross_attention_key"]
 
 
+@pytest.mark.parametrize("fill", [float("-inf"), -1e9, -1e4])
+def test_a_key_that_no_query_may_see_is_padding_whatever_its_logit_is_filled_with(fill: float) -> None:
+    bias = torch.zeros(2, 1, 1, 9)
+    bias[1, ..., :2] = fill
+    weights: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        return functional.scaled_dot_product_attention(q, k, v, None if causal else bias, is_causal=causal)
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
+        weights.append((q @ k.mT / 2 + bias).softmax(-1))
+        return weights[-1] @ v
+
+    torch.manual_seed(0)
+    model = Decoder(attend).eval()
+    idx, other = torch.arange(24).reshape(2, 12), torch.arange(18).reshape(2, 9)
+    with Probe(model, example=(idx, other)) as probe, probe.step(0), torch.no_grad():
+        model(idx, other)
+    model.blocks[0].second.attend = dense
+    with torch.no_grad():
+        model(idx, other)
+    to_the_first = torch.stack([weights[0][0, ..., 0], weights[0][1, ..., 2]]).mean((0, 2))
+    ours = probe.run.at("cross_attention")["first_token_attention"].sel(step=0, layer=0, stratum="all")
+    np.testing.assert_allclose(ours, to_the_first, atol=1e-5)
+
+
 def test_torchs_own_decoder_layers() -> None:
     torch.manual_seed(0)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from osp_diag.capture.hooks import ForwardPass
 from osp_diag.capture.strata import strata_of
 from osp_diag.estimators.attention import AttentionMask, TokenIds
+from osp_diag.estimators.attention_mask import QueryRows, in_four_axes
 from osp_diag.estimators.base import Layout, State, Suite
 from osp_diag.estimators.cross_attention import CrossAttentionObservation
 from osp_diag.schema import STRATA
@@ -54,12 +55,11 @@ def key_tokens(
     if mask is not None:
         present = mask.to(device) != 0
     elif call.mask is not None and call.mask.shape[-1] == keys:
-        seen = (
-            call.mask if call.mask.dtype == torch.bool else call.mask > torch.finfo(call.mask.dtype).min / 2
-        )
-        while seen.ndim < 4:
-            seen = seen[None]
-        present = seen.flatten(1, 2).any(1).expand(batch, keys)
+        queries = call.lengths[0]
+        rows = QueryRows(torch.arange(queries, device=device), (0, queries), (0, keys))
+        mask_alone = AttentionMask(causal=False, tensor=call.mask)
+        _, allowed = mask_alone.rows(rows, batch=batch, heads=1, like=call.tensor)
+        present = allowed.flatten(1, 2).any(1).expand(batch, keys)
     of_text = dict(zip(STRATA, strata_of(ids, present, delimiter_ids), strict=True))
     nowhere = torch.zeros_like(of_text["all"])
     strata = torch.stack([of_text.get(name, nowhere) for name in stratum_names])
@@ -122,9 +122,4 @@ def joined_crossings(parts: Sequence[Crossing | None]) -> Crossing | str:
 
 def _rows(call: AttentionCall) -> Tensor | None:
     """The mask with a row a query."""
-    mask = call.mask
-    if mask is None:
-        return None
-    while mask.ndim < 4:
-        mask = mask[None]
-    return mask.expand(-1, -1, call.lengths[0], -1)
+    return None if call.mask is None else in_four_axes(call.mask).expand(-1, -1, call.lengths[0], -1)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from osp_diag.capture.hooks import ForwardPass
-from osp_diag.estimators.attention_mask import AttentionMask, QueryRows
+from osp_diag.estimators.attention_mask import AttentionMask, QueryRows, in_four_axes
 from osp_diag.seams.call import DOCUMENT_OFFSETS
 
 if TYPE_CHECKING:
@@ -73,8 +73,7 @@ class Documents:
         """What the queries of each document see of its own keys."""
         tensor, function = mask.tensor, mask.function
         if tensor is not None:
-            while tensor.ndim < 4:
-                tensor = tensor[None]
+            tensor = in_four_axes(tensor)
             width = int(self.position.max()) + 1
             tensor = self._pairs(
                 tensor.expand(-1, -1, max(width, tensor.shape[2]), max(width, tensor.shape[3]))

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, index_range, namespace_of
 
-__all__ = ["AttentionMask", "QueryRows", "is_fill", "sampled_rows", "take_rows"]
+__all__ = ["AttentionMask", "QueryRows", "in_four_axes", "is_fill", "sampled_rows", "take_rows"]
 
 
 _OUT_OF_SIGHT = 9000.0
@@ -36,6 +36,11 @@ def is_fill(values: Array, allowed: Array | None = None) -> Bool[Any, "..."]:
     top = xp.max(xp.where(allowed & ~filled, wide, -xp.inf), axis=-1, keepdims=True)
     # A row with +Inf has no largest entry to measure from.
     return filled | ((wide <= top - _OUT_OF_SIGHT) & xp.isfinite(top))
+
+
+def in_four_axes(mask: Array) -> Shaped[Any, "#batch #head #query #key"]:
+    """A mask's tensor as it is broadcast, its missing axes of length 1 in front."""
+    return mask[(None,) * (4 - mask.ndim) + (...,)]
 
 
 class QueryRows(NamedTuple):
@@ -188,8 +193,7 @@ class AttentionMask:
 
 def _tensor_rows(tensor: Array, rows: QueryRows) -> Array:
     """``tensor`` in four dimensions, cut to the rows and keys."""
-    while tensor.ndim < 4:
-        tensor = tensor[None, ...]
+    tensor = in_four_axes(tensor)
     if tensor.shape[2] != 1:
         tensor = take_rows(tensor, rows, axis=2)
     return tensor if tensor.shape[3] == 1 else tensor[..., rows.keys[0] : rows.keys[1]]
