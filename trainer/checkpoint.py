@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from osp_diag.errors import TrainingError
 from osp_diag.json_text import parse_object
@@ -34,6 +36,7 @@ __all__ = [
     "folder_of",
     "identity_of",
     "latest",
+    "read_checkpoint",
     "without_single_process_warnings",
 ]
 
@@ -127,6 +130,22 @@ class TrainingCheckpoint:
         except (Exception, dcp.CheckpointException) as error:
             raise TrainingError(f"{self.path} cannot be read ({_reason(error)}); {_DELETE}") from error
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, whole and on the CPU: ``model.…``, ``optimizer.<name>.<parameter>.…``.
+
+        Raises
+        ------
+        TrainingError : as :meth:`load`
+        """
+        entries = self._metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self.load(tensors)
+        return tensors
+
     def _metadata(self) -> Metadata:
         try:
             return read_metadata(self.path)
@@ -151,7 +170,7 @@ def without_single_process_warnings() -> Iterator[None]:
 def latest(folder: Path) -> TrainingCheckpoint | None:
     """The newest complete checkpoint of a folder; None where there is none."""
     complete = _complete(folder)
-    return _read(complete[-1]) if complete else None
+    return read_checkpoint(complete[-1]) if complete else None
 
 
 def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
@@ -168,10 +187,11 @@ def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
     raise TrainingError(f"{folder} holds checkpoints of a run, but {run} is not there; {advice}")
 
 
-def delete_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a run that is to be replaced; nothing but checkpoints is ever deleted."""
+def delete_checkpoints(folder: Path, *, after: int = -1) -> None:
+    """Delete the checkpoints, later than a step, of a run that is to be replaced; nothing else is deleted."""
     for entry in folder.glob("step-*") if folder.is_dir() else ():
-        if NAME.fullmatch(entry.name.removesuffix(PART)):
+        match = NAME.fullmatch(entry.name.removesuffix(PART))
+        if match and int(match[1]) > after:
             _delete(entry)
 
 
@@ -190,7 +210,13 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(entries, key=lambda entry: int(entry.name.removeprefix("step-")))
 
 
-def _read(path: Path) -> TrainingCheckpoint:
+def read_checkpoint(path: Path) -> TrainingCheckpoint:
+    """The checkpoint in a folder.
+
+    Raises
+    ------
+    TrainingError : it is none, or of another version
+    """
     try:
         state = parse_object(read_plain(path / HOST_STATE, _MOST_HOST_STATE))
         return TrainingCheckpoint(path, int(state["step"]), from_dictionary(state["config"]), state["data"])

@@ -19,6 +19,7 @@ from osp_diag.probing.ranks import is_first_rank, rank_of_all
 from osp_diag.probing.saving import check_out
 from osp_diag.runs.folder import check_destination
 from osp_diag.runs.run import Run, open_run
+from osp_diag.schema import PARENT
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
 from osp_diag.trainer.checkpoint import (
@@ -51,6 +52,14 @@ from osp_diag.trainer.parallel import (
 )
 from osp_diag.trainer.recording import Recording, due_steps
 from osp_diag.trainer.scalars import Clock, Scalars
+from osp_diag.trainer.starting import (
+    Origin,
+    check_segment,
+    checkpoint_at,
+    is_segment_of,
+    origin_attribute,
+    start_from,
+)
 from osp_diag.trainer.throughput import model_flops_utilisation
 
 __all__ = ["Progress", "train"]
@@ -65,6 +74,8 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    start: str | Path | None = None,
+    segment: bool = False,
     loggers: Sequence[str] = (),
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
@@ -76,7 +87,11 @@ def train(
     config : the run; see :mod:`osp_diag.trainer.presets`
     out : the run store to write, a folder ending in .zarr; checkpoints go beside it (``name.checkpoints``)
     resume : go on from the newest checkpoint, or begin where there is none
-    overwrite : replace an earlier run and its checkpoints
+    overwrite : replace an earlier run and its checkpoints; of a ``segment``, what lies beyond ``start``
+    start : a checkpoint's folder, or a run for its newest one: begin from its weights and, where they fit,
+        its optimizer state and position in the data, under ``config``. Steps go on counting. The run knows
+        its parent, what was converted and what was reset (attribute ``parent``)
+    segment : ``out`` is the run that ``start`` belongs to, and goes on as a new segment of it
     loggers : "trackio", "wandb", "tensorboard": where scalars are sent as well
     progress : told after every recorded step
     announce : told, before the first step, which parameters go to which optimizer, and of anything unusual
@@ -92,13 +107,25 @@ def train(
     KeyboardInterrupt : Ctrl-C or SIGTERM, after the step under way, with the state saved
     """
     out = Path(out)
-    if resume:
+    origin = None if start is None else checkpoint_at(start)
+    if segment:
+        check_segment(out, origin, resume=resume, overwrite=overwrite)
+    elif resume:
         check_destination(out, resume=True)
     else:
         check_out(out, overwrite=overwrite)
-    check_beside(out, resume=resume, overwrite=overwrite)
+    check_beside(out, resume=resume or segment, overwrite=overwrite)
     with joined_ranks(), without_single_process_warnings(), ExitStack() as stack:
-        training = Training(config, out, stack, resume=resume, overwrite=overwrite, loggers=loggers)
+        training = Training(
+            config,
+            out,
+            stack,
+            resume=resume,
+            overwrite=overwrite,
+            origin=origin,
+            segment=segment,
+            loggers=loggers,
+        )
         training.progress = progress
         if announce is not None and is_first_rank():
             announce(announcement(config, training.optimizers, training.data, training.device, training.step))
@@ -118,6 +145,8 @@ class Training:
         resume: bool,
         overwrite: bool,
         loggers: Sequence[str],
+        origin: TrainingCheckpoint | None = None,
+        segment: bool = False,
     ) -> None:
         self.config = config
         self.rank, self.ranks = rank_of_all()
@@ -125,7 +154,11 @@ class Training:
         self.device = device_of(config.device)
         self.progress: Progress | None = None
         checkpoint = latest(folder_of(out)) if resume else None
+        if checkpoint is not None and is_segment_of(out, checkpoint, config):
+            # Killed before the first checkpoint of a segment: begun anew, from the one that it began from.
+            checkpoint, origin, segment = None, checkpoint, True
         if checkpoint is not None:
+            origin = None
             checkpoint.check(config)
         self.data = open_data(
             config.data,
@@ -147,14 +180,23 @@ class Training:
         self.step = 0
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
         held_out = held_out_batches(config, self.data)
+        self.origin: Origin | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
+        elif origin is not None:
+            self._start_from(origin)
+        self.is_fork = self.origin is not None and not segment
         self.recording = self._begin_recording(
-            held_out, out, resume=resume, overwrite=overwrite, loggers=loggers
+            held_out,
+            out,
+            resume=segment or (resume and not self.is_fork),
+            segment=segment,
+            overwrite=overwrite and not segment,
+            loggers=loggers,
         )
         stack.callback(self.recording.end)
         if overwrite and self.rank == 0:
-            delete_checkpoints(folder_of(out))
+            delete_checkpoints(folder_of(out), after=self.step if segment else -1)
         self.checkpoints = CheckpointFolder(folder_of(out), config.checkpoint)
         stack.callback(self.checkpoints.wait)
         self._rehearse()
@@ -181,13 +223,22 @@ class Training:
             model.compile_parts()
 
     def _begin_recording(
-        self, held_out: TokenBatches, out: Path, *, resume: bool, overwrite: bool, loggers: Sequence[str]
+        self,
+        held_out: TokenBatches,
+        out: Path,
+        *,
+        resume: bool,
+        segment: bool,
+        overwrite: bool,
+        loggers: Sequence[str],
     ) -> Recording:
         probe, attributes = self.config.probe, run_attributes(self.config, self.data, self.optimizers)
+        if self.origin is not None:
+            attributes[PARENT] = origin_attribute(self.origin)
         recording = Recording(
             held_out,
             out=out,
-            every=due_steps(probe, self.config.steps),
+            every=due_steps(probe, self.config.steps, first=self.step if self.is_fork else None),
             on=probe.on,
             sites=probe.sites or None,
             estimators=probe.estimators or None,
@@ -202,6 +253,7 @@ class Training:
             self.model,
             self.step,
             resume=resume,
+            segment=segment,
             config=attributes["config"],
             autocast=self._autocast,
             beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
@@ -216,6 +268,11 @@ class Training:
         self.optimizers.load_state_dict(tensors["optimizer"])
         self.watch.load_state_dict(tensors["watch"])
         self.data.load_state_dict(checkpoint.data)
+        self.step = checkpoint.step
+
+    def _start_from(self, checkpoint: TrainingCheckpoint) -> None:
+        model = unwrap(self.model)
+        self.origin = start_from(checkpoint, model, self.optimizers, self.watch, self.data, self.config)
         self.step = checkpoint.step
 
     def _tensors(self) -> dict[str, Any]:
@@ -248,8 +305,10 @@ class Training:
 
     def run(self) -> None:
         """Train to the last step."""
-        if self.step == 0:
-            self.recording.after_step(0)
+        if self.step == 0 or self.is_fork:
+            self.recording.after_step(self.step)
+        if self.is_fork:
+            self._save_now(self.step)  # so that --resume finds the weights that it began from
         with self.interruption:
             while self.step < self.config.steps:
                 if self.recording.measures_passes_of(self.step + 1):

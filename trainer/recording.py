@@ -97,15 +97,16 @@ class RecordingOptions(MeasurementOptions, total=False):
     overwrite: bool
 
 
-def due_steps(config: ProbeConfig, last: int | None) -> Schedule:
+def due_steps(config: ProbeConfig, last: int | None, *, first: int | None = None) -> Schedule:
     """Which steps are probed: dense early, sparser later, and the last one; none where ``every`` is 0.
 
-    ``last`` is None where the loop does not know its end.
+    ``last`` is None where the loop does not know its end, ``first`` a step that is probed as well: where
+    the training of another run goes on.
     """
     if config.every == 0:
         return lambda step: False
     regular = dense_early(every=config.every, dense_until=config.dense_until, dense_every=config.dense_every)
-    return lambda step: step == last or regular(step)
+    return lambda step: step in (first, last) or regular(step)
 
 
 class Recording:
@@ -146,6 +147,7 @@ class Recording:
         *,
         last: int | None = None,
         resume: bool | None = None,
+        segment: bool = False,
         tokenizer: Any = None,
         config: Mapping[str, Any] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -159,6 +161,7 @@ class Recording:
         ----------
         last : the last step, where the loop knows it
         resume : go on with the run at ``out``; None: if ``step`` is not 0
+        segment : going on after ``step`` the run has other attributes, which begin a segment of it
         tokenizer : the loop's
         config : shown on dashboards
         autocast : makes the context in which the loop runs the model
@@ -180,7 +183,7 @@ class Recording:
             measurement = measurement.for_batches(self._batches)
             attributes |= token_attributes(self._batches)
         resume = step > 0 if resume is None else resume
-        self._resumed_after = step if step > 0 else None
+        self._resumed_after = step if step > 0 and resume else None
         with ExitStack() as stack:
             probe = Probe(
                 model,
@@ -192,6 +195,7 @@ class Recording:
                 deferred=settings.deferred,
                 beside=beside,
                 resume=resume and settings.out is not None,
+                segment_after=step if segment else None,
                 overwrite=settings.overwrite and not resume,
             )
             stack.callback(probe.close)

@@ -42,7 +42,8 @@ class Records:
     ----------
     path : the run to write; None keeps everything in memory. Only the first rank writes
     attributes : of the run
-    resume, overwrite : what to do with a run that is already there
+    resume, segment_after, overwrite : what to do with a run that is already there; see
+        :class:`~osp_diag.runs.writer.RunWriter`
     deferred : whether steps are finished and written by a thread while the caller goes on
 
     Raises
@@ -51,12 +52,21 @@ class Records:
     """
 
     def __init__(
-        self, path: Path | None, attributes: dict[str, Any], *, resume: bool, overwrite: bool, deferred: bool
+        self,
+        path: Path | None,
+        attributes: dict[str, Any],
+        *,
+        resume: bool,
+        segment_after: int | None,
+        overwrite: bool,
+        deferred: bool,
     ) -> None:
         self._path, self._attributes = path, attributes
         self.writer: RunWriter | None = None
         if path is not None and is_first_rank():
-            self.writer = RunWriter(path, attributes, resume=resume, overwrite=overwrite)
+            self.writer = RunWriter(
+                path, attributes, resume=resume, segment_after=segment_after, overwrite=overwrite
+            )
         self.static: dict[str, xr.Dataset] = {}
         """What this process was given that does not grow, by group."""
         self.steps = 0

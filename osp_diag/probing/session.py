@@ -78,6 +78,7 @@ class Probe:
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
     resume, overwrite : what to do with a run that is already at ``out``
+    segment_after : with ``resume``: the step after which the run goes on under other attributes
     options : fields of the settings, which change them (``sites=["residual_*"]``)
 
     Raises
@@ -107,6 +108,7 @@ class Probe:
         deferred: bool | Literal["auto"] = "auto",
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         resume: bool = False,
+        segment_after: int | None = None,
         overwrite: bool = False,
         **options: Unpack[MeasurementOptions],
     ) -> None:
@@ -144,6 +146,7 @@ class Probe:
             Path(out) if out is not None else None,
             self.attributes,
             resume=resume,
+            segment_after=segment_after,
             overwrite=overwrite,
             deferred=self.deferred,
         )

@@ -20,6 +20,7 @@ from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
 from osp_diag.runs.format import METADATA, jsonable
 from osp_diag.runs.reduction import Reduction
+from osp_diag.runs.segments import Segment, joined_segments, parent_sentence, segments_of
 from osp_diag.runs.tree import checked_path
 from osp_diag.schema import (
     CHANNEL_WEIGHTS,
@@ -97,13 +98,14 @@ def open_tree(path: Path, damage: dict[str, str] | None = None) -> xr.DataTree:
         store = RunStore(store.files, without_damaged(root, problems))
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
-        return xr.open_datatree(
+        tree = xr.open_datatree(
             store,  # type: ignore[arg-type]  # zarr's stores are taken too
             engine="zarr",
             consolidated=True,
             decode_times=False,
             decode_timedelta=False,
         )
+        return joined_segments(tree)
     except StoreError as error:  # without what xarray adds of its own
         raise StoreError(str(error)) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -219,9 +221,17 @@ class Run:
         return [site_of_path(node.path) for node in self.tree.subtree if node.path != "/" and node.data_vars]
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The stretches of steps between which the training changed; one where it did not."""
+        return segments_of({str(key): value for key, value in self.attrs.items()})
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the reader of the numbers should know."""
-        notes = (str(note) for note in self.attrs.get("notes") or ())
+        notes = [str(note) for note in self.attrs.get("notes") or ()]
+        parent = parent_sentence(self.segments[0].attributes)
+        notes += [parent] if parent else []
+        notes += [segment.sentence for segment in self.segments[1:]]
         return tuple(dict.fromkeys(note for note in notes if not note.startswith(SEAM_NOTE)))
 
     @property

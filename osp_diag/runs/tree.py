@@ -133,6 +133,16 @@ class Tree:
         group = group_path(name)
         return any(path.rpartition("/")[0] == group for path in self.growing)
 
+    def fits(self, name: str, part: xr.Dataset) -> bool:
+        """Whether a further step may have this group as it is."""
+        try:
+            self.check_step(
+                {name: part} if isinstance(part, xr.Dataset) else ProbedStep({name: part}), partial=True
+            )
+        except StoreError:
+            return False
+        return True
+
     def layers(self, name: str) -> list[int] | None:
         """The layers that a group has; None where the run has no such group."""
         path = f"{group_path(name)}/layer"

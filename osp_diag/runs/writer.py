@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -50,15 +50,21 @@ from osp_diag.runs.format import (
     root_document,
 )
 from osp_diag.runs.lock import WriterLock
+from osp_diag.runs.segments import (
+    OF_MEASUREMENT,
+    changed_attributes,
+    segment_group,
+    segments_of,
+)
 from osp_diag.runs.tree import Plan, Tree, checked_path, scalar, step_label
-from osp_diag.schema import LOGGED_STEP, SERIES, STEP
+from osp_diag.schema import LOGGED_STEP, PARENT, SEGMENTS, SERIES, STEP
 
 __all__ = ["RunWriter", "check_destination"]
 
 
 CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
-VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites", "notes")
+VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites", "notes", PARENT, SEGMENTS)
 
 _CHUNK_BYTES = 256 * 1024
 _SERIES_CHUNK = 4096
@@ -74,6 +80,9 @@ class RunWriter:
     attributes : everything that determines a number (NumPy scalars, sets, paths and dates are converted)
     resume : continue the run that is there (or begin one). The attributes must be equal, save
         those of ``CIRCUMSTANCES``, which are appended to the attribute ``resumed``.
+    segment_after : with ``resume``: go on after this step under other attributes, which begin a new
+        segment (:mod:`osp_diag.runs.segments`); those that say what a number is have to be equal. What the
+        run holds beyond that step is for :meth:`truncate_after` to drop.
     overwrite : delete the run that is there. Nothing but a run is ever deleted.
     block : commit every so many probed steps; until then they are in memory. 1 loses at most the step
         being written when the process is killed; larger blocks write less.
@@ -94,6 +103,7 @@ class RunWriter:
         attributes: Mapping[str, Any],
         *,
         resume: bool = False,
+        segment_after: int | None = None,
         overwrite: bool = False,
         block: int = 1,
         series_block: int = 64,
@@ -112,6 +122,9 @@ class RunWriter:
             LOGGED_STEP, f"{SERIES}/{LOGGED_STEP}", "training step of the scalars", open_end=True
         )
         self._tree = Tree(self.path)
+        self._segment: int | None = None
+        """The step after which the last segment begins, where there are several."""
+        self._names_in_segment: dict[str, str] = {}
         self._on_disk: set[str] = set()
         self._owner = os.getpid()
         self._open = False
@@ -124,7 +137,7 @@ class RunWriter:
             with self._disk_errors():
                 # Asked again, because only now nobody else can begin a run here.
                 if survey(self.path, resume=resume, overwrite=overwrite) and resume:
-                    self._resume()
+                    self._resume(segment_after)
                 self._commit()
                 self._sweep()
         except BaseException:
@@ -180,6 +193,7 @@ class RunWriter:
         self._require_open()
         label = step_label(step)
         self._refuse_repetition(label, self._axis)
+        groups = self._in_segment(groups)
         with self._disk_errors():
             new = {name for name in groups if not self._tree.grows(name)} if partial else set()
             if not self._axis.arrays:
@@ -201,6 +215,17 @@ class RunWriter:
         self._axis.declare(plan.growing, self.chunk_steps, _CHUNK_BYTES)
         self._tree.declare(groups)
         return plan.rows
+
+    def _in_segment(self, groups: Mapping[str, xr.Dataset]) -> Mapping[str, xr.Dataset]:
+        """The groups by the names that they go on under: a segment's own where their labels are others."""
+        if self._segment is None:
+            return groups
+        parts = groups.groups if isinstance(groups, ProbedStep) else groups
+        names = self._names_in_segment
+        for name in parts.keys() - names.keys():
+            fits = not self._tree.grows(name) or self._tree.fits(name, parts[name])
+            names[name] = name if fits else segment_group(self._segment, name)
+        return ProbedStep({names[name]: part for name, part in parts.items()})
 
     def append_series(
         self,
@@ -304,6 +329,7 @@ class RunWriter:
         """
         self._require_open()
         with self._disk_errors():
+            self._drop_segments(lambda after_step: after_step > operator.index(step))
             self._commit()
             dropped = self._axis.cut(operator.index(step))
             if dropped + self._series.cut(operator.index(step)):
@@ -393,10 +419,16 @@ class RunWriter:
 
     # -- opening again ---------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
+    def _resume(self, segment_after: int | None) -> None:
         root = read_root(self.path)
-        attributes = root["attributes"]
-        differences = identity_differences(attributes, self._attributes, VOLATILE)
+        attributes, given = root["attributes"], self._attributes
+        self._attributes = attributes
+        if segment_after is not None:
+            self._drop_segments(lambda after_step: after_step >= segment_after)
+            attributes = self._attributes
+        last = segments_of(attributes)[-1]
+        volatile = VOLATILE if segment_after is None else (*VOLATILE, *given.keys() - {*OF_MEASUREMENT})
+        differences = identity_differences(last.attributes, given, volatile)
         if differences:
             raise StoreError(
                 f"{self.path} cannot be resumed: it was written under other conditions\n  "
@@ -417,9 +449,32 @@ class RunWriter:
             {path: array.layout for path, array in self._axis.arrays.items() if path != STEP}
         )
         self._on_disk = {"", *nodes}
-        circumstances = {key: self._attributes[key] for key in CIRCUMSTANCES if key in self._attributes}
+        circumstances = {key: given[key] for key in CIRCUMSTANCES if key in given}
         history = [*attributes.get("resumed", []), circumstances | {"after_step": self.last_step}]
         self._attributes = attributes | {"resumed": history}
+        if segment_after is not None:
+            self._begin_segment(segment_after, last.attributes, given)
+        self._segment = (
+            self._attributes[SEGMENTS][-1]["after_step"] if self._attributes.get(SEGMENTS) else None
+        )
+
+    def _begin_segment(self, after_step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        changed = changed_attributes(
+            *({key: value for key, value in part.items() if key not in VOLATILE} for part in (before, now))
+        )
+        if changed:
+            if PARENT in now:
+                changed[PARENT] = now[PARENT]
+            entry = {"after_step": after_step, "attributes": changed}
+            self._attributes = self._attributes | {SEGMENTS: [*self._attributes.get(SEGMENTS, []), entry]}
+
+    def _drop_segments(self, is_dropped: Callable[[int], bool]) -> None:
+        segments = self._attributes.get(SEGMENTS)
+        if segments:
+            left = [entry for entry in segments if not is_dropped(entry["after_step"])]
+            self._attributes = self._attributes | {SEGMENTS: left}
+            self._segment = left[-1]["after_step"] if left else None
+            self._names_in_segment = {}
 
     # -- refusing --------------------------------------------------------------------------------------
 
