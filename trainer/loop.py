@@ -180,11 +180,9 @@ class Training:
         self.step = 0
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
         held_out = held_out_batches(config, self.data)
-        self.origin: Origin | None = None
         if checkpoint is not None:
             self._restore(checkpoint)
-        elif origin is not None:
-            self._start_from(origin)
+        self.origin = None if origin is None else self._start_from(origin)
         self.is_fork = self.origin is not None and not segment
         self.recording = self._begin_recording(
             held_out,
@@ -270,10 +268,10 @@ class Training:
         self.data.load_state_dict(checkpoint.data)
         self.step = checkpoint.step
 
-    def _start_from(self, checkpoint: TrainingCheckpoint) -> None:
-        model = unwrap(self.model)
-        self.origin = start_from(checkpoint, model, self.optimizers, self.watch, self.data, self.config)
+    def _start_from(self, checkpoint: TrainingCheckpoint) -> Origin:
         self.step = checkpoint.step
+        model = unwrap(self.model)
+        return start_from(checkpoint, model, self.optimizers, self.watch, self.data, self.config)
 
     def _tensors(self) -> dict[str, Any]:
         return {

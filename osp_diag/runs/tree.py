@@ -133,7 +133,7 @@ class Tree:
         group = group_path(name)
         return any(path.rpartition("/")[0] == group for path in self.growing)
 
-    def fits(self, name: str, part: xr.Dataset) -> bool:
+    def fits(self, name: str, part: xr.Dataset | GroupStep) -> bool:
         """Whether a further step may have this group as it is."""
         try:
             self.check_step(
