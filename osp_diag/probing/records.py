@@ -65,6 +65,7 @@ class Records:
         self._begun = False
         self._memory: list[tuple[int, ProbedStep]] = []
         self._series: dict[str, dict[int, float]] = {}
+        self._logged: dict[str, dict[int, xr.Dataset]] = {}
         self._deferred = deferred
         self._work = HostWork(deferred)
 
@@ -150,6 +151,18 @@ class Records:
             for name, number in numbers.items():
                 self._series.setdefault(name, {})[step] = number
 
+    def append_logged(self, step: int, groups: Mapping[str, xr.Dataset]) -> None:
+        """Keep labelled arrays of a step beside its scalars."""
+
+        def add() -> None:
+            if self.writer is not None:
+                self.writer.append_logged(step, groups)
+            elif self._path is None:
+                for name, dataset in groups.items():
+                    self._logged.setdefault(name, {})[step] = dataset
+
+        self._work.later(add)
+
     def write_static(self, group: str, dataset: xr.Dataset) -> None:
         """Keep what does not depend on the step; a resumed run keeps its own."""
         self._work.wait()
@@ -173,7 +186,7 @@ class Records:
         """Everything so far, committed."""
         self._work.wait()
         if self._path is None:
-            return Run.in_memory(self._memory, self.static, self._attributes, self._series)
+            return Run.in_memory(self._memory, self.static, self._attributes, self._series, self._logged)
         if self.writer is not None:
             self.writer.flush()
         return open_run(self._path)
@@ -181,7 +194,8 @@ class Records:
     def save(self, path: Path, *, overwrite: bool) -> None:
         """Write what is in memory as a run."""
         self._work.wait()
-        write_run(path, self._memory, self.static, self._attributes, self._series, overwrite=overwrite)
+        kept = (self._memory, self.static, self._attributes, self._series)
+        write_run(path, *kept, logged=self._logged, overwrite=overwrite)
 
     def close(self) -> None:
         """Write what is buffered, and let other writers in, also where something failed before."""

@@ -492,7 +492,7 @@ class Probe:
             self.write_static(VOCABULARY, vocabulary_dataset(self.tokenizer, self.vocabulary or 0))
         self._vocabulary_settled = True
 
-    # What was recorded: all but append_series wait for a deferred step, and all raise what failed in it
+    # What was recorded: all but append_… and note wait for a deferred step, and all raise what failed in it
 
     @property
     def latest(self) -> Mapping[str, xr.Dataset]:
@@ -506,6 +506,14 @@ class Probe:
     def append_series(self, step: int, values: Mapping[str, float]) -> None:
         """Keep scalars of a step (loss, learning rate …) beside the probes."""
         self._records.append_series(step, values)
+
+    def append_logged(self, step: int, groups: Mapping[str, xr.Dataset]) -> None:
+        """Keep labelled arrays of a step beside its scalars (group name → Dataset of floats, no step)."""
+        self._records.append_logged(step, groups)
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what the reader of the numbers should know, in the run's notes, each once."""
+        self._records.note(notes)
 
     def flush(self) -> None:
         """Commit what was recorded: a training loop does so before it saves a checkpoint."""
