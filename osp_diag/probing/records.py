@@ -118,7 +118,8 @@ class Records:
             elif self._path is None:
                 self._memory.append((step, groups))
             if self._deferred:
-                self._add(step, {"probe_background_seconds": time.perf_counter() - started})
+                seconds = time.perf_counter() - started
+                self._add(step, {"probe_background_seconds": seconds}, {})
 
         self._work.wait()
         self._work.later(record)
@@ -138,15 +139,22 @@ class Records:
         if self.writer is not None:
             self.writer.note(notes)
 
-    def append_series(self, step: int, values: Mapping[str, float]) -> None:
+    def append_series(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """Keep scalars of a step."""
         # Now, as the values are: a tensor could be another by the time that they are written.
         numbers = {name: float(scalar(name, value)) for name, value in values.items()}
-        self._work.later(lambda: self._add(step, numbers))
+        self._work.later(lambda: self._add(step, numbers, attributes or {}))
 
-    def _add(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _add(
+        self, step: int, numbers: Mapping[str, float], attributes: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         if self.writer is not None:
-            self.writer.append_series(step, numbers, SERIES_ATTRIBUTES)
+            self.writer.append_series(step, numbers, SERIES_ATTRIBUTES | dict(attributes))
         elif self._path is None:
             for name, number in numbers.items():
                 self._series.setdefault(name, {})[step] = number

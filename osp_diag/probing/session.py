@@ -503,9 +503,17 @@ class Probe:
         """Keep a dataset that does not depend on the step, as a snapshot; a resumed run keeps its own."""
         self._records.write_static(group, dataset)
 
-    def append_series(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep scalars of a step (loss, learning rate …) beside the probes."""
-        self._records.append_series(step, values)
+    def append_series(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Keep scalars of a step (loss, learning rate …) beside the probes.
+
+        ``attributes`` (name → units, long_name, definition) are kept when a name is first seen.
+        """
+        self._records.append_series(step, values, attributes)
 
     def append_logged(self, step: int, groups: Mapping[str, xr.Dataset]) -> None:
         """Keep labelled arrays of a step beside its scalars (group name → Dataset of floats, no step)."""

@@ -131,7 +131,7 @@ class GrowingAxis:
         self.open_end = open_end
         self.arrays: dict[str, GrowingArray] = {}
         self.unsaved = 0
-        """How many rows were added or completed since the last commit."""
+        """How many rows were added since the last commit; 1 if one was only completed."""
         # One tuple, exchanged as a whole, so that no interruption comes between the two lists.
         self._rows: tuple[list[int], list[dict[str, np.ndarray]]] = ([], [])
 
@@ -173,7 +173,7 @@ class GrowingAxis:
 
     def complete(self, values: Row) -> None:
         """Add values to the last position of an axis with an open end."""
-        self.unsaved += 1
+        self.unsaved = max(1, self.unsaved)
         self.pending[-1].update(values)
 
     def declare(self, layouts: Mapping[str, ArrayLayout], chunk_steps: int, chunk_bytes: int) -> None:
