@@ -1,7 +1,7 @@
-"""What a diagnosis asks of whoever can read a training's checkpoints and run it again: evidence, no judgement.
+"""What a diagnosis asks of whoever can read a training's checkpoints and run it again: evidence alone.
 
-The trainer answers these questions (``osp_diag.trainer.laboratory``), the rules of ``osp_diag.analyses.diagnosis``
-judge the answers; neither imports the other.
+The trainer answers (``osp_diag.trainer.laboratory``), the rules of ``osp_diag.analyses.diagnosis`` judge the
+answers; neither imports the other.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ class CheckpointState:
     config : of the training that wrote it, by dotted key
     owners : parameter → the optimizer that holds a state of it
     shapes : parameter → its size
-    function : what the checkpoint recorded of its function (``constants``, ``reference_loss``, ``code``); None
-        of one that recorded nothing
+    function : what it recorded of its function (``constants``, ``reference_loss``, ``code``); None if nothing
     """
 
     step: int
@@ -49,7 +48,7 @@ class CheckpointState:
 
 @dataclass(frozen=True)
 class FunctionRecord:
-    """A checkpoint's loss on fixed tokens, as it was recorded and as today's code computes it from its weights."""
+    """A checkpoint's loss on fixed tokens, as it was recorded and as today's code computes it."""
 
     step: int
     recorded_loss: float
@@ -93,11 +92,11 @@ class Replay:
     Attributes
     ----------
     start : step of the checkpoint
-    steps : Dataset (step) with ``loss``, ``replayed_loss``, ``batch_agrees`` (1, 0, NaN where not recorded) and
-        ``weights_agree`` (share of the parameters whose sketch is the same to the bit)
+    steps : Dataset (step) with ``loss``, ``replayed_loss``, ``batch_agrees`` (1, 0, NaN where not recorded)
+        and ``weights_agree`` (share of the parameters whose sketch is the same to the bit)
     parameters : Dataset (parameter) at the first step at which the weights differ: ``is_same``, and the least
-        squares fit Δ ≈ a · Δreplay + b · W of its sketch: ``step_factor`` a, ``decay`` −b, ``residual`` as a share
-        of ‖Δ‖; None where none differ or no sketches were recorded
+        squares fit Δ ≈ a · Δreplay + b · W of its sketch: ``step_factor`` a, ``decay`` −b, ``residual`` as a
+        share of ‖Δ‖; None where none differ or no sketches were recorded
     """
 
     start: int
@@ -163,5 +162,5 @@ class Laboratory(Protocol):
         ...
 
     def control(self, start: int, until: int, label: str, like: Mapping[str, Any]) -> Fork:
-        """Training under the same configuration, with the optimizer states reset that ``like`` would reset."""
+        """Training under its own configuration, with the states reset that the changes ``like`` reset."""
         ...

@@ -192,7 +192,7 @@ BESIDE: dict[str, str] = {
     RAW: "the sums from which statistics can be computed anew, a group a site",
     SNAPSHOT: "raw activations of the first sequence, a group a site",
     TOKEN_GROUPS: "some of the raw sums by group of batches, a group a site",
-    SERIES: "scalars by training step",
+    SERIES: "scalars by training step, and below it labelled arrays, a group each",
     VOCABULARY: "the texts of token ids",
     WEIGHT_MAP: "maps of |W|, a group a projection",
     CHANNEL_WEIGHTS: "norm gains and the embedding, by channel of the residual stream",

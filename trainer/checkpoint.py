@@ -56,6 +56,7 @@ FREE = (
     "activation_checkpointing",
     "micro_batch_size",
     "log_every",
+    "sketch_every",
     "divergence.policy",
     "divergence.spike",
 )
@@ -82,12 +83,15 @@ class TrainingCheckpoint:
     step : steps done
     config : of the run that wrote it
     data : the state of the data after that step
+    function : what the weights are weights of (:func:`osp_diag.trainer.fingerprint.function_record`); None in
+        checkpoints of versions that did not keep it
     """
 
     path: Path
     step: int
     config: TrainConfig
     data: dict[str, Any]
+    function: dict[str, Any] | None = None
 
     def check(self, config: TrainConfig) -> None:
         """Refuse to go on under another configuration.
@@ -219,7 +223,11 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
     """
     try:
         state = parse_object(read_plain(path / HOST_STATE, _MOST_HOST_STATE))
-        return TrainingCheckpoint(path, int(state["step"]), from_dictionary(state["config"]), state["data"])
+        step, config = int(state["step"]), from_dictionary(state["config"])
+        function = state.get("function")
+        if function is not None and not isinstance(function, dict):
+            raise TypeError("its 'function' is no object")
+        return TrainingCheckpoint(path, step, config, state["data"], function)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise TrainingError(
             f"{path} is no checkpoint of this version ({_reason(error)}); {_DELETE}"
@@ -263,6 +271,7 @@ class CheckpointFolder:
         data: Mapping[str, Any],
         run_config: TrainConfig,
         *,
+        function: Mapping[str, Any] | None = None,
         background: bool | None = None,
     ) -> None:
         """Save ``tensors`` (nested dictionaries of tensors, DTensors among them) and the host's state.
@@ -280,6 +289,8 @@ class CheckpointFolder:
         if final.exists():
             return
         host = {"step": step, "config": as_dictionary(run_config), "data": dict(data)}
+        if function is not None:
+            host["function"] = dict(function)
         with self._disk_errors(final, part):
             if is_first_rank():
                 part.mkdir(parents=True, exist_ok=True)

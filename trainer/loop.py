@@ -22,6 +22,7 @@ from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import PARENT
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
+from osp_diag.trainer.batch_statistics import BATCH_SERIES
 from osp_diag.trainer.checkpoint import (
     CheckpointFolder,
     TrainingCheckpoint,
@@ -35,7 +36,8 @@ from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.devices import device_of, memory_advice
-from osp_diag.trainer.divergence import Watch, first_bad_tensor
+from osp_diag.trainer.divergence import Watch, first_bad_tensor, unseen_cause
+from osp_diag.trainer.fingerprint import function_record, reference_tokens
 from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.identity import announcement, run_attributes
 from osp_diag.trainer.interruption import Interruption
@@ -60,6 +62,7 @@ from osp_diag.trainer.starting import (
     origin_attribute,
     start_from,
 )
+from osp_diag.trainer.step_records import StepRecords
 from osp_diag.trainer.throughput import model_flops_utilisation
 
 __all__ = ["Progress", "train"]
@@ -173,6 +176,7 @@ class Training:
             self.data = cast(TrainingData, prefetched)
         self._build_model()
         self.optimizers = build_optimizer(self.model, config)
+        self.records = StepRecords(config, self.data, self.optimizers, self.device)
         self.interruption = Interruption()
         self.must_stop = False
         self.watch = Watch(config.divergence, self.device)
@@ -180,6 +184,7 @@ class Training:
         self.step = 0
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
         held_out = held_out_batches(config, self.data)
+        self.reference_ids = reference_tokens(held_out.tokens)
         if checkpoint is not None:
             self._restore(checkpoint)
         self.origin = None if origin is None else self._start_from(origin)
@@ -257,6 +262,7 @@ class Training:
             beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
             loss=HeldOutLoss(self.model),
         )
+        recording.note(self.optimizers.routing.warnings)
         return recording
 
     def _restore(self, checkpoint: TrainingCheckpoint) -> None:
@@ -331,7 +337,7 @@ class Training:
         batch = self.data.next_batch()
         self.batches.append((step, batch))
         self.data_states.append((step, self.data.state_dict()))
-        logged = step % self.config.log_every == 0 or self.recording.due(step)
+        logged = step % self.config.log_every == 0 or self._wants_host(step)
         self.optimizers.record_updates(logged)
         factor = learning_rate_factor(step, self.config.steps, self.config.schedule)
         self.optimizers.set_learning_rate(factor)
@@ -346,6 +352,8 @@ class Training:
         if logged:
             updates = self.optimizers.update_rms()
             numbers |= {f"update_rms_{name.replace('.', '_')}": value for name, value in updates.items()}
+            state = self.data_states[-1][1]
+            self.records.after_step(step, batch, state, always=self._wants_host(step))
         host = {"learning_rate": factor * self.config.optimizer.lr} if logged else {}
         self.scalars.add(step, numbers, host, start)
 
@@ -405,6 +413,9 @@ class Training:
         if utilisation is not None:
             values["model_flops_utilisation"] = utilisation
         self.recording.scalars(step, values, logged=True)
+        batch_statistics, groups = self.records.arrived(step)
+        self.recording.scalars(step, batch_statistics, attributes=BATCH_SERIES)
+        self.recording.logged(step, groups)
         if self.progress is not None and is_first_rank():
             self.progress(step, self.config.steps, values)
 
@@ -417,12 +428,16 @@ class Training:
     def _save_now(self, step: int, *, background: bool | None = False) -> None:
         self.recording.flush()
         data = dict(self.data_states)[step]
-        self.checkpoints.save(step, self._tensors(), data, self.config, background=background)
+        function = function_record(self.model, self.reference_ids, self._autocast)
+        self.checkpoints.save(
+            step, self._tensors(), data, self.config, function=function, background=background
+        )
         if background is False:
             self.checkpoints.wait()
 
     def _interrupt(self) -> None:
         """Only once the step's probe is recorded: resumed after this step, the run would lack it."""
+        self._record(wait=True)
         self._save_now(self.step)
         interruption = KeyboardInterrupt()
         interruption.add_note(f"the state after step {self.step} is saved; --resume goes on from there.")
@@ -434,7 +449,7 @@ class Training:
         batch = dict(self.batches)[step]
         with torch.compiler.set_stance("force_eager"):
             parts = (self._loss(part) for part in self._micro_batches(batch))
-            cause = first_of_ranks(first_bad_tensor(self.model, parts)) or _unseen_cause(values)
+            cause = first_of_ranks(first_bad_tensor(self.model, parts)) or unseen_cause(values)
         self.optimizers.zero_grad()
         self.step = step - 1
         if self.step:
@@ -448,12 +463,3 @@ class Training:
             "--resume and divergence.policy=skip to pass over such steps, or begin again with a lower "
             "optimizer.lr"
         )
-
-
-def _unseen_cause(values: Mapping[str, float]) -> str:
-    """What went wrong in a step in which no tensor is NaN or Inf when it is made again."""
-    if math.isfinite(values["loss"] + values["gradient_norm"]):
-        return "no NaN or Inf, the loss is a spike"
-    if math.isfinite(values["loss"]):
-        return "every gradient is finite, and the sum of their squares is not"
-    return "every tensor of the step is finite when it is made again, eagerly"

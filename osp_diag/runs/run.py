@@ -134,6 +134,7 @@ class Run:
         static: Mapping[str, xr.Dataset],
         attributes: Mapping[str, Any],
         series: Mapping[str, Mapping[int, float]] | None = None,
+        logged: Mapping[str, Mapping[int, xr.Dataset]] | None = None,
     ) -> Run:
         """A run that is on no disk.
 
@@ -142,6 +143,7 @@ class Run:
         steps : (step, site or group → Dataset without the step), as for ``RunWriter.append``
         static : group → what does not grow, as for ``RunWriter.write_static``
         series : name → {step: scalar}
+        logged : group → {step: Dataset without the step}, as for ``RunWriter.append_logged``
         """
         labels = np.asarray([step for step, _ in steps], dtype=np.int64)
         root = xr.Dataset(
@@ -169,15 +171,25 @@ class Run:
             nodes[f"/{checked_path(name)}"] = joined.drop_vars("step")
         for name, dataset in static.items():
             nodes[f"/{checked_path(name)}"] = dataset
-        if series:
-            logged = sorted({step for values in series.values() for step in values})
+        if rows := [*(series or {}).values(), *(logged or {}).values()]:
+            labels = np.asarray(sorted({step for values in rows for step in values}), dtype=np.int64)
             columns = {
-                name: (LOGGED_STEP, [float(values.get(step, np.nan)) for step in logged])
-                for name, values in series.items()
+                name: (LOGGED_STEP, [float(values.get(step, np.nan)) for step in labels.tolist()])
+                for name, values in (series or {}).items()
             }
-            nodes[f"/{SERIES}"] = xr.Dataset(
-                columns, coords={LOGGED_STEP: np.asarray(logged, dtype=np.int64)}
-            )
+            nodes[f"/{SERIES}"] = xr.Dataset(columns, coords={LOGGED_STEP: labels})
+            for name, datasets in (logged or {}).items():
+                parts = [dataset.expand_dims({LOGGED_STEP: [step]}) for step, dataset in datasets.items()]
+                grown = xr.concat(
+                    parts,
+                    LOGGED_STEP,
+                    data_vars="all",
+                    coords="minimal",
+                    compat="override",
+                    join="exact",
+                    combine_attrs="override",
+                )
+                nodes[f"/{SERIES}/{name}"] = grown.reindex({LOGGED_STEP: labels})
         return cls(xr.DataTree.from_dict(nodes))
 
     # -- what is there ---------------------------------------------------------------------------------
@@ -470,6 +482,30 @@ class Run:
         if SERIES not in self.tree.children:
             return xr.Dataset(coords={"step": np.empty(0, np.int64)})
         return self.tree.children[SERIES].to_dataset(inherit=False).rename({LOGGED_STEP: "step"})
+
+    @property
+    def logged_groups(self) -> list[str]:
+        """The groups of labelled arrays that are recorded as often as the scalars of :attr:`series`."""
+        group = self.tree.children.get(SERIES)
+        return [] if group is None else [str(name) for name, part in group.children.items() if part.data_vars]
+
+    def logged(self, name: str) -> xr.Dataset:
+        """Labelled arrays by training step, as the scalars of :attr:`series`: what the trainer keeps in
+        ``optimizer_settings`` and ``weight_sketch``. NaN at steps without them.
+
+        Raises
+        ------
+        MissingError : the run has no such group; :attr:`logged_groups` lists them
+        """
+        if name not in self.logged_groups:
+            raise MissingError(
+                f"{self._subject} has no logged group {name!r}; "
+                + did_you_mean(name, self.logged_groups, "run.logged_groups lists them")
+            )
+        group = self.tree.children[SERIES]
+        arrays = group.children[name].to_dataset(inherit=False)
+        labels = group.to_dataset(inherit=False)[LOGGED_STEP]
+        return arrays.assign_coords({LOGGED_STEP: labels}).rename({LOGGED_STEP: "step"})
 
     def to_frame(self, name: str) -> Any:
         """One statistic as a long :class:`pandas.DataFrame`: a row per site, step, layer …"""

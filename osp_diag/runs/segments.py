@@ -16,7 +16,7 @@ from typing import Any
 
 import xarray as xr
 
-from osp_diag.schema import PARENT, SEGMENTS, STEP
+from osp_diag.schema import LOGGED_STEP, PARENT, SEGMENTS, SERIES, STEP
 
 __all__ = [
     "Segment",
@@ -43,7 +43,7 @@ OF_MEASUREMENT = (
 )
 """Attributes that no segment may change: they say what a number is, or of which layers and channels."""
 
-_GROUP = re.compile(r"segment-(\d+)", re.ASCII)
+_GROUP = re.compile(rf"(/{SERIES}|)/segment-(\d+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -134,31 +134,34 @@ def joined_segments(tree: xr.DataTree) -> xr.DataTree:
 
     Labels are joined, and rows are NaN in what their own segment did not have. What is joined is read.
     """
-    parts = sorted((int(match[1]), name) for name in tree.children if (match := _GROUP.fullmatch(str(name))))
+    parts = sorted(
+        (int(match[2]), match[1], node.path)
+        for node in tree.subtree
+        if (match := _GROUP.fullmatch(node.path))
+    )
     if not parts:
         return tree
     nodes = {
         node.path: node.to_dataset(inherit=False)
         for node in tree.subtree
-        if not _GROUP.fullmatch(node.path.strip("/").split("/")[0])
+        if not any(f"{node.path}/".startswith(f"{path}/") for _, _, path in parts)
     }
-    steps = tree.coords[STEP].values
-    for after_step, name in parts:
-        for node in tree.children[name].subtree:
-            path = node.path.removeprefix(f"/{name}")
-            if node.data_vars and path in nodes:
-                nodes[path] = _joined(
-                    nodes[path], node.to_dataset(inherit=False), int((steps <= after_step).sum())
-                )
+    for after_step, above, path in parts:
+        steps = LOGGED_STEP if above else STEP
+        rows = int((tree[above or "/"].coords[steps].values <= after_step).sum())
+        for node in tree[path].subtree:
+            whole = above + node.path.removeprefix(path)
+            if node.data_vars and whole in nodes:
+                nodes[whole] = _joined(nodes[whole], node.to_dataset(inherit=False), steps, rows)
     return xr.DataTree.from_dict(nodes)
 
 
-def _joined(before: xr.Dataset, after: xr.Dataset, rows: int) -> xr.Dataset:
+def _joined(before: xr.Dataset, after: xr.Dataset, steps: str, rows: int) -> xr.Dataset:
     """The first ``rows`` steps of one dataset, and the others of the other."""
-    parts: Sequence[xr.Dataset] = (before.isel({STEP: slice(rows)}), after.isel({STEP: slice(rows, None)}))
+    parts: Sequence[xr.Dataset] = (before.isel({steps: slice(rows)}), after.isel({steps: slice(rows, None)}))
     return xr.concat(
         parts,
-        STEP,
+        steps,
         data_vars="all",
         coords="minimal",
         compat="override",
