@@ -34,6 +34,9 @@ class CheckpointState:
     path : its folder
     config : of the training that wrote it, by dotted key
     owners : parameter → the optimizer that holds a state of it
+    configured_owners : the same, as its configuration sends them
+    roles : parameter → ``hidden``, ``embedding_projection``, ``embedding``, ``head`` or ``vector``
+    head_size : rows of a head of q_proj and k_proj
     shapes : parameter → its size
     function : what it recorded of its function (``constants``, ``reference_loss``, ``code``); None if nothing
     """
@@ -42,6 +45,9 @@ class CheckpointState:
     path: Path
     config: Mapping[str, Any]
     owners: Mapping[str, str]
+    configured_owners: Mapping[str, str]
+    roles: Mapping[str, str]
+    head_size: int
     shapes: Mapping[str, tuple[int, ...]]
     function: Mapping[str, Any] | None
 
@@ -141,6 +147,12 @@ class Laboratory(Protocol):
         (``osp_diag.trainer.laboratory.weight_changes`` has the variables)."""
         ...
 
+    def changed_part(
+        self, before: int, after: int, parameter: str, axis: str
+    ) -> tuple[tuple[int, ...], float]:
+        """Rows or columns of a parameter that moved unlike the rest, and the ratio of their norms."""
+        ...
+
     def reverted(self, step: int, before: int, part: WeightPart) -> Counterfactual:
         """A checkpoint with a part of a weight as an earlier one has it."""
         ...
@@ -161,6 +173,6 @@ class Laboratory(Protocol):
         """Training from a checkpoint to a step under a changed configuration; probed at its end."""
         ...
 
-    def control(self, start: int, until: int, label: str, like: Mapping[str, Any]) -> Fork:
-        """Training under its own configuration, with the states reset that the changes ``like`` reset."""
+    def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:
+        """Training under its own configuration, with the states reset that a fork had to reset."""
         ...

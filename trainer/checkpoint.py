@@ -32,6 +32,7 @@ __all__ = [
     "CheckpointFolder",
     "TrainingCheckpoint",
     "check_beside",
+    "checkpoint_folders",
     "delete_checkpoints",
     "folder_of",
     "identity_of",
@@ -134,8 +135,8 @@ class TrainingCheckpoint:
         except (Exception, dcp.CheckpointException) as error:
             raise TrainingError(f"{self.path} cannot be read ({_reason(error)}); {_DELETE}") from error
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor by name, whole and on the CPU: ``model.…``, ``optimizer.<name>.<parameter>.…``.
+    def tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """Tensors whose names begin so, whole and on the CPU: ``model.…``, ``optimizer.<name>.<parameter>.…``.
 
         Raises
         ------
@@ -145,7 +146,7 @@ class TrainingCheckpoint:
         tensors = {
             name: torch.empty(entry.size, dtype=entry.properties.dtype)
             for name, entry in entries.items()
-            if isinstance(entry, TensorStorageMetadata)
+            if isinstance(entry, TensorStorageMetadata) and name.startswith(prefix)
         }
         self.load(tensors)
         return tensors
@@ -173,7 +174,7 @@ def without_single_process_warnings() -> Iterator[None]:
 
 def latest(folder: Path) -> TrainingCheckpoint | None:
     """The newest complete checkpoint of a folder; None where there is none."""
-    complete = _complete(folder)
+    complete = checkpoint_folders(folder)
     return read_checkpoint(complete[-1]) if complete else None
 
 
@@ -185,7 +186,7 @@ def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
     TrainingError : a run was moved or deleted and its checkpoints were left
     """
     folder = folder_of(run)
-    if run.exists() or overwrite or not _complete(folder):
+    if run.exists() or overwrite or not checkpoint_folders(folder):
         return
     advice = "move the run back beside them" if resume else "give another --out, --overwrite, or delete them"
     raise TrainingError(f"{folder} holds checkpoints of a run, but {run} is not there; {advice}")
@@ -207,7 +208,8 @@ def _delete(entry: Path) -> None:
         entry.unlink()
 
 
-def _complete(folder: Path) -> list[Path]:
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """The complete checkpoints of a run by step, the newest last."""
     if not folder.is_dir():
         return []
     entries = [e for e in folder.iterdir() if NAME.fullmatch(e.name) and e.is_dir() and not e.is_symlink()]
@@ -328,7 +330,7 @@ class CheckpointFolder:
         if is_first_rank():
             _synchronise(part)
             part.rename(final)
-            for old in _complete(self.folder)[: -self.config.keep]:
+            for old in checkpoint_folders(self.folder)[: -self.config.keep]:
                 shutil.rmtree(old)
         self._barrier()
 

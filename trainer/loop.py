@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -79,6 +79,8 @@ def train(
     overwrite: bool = False,
     start: str | Path | None = None,
     segment: bool = False,
+    forget: Collection[str] = (),
+    until: int | None = None,
     loggers: Sequence[str] = (),
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
@@ -95,6 +97,9 @@ def train(
         its optimizer state and position in the data, under ``config``. Steps go on counting. The run knows
         its parent, what was converted and what was reset (attribute ``parent``)
     segment : ``out`` is the run that ``start`` belongs to, and goes on as a new segment of it
+    forget : parameters whose optimizer state begins anew although that of ``start`` would fit
+    until : stop after this step, on the way to ``config.steps``, which the schedule goes by; it is probed and
+        saved as the last one would be
     loggers : "trackio", "wandb", "tensorboard": where scalars are sent as well
     progress : told after every recorded step
     announce : told, before the first step, which parameters go to which optimizer, and of anything unusual
@@ -127,6 +132,8 @@ def train(
             overwrite=overwrite,
             origin=origin,
             segment=segment,
+            forget=forget,
+            until=until,
             loggers=loggers,
         )
         training.progress = progress
@@ -150,8 +157,11 @@ class Training:
         loggers: Sequence[str],
         origin: TrainingCheckpoint | None = None,
         segment: bool = False,
+        forget: Collection[str] = (),
+        until: int | None = None,
     ) -> None:
         self.config = config
+        self.last_step = config.steps if until is None else min(until, config.steps)
         self.rank, self.ranks = rank_of_all()
         check_ranks(config, self.ranks)
         self.device = device_of(config.device)
@@ -187,7 +197,7 @@ class Training:
         self.reference_ids = reference_tokens(held_out.tokens)
         if checkpoint is not None:
             self._restore(checkpoint)
-        self.origin = None if origin is None else self._start_from(origin)
+        self.origin = None if origin is None else self._start_from(origin, forget)
         self.is_fork = self.origin is not None and not segment
         self.recording = self._begin_recording(
             held_out,
@@ -241,7 +251,7 @@ class Training:
         recording = Recording(
             held_out,
             out=out,
-            every=due_steps(probe, self.config.steps, first=self.step if self.is_fork else None),
+            every=due_steps(probe, self.last_step, first=self.step if self.is_fork else None),
             on=probe.on,
             sites=probe.sites or None,
             estimators=probe.estimators or None,
@@ -274,10 +284,12 @@ class Training:
         self.data.load_state_dict(checkpoint.data)
         self.step = checkpoint.step
 
-    def _start_from(self, checkpoint: TrainingCheckpoint) -> Origin:
+    def _start_from(self, checkpoint: TrainingCheckpoint, forget: Collection[str]) -> Origin:
         self.step = checkpoint.step
         model = unwrap(self.model)
-        return start_from(checkpoint, model, self.optimizers, self.watch, self.data, self.config)
+        return start_from(
+            checkpoint, model, self.optimizers, self.watch, self.data, self.config, forget=forget
+        )
 
     def _tensors(self) -> dict[str, Any]:
         return {
@@ -314,7 +326,7 @@ class Training:
         if self.is_fork:
             self._save_now(self.step)  # so that --resume finds the weights that it began from
         with self.interruption:
-            while self.step < self.config.steps:
+            while self.step < self.last_step:
                 if self.recording.measures_passes_of(self.step + 1):
                     self._record(wait=True)  # it records while the step runs, and rows come in order
                 with memory_advice(self.config, self.device, self.ranks):
@@ -330,7 +342,7 @@ class Training:
 
     def _wants_host(self, step: int) -> bool:
         every = self.config.checkpoint.every
-        return self.recording.due(step) or step == self.config.steps or (every > 0 and step % every == 0)
+        return self.recording.due(step) or step == self.last_step or (every > 0 and step % every == 0)
 
     def _train_step(self, step: int) -> None:
         start = Clock(self.device)
@@ -422,7 +434,7 @@ class Training:
     def _save(self, step: int) -> None:
         self.checkpoints.poll()
         every = self.config.checkpoint.every
-        if every and step % every == 0 and step < self.config.steps:
+        if every and step % every == 0 and step < self.last_step:
             self._save_now(step, background=None)
 
     def _save_now(self, step: int, *, background: bool | None = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from osp_diag.trainer.checkpoint import (
     read_checkpoint,
 )
 from osp_diag.trainer.config import ModelConfig, TrainConfig
-from osp_diag.trainer.config_values import differences
+from osp_diag.trainer.config_values import as_dictionary, differences
 from osp_diag.trainer.data import TrainingData
 from osp_diag.trainer.divergence import Watch
 from osp_diag.trainer.optimizers import Optimizers
@@ -55,6 +55,7 @@ class Origin:
     checkpoint : name of the checkpoint's folder
     step : updates that its weights had
     changes : ``key: before → now`` of the configuration
+    config_before : the values that were changed, by dotted key
     converted : what became of weights that the new model holds otherwise, a sentence each
     reset : what begins anew, an entry each
     """
@@ -63,6 +64,7 @@ class Origin:
     checkpoint: str
     step: int
     changes: tuple[str, ...]
+    config_before: dict[str, Any]
     converted: tuple[str, ...]
     reset: tuple[str, ...]
 
@@ -137,6 +139,8 @@ def start_from(
     watch: Watch,
     data: TrainingData,
     config: TrainConfig,
+    *,
+    forget: Collection[str] = (),
 ) -> Origin:
     """Give a new training the weights of a checkpoint, and of everything else what fits it.
 
@@ -147,6 +151,7 @@ def start_from(
     Parameters
     ----------
     model : unwrapped, with weights of its own, sharded or not
+    forget : parameters whose optimizer state begins anew in any case
     config : the new one; its ``steps`` count from the checkpoint's training on
 
     Raises
@@ -167,16 +172,23 @@ def start_from(
     for name, value in weights.items():
         own[name].copy_(_placed(value, own[name]))
     reset = [f"weights: {name}" for name in shapes if name not in weights]
-    reset += _take_state(tensors, optimizers, renewed)
+    reset += _take_state(tensors, optimizers, renewed | set(forget))
     reset += _take_position(checkpoint, watch, data, tensors)
+    before = checkpoint.config
     return Origin(
         run=checkpoint.path.parent.stem,
         checkpoint=checkpoint.path.name,
         step=checkpoint.step,
-        changes=tuple(differences(checkpoint.config, config)),
+        changes=tuple(differences(before, config)),
+        config_before=_changed_values(before, config),
         converted=tuple(converted),
         reset=tuple(reset),
     )
+
+
+def _changed_values(before: TrainConfig, now: TrainConfig) -> dict[str, Any]:
+    old, new = as_dictionary(before), as_dictionary(now)
+    return {key: value for key, value in old.items() if new[key] != value}
 
 
 def converted_weights(

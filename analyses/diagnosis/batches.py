@@ -1,0 +1,118 @@
+"""What was trained on: single batches, and data that change for good, by what is recorded of every batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from osp_diag.analyses.diagnosis.case import Case
+from osp_diag.analyses.diagnosis.findings import Bracket, Finding
+
+__all__ = ["changed_batches"]
+
+
+class Share(NamedTuple):
+    """How a share of a batch is judged."""
+
+    least: float
+    """smallest difference from the usual that counts, whatever the spread"""
+    high: str
+    """what it means if it is above the usual"""
+    low: str
+    """and below"""
+
+
+SHARES: Mapping[str, Share] = {
+    "label_agreement": Share(0.02, "", "labels are not the next tokens"),
+    "repeated_sequence_share": Share(0.2, "sequences are repeated: one document or few", ""),
+    "commonest_token_share": Share(0.15, "one token makes up much of a batch", ""),
+    "repeated_bigram_share": Share(0.1, "the text repeats itself", "pairs of tokens repeat less: not text like before"),
+    "unique_token_share": Share(0.1, "more different tokens: not text like before (random tokens?)", "fewer different tokens"),
+}  # fmt: skip
+SPREADS = 8.0
+"""Robust standard deviations (1.4826 · median absolute deviation) beyond which a share is unusual."""
+LASTING = 5
+"""Unusual steps in a row, or up to the end, from which on it is the data and not a batch."""
+FEWEST = 8
+"""Usual steps that tell what is usual."""
+
+
+def changed_batches(case: Case) -> Iterator[Finding]:
+    """Batches that are unlike those before them."""
+    series = case.run.series
+    present = [name for name in SHARES if name in series]
+    if not present:
+        case.not_recorded.append("what the batches were: the run has no batch statistics")
+        return
+    steps = series["step"].values
+    unusual: dict[int, list[str]] = {}
+    for name in present:
+        values = series[name].values
+        for place, sentence in _unusual(values, SHARES[name]):
+            number = f"{name} {values[place]:.3g}"
+            unusual.setdefault(place, []).append(f"{sentence} ({number} at step {steps[place]})" if sentence else number)
+    recorded = np.flatnonzero(np.isfinite(series[present[0]].values))
+    findings = [_finding(case, steps, stretch, unusual, recorded) for stretch in _stretches(sorted(unusual), recorded)]
+    if not findings:
+        case.ruled_out.append("batches or labels that are unlike those before")
+    yield from findings
+
+
+def _unusual(values: np.ndarray, share: Share) -> Iterator[tuple[int, str]]:
+    """Places beyond what was usual up to there; what is unusual does not become the usual."""
+    usual: list[float] = []
+    for place in np.flatnonzero(np.isfinite(values)):
+        value = values[place]
+        if len(usual) < FEWEST:
+            fixed = 1.0 if share.low.startswith("labels") else None
+            if fixed is not None and value < fixed - share.least:
+                yield int(place), share.low
+                continue
+            usual.append(value)
+            continue
+        recent = usual[-64:]
+        middle = float(np.median(recent))
+        spread = 1.4826 * float(np.median(np.abs(np.array(recent) - middle)))
+        distance = value - middle
+        sentence = share.high if distance > 0 else share.low
+        if abs(distance) > max(SPREADS * spread, share.least) and sentence:
+            yield int(place), sentence
+        else:
+            usual.append(value)
+
+
+def _stretches(places: list[int], recorded: np.ndarray) -> Iterator[list[int]]:
+    """Runs of unusual rows; one usual row between two does not end a run."""
+    order = {int(row): number for number, row in enumerate(recorded)}
+    stretch: list[int] = []
+    for place in places:
+        if stretch and order.get(place, place) - order.get(stretch[-1], stretch[-1]) > 2:
+            yield stretch
+            stretch = []
+        stretch.append(place)
+    if stretch:
+        yield stretch
+
+
+def _finding(
+    case: Case, steps: np.ndarray, stretch: list[int], unusual: Mapping[int, list[str]], recorded: np.ndarray
+) -> Finding:
+    first, last = stretch[0], stretch[-1]
+    lasts = len(stretch) >= LASTING or (len(stretch) > 1 and last == recorded[-1])
+    earlier = [int(steps[row]) for row in recorded if row < first]
+    sentences = tuple(dict.fromkeys(unusual[first]))
+    main = sentences[0].partition(" (")[0]
+    count = f"{len(stretch)} batch{'es' if len(stretch) > 1 else ''}"
+    losses = case.run.series["loss"].values if "loss" in case.run.series else None
+    evidence = list(sentences)
+    if losses is not None and first > 0 and np.isfinite(losses[first - 1 : first + 1]).all():
+        evidence.append(f"training loss {losses[first - 1]:.3g} → {losses[first]:.3g}")
+    return Finding(
+        "data" if lasts else "batch",
+        f"data from step {steps[first]} on: {main}" if lasts else f"{count} at step {steps[first]}: {main}",
+        "proved",
+        Bracket(earlier[-1] if earlier else None, int(steps[first])),
+        tuple(evidence),
+    )

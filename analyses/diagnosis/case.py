@@ -1,0 +1,105 @@
+"""What all questions share: the run, its laboratory, what was healthy, and what has been said so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import xarray as xr
+
+from osp_diag.analyses.diagnosis.findings import Bracket, Finding
+from osp_diag.laboratory import CheckpointState, Laboratory, Replay
+from osp_diag.runs.run import Run
+
+__all__ = ["Case"]
+
+
+@dataclass
+class Case:
+    """A run under diagnosis.
+
+    Attributes
+    ----------
+    run, laboratory : None where its checkpoints cannot be read
+    against, its_laboratory : a good run to compare with
+    findings : so far
+    regression_bracket : where something got worse first; None where nothing did
+    is_raised : whether kurtosis is above its noise at the last probe
+    replay : the one that was made
+    ruled_out, not_recorded : sentences that the questions leave
+    """
+
+    run: Run
+    laboratory: Laboratory | None
+    against: Run | None = None
+    its_laboratory: Laboratory | None = None
+    findings: list[Finding] = field(default_factory=list)
+    regression_bracket: Bracket | None = None
+    is_raised: bool = False
+    replay: Replay | None = None
+    ruled_out: list[str] = field(default_factory=list)
+    not_recorded: list[str] = field(default_factory=list)
+
+    @cached_property
+    def checkpoints(self) -> tuple[CheckpointState, ...]:
+        """Those that are left, ascending."""
+        return () if self.laboratory is None else tuple(self.laboratory.checkpoints)
+
+    @cached_property
+    def pairs(self) -> list[tuple[CheckpointState, CheckpointState]]:
+        """Each checkpoint with the next one."""
+        return list(zip(self.checkpoints[:-1], self.checkpoints[1:], strict=True))
+
+    def changes(self, before: CheckpointState, after: CheckpointState) -> xr.Dataset:
+        """How far parameters moved between two checkpoints."""
+        assert self.laboratory is not None
+        key = (before.step, after.step)
+        if key not in self._changes:
+            self._changes[key] = self.laboratory.weight_changes(*key)
+        return self._changes[key]
+
+    @cached_property
+    def _changes(self) -> dict[tuple[int, int], xr.Dataset]:
+        return {}
+
+    def logged(self, name: str) -> xr.Dataset | None:
+        """A group of arrays by logged step; None where the run has none."""
+        return self.run.logged(name) if name in self.run.logged_groups else None
+
+    def checkpoint_up_to(self, step: int | None) -> CheckpointState | None:
+        """The last checkpoint at or before a step."""
+        early = [state for state in self.checkpoints if step is not None and state.step <= step]
+        return early[-1] if early else None
+
+    def checkpoint_after(self, step: int) -> CheckpointState | None:
+        """The first checkpoint beyond a step."""
+        return next((state for state in self.checkpoints if state.step > step), None)
+
+    def owners_differ(self, after_step: int) -> set[str]:
+        """Parameters whose optimizer is another after a step than before it."""
+        before, after = self.checkpoint_up_to(after_step), self.checkpoint_after(after_step)
+        if before is None or after is None:
+            return set()
+        return {name for name, owner in after.owners.items() if before.owners.get(name, owner) != owner}
+
+    def config_at(self, step: int) -> Mapping[str, Any]:
+        """The configuration under which a step was made."""
+        configs = [s.attributes.get("config") for s in self.run.segments if s.after_step < step]
+        return configs[-1] if configs and isinstance(configs[-1], Mapping) else {}
+
+    def explains(self, parameter: str, bracket: Bracket) -> bool:
+        """Whether a finding says already why this parameter moves otherwise within the bracket."""
+        return any(
+            finding.bracket is not None
+            and finding.bracket.bad > (bracket.good or 0)
+            and (finding.bracket.good or 0) < bracket.bad
+            and (parameter in finding.place.parameter or finding.family in ("learning_rate", "function"))
+            for finding in self.findings
+        )
+
+    @cached_property
+    def segment_brackets(self) -> list[Bracket]:
+        """Where the run went on under other conditions."""
+        return [Bracket(segment.after_step, segment.after_step + 1) for segment in self.run.segments[1:]]

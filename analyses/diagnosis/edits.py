@@ -1,0 +1,202 @@
+"""Question 4: were weights changed by something else than a step of training?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.analyses.diagnosis.case import Case
+from osp_diag.analyses.diagnosis.findings import Bracket, Confidence, Finding, Place
+from osp_diag.laboratory import CheckpointState, Counterfactual, Laboratory, WeightPart
+
+__all__ = ["edited_weights"]
+
+SKETCH = "weight_sketch"
+TIMES_USUAL = 6.0
+"""Times the largest move of the same parameter in its usual steps from which on a step's move is none of training.
+Eight projections tell the size of a move to a factor of about 1.5 either way."""
+USUAL_STEPS = 40
+FEWEST = 6
+LEAST_MOVE = 0.03
+"""Share of its own norm that an edited parameter moves at least."""
+FEW = 0.15
+"""Share of the parameters that may move so at once: beyond it a rate or the rule of the step is what changed."""
+ROW_FACTOR = 2.0
+"""Ratio of a row's norm to the median row's from which on checkpoints alone tell an edit; healthy rows: up to 1.8."""
+TIMES_HISTORY = 3.0
+"""The same against the pair of checkpoints before."""
+HALF_A_HEAD = 0.5
+
+
+@dataclass(frozen=True)
+class _Edit:
+    parameter: str
+    bracket: Bracket
+    evidence: tuple[str, ...]
+
+
+def edited_weights(case: Case) -> Iterator[Finding]:
+    """Parameters that jumped at one step, and rows that did between checkpoints; undone once to see what they do."""
+    edits: dict[str, _Edit] = {}
+    for edit in (*_jumps(case), *_rows(case)):
+        if not case.explains(edit.parameter, edit.bracket):
+            edits.setdefault(edit.parameter, edit)
+    findings = [_finding(case, edit) for edit in edits.values()]
+    if case.logged(SKETCH) is None and not case.pairs:
+        case.not_recorded.append("edits of weights: no weight sketch and fewer than two checkpoints")
+    elif not findings:
+        case.ruled_out.append("weights that something else than a step changed")
+    yield from findings
+
+
+def _jumps(case: Case) -> Iterator[_Edit]:
+    """Parameters whose projections jump in a step in which nearly all others move as usual."""
+    sketch = case.logged(SKETCH)
+    if sketch is None:
+        return
+    rates = _rates(case, sketch["step"].values)
+    steps, names = sketch["step"].values, sketch["parameter"].values
+    moves = _moves(sketch)
+    usual = np.where(np.isfinite(moves) & (rates[:, None] > 0), moves / rates[:, None], np.nan)
+    for row in range(1, len(steps)):
+        if not np.isfinite(moves[row]).any() or not rates[row] > 0:
+            continue
+        history = usual[max(0, row - USUAL_STEPS) : row]
+        counts = np.isfinite(history).sum(axis=0)
+        known = counts >= FEWEST
+        if not known.any():
+            continue
+        largest = np.nanmax(np.where(np.isfinite(history), history, 0.0), axis=0)
+        factor = np.divide(usual[row], largest, out=np.zeros_like(largest), where=largest > 0)
+        jumped = known & (factor > TIMES_USUAL) & (moves[row] > LEAST_MOVE)
+        if not jumped.any() or jumped.sum() > max(1, FEW * known.sum()):
+            continue
+        for place in np.flatnonzero(jumped):
+            text = (
+                f"at step {steps[row]} it moved by {moves[row][place]:.3g} of its norm, {factor[place]:.0f} times "
+                "as far as in any usual step"
+            )
+            norm = sketch["norm"].values[:, place]
+            text += f"; norm {norm[row - 1]:.4g} → {norm[row]:.4g}"
+            yield _Edit(str(names[place]), Bracket(int(steps[row - 1]), int(steps[row])), (text,))
+            usual[row, place] = np.nan  # an edit does not become the usual
+
+
+def _moves(sketch: xr.Dataset) -> np.ndarray:
+    """‖ΔW‖ / ‖W‖ of each step and parameter, estimated from the projections: their mean square is ‖ΔW‖²."""
+    projections = sketch["projection"].transpose("step", "parameter", "direction").values.astype(float)
+    norms = sketch["norm"].values.astype(float)
+    moved = np.full(norms.shape, np.nan)
+    moved[1:] = np.sqrt(np.mean(np.diff(projections, axis=0) ** 2, axis=2))
+    before = np.vstack([np.full(norms.shape[1], np.nan), norms[:-1]])
+    # Of a parameter that begins at zero no share can be told.
+    return np.divide(moved, before, out=np.full(norms.shape, np.nan), where=before > 0)
+
+
+def _rates(case: Case, steps: np.ndarray) -> np.ndarray:
+    series = case.run.series
+    if "learning_rate" not in series:
+        return np.ones(len(steps))
+    rates = series["learning_rate"].reindex(step=steps).values
+    return np.where(np.isfinite(rates), rates, 0.0)
+
+
+def _rows(case: Case) -> Iterator[_Edit]:
+    """Rows or columns whose ratio between two checkpoints is far from that of the others, and from the pair before."""
+    before: dict[str, float] = {}
+    for one, two in case.pairs:
+        table = case.changes(one, two)
+        kept_owner = {
+            name for name, owner in two.owners.items() if one.owners.get(name) == owner or name not in one.owners
+        }
+        now: dict[str, float] = {}
+        for name in table["parameter"].values:
+            row = table.sel(parameter=name)
+            deviation = max(float(row["row_deviation"]), float(row["column_deviation"]))
+            now[str(name)] = deviation
+            history = before.get(str(name))
+            outer = two.roles.get(str(name)) in ("embedding", "head")
+            if history is None or str(name) not in kept_owner or one.shapes.get(str(name)) != two.shapes.get(str(name)):
+                continue
+            threshold = max(math.log(ROW_FACTOR), TIMES_HISTORY * history)
+            few = float(row["rows_beyond"]) <= max(1.0, 0.02 * (two.shapes[str(name)] or (1,))[0]) or not outer
+            if deviation > threshold and few:
+                text = f"a row or column changed {math.exp(deviation):.1f}-fold against the others, {math.exp(history):.2f}-fold before"
+                yield _Edit(str(name), Bracket(one.step, two.step), (text,))
+        before = now
+
+
+def _finding(case: Case, edit: _Edit) -> Finding:
+    one = case.checkpoint_up_to(edit.bracket.good)
+    two = case.checkpoint_after(one.step) if one is not None else None
+    module = _module(edit.parameter)
+    family = "norm_gain" if edit.parameter.endswith("norm.weight") else "weight_edit"
+    if one is None or two is None or case.laboratory is None:
+        place = Place((edit.parameter,), layer=_layer(edit.parameter))
+        return Finding(family, f"{module} changed at once", "proved", edit.bracket, edit.evidence, place)
+    part, words, place = _part(case.laboratory, one, two, edit)
+    evidence, confidence = list(edit.evidence), "proved" if edit.bracket.bad - (edit.bracket.good or 0) <= 1 else "measured"
+    undone = case.laboratory.reverted(two.step, one.step, part)
+    evidence.append(_sentence(undone))
+    certain: Confidence = "proved" if confidence == "proved" else "measured"
+    return Finding(family, words, certain, edit.bracket, tuple(evidence), place)
+
+
+def _part(
+    laboratory: Laboratory, one: CheckpointState, two: CheckpointState, edit: _Edit
+) -> tuple[WeightPart, str, Place]:
+    """Which part of the parameter it is: rows, a head, columns, or all of it."""
+    name, module, layer = edit.parameter, _module(edit.parameter), _layer(edit.parameter)
+    row = laboratory.weight_changes(one.step, two.step).sel(parameter=name)
+    rows, columns = float(row["row_deviation"]), float(row["column_deviation"])
+    whole = abs(math.log(max(float(row["norm_ratio"]), 1e-12)))
+    vector = len(two.shapes.get(name, ())) < 2
+    if whole > max(rows, columns) and whole > math.log(1.3):
+        ratio = float(row["norm_ratio"])
+        return WeightPart(name, "all"), f"all of {module} × {ratio:.3g}", Place((name,), layer=layer)
+    axis = "row" if rows >= columns else "column"
+    indices, ratio = laboratory.changed_part(one.step, two.step, name, axis)
+    head = _head(name, axis, indices, two.head_size)
+    if head is not None:
+        rows_of_head = tuple(range(head * two.head_size, (head + 1) * two.head_size))
+        words = f"head {head} of {module} × about {ratio:.3g}"
+        return WeightPart(name, "row", rows_of_head), words, Place((name,), layer=layer, head=head, row=None)
+    top = int(row[axis])
+    ratio = float(row[f"{axis}_ratio"])
+    kind = "channel" if vector else axis
+    words = f"{kind} {top} of {module} × about {ratio:.3g}"
+    where = {"channel": top} if vector else {axis: top}
+    return WeightPart(name, axis, (top,)), words, Place((name,), layer=layer, **where)  # type: ignore[arg-type]
+
+
+def _head(name: str, axis: str, indices: tuple[int, ...], size: int) -> int | None:
+    """The head that most of the rows are in, if they are most of a head."""
+    if axis != "row" or not any(part in name for part in ("q_proj", "k_proj", "v_proj")):
+        return None
+    heads, counts = np.unique(np.array(indices) // size, return_counts=True)
+    best = int(counts.argmax())
+    within = counts[best] >= HALF_A_HEAD * size and counts[best] >= HALF_A_HEAD * len(indices)
+    return int(heads[best]) if within else None
+
+
+def _module(parameter: str) -> str:
+    module = parameter.removesuffix(".weight").rpartition(".")[2]
+    layer = _layer(parameter)
+    return module if layer is None else f"{module} of layer {layer}"
+
+
+def _layer(parameter: str) -> int | None:
+    parts = parameter.split(".")
+    numbers = [part for before, part in zip(parts[:-1], parts[1:], strict=True) if before == "layers"]
+    return int(numbers[0]) if numbers and numbers[0].isdigit() else None
+
+
+def _sentence(undone: Counterfactual) -> str:
+    return (
+        f"with {undone.edit}, the checkpoint of step {undone.step} has kurtosis {undone.kurtosis:.3g} in place of "
+        f"{undone.kurtosis_before:.3g}, and held-out loss {undone.loss:.4g} in place of {undone.loss_before:.4g}"
+    )

@@ -1,0 +1,106 @@
+"""Question 7: edits of a checkpoint and short trainings with one part put back, each beside its control."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from osp_diag.analyses.diagnosis.case import Case
+from osp_diag.analyses.diagnosis.findings import Bracket, Finding
+from osp_diag.analyses.diagnosis.recipe import RECIPE
+from osp_diag.analyses.diagnosis.when import kurtosis_by_step
+from osp_diag.laboratory import CheckpointState, Fork
+
+__all__ = ["experiments", "verified"]
+
+EDITS = ("clip_rows", "average_gains")
+LOSS_OF_A_REMEDY = 0.5
+"""Nats by which an edit may raise the loss and still count as one that removes outliers: rotations cost 1 to 2."""
+SHARE = 0.5
+"""Share of the rise over the control that a part has to take away to be named."""
+
+
+def experiments(case: Case, steps: int) -> Iterator[Finding]:
+    """What was measured about parts of the recipe, where nothing recorded explains a rise."""
+    proved = any(finding.confidence == "proved" for finding in case.findings)
+    if proved or case.laboratory is None or not case.is_raised or not case.checkpoints:
+        return
+    last = case.checkpoints[-1]
+    for edit in EDITS:
+        seen = case.laboratory.edited(last.step, edit)
+        case.ruled_out.append(
+            f"of step {last.step}, {seen.edit}: kurtosis {seen.kurtosis_before:.3g} → {seen.kurtosis:.3g}, "
+            f"held-out loss {seen.loss_before:.4g} → {seen.loss:.4g}"
+        )
+    start = _start(case, steps)
+    if start is None:
+        case.not_recorded.append(f"parts put back: no checkpoint has {steps} recorded steps after it")
+        return
+    yield from _parts_put_back(case, start, start.step + steps)
+
+
+def _start(case: Case, steps: int) -> CheckpointState | None:
+    """The last checkpoint before the onset, or the latest that leaves so many steps."""
+    last = int(case.run.steps[-1])
+    good = None if case.regression_bracket is None else case.regression_bracket.good
+    early = case.checkpoint_up_to(good)
+    return early if early is not None and early.step + steps <= last else case.checkpoint_up_to(last - steps)
+
+
+def _parts_put_back(case: Case, start: CheckpointState, until: int) -> Iterator[Finding]:
+    assert case.laboratory is not None
+    as_it_was = _kurtosis_at(case, until)
+    for key, (family, values, cause, _) in RECIPE.items():
+        now = start.config.get(key)
+        if key not in start.config or now in values:
+            continue
+        fork = case.laboratory.fork(start.step, until, f"with {key}={values[0]}", {key: values[0]})
+        control = case.laboratory.control(start.step, until, f"control of {key}", fork.reset)
+        text = (
+            f"from step {start.step} to {until}: {fork.label} {_ending(fork)}; control with the same optimizer "
+            f"states reset {_ending(control)}; as it was kurtosis {as_it_was:.3g}"
+        )
+        base = start_kurtosis(fork)
+        rise, left = control.kurtosis[-1] - base, fork.kurtosis[-1] - base
+        dearer = fork.held_out_loss[-1] - control.held_out_loss[-1]
+        if rise > 0 and left < (1 - SHARE) * rise and dearer < LOSS_OF_A_REMEDY:
+            yield Finding(family, cause, "measured", Bracket(None, 1), (text,))
+        else:
+            case.ruled_out.append(text)
+
+
+def start_kurtosis(fork: Fork) -> float:
+    """At the step that a fork began from."""
+    return fork.kurtosis[0]
+
+
+def _ending(fork: Fork) -> str:
+    return f"ends with kurtosis {fork.kurtosis[-1]:.3g} and held-out loss {fork.held_out_loss[-1]:.4g}"
+
+
+def _kurtosis_at(case: Case, step: int) -> float:
+    kurtosis = kurtosis_by_step(case)
+    return float("nan") if kurtosis is None else float(kurtosis.sel(step=step, method="nearest"))
+
+
+def verified(case: Case, finding: Finding, steps: int) -> Finding:
+    """The finding, its remedy tried from before the onset: kurtosis and loss beside what the run did."""
+    remedy = finding.remedy
+    if remedy is None or remedy.start is None or case.laboratory is None or finding.bracket is None:
+        return finding
+    until = remedy.start + steps
+    if until > int(case.run.steps[-1]):
+        until = int(case.run.steps[-1])
+    if until <= finding.bracket.bad - 1:
+        return replace(finding, remedy=replace(remedy, outcome="not tried: the run ends before the onset"))
+    fork = case.laboratory.fork(remedy.start, until, f"remedy of {finding.family}", remedy.changes)
+    was = _kurtosis_at(case, until)
+    series = case.run.series["held_out_loss"].dropna("step") if "held_out_loss" in case.run.series else None
+    loss = float("nan") if series is None or not series.size else float(series.sel(step=until, method="nearest"))
+    better = fork.kurtosis[-1] <= was * 1.1 or fork.kurtosis[-1] <= fork.kurtosis[0] * 1.25
+    good = better and not fork.held_out_loss[-1] > loss + 0.05
+    outcome = (
+        f"at step {until} kurtosis {fork.kurtosis[-1]:.3g} (the run had {was:.3g}), held-out loss "
+        f"{fork.held_out_loss[-1]:.4g} (the run had {loss:.4g})"
+    )
+    return replace(finding, remedy=replace(remedy, verified=bool(good), outcome=outcome))

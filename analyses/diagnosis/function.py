@@ -1,0 +1,102 @@
+"""Question 2: is the same function computed with the weights?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from osp_diag.analyses.diagnosis.case import Case
+from osp_diag.analyses.diagnosis.findings import Bracket, Finding
+from osp_diag.laboratory import CheckpointState
+
+__all__ = ["changed_function"]
+
+FAMILY_OF = {"norms": "norm_gain", "norm_scale": "norm_gain"}
+WORDS = {
+    "rotary_base": "base of the rotary frequencies (RoPE)",
+    "mask": "attention mask",
+    "attention": "kind of attention",
+    "norm_epsilon": "epsilon of the norms",
+    "norms": "kind of norm",
+    "norm_scale": "constant of the norms",
+}
+EXACT = 2e-5
+"""Difference of two losses up to which float32 on one kind of device computed the same; seen: 0 to 1e-6."""
+OTHERWISE = 5e-3
+"""The same of bfloat16, or of a run that was trained on another device."""
+MOST = 8
+"""Checkpoints whose loss is computed again; a forward pass each."""
+
+
+def changed_function(case: Case) -> Iterator[Finding]:
+    """Constants that changed between checkpoints, and losses that today's code does not reproduce."""
+    if case.laboratory is None:
+        return
+    recorded = [state for state in case.checkpoints if state.function]
+    if not recorded:
+        case.not_recorded.append("the function that the weights are of: no checkpoint holds its constants and loss")
+        return
+    findings = list(_constants(case, recorded))
+    findings += _losses(case, recorded, explained=bool(findings))
+    if not findings:
+        case.ruled_out.append("another function is computed with the weights")
+    yield from findings
+
+
+def _constants(case: Case, recorded: list[CheckpointState]) -> Iterator[Finding]:
+    pairs = [(Bracket(a.step, b.step), a, b) for a, b in zip(recorded[:-1], recorded[1:], strict=True)]
+    if case.its_laboratory is not None:
+        good = [state for state in case.its_laboratory.checkpoints if state.function]
+        if good:
+            pairs.insert(0, (Bracket(None, recorded[0].step), good[0], recorded[0]))
+    for bracket, one, two in pairs:
+        old, new = _of(one), _of(two)
+        for key, now in new.items():
+            before = old.get(key)
+            if key in old and before != now:
+                yield Finding(
+                    FAMILY_OF.get(key, "function"),
+                    f"{WORDS.get(key, key)}: {_brief(before)} → {_brief(now)}",
+                    "proved",
+                    bracket,
+                    (f"read off the model that was built, at {one.path.name} and {two.path.name}",),
+                )
+
+
+def _of(state: CheckpointState) -> Mapping[str, Any]:
+    constants = (state.function or {}).get("constants")
+    return constants if isinstance(constants, Mapping) else {}
+
+
+def _brief(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _losses(case: Case, recorded: list[CheckpointState], *, explained: bool) -> list[Finding]:
+    assert case.laboratory is not None
+    steps = [state.step for state in recorded]
+    if len(steps) > MOST:
+        chosen = {round(place * (len(steps) - 1) / (MOST - 1)) for place in range(MOST)}
+        steps = [step for place, step in enumerate(steps) if place in chosen]
+    records = case.laboratory.functions(steps)
+    exact = case.config_at(steps[-1]).get("dtype") == "float32" and case.run.attrs.get("device") == "cpu"
+    tolerance = EXACT if exact else OTHERWISE
+    wrong = [r for r in records if not abs(r.loss_now - r.recorded_loss) <= tolerance * max(1.0, r.recorded_loss)]
+    if not wrong or explained:
+        return []
+    right = [record.step for record in records if record not in wrong]
+    before = [step for step in right if step < wrong[0].step]
+    text = (
+        f"the weights of step {wrong[0].step} have a loss of {wrong[0].loss_now:.6g} under today's code, and had "
+        f"{wrong[0].recorded_loss:.6g}; up to {tolerance:g} is rounding"
+    )
+    where = f"reproduced: steps {', '.join(map(str, right))}" if right else "no checkpoint's loss is reproduced"
+    return [
+        Finding(
+            "function",
+            "another function was computed with these weights than today's code computes",
+            "proved",
+            Bracket(before[-1] if before else None, wrong[0].step),
+            (text, where),
+        )
+    ]

@@ -1,0 +1,135 @@
+"""Question 5: the steps after the last good checkpoint once more; where the run parts from them, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.analyses.diagnosis.case import Case
+from osp_diag.analyses.diagnosis.findings import Bracket, Confidence, Finding, Place
+from osp_diag.laboratory import Replay
+
+__all__ = ["AFFORDABLE", "replayed", "replay_steps"]
+
+AFFORDABLE = 15.0
+"""Seconds that a replay may take without being asked for."""
+ALIKE = 1e-6
+"""Relative difference of losses that float32 on a CPU never has between the same steps."""
+NOISE = 2e-3
+"""The same of a GPU or of bfloat16, where sums are not made in one order."""
+SAME_RULE = 0.02
+"""Residual of the fit Δ ≈ a · Δreplay + b · W up to which the rule of the step is the same."""
+LEAST_FACTOR = 0.02
+LEAST_DECAY = 1e-6
+
+
+def replay_steps(case: Case, most: int | None) -> tuple[int, int] | None:
+    """(checkpoint, last step) of a replay that is worth its time; None where there is none.
+
+    Parameters
+    ----------
+    most : steps that were allowed; None: what takes no longer than :data:`AFFORDABLE`
+    """
+    if case.laboratory is None or not case.checkpoints or case.regression_bracket is None:
+        return None
+    start = case.checkpoint_up_to(case.regression_bracket.good)
+    if start is None:
+        return None
+    last = case.checkpoint_after(start.step)
+    until = case.regression_bracket.bad if last is None else max(last.step, case.regression_bracket.bad)
+    if most is not None:
+        return (start.step, min(until, start.step + most)) if most > 0 else None
+    seconds = case.laboratory.seconds_per_step()
+    if seconds is None:
+        return None
+    steps = min(until - start.step, int(AFFORDABLE / seconds))
+    return (start.step, start.step + steps) if steps > 0 else None
+
+
+def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
+    """What a replay says, unless the earlier questions proved a cause within the bracket."""
+    bracket = case.regression_bracket
+    plan = replay_steps(case, most)
+    if plan is None:
+        if bracket is not None:
+            case.not_recorded.append("a replay was not made: no checkpoint before the onset, or --replay allows too few steps")
+        return
+    known = any(
+        finding.confidence == "proved" and finding.bracket is not None and finding.bracket.bad <= bracket.bad
+        for finding in case.findings
+    )  # type: ignore[union-attr]
+    if known and most is None:
+        return
+    assert case.laboratory is not None
+    replay = case.laboratory.replay(*plan)
+    case.replay = replay
+    findings = list(_judged(case, replay))
+    if not findings:
+        case.ruled_out.append(
+            f"steps {plan[0] + 1} to {plan[1]} as their checkpoint has them give the same losses and weights again"
+        )
+    yield from findings
+
+
+def _judged(case: Case, replay: Replay) -> Iterator[Finding]:
+    table = replay.steps
+    exact = case.config_at(replay.start + 1).get("dtype") == "float32" and case.run.attrs.get("device") == "cpu"
+    confidence: Confidence = "proved" if exact else "measured"
+    tolerance = ALIKE if exact else NOISE
+    steps = table["step"].values
+    off = np.abs(table["replayed_loss"].values - table["loss"].values) > tolerance * np.abs(table["loss"].values)
+    batch = _first(table["batch_agrees"].values == 0)
+    loss = _first(off)
+    weights = _first(table["weights_agree"].values < 1)
+    if batch is not None and (loss is None or batch <= loss):
+        yield Finding(
+            "data", "another batch than the data give at that step", confidence, _at(steps, batch, replay),
+            (f"the hash of the batch at step {steps[batch]} is another than in the replay",),
+        )  # fmt: skip
+        return
+    if weights is not None and (loss is None or weights < loss) and exact and replay.parameters is not None:
+        yield from _rule(replay.parameters, _at(steps, weights, replay), int(steps[weights]))
+        return
+    if loss is not None:
+        text = f"loss {table['loss'].values[loss]:.6g} at step {steps[loss]}, and {table['replayed_loss'].values[loss]:.6g} in the replay"
+        known = bool(np.isfinite(table["batch_agrees"].values[loss]))
+        family = "function" if known else "data"
+        cause = "the same batch and weights gave another loss" if known else "another loss: batch or function"
+        yield Finding(family, cause, confidence if known else "consistent with", _at(steps, loss, replay), (text,))
+
+
+def _rule(parameters: xr.Dataset, bracket: Bracket, step: int) -> Iterator[Finding]:
+    """What the fit of every parameter's step says: a factor, a decay, other owners, rounding."""
+    same = parameters["is_same"].values
+    others = parameters.isel(parameter=~same)
+    names = tuple(str(name) for name in others["parameter"].values)
+    factors, decays = others["step_factor"].values, others["decay"].values
+    fits = others["residual"].values < SAME_RULE
+    share = f"{int(same.sum())} of {same.size} parameters are the same to the bit at step {step}"
+    factor, decay = float(np.median(factors)), float(np.median(decays))
+    text = f"{share}; of the others Δ ≈ {factor:.4g} · Δreplay − {decay:.3g} · W (medians)"
+    if fits.mean() > 0.8 and abs(factor - 1) > LEAST_FACTOR:
+        yield Finding("learning_rate", f"learning rate × {factor:.3g}", "proved", bracket, (text,), Place(names))
+    elif fits.mean() > 0.8 and abs(decay) > LEAST_DECAY:
+        cause = "more weight decay" if decay > 0 else "less weight decay, or none"
+        yield Finding("weight_decay", f"{cause} than configured", "proved", bracket, (text,), Place(names))
+    elif len(names) <= max(1, 0.1 * same.size):
+        cause = f"{', '.join(names[:3])} changed by something else than the step"
+        yield Finding("weight_edit", cause, "proved", bracket, (text,), Place(names))
+    elif same.any():
+        yield Finding(
+            "optimizer_routing", f"another rule moves {len(names)} parameters", "measured", bracket, (text,), Place(names)
+        )  # fmt: skip
+    else:
+        yield Finding("precision", "every step is rounded otherwise", "consistent with", bracket, (text,))
+
+
+def _first(rows: np.ndarray) -> int | None:
+    places = np.flatnonzero(rows)
+    return int(places[0]) if places.size else None
+
+
+def _at(steps: np.ndarray, place: int, replay: Replay) -> Bracket:
+    return Bracket(int(steps[place - 1]) if place else replay.start, int(steps[place]))

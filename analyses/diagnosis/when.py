@@ -1,0 +1,90 @@
+"""Question 1: did anything get worse, and between which steps?"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.analyses.diagnosis.case import Case
+from osp_diag.analyses.diagnosis.findings import Bracket
+from osp_diag.analyses.summary.rules import NEAR_GAUSSIAN
+from osp_diag.runs.headline import hidden_states
+from osp_diag.schema import HIDDEN_STATES
+
+__all__ = ["Regression", "is_raised", "kurtosis_by_step", "regression_of"]
+
+RISEN = 1.25
+"""Times the largest earlier kurtosis from which on it has risen; healthy runs wobble by a tenth."""
+LOSS = 0.3
+"""Nats by which held-out loss lies above its lowest so far from which on it has risen."""
+
+
+class Regression(NamedTuple):
+    """What got worse, a sentence each, and between which probes it was first seen."""
+
+    sentences: tuple[str, ...]
+    bracket: Bracket | None
+
+
+def kurtosis_by_step(case: Case) -> xr.DataArray | None:
+    """Mean OSP kurtosis of the hidden states, all tokens, at the probes that have it."""
+    run = case.run
+    sites = {site: run.at(site) for site in HIDDEN_STATES if site in run.sites}
+    states = hidden_states(sites, run.declared_absent).states
+    if not states:
+        return None
+    parts = [state.sel(stratum="all").drop_vars(["layer", "stratum"], errors="ignore") for state in states]
+    return xr.concat(parts, "state", coords="minimal", compat="override").mean("state", skipna=False).dropna("step")
+
+
+def regression_of(case: Case) -> Regression:
+    """Kurtosis and held-out loss against their own past, and against the noise floor."""
+    sentences, brackets = [], []
+    kurtosis = kurtosis_by_step(case)
+    if kurtosis is not None and kurtosis.sizes["step"] > 1:
+        floor = _floor(case)
+        bad = _first_above(kurtosis.values, RISEN, NEAR_GAUSSIAN * floor)
+        if bad is not None:
+            bracket = _bracket(kurtosis["step"].values, bad)
+            top = kurtosis.values[bad:].max()
+            sentences.append(
+                f"kurtosis {kurtosis.values[:bad].max():.3g} → {top:.3g} ({bracket}); noise has {floor:.3g}"
+            )
+            brackets.append(bracket)
+    series = case.run.series
+    if "held_out_loss" in series:
+        losses = series["held_out_loss"].dropna("step")
+        lowest = np.minimum.accumulate(losses.values) if losses.size else losses.values
+        risen = np.flatnonzero(losses.values[1:] > lowest[:-1] + LOSS)
+        if risen.size:
+            bad = int(risen[0]) + 1
+            bracket = _bracket(losses["step"].values, bad)
+            sentences.append(f"held-out loss {lowest[bad - 1]:.3g} → {losses.values[bad:].max():.3g} ({bracket})")
+            brackets.append(bracket)
+    brackets.sort(key=lambda bracket: bracket.bad)
+    return Regression(tuple(sentences), brackets[0] if brackets else None)
+
+
+def _floor(case: Case) -> float:
+    floors = [case.run.at(s)["osp_excess_kurtosis"].attrs.get("floor") for s in HIDDEN_STATES if s in case.run.sites]
+    numbers = [float(floor) for floor in floors if isinstance(floor, (int, float))]
+    return max(numbers) if numbers else 0.0
+
+
+def _first_above(values: np.ndarray, times: float, least: float) -> int | None:
+    """The first place that is above ``least`` and above ``times`` the largest value before it."""
+    before = np.maximum.accumulate(values)[:-1]
+    above = np.flatnonzero((values[1:] > times * before) & (values[1:] > least))
+    return int(above[0]) + 1 if above.size else None
+
+
+def _bracket(steps: np.ndarray, bad: int) -> Bracket:
+    return Bracket(int(steps[bad - 1]), int(steps[bad]))
+
+
+def is_raised(case: Case) -> bool:
+    """Whether kurtosis is above its noise at the last probe."""
+    kurtosis = kurtosis_by_step(case)
+    return kurtosis is not None and kurtosis.size > 0 and float(kurtosis[-1]) > NEAR_GAUSSIAN * _floor(case)

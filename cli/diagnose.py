@@ -1,0 +1,62 @@
+"""``osp-diag diagnose``: when outliers rose, where, why, and what to do."""
+
+from __future__ import annotations
+
+import json as json_format
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+VERB = "diagnose"
+HELP = "say when outliers or the loss rose, where, why, and what to do"
+
+RunPath = Annotated[Path, tyro.conf.arg(metavar="RUN")]
+
+
+def run(
+    path: RunPath,
+    /,
+    *,
+    against: Path | None = None,
+    replay: int | None = None,
+    verify: int = 0,
+    json: bool = False,
+) -> int:
+    """Find out what went wrong in a training, from its run and the checkpoints beside it.
+
+    Asked in this order: when; whether configuration, optimizers, function, batches, precision or weights
+    changed; a replay from the last good checkpoint; where, and who wrote it; and with --replay, if all that is
+    silent, short trainings with a part of the recipe put back, each beside a control. Every finding is proved,
+    measured, or consistent with what is recorded. The run is only read.
+
+    Args:
+        path: the run of a training.
+        against: a good run; what it has otherwise counts as right.
+        replay: steps that may be trained again for it; by default a replay that takes seconds, 0 for none.
+        verify: try every remedy for so many steps from before the onset.
+        json: print the diagnosis as JSON.
+
+    Examples:
+        osp-diag diagnose osp.zarr
+        osp-diag diagnose osp.zarr --against healthy.zarr
+        osp-diag diagnose osp.zarr --replay 30 --verify 30
+    """
+    from osp_diag.analyses import diagnose
+    from osp_diag.cli.train_progress import shown_steps
+    from osp_diag.runs.run import open_run
+    from osp_diag.trainer.laboratory import laboratory
+
+    opened = open_run(path)
+    good = None if against is None else open_run(against)
+    with shown_steps() as progress:
+        diagnosis = diagnose(
+            opened,
+            laboratory(opened, progress),
+            against=good,
+            its_laboratory=None if good is None else laboratory(good),
+            replay=replay,
+            verify=verify,
+        )
+    print(json_format.dumps(diagnosis.as_dict()) if json else str(diagnosis))
+    return 0

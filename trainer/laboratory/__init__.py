@@ -1,0 +1,6 @@
+"""A training's checkpoints read and its steps made again, for a diagnosis: ``osp_diag.laboratory`` says what."""
+
+from osp_diag.trainer.laboratory.laboratory import TrainingLaboratory, laboratory
+from osp_diag.trainer.laboratory.weight_changes import weight_changes
+
+__all__ = ["TrainingLaboratory", "laboratory", "weight_changes"]

@@ -1,0 +1,123 @@
+"""How far parameters moved between two checkpoints, and which of their rows and columns did not move with the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import xarray as xr
+from torch import Tensor
+
+__all__ = ["weight_changes"]
+
+VARIABLES = {
+    "distance": ("1", "‖W₁ − W₀‖_F / ‖W₀‖_F"),
+    "norm_ratio": ("1", "‖W₁‖_F / ‖W₀‖_F"),
+    "row_deviation": ("1", "largest |ln r_i − median ln r|, r_i = ‖row i of W₁‖ / ‖row i of W₀‖; of a vector its entries"),
+    "row": ("row", "the row of that deviation"),
+    "row_ratio": ("1", "its r_i over the median r"),
+    "rows_beyond": ("rows", "rows of more than half of that deviation"),
+    "column_deviation": ("1", "the same of columns; 0 of a vector"),
+    "column": ("column", "the column of that deviation"),
+    "column_ratio": ("1", "its ratio over the median one"),
+    "columns_beyond": ("columns", "columns of more than half of that deviation"),
+    "flatness": ("1", "participation ratio of the squared singular values of W₁ − W₀ over their number: near 1 if all are equal, as Muon makes them"),
+    "bfloat16_share": ("1", "share of the entries of W₁ that are bfloat16 numbers"),
+}  # fmt: skip
+
+LARGEST_SIDE = 8192
+"""Of matrices whose singular values are asked for: the product costs this cubed."""
+
+
+@torch.no_grad()
+def weight_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> xr.Dataset:
+    """What changed in every parameter that both have; a gain that was one number counts as even over channels.
+
+    Parameters
+    ----------
+    before, after : parameter → weights, W₀ and W₁
+
+    Returns
+    -------
+    Dataset (parameter) of :data:`VARIABLES`, and ``row_ratios``, an object array of each parameter's ln r_i − median
+    """
+    shared = [name for name in before if name in after and _fits(before[name], after[name])]
+    columns: dict[str, list[float]] = {name: [] for name in VARIABLES}
+    for name in shared:
+        for key, value in _change(before[name].float(), after[name].float()).items():
+            columns[key].append(value)
+    return xr.Dataset(
+        {
+            name: ("parameter", np.array(columns[name]), {"units": units, "definition": definition})
+            for name, (units, definition) in VARIABLES.items()
+        },
+        coords={"parameter": shared},
+    )
+
+
+def rows_that_deviate(before: Tensor, after: Tensor, axis: str) -> tuple[tuple[int, ...], float]:
+    """(indices of the rows or columns beyond half of the largest deviation, median of their ratios)."""
+    one, two = (
+        value if axis == "row" else value.T for value in (_matrix(before, after), _matrix(after, after))
+    )
+    logarithms = _logarithms(one, two)
+    deviation = logarithms.abs()
+    beyond = torch.nonzero(deviation > deviation.max() / 2).flatten()
+    return tuple(beyond.tolist()), float(logarithms[beyond].median().exp())
+
+
+def _fits(before: Tensor, after: Tensor) -> bool:
+    return before.shape == after.shape or (before.numel() == 1 and after.ndim == 1)
+
+
+def _matrix(value: Tensor, like: Tensor) -> Tensor:
+    value = value.float()
+    value = value.expand(like.shape) if value.shape != like.shape else value
+    return value.reshape(value.shape[0], -1) if value.ndim else value.reshape(1, 1)
+
+
+def _change(before: Tensor, after: Tensor) -> dict[str, float]:
+    one, two = _matrix(before, after), _matrix(after, after)
+    size = one.norm()
+    difference = two - one
+    rows = _deviation(one, two)
+    columns = _deviation(one.T, two.T) if one.shape[1] > 1 else (0.0, -1.0, 1.0, 0.0)
+    return {
+        "distance": float(difference.norm() / size),
+        "norm_ratio": float(two.norm() / size),
+        **dict(zip(("row_deviation", "row", "row_ratio", "rows_beyond"), rows, strict=True)),
+        **dict(zip(("column_deviation", "column", "column_ratio", "columns_beyond"), columns, strict=True)),
+        "flatness": _flatness(difference),
+        "bfloat16_share": float((after == after.bfloat16()).float().mean()),
+    }
+
+
+def _logarithms(one: Tensor, two: Tensor) -> Tensor:
+    """ln of the ratios of the rows' norms, less their median; 0 of rows that are zero before or after."""
+    lengths, now = one.norm(dim=1), two.norm(dim=1)
+    valid = (lengths > 0) & (now > 0)
+    logarithms = torch.where(valid, (now / lengths.clamp(min=1e-30)).clamp(min=1e-30).log(), 0.0)
+    return torch.where(valid, logarithms - logarithms[valid].median() if valid.any() else 0.0, 0.0)
+
+
+def _deviation(one: Tensor, two: Tensor) -> tuple[float, float, float, float]:
+    if len(one) < 2:
+        return 0.0, -1.0, 1.0, 0.0
+    logarithms = _logarithms(one, two)
+    place = int(logarithms.abs().argmax())
+    largest = float(logarithms[place].abs())
+    beyond = float((logarithms.abs() > largest / 2).sum()) if largest else 0.0
+    return largest, float(place), float(logarithms[place].exp()), beyond
+
+
+def _flatness(difference: Tensor) -> float:
+    """(Σσ²)² / Σσ⁴ / n: Σσ⁴ is the squared norm of ΔᵀΔ, so no singular value is computed."""
+    side = min(difference.shape)
+    if side < 2 or max(difference.shape) > LARGEST_SIDE:
+        return float("nan")
+    short = difference if difference.shape[0] <= difference.shape[1] else difference.T
+    gram = short @ short.T
+    total = float(gram.diagonal().sum())
+    return total**2 / (float(gram.square().sum()) * side) if total else float("nan")
