@@ -79,6 +79,7 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
     changed[0, -1] = (changed[0, -1] + 1) % inner.config.vocabulary_size
     others = _logits(inner, changed)
     norms = {name: module for name, module in inner.named_modules() if hasattr(module, "epsilon")}
+    without_gain = {name: norm for name, norm in norms.items() if not list(norm.parameters())}
     kinds = {type(module).__name__.removeprefix("FSDP") for module in norms.values()}
     return {
         "rotary_base": _rotary_base(seen[0]),
@@ -86,9 +87,7 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
         "attention": sorted({module.kind for module in inner.modules() if isinstance(module, Attention)}),
         "norms": sorted(kinds),
         "norm_epsilon": _by_place({name: float(module.epsilon) for name, module in norms.items()}),
-        "norm_scale": _by_place(
-            {n: float(module.scale) for n, module in norms.items() if not any(module.parameters())}
-        ),
+        "norm_scale": _by_place({name: float(norm.scale) for name, norm in without_gain.items()}),
     }
 
 
