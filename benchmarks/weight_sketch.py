@@ -1,7 +1,7 @@
 """What the records of a logged step cost, beside the step: the weight sketch, and the counts of its batch.
 
-One model, trained on random tokens; a step and each of the records take turns, so that the machine's load falls
-on all alike. Times are medians over rounds. Run it with
+One model and random tokens; a step and each of the records take turns, so that the machine's load falls on
+all alike. Times are medians over rounds. Run it with
 
     python benchmarks/weight_sketch.py                             # the shape that suits the machine
     python benchmarks/weight_sketch.py --shape llama-1.4b --rounds 8 --out sketch.json
@@ -70,10 +70,10 @@ def report(numbers: dict[str, Any]) -> None:
     for name, value in seconds.items():
         print(f"| {numbers['names'][name]} | {value * 1e3:.2f} |")
     step = numbers["passes"] * seconds["pass"] + seconds["update"]
+    share = seconds["sketch"] / step
     print(
-        f"\na step of {numbers['step_tokens']:,} tokens: {step * 1e3:.1f} ms; a sketch is "
-        f"{seconds['sketch'] / step:.3%} of it, every {period} steps {seconds['sketch'] / step / period:.3%}; "
-        f"the counts of its batch are {seconds['batch'] / step:.3%}"
+        f"\na step of {numbers['step_tokens']:,} tokens: {step * 1e3:.1f} ms; a sketch is {share:.3%} of it, "
+        f"every {period} steps {share / period:.3%}; the counts of its batch are {seconds['batch'] / step:.3%}"
     )
 
 

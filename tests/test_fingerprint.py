@@ -63,7 +63,11 @@ def test_constants_are_observed_and_leave_the_model_as_it_was():
     model = Llama(minute(**changes).model)
     constants = function_constants(model)
     assert constants["rotary_base"] == 500_000.0
-    assert (constants["mask"], constants["attention"], constants["norms"]) == ("causal", ["gated"], ["SRMSNorm"])
+    assert (constants["mask"], constants["attention"], constants["norms"]) == (
+        "causal",
+        ["gated"],
+        ["SRMSNorm"],
+    )
     assert set(constants["norm_scale"].values()) == {1.0}
     assert model.training
     assert not model.blocks[0]._forward_pre_hooks

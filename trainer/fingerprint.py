@@ -43,7 +43,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def code_fingerprint() -> str:
-    """SHA-256 of the sources of the model and the optimizers, and of torch's version; 64 hexadecimal digits."""
+    """SHA-256 of the sources of model and optimizers and of torch's version, in 64 hexadecimal digits."""
     digest = hashlib.sha256(torch.__version__.encode())
     for package in (model_package, optimizers_package):
         for path in sorted(Path(next(iter(package.__path__))).glob("*.py")):
@@ -66,6 +66,7 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
         ``norm_epsilon`` and ``norm_scale`` (module → value; the scale of norms without a gain)
     """
     inner = unwrap(model)
+    assert isinstance(inner, model_package.Llama)
     device = next(inner.parameters()).device
     ids = torch.arange(_PROBED, device=device)[None] % inner.config.vocabulary_size
     seen: list[Rotation] = []
@@ -123,8 +124,13 @@ def reference_loss(
 def function_record(
     model: nn.Module, ids: Int[Tensor, "sequence position"], autocast: Autocast = nullcontext
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of the function: ``code``, ``torch``, ``constants``, ``reference_loss``, and the
-    tokens of that, ``reference_ids``. A loss that is not finite is None."""
+    """What a checkpoint keeps of the function.
+
+    Returns
+    -------
+    dict : ``code``, ``torch`` (its version), ``constants``, ``reference_loss`` (None if it is not finite) and
+        its tokens, ``reference_ids``
+    """
     loss = reference_loss(model, ids, autocast)
     return {
         "code": code_fingerprint(),

@@ -250,9 +250,7 @@ class GrowingAxis:
             path
             for path, array in self.arrays.items()
             if path != self.labels_path
-            and array.is_empty(
-                root / path, len(self.settled), self._last_of(path), has_gaps=self.open_end
-            )
+            and array.is_empty(root / path, len(self.settled), self._last_of(path), has_gaps=self.open_end)
         ]
 
     def _last_of(self, path: str) -> list[np.ndarray]:
