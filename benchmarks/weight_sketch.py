@@ -73,7 +73,8 @@ def report(numbers: dict[str, Any]) -> None:
     share = seconds["sketch"] / step
     print(
         f"\na step of {numbers['step_tokens']:,} tokens: {step * 1e3:.1f} ms; a sketch is {share:.3%} of it, "
-        f"every {period} steps {share / period:.3%}; the counts of its batch are {seconds['batch'] / step:.3%}"
+        f"every {period} steps {share / period:.3%}; the counts of its batch are "
+        f"{seconds['batch'] / step:.3%}"
     )
 
 
