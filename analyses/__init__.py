@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from osp_diag.analyses.channels.comparison import compare_channels
     from osp_diag.analyses.channels.hot import hot_channels
     from osp_diag.analyses.emergence.history import trace_emergence
+    from osp_diag.analyses.diagnosis.diagnose import diagnose
     from osp_diag.analyses.few_bits import comparable_results, perplexity_at
     from osp_diag.analyses.sinks.implementation import sink_emergence, sink_implementation
     from osp_diag.analyses.summary.protocol_comparison import compare_protocols
@@ -31,6 +32,7 @@ __all__ = [
     "comparable_results",
     "compare_channels",
     "compare_protocols",
+    "diagnose",
     "hot_channels",
     "perplexity_at",
     "sink_emergence",
@@ -48,6 +50,7 @@ __getattr__, __dir__ = lazy_names(
         "comparable_results": "osp_diag.analyses.few_bits",
         "compare_channels": "osp_diag.analyses.channels.comparison",
         "compare_protocols": "osp_diag.analyses.summary.protocol_comparison",
+        "diagnose": "osp_diag.analyses.diagnosis.diagnose",
         "trace_emergence": "osp_diag.analyses.emergence.history",
         "hot_channels": "osp_diag.analyses.channels.hot",
         "perplexity_at": "osp_diag.analyses.few_bits",

@@ -15,7 +15,7 @@ from osp_diag.terminal import printable, unfiltered
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
 
-__all__ = ["outcome", "shown_progress"]
+__all__ = ["outcome", "shown_progress", "shown_steps"]
 
 Told = Callable[[int, int, Mapping[str, float]], None]
 
@@ -52,6 +52,23 @@ def shown_progress() -> Iterator[tuple[Told | None, Callable[[str], None]]]:
             bar.update(task, completed=done, total=total, numbers=numbers)
 
         yield told, lambda text: bar.console.print(printable(text), markup=False, highlight=False)
+
+
+@contextmanager
+def shown_steps() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar of (what, steps done, steps in all) where standard error is a terminal; None elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress as Bar
+
+    console = Console(file=unfiltered(sys.stderr))
+    if not console.is_terminal:
+        yield None
+        return
+    with Bar(console=console, transient=True) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(
+            task, description=printable(what), completed=done, total=total
+        )
 
 
 def outcome(run: Run) -> dict[str, float]:

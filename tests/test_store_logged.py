@@ -93,15 +93,15 @@ def test_what_does_not_fit_is_refused_and_nothing_is_recorded(path: Path) -> Non
         assert "coordinate series/weight_sketch/parameter is ['q_proj', 'gain']" in str(caught.value)
         with pytest.raises(StoreError, match="give floats, since steps without it read NaN"):
             writer.append_logged(2, {"ages": xr.Dataset({"age": ("parameter", [1, 2])})})
-        with pytest.raises(StoreError, match="'series/loss' .*is a series of scalars"):
+        with pytest.raises(StoreError, match=r"'series/loss' .*is a series of scalars"):
             writer.append_logged(2, {"loss": sketch(2)})
-        with pytest.raises(StoreError, match="'series/weight_sketch' .*is a group of arrays"):
+        with pytest.raises(StoreError, match=r"'series/weight_sketch' .*is a group of arrays"):
             writer.append_series(2, {"weight_sketch": 1.0})
         with pytest.raises(StoreError, match="record them with append_series, and arrays beside them"):
             writer.append(0, {"series/weight_sketch": sketch(0)})
     run = open_run(path)
     assert_sketches(run.logged("weight_sketch"), [1], [1])
-    with pytest.raises(MissingError, match="has no logged group 'weight_sketches'.*weight_sketch"):
+    with pytest.raises(MissingError, match=r"has no logged group 'weight_sketches'.*weight_sketch"):
         run.logged("weight_sketches")
 
 

@@ -263,6 +263,17 @@ def test_what_is_read_late_is_the_same(whole, lagging, tmp_path):
     assert_same_run(tmp_path / "run.zarr", whole)
 
 
+def test_an_interruption_that_is_noticed_late_loses_no_row(whole, lagging, tmp_path):
+    out = tmp_path / "run.zarr"
+    config = minute(steps=10, probe__every=10, checkpoint__every=10, probe__sites=("embedding",))
+    train(config, tmp_path / "undisturbed.zarr")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, out, progress=lambda step, *_: step == 1 and signal.raise_signal(signal.SIGINT))
+    assert latest(folder_of(out)).step == 6
+    train(config, out, resume=True)
+    assert_same_run(out, tmp_path / "undisturbed.zarr")
+
+
 def test_a_divergence_that_is_noticed_late_has_moved_nothing(whole, lagging, tmp_path, monkeypatch):
     out = tmp_path / "run.zarr"
     config = {"probe__every": 6, "checkpoint__every": 6}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from osp_diag.runs.run import open_run
+from osp_diag.trainer.batch_statistics import BATCH_SERIES
 from osp_diag.trainer.checkpoint import folder_of, latest
 from osp_diag.trainer.config_values import as_dictionary
 from osp_diag.trainer.exporting import trained_model
@@ -59,6 +61,15 @@ def assert_alike(one: Path, other: Path) -> None:
     assert list(ours.steps) == list(theirs.steps)
     for name in ("loss", "gradient_norm", "held_out_loss"):
         np.testing.assert_allclose(ours.series[name], theirs.series[name], rtol=2e-4, err_msg=name)
+    for name in BATCH_SERIES:
+        np.testing.assert_array_equal(ours.series[name], theirs.series[name], err_msg=name)
+    settings, expected = (run.logged("optimizer_settings").load() for run in (ours, theirs))
+    xr.testing.assert_identical(settings, expected)
+    sketch, expected = (run.logged("weight_sketch").load() for run in (ours, theirs))
+    xr.testing.assert_allclose(sketch.drop_vars("top_row"), expected.drop_vars("top_row"), 1e-3, 2e-3)
+    functions = [latest(folder_of(run)).function for run in (one, other)]
+    assert functions[0]["constants"] == functions[1]["constants"]
+    assert functions[0]["reference_loss"] == pytest.approx(functions[1]["reference_loss"], rel=2e-4)
     for site in ("embedding", "residual_post", "mlp_hidden", "attention"):
         for name, values in ours.at(site).data_vars.items():
             if values.dtype.kind == "f":

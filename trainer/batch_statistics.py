@@ -84,7 +84,7 @@ class BatchCounts:
         return {
             "batch_hash": float(_hash(hashes.astype("<i8").tobytes())),
             "data_position": position,
-            "unique_token_share": _share(np.count_nonzero(occurrences), labels),
+            "unique_token_share": _share(int(np.count_nonzero(occurrences)), labels),
             "commonest_token_share": _share(occurrences.max(), labels),
             "repeated_bigram_share": _share(repeated, labels),
             "repeated_sequence_share": 1 - len(np.unique(hashes)) / sequences,

@@ -43,7 +43,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 def code_fingerprint() -> str:
-    """SHA-256 of the sources of the model and the optimizers, and of torch's version; 64 hexadecimal digits."""
+    """SHA-256 of the sources of model and optimizers and of torch's version, in 64 hexadecimal digits."""
     digest = hashlib.sha256(torch.__version__.encode())
     for package in (model_package, optimizers_package):
         for path in sorted(Path(next(iter(package.__path__))).glob("*.py")):
@@ -66,6 +66,7 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
         ``norm_epsilon`` and ``norm_scale`` (module → value; the scale of norms without a gain)
     """
     inner = unwrap(model)
+    assert isinstance(inner, model_package.Llama)
     device = next(inner.parameters()).device
     ids = torch.arange(_PROBED, device=device)[None] % inner.config.vocabulary_size
     seen: list[Rotation] = []
@@ -79,6 +80,7 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
     changed[0, -1] = (changed[0, -1] + 1) % inner.config.vocabulary_size
     others = _logits(inner, changed)
     norms = {name: module for name, module in inner.named_modules() if hasattr(module, "epsilon")}
+    without_gain = {name: norm for name, norm in norms.items() if not list(norm.parameters())}
     kinds = {type(module).__name__.removeprefix("FSDP") for module in norms.values()}
     return {
         "rotary_base": _rotary_base(seen[0]),
@@ -86,9 +88,7 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
         "attention": sorted({module.kind for module in inner.modules() if isinstance(module, Attention)}),
         "norms": sorted(kinds),
         "norm_epsilon": _by_place({name: float(module.epsilon) for name, module in norms.items()}),
-        "norm_scale": _by_place(
-            {n: float(module.scale) for n, module in norms.items() if not list(module.parameters())}
-        ),
+        "norm_scale": _by_place({name: float(norm.scale) for name, norm in without_gain.items()}),
     }
 
 
@@ -124,8 +124,13 @@ def reference_loss(
 def function_record(
     model: nn.Module, ids: Int[Tensor, "sequence position"], autocast: Autocast = nullcontext
 ) -> dict[str, Any]:
-    """What a checkpoint keeps of the function: ``code``, ``torch``, ``constants``, ``reference_loss``, and the
-    tokens of that, ``reference_ids``. A loss that is not finite is None."""
+    """What a checkpoint keeps of the function.
+
+    Returns
+    -------
+    dict : ``code``, ``torch`` (its version), ``constants``, ``reference_loss`` (None if it is not finite) and
+        its tokens, ``reference_ids``
+    """
     loss = reference_loss(model, ids, autocast)
     return {
         "code": code_fingerprint(),

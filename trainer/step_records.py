@@ -1,4 +1,4 @@
-"""What a logged step did, beside its scalars: the optimizers' settings, the batch, a sketch of the weights."""
+"""What a logged step did beside its scalars: the optimizers' settings, the batch, a sketch of the weights."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class _Pending:
 class StepRecords:
     """Takes records while steps are launched, and gives them out when their numbers have reached the host.
 
-    Nothing waits for the device: counts are made of the batch on the host, and copies lie in the stream before
-    the clock with which :class:`~osp_diag.trainer.scalars.Scalars` tells that a step has arrived.
+    Nothing waits for the device: the batch is counted on the host, and copies lie in the stream before the
+    clock with which :class:`~osp_diag.trainer.scalars.Scalars` tells that a step has arrived.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ class StepRecords:
         return self._counts.statistics(numbers["batch"], pending.position), ProbedStep(groups)
 
     def _is_period(self, step: int) -> bool:
-        """Whether a multiple of the period lies between the regular logged step before this one and this one."""
+        """Whether the period ended since the regular logged step before this one."""
         if step % self._log_every:
             return False
         return step // self._period != (step - self._log_every) // self._period

@@ -1,4 +1,4 @@
-"""A few numbers of every parameter, taken so often that an edit between two checkpoints has a step and a place."""
+"""A few numbers of every parameter, so often that an edit between two checkpoints has a step and a place."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ STATISTICS = {
 }
 PROJECTION = (
     "1",
-    "Σ_ij s_i W_ij t_j with signs s and t drawn from the parameter's name and shape: linear in W, of zero mean "
-    "and variance ‖W‖_F² over all signs",
+    "Σ_ij s_i W_ij t_j with signs s and t drawn from the parameter's name and shape: linear in W, with the "
+    "mean 0 and the variance ‖W‖_F² over all signs",
 )
 
 SMALL = 10_000_000

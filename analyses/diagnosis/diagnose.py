@@ -19,7 +19,7 @@ from osp_diag.analyses.diagnosis.replays import replayed
 from osp_diag.analyses.diagnosis.settings import changed_settings
 from osp_diag.analyses.diagnosis.when import is_raised, regression_of
 from osp_diag.analyses.diagnosis.where import places
-from osp_diag.analyses.run_labels import run_labels
+from osp_diag.analyses.run_labels import run_name
 from osp_diag.laboratory import Laboratory
 from osp_diag.runs.run import Run
 
@@ -87,7 +87,7 @@ def diagnose(
     before = case.checkpoint_up_to(good)
     after = None if before is None else case.checkpoint_after(before.step)
     return Diagnosis(
-        run=run_labels([run])[0],
+        run=run_name(run),
         regression=regression.sentences,
         bracket=regression.bracket,
         checkpoints=(before.step if before else None, after.step if after else None),

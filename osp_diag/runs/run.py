@@ -487,7 +487,13 @@ class Run:
     def logged_groups(self) -> list[str]:
         """The groups of labelled arrays that are recorded as often as the scalars of :attr:`series`."""
         group = self.tree.children.get(SERIES)
-        return [] if group is None else [str(name) for name, part in group.children.items() if part.data_vars]
+        if group is None or LOGGED_STEP not in group.coords:
+            return []
+        return [
+            str(name)
+            for name, part in group.children.items()
+            if part.data_vars and all(LOGGED_STEP in values.dims for values in part.data_vars.values())
+        ]
 
     def logged(self, name: str) -> xr.Dataset:
         """Labelled arrays by training step, as the scalars of :attr:`series`: what the trainer keeps in

@@ -433,8 +433,8 @@ class RunWriter:
                 if path not in self._on_disk:
                     self._make(path, axis.arrays[path].metadata(0))
             axis.write(self.path)
-        groups = self._tree.groups | self._logged.groups
-        groups = {path: compact(group_metadata(attrs)) for path, attrs in groups.items()}
+        all_groups = self._tree.groups | self._logged.groups
+        groups = {path: compact(group_metadata(attrs)) for path, attrs in all_groups.items()}
         for path, text in groups.items():
             if path not in self._on_disk:
                 self._make(path, text)

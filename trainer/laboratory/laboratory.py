@@ -40,11 +40,16 @@ __all__ = ["TrainingLaboratory", "laboratory"]
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
-def laboratory(run: Run) -> TrainingLaboratory | None:
-    """The laboratory of a run of our trainer; None of any other run, or of one in memory."""
+def laboratory(
+    run: Run, progress: Callable[[str, int, int], None] | None = None
+) -> TrainingLaboratory | None:
+    """The laboratory of a run of our trainer; None of any other run, or of one in memory.
+
+    ``progress`` is told (what, steps done, steps in all) while something is trained.
+    """
     if run.path is None or not isinstance(run.attrs.get("config"), Mapping) or "routing" not in run.attrs:
         return None
-    return TrainingLaboratory(run)
+    return TrainingLaboratory(run, progress)
 
 
 class TrainingLaboratory:

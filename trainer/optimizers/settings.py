@@ -1,4 +1,4 @@
-"""The hyperparameters that the optimizers hold, as they are when they are asked, not as they were configured."""
+"""The hyperparameters that the optimizers hold when they are asked, whatever was configured."""
 
 from __future__ import annotations
 
