@@ -208,9 +208,7 @@ def _held_out() -> Iterable[Fault]:
         "embedding_row_x8": Edit(EMBEDDING, "row", 8, "embedding", None, 1500),
         "head_row_x20": Edit(HEAD, "row", 20, None, None, 700),
         "down_row_x4": Edit(f"{layer}mlp.down_proj.weight", "row", 4, "mlp_contribution", 2, 11),
-        "output_row_x10": Edit(
-            f"{layer}self_attn.o_proj.weight", "row", 10, "attention_contribution", 3, 50
-        ),
+        "output_row_x10": Edit(f"{layer}self_attn.o_proj.weight", "row", 10, "attention_contribution", 3, 50),
         "up_column_x10": Edit(f"{layer}mlp.up_proj.weight", "column", 10, "mlp_hidden", 0, 64),
         "query_head_x3": Edit(f"{layer}self_attn.q_proj.weight", "head", 3, "query_pre_rope", 1, 0),
         "scalar_gain_x4": Edit(f"{layer}input_layernorm.weight", "all", 4, "attention_input", 3),
@@ -251,7 +249,7 @@ def _held_out() -> Iterable[Fault]:
               changes=TO_ADAM_ON_PROJECTIONS),
         Fault("muon_on_embedding_from_start", "start", (MUON_ON_EMBEDDING,), changes=TO_MUON_ON_EMBEDDING),
         Fault("tied_head_from_start", "start",
-              (Cause("optimizer_routing", "one matrix for embedding and head", ("tie",), (EMBEDDING, HEAD)),),
+              (Cause("optimizer_routing", "head tied to the embedding", ("tie|tying",), (EMBEDDING, HEAD)),),
               changes={"model.tie_embeddings": True}),
         Fault("no_warmup_from_start", "start",
               (Cause("learning_rate", "no warm-up", ("warm",)),), changes={"schedule.warmup": 0}),

@@ -267,4 +267,3 @@ def shuffled_labels(batch: Batch, first: Batch, number: int, vocabulary: int) ->
     """The labels of every sequence in another order."""
     order = torch.randperm(batch.labels.shape[1], generator=torch.Generator().manual_seed(number))
     return replace(batch, labels=batch.labels[:, order])
-

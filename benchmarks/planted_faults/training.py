@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -21,7 +21,7 @@ from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.config_values import as_dictionary, with_changes
 from osp_diag.trainer.presets import preset, with_recipe
 
-__all__ = ["BASES", "Job", "Setting", "jobs_of", "train_all", "train_one"]
+__all__ = ["BASES", "Job", "Setting", "jobs_of", "train_all", "train_one", "work_through"]
 
 BASES = {"osp": "healthy_osp", "muon_embproj": "healthy_gains", "adam": "healthy_adam"}
 """Recipe → the fault (none) whose training the others of that recipe go on from."""
@@ -190,30 +190,36 @@ def _at_onset(job: Job) -> Path:
     return folder_of(job.base.run) / f"step-{job.setting.onset:08d}"
 
 
-def train_all(
-    jobs: Iterable[Job], workers: int, progress: Callable[[str], None], work: Callable[[Job], Mapping[str, Any]] = train_one
+def work_through(
+    jobs: Sequence[Job],
+    work: Callable[[Job], Mapping[str, Any]],
+    workers: int,
+    progress: Callable[[str], None],
 ) -> list[Job]:
-    """Train what is not done, so many at a time, each in a process and on one thread.
+    """Do ``work`` for each, so many at a time, in processes of one thread.
 
-    Returns those that failed; why was told to ``progress``.
+    Returns those that failed, once the others are done; why was told to ``progress``.
     """
-    waiting = [job for job in jobs if not job.is_done()]
-    progress(f"{len(waiting)} trainings, {workers} at a time")
     failed = []
     os.environ["OMP_NUM_THREADS"] = "1"
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), max_tasks_per_child=8) as pool:
-        for stage in (
-            [job for job in waiting if job == job.base],
-            [job for job in waiting if job != job.base],
-        ):
-            futures = {pool.submit(work, job): job for job in stage}
-            for number, future in enumerate(as_completed(futures), 1):
-                job = futures[future]
-                head = f"{number}/{len(stage)} {job.name} seed {job.seed}"
-                if (error := future.exception()) is not None:
-                    failed.append(job)
-                    progress(f"{head}: failed: {type(error).__name__}: {error}")
-                else:
-                    result = future.result()
-                    progress(f"{head}: {result['ended'].splitlines()[0]} ({result['seconds']:.0f} s)")
+    with ProcessPoolExecutor(min(workers, len(jobs)) or 1, mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(work, job): job for job in jobs}
+        for number, future in enumerate(as_completed(futures), 1):
+            job = futures[future]
+            head = f"{number}/{len(jobs)} {job.name}, seed {job.seed}"
+            if (error := future.exception()) is not None:
+                failed.append(job)
+                progress(f"{head}: failed: {type(error).__name__}: {error}")
+            else:
+                result = future.result()
+                progress(f"{head}: {result['ended'].splitlines()[0]} ({result['seconds']:.0f} s)")
     return failed
+
+
+def train_all(jobs: Iterable[Job], workers: int, progress: Callable[[str], None]) -> list[Job]:
+    """Train what is not done, the healthy trainings first; returns those that failed."""
+    waiting = [job for job in jobs if not job.is_done()]
+    bases = [job for job in waiting if job == job.base]
+    failed = work_through(bases, train_one, workers, progress)
+    ready = [job for job in waiting if job not in bases and job.base not in failed]
+    return failed + work_through(ready, train_one, workers, progress)
