@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from benchmarks.planted_faults.planting import copy_fitting
 from osp_diag.tokens import TokenBatches
 from osp_diag.trainer import loop
 from osp_diag.trainer.checkpoint import TrainingCheckpoint, _read
@@ -41,12 +42,7 @@ def _take_over(training: loop.Training, checkpoint: TrainingCheckpoint) -> None:
     saved = {"model": old.state_dict(), "optimizer": build_optimizer(old, checkpoint.config).state_dict()}
     checkpoint.load(saved)
     training.model.load_state_dict(_converted(saved["model"], training.model.state_dict()))
-    for optimizer, parameters in training.optimizers.state_dict().items():
-        for name, tensors in parameters.items():
-            for key, value in tensors.items():
-                before = saved["optimizer"].get(optimizer, {}).get(name, {}).get(key)
-                if before is not None and before.shape == value.shape:
-                    value.copy_(before)
+    copy_fitting(saved["optimizer"], training.optimizers.state_dict())
     training.data.load_state_dict(checkpoint.data)
     training.step = checkpoint.step
 

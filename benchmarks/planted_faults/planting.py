@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import count
 from typing import Any, Literal
 from unittest.mock import patch
@@ -13,22 +14,25 @@ import numpy as np
 import torch
 
 from osp_diag.trainer import loop
-from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.config import Destination, TrainConfig
 from osp_diag.trainer.data import Batch
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.model import llama
+from osp_diag.trainer.optimizers.build import Optimizers, State
 from osp_diag.trainer.optimizers.routing import named_parameters
 
 __all__ = [
     "Edit",
     "Planting",
     "Spot",
+    "copy_fitting",
     "late_labels",
     "multiply_rates",
     "one_token",
     "projections_without_orthogonality",
     "random_tokens",
     "repeated_document",
+    "reroute",
     "rotary_base",
     "round_weights",
     "set_decay",
@@ -215,6 +219,35 @@ def set_decay(value: float) -> Callable[[loop.Training], None]:
                     group["weight_decay"] = value
 
     return change
+
+
+def reroute(pattern: str, destination: Destination) -> Callable[[loop.Training], None]:
+    """Another optimizer moves these parameters than the routing says that was recorded."""
+
+    @torch.no_grad()
+    def change(training: loop.Training) -> None:
+        before = training.optimizers
+        routes = tuple(
+            replace(entry, optimizer=destination) if fnmatchcase(entry.name, pattern) else entry
+            for entry in before.routing.routes
+        )
+        after = Optimizers(
+            before.parameters, replace(before.routing, routes=routes), training.config.optimizer
+        )
+        copy_fitting(before.state_dict(), after.state_dict())
+        training.optimizers = after
+
+    return change
+
+
+def copy_fitting(source: State, target: State) -> None:
+    """The tensors of one optimizer state into those of another that have their names and shapes."""
+    for optimizer, parameters in target.items():
+        for name, tensors in parameters.items():
+            for key, value in tensors.items():
+                before = source.get(optimizer, {}).get(name, {}).get(key)
+                if before is not None and before.shape == value.shape:
+                    value.copy_(before)
 
 
 # The function
