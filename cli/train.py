@@ -5,7 +5,7 @@ from __future__ import annotations
 import json as json_format
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
 import tyro
 
@@ -23,6 +23,14 @@ Changes = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
 Loggers = tyro.conf.UseAppendAction[tuple[str, ...]]
 
 
+class Start(NamedTuple):
+    """From which weights a training begins."""
+
+    checkpoint: Path | None
+    segment: bool
+    """whether the run of the checkpoint goes on"""
+
+
 def run(
     name: PresetName = None,
     /,
@@ -35,6 +43,8 @@ def run(
     at_a_time: int | None = None,
     set: Changes = (),
     out: Path | None = None,
+    from_: Annotated[Path | None, tyro.conf.arg(name="from")] = None,
+    continue_as: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     log: Loggers = (),
@@ -60,6 +70,10 @@ def run(
         at_a_time: with --ablation, how many runs at once; by default what memory (or cores) allow.
         set: KEY=VALUE, such as optimizer.lr=1e-3, one or several; may be repeated. --show prints all keys.
         out: the run to write, a folder ending in .zarr; by default the recipe's name in runs/.
+        from_: begin from the weights of a checkpoint (osp.checkpoints/step-00000100, or a run for its newest)
+            and what fits of its optimizer state, under its configuration with the changes of --set, or under
+            another preset. The new run knows its parent.
+        continue_as: with --from: the run that the checkpoint belongs to, which goes on as a new segment.
         resume: go on from the newest checkpoint.
         overwrite: replace an earlier run and its checkpoints.
         log: also send scalars to trackio, wandb or tensorboard; may be repeated.
@@ -70,16 +84,19 @@ def run(
         osp-diag train tiny --out osp.zarr
         osp-diag train tiny --recipe adam --set steps=800 --out adam.zarr
         osp-diag train small --set data.source=jsonl data.path='corpus/*.jsonl' --out run.zarr
+        osp-diag train --from osp.zarr --set steps=600 optimizer.lr=1e-3 --out lower.zarr
         osp-diag train --ablation paper --preset tiny --out ablation
     """
     from osp_diag.cli.train_config import training_config
 
-    training = training_config(name or preset, config, recipe, tuple(chain.from_iterable(set)))
+    training = training_config(name or preset, config, recipe, tuple(chain.from_iterable(set)), start=from_)
+    if continue_as is not None and (from_ is None or out is not None):
+        raise UsageError("--continue-as RUN goes on from a checkpoint of that run: give --from, and no --out")
     if ablation is not None:
         from osp_diag.cli.train_ablation import run_ablation
 
-        if recipe is not None or log:
-            raise UsageError("--ablation trains every recipe: leave --recipe and --log out")
+        if recipe is not None or log or from_ is not None:
+            raise UsageError("--ablation trains every recipe: leave --recipe, --log and --from out")
         folder = out or Path("ablation")
         return run_ablation(
             training,
@@ -94,7 +111,12 @@ def run(
         raise UsageError("--seeds and --at-a-time belong to --ablation")
     if show:
         return _show(training)
-    return _train(training, out, resume=resume, overwrite=overwrite, loggers=log, as_json=json)
+    if from_ is not None and out is None and continue_as is None:
+        raise UsageError("--from begins a new run: say where with --out, or go on with --continue-as RUN")
+    start = Start(from_, segment=continue_as is not None)
+    return _train(
+        training, continue_as or out, start, resume=resume, overwrite=overwrite, loggers=log, as_json=json
+    )
 
 
 def _show(config: TrainConfig) -> int:
@@ -115,6 +137,7 @@ def _show(config: TrainConfig) -> int:
 def _train(
     config: TrainConfig,
     out: Path | None,
+    start: Start,
     *,
     resume: bool,
     overwrite: bool,
@@ -133,6 +156,8 @@ def _train(
             out,
             resume=resume,
             overwrite=overwrite,
+            start=start.checkpoint,
+            segment=start.segment,
             loggers=loggers,
             progress=progress,
             announce=announce,

@@ -16,9 +16,14 @@ __all__ = ["training_config"]
 
 
 def training_config(
-    preset: str | None, file: Path | None, recipe: str | None, changes: Sequence[str]
+    preset: str | None,
+    file: Path | None,
+    recipe: str | None,
+    changes: Sequence[str],
+    *,
+    start: Path | None = None,
 ) -> TrainConfig:
-    """The preset or file, under the recipe, with the changes.
+    """The preset or file, or else the configuration of the checkpoint ``start``, under the recipe, changed.
 
     Raises
     ------
@@ -28,12 +33,16 @@ def training_config(
     from osp_diag.trainer.config_values import with_changes
     from osp_diag.trainer.presets import PRESETS, with_recipe
     from osp_diag.trainer.presets import preset as preset_by_name
+    from osp_diag.trainer.starting import checkpoint_at
 
-    if (preset is None) == (file is None):
+    if preset is None and file is None and start is not None:
+        config = checkpoint_at(start).config
+    elif (preset is None) == (file is None):
         raise UsageError(
             f"say what to train: a preset ({', '.join(PRESETS)}), or --config FILE, and not both"
         )
-    config = preset_by_name(preset) if preset is not None else from_dictionary(_read_object(file))  # type: ignore[arg-type]
+    else:
+        config = preset_by_name(preset) if preset is not None else from_dictionary(_read_object(file))  # type: ignore[arg-type]
     if recipe is not None:
         config = with_recipe(config, recipe)
     return with_changes(config, dict(_change(entry) for entry in changes))

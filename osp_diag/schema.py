@@ -25,6 +25,7 @@ __all__ = [
     "MIXER_STATE",
     "OCCASIONAL_SITES",
     "OPTIMIZER",
+    "PARENT",
     "PROJECTION_WEIGHT",
     "PROTOCOLS",
     "QUANTIZATION",
@@ -32,6 +33,7 @@ __all__ = [
     "RESIDUAL_SITES",
     "ROUTER",
     "SEAM_NOTE",
+    "SEGMENTS",
     "SERIES",
     "SINK_EPSILON",
     "SINK_POSITION",
@@ -171,6 +173,10 @@ RAW = "raw"
 SNAPSHOT = "snapshot"
 TOKEN_GROUPS = "token_groups"
 SERIES = "series"
+SEGMENTS = "segments"
+"""The root's attribute that lists the later segments of a run (:mod:`osp_diag.runs.segments`)."""
+PARENT = "parent"
+"""The attribute that says from which run's checkpoint a run, or a segment of it, began."""
 STEP = "step"
 """The dimension of what is probed."""
 LOGGED_STEP = "logged_step"
@@ -186,7 +192,7 @@ BESIDE: dict[str, str] = {
     RAW: "the sums from which statistics can be computed anew, a group a site",
     SNAPSHOT: "raw activations of the first sequence, a group a site",
     TOKEN_GROUPS: "some of the raw sums by group of batches, a group a site",
-    SERIES: "scalars by training step",
+    SERIES: "scalars by training step, and below it labelled arrays, a group each",
     VOCABULARY: "the texts of token ids",
     WEIGHT_MAP: "maps of |W|, a group a projection",
     CHANNEL_WEIGHTS: "norm gains and the embedding, by channel of the residual stream",

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import xarray as xr
 from torch.distributed.checkpoint import FileSystemReader
 
 from osp_diag.errors import DivergenceError, StoreError, TrainingError, UsageError
@@ -45,8 +46,11 @@ def assert_same_run(one, other):
     """Two runs hold the same numbers to the bit, those of clocks left out."""
     first, second = open_run(one), open_run(other)
     assert list(first.steps) == list(second.steps)
-    for name in ("loss", "gradient_norm", "held_out_loss", "learning_rate"):
-        np.testing.assert_array_equal(first.series[name], second.series[name])
+    of_clocks = ("seconds", "per_second")
+    for name in (name for name in first.series.data_vars if not name.endswith(of_clocks)):
+        np.testing.assert_array_equal(first.series[name], second.series[name], err_msg=name)
+    for group in ("optimizer_settings", "weight_sketch"):
+        xr.testing.assert_identical(first.logged(group).load(), second.logged(group).load())
     for site in first.sites:
         for name, values in first.at(site).data_vars.items():
             np.testing.assert_array_equal(values, second.at(site)[name], err_msg=f"{site} {name}")
@@ -65,6 +69,7 @@ def test_what_a_run_holds(whole):
     assert series["loss"].values[6] < series["loss"].values[1] == pytest.approx(np.log(4096), rel=0.05)
     probed = np.isfinite(series["held_out_loss"].values)
     assert list(series["step"].values[probed]) == [0, 3, 6]
+    assert np.isfinite(series["loss"].values[probed][1:]).all()
     for name in ("gradient_norm", "learning_rate", "tokens_per_second", "step_seconds", "probe_seconds"):
         assert np.isfinite(series[name].values[1:]).any(), name
     assert any(name.startswith("update_rms_muon") for name in series.data_vars)
@@ -90,8 +95,8 @@ def test_no_two_variables_of_a_run_share_a_name_and_not_the_definition(whole):
     )
     definitions: dict[str, set[str]] = {}
     for node in run.tree.subtree:
-        if node.path.startswith("/snapshot/"):
-            continue  # the same variable at every site, which its definition names
+        if node.path.startswith(("/snapshot/", "/series/")):
+            continue  # the same variable at every site, which its definition names; run.logged(group)
         for name, variable in node.data_vars.items():
             definitions.setdefault(str(name), set()).add(str(variable.attrs.get("definition")))
     assert {name: texts for name, texts in definitions.items() if len(texts) > 1} == {}

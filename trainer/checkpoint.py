@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from osp_diag.errors import TrainingError
 from osp_diag.json_text import parse_object
@@ -34,6 +36,7 @@ __all__ = [
     "folder_of",
     "identity_of",
     "latest",
+    "read_checkpoint",
     "without_single_process_warnings",
 ]
 
@@ -53,6 +56,7 @@ FREE = (
     "activation_checkpointing",
     "micro_batch_size",
     "log_every",
+    "sketch_every",
     "divergence.policy",
     "divergence.spike",
 )
@@ -79,12 +83,15 @@ class TrainingCheckpoint:
     step : steps done
     config : of the run that wrote it
     data : the state of the data after that step
+    function : what the weights are weights of (:func:`osp_diag.trainer.fingerprint.function_record`); None in
+        checkpoints of versions that did not keep it
     """
 
     path: Path
     step: int
     config: TrainConfig
     data: dict[str, Any]
+    function: dict[str, Any] | None = None
 
     def check(self, config: TrainConfig) -> None:
         """Refuse to go on under another configuration.
@@ -127,6 +134,22 @@ class TrainingCheckpoint:
         except (Exception, dcp.CheckpointException) as error:
             raise TrainingError(f"{self.path} cannot be read ({_reason(error)}); {_DELETE}") from error
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor by name, whole and on the CPU: ``model.…``, ``optimizer.<name>.<parameter>.…``.
+
+        Raises
+        ------
+        TrainingError : as :meth:`load`
+        """
+        entries = self._metadata().state_dict_metadata
+        tensors = {
+            name: torch.empty(entry.size, dtype=entry.properties.dtype)
+            for name, entry in entries.items()
+            if isinstance(entry, TensorStorageMetadata)
+        }
+        self.load(tensors)
+        return tensors
+
     def _metadata(self) -> Metadata:
         try:
             return read_metadata(self.path)
@@ -151,7 +174,7 @@ def without_single_process_warnings() -> Iterator[None]:
 def latest(folder: Path) -> TrainingCheckpoint | None:
     """The newest complete checkpoint of a folder; None where there is none."""
     complete = _complete(folder)
-    return _read(complete[-1]) if complete else None
+    return read_checkpoint(complete[-1]) if complete else None
 
 
 def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
@@ -168,10 +191,11 @@ def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
     raise TrainingError(f"{folder} holds checkpoints of a run, but {run} is not there; {advice}")
 
 
-def delete_checkpoints(folder: Path) -> None:
-    """Delete the checkpoints of a run that is to be replaced; nothing but checkpoints is ever deleted."""
+def delete_checkpoints(folder: Path, *, after: int = -1) -> None:
+    """Delete the checkpoints, later than a step, of a run that is to be replaced; nothing else is deleted."""
     for entry in folder.glob("step-*") if folder.is_dir() else ():
-        if NAME.fullmatch(entry.name.removesuffix(PART)):
+        match = NAME.fullmatch(entry.name.removesuffix(PART))
+        if match and int(match[1]) > after:
             _delete(entry)
 
 
@@ -190,10 +214,20 @@ def _complete(folder: Path) -> list[Path]:
     return sorted(entries, key=lambda entry: int(entry.name.removeprefix("step-")))
 
 
-def _read(path: Path) -> TrainingCheckpoint:
+def read_checkpoint(path: Path) -> TrainingCheckpoint:
+    """The checkpoint in a folder.
+
+    Raises
+    ------
+    TrainingError : it is none, or of another version
+    """
     try:
         state = parse_object(read_plain(path / HOST_STATE, _MOST_HOST_STATE))
-        return TrainingCheckpoint(path, int(state["step"]), from_dictionary(state["config"]), state["data"])
+        step, config = int(state["step"]), from_dictionary(state["config"])
+        function = state.get("function")
+        if function is not None and not isinstance(function, dict):
+            raise TypeError("its 'function' is no object")
+        return TrainingCheckpoint(path, step, config, state["data"], function)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise TrainingError(
             f"{path} is no checkpoint of this version ({_reason(error)}); {_DELETE}"
@@ -237,6 +271,7 @@ class CheckpointFolder:
         data: Mapping[str, Any],
         run_config: TrainConfig,
         *,
+        function: Mapping[str, Any] | None = None,
         background: bool | None = None,
     ) -> None:
         """Save ``tensors`` (nested dictionaries of tensors, DTensors among them) and the host's state.
@@ -254,6 +289,8 @@ class CheckpointFolder:
         if final.exists():
             return
         host = {"step": step, "config": as_dictionary(run_config), "data": dict(data)}
+        if function is not None:
+            host["function"] = dict(function)
         with self._disk_errors(final, part):
             if is_first_rank():
                 part.mkdir(parents=True, exist_ok=True)

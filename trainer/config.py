@@ -355,6 +355,8 @@ class TrainConfig:
     compile : blocks and loss
     activation_checkpointing : of the blocks
     log_every : scalars (loss, learning rate, norms, throughput) are recorded every so many steps
+    sketch_every : steps between sketches of the weights, taken where scalars are recorded, and at every probe
+        and checkpoint; 0: none; None: 1 up to 10M parameters, else once in 2^20 tokens
     """
 
     name: str = "osp"
@@ -367,6 +369,7 @@ class TrainConfig:
     compile: bool = False
     activation_checkpointing: bool = False
     log_every: int = 1
+    sketch_every: int | None = None
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -379,8 +382,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self, "")
         check_at_least(self, "", 1, "steps", "batch_size", "log_every")
-        if self.micro_batch_size is not None:
-            check_at_least(self, "", 1, "micro_batch_size")
+        for name, least in (("micro_batch_size", 1), ("sketch_every", 0)):
+            if getattr(self, name) is not None:
+                check_at_least(self, "", least, name)
         if self.data.sequence_length > self.model.max_length:
             raise UsageError(
                 f"data.sequence_length={self.data.sequence_length} is longer than "

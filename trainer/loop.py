@@ -19,8 +19,10 @@ from osp_diag.probing.ranks import is_first_rank, rank_of_all
 from osp_diag.probing.saving import check_out
 from osp_diag.runs.folder import check_destination
 from osp_diag.runs.run import Run, open_run
+from osp_diag.schema import PARENT
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
+from osp_diag.trainer.batch_statistics import BATCH_SERIES
 from osp_diag.trainer.checkpoint import (
     CheckpointFolder,
     TrainingCheckpoint,
@@ -34,7 +36,8 @@ from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.devices import device_of, memory_advice
-from osp_diag.trainer.divergence import Watch, first_bad_tensor
+from osp_diag.trainer.divergence import Watch, first_bad_tensor, unseen_cause
+from osp_diag.trainer.fingerprint import function_record, reference_tokens
 from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.identity import announcement, run_attributes
 from osp_diag.trainer.interruption import Interruption
@@ -51,6 +54,15 @@ from osp_diag.trainer.parallel import (
 )
 from osp_diag.trainer.recording import Recording, due_steps
 from osp_diag.trainer.scalars import Clock, Scalars
+from osp_diag.trainer.starting import (
+    Origin,
+    check_segment,
+    checkpoint_at,
+    is_segment_of,
+    origin_attribute,
+    start_from,
+)
+from osp_diag.trainer.step_records import StepRecords
 from osp_diag.trainer.throughput import model_flops_utilisation
 
 __all__ = ["Progress", "train"]
@@ -65,6 +77,8 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    start: str | Path | None = None,
+    segment: bool = False,
     loggers: Sequence[str] = (),
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
@@ -76,7 +90,11 @@ def train(
     config : the run; see :mod:`osp_diag.trainer.presets`
     out : the run store to write, a folder ending in .zarr; checkpoints go beside it (``name.checkpoints``)
     resume : go on from the newest checkpoint, or begin where there is none
-    overwrite : replace an earlier run and its checkpoints
+    overwrite : replace an earlier run and its checkpoints; of a ``segment``, what lies beyond ``start``
+    start : a checkpoint's folder, or a run for its newest one: begin from its weights and, where they fit,
+        its optimizer state and position in the data, under ``config``. Steps go on counting. The run knows
+        its parent, what was converted and what was reset (attribute ``parent``)
+    segment : ``out`` is the run that ``start`` belongs to, and goes on as a new segment of it
     loggers : "trackio", "wandb", "tensorboard": where scalars are sent as well
     progress : told after every recorded step
     announce : told, before the first step, which parameters go to which optimizer, and of anything unusual
@@ -92,13 +110,25 @@ def train(
     KeyboardInterrupt : Ctrl-C or SIGTERM, after the step under way, with the state saved
     """
     out = Path(out)
-    if resume:
+    origin = None if start is None else checkpoint_at(start)
+    if segment:
+        check_segment(out, origin, resume=resume, overwrite=overwrite)
+    elif resume:
         check_destination(out, resume=True)
     else:
         check_out(out, overwrite=overwrite)
-    check_beside(out, resume=resume, overwrite=overwrite)
+    check_beside(out, resume=resume or segment, overwrite=overwrite)
     with joined_ranks(), without_single_process_warnings(), ExitStack() as stack:
-        training = Training(config, out, stack, resume=resume, overwrite=overwrite, loggers=loggers)
+        training = Training(
+            config,
+            out,
+            stack,
+            resume=resume,
+            overwrite=overwrite,
+            origin=origin,
+            segment=segment,
+            loggers=loggers,
+        )
         training.progress = progress
         if announce is not None and is_first_rank():
             announce(announcement(config, training.optimizers, training.data, training.device, training.step))
@@ -118,6 +148,8 @@ class Training:
         resume: bool,
         overwrite: bool,
         loggers: Sequence[str],
+        origin: TrainingCheckpoint | None = None,
+        segment: bool = False,
     ) -> None:
         self.config = config
         self.rank, self.ranks = rank_of_all()
@@ -125,7 +157,11 @@ class Training:
         self.device = device_of(config.device)
         self.progress: Progress | None = None
         checkpoint = latest(folder_of(out)) if resume else None
+        if checkpoint is not None and is_segment_of(out, checkpoint, config):
+            # Killed before the first checkpoint of a segment: begun anew, from the one that it began from.
+            checkpoint, origin, segment = None, checkpoint, True
         if checkpoint is not None:
+            origin = None
             checkpoint.check(config)
         self.data = open_data(
             config.data,
@@ -140,6 +176,7 @@ class Training:
             self.data = cast(TrainingData, prefetched)
         self._build_model()
         self.optimizers = build_optimizer(self.model, config)
+        self.records = StepRecords(config, self.data, self.optimizers, self.device)
         self.interruption = Interruption()
         self.must_stop = False
         self.watch = Watch(config.divergence, self.device)
@@ -147,14 +184,22 @@ class Training:
         self.step = 0
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
         held_out = held_out_batches(config, self.data)
+        self.reference_ids = reference_tokens(held_out.tokens)
         if checkpoint is not None:
             self._restore(checkpoint)
+        self.origin = None if origin is None else self._start_from(origin)
+        self.is_fork = self.origin is not None and not segment
         self.recording = self._begin_recording(
-            held_out, out, resume=resume, overwrite=overwrite, loggers=loggers
+            held_out,
+            out,
+            resume=segment or (resume and not self.is_fork),
+            segment=segment,
+            overwrite=overwrite and not segment,
+            loggers=loggers,
         )
         stack.callback(self.recording.end)
         if overwrite and self.rank == 0:
-            delete_checkpoints(folder_of(out))
+            delete_checkpoints(folder_of(out), after=self.step if segment else -1)
         self.checkpoints = CheckpointFolder(folder_of(out), config.checkpoint)
         stack.callback(self.checkpoints.wait)
         self._rehearse()
@@ -181,13 +226,22 @@ class Training:
             model.compile_parts()
 
     def _begin_recording(
-        self, held_out: TokenBatches, out: Path, *, resume: bool, overwrite: bool, loggers: Sequence[str]
+        self,
+        held_out: TokenBatches,
+        out: Path,
+        *,
+        resume: bool,
+        segment: bool,
+        overwrite: bool,
+        loggers: Sequence[str],
     ) -> Recording:
         probe, attributes = self.config.probe, run_attributes(self.config, self.data, self.optimizers)
+        if self.origin is not None:
+            attributes[PARENT] = origin_attribute(self.origin)
         recording = Recording(
             held_out,
             out=out,
-            every=due_steps(probe, self.config.steps),
+            every=due_steps(probe, self.config.steps, first=self.step if self.is_fork else None),
             on=probe.on,
             sites=probe.sites or None,
             estimators=probe.estimators or None,
@@ -202,11 +256,13 @@ class Training:
             self.model,
             self.step,
             resume=resume,
+            segment=segment,
             config=attributes["config"],
             autocast=self._autocast,
             beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
             loss=HeldOutLoss(self.model),
         )
+        recording.note(self.optimizers.routing.warnings)
         return recording
 
     def _restore(self, checkpoint: TrainingCheckpoint) -> None:
@@ -217,6 +273,11 @@ class Training:
         self.watch.load_state_dict(tensors["watch"])
         self.data.load_state_dict(checkpoint.data)
         self.step = checkpoint.step
+
+    def _start_from(self, checkpoint: TrainingCheckpoint) -> Origin:
+        self.step = checkpoint.step
+        model = unwrap(self.model)
+        return start_from(checkpoint, model, self.optimizers, self.watch, self.data, self.config)
 
     def _tensors(self) -> dict[str, Any]:
         return {
@@ -248,8 +309,10 @@ class Training:
 
     def run(self) -> None:
         """Train to the last step."""
-        if self.step == 0:
-            self.recording.after_step(0)
+        if self.step == 0 or self.is_fork:
+            self.recording.after_step(self.step)
+        if self.is_fork:
+            self._save_now(self.step)  # so that --resume finds the weights that it began from
         with self.interruption:
             while self.step < self.config.steps:
                 if self.recording.measures_passes_of(self.step + 1):
@@ -274,7 +337,7 @@ class Training:
         batch = self.data.next_batch()
         self.batches.append((step, batch))
         self.data_states.append((step, self.data.state_dict()))
-        logged = step % self.config.log_every == 0 or self.recording.due(step)
+        logged = step % self.config.log_every == 0 or self._wants_host(step)
         self.optimizers.record_updates(logged)
         factor = learning_rate_factor(step, self.config.steps, self.config.schedule)
         self.optimizers.set_learning_rate(factor)
@@ -289,6 +352,8 @@ class Training:
         if logged:
             updates = self.optimizers.update_rms()
             numbers |= {f"update_rms_{name.replace('.', '_')}": value for name, value in updates.items()}
+            state = self.data_states[-1][1]
+            self.records.after_step(step, batch, state, always=self._wants_host(step))
         host = {"learning_rate": factor * self.config.optimizer.lr} if logged else {}
         self.scalars.add(step, numbers, host, start)
 
@@ -348,6 +413,9 @@ class Training:
         if utilisation is not None:
             values["model_flops_utilisation"] = utilisation
         self.recording.scalars(step, values, logged=True)
+        batch_statistics, groups = self.records.arrived(step)
+        self.recording.scalars(step, batch_statistics, attributes=BATCH_SERIES)
+        self.recording.logged(step, groups)
         if self.progress is not None and is_first_rank():
             self.progress(step, self.config.steps, values)
 
@@ -360,12 +428,16 @@ class Training:
     def _save_now(self, step: int, *, background: bool | None = False) -> None:
         self.recording.flush()
         data = dict(self.data_states)[step]
-        self.checkpoints.save(step, self._tensors(), data, self.config, background=background)
+        function = function_record(self.model, self.reference_ids, self._autocast)
+        self.checkpoints.save(
+            step, self._tensors(), data, self.config, function=function, background=background
+        )
         if background is False:
             self.checkpoints.wait()
 
     def _interrupt(self) -> None:
         """Only once the step's probe is recorded: resumed after this step, the run would lack it."""
+        self._record(wait=True)
         self._save_now(self.step)
         interruption = KeyboardInterrupt()
         interruption.add_note(f"the state after step {self.step} is saved; --resume goes on from there.")
@@ -377,7 +449,7 @@ class Training:
         batch = dict(self.batches)[step]
         with torch.compiler.set_stance("force_eager"):
             parts = (self._loss(part) for part in self._micro_batches(batch))
-            cause = first_of_ranks(first_bad_tensor(self.model, parts)) or _unseen_cause(values)
+            cause = first_of_ranks(first_bad_tensor(self.model, parts)) or unseen_cause(values)
         self.optimizers.zero_grad()
         self.step = step - 1
         if self.step:
@@ -391,12 +463,3 @@ class Training:
             "--resume and divergence.policy=skip to pass over such steps, or begin again with a lower "
             "optimizer.lr"
         )
-
-
-def _unseen_cause(values: Mapping[str, float]) -> str:
-    """What went wrong in a step in which no tensor is NaN or Inf when it is made again."""
-    if math.isfinite(values["loss"] + values["gradient_norm"]):
-        return "no NaN or Inf, the loss is a spike"
-    if math.isfinite(values["loss"]):
-        return "every gradient is finite, and the sum of their squares is not"
-    return "every tensor of the step is finite when it is made again, eagerly"

@@ -21,6 +21,7 @@ from osp_diag.probing.ranks import is_first_rank
 from osp_diag.probing.schedule import Schedule, dense_early, schedule_of
 from osp_diag.probing.session import Probe
 from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, Settings, keyword_form
+from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.run import Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
@@ -97,15 +98,16 @@ class RecordingOptions(MeasurementOptions, total=False):
     overwrite: bool
 
 
-def due_steps(config: ProbeConfig, last: int | None) -> Schedule:
+def due_steps(config: ProbeConfig, last: int | None, *, first: int | None = None) -> Schedule:
     """Which steps are probed: dense early, sparser later, and the last one; none where ``every`` is 0.
 
-    ``last`` is None where the loop does not know its end.
+    ``last`` is None where the loop does not know its end, ``first`` a step that is probed as well: where
+    the training of another run goes on.
     """
     if config.every == 0:
         return lambda step: False
     regular = dense_early(every=config.every, dense_until=config.dense_until, dense_every=config.dense_every)
-    return lambda step: step == last or regular(step)
+    return lambda step: step in (first, last) or regular(step)
 
 
 class Recording:
@@ -146,6 +148,7 @@ class Recording:
         *,
         last: int | None = None,
         resume: bool | None = None,
+        segment: bool = False,
         tokenizer: Any = None,
         config: Mapping[str, Any] | None = None,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
@@ -159,6 +162,7 @@ class Recording:
         ----------
         last : the last step, where the loop knows it
         resume : go on with the run at ``out``; None: if ``step`` is not 0
+        segment : going on after ``step`` the run has other attributes, which begin a segment of it
         tokenizer : the loop's
         config : shown on dashboards
         autocast : makes the context in which the loop runs the model
@@ -180,7 +184,7 @@ class Recording:
             measurement = measurement.for_batches(self._batches)
             attributes |= token_attributes(self._batches)
         resume = step > 0 if resume is None else resume
-        self._resumed_after = step if step > 0 else None
+        self._resumed_after = step if step > 0 and resume else None
         with ExitStack() as stack:
             probe = Probe(
                 model,
@@ -192,6 +196,7 @@ class Recording:
                 deferred=settings.deferred,
                 beside=beside,
                 resume=resume and settings.out is not None,
+                segment_after=step if segment else None,
                 overwrite=settings.overwrite and not resume,
             )
             stack.callback(probe.close)
@@ -251,20 +256,44 @@ class Recording:
             self.probe.measure(step, batches)
         self._after_probe(step, {} if loss is None else {"held_out_loss": loss.mean()})
 
-    def scalars(self, step: int, values: Mapping[str, float], *, logged: bool = False) -> None:
+    def scalars(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        *,
+        logged: bool = False,
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """Keep numbers of ``step``. What a step has already, and what the resumed run has, stays as it is.
 
-        ``logged`` sends them to the loggers too, for a loop that has none of its own.
+        ``logged`` sends them to the loggers too, for a loop that has none of its own; ``attributes`` (name →
+        units, definition) say what they are.
         """
         if self.probe is None or step == self._resumed_after:
             return
         # A validation between the micro-batches of an update belongs to the update under way.
         step = max(step, self._row[0])
-        fresh = self._append(step, values)
+        fresh = self._append(step, values, attributes)
         if fresh:
             self._headlines.write()
             if logged and self._logger is not None:
                 self._logger.log(step, fresh)
+
+    def logged(self, step: int, groups: Mapping[str, xr.Dataset]) -> None:
+        """Keep labelled arrays of ``step`` beside its numbers, by the same rules."""
+        if self.probe is None or step == self._resumed_after:
+            return
+        step, names = self._row_of(max(step, self._row[0]))
+        parts = groups.groups if isinstance(groups, ProbedStep) else groups
+        fresh = {name: part for name, part in parts.items() if name not in names}
+        names.update(fresh)
+        if fresh:
+            self.probe.append_logged(step, ProbedStep(fresh))
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what the reader of the numbers should know, in the run's notes, each once."""
+        if self.probe is not None:
+            self.probe.note(notes)
 
     def flush(self) -> None:
         """Commit what was recorded. A checkpoint must not be newer than the run that it belongs to."""
@@ -308,17 +337,26 @@ class Recording:
         """A probe of ``step`` is done; ``values`` belong to it."""
         self._headlines.after_probe(step, self._append(step, values))
 
-    def _append(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+    def _append(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> dict[str, float]:
         """Append what the row of ``step`` does not have yet, and return that."""
         assert self.probe is not None
-        if step != self._row[0]:
-            self._row = (step, set())
-        names = self._row[1]
+        _, names = self._row_of(step)
         fresh = {name: float(value) for name, value in values.items() if name not in names}
         names.update(fresh)
         if fresh:
-            self.probe.append_series(step, fresh)
+            self.probe.append_series(step, fresh, attributes)
         return fresh
+
+    def _row_of(self, step: int) -> tuple[int, set[str]]:
+        """The row of a step, and the names of what is in it; one that is begun if it is another."""
+        if step != self._row[0]:
+            self._row = (step, set())
+        return self._row
 
     def _held_out_batches(self, model: nn.Module, tokenizer: Any) -> TokenBatches:
         if isinstance(self.held_out, TokenBatches):

@@ -42,7 +42,8 @@ class Records:
     ----------
     path : the run to write; None keeps everything in memory. Only the first rank writes
     attributes : of the run
-    resume, overwrite : what to do with a run that is already there
+    resume, segment_after, overwrite : what to do with a run that is already there; see
+        :class:`~osp_diag.runs.writer.RunWriter`
     deferred : whether steps are finished and written by a thread while the caller goes on
 
     Raises
@@ -51,12 +52,21 @@ class Records:
     """
 
     def __init__(
-        self, path: Path | None, attributes: dict[str, Any], *, resume: bool, overwrite: bool, deferred: bool
+        self,
+        path: Path | None,
+        attributes: dict[str, Any],
+        *,
+        resume: bool,
+        segment_after: int | None,
+        overwrite: bool,
+        deferred: bool,
     ) -> None:
         self._path, self._attributes = path, attributes
         self.writer: RunWriter | None = None
         if path is not None and is_first_rank():
-            self.writer = RunWriter(path, attributes, resume=resume, overwrite=overwrite)
+            self.writer = RunWriter(
+                path, attributes, resume=resume, segment_after=segment_after, overwrite=overwrite
+            )
         self.static: dict[str, xr.Dataset] = {}
         """What this process was given that does not grow, by group."""
         self.steps = 0
@@ -65,6 +75,7 @@ class Records:
         self._begun = False
         self._memory: list[tuple[int, ProbedStep]] = []
         self._series: dict[str, dict[int, float]] = {}
+        self._logged: dict[str, dict[int, xr.Dataset]] = {}
         self._deferred = deferred
         self._work = HostWork(deferred)
 
@@ -117,7 +128,8 @@ class Records:
             elif self._path is None:
                 self._memory.append((step, groups))
             if self._deferred:
-                self._add(step, {"probe_background_seconds": time.perf_counter() - started})
+                seconds = time.perf_counter() - started
+                self._add(step, {"probe_background_seconds": seconds}, {})
 
         self._work.wait()
         self._work.later(record)
@@ -137,18 +149,37 @@ class Records:
         if self.writer is not None:
             self.writer.note(notes)
 
-    def append_series(self, step: int, values: Mapping[str, float]) -> None:
+    def append_series(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
         """Keep scalars of a step."""
         # Now, as the values are: a tensor could be another by the time that they are written.
         numbers = {name: float(scalar(name, value)) for name, value in values.items()}
-        self._work.later(lambda: self._add(step, numbers))
+        self._work.later(lambda: self._add(step, numbers, attributes or {}))
 
-    def _add(self, step: int, numbers: Mapping[str, float]) -> None:
+    def _add(
+        self, step: int, numbers: Mapping[str, float], attributes: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         if self.writer is not None:
-            self.writer.append_series(step, numbers, SERIES_ATTRIBUTES)
+            self.writer.append_series(step, numbers, SERIES_ATTRIBUTES | dict(attributes))
         elif self._path is None:
             for name, number in numbers.items():
                 self._series.setdefault(name, {})[step] = number
+
+    def append_logged(self, step: int, groups: Mapping[str, xr.Dataset]) -> None:
+        """Keep labelled arrays of a step beside its scalars."""
+
+        def add() -> None:
+            if self.writer is not None:
+                self.writer.append_logged(step, groups)
+            elif self._path is None:
+                for name, dataset in groups.items():
+                    self._logged.setdefault(name, {})[step] = dataset
+
+        self._work.later(add)
 
     def write_static(self, group: str, dataset: xr.Dataset) -> None:
         """Keep what does not depend on the step; a resumed run keeps its own."""
@@ -173,7 +204,7 @@ class Records:
         """Everything so far, committed."""
         self._work.wait()
         if self._path is None:
-            return Run.in_memory(self._memory, self.static, self._attributes, self._series)
+            return Run.in_memory(self._memory, self.static, self._attributes, self._series, self._logged)
         if self.writer is not None:
             self.writer.flush()
         return open_run(self._path)
@@ -181,7 +212,8 @@ class Records:
     def save(self, path: Path, *, overwrite: bool) -> None:
         """Write what is in memory as a run."""
         self._work.wait()
-        write_run(path, self._memory, self.static, self._attributes, self._series, overwrite=overwrite)
+        kept = (self._memory, self.static, self._attributes, self._series)
+        write_run(path, *kept, logged=self._logged, overwrite=overwrite)
 
     def close(self) -> None:
         """Write what is buffered, and let other writers in, also where something failed before."""

@@ -51,6 +51,7 @@ def write_run(
     attributes: Mapping[str, Any],
     series: Mapping[str, Mapping[int, float]],
     *,
+    logged: Mapping[str, Mapping[int, xr.Dataset]] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write at once what was measured: beside its place, then in its place, whole.
@@ -64,7 +65,9 @@ def write_run(
     with replacement(path, overwrite=overwrite) as beside, RunWriter(beside, attributes) as writer:
         for step, groups in steps:
             writer.append(step, groups, partial=True)
-        for step in sorted({step for values in series.values() for step in values}):
+        arrays = logged or {}
+        for step in sorted({step for values in (*series.values(), *arrays.values()) for step in values}):
             writer.append_series(step, {name: v[step] for name, v in series.items() if step in v})
+            writer.append_logged(step, {name: v[step] for name, v in arrays.items() if step in v})
         for group, dataset in static.items():
             writer.write_static(group, dataset)

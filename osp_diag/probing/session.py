@@ -78,6 +78,7 @@ class Probe:
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
     resume, overwrite : what to do with a run that is already at ``out``
+    segment_after : with ``resume``: the step after which the run goes on under other attributes
     options : fields of the settings, which change them (``sites=["residual_*"]``)
 
     Raises
@@ -107,6 +108,7 @@ class Probe:
         deferred: bool | Literal["auto"] = "auto",
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         resume: bool = False,
+        segment_after: int | None = None,
         overwrite: bool = False,
         **options: Unpack[MeasurementOptions],
     ) -> None:
@@ -144,6 +146,7 @@ class Probe:
             Path(out) if out is not None else None,
             self.attributes,
             resume=resume,
+            segment_after=segment_after,
             overwrite=overwrite,
             deferred=self.deferred,
         )
@@ -492,7 +495,7 @@ class Probe:
             self.write_static(VOCABULARY, vocabulary_dataset(self.tokenizer, self.vocabulary or 0))
         self._vocabulary_settled = True
 
-    # What was recorded: all but append_series wait for a deferred step, and all raise what failed in it
+    # What was recorded: all but append_… and note wait for a deferred step, and all raise what failed in it
 
     @property
     def latest(self) -> Mapping[str, xr.Dataset]:
@@ -503,9 +506,25 @@ class Probe:
         """Keep a dataset that does not depend on the step, as a snapshot; a resumed run keeps its own."""
         self._records.write_static(group, dataset)
 
-    def append_series(self, step: int, values: Mapping[str, float]) -> None:
-        """Keep scalars of a step (loss, learning rate …) beside the probes."""
-        self._records.append_series(step, values)
+    def append_series(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        attributes: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Keep scalars of a step (loss, learning rate …) beside the probes.
+
+        ``attributes`` (name → units, long_name, definition) are kept when a name is first seen.
+        """
+        self._records.append_series(step, values, attributes)
+
+    def append_logged(self, step: int, groups: Mapping[str, xr.Dataset]) -> None:
+        """Keep labelled arrays of a step beside its scalars (group name → Dataset of floats, no step)."""
+        self._records.append_logged(step, groups)
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what the reader of the numbers should know, in the run's notes, each once."""
+        self._records.note(notes)
 
     def flush(self) -> None:
         """Commit what was recorded: a training loop does so before it saves a checkpoint."""

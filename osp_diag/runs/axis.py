@@ -73,15 +73,21 @@ class GrowingArray:
         if end % steps == 0:
             self.tail = None
 
-    def is_empty(self, folder: Path, length: int, further: Sequence[np.ndarray]) -> bool:
-        """Whether nothing was recorded in the first ``length`` positions on disk, nor in ``further`` ones."""
+    def is_empty(
+        self, folder: Path, length: int, further: Sequence[np.ndarray], *, has_gaps: bool = False
+    ) -> bool:
+        """Whether nothing was recorded in the first ``length`` positions on disk, nor in ``further`` ones.
+
+        With gaps an array can be absent from a row that others are in, so that a chunk may hold nothing.
+        """
         if any(values.dtype.kind != "f" or not np.isnan(values).all() for values in further):
             return False
         rows = self.layout.chunk[0]
         chunks = range(math.ceil((length + len(further)) / rows))
-        if self.row_shape:  # only a scalar can be absent from a row that others are in
+        if self.row_shape and not has_gaps:
             return not any(self._path(folder, index).exists() for index in chunks)
-        blocks = ((index, self.layout.read_chunk(folder, (index,))) for index in chunks)
+        beyond = [0] * len(self.row_shape)
+        blocks = ((index, self.layout.read_chunk(folder, (index, *beyond))) for index in chunks)
         return all(
             block is None or np.isnan(block[: max(0, length - index * rows)]).all() for index, block in blocks
         )
@@ -115,7 +121,7 @@ class GrowingAxis:
     interruption at any instruction leaves either all of a position or nothing of it.
 
     With ``open_end``, the last row stays pending after it is committed, so that it can still be completed
-    (scalars of one step that come from several places); it is then written again with the next rows.
+    (numbers of one step that come from several places); it is then written again with the next rows.
     """
 
     def __init__(self, dim: str, labels_path: str, long_name: str, *, open_end: bool = False) -> None:
@@ -125,7 +131,7 @@ class GrowingAxis:
         self.open_end = open_end
         self.arrays: dict[str, GrowingArray] = {}
         self.unsaved = 0
-        """How many rows were added or completed since the last commit."""
+        """How many rows were added since the last commit; 1 if one was only completed."""
         # One tuple, exchanged as a whole, so that no interruption comes between the two lists.
         self._rows: tuple[list[int], list[dict[str, np.ndarray]]] = ([], [])
 
@@ -167,7 +173,7 @@ class GrowingAxis:
 
     def complete(self, values: Row) -> None:
         """Add values to the last position of an axis with an open end."""
-        self.unsaved += 1
+        self.unsaved = max(1, self.unsaved)
         self.pending[-1].update(values)
 
     def declare(self, layouts: Mapping[str, ArrayLayout], chunk_steps: int, chunk_bytes: int) -> None:
@@ -237,14 +243,14 @@ class GrowingAxis:
         return before - len(self)
 
     def without_values(self, root: Path) -> list[str]:
-        """The arrays that began after the last position: no chunk is left, or a scalar's is all NaN."""
+        """The arrays that began after the last position: no chunk is left, or all of it is NaN."""
         if not len(self):
             return []
         return [
             path
             for path, array in self.arrays.items()
             if path != self.labels_path
-            and array.is_empty(root / path, len(self.settled), self._last_of(path))
+            and array.is_empty(root / path, len(self.settled), self._last_of(path), has_gaps=self.open_end)
         ]
 
     def _last_of(self, path: str) -> list[np.ndarray]:
@@ -277,6 +283,6 @@ class GrowingAxis:
             return
         position = len(self.settled) - 1
         row = {path: array.read(root / path, position) for path, array in self.arrays.items()}
-        # NaN is what a scalar reads as that was not recorded: it can still come.
-        recorded = {path: values for path, values in row.items() if not np.isnan(values).any()}
+        # NaN is what an array reads as that was not recorded: it can still come.
+        recorded = {path: values for path, values in row.items() if not np.isnan(values).all()}
         self._rows = (self.settled[:-1], [recorded])

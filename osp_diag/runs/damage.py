@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from osp_diag.errors import StoreError
-from osp_diag.schema import STEP
+from osp_diag.schema import LOGGED_STEP, SERIES, STEP
 
 __all__ = ["without_damaged"]
 
@@ -29,6 +29,8 @@ def without_damaged(root: Mapping[str, Any], problems: Mapping[str, str]) -> dic
         if not group and name == STEP:
             raise StoreError(problem)
         members = [member for member in nodes if member.rpartition("/")[0] == group]
+        if path == f"{SERIES}/{LOGGED_STEP}":
+            members = [member for member in nodes if member.startswith(f"{SERIES}/")]
         dims = {dim for member in members for dim in nodes[member].get("dimension_names") or ()}
         coordinates = str(nodes.get(group, {}).get("attributes", {}).get("coordinates", "")).split()
         if name in dims or name in coordinates:

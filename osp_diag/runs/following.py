@@ -204,7 +204,7 @@ class FollowedRun(Run):
         scalars = {}
         for path in self._nodes:
             group, _, name = path.rpartition("/")
-            if group == SERIES and path != _LOGGED:
+            if group == SERIES and path != _LOGGED and self._nodes[path]["node_type"] == "array":
                 values = self._rows((SERIES, name), path, _unchanged, np.float64)[: len(steps)]
                 # Lengths differ where a damaged chunk stopped one of them.
                 values = np.pad(values, (0, len(steps) - len(values)), constant_values=np.nan)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from osp_diag.errors import StoreError
-from osp_diag.schema import LOGGED_STEP, SERIES, STEP
+from osp_diag.schema import LOGGED_STEP, SEGMENTS, SERIES, STEP
 
 __all__ = ["CODECS", "MOST_CHUNK_BYTES", "check_attributes", "check_nodes", "chunk_bytes", "item_bytes"]
 
@@ -92,6 +92,10 @@ def check_attributes(attributes: Mapping[str, Any], where: object) -> None:
     for item in attributes.get("resumed") or ():
         if not isinstance(item, Mapping):
             raise _refusal(where, "its attribute 'resumed'", "holds what is no object")
+    for item in attributes.get(SEGMENTS) or ():
+        whole = isinstance(item, Mapping) and isinstance(item.get("attributes"), Mapping)
+        if not whole or type(item.get("after_step")) is not int:
+            raise _refusal(where, f"its attribute {SEGMENTS!r}", "holds what is no segment")
 
 
 def _refusal(where: object, what: str, problem: str) -> StoreError:

@@ -20,6 +20,7 @@ from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
 from osp_diag.runs.format import METADATA, jsonable
 from osp_diag.runs.reduction import Reduction
+from osp_diag.runs.segments import Segment, joined_segments, parent_sentence, segments_of
 from osp_diag.runs.tree import checked_path
 from osp_diag.schema import (
     CHANNEL_WEIGHTS,
@@ -97,13 +98,14 @@ def open_tree(path: Path, damage: dict[str, str] | None = None) -> xr.DataTree:
         store = RunStore(store.files, without_damaged(root, problems))
     try:
         # Nothing in a run is a date: units such as "seconds" are meant as units of plain numbers.
-        return xr.open_datatree(
+        tree = xr.open_datatree(
             store,  # type: ignore[arg-type]  # zarr's stores are taken too
             engine="zarr",
             consolidated=True,
             decode_times=False,
             decode_timedelta=False,
         )
+        return joined_segments(tree)
     except StoreError as error:  # without what xarray adds of its own
         raise StoreError(str(error)) from error
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -132,6 +134,7 @@ class Run:
         static: Mapping[str, xr.Dataset],
         attributes: Mapping[str, Any],
         series: Mapping[str, Mapping[int, float]] | None = None,
+        logged: Mapping[str, Mapping[int, xr.Dataset]] | None = None,
     ) -> Run:
         """A run that is on no disk.
 
@@ -140,6 +143,7 @@ class Run:
         steps : (step, site or group → Dataset without the step), as for ``RunWriter.append``
         static : group → what does not grow, as for ``RunWriter.write_static``
         series : name → {step: scalar}
+        logged : group → {step: Dataset without the step}, as for ``RunWriter.append_logged``
         """
         labels = np.asarray([step for step, _ in steps], dtype=np.int64)
         root = xr.Dataset(
@@ -167,15 +171,25 @@ class Run:
             nodes[f"/{checked_path(name)}"] = joined.drop_vars("step")
         for name, dataset in static.items():
             nodes[f"/{checked_path(name)}"] = dataset
-        if series:
-            logged = sorted({step for values in series.values() for step in values})
+        if rows := [*(series or {}).values(), *(logged or {}).values()]:
+            labels = np.asarray(sorted({step for values in rows for step in values}), dtype=np.int64)
             columns = {
-                name: (LOGGED_STEP, [float(values.get(step, np.nan)) for step in logged])
-                for name, values in series.items()
+                name: (LOGGED_STEP, [float(values.get(step, np.nan)) for step in labels.tolist()])
+                for name, values in (series or {}).items()
             }
-            nodes[f"/{SERIES}"] = xr.Dataset(
-                columns, coords={LOGGED_STEP: np.asarray(logged, dtype=np.int64)}
-            )
+            nodes[f"/{SERIES}"] = xr.Dataset(columns, coords={LOGGED_STEP: labels})
+            for name, datasets in (logged or {}).items():
+                parts = [dataset.expand_dims({LOGGED_STEP: [step]}) for step, dataset in datasets.items()]
+                grown = xr.concat(
+                    parts,
+                    LOGGED_STEP,
+                    data_vars="all",
+                    coords="minimal",
+                    compat="override",
+                    join="exact",
+                    combine_attrs="override",
+                )
+                nodes[f"/{SERIES}/{name}"] = grown.reindex({LOGGED_STEP: labels})
         return cls(xr.DataTree.from_dict(nodes))
 
     # -- what is there ---------------------------------------------------------------------------------
@@ -219,9 +233,17 @@ class Run:
         return [site_of_path(node.path) for node in self.tree.subtree if node.path != "/" and node.data_vars]
 
     @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The stretches of steps between which the training changed; one where it did not."""
+        return segments_of({str(key): value for key, value in self.attrs.items()})
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the reader of the numbers should know."""
-        notes = (str(note) for note in self.attrs.get("notes") or ())
+        notes = [str(note) for note in self.attrs.get("notes") or ()]
+        parent = parent_sentence(self.segments[0].attributes)
+        notes += [parent] if parent else []
+        notes += [segment.sentence for segment in self.segments[1:]]
         return tuple(dict.fromkeys(note for note in notes if not note.startswith(SEAM_NOTE)))
 
     @property
@@ -460,6 +482,30 @@ class Run:
         if SERIES not in self.tree.children:
             return xr.Dataset(coords={"step": np.empty(0, np.int64)})
         return self.tree.children[SERIES].to_dataset(inherit=False).rename({LOGGED_STEP: "step"})
+
+    @property
+    def logged_groups(self) -> list[str]:
+        """The groups of labelled arrays that are recorded as often as the scalars of :attr:`series`."""
+        group = self.tree.children.get(SERIES)
+        return [] if group is None else [str(name) for name, part in group.children.items() if part.data_vars]
+
+    def logged(self, name: str) -> xr.Dataset:
+        """Labelled arrays by training step, as the scalars of :attr:`series`: what the trainer keeps in
+        ``optimizer_settings`` and ``weight_sketch``. NaN at steps without them.
+
+        Raises
+        ------
+        MissingError : the run has no such group; :attr:`logged_groups` lists them
+        """
+        if name not in self.logged_groups:
+            raise MissingError(
+                f"{self._subject} has no logged group {name!r}; "
+                + did_you_mean(name, self.logged_groups, "run.logged_groups lists them")
+            )
+        group = self.tree.children[SERIES]
+        arrays = group.children[name].to_dataset(inherit=False)
+        labels = group.to_dataset(inherit=False)[LOGGED_STEP]
+        return arrays.assign_coords({LOGGED_STEP: labels}).rename({LOGGED_STEP: "step"})
 
     def to_frame(self, name: str) -> Any:
         """One statistic as a long :class:`pandas.DataFrame`: a row per site, step, layer …"""

@@ -15,7 +15,7 @@ import xarray as xr
 from osp_diag.errors import StoreError
 from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep, unmeasured
 from osp_diag.runs.format import METADATA, ArrayLayout, compact, jsonable
-from osp_diag.schema import LOGGED_STEP, STEP, group_path
+from osp_diag.schema import LOGGED_STEP, SERIES, STEP, group_path
 
 __all__ = ["Plan", "Tree", "checked_path", "scalar", "step_label"]
 
@@ -65,12 +65,14 @@ class Plan:
 class Tree:
     """Groups, static arrays and the signature of the growing ones."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, logged: bool = False) -> None:
         self.root = root
+        self._is_logged = logged
+        """Whether these are the groups below ``series``, whose arrays grow along ``logged_step``."""
         self.groups: dict[str, dict[str, Any]] = {}
         self.static: dict[str, tuple[ArrayLayout, tuple[int, ...]]] = {}
         self.growing: dict[str, ArrayLayout] = {}
-        """Layout of one row of each array along ``step``."""
+        """Layout of one row of each array along ``step``, or of the logged groups along ``logged_step``."""
         self._coordinates: dict[str, np.ndarray] = {}
         self._shared_labels: dict[str, DeclaredGroup] = {}
         """Group → labels that were compared with the run's, so that steps which share them need not be."""
@@ -107,6 +109,17 @@ class Tree:
         for path, layout in layouts.items():
             self.growing[path] = replace(layout, dims=layout.dims[1:], chunk=layout.chunk[1:])
 
+    def forget_groups_that_do_not_grow(self) -> None:
+        """Drop the coordinates and groups of which no growing array is left."""
+        for path in [path for path in self.static if not self.grows(path.rpartition("/")[0])]:
+            self.forget(path)
+        grown = tuple(self.growing)
+        self.groups = {
+            group: attributes
+            for group, attributes in self.groups.items()
+            if any(path.startswith(f"{group}/") for path in grown)
+        }
+
     def static_metadata(self) -> dict[str, str]:
         """Metadata of all static arrays; the text of one is made once, as nothing in it changes."""
         for path in self.static.keys() - self._static_texts.keys():
@@ -132,6 +145,16 @@ class Tree:
         """Whether the run's steps have this group."""
         group = group_path(name)
         return any(path.rpartition("/")[0] == group for path in self.growing)
+
+    def fits(self, name: str, part: xr.Dataset | GroupStep) -> bool:
+        """Whether a further step may have this group as it is."""
+        try:
+            self.check_step(
+                {name: part} if isinstance(part, xr.Dataset) else ProbedStep({name: part}), partial=True
+            )
+        except StoreError:
+            return False
+        return True
 
     def layers(self, name: str) -> list[int] | None:
         """The layers that a group has; None where the run has no such group."""
@@ -231,8 +254,11 @@ class Tree:
         plan = Plan()
         for name, dataset in groups.items():
             group = checked_path(name)
-            if group.split("/")[0] == "series":
-                raise StoreError("the group 'series' holds scalars; record them with append_series")
+            if group.split("/")[0] == SERIES and not self._is_logged:
+                raise StoreError(
+                    "the group 'series' holds scalars; record them with append_series, and arrays beside "
+                    "them with append_logged"
+                )
             for dim in GROWING_DIMS:
                 if dim in dataset.dims or dim in dataset.variables:
                     raise StoreError(
@@ -257,6 +283,10 @@ class Tree:
                     if layout.dtype == "string":
                         raise StoreError(
                             f"{path} is text, which cannot be recorded by step; use write_static"
+                        )
+                    if self._is_logged and not layout.dtype.startswith("float"):
+                        raise StoreError(
+                            f"{path} has type {layout.dtype}; give floats, since steps without it read NaN"
                         )
                     plan.growing[path] = layout
                     plan.rows[path] = np.array(variable.values)

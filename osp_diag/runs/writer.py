@@ -5,7 +5,8 @@ What is on disk (``osp_diag.runs.run`` reads it, and so does ``xarray.open_datat
 * the root holds ``step`` and the attributes that determine the numbers;
 * one group per site, variables (step, layer, …); ``raw/<site>`` the same for raw sums;
 * ``snapshot/…`` and whatever else does not grow; ``series``: scalars along ``logged_step``, which has
-  its own name because it is denser than ``step``, and a tree shares coordinates of one name.
+  its own name because it is denser than ``step``, and a tree shares coordinates of one name;
+  ``series/<group>``: labelled arrays along it.
 
 **Commit.** Chunks are written first; then the root's ``zarr.json``, which consolidates the metadata of
 all arrays with their lengths, is replaced atomically and synced. That file is the commit pointer: a
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +30,7 @@ import xarray as xr
 
 from osp_diag.errors import StoreError
 from osp_diag.runs.axis import GrowingAxis
-from osp_diag.runs.declared import ProbedStep
+from osp_diag.runs.declared import GroupStep, ProbedStep
 from osp_diag.runs.folder import (
     FORMAT_KEY,
     FORMAT_VERSION,
@@ -50,15 +51,21 @@ from osp_diag.runs.format import (
     root_document,
 )
 from osp_diag.runs.lock import WriterLock
+from osp_diag.runs.segments import (
+    OF_MEASUREMENT,
+    changed_attributes,
+    segment_group,
+    segments_of,
+)
 from osp_diag.runs.tree import Plan, Tree, checked_path, scalar, step_label
-from osp_diag.schema import LOGGED_STEP, SERIES, STEP
+from osp_diag.schema import LOGGED_STEP, PARENT, SEGMENTS, SERIES, STEP
 
 __all__ = ["RunWriter", "check_destination"]
 
 
 CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
-VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites", "notes")
+VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites", "notes", PARENT, SEGMENTS)
 
 _CHUNK_BYTES = 256 * 1024
 _SERIES_CHUNK = 4096
@@ -74,6 +81,9 @@ class RunWriter:
     attributes : everything that determines a number (NumPy scalars, sets, paths and dates are converted)
     resume : continue the run that is there (or begin one). The attributes must be equal, save
         those of ``CIRCUMSTANCES``, which are appended to the attribute ``resumed``.
+    segment_after : with ``resume``: go on after this step under other attributes, which begin a new
+        segment (:mod:`osp_diag.runs.segments`); those that say what a number is have to be equal. What the
+        run holds beyond that step is for :meth:`truncate_after` to drop.
     overwrite : delete the run that is there. Nothing but a run is ever deleted.
     block : commit every so many probed steps; until then they are in memory. 1 loses at most the step
         being written when the process is killed; larger blocks write less.
@@ -94,6 +104,7 @@ class RunWriter:
         attributes: Mapping[str, Any],
         *,
         resume: bool = False,
+        segment_after: int | None = None,
         overwrite: bool = False,
         block: int = 1,
         series_block: int = 64,
@@ -111,7 +122,10 @@ class RunWriter:
         self._series = GrowingAxis(
             LOGGED_STEP, f"{SERIES}/{LOGGED_STEP}", "training step of the scalars", open_end=True
         )
-        self._tree = Tree(self.path)
+        self._segment: int | None = None
+        """The step after which the last segment begins, where there are several."""
+        self._names_in_segment: dict[str, str] = {}
+        self._tree, self._logged = Tree(self.path), Tree(self.path, logged=True)
         self._on_disk: set[str] = set()
         self._owner = os.getpid()
         self._open = False
@@ -124,7 +138,7 @@ class RunWriter:
             with self._disk_errors():
                 # Asked again, because only now nobody else can begin a run here.
                 if survey(self.path, resume=resume, overwrite=overwrite) and resume:
-                    self._resume()
+                    self._resume(segment_after)
                 self._commit()
                 self._sweep()
         except BaseException:
@@ -180,6 +194,7 @@ class RunWriter:
         self._require_open()
         label = step_label(step)
         self._refuse_repetition(label, self._axis)
+        groups = self._in_segment(groups)
         with self._disk_errors():
             new = {name for name in groups if not self._tree.grows(name)} if partial else set()
             if not self._axis.arrays:
@@ -197,10 +212,26 @@ class RunWriter:
         plan = self._tree.plan(groups, growing=True)
         if not plan.growing:
             raise StoreError(f"the first step of {self.path} has no variables; record at least one")
-        self._write_static_arrays(plan)
+        self._write_static_arrays(plan, self._tree)
         self._axis.declare(plan.growing, self.chunk_steps, _CHUNK_BYTES)
         self._tree.declare(groups)
         return plan.rows
+
+    def _in_segment(self, groups: Mapping[str, xr.Dataset]) -> Mapping[str, xr.Dataset]:
+        """The groups by the names that they go on under: a segment's own where their labels are others."""
+        if self._segment is None:
+            return groups
+        parts = groups.groups if isinstance(groups, ProbedStep) else groups
+        return ProbedStep({self._name_in_segment(name, part): part for name, part in parts.items()})
+
+    def _name_in_segment(self, name: str, part: xr.Dataset | GroupStep, prefix: str = "") -> str:
+        names, tree, path = self._names_in_segment, self._logged if prefix else self._tree, prefix + name
+        if self._segment is None:
+            return path
+        if path not in names:
+            fits = not tree.grows(path) or tree.fits(path, part)
+            names[path] = path if fits else prefix + segment_group(self._segment, name)
+        return names[path]
 
     def append_series(
         self,
@@ -214,31 +245,71 @@ class RunWriter:
         ``attributes`` (name → units, long_name, definition) are kept when a name is first seen.
         """
         self._require_open()
-        axis = self._series
         paths = {f"{SERIES}/{name}": scalar(name, value) for name, value in values.items()}
         label = step_label(step)
         with self._disk_errors():
-            if axis.pending and label == axis.last:
-                repeated = [path.removeprefix(f"{SERIES}/") for path in paths if path in axis.pending[-1]]
-                if repeated:
-                    raise StoreError(
-                        f"series {', '.join(repeated)} of step {label} is already recorded in {self.path}; "
-                        "record each name once per step"
-                    )
-                self._declare_series(values, attributes or {})
-                axis.complete(paths)
-            else:
-                self._refuse_repetition(label, axis)
-                self._declare_series(values, attributes or {})
-                axis.add({axis.labels_path: label, **paths})
-            if axis.unsaved >= self.series_block:
-                self._commit()
+            self._refuse_logged(label, paths)
+            self._declare_series(values, attributes or {})
+            self._log(label, paths)
+
+    def append_logged(self, step: SupportsIndex, groups: Mapping[str, xr.Dataset]) -> None:
+        """Record labelled arrays of one step in the rows of :meth:`append_series`.
+
+        Parameters
+        ----------
+        step : as for :meth:`append_series`, with which it shares rows; either may complete the other's
+        groups : name → Dataset of floats without a dimension of steps. The first one of a name decides
+            variables, coordinates and types; a group may come at any time and be missing at others, which
+            reads NaN
+        """
+        self._require_open()
+        parts = groups.groups if isinstance(groups, ProbedStep) else groups
+        prefix = f"{SERIES}/"
+        below = ProbedStep({self._name_in_segment(n, part, prefix): part for n, part in parts.items()})
+        label, tree, axis = step_label(step), self._logged, self._series
+        with self._disk_errors():
+            self._refuse_logged(label, [f"{name}/{key}" for name in below for key in _variables(below, name)])
+            for name in below.keys() & {*axis.arrays, axis.labels_path}:
+                raise StoreError(f"{name!r} of {self.path} is a series of scalars; name the group otherwise")
+            begun = {name for name in below if tree.grows(name)}
+            rows = tree.check_step(_part(below, begun), partial=True) if begun else {}
+            rows = {path: values for path, values in rows.items() if path.rpartition("/")[0] in begun}
+            if new := _part(below, set(below) - begun):
+                plan = tree.plan(new, growing=True)
+                self._write_static_arrays(plan, tree)
+                self._tree.add_group(SERIES)
+                axis.declare(plan.growing, _SERIES_CHUNK, _CHUNK_BYTES)
+                tree.declare(new)
+                rows |= plan.rows
+            self._log(label, rows)
+
+    def _refuse_logged(self, label: np.ndarray, paths: Iterable[str]) -> None:
+        axis = self._series
+        if not axis.pending or label != axis.last:
+            self._refuse_repetition(label, axis)
+        elif repeated := [path.removeprefix(f"{SERIES}/") for path in paths if path in axis.pending[-1]]:
+            raise StoreError(
+                f"series {', '.join(repeated)} of step {label} is already recorded in {self.path}; "
+                "record each name once per step"
+            )
+
+    def _log(self, label: np.ndarray, values: dict[str, np.ndarray]) -> None:
+        """Put checked values into the row of a step."""
+        axis = self._series
+        if axis.pending and label == axis.last:
+            axis.complete(values)
+        else:
+            axis.add({axis.labels_path: label, **values})
+        if axis.unsaved >= self.series_block or axis.pending_bytes > _PENDING_BYTES:
+            self._commit()
 
     def _declare_series(self, names: Mapping[str, Any], attributes: Mapping[str, Any]) -> None:
         axis = self._series
         layouts = {}
         for name in names:
             path = f"{SERIES}/{name}"
+            if path in self._logged.groups:
+                raise StoreError(f"{path!r} of {self.path} is a group of arrays; name the series otherwise")
             if path not in axis.arrays:
                 described = jsonable(dict(attributes.get(name, {})), f"attributes of {path}")
                 layouts[path] = ArrayLayout((), "float64", (), described)
@@ -260,14 +331,14 @@ class RunWriter:
                     self._tree.forget(path)
                 self._commit()
                 self._sweep()
-            self._write_static_arrays(plan)
+            self._write_static_arrays(plan, self._tree)
             self._commit()
 
-    def _write_static_arrays(self, plan: Plan) -> None:
+    def _write_static_arrays(self, plan: Plan, tree: Tree) -> None:
         for path, (layout, values) in plan.static.items():
             self._make(path, compact(layout.metadata(values.shape)))
             layout.write_all(self.path / path, values)
-        self._tree.adopt(plan)
+        tree.adopt(plan)
 
     def note_absent_sites(self, reasons: Mapping[str, str]) -> None:
         """Keep why sites are not there (site → reason) when that shows only once the model runs."""
@@ -304,6 +375,7 @@ class RunWriter:
         """
         self._require_open()
         with self._disk_errors():
+            self._drop_segments(lambda after_step: after_step > operator.index(step))
             self._commit()
             dropped = self._axis.cut(operator.index(step))
             if dropped + self._series.cut(operator.index(step)):
@@ -319,9 +391,10 @@ class RunWriter:
         """Forget arrays that have nothing in the steps that are left."""
         empty = [path for axis in (self._axis, self._series) for path in axis.without_values(self.path)]
         for path in empty:
-            self._tree.growing.pop(path, None)
-            for axis in (self._axis, self._series):
+            for tree, axis in ((self._tree, self._axis), (self._logged, self._series)):
+                tree.growing.pop(path, None)
                 axis.forget(path)
+        self._logged.forget_groups_that_do_not_grow()
         if empty:
             self._commit()
             self._sweep()
@@ -360,11 +433,13 @@ class RunWriter:
                 if path not in self._on_disk:
                     self._make(path, axis.arrays[path].metadata(0))
             axis.write(self.path)
-        groups = {path: compact(group_metadata(attrs)) for path, attrs in self._tree.groups.items()}
+        groups = self._tree.groups | self._logged.groups
+        groups = {path: compact(group_metadata(attrs)) for path, attrs in groups.items()}
         for path, text in groups.items():
             if path not in self._on_disk:
                 self._make(path, text)
-        nodes = groups | self._tree.static_metadata() | self._axis.metadata() | self._series.metadata()
+        nodes = groups | self._tree.static_metadata() | self._logged.static_metadata()
+        nodes |= self._axis.metadata() | self._series.metadata()
         replace_file(self.path / METADATA, root_document(self._attributes, nodes), durable=True)
         self._axis.settle()
         self._series.settle()
@@ -384,19 +459,27 @@ class RunWriter:
             for axis in (self._axis, self._series):
                 if node in axis.arrays:
                     return axis.holds_chunk(node, name)
-            return node in self._tree.static
+            return node in static
 
-        nodes = {"", *self._tree.groups, *self._tree.static, *self._axis.arrays, *self._series.arrays}
+        static = {*self._tree.static, *self._logged.static}
+        nodes = {"", *self._tree.groups, *self._logged.groups, *static}
+        nodes |= {*self._axis.arrays, *self._series.arrays}
         self._on_disk &= nodes
         self._on_disk.add("")
         sweep(self.path, alive)
 
     # -- opening again ---------------------------------------------------------------------------------
 
-    def _resume(self) -> None:
+    def _resume(self, segment_after: int | None) -> None:
         root = read_root(self.path)
-        attributes = root["attributes"]
-        differences = identity_differences(attributes, self._attributes, VOLATILE)
+        attributes, given = root["attributes"], self._attributes
+        self._attributes = attributes
+        if segment_after is not None:
+            self._drop_segments(lambda after_step: after_step >= segment_after)
+            attributes = self._attributes
+        last = segments_of(attributes)[-1]
+        volatile = VOLATILE if segment_after is None else (*VOLATILE, *given.keys() - {*OF_MEASUREMENT})
+        differences = identity_differences(last.attributes, given, volatile)
         if differences:
             raise StoreError(
                 f"{self.path} cannot be resumed: it was written under other conditions\n  "
@@ -410,16 +493,41 @@ class RunWriter:
             if dims[0] in growing:
                 growing[dims[0]][path] = entry
             else:
-                self._tree.restore(path, entry)
+                (self._logged if path.startswith(f"{SERIES}/") else self._tree).restore(path, entry)
         self._axis.restore(growing[STEP], self.path)
         self._series.restore(growing[LOGGED_STEP], self.path)
         self._tree.restore_growing(
             {path: array.layout for path, array in self._axis.arrays.items() if path != STEP}
         )
+        logged = {path: array.layout for path, array in self._series.arrays.items() if path.count("/") > 1}
+        self._logged.restore_growing(logged)
         self._on_disk = {"", *nodes}
-        circumstances = {key: self._attributes[key] for key in CIRCUMSTANCES if key in self._attributes}
+        circumstances = {key: given[key] for key in CIRCUMSTANCES if key in given}
         history = [*attributes.get("resumed", []), circumstances | {"after_step": self.last_step}]
         self._attributes = attributes | {"resumed": history}
+        if segment_after is not None:
+            self._begin_segment(segment_after, last.attributes, given)
+        self._segment = (
+            self._attributes[SEGMENTS][-1]["after_step"] if self._attributes.get(SEGMENTS) else None
+        )
+
+    def _begin_segment(self, after_step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        changed = changed_attributes(
+            *({key: value for key, value in part.items() if key not in VOLATILE} for part in (before, now))
+        )
+        if changed:
+            if PARENT in now:
+                changed[PARENT] = now[PARENT]
+            entry = {"after_step": after_step, "attributes": changed}
+            self._attributes = self._attributes | {SEGMENTS: [*self._attributes.get(SEGMENTS, []), entry]}
+
+    def _drop_segments(self, is_dropped: Callable[[int], bool]) -> None:
+        segments = self._attributes.get(SEGMENTS)
+        if segments:
+            left = [entry for entry in segments if not is_dropped(entry["after_step"])]
+            self._attributes = self._attributes | {SEGMENTS: left}
+            self._segment = left[-1]["after_step"] if left else None
+            self._names_in_segment = {}
 
     # -- refusing --------------------------------------------------------------------------------------
 
@@ -441,6 +549,11 @@ class RunWriter:
 
     def _disk_errors(self) -> AbstractContextManager[None]:
         return disk_errors(self.path, self._axis.settled)
+
+
+def _variables(step: ProbedStep, group: str) -> list[str]:
+    part = step.groups[group]
+    return list(map(str, part.arrays if isinstance(part, GroupStep) else part.data_vars))
 
 
 def _part(groups: Mapping[str, xr.Dataset], names: Collection[str]) -> ProbedStep:

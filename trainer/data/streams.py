@@ -44,6 +44,7 @@ class StreamData(TrainingData):
         self._waiting = np.empty(0, dtype=np.int64)
         self._state_before = self._documents.state()  # the state before the document that is waiting
         self._offset = 0  # how many of its tokens lie before those that wait
+        self._sequences: int | None = 0  # handed out so far; None after a state that does not say
         names = {_without_path(name): weight for name, weight in self._weights.items()}
         self.description = f"{', '.join(names)} (split {config.split}), streamed"
         identity = {
@@ -59,6 +60,7 @@ class StreamData(TrainingData):
 
     def next_batch(self) -> Batch:
         rows, length = self.dealing.batch_size, self.form.body + 1
+        self._sequences = None if self._sequences is None else self._sequences + rows
         if self.config.packing == "documents":
             windows = np.stack([self._from_document(length) for _ in range(rows)])
         else:
@@ -67,10 +69,11 @@ class StreamData(TrainingData):
         return self.form.batch(windows[self.dealing.of_rank])
 
     def _position(self) -> dict[str, Any]:
-        return {"documents": self._state_before, "offset": self._offset}
+        return {"documents": self._state_before, "offset": self._offset, "sequences": self._sequences}
 
     def _go_to(self, position: Mapping[str, Any]) -> None:
         self._documents.load(position["documents"])
+        self._sequences = position.get("sequences")
         self._waiting = np.empty(0, dtype=np.int64)
         self._state_before, self._offset = self._documents.state(), 0
         if position["offset"]:

@@ -1,0 +1,166 @@
+"""What a diagnosis asks of whoever can read a training's checkpoints and run it again: evidence alone.
+
+The trainer answers (``osp_diag.trainer.laboratory``), the rules of ``osp_diag.analyses.diagnosis`` judge the
+answers; neither imports the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import xarray as xr
+
+__all__ = [
+    "CheckpointState",
+    "Counterfactual",
+    "Fork",
+    "FunctionRecord",
+    "Laboratory",
+    "Replay",
+    "WeightPart",
+]
+
+
+@dataclass(frozen=True)
+class CheckpointState:
+    """What a checkpoint says without its weights being read.
+
+    Attributes
+    ----------
+    step : updates done
+    path : its folder
+    config : of the training that wrote it, by dotted key
+    owners : parameter → the optimizer that holds a state of it
+    shapes : parameter → its size
+    function : what it recorded of its function (``constants``, ``reference_loss``, ``code``); None if nothing
+    """
+
+    step: int
+    path: Path
+    config: Mapping[str, Any]
+    owners: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    function: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True)
+class FunctionRecord:
+    """A checkpoint's loss on fixed tokens, as it was recorded and as today's code computes it."""
+
+    step: int
+    recorded_loss: float
+    loss_now: float
+
+
+@dataclass(frozen=True)
+class WeightPart:
+    """A part of a weight: rows or columns of a matrix, entries of a vector (its rows), or all of it."""
+
+    parameter: str
+    axis: str
+    """``row``, ``column`` or ``all``"""
+    indices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Counterfactual:
+    """What an edit of a checkpoint's weights changes.
+
+    Attributes
+    ----------
+    edit : in words
+    step : of the checkpoint
+    kurtosis, loss : mean OSP kurtosis of the hidden states over all tokens, and held-out loss, after the edit
+    kurtosis_before, loss_before : of the checkpoint as it is, on the same tokens
+    """
+
+    edit: str
+    step: int
+    kurtosis: float
+    loss: float
+    kurtosis_before: float
+    loss_before: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Steps of a training made again from a checkpoint, beside what its run recorded.
+
+    Attributes
+    ----------
+    start : step of the checkpoint
+    steps : Dataset (step) with ``loss``, ``replayed_loss``, ``batch_agrees`` (1, 0, NaN where not recorded)
+        and ``weights_agree`` (share of the parameters whose sketch is the same to the bit)
+    parameters : Dataset (parameter) at the first step at which the weights differ: ``is_same``, and the least
+        squares fit Δ ≈ a · Δreplay + b · W of its sketch: ``step_factor`` a, ``decay`` −b, ``residual`` as a
+        share of ‖Δ‖; None where none differ or no sketches were recorded
+    """
+
+    start: int
+    steps: xr.Dataset
+    parameters: xr.Dataset | None
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A training that went on from a checkpoint under another configuration, for a few steps.
+
+    Attributes
+    ----------
+    label : in words, what was changed
+    changes : of the configuration, by dotted key
+    steps, kurtosis, held_out_loss : at its probes, kurtosis as the headline has it
+    reset : what began anew
+    """
+
+    label: str
+    changes: Mapping[str, Any]
+    steps: tuple[int, ...]
+    kurtosis: tuple[float, ...]
+    held_out_loss: tuple[float, ...]
+    reset: tuple[str, ...]
+
+
+class Laboratory(Protocol):
+    """Reads checkpoints, and runs the training of a run again beside it; writes nothing into the run."""
+
+    checkpoints: Sequence[CheckpointState]
+    """Those that are left, ascending; a damaged one is left out and told in :attr:`missing`."""
+    missing: Sequence[str]
+    """What cannot be asked, a sentence each with what would have to be recorded."""
+
+    def functions(self, steps: Sequence[int]) -> list[FunctionRecord]:
+        """The losses of checkpoints that recorded one; a forward pass each."""
+        ...
+
+    def weight_changes(self, before: int, after: int) -> xr.Dataset:
+        """How far every parameter moved between two checkpoints, and its rows and columns
+        (``osp_diag.trainer.laboratory.weight_changes`` has the variables)."""
+        ...
+
+    def reverted(self, step: int, before: int, part: WeightPart) -> Counterfactual:
+        """A checkpoint with a part of a weight as an earlier one has it."""
+        ...
+
+    def edited(self, step: int, edit: str) -> Counterfactual:
+        """A checkpoint with an edit by name: ``clip_rows``, ``average_gains``, ``equal_heads``."""
+        ...
+
+    def seconds_per_step(self) -> float | None:
+        """What a step took when the run was trained; None where nothing is recorded."""
+        ...
+
+    def replay(self, start: int, until: int) -> Replay:
+        """The steps after the checkpoint of step ``start`` once more, as its own configuration has them."""
+        ...
+
+    def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
+        """Training from a checkpoint to a step under a changed configuration; probed at its end."""
+        ...
+
+    def control(self, start: int, until: int, label: str, like: Mapping[str, Any]) -> Fork:
+        """Training under its own configuration, with the states reset that the changes ``like`` reset."""
+        ...
