@@ -110,13 +110,13 @@ def scored(name: str, *findings: Finding, seed: int = 0, alerts: dict[int, list[
 
 def test_an_edit_is_found_by_parameter_or_by_site() -> None:
     parameter = "model.layers.1.mlp.down_proj.weight"
-    exact = Finding("weight_edit", "row 77 of down_proj grew", parameters=(parameter,), index=77)
+    exact = Finding("weight_edit", "row 77 of down_proj grew", parameters=(parameter,), indices=(77,))
     result = scored("down_row_x10", exact, alerts={60: ["changed"]})
     assert result["group"] == "development"
     assert result["noticed_after"] == 10
     assert result["raised"]
     assert [result[f"{key}_right"] for key in ("family", "place", "index", "cause")] == [True] * 4
-    nearby = Finding("weight_edit", "something grew", site="mlp_contribution", layer=1, index=76)
+    nearby = Finding("weight_edit", "something grew", site="mlp_contribution", layer=1, indices=(76,))
     result = scored("down_row_x10", nearby)
     assert [result[f"{key}_right"] for key in ("family", "place", "index", "cause")] == [
         True,
@@ -152,7 +152,7 @@ def test_a_healthy_training_has_only_false_alarms() -> None:
 
 
 def test_the_page_counts_groups_families_and_faults() -> None:
-    down = Finding("weight_edit", "row of down_proj", site="mlp_contribution", layer=1, index=77)
+    down = Finding("weight_edit", "row of down_proj", site="mlp_contribution", layer=1, indices=(77,))
     scores = [scored("down_row_x10", down), scored("no_decay"), scored("healthy_osp"), scored("healthy_adam")]
     assert confusion(scores)["weight_edit"] == {"weight_edit": 1}
     assert confusion(scores)["healthy"] == {"nothing": 2}

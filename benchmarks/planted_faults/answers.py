@@ -12,7 +12,7 @@ import xarray as xr
 from osp_diag.analyses.alerts import alerts
 from osp_diag.runs.headline import hidden_states
 from osp_diag.runs.run import Run, open_run
-from osp_diag.schema import HIDDEN_STATES, LOGGED_STEP, SERIES, STEP
+from osp_diag.schema import HIDDEN_STATES, LOGGED_STEP, SEGMENTS, STEP
 
 __all__ = ["Finding", "alerts_by_step", "findings_of", "kurtosis_by_step"]
 
@@ -27,7 +27,7 @@ class Finding:
     parameters: tuple[str, ...] = ()
     site: str = ""
     layer: int | None = None
-    index: int | None = None
+    indices: tuple[int, ...] = ()
     remedy_verified: bool | None = None
 
 
@@ -41,8 +41,9 @@ def findings_of(path: Path, against: Path | None) -> list[Finding]:
 
 def _finding(found: Any) -> Finding:
     place, remedy = found.place, getattr(found, "remedy", None)
+    parts = (getattr(place, name, None) for name in ("indices", "row", "channel", "head"))
+    index = next((part for part in parts if part is not None), ())
     parameter = getattr(place, "parameter", None) or ()
-    indices = (getattr(place, name, None) for name in ("row", "channel", "head", "column", "index"))
     return Finding(
         family=found.family,
         cause=str(found.cause),
@@ -50,7 +51,7 @@ def _finding(found: Any) -> Finding:
         parameters=(parameter,) if isinstance(parameter, str) else tuple(parameter),
         site=getattr(place, "site", None) or "",
         layer=getattr(place, "layer", None),
-        index=next((index for index in indices if index is not None), None),
+        indices=(index,) if isinstance(index, int) else tuple(index),
         remedy_verified=None if remedy is None else bool(getattr(remedy, "verified", False)),
     )
 
@@ -72,14 +73,15 @@ def alerts_by_step(run: Run) -> dict[int, list[str]]:
 
 def _up_to(run: Run, step: int) -> Run:
     """The run as it was after the probe of that step."""
+    lasting = {STEP: run.steps <= step, LOGGED_STEP: run.series["step"].values <= step}
     nodes = {}
     for node in run.tree.subtree:
         dataset = node.to_dataset(inherit=False)
-        if STEP in dataset.dims:
-            dataset = dataset.isel({STEP: run.steps <= step})
-        if node.path == f"/{SERIES}":
-            dataset = dataset.isel({LOGGED_STEP: dataset[LOGGED_STEP].values <= step})
-        nodes[node.path] = dataset
+        present = {name: rows for name, rows in lasting.items() if name in dataset.dims}
+        nodes[node.path] = dataset.isel(present)
+    if segments := run.attrs.get(SEGMENTS):
+        begun = [segment for segment in segments if segment["after_step"] < step]
+        nodes["/"] = nodes["/"].assign_attrs({SEGMENTS: begun})
     return Run(xr.DataTree.from_dict(nodes), run.path)
 
 

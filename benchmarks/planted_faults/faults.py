@@ -74,6 +74,7 @@ class Fault:
     changes : of the configuration, by dotted key: what a configuration tells of
     times : dotted key → factor of the value there
     silent : what no configuration tells of
+    new_segment : it goes on as a new segment of the run, as all declared faults do, and is not resumed
     recipe : of the healthy training
     is_development : the rules were made on it
     """
@@ -85,6 +86,7 @@ class Fault:
     changes: Mapping[str, Any] = field(default_factory=dict)
     times: Mapping[str, float] = field(default_factory=dict)
     silent: Planting = field(default_factory=Planting)
+    new_segment: bool = False
     recipe: Recipe = "osp"
     is_development: bool = True
 
@@ -192,7 +194,7 @@ def _development() -> Iterable[Fault]:
         Fault("one_token_batch", "mid_run", (Cause("batch", "a batch of one token", ("batch",)),), False,
               silent=Planting(batch=plant.one_token)),
         Fault("bfloat16_weights", "mid_run", (Cause("precision", "weights in bfloat16", ("bf(loat)?.?16",)),),
-              False, silent=Planting(after_step=plant.round_weights)),
+              False, silent=Planting(plant.round_weights)),
         Fault("no_decay_silent", "mid_run", (NO_DECAY,), False, silent=decay_silently),
         Fault("no_decay", "mid_run", (NO_DECAY,), False, off),
         Fault("adam_on_hidden_from_start", "start", (ADAM_ON_HIDDEN,), True, TO_ADAM_ON_HIDDEN),
@@ -224,9 +226,9 @@ def _held_out() -> Iterable[Fault]:
         Fault("learning_rate_tenth_silent", "mid_run", (_rate(0.1),),
               silent=Planting(plant.multiply_rates(0.1))),
         Fault("adam_on_hidden_silent", "mid_run", (ADAM_ON_HIDDEN,),
-              silent=Planting(plant.reroute(HIDDEN, "adamw"))),
+              silent=Planting(code=plant.reroute(HIDDEN, "adamw")), new_segment=True),
         Fault("adam_on_projections_silent", "mid_run", (ADAM_ON_PROJECTIONS,),
-              silent=Planting(plant.reroute(PROJECTIONS, "adamw"))),
+              silent=Planting(code=plant.reroute(PROJECTIONS, "adamw")), new_segment=True),
         Fault("decay_x30", "mid_run", (Cause("weight_decay", "weight decay × 30", ("decay",)),),
               times={"optimizer.weight_decay": 30}),
         Fault("decay_x30_silent", "mid_run", (Cause("weight_decay", "weight decay × 30", ("decay",)),),
@@ -252,7 +254,7 @@ def _held_out() -> Iterable[Fault]:
         Fault("adam_on_projections_from_start", "start", (ADAM_ON_PROJECTIONS,),
               changes=TO_ADAM_ON_PROJECTIONS),
         Fault("adam_on_projections_silent_from_start", "start", (ADAM_ON_PROJECTIONS,),
-              silent=Planting(plant.reroute(PROJECTIONS, "adamw"))),
+              silent=Planting(code=plant.reroute(PROJECTIONS, "adamw"))),
         Fault("muon_on_embedding_from_start", "start", (MUON_ON_EMBEDDING,), changes=TO_MUON_ON_EMBEDDING),
         Fault("tied_head_from_start", "start",
               (Cause("optimizer_routing", "head tied to the embedding", ("tie|tying",), (EMBEDDING, HEAD)),),
@@ -265,9 +267,10 @@ def _held_out() -> Iterable[Fault]:
 
 
 def _healthy() -> Iterable[Fault]:
-    """Trainings without a fault. Those that are resumed go on at the onset, as those with a fault do."""
+    """Trainings without a fault; one is resumed at the onset, and one goes on as a new segment there."""
     yield Fault("healthy_osp", "healthy", (), False)
     yield Fault("healthy_osp_resumed", "healthy", (), False)
+    yield Fault("healthy_osp_segment", "healthy", (), False, new_segment=True)
     yield Fault("healthy_gains", "healthy", (), recipe="muon_embproj")
     yield Fault("healthy_adam", "healthy", (), True, recipe="adam")
 

@@ -12,20 +12,21 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from torch import nn
 
 from osp_diag.trainer import loop
 from osp_diag.trainer.config import Destination, TrainConfig
 from osp_diag.trainer.data import Batch
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.model import llama
-from osp_diag.trainer.optimizers.build import Optimizers, State
+from osp_diag.trainer.optimizers import build
+from osp_diag.trainer.optimizers.routes import Routing
 from osp_diag.trainer.optimizers.routing import named_parameters
 
 __all__ = [
     "Edit",
     "Planting",
     "Spot",
-    "copy_fitting",
     "late_labels",
     "multiply_rates",
     "one_token",
@@ -58,13 +59,11 @@ class Planting:
     ----------
     begin : done once to the training, before its first step
     batch : puts another batch in the place of each
-    after_step : done after every step
     code : makes the context in which the code computes something else
     """
 
     begin: Callable[[loop.Training], None] = _nothing
     batch: BatchChange | None = None
-    after_step: Callable[[loop.Training], None] = _nothing
     code: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     @contextmanager
@@ -82,10 +81,6 @@ class Planting:
                 planting.begin(self)
                 if planting.batch is not None:
                     _change_batches(self, planting.batch)
-
-            def _train_step(self, step: int) -> None:
-                super()._train_step(step)
-                planting.after_step(self)
 
         return FaultyTraining
 
@@ -188,11 +183,17 @@ def projections_without_orthogonality(training: loop.Training) -> None:
             weight.copy_(torch.randn(weight.shape, generator=generator) / weight.shape[0] ** 0.5)
 
 
-@torch.no_grad()
 def round_weights(training: loop.Training) -> None:
-    """Every weight to the nearest bfloat16."""
-    for weight in training.model.parameters():
-        weight.copy_(weight.bfloat16())
+    """After every update, every weight to the nearest bfloat16."""
+    step = training.optimizers.step
+
+    @torch.no_grad()
+    def rounding_step(**options: Any) -> None:
+        step(**options)
+        for weight in training.model.parameters():
+            weight.copy_(weight.bfloat16())
+
+    training.optimizers.step = rounding_step  # type: ignore[method-assign]
 
 
 # Optimizers
@@ -221,33 +222,19 @@ def set_decay(value: float) -> Callable[[loop.Training], None]:
     return change
 
 
-def reroute(pattern: str, destination: Destination) -> Callable[[loop.Training], None]:
-    """Another optimizer moves these parameters than the routing says that was recorded."""
+def reroute(pattern: str, destination: Destination) -> Callable[[], AbstractContextManager[Any]]:
+    """Another optimizer moves these parameters than the configuration says."""
+    route = build.route
 
-    @torch.no_grad()
-    def change(training: loop.Training) -> None:
-        before = training.optimizers
+    def rerouted(model: nn.Module, config: TrainConfig) -> Routing:
+        routing = route(model, config)
         routes = tuple(
             replace(entry, optimizer=destination) if fnmatchcase(entry.name, pattern) else entry
-            for entry in before.routing.routes
+            for entry in routing.routes
         )
-        after = Optimizers(
-            before.parameters, replace(before.routing, routes=routes), training.config.optimizer
-        )
-        copy_fitting(before.state_dict(), after.state_dict())
-        training.optimizers = after
+        return replace(routing, routes=routes)
 
-    return change
-
-
-def copy_fitting(source: State, target: State) -> None:
-    """The tensors of one optimizer state into those of another that have their names and shapes."""
-    for optimizer, parameters in target.items():
-        for name, tensors in parameters.items():
-            for key, value in tensors.items():
-                before = source.get(optimizer, {}).get(name, {}).get(key)
-                if before is not None and before.shape == value.shape:
-                    value.copy_(before)
+    return lambda: patch.object(build, "route", rerouted)
 
 
 # The function

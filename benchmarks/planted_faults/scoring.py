@@ -186,7 +186,9 @@ def _of_cause(
     return {
         "family_right": bool(mine),
         "place_right": bool(placed) if place.patterns else None,
-        "index_right": any(f.index in place.indices for f in placed) if place.indices else None,
+        "index_right": any(f.indices and set(f.indices) <= set(place.indices) for f in placed)
+        if place.indices
+        else None,
         "cause_right": bool(has_words) and (bool(placed) or not place.patterns),
         "remedy_verified": any(remedies) if remedies else None,
     }

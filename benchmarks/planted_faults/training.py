@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.planted_faults.faults import FAULTS, Fault
-from benchmarks.planted_faults.going_on import train_on
 from osp_diag.errors import DivergenceError
 from osp_diag.trainer.checkpoint import folder_of
 from osp_diag.trainer.config import TrainConfig
@@ -149,15 +148,16 @@ def train_one(job: Job) -> dict[str, Any]:
     _delete(job)
     job.run.parent.mkdir(parents=True, exist_ok=True)
     config = job.config()
+    options: dict[str, Any] = {}
+    if job.goes_on:
+        checkpoint = _copy_base(job)
+        as_segment = job.fault.is_declared or job.fault.new_segment
+        options = (
+            {"start": checkpoint, "segment": True, "overwrite": True} if as_segment else {"resume": True}
+        )
     with job.fault.planting(config, job.seed).planted():
         try:
-            if not job.goes_on:
-                train(config, job.run)
-            elif job.fault.is_declared:
-                train_on(config, job.run, _at_onset(job))
-            else:
-                _copy(job)
-                train(config, job.run, resume=True)
+            train(config, job.run, **options)
         except DivergenceError as error:
             ended = str(error)
     record = {
@@ -178,16 +178,17 @@ def _delete(job: Job) -> None:
             shutil.rmtree(folder)
 
 
-def _copy(job: Job) -> None:
-    """The base's run, and its checkpoints up to the onset: nothing changes in these, so links serve."""
+def _copy_base(job: Job) -> Path:
+    """The base's run, and its checkpoints up to the onset: nothing changes in these, so links serve.
+
+    Returns the copy's checkpoint at the onset.
+    """
+    last = folder_of(job.run) / f"step-{job.setting.onset:08d}"
     shutil.copytree(job.base.run, job.run)
     for checkpoint in folder_of(job.base.run).glob("step-*"):
-        if checkpoint.name <= _at_onset(job).name:
+        if checkpoint.name <= last.name:
             shutil.copytree(checkpoint, folder_of(job.run) / checkpoint.name, copy_function=os.link)
-
-
-def _at_onset(job: Job) -> Path:
-    return folder_of(job.base.run) / f"step-{job.setting.onset:08d}"
+    return last
 
 
 def work_through(
