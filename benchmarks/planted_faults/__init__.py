@@ -1,0 +1,1 @@
+"""Faults planted into trainings, and what monitor and diagnosis say of them."""

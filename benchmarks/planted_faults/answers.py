@@ -1,0 +1,94 @@
+"""What monitor and diagnosis say of a run, in the few words that are scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.analyses.alerts import alerts
+from osp_diag.runs.headline import hidden_states
+from osp_diag.runs.run import Run, open_run
+from osp_diag.schema import HIDDEN_STATES, LOGGED_STEP, SEGMENTS, STEP
+
+__all__ = ["Finding", "alerts_by_step", "findings_of", "kurtosis_by_step"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One cause that the diagnosis names; what it leaves open is None or empty."""
+
+    family: str
+    cause: str
+    confidence: str = ""
+    parameters: tuple[str, ...] = ()
+    site: str = ""
+    layer: int | None = None
+    indices: tuple[int, ...] = ()
+    remedy_verified: bool | None = None
+
+
+def findings_of(path: Path, against: Path | None) -> list[Finding]:
+    """What ``diagnose`` names, most certain first."""
+    from osp_diag.trainer.diagnosis import diagnose  # the one place that knows where it is
+
+    other = None if against is None else open_run(against)
+    return [_finding(found) for found in diagnose(open_run(path), against=other).findings]
+
+
+def _finding(found: Any) -> Finding:
+    place, remedy = found.place, getattr(found, "remedy", None)
+    parts = (getattr(place, name, None) for name in ("indices", "row", "channel", "head"))
+    index = next((part for part in parts if part is not None), ())
+    parameter = getattr(place, "parameter", None) or ()
+    return Finding(
+        family=found.family,
+        cause=str(found.cause),
+        confidence=str(found.confidence),
+        parameters=(parameter,) if isinstance(parameter, str) else tuple(parameter),
+        site=getattr(place, "site", None) or "",
+        layer=getattr(place, "layer", None),
+        indices=(index,) if isinstance(index, int) else tuple(index),
+        remedy_verified=None if remedy is None else bool(getattr(remedy, "verified", False)),
+    )
+
+
+def alerts_by_step(run: Run) -> dict[int, list[str]]:
+    """Probed step → the rules that the monitor's alerts are of, had it been asked when that step had come.
+
+    Only those that were not raised at the probe before.
+    """
+    by_step: dict[int, list[str]] = {}
+    before: set[str] = set()
+    for step in run.steps:
+        raised = {alert.rule for alert in alerts(_up_to(run, int(step)))}
+        if fresh := sorted(raised - before):
+            by_step[int(step)] = fresh
+        before = raised
+    return by_step
+
+
+def _up_to(run: Run, step: int) -> Run:
+    """The run as it was after the probe of that step."""
+    lasting = {STEP: run.steps <= step, LOGGED_STEP: run.series["step"].values <= step}
+    nodes = {}
+    for node in run.tree.subtree:
+        dataset = node.to_dataset(inherit=False)
+        present = {name: rows for name, rows in lasting.items() if name in dataset.dims}
+        nodes[node.path] = dataset.isel(present)
+    if segments := run.attrs.get(SEGMENTS):
+        begun = [segment for segment in segments if segment["after_step"] < step]
+        nodes["/"] = nodes["/"].assign_attrs({SEGMENTS: begun})
+    return Run(xr.DataTree.from_dict(nodes), run.path)
+
+
+def kurtosis_by_step(run: Run) -> dict[int, float]:
+    """Probed step → mean OSP kurtosis of the hidden states, over all tokens; without those it is NaN at."""
+    states = hidden_states({site: run.at(site) for site in HIDDEN_STATES if site in run.sites}).states
+    mean = np.mean([state.sel(stratum="all").values for state in states], axis=0)
+    return {
+        int(step): float(value) for step, value in zip(run.steps, mean, strict=True) if np.isfinite(value)
+    }
