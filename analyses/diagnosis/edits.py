@@ -61,7 +61,8 @@ def _jumps(case: Case) -> Iterator[_Edit]:
     rates = _rates(case, sketch["step"].values)
     steps, names = sketch["step"].values, sketch["parameter"].values
     moves = _moves(sketch)
-    usual = np.where(np.isfinite(moves) & (rates[:, None] > 0), moves / rates[:, None], np.nan)
+    rated = np.isfinite(moves) & (rates[:, None] > 0)
+    usual = np.divide(moves, rates[:, None], out=np.full(moves.shape, np.nan), where=rated)
     for row in range(1, len(steps)):
         if not np.isfinite(moves[row]).any() or not rates[row] > 0:
             continue

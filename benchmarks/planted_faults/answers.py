@@ -10,9 +10,11 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.alerts import alerts
+from osp_diag.analyses.diagnosis.diagnose import diagnose
 from osp_diag.runs.headline import hidden_states
 from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import HIDDEN_STATES, LOGGED_STEP, SEGMENTS, STEP
+from osp_diag.trainer.laboratory import laboratory
 
 __all__ = ["Finding", "alerts_by_step", "findings_of", "kurtosis_by_step"]
 
@@ -33,10 +35,10 @@ class Finding:
 
 def findings_of(path: Path, against: Path | None) -> list[Finding]:
     """What ``diagnose`` names, most certain first."""
-    from osp_diag.trainer.diagnosis import diagnose  # the one place that knows where it is
-
-    other = None if against is None else open_run(against)
-    return [_finding(found) for found in diagnose(open_run(path), against=other).findings]
+    run, good = open_run(path), None if against is None else open_run(against)
+    its_laboratory = None if good is None else laboratory(good)
+    diagnosis = diagnose(run, laboratory(run), against=good, its_laboratory=its_laboratory)
+    return [_finding(found) for found in diagnosis.findings]
 
 
 def _finding(found: Any) -> Finding:
