@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from osp_diag.analyses.ablation import ablation_table
     from osp_diag.analyses.channels.comparison import compare_channels
     from osp_diag.analyses.channels.hot import hot_channels
-    from osp_diag.analyses.emergence.history import trace_emergence
     from osp_diag.analyses.diagnosis.diagnose import diagnose
+    from osp_diag.analyses.emergence.history import trace_emergence
     from osp_diag.analyses.few_bits import comparable_results, perplexity_at
     from osp_diag.analyses.sinks.implementation import sink_emergence, sink_implementation
     from osp_diag.analyses.summary.protocol_comparison import compare_protocols

@@ -52,9 +52,13 @@ def changed_batches(case: Case) -> Iterator[Finding]:
         values = series[name].values
         for place, sentence in _unusual(values, SHARES[name]):
             number = f"{name} {values[place]:.3g}"
-            unusual.setdefault(place, []).append(f"{sentence} ({number} at step {steps[place]})" if sentence else number)
+            unusual.setdefault(place, []).append(
+                f"{sentence} ({number} at step {steps[place]})" if sentence else number
+            )
     recorded = np.flatnonzero(np.isfinite(series[present[0]].values))
-    findings = [_finding(case, steps, stretch, unusual, recorded) for stretch in _stretches(sorted(unusual), recorded)]
+    findings = [
+        _finding(case, steps, stretch, unusual, recorded) for stretch in _stretches(sorted(unusual), recorded)
+    ]
     if not findings:
         case.ruled_out.append("batches or labels that are unlike those before")
     yield from findings

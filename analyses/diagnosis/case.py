@@ -15,6 +15,9 @@ from osp_diag.runs.run import Run
 
 __all__ = ["Case"]
 
+OF_ALL = ("learning_rate", "function", "data", "precision")
+"""Families after whose onset every parameter may move otherwise than before."""
+
 
 @dataclass
 class Case:
@@ -91,15 +94,21 @@ class Case:
 
     def explains(self, parameter: str, bracket: Bracket) -> bool:
         """Whether a finding says already why this parameter moves otherwise within the bracket."""
-        return any(
-            finding.bracket is not None
-            and finding.bracket.bad > (bracket.good or 0)
-            and (finding.bracket.good or 0) < bracket.bad
-            and (parameter in finding.place.parameter or finding.family in ("learning_rate", "function"))
-            for finding in self.findings
-        )
+        return any(_explains(finding, parameter, bracket) for finding in self.findings)
 
     @cached_property
     def segment_brackets(self) -> list[Bracket]:
         """Where the run went on under other conditions."""
         return [Bracket(segment.after_step, segment.after_step + 1) for segment in self.run.segments[1:]]
+
+
+def _explains(finding: Finding, parameter: str, bracket: Bracket) -> bool:
+    own = finding.bracket
+    if own is None or (own.good or 0) >= bracket.bad:
+        return False
+    if finding.family in OF_ALL:
+        return True
+    in_time = own.bad > (bracket.good or 0)
+    # Projections that went are multiplied into embedding and head.
+    folded = finding.family == "projections" and parameter.endswith(("embed_tokens.weight", "lm_head.weight"))
+    return in_time and (folded or parameter in finding.place.parameter)

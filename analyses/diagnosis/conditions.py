@@ -97,7 +97,9 @@ def _of_config(
 ) -> Iterator[Finding]:
     if not old or not new:
         return
-    changed = {key: (old.get(key), value) for key, value in new.items() if old.get(key) != value and key in old}
+    changed = {
+        key: (old.get(key), value) for key, value in new.items() if old.get(key) != value and key in old
+    }
     changed = {key: values for key, values in changed.items() if family_of(key) is not None}
     routing = [key for key in changed if key in ("optimizer.name", "optimizer.route")]
     moved = list(_moved(case, bracket, [f"{key}: {_of(changed[key])}" for key in routing])) if routing else []
@@ -127,9 +129,17 @@ def _cause(key: str, before: Any, now: Any) -> str:
     words = WORDS.get(key, key)
     numbers = all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in (before, now))
     if numbers and key.endswith(("lr", "weight_decay")) and before:
-        return f"{words} × {now / before:g} ({before:g} → {now:g})" if now else f"no {words} any more ({before:g} → 0)"
+        return (
+            f"{words} × {now / before:g} ({before:g} → {now:g})"
+            if now
+            else f"no {words} any more ({before:g} → 0)"
+        )
     if key == "model.norm":
-        kinds = {"rmsnorm": "a gain per channel (RMSNorm)", "ssnorm": "one scalar gain (SSNorm)", "srmsnorm": "no gain"}
+        kinds = {
+            "rmsnorm": "a gain per channel (RMSNorm)",
+            "ssnorm": "one scalar gain (SSNorm)",
+            "srmsnorm": "no gain",
+        }
         return f"norm gains: {kinds.get(now, now)} in place of {kinds.get(before, before)}"
     if key == "model.embedding_projection":
         return "embedding projections were added" if now else "no embedding projections"
@@ -183,7 +193,9 @@ def _changed_owners(
         if role == "vector" and len(groups) > 1:
             continue
         words = " and ".join(dict.fromkeys(ROLES[after.roles.get(name, "hidden")] for name in names))
-        state = f"checkpoint {after.path.name} holds {NAMES.get(owner, owner)}'s state of {len(names)} of them"
+        state = (
+            f"checkpoint {after.path.name} holds {NAMES.get(owner, owner)}'s state of {len(names)} of them"
+        )
         yield Finding(
             "optimizer_routing",
             f"{NAMES.get(owner, owner)} moves {words}, not {NAMES.get(was, was)}",
@@ -198,7 +210,9 @@ def _silent_owners(case: Case) -> Iterator[Finding]:
     """Owners that are not those of the configuration."""
     before: CheckpointState | None = None
     for state in case.checkpoints:
-        wrong = {name for name, owner in state.owners.items() if state.configured_owners.get(name, owner) != owner}
+        wrong = {
+            name for name, owner in state.owners.items() if state.configured_owners.get(name, owner) != owner
+        }
         if wrong:
             bracket = Bracket(None if before is None else before.step, state.step)
             expected = {name: state.configured_owners[name] for name in wrong}

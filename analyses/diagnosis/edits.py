@@ -112,7 +112,9 @@ def _rows(case: Case) -> Iterator[_Edit]:
     for one, two in case.pairs:
         table = case.changes(one, two)
         kept_owner = {
-            name for name, owner in two.owners.items() if one.owners.get(name) == owner or name not in one.owners
+            name
+            for name, owner in two.owners.items()
+            if one.owners.get(name) == owner or name not in one.owners
         }
         now: dict[str, float] = {}
         for name in table["parameter"].values:
@@ -121,10 +123,16 @@ def _rows(case: Case) -> Iterator[_Edit]:
             now[str(name)] = deviation
             history = before.get(str(name))
             outer = two.roles.get(str(name)) in ("embedding", "head")
-            if history is None or str(name) not in kept_owner or one.shapes.get(str(name)) != two.shapes.get(str(name)):
+            if (
+                history is None
+                or str(name) not in kept_owner
+                or one.shapes.get(str(name)) != two.shapes.get(str(name))
+            ):
                 continue
             threshold = max(math.log(ROW_FACTOR), TIMES_HISTORY * history)
-            few = float(row["rows_beyond"]) <= max(1.0, 0.02 * (two.shapes[str(name)] or (1,))[0]) or not outer
+            few = (
+                float(row["rows_beyond"]) <= max(1.0, 0.02 * (two.shapes[str(name)] or (1,))[0]) or not outer
+            )
             if deviation > threshold and few:
                 text = f"a row or column changed {math.exp(deviation):.1f}-fold against the others, {math.exp(history):.2f}-fold before"
                 yield _Edit(str(name), Bracket(one.step, two.step), (text,))
@@ -140,7 +148,10 @@ def _finding(case: Case, edit: _Edit) -> Finding:
         place = Place((edit.parameter,), layer=_layer(edit.parameter))
         return Finding(family, f"{module} changed at once", "proved", edit.bracket, edit.evidence, place)
     part, words, place = _part(case.laboratory, one, two, edit)
-    evidence, confidence = list(edit.evidence), "proved" if edit.bracket.bad - (edit.bracket.good or 0) <= 1 else "measured"
+    evidence, confidence = (
+        list(edit.evidence),
+        "proved" if edit.bracket.bad - (edit.bracket.good or 0) <= 1 else "measured",
+    )
     undone = case.laboratory.reverted(two.step, one.step, part)
     evidence.append(_sentence(undone))
     certain: Confidence = "proved" if confidence == "proved" else "measured"

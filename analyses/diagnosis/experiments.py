@@ -96,7 +96,9 @@ def verified(case: Case, finding: Finding, steps: int) -> Finding:
     fork = case.laboratory.fork(remedy.start, until, f"remedy of {finding.family}", remedy.changes)
     was = _kurtosis_at(case, until)
     series = case.run.series["held_out_loss"].dropna("step") if "held_out_loss" in case.run.series else None
-    loss = float("nan") if series is None or not series.size else float(series.sel(step=until, method="nearest"))
+    loss = (
+        float("nan") if series is None or not series.size else float(series.sel(step=until, method="nearest"))
+    )
     better = fork.kurtosis[-1] <= was * 1.1 or fork.kurtosis[-1] <= fork.kurtosis[0] * 1.25
     good = better and not fork.held_out_loss[-1] > loss + 0.05
     outcome = (

@@ -39,7 +39,9 @@ class Bracket(NamedTuple):
     bad: int
 
     def __str__(self) -> str:
-        return f"from step {self.bad} on" if self.good is None else f"between steps {self.good} and {self.bad}"
+        return (
+            f"from step {self.bad} on" if self.good is None else f"between steps {self.good} and {self.bad}"
+        )
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ def changed_function(case: Case) -> Iterator[Finding]:
         return
     recorded = [state for state in case.checkpoints if state.function]
     if not recorded:
-        case.not_recorded.append("the function that the weights are of: no checkpoint holds its constants and loss")
+        case.not_recorded.append(
+            "the function that the weights are of: no checkpoint holds its constants and loss"
+        )
         return
     findings = list(_constants(case, recorded))
     findings += _losses(case, recorded, explained=bool(findings))
@@ -81,7 +83,9 @@ def _losses(case: Case, recorded: list[CheckpointState], *, explained: bool) -> 
     records = case.laboratory.functions(steps)
     exact = case.config_at(steps[-1]).get("dtype") == "float32" and case.run.attrs.get("device") == "cpu"
     tolerance = EXACT if exact else OTHERWISE
-    wrong = [r for r in records if not abs(r.loss_now - r.recorded_loss) <= tolerance * max(1.0, r.recorded_loss)]
+    wrong = [
+        r for r in records if not abs(r.loss_now - r.recorded_loss) <= tolerance * max(1.0, r.recorded_loss)
+    ]
     if not wrong or explained:
         return []
     right = [record.step for record in records if record not in wrong]
@@ -90,7 +94,9 @@ def _losses(case: Case, recorded: list[CheckpointState], *, explained: bool) -> 
         f"the weights of step {wrong[0].step} have a loss of {wrong[0].loss_now:.6g} under today's code, and had "
         f"{wrong[0].recorded_loss:.6g}; up to {tolerance:g} is rounding"
     )
-    where = f"reproduced: steps {', '.join(map(str, right))}" if right else "no checkpoint's loss is reproduced"
+    where = (
+        f"reproduced: steps {', '.join(map(str, right))}" if right else "no checkpoint's loss is reproduced"
+    )
     return [
         Finding(
             "function",

@@ -26,7 +26,9 @@ def narrower_weights(case: Case) -> Iterator[Finding]:
                 "weights are rounded to bfloat16",
                 "proved",
                 Bracket(before, two.step),
-                (f"{float((shares >= ALL).mean()):.0%} of the parameters hold bfloat16 numbers alone at step {two.step}",),
+                (
+                    f"{float((shares >= ALL).mean()):.0%} of the parameters hold bfloat16 numbers alone at step {two.step}",
+                ),
             )
             return
         before = two.step

@@ -58,12 +58,17 @@ def _orthogonality(case: Case) -> Iterator[Finding]:
     dimension = errors.dims[0]
     wrong = errors.values > ORTHOGONAL
     if np.any(wrong):
-        names = tuple(f"{'model.' if 'un' not in str(label) else ''}{label}.weight" for label in errors[dimension].values[wrong])
+        names = tuple(
+            f"{'model.' if 'un' not in str(label) else ''}{label}.weight"
+            for label in errors[dimension].values[wrong]
+        )
         yield Finding(
             "projections",
             "projections are not orthogonal at the start",
             "proved",
             Bracket(None, 1),
-            (f"orthogonality error {float(errors.max()):.3g} at step 0, where drawn orthogonal ones have 1e-6",),
+            (
+                f"orthogonality error {float(errors.max()):.3g} at step 0, where drawn orthogonal ones have 1e-6",
+            ),
             Place(names),
         )

@@ -34,10 +34,14 @@ def with_remedy(case: Case, finding: Finding) -> Finding:
     if finding.bracket is None:
         return finding
     changes = _values_before(case, finding)
+    steps = case.config_at(finding.bracket.bad).get("steps")
     start = case.checkpoint_up_to(finding.bracket.good)
     name = case.run.path.stem if case.run.path is not None else "run"
     settings = " ".join(f"{key}={_typed(value)}" for key, value in changes.items())
     if start is not None:
+        # A checkpoint of an earlier segment may have been meant to end where it is.
+        if steps is not None and start.config.get("steps") != steps:
+            settings = f"{settings} steps={steps}".strip()
         text = f"go on from {start.path.name}, before it"
         text += f", with {settings}" if settings else f": {CODE.get(finding.family, 'mend the cause first')}"
         command = f"osp-diag train --from {start.path}" + (f" --set {settings}" if settings else "")

@@ -54,7 +54,9 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
     plan = replay_steps(case, most)
     if plan is None:
         if bracket is not None:
-            case.not_recorded.append("a replay was not made: no checkpoint before the onset, or --replay allows too few steps")
+            case.not_recorded.append(
+                "a replay was not made: no checkpoint before the onset, or --replay allows too few steps"
+            )
         return
     known = any(
         finding.confidence == "proved" and finding.bracket is not None and finding.bracket.bad <= bracket.bad
@@ -75,11 +77,15 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
 
 def _judged(case: Case, replay: Replay) -> Iterator[Finding]:
     table = replay.steps
-    exact = case.config_at(replay.start + 1).get("dtype") == "float32" and case.run.attrs.get("device") == "cpu"
+    exact = (
+        case.config_at(replay.start + 1).get("dtype") == "float32" and case.run.attrs.get("device") == "cpu"
+    )
     confidence: Confidence = "proved" if exact else "measured"
     tolerance = ALIKE if exact else NOISE
     steps = table["step"].values
-    off = np.abs(table["replayed_loss"].values - table["loss"].values) > tolerance * np.abs(table["loss"].values)
+    off = np.abs(table["replayed_loss"].values - table["loss"].values) > tolerance * np.abs(
+        table["loss"].values
+    )
     batch = _first(table["batch_agrees"].values == 0)
     loss = _first(off)
     weights = _first(table["weights_agree"].values < 1)
@@ -97,7 +103,9 @@ def _judged(case: Case, replay: Replay) -> Iterator[Finding]:
         known = bool(np.isfinite(table["batch_agrees"].values[loss]))
         family = "function" if known else "data"
         cause = "the same batch and weights gave another loss" if known else "another loss: batch or function"
-        yield Finding(family, cause, confidence if known else "consistent with", _at(steps, loss, replay), (text,))
+        yield Finding(
+            family, cause, confidence if known else "consistent with", _at(steps, loss, replay), (text,)
+        )
 
 
 def _rule(parameters: xr.Dataset, bracket: Bracket, step: int) -> Iterator[Finding]:
@@ -111,7 +119,9 @@ def _rule(parameters: xr.Dataset, bracket: Bracket, step: int) -> Iterator[Findi
     factor, decay = float(np.median(factors)), float(np.median(decays))
     text = f"{share}; of the others Δ ≈ {factor:.4g} · Δreplay − {decay:.3g} · W (medians)"
     if fits.mean() > 0.8 and abs(factor - 1) > LEAST_FACTOR:
-        yield Finding("learning_rate", f"learning rate × {factor:.3g}", "proved", bracket, (text,), Place(names))
+        yield Finding(
+            "learning_rate", f"learning rate × {factor:.3g}", "proved", bracket, (text,), Place(names)
+        )
     elif fits.mean() > 0.8 and abs(decay) > LEAST_DECAY:
         cause = "more weight decay" if decay > 0 else "less weight decay, or none"
         yield Finding("weight_decay", f"{cause} than configured", "proved", bracket, (text,), Place(names))

@@ -26,7 +26,9 @@ def changed_settings(case: Case) -> Iterator[Finding]:
         return
     findings = [*_rates(case, settings), *_decays(case, settings)]
     if not findings:
-        case.ruled_out.append("learning rates and weight decays of the optimizers differ from the configuration")
+        case.ruled_out.append(
+            "learning rates and weight decays of the optimizers differ from the configuration"
+        )
     yield from findings
 
 
@@ -37,7 +39,9 @@ def _rates(case: Case, settings) -> Iterator[Finding]:  # type: ignore[no-untype
     for group in settings["parameter_group"].values:
         rates = settings["learning_rate"].sel(parameter_group=group).values
         for step, factor in _departures(case, str(group), settings["step"].values, rates, logged):
-            key = next((k for k in begun if k[0] == step and np.isclose(k[1], factor, rtol=0.01)), (step, factor))
+            key = next(
+                (k for k in begun if k[0] == step and np.isclose(k[1], factor, rtol=0.01)), (step, factor)
+            )
             begun.setdefault(key, []).append(str(group))
     for (step, factor), groups in begun.items():
         whole = len(groups) == settings.sizes["parameter_group"]
@@ -46,7 +50,9 @@ def _rates(case: Case, settings) -> Iterator[Finding]:  # type: ignore[no-untype
             f"learning rate × {factor:.3g} in {'all groups' if whole else ', '.join(groups)} of the optimizers",
             "proved",
             _bracket(settings["step"].values, step),
-            (f"the optimizers held {factor:.3g} times the rate that configuration and schedule give at step {step}",),
+            (
+                f"the optimizers held {factor:.3g} times the rate that configuration and schedule give at step {step}",
+            ),
         )
 
 
@@ -78,13 +84,19 @@ def _decays(case: Case, settings) -> Iterator[Finding]:  # type: ignore[no-untyp
         values = settings["weight_decay"].sel(parameter_group=group).values
         for step, value in zip(steps, values, strict=True):
             configured = case.config_at(int(step)).get("optimizer.weight_decay")
-            if np.isfinite(value) and configured is not None and abs(value - configured) > ALIKE * max(configured, 1e-12):
+            if (
+                np.isfinite(value)
+                and configured is not None
+                and abs(value - configured) > ALIKE * max(configured, 1e-12)
+            ):
                 begun.setdefault((int(step), float(configured), float(value)), []).append(str(group))
                 break
     for (step, configured, value), groups in begun.items():
         yield Finding(
             "weight_decay",
-            f"weight decay {value:g} in place of {configured:g}" if value else f"no weight decay ({configured:g} configured)",
+            f"weight decay {value:g} in place of {configured:g}"
+            if value
+            else f"no weight decay ({configured:g} configured)",
             "proved",
             _bracket(steps, step),
             (f"the optimizers held a decay of {value:g} for {', '.join(groups)} at step {step}",),

@@ -36,7 +36,11 @@ def kurtosis_by_step(case: Case) -> xr.DataArray | None:
     if not states:
         return None
     parts = [state.sel(stratum="all").drop_vars(["layer", "stratum"], errors="ignore") for state in states]
-    return xr.concat(parts, "state", coords="minimal", compat="override").mean("state", skipna=False).dropna("step")
+    return (
+        xr.concat(parts, "state", coords="minimal", compat="override")
+        .mean("state", skipna=False)
+        .dropna("step")
+    )
 
 
 def regression_of(case: Case) -> Regression:
@@ -61,14 +65,18 @@ def regression_of(case: Case) -> Regression:
         if risen.size:
             bad = int(risen[0]) + 1
             bracket = _bracket(losses["step"].values, bad)
-            sentences.append(f"held-out loss {lowest[bad - 1]:.3g} → {losses.values[bad:].max():.3g} ({bracket})")
+            sentences.append(
+                f"held-out loss {lowest[bad - 1]:.3g} → {losses.values[bad:].max():.3g} ({bracket})"
+            )
             brackets.append(bracket)
     brackets.sort(key=lambda bracket: bracket.bad)
     return Regression(tuple(sentences), brackets[0] if brackets else None)
 
 
 def _floor(case: Case) -> float:
-    floors = [case.run.at(s)["osp_excess_kurtosis"].attrs.get("floor") for s in HIDDEN_STATES if s in case.run.sites]
+    floors = [
+        case.run.at(s)["osp_excess_kurtosis"].attrs.get("floor") for s in HIDDEN_STATES if s in case.run.sites
+    ]
     numbers = [float(floor) for floor in floors if isinstance(floor, (int, float))]
     return max(numbers) if numbers else 0.0
 

@@ -43,7 +43,7 @@ def findings_of(path: Path, against: Path | None) -> list[Finding]:
 
 def _finding(found: Any) -> Finding:
     place, remedy = found.place, getattr(found, "remedy", None)
-    parts = (getattr(place, name, None) for name in ("indices", "row", "channel", "head"))
+    parts = (getattr(place, name, None) for name in ("indices", "row", "column", "channel", "head"))
     index = next((part for part in parts if part is not None), ())
     parameter = getattr(place, "parameter", None) or ()
     return Finding(
