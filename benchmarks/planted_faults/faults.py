@@ -113,7 +113,7 @@ MUON_ON_EMBEDDING = Cause(
     "optimizer_routing", "Muon on embedding and head", ("muon", "embed|head"), (EMBEDDING, HEAD)
 )
 GAINS = Cause("norm_gain", "a gain per channel in place of one scalar", ("gain|rmsnorm|norm",), (NORMS,))
-NO_PROJECTIONS = Cause("projections", "no embedding projections", ("projection",), (PROJECTIONS,))
+NO_PROJECTIONS = Cause("projections", "no embedding projections", ("no embedding projection",))
 NO_CLIPPING = Cause("clipping", "gradients are not clipped", ("clip",))
 SPIKE = Cause("batch", "all labels of one batch are one token", ("label",))
 NO_DECAY = Cause("weight_decay", "no weight decay", ("no weight decay|decay.* 0\\b",))

@@ -202,9 +202,7 @@ def _of_cause(
     place = _place(cause, config, job.seed)
     placed = [finding for finding in mine if _is_at(finding, place)]
     has_words = [
-        finding
-        for finding in (placed or mine)
-        if all(re.search(word, finding.cause.lower()) for word in cause.words)
+        finding for finding in mine if all(re.search(word, finding.cause.lower()) for word in cause.words)
     ]
     remedies = [finding.remedy_verified for finding in mine if finding.remedy_verified is not None]
     return {
@@ -214,7 +212,7 @@ def _of_cause(
         "index_right": any(f.indices and set(f.indices) <= set(place.indices) for f in placed)
         if place.indices
         else None,
-        "cause_right": bool(has_words) and (bool(placed) or not place.patterns),
+        "cause_right": bool(has_words),
         "remedy_verified": any(remedies) if remedies else None,
     }
 
