@@ -11,10 +11,11 @@ import torch
 
 from benchmarks.planted_faults import planting
 from benchmarks.planted_faults.answers import Finding
-from benchmarks.planted_faults.faults import FAMILIES, FAULTS
+from benchmarks.planted_faults.faults import FAULTS
 from benchmarks.planted_faults.page import confusion, page
 from benchmarks.planted_faults.scoring import score
 from benchmarks.planted_faults.training import BASES, PRESETS, Job, Setting
+from osp_diag.analyses.diagnosis.findings import FAMILIES
 from osp_diag.schema import SITES
 from osp_diag.trainer.config_values import differences
 from osp_diag.trainer.data import Batch
@@ -110,13 +111,18 @@ def scored(name: str, *findings: Finding, seed: int = 0, alerts: dict[int, list[
 
 def test_an_edit_is_found_by_parameter_or_by_site() -> None:
     parameter = "model.layers.1.mlp.down_proj.weight"
-    exact = Finding("weight_edit", "row 77 of down_proj grew", parameters=(parameter,), indices=(77,))
+    exact = Finding(
+        "weight_edit", "row 77 of down_proj grew", "proved", 50, 51, parameters=(parameter,), indices=(77,)
+    )
     result = scored("down_row_x10", exact, alerts={60: ["changed"]})
     assert result["group"] == "development"
     assert result["noticed_after"] == 10
     assert result["raised"]
+    assert result["bracket_right"]
     assert [result[f"{key}_right"] for key in ("family", "place", "index", "cause")] == [True] * 4
-    nearby = Finding("weight_edit", "something grew", site="mlp_contribution", layer=1, indices=(76,))
+    nearby = Finding(
+        "weight_edit", "something grew", "measured", 40, 50, site="mlp_contribution", layer=1, indices=(76,)
+    )
     result = scored("down_row_x10", nearby)
     assert [result[f"{key}_right"] for key in ("family", "place", "index", "cause")] == [
         True,
@@ -124,6 +130,7 @@ def test_an_edit_is_found_by_parameter_or_by_site() -> None:
         False,
         False,
     ]
+    assert not result["bracket_right"], "step 50 was healthy"
     elsewhere = scored("down_row_x10", exact, seed=1)
     assert elsewhere["group"] == "held out: seeds"
     assert elsewhere["family_right"]
@@ -158,4 +165,4 @@ def test_the_page_counts_groups_families_and_faults() -> None:
     assert confusion(scores)["healthy"] == {"nothing": 2}
     text = page(scores)
     assert "2 trainings with a fault and 2 without" in text
-    assert "| development | raised | 2 | 0/2 | – | 1/2 | 1/2 | 1/1 | 1/1 | 1/2 | – | 0/2 |" in text
+    assert "| development | raised | 2 | 0/2 | – | 1/2 | 1/2 | 0/2 | 1/1 | 1/1 | 1/2 | – | 0/2 |" in text

@@ -40,6 +40,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--every", type=int, default=10, help="steps between probes and checkpoints")
     parser.add_argument("--monitor-alone", action="store_true", help="score without asking the diagnosis")
+    parser.add_argument("--verify", type=int, default=0, help="steps for which the diagnosis tries a remedy")
     parser.add_argument(
         "--discard", action="store_true", help="delete the checkpoints of a fault once it is scored"
     )
@@ -59,7 +60,12 @@ def main() -> int:
         return int(bool(train_all(jobs, options.workers, _progress)))
     if untrained := [job for job in jobs if not job.is_done()]:
         _progress(f"{len(untrained)} of these are not trained under this setting, and not scored")
-    work = partial(score_one, diagnosed=not options.monitor_alone, discard=options.discard)
+    work = partial(
+        score_one,
+        diagnosed=not options.monitor_alone,
+        verify=options.verify,
+        discard=options.discard,
+    )
     failed = work_through([job for job in jobs if job not in untrained], work, options.workers, _progress)
     scores = read_scores(options.out)
     (options.out / "scores.json").write_text(json.dumps(scores, indent=1), encoding="utf-8")

@@ -4,28 +4,38 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.alerts import alerts
+from osp_diag.analyses.diagnosis import findings as diagnosis_findings
 from osp_diag.analyses.diagnosis.diagnose import diagnose
 from osp_diag.runs.headline import hidden_states
 from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import HIDDEN_STATES, LOGGED_STEP, SEGMENTS, STEP
 from osp_diag.trainer.laboratory import laboratory
 
-__all__ = ["Finding", "alerts_by_step", "findings_of", "kurtosis_by_step"]
+__all__ = ["Finding", "alerts_by_step", "diagnosis_of", "kurtosis_by_step"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One cause that the diagnosis names; what it leaves open is None or empty."""
+    """One cause that the diagnosis names; what it leaves open is None or empty.
+
+    Attributes
+    ----------
+    after_step, by_step : the bracket: the last step without it (None: it was there from the start), and the
+        first with it
+    indices : of rows, columns, channels or heads
+    remedy_verified : None where there is none, or none was tried
+    """
 
     family: str
     cause: str
     confidence: str = ""
+    after_step: int | None = None
+    by_step: int | None = None
     parameters: tuple[str, ...] = ()
     site: str = ""
     layer: int | None = None
@@ -33,28 +43,28 @@ class Finding:
     remedy_verified: bool | None = None
 
 
-def findings_of(path: Path, against: Path | None) -> list[Finding]:
-    """What ``diagnose`` names, most certain first."""
+def diagnosis_of(path: Path, against: Path | None, verify: int) -> tuple[list[Finding], list[str]]:
+    """What ``diagnose`` names, most certain first, and what it says has risen."""
     run, good = open_run(path), None if against is None else open_run(against)
     its_laboratory = None if good is None else laboratory(good)
-    diagnosis = diagnose(run, laboratory(run), against=good, its_laboratory=its_laboratory)
-    return [_finding(found) for found in diagnosis.findings]
+    diagnosis = diagnose(run, laboratory(run), against=good, its_laboratory=its_laboratory, verify=verify)
+    return [_finding(found) for found in diagnosis.findings], list(diagnosis.regression)
 
 
-def _finding(found: Any) -> Finding:
-    place, remedy = found.place, getattr(found, "remedy", None)
-    parts = (getattr(place, name, None) for name in ("indices", "row", "column", "channel", "head"))
-    index = next((part for part in parts if part is not None), ())
-    parameter = getattr(place, "parameter", None) or ()
+def _finding(found: diagnosis_findings.Finding) -> Finding:
+    place, bracket, remedy = found.place, found.bracket, found.remedy
+    indices = (place.row, place.column, place.channel, place.head)
     return Finding(
         family=found.family,
-        cause=str(found.cause),
-        confidence=str(found.confidence),
-        parameters=(parameter,) if isinstance(parameter, str) else tuple(parameter),
-        site=getattr(place, "site", None) or "",
-        layer=getattr(place, "layer", None),
-        indices=(index,) if isinstance(index, int) else tuple(index),
-        remedy_verified=None if remedy is None else bool(getattr(remedy, "verified", False)),
+        cause=found.cause,
+        confidence=found.confidence,
+        after_step=None if bracket is None else bracket.good,
+        by_step=None if bracket is None else bracket.bad,
+        parameters=place.parameter,
+        site=place.site or "",
+        layer=place.layer,
+        indices=tuple(index for index in indices if index is not None),
+        remedy_verified=None if remedy is None else remedy.verified,
     )
 
 

@@ -15,23 +15,10 @@ from benchmarks.planted_faults import planting as plant
 from benchmarks.planted_faults.planting import Edit, Planting
 from osp_diag.trainer.config import TrainConfig
 
-__all__ = ["COMPOUND", "FAMILIES", "FAULTS", "HEALTHY", "Cause", "Fault"]
+__all__ = ["COMPOUND", "FAULTS", "HEALTHY", "Cause", "Fault"]
 
 HEALTHY, COMPOUND = "healthy", "compound"
-FAMILIES = (
-    "optimizer_routing",
-    "learning_rate",
-    "weight_decay",
-    "weight_edit",
-    "norm_gain",
-    "projections",
-    "function",
-    "data",
-    "batch",
-    "precision",
-    "clipping",
-)
-"""Of causes. The family of a fault with several is ``compound``, of one without any ``healthy``."""
+"""The family of a fault without a cause, and of one with several; else it is its cause's."""
 
 Begins = Literal["healthy", "start", "mid_run"]
 Recipe = Literal["osp", "adam", "muon_embproj"]
@@ -46,7 +33,7 @@ class Cause:
 
     Attributes
     ----------
-    family : one of ``FAMILIES``
+    family : as the diagnosis calls it (:data:`osp_diag.analyses.diagnosis.findings.FAMILIES`)
     text : in a few words
     words : regular expressions, all of which a text matches that names exactly this cause
     parameters : patterns of the names that it touches; empty: of no place
@@ -126,10 +113,11 @@ MUON_ON_EMBEDDING = Cause(
     "optimizer_routing", "Muon on embedding and head", ("muon", "embed|head"), (EMBEDDING, HEAD)
 )
 GAINS = Cause("norm_gain", "a gain per channel in place of one scalar", ("gain|rmsnorm|norm",), (NORMS,))
-NO_PROJECTIONS = Cause("projections", "no embedding projections", ("projection",), (PROJECTIONS,))
+NO_PROJECTIONS = Cause("projections", "no embedding projections", ("no embedding projection",))
 NO_CLIPPING = Cause("clipping", "gradients are not clipped", ("clip",))
-SPIKE = Cause("batch", "all labels of one batch are one token", ("batch",))
-NO_DECAY = Cause("weight_decay", "no weight decay", ("decay",))
+SPIKE = Cause("batch", "all labels of one batch are one token", ("label",))
+NO_DECAY = Cause("weight_decay", "no weight decay", ("no weight decay|decay.* 0\\b",))
+MORE_DECAY = Cause("weight_decay", "weight decay × 30", ("decay", "× 30|0\\.3\\b"))
 
 ADAM = {"optimizer.name": "adamw"}
 TO_ADAM_ON_HIDDEN = ADAM | {"optimizer.route": {PROJECTIONS: "muon"}}
@@ -142,7 +130,7 @@ WITHOUT_DECAY = {"optimizer.weight_decay": 0.0}
 
 
 def _rate(factor: float) -> Cause:
-    return Cause("learning_rate", f"learning rate × {factor:g}", ("learning.rate|\\blr\\b",))
+    return Cause("learning_rate", f"learning rate × {factor:g}", ("learning.rate", rf"\b{factor:g}\b"))
 
 
 def _data(text: str, *words: str) -> Cause:
@@ -150,14 +138,14 @@ def _data(text: str, *words: str) -> Cause:
 
 
 def _rotary(base: float) -> Cause:
-    return Cause("function", f"base of the rotary frequencies {base:g}", ("rope|rotary",))
+    return Cause("function", f"base of the rotary frequencies {base:g}", ("rope|rotary", rf"\b{base:g}\b"))
 
 
 def _edited(edit: Edit) -> Cause:
-    part = "" if edit.axis == "all" else f"a {edit.axis} of "
+    part = "all of " if edit.axis == "all" else f"a {edit.axis} of "
     family = "norm_gain" if "norm" in edit.parameter else "weight_edit"
     module = edit.parameter.split(".")[-2]
-    words = (module,) if edit.axis == "all" else (module, edit.axis)
+    words = (module, r"\ball\b|matrix|whole") if edit.axis == "all" else (module, edit.axis)
     return Cause(family, f"{part}{module} × {edit.factor:g}", words, (), edit)
 
 
@@ -185,13 +173,13 @@ def _development() -> Iterable[Fault]:
         Fault("key_head_x6", "mid_run", (_edited(key),), False),
         Fault("rotary_base_100", "mid_run", (_rotary(100),), False,
               silent=Planting(code=plant.rotary_base(100))),
-        Fault("random_tokens", "mid_run", (_data("random tokens", "token|data|batch"),), False,
+        Fault("random_tokens", "mid_run", (_data("random tokens", "random|not text"),), False,
               silent=Planting(batch=plant.random_tokens)),
-        Fault("repeated_document", "mid_run", (_data("one document, repeated", "repeat|one"),), False,
+        Fault("repeated_document", "mid_run", (_data("one document, repeated", "repeat"),), False,
               silent=Planting(batch=plant.repeated_document)),
         Fault("spike_unclipped", "mid_run", (NO_CLIPPING, SPIKE), False, WITHOUT_CLIPPING,
               silent=Planting(batch=plant.spike)),
-        Fault("one_token_batch", "mid_run", (Cause("batch", "a batch of one token", ("batch",)),), False,
+        Fault("one_token_batch", "mid_run", (Cause("batch", "a batch of one token", ("one token",)),), False,
               silent=Planting(batch=plant.one_token)),
         Fault("bfloat16_weights", "mid_run", (Cause("precision", "weights in bfloat16", ("bf(loat)?.?16",)),),
               False, silent=Planting(plant.round_weights)),
@@ -220,7 +208,6 @@ def _held_out() -> Iterable[Fault]:
     for name, edit in edits.items():
         recipe: Recipe = "muon_embproj" if edit.axis == "channel" else "osp"
         yield Fault(name, "mid_run", (_edited(edit),), recipe=recipe)
-    labels = "label|data|batch"
     yield from (
         Fault("learning_rate_x3_silent", "mid_run", (_rate(3),), silent=Planting(plant.multiply_rates(3))),
         Fault("learning_rate_tenth_silent", "mid_run", (_rate(0.1),),
@@ -229,16 +216,16 @@ def _held_out() -> Iterable[Fault]:
               silent=Planting(code=plant.reroute(HIDDEN, "adamw")), new_segment=True),
         Fault("adam_on_projections_silent", "mid_run", (ADAM_ON_PROJECTIONS,),
               silent=Planting(code=plant.reroute(PROJECTIONS, "adamw")), new_segment=True),
-        Fault("decay_x30", "mid_run", (Cause("weight_decay", "weight decay × 30", ("decay",)),),
+        Fault("decay_x30", "mid_run", (MORE_DECAY,),
               times={"optimizer.weight_decay": 30}),
-        Fault("decay_x30_silent", "mid_run", (Cause("weight_decay", "weight decay × 30", ("decay",)),),
+        Fault("decay_x30_silent", "mid_run", (MORE_DECAY,),
               silent=Planting(plant.set_decay(0.3))),
         Fault("rotary_base_1000", "mid_run", (_rotary(1000),),
               silent=Planting(code=plant.rotary_base(1000))),
         Fault("rotary_base_100_declared", "mid_run", (_rotary(100),), changes={"model.rope_theta": 100.0}),
-        Fault("late_labels", "mid_run", (_data("labels one position late", labels),),
+        Fault("late_labels", "mid_run", (_data("labels one position late", "label"),),
               silent=Planting(batch=plant.late_labels)),
-        Fault("shuffled_labels", "mid_run", (_data("labels in another order", labels),),
+        Fault("shuffled_labels", "mid_run", (_data("labels in another order", "label"),),
               silent=Planting(batch=plant.shuffled_labels)),
         Fault("spike_clipped", "mid_run", (SPIKE,), silent=Planting(batch=plant.spike)),
         Fault("no_clipping", "mid_run", (NO_CLIPPING,), changes=WITHOUT_CLIPPING),

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planted_faults.faults import COMPOUND, FAMILIES, FAULTS, HEALTHY
-from benchmarks.planted_faults.scoring import RAISED
+from benchmarks.planted_faults.faults import COMPOUND, FAULTS, HEALTHY
+from benchmarks.planted_faults.scoring import OUTCOMES, RAISED
+from osp_diag.analyses.diagnosis.findings import FAMILIES
 
 __all__ = ["confusion", "page", "read_scores"]
 
@@ -20,8 +21,9 @@ TEMPLATE = """Written by `python -m benchmarks.planted_faults score`.
 {count} trainings with a fault and {healthy} without; of each, what the monitor said while it ran and what
 the diagnosis named first. *Raised*: the largest kurtosis after the onset is more than {raised:g} times that
 of the healthy training of the same seed. *Noticed*: an alert after the onset, with the median of steps until
-then. *Family*, *place* (parameter, or site and layer), *index* (row, channel or head) and *cause*: named
-rightly, of those that have one. *Wrong*: families named that the fault has not.
+then. *When* (the onset is within the bracket), *family*, *place* (parameter, or site and layer),
+*index* (row, channel or head) and *cause*: named rightly, of those that have one. *Wrong*: families named
+that the fault has not.
 
 {groups}
 
@@ -37,6 +39,7 @@ GROUP_COLUMNS = (
     "steps",
     "named",
     "family",
+    "when",
     "place",
     "index",
     "cause",
@@ -86,10 +89,7 @@ def _counts(scores: Sequence[Score]) -> list[str]:
         _of(len(noticed), len(scores)),
         f"{statistics.median(noticed):g}" if noticed else "–",
         _of(sum(bool(score["named"]) for score in asked), len(asked)),
-        *(
-            _share(asked, key)
-            for key in ("family_right", "place_right", "index_right", "cause_right", "remedy_verified")
-        ),
+        *(_share(asked, key) for key in OUTCOMES),
         _of(sum(bool(score["wrong_families"]) for score in asked), len(asked)),
     ]
 

@@ -12,16 +12,35 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planted_faults.answers import Finding, alerts_by_step, findings_of, kurtosis_by_step
+from benchmarks.planted_faults.answers import Finding, alerts_by_step, diagnosis_of, kurtosis_by_step
 from benchmarks.planted_faults.faults import HEALTHY, Cause
 from benchmarks.planted_faults.training import Job
 from osp_diag.runs.run import Run, open_run
 from osp_diag.trainer.checkpoint import folder_of
 from osp_diag.trainer.config import TrainConfig
 
-__all__ = ["DEVELOPMENT_PRESET", "DEVELOPMENT_SEED", "RAISED", "group_of", "score", "score_one", "score_path"]
+__all__ = [
+    "DEVELOPMENT_PRESET",
+    "DEVELOPMENT_SEED",
+    "OUTCOMES",
+    "RAISED",
+    "group_of",
+    "score",
+    "score_one",
+    "score_path",
+]
 
 DEVELOPMENT_SEED, DEVELOPMENT_PRESET = 0, "tiny"
+OUTCOMES = (
+    "family_right",
+    "bracket_right",
+    "place_right",
+    "index_right",
+    "cause_right",
+    "remedy_verified",
+)
+"""Of a training with a fault; None where there is nothing to be right about."""
+
 RAISED = 1.25
 """Kurtosis was raised if its largest value after the onset is so many times that of the healthy training."""
 
@@ -38,27 +57,33 @@ def score_path(job: Job) -> Path:
     return job.run.with_suffix(".score.json")
 
 
-def score_one(job: Job, *, diagnosed: bool = True, discard: bool = False) -> dict[str, Any]:
+def score_one(job: Job, *, diagnosed: bool = True, verify: int = 0, discard: bool = False) -> dict[str, Any]:
     """Ask monitor and diagnosis of a finished training, score them, and keep the score.
 
     Parameters
     ----------
     diagnosed : ask the diagnosis; or else the monitor alone
+    verify : steps for which the diagnosis tries each remedy; 0: none
     discard : delete its checkpoints then, if no other training goes on from them
     """
     started = time.perf_counter()
     run, base = open_run(job.run), open_run(job.base.run)
-    findings, seconds = None, None
+    findings, regression, seconds = None, None, None
     if diagnosed:
         # What begins with the first step has no healthy past; code that is at fault is still there.
         against = job.base.run if job.fault.begins == "start" else None
         with job.fault.silent.code():
-            findings = findings_of(job.run, against)
+            findings, regression = diagnosis_of(job.run, against, verify)
         seconds = time.perf_counter() - started
     scored = score(job, alerts_by_step(run), findings, kurtosis_by_step(run), kurtosis_by_step(base))
     ended = json.loads(job.record.read_text(encoding="utf-8"))["ended"]
     scored |= {"held_out_loss": _last_loss(run), "healthy_held_out_loss": _last_loss(base)}
-    scored |= {"ended": ended, "diagnosis_seconds": seconds, "seconds": time.perf_counter() - started}
+    scored |= {
+        "ended": ended,
+        "regression": regression,
+        "diagnosis_seconds": seconds,
+        "seconds": time.perf_counter() - started,
+    }
     score_path(job).write_text(json.dumps(scored, indent=1), encoding="utf-8")
     if discard and job != job.base:
         shutil.rmtree(folder_of(job.run))
@@ -135,7 +160,7 @@ def judged(findings: Sequence[Finding], job: Job) -> dict[str, Any]:
     truths = {cause.family for cause in fault.causes}
     named = list(dict.fromkeys(f.family for f in findings if f.family in truths or f.family not in own))
     first = named[: len(truths)]
-    parts = [_of_cause(cause, findings, first, config, job.seed) for cause in fault.causes]
+    parts = [_of_cause(cause, findings, first, config, job) for cause in fault.causes]
 
     def all_of(key: str) -> bool | None:
         values = [part[key] for part in parts if part[key] is not None]
@@ -143,8 +168,7 @@ def judged(findings: Sequence[Finding], job: Job) -> dict[str, Any]:
 
     return {
         "named": named,
-        **{key: all_of(key) for key in ("family_right", "place_right", "index_right", "cause_right")},
-        "remedy_verified": all_of("remedy_verified"),
+        **{key: all_of(key) for key in OUTCOMES},
         "causes_named": sum(part["family_right"] for part in parts),
         "causes": len(parts),
         "wrong_families": [family for family in named if family not in truths],
@@ -172,26 +196,34 @@ def _place(cause: Cause, config: TrainConfig, seed: int) -> _Place:
 
 
 def _of_cause(
-    cause: Cause, findings: Sequence[Finding], families: Sequence[str], config: TrainConfig, seed: int
+    cause: Cause, findings: Sequence[Finding], families: Sequence[str], config: TrainConfig, job: Job
 ) -> dict[str, bool | None]:
     mine = [finding for finding in findings if finding.family == cause.family and finding.family in families]
-    place = _place(cause, config, seed)
+    place = _place(cause, config, job.seed)
     placed = [finding for finding in mine if _is_at(finding, place)]
     has_words = [
-        finding
-        for finding in (placed or mine)
-        if all(re.search(word, finding.cause.lower()) for word in cause.words)
+        finding for finding in mine if all(re.search(word, finding.cause.lower()) for word in cause.words)
     ]
     remedies = [finding.remedy_verified for finding in mine if finding.remedy_verified is not None]
     return {
         "family_right": bool(mine),
+        "bracket_right": any(_is_in_time(finding, job) for finding in mine),
         "place_right": bool(placed) if place.patterns else None,
         "index_right": any(f.indices and set(f.indices) <= set(place.indices) for f in placed)
         if place.indices
         else None,
-        "cause_right": bool(has_words) and (bool(placed) or not place.patterns),
+        "cause_right": bool(has_words),
         "remedy_verified": any(remedies) if remedies else None,
     }
+
+
+def _is_in_time(finding: Finding, job: Job) -> bool:
+    """The onset is within the bracket; what began with the first step was there from the start."""
+    if finding.by_step is None:
+        return False
+    if job.fault.begins == "start":
+        return not finding.after_step
+    return finding.after_step is not None and finding.after_step <= job.onset < finding.by_step
 
 
 def _is_at(finding: Finding, place: _Place) -> bool:
