@@ -15,8 +15,9 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 
 from osp_diag.cli.main import main
 from osp_diag.errors import TrainingError
-from osp_diag.trainer.checkpoint import CheckpointFolder, folder_of, latest, without_single_process_warnings
+from osp_diag.trainer.checkpoint import folder_of, latest, without_single_process_warnings
 from osp_diag.trainer.checkpoint_files import read_metadata
+from osp_diag.trainer.checkpoint_folder import CheckpointFolder
 from osp_diag.trainer.config import CheckpointConfig
 from osp_diag.trainer.config_values import as_dictionary
 from osp_diag.trainer.exporting import trained_model

@@ -14,7 +14,8 @@ import xarray as xr
 from osp_diag.errors import StoreError, TrainingError, UsageError
 from osp_diag.runs.run import open_run
 from osp_diag.runs.writer import RunWriter
-from osp_diag.trainer.checkpoint import CheckpointFolder, folder_of, latest
+from osp_diag.trainer.checkpoint import folder_of, latest, read_checkpoint
+from osp_diag.trainer.checkpoint_folder import CheckpointFolder
 from osp_diag.trainer.exporting import trained_model
 from osp_diag.trainer.loop import train
 from tests.run_fixtures import ATTRIBUTES
@@ -116,7 +117,6 @@ def test_another_architecture_that_computes_the_same_begins_with_the_same_functi
     run = train(minute(**changes), out, start=folder_of(whole) / "step-00000004")
     first = next(iter(sorted(folder_of(out).iterdir())))
     assert first.name == "step-00000004"
-    from osp_diag.trainer.checkpoint import read_checkpoint
 
     before = logits(read_checkpoint(folder_of(whole) / "step-00000004"))
     torch.testing.assert_close(logits(read_checkpoint(first)), before, rtol=1e-4, atol=1e-5)

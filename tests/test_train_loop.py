@@ -14,7 +14,8 @@ from torch.distributed.checkpoint import FileSystemReader
 from osp_diag.errors import DivergenceError, StoreError, TrainingError, UsageError
 from osp_diag.runs.run import open_run
 from osp_diag.schema import SITES
-from osp_diag.trainer.checkpoint import CheckpointFolder, folder_of, latest, without_single_process_warnings
+from osp_diag.trainer.checkpoint import folder_of, latest, without_single_process_warnings
+from osp_diag.trainer.checkpoint_folder import CheckpointFolder
 from osp_diag.trainer.config import CheckpointConfig
 from osp_diag.trainer.exporting import trained_model
 from osp_diag.trainer.loop import train
@@ -165,8 +166,9 @@ def test_a_finished_run_has_nothing_left_to_do(whole, tmp_path):
     assert_same_run(out, whole)
 
 
-def test_only_the_last_checkpoints_are_kept(whole):
-    assert sorted(entry.name for entry in folder_of(whole).iterdir()) == ["step-00000004", "step-00000006"]
+def test_the_last_checkpoints_stay_and_a_ladder_of_older_ones(whole):
+    names = sorted(entry.name for entry in folder_of(whole).iterdir())
+    assert names == ["step-00000002", "step-00000004", "step-00000006"]
 
 
 def test_a_checkpoint_of_another_config_is_refused_with_the_difference(whole):

@@ -1,21 +1,18 @@
-"""Checkpoints: sharded, written in the background, committed by one rename, the last few kept."""
+"""Checkpoints as they lie on disk: which are there, whose they are, and reading them."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -23,16 +20,16 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from osp_diag.errors import TrainingError
 from osp_diag.json_text import parse_object
 from osp_diag.plain_files import read_plain
-from osp_diag.probing.ranks import is_distributed, is_first_rank
+from osp_diag.probing.ranks import is_distributed
 from osp_diag.trainer.checkpoint_files import TensorReader, read_metadata
-from osp_diag.trainer.config import CheckpointConfig, TrainConfig, from_dictionary
+from osp_diag.trainer.checkpoint_pins import PINS
+from osp_diag.trainer.config import TrainConfig, from_dictionary
 from osp_diag.trainer.config_values import as_dictionary, differences
 
 __all__ = [
-    "CheckpointFolder",
     "TrainingCheckpoint",
     "check_beside",
-    "checkpoint_folders",
+    "complete_checkpoints",
     "delete_checkpoints",
     "folder_of",
     "identity_of",
@@ -45,7 +42,6 @@ PART = ".part"
 HOST_STATE = "state.json"
 NAME = re.compile(r"step-(\d+)", re.ASCII)
 _MOST_HOST_STATE = 64 * 2**20
-_NO_SPACE = 2**20
 _DELETE = "delete it to resume from the one before"
 
 # Why these: docs/decisions.md, Training.
@@ -133,7 +129,7 @@ class TrainingCheckpoint:
             with without_single_process_warnings():
                 dcp.load(tensors, storage_reader=reader, no_dist=not is_distributed())
         except (Exception, dcp.CheckpointException) as error:
-            raise TrainingError(f"{self.path} cannot be read ({_reason(error)}); {_DELETE}") from error
+            raise TrainingError(f"{self.path} cannot be read ({reason_of(error)}); {_DELETE}") from error
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
         """Tensors whose names begin so, whole and on the CPU: ``model.…``, ``optimizer.<name>.<parameter>.…``.
@@ -163,7 +159,7 @@ def without_single_process_warnings() -> Iterator[None]:
     """Keep torch from warning, at every save and load, that a single process saves alone.
 
     Warning filters belong to the process, not to a thread: a block that saves in the background has to last
-    until :meth:`CheckpointFolder.wait`.
+    until :meth:`osp_diag.trainer.checkpoint_folder.CheckpointFolder.wait`.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings(
@@ -174,8 +170,25 @@ def without_single_process_warnings() -> Iterator[None]:
 
 def latest(folder: Path) -> TrainingCheckpoint | None:
     """The newest complete checkpoint of a folder; None where there is none."""
-    complete = checkpoint_folders(folder)
+    complete = complete_folders(folder)
     return read_checkpoint(complete[-1]) if complete else None
+
+
+def complete_checkpoints(folder: Path) -> list[TrainingCheckpoint]:
+    """All complete checkpoints of a folder, by rising step; a training may be writing others meanwhile.
+
+    Raises
+    ------
+    TrainingError : one is damaged; the message names it
+    """
+    checkpoints = []
+    for path in complete_folders(folder):
+        try:
+            checkpoints.append(read_checkpoint(path))
+        except TrainingError:
+            if path.exists():  # else a training has just deleted it
+                raise
+    return checkpoints
 
 
 def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
@@ -186,7 +199,7 @@ def check_beside(run: Path, *, resume: bool, overwrite: bool) -> None:
     TrainingError : a run was moved or deleted and its checkpoints were left
     """
     folder = folder_of(run)
-    if run.exists() or overwrite or not checkpoint_folders(folder):
+    if run.exists() or overwrite or not complete_folders(folder):
         return
     advice = "move the run back beside them" if resume else "give another --out, --overwrite, or delete them"
     raise TrainingError(f"{folder} holds checkpoints of a run, but {run} is not there; {advice}")
@@ -197,23 +210,33 @@ def delete_checkpoints(folder: Path, *, after: int = -1) -> None:
     for entry in folder.glob("step-*") if folder.is_dir() else ():
         match = NAME.fullmatch(entry.name.removesuffix(PART))
         if match and int(match[1]) > after:
-            _delete(entry)
+            delete(entry)
+    if after < 0 and os.path.lexists(folder / PINS):
+        delete(folder / PINS)
 
 
-def _delete(entry: Path) -> None:
+def delete(entry: Path) -> None:
     """Delete a checkpoint; of a link the link."""
     if entry.is_dir() and not entry.is_symlink():
-        shutil.rmtree(entry)
+        # A kill in between must not leave half of it under the name of a complete one.
+        part = entry.with_name(entry.name.removesuffix(PART) + PART)
+        if part != entry and os.path.lexists(part):
+            delete(part)
+        shutil.rmtree(entry.rename(part))
     else:
         entry.unlink()
 
 
-def checkpoint_folders(folder: Path) -> list[Path]:
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def complete_folders(folder: Path) -> list[Path]:
     """The complete checkpoints of a run by step, the newest last."""
     if not folder.is_dir():
         return []
     entries = [e for e in folder.iterdir() if NAME.fullmatch(e.name) and e.is_dir() and not e.is_symlink()]
-    return sorted(entries, key=lambda entry: int(entry.name.removeprefix("step-")))
+    return sorted(entries, key=step_of)
 
 
 def read_checkpoint(path: Path) -> TrainingCheckpoint:
@@ -232,157 +255,13 @@ def read_checkpoint(path: Path) -> TrainingCheckpoint:
         return TrainingCheckpoint(path, step, config, state["data"], function)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise TrainingError(
-            f"{path} is no checkpoint of this version ({_reason(error)}); {_DELETE}"
+            f"{path} is no checkpoint of this version ({reason_of(error)}); {_DELETE}"
         ) from error
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Why torch could not read or write, in a sentence: its own message repeats the trace of every rank."""
     if isinstance(error, dcp.CheckpointException) and error.failures:
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
-
-
-class CheckpointFolder:
-    """Writes checkpoints and deletes old ones.
-
-    A checkpoint is written into ``step-N.part`` and renamed to ``step-N`` once every rank's tensors and the
-    host's state are on disk; whatever kills the process, a folder named ``step-N`` is complete
-    (docs/decisions.md, Training).
-
-    Parameters
-    ----------
-    folder : of this run's checkpoints; made when needed
-    config : how many to keep, and whether to write in the background
-    """
-
-    def __init__(self, folder: Path, config: CheckpointConfig) -> None:
-        self.folder, self.config = folder, config
-        self._under_way: tuple[Future[Any], Callable[[], None], Path] | None = None
-        # Collectives of a background thread must not mix with those of the training step.
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
-        if is_first_rank() and folder.is_dir():
-            for part in folder.glob(f"step-*{PART}"):
-                _delete(part)
-
-    def save(
-        self,
-        step: int,
-        tensors: dict[str, Any],
-        data: Mapping[str, Any],
-        run_config: TrainConfig,
-        *,
-        function: Mapping[str, Any] | None = None,
-        background: bool | None = None,
-    ) -> None:
-        """Save ``tensors`` (nested dictionaries of tensors, DTensors among them) and the host's state.
-
-        Returns once the tensors are copied; they may change while they are being written. A save that is
-        still being written is waited for first.
-
-        Raises
-        ------
-        TrainingError : the disk refuses, now or in the save before; nothing is left of what was not finished
-        KeyboardInterrupt : the same
-        """
-        self.wait()
-        final, part = self.folder / f"step-{step:08d}", self.folder / f"step-{step:08d}{PART}"
-        if final.exists():
-            return
-        host = {"step": step, "config": as_dictionary(run_config), "data": dict(data)}
-        if function is not None:
-            host["function"] = dict(function)
-        with self._disk_errors(final, part):
-            if is_first_rank():
-                part.mkdir(parents=True, exist_ok=True)
-                (part / HOST_STATE).write_text(json.dumps(host), encoding="utf-8")
-            self._barrier()
-            alone, group = not is_distributed(), self._group
-            if self.config.background if background is None else background:
-                future = dcp.async_save(tensors, checkpoint_id=part, process_group=group, no_dist=alone)
-                assert isinstance(future, Future)
-                self._under_way = (future, lambda: self._commit(part, final), part)
-                return
-            dcp.save(tensors, checkpoint_id=part, process_group=group, no_dist=alone)
-            self._commit(part, final)
-
-    def wait(self) -> None:
-        """Wait until what is being written is committed."""
-        if self._under_way is None:
-            return
-        (future, commit, part), self._under_way = self._under_way, None
-        with self._disk_errors(part.with_suffix(""), part, future):
-            future.result()
-            commit()
-
-    def poll(self) -> None:
-        """Commit a background save that has ended; called between steps.
-
-        With several ranks the commit waits for the next save or the end: its barrier would make ranks that
-        are ahead wait for the slowest in the middle of training.
-        """
-        if self._under_way is not None and not is_distributed() and self._under_way[0].done():
-            self.wait()
-
-    def _commit(self, part: Path, final: Path) -> None:
-        self._barrier()
-        if is_first_rank():
-            _synchronise(part)
-            part.rename(final)
-            for old in checkpoint_folders(self.folder)[: -self.config.keep]:
-                shutil.rmtree(old)
-        self._barrier()
-
-    @contextmanager
-    def _disk_errors(self, final: Path, part: Path, future: Future[Any] | None = None) -> Iterator[None]:
-        """Turn what a full or read-only disk raises into a message; what was not finished is removed."""
-        try:
-            yield
-        except (OSError, RuntimeError, KeyboardInterrupt, dcp.CheckpointException) as error:
-            if future is not None:
-                future.exception()  # its thread writes until then
-            if is_first_rank():
-                shutil.rmtree(part, ignore_errors=True)
-            # torch wraps a second Ctrl-C as it wraps everything else.
-            if any(isinstance(reason, KeyboardInterrupt) for reason in _reasons(error)):
-                interruption = KeyboardInterrupt()
-                interruption.add_note(
-                    f"the checkpoint {final.name} was not finished and is removed; --resume goes on from "
-                    "the one before it."
-                )
-                raise interruption from None
-            raise TrainingError(
-                f"the checkpoint {final} could not be written: {_refusal(error, part)}; free some space or "
-                "give another --out, and resume: the checkpoints before it are whole"
-            ) from error
-
-    def _barrier(self) -> None:
-        if self._group is not None:
-            dist.barrier(group=self._group)
-
-
-def _reasons(error: BaseException) -> Iterator[BaseException]:
-    """An exception and what it was raised from; torch carries those of every rank within one of its own."""
-    while error is not None:
-        yield error
-        for failure, _ in error.failures.values() if isinstance(error, dcp.CheckpointException) else ():
-            yield from _reasons(failure)
-        error = error.__cause__ or error.__context__  # type: ignore[assignment]
-
-
-def _refusal(error: BaseException, folder: Path) -> str:
-    """Why a disk refused: torch says of a full one that a position is another than it expected."""
-    refused = next((reason for reason in _reasons(error) if isinstance(reason, OSError)), None)
-    with suppress(OSError):
-        nearest = next(place for place in (folder, *folder.parents) if place.exists())
-        if shutil.disk_usage(nearest).free < _NO_SPACE:
-            return "no space left on the device"
-    return _reason(error) if refused is None else refused.strerror or str(refused)
-
-
-def _synchronise(folder: Path) -> None:
-    """Make the files durable before the rename that declares them complete."""
-    for entry in folder.iterdir():
-        with entry.open("rb") as file:
-            os.fsync(file.fileno())

@@ -281,16 +281,20 @@ class CheckpointConfig:
     ----------
     every : a period in steps; 0 saves at the end alone
     keep : so many of the last checkpoints stay
+    ladder : so many older ones stay as well, dense near and sparse far: their distances from the last one
+        double from rung to rung, so that n rungs reach back about 2ⁿ⁺¹ periods; 0 keeps the last ones alone.
+        A run takes at most keep + ladder checkpoints of the disk, one more while it saves, and what is pinned
     background : write while training goes on
     """
 
     every: int = 0
     keep: int = 2
+    ladder: int = 4
     background: bool = True
 
     def __post_init__(self) -> None:
         check_types(self, "checkpoint")
-        check_at_least(self, "checkpoint", 0, "every")
+        check_at_least(self, "checkpoint", 0, "every", "ladder")
         check_at_least(self, "checkpoint", 1, "keep")
 
 

@@ -24,7 +24,6 @@ from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
 from osp_diag.trainer.batch_statistics import BATCH_SERIES
 from osp_diag.trainer.checkpoint import (
-    CheckpointFolder,
     TrainingCheckpoint,
     check_beside,
     delete_checkpoints,
@@ -32,6 +31,7 @@ from osp_diag.trainer.checkpoint import (
     latest,
     without_single_process_warnings,
 )
+from osp_diag.trainer.checkpoint_folder import CheckpointFolder
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED

@@ -45,6 +45,8 @@ def tiny() -> TrainConfig:
         optimizer=OptimizerConfig(lr=8e-3),
         data=DataConfig(sequence_length=128),
         probe=ProbeConfig(every=50, dense_until=100, dense_every=20, tokens=2048),
+        # 20 MB each, and 15 ms of the loop.
+        checkpoint=CheckpointConfig(every=25),
     )
 
 
@@ -62,7 +64,8 @@ def small() -> TrainConfig:
         # Sinks grow on a token that is always first.
         data=DataConfig(sequence_length=512, bos="sequence"),
         probe=ProbeConfig(every=100, dense_until=400, dense_every=25, tokens=16_384),
-        checkpoint=CheckpointConfig(every=500),
+        # 0.41 GB each.
+        checkpoint=CheckpointConfig(every=200),
     )
 
 
@@ -108,7 +111,8 @@ def _large(model: ModelConfig) -> TrainConfig:
             source="mixture", mixture=osp_mixture(), tokenizer=OSP_TOKENIZER, sequence_length=length
         ),
         probe=ProbeConfig(every=500, dense_until=2000, dense_every=50, tokens=65_536),
-        checkpoint=CheckpointConfig(every=1000, keep=3),
+        # 8 to 12 bytes a parameter each.
+        checkpoint=CheckpointConfig(every=1000, keep=3, ladder=2),
     )
 
 

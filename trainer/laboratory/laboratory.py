@@ -20,7 +20,7 @@ from osp_diag.runs.headline import headline_kurtosis
 from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import HIDDEN_STATES, KURTOSIS
 from osp_diag.tokens import TokenBatches
-from osp_diag.trainer.checkpoint import TrainingCheckpoint, checkpoint_folders, folder_of, read_checkpoint
+from osp_diag.trainer.checkpoint import TrainingCheckpoint, complete_folders, folder_of, read_checkpoint
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.config_values import as_dictionary, with_changes
 from osp_diag.trainer.data import open_data
@@ -66,7 +66,7 @@ class TrainingLaboratory:
         self.run, self.path, self.progress = run, Path(run.path), progress
         self.missing: list[str] = []
         self._by_step: dict[int, TrainingCheckpoint] = {}
-        for folder in checkpoint_folders(folder_of(self.path)):
+        for folder in complete_folders(folder_of(self.path)):
             try:
                 checkpoint = read_checkpoint(folder)
                 checkpoint.sizes()
