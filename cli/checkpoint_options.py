@@ -12,9 +12,18 @@ import tyro
 from osp_diag.errors import UsageError
 from osp_diag.probing.settings import OpeningSettings, TokenSettings
 
-__all__ = ["DEFAULT_OPENING", "DEFAULT_TOKENS", "CheckpointName", "Opening", "Tokens", "check_tokens"]
+__all__ = [
+    "DEFAULT_OPENING",
+    "DEFAULT_TOKENS",
+    "CheckpointName",
+    "CheckpointNames",
+    "Opening",
+    "Tokens",
+    "check_tokens",
+]
 
 CheckpointName = Annotated[str, tyro.conf.arg(metavar="CHECKPOINT")]
+CheckpointNames = Annotated[tuple[str, ...], tyro.conf.arg(metavar="CHECKPOINT...")]
 Tokens = Annotated[TokenSettings, tyro.conf.arg(name="")]
 Opening = Annotated[OpeningSettings, tyro.conf.arg(name="")]
 

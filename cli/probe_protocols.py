@@ -12,7 +12,7 @@ from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, Protocol
 
-__all__ = ["measure"]
+__all__ = ["measure", "under_other_protocol"]
 
 
 def measure(
@@ -41,9 +41,27 @@ def measure(
             overwrite=overwrite,
             progress=progress,
         )
-    sites = [site for site in HIDDEN_STATES if site in run.sites]
-    if not compare or not sites:
+    if not compare:
         return {protocol: run}
+    try:
+        return {protocol: run} | under_other_protocol(checkpoint, token_settings, measurement_settings, run)
+    except KeyboardInterrupt as interruption:
+        if out is not None:
+            interruption.__notes__ = [f"the run in {out} is whole; only the comparison is missing."]
+        raise
+
+
+def under_other_protocol(
+    checkpoint: Checkpoint, token_settings: TokenSettings, measurement_settings: MeasurementSettings, run: Run
+) -> dict[Protocol, Run]:
+    """The OSP kurtosis alone, of the checkpoint whose run under one protocol there is, under the other.
+
+    Nothing where the run has no hidden states.
+    """
+    protocol, batch_size = token_settings.protocol, token_settings.batch_size
+    sites = [site for site in HIDDEN_STATES if site in run.sites]
+    if not sites:
+        return {}
     other: Protocol = "osp-published" if protocol == "sequence" else "sequence"
     tokens = replace(token_settings, protocol=other)
     if other == "osp-published":  # no sequence has a BOS, whatever the real ones begin with
@@ -57,13 +75,7 @@ def measure(
         token_groups=0,
     )
     batches = tokens.batches(checkpoint)
-    try:
-        with progress_bar(f"{checkpoint.name}, {other}") as progress:
-            other_run = probe_checkpoint(
-                checkpoint, batches, kurtosis, batch_size=batch_size, progress=progress
-            )
-    except KeyboardInterrupt as interruption:
-        if out is not None:
-            interruption.__notes__ = [f"the run in {out} is whole; only the comparison is missing."]
-        raise
-    return {protocol: run, other: other_run}
+    with progress_bar(f"{checkpoint.name}, {other}") as progress:
+        return {
+            other: probe_checkpoint(checkpoint, batches, kurtosis, batch_size=batch_size, progress=progress)
+        }

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, TypedDict
 
 from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
 from osp_diag.checkpoints.path_advice import path_advice
+from osp_diag.checkpoints.step_names import checkpoints_in, named_shortly, pattern_of
 from osp_diag.errors import CheckpointError, TokenError, UsageError
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["DTYPES", "OpeningOptions", "open_checkpoint"]
+__all__ = ["DTYPES", "OpeningOptions", "kind_of", "open_checkpoint"]
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """Names of the dtypes a checkpoint can be opened in; ``auto`` is its own."""
@@ -35,6 +36,7 @@ class OpeningOptions(TypedDict, total=False):
     attention: str | None
     tokenizer: Any | None
     allow_nonfinite: bool
+    revision: str | None
 
 
 def open_checkpoint(
@@ -47,6 +49,7 @@ def open_checkpoint(
     attention: str | None = None,
     tokenizer: Any | None = None,
     allow_nonfinite: bool = False,
+    revision: str | None = None,
 ) -> Checkpoint:
     """Open a checkpoint for measuring.
 
@@ -75,6 +78,8 @@ def open_checkpoint(
         hand ``encode(text)`` and ``decode(ids)`` are enough.
     allow_nonfinite
         Open a checkpoint whose weights hold NaN or Inf.
+    revision
+        Of a hub repository: a branch, tag or commit; None for the main branch.
 
     Raises
     ------
@@ -83,7 +88,9 @@ def open_checkpoint(
     UsageError
         An option has no meaning here.
     """
-    kind, place = _kind_of(source)
+    kind, place = kind_of(source)
+    if revision is not None and kind != "hub":
+        raise UsageError(f"revision {revision!r}: only a hub repository has revisions, and {place} is none")
     dtype_name = _dtype(dtype)
     tokenizer = _tokenizer(tokenizer, trust_remote_code)
     if device_map is not None and str(device) != "auto":
@@ -120,7 +127,7 @@ def open_checkpoint(
         allow_nonfinite=allow_nonfinite,
     )
     if kind == "hub":
-        return open_hub(place, loading)
+        return open_hub(place, loading, revision)
     path = Path(place)
     if kind == "gguf":
         from osp_diag.checkpoints.gguf import conversion_notes, converted
@@ -129,8 +136,21 @@ def open_checkpoint(
         notes = conversion_notes(copy)
         return open_directory(copy, loading, name=path.stem, source=str(source), notes=notes)
     if kind == "directory":
-        return open_directory(path, loading, name=path.resolve().name, source=str(source))
+        return open_directory(
+            path, loading, name=path.resolve().name, source=str(source), notes=_checkpoint_notes(path)
+        )
     return open_weights_file(path, loading, source=str(source))
+
+
+def _checkpoint_notes(directory: Path) -> tuple[str, ...]:
+    """transformers' Trainer leaves the last model, and in its folder the checkpoints of earlier steps."""
+    inside = checkpoints_in(directory)
+    if not inside:
+        return ()
+    return (
+        f"{directory} holds {len(inside)} checkpoint{'s' * (len(inside) > 1)} too ({named_shortly(inside)}), "
+        f"which are not in these numbers; `osp-diag probe {pattern_of(inside, directory)}` measures them.",
+    )
 
 
 def _set_attention(model: Any, attention: str, name: str) -> None:
@@ -172,7 +192,7 @@ def _assembled(model: nn.Module, tokenizer: Any, name: str, allow_nonfinite: boo
     return assemble(model, tokenizer, name=name, source=name, allow_nonfinite=allow_nonfinite)
 
 
-def _kind_of(source: object) -> tuple[str, str]:
+def kind_of(source: object) -> tuple[str, str]:
     """What the source is, and where: decided from its form and the file system, without importing torch."""
     from osp_diag.checkpoints.wheel import WHEELS, wheel_checkpoint
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Loading", "open_directory", "open_hub", "open_weights_file"]
+__all__ = ["Loading", "check_files", "open_directory", "open_hub", "open_weights_file"]
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -110,20 +110,35 @@ def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoin
     return _finish(model, tokenizer, loading, path.stem, source, notes)
 
 
-def open_hub(identifier: str, loading: Loading) -> Checkpoint:
+def check_files(directory: Path) -> None:
+    """Refuse a directory whose configuration or weights are not there or not whole; nothing is loaded.
+
+    Raises
+    ------
+    CheckpointError : the message says what is wrong, and what to do
+    """
+    _check_configuration(directory)
+    find_weights(folder_of_weights(directory))
+
+
+def open_hub(identifier: str, loading: Loading, revision: str | None = None) -> Checkpoint:
     """Open a model of the Hugging Face Hub, from the local cache where the hub cannot be reached."""
-    cached_only = reach(identifier)
-    config = _config(identifier, loading, local_files_only=cached_only)
+    cached_only = reach(identifier, revision)
+    options: dict[str, Any] = {"local_files_only": cached_only}
+    if revision is not None:
+        options["revision"] = revision
+    config = _config(identifier, loading, **options)
     tokenizer = loading.tokenizer
     if tokenizer is None:
         try:
-            tokenizer = _opened_tokenizer(identifier, loading, local_files_only=cached_only)
+            tokenizer = _opened_tokenizer(identifier, loading, **options)
         except CheckpointError:  # a hub repository does not tell beforehand whether it has one
             tokenizer = None
-    model, notes = _load(identifier, config, loading, identifier, local_files_only=cached_only)
+    model, notes = _load(identifier, config, loading, identifier, **options)
     if cached_only:
         notes += ("the hub was not reached; this is the copy in the local cache.",)
-    return _finish(model, tokenizer, loading, identifier, identifier, notes)
+    source = identifier if revision is None else f"{identifier}@{revision}"
+    return _finish(model, tokenizer, loading, identifier, source, notes)
 
 
 def _finish(

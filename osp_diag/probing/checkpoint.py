@@ -43,12 +43,15 @@ from osp_diag.tokens import TokenBatches
 
 __all__ = [
     "OF_A_CHECKPOINT",
+    "ProbeOptions",
     "joined_ranks",
+    "measure_passes",
     "path_of_stack",
     "probe",
     "probe_checkpoint",
     "probe_stacks",
     "progress_bar",
+    "session_of",
     "stacks_of",
     "working",
 ]
@@ -208,7 +211,38 @@ def probe_checkpoint(
     """
     if out is not None:
         check_out(out, overwrite=overwrite)
-    settings = (measurement_settings or MeasurementSettings()).changed(dict(options)).for_batches(batches)
+    settings = (measurement_settings or MeasurementSettings()).changed(dict(options))
+    session, feeding = session_of(checkpoint, batches, settings, batch_size=batch_size, progress=progress)
+    settings = session.settings
+    _write_weights(session, () if weights is None and settings.sites is not None else weights)
+    if settings.snapshot_tokens and is_first_rank():
+        session.write_static("snapshot", _snapshot_tokens(batches, settings.snapshot_tokens))
+    try:
+        measure_passes(session, feeding, checkpoint.name, batches, step)
+    except KeyboardInterrupt as interruption:
+        interruption.add_note(_save_part(session, feeding, len(batches), out, overwrite))
+        raise
+    if out is None:
+        return session.run
+    on_first_rank(lambda: session.save(out, overwrite=overwrite))
+    return open_run(out)
+
+
+def session_of(
+    checkpoint: Checkpoint,
+    batches: TokenBatches,
+    settings: MeasurementSettings,
+    *,
+    batch_size: int | None,
+    progress: Progress | None,
+) -> tuple[Probe, Feeding]:
+    """A probe in memory of an opened checkpoint, and the batches for it; nothing has run but a few tokens.
+
+    Raises
+    ------
+    SiteError, CaptureError, UsageError : the sites are not found, or the batches don't fit the ranks
+    """
+    settings = settings.for_batches(batches)
     feeding = Feeding(
         checkpoint.model, batches, batch_size=batch_size, passes=settings.token_groups, progress=progress
     )
@@ -228,17 +262,21 @@ def probe_checkpoint(
     if session.site_map.states_with_cache and session.measures_site(MIXER_STATE):
         feeding.ask_for_cache()
     session.attributes["notes"] += [*checkpoint.notes, *batches.notes]
-    _write_weights(session, () if weights is None and settings.sites is not None else weights)
-    if settings.snapshot_tokens and is_first_rank():
-        session.write_static("snapshot", _snapshot_tokens(batches, settings.snapshot_tokens))
+    return session, feeding
+
+
+def measure_passes(session: Probe, feeding: Feeding, name: str, batches: TokenBatches, step: int) -> None:
+    """Run all batches; what the model itself raises is told as such.
+
+    Raises
+    ------
+    CaptureError : the model called ``name`` fails on them
+    """
     try:
         session.measure(step, feeding, whole_sequences=True)
-    except KeyboardInterrupt as interruption:
-        interruption.add_note(_save_part(session, feeding, len(batches), out, overwrite))
-        raise
     except torch.OutOfMemoryError as error:
         raise CaptureError(
-            f"{checkpoint.name} ran out of the device's memory at {feeding.batch_size} sequences of "
+            f"{name} ran out of the device's memory at {feeding.batch_size} sequences of "
             f"{batches.sequence_length} tokens a forward pass; pass a smaller batch_size (--batch-size) or "
             "seq_len"
         ) from error
@@ -247,14 +285,10 @@ def probe_checkpoint(
         if not origin:
             raise
         raise CaptureError(
-            f"{checkpoint.name} itself raised {type(error).__name__}: {error} ({origin}), on sequences of "
+            f"{name} itself raised {type(error).__name__}: {error} ({origin}), on sequences of "
             f"{batches.sequence_length} tokens; a few tokens went through when its sites were found. "
             "If it takes fewer tokens at a time, pass a smaller seq_len (--seq-len)"
         ) from error
-    if out is None:
-        return session.run
-    on_first_rank(lambda: session.save(out, overwrite=overwrite))
-    return open_run(out)
 
 
 def _write_weights(session: Probe, patterns: Sequence[str] | None) -> None:

@@ -94,13 +94,20 @@ class Records:
         self._work.wait()
         return group in self.static or (self.writer is not None and group in self.writer)
 
-    def step(self, step: int, finished: Callable[[], ProbedStep], absent: Mapping[str, str]) -> None:
+    def step(
+        self,
+        step: int,
+        finished: Callable[[], ProbedStep],
+        absent: Mapping[str, str],
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Record one step. If it is deferred, the step before has to be done first: memory holds one.
 
         Parameters
         ----------
         finished : makes the statistics, from what is on the host already
         absent : sites that turned out not to be there, and why; ``finished`` may add to them
+        attributes : of the run, which this step changes
 
         A run begins with a step that has numbers: one before it in which no site was reached is noted.
         """
@@ -122,11 +129,12 @@ class Records:
                 return
             self._begun = True
             if self.writer is not None:
-                self.writer.append(step, groups, partial=True)
+                self.writer.append(step, groups, partial=True, attributes=attributes)
                 if absent:
                     self.writer.note_absent_sites(absent)
             elif self._path is None:
                 self._memory.append((step, groups))
+                self._attributes |= attributes or {}
             if self._deferred:
                 seconds = time.perf_counter() - started
                 self._add(step, {"probe_background_seconds": seconds}, {})

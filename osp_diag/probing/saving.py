@@ -18,8 +18,8 @@ __all__ = ["check_out", "write_run"]
 SUFFIX = ".zarr"
 
 
-def check_out(out: str | Path, *, overwrite: bool = False) -> None:
-    """Refuse, before long work, a path that a run of one checkpoint cannot go to.
+def check_out(out: str | Path, *, overwrite: bool = False, resume: bool = False) -> None:
+    """Refuse, before long work, a path that a run of checkpoints cannot go to.
 
     Raises
     ------
@@ -34,7 +34,7 @@ def check_out(out: str | Path, *, overwrite: bool = False) -> None:
         raise UsageError(
             f"cannot write a run to {path}: there is no directory {path.parent}{_did_you_mean(parent)}"
         )
-    check_destination(path, overwrite=overwrite)
+    check_destination(path, overwrite=overwrite, resume=resume)
 
 
 def _did_you_mean(folder: Path) -> str:

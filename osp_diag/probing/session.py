@@ -502,6 +502,11 @@ class Probe:
         """The datasets recorded last, by group and without the step; on every rank."""
         return self._records.latest
 
+    @property
+    def static(self) -> Mapping[str, xr.Dataset]:
+        """The datasets that do not depend on the step, by group."""
+        return self._records.static
+
     def write_static(self, group: str, dataset: xr.Dataset) -> None:
         """Keep a dataset that does not depend on the step, as a snapshot; a resumed run keeps its own."""
         self._records.write_static(group, dataset)

@@ -151,6 +151,8 @@ class OpeningSettings(Settings):
         run code that the checkpoint brings along.
     allow_nonfinite
         open it although weights hold NaN or Inf.
+    revision
+        of a hub repository: a branch, tag or commit, such as step1000; by default the main branch.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -160,6 +162,7 @@ class OpeningSettings(Settings):
     tokenizer: str | Path | None = None
     trust_remote_code: bool = False
     allow_nonfinite: bool = False
+    revision: str | None = None
 
     def open(self, source: str | Path) -> Checkpoint:
         """Open a checkpoint so: see :func:`osp_diag.open_checkpoint`.

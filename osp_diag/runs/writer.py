@@ -177,7 +177,14 @@ class RunWriter:
 
     # -- recording -------------------------------------------------------------------------------------
 
-    def append(self, step: SupportsIndex, groups: Mapping[str, xr.Dataset], *, partial: bool = False) -> None:
+    def append(
+        self,
+        step: SupportsIndex,
+        groups: Mapping[str, xr.Dataset],
+        *,
+        partial: bool = False,
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Record one probed step.
 
         Parameters
@@ -190,6 +197,7 @@ class RunWriter:
             types are looked at.
         partial : whole groups may be missing, whose numbers then read NaN at this step, and new ones may
             come, which read NaN at the steps before: parts of a model that do not run in every step
+        attributes : of the run, which this step changes, and which are committed with it
         """
         self._require_open()
         label = step_label(step)
@@ -204,6 +212,7 @@ class RunWriter:
                 rows |= self._begin(_part(groups, new))
             else:
                 rows = self._tree.check_step(groups, partial=partial)
+            self._attributes |= jsonable(dict(attributes or {}))
             self._axis.add({STEP: label, **rows})
             if self._axis.unsaved >= self.block or self._axis.pending_bytes > _PENDING_BYTES:
                 self._commit()

@@ -6,19 +6,12 @@ from typing import Any, Unpack
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from osp_diag.checkpoints.trainer_state import run_scalars
 from osp_diag.probing.settings import keyword_form
 from osp_diag.runs.run import Run
 from osp_diag.trainer.recording import IN_TRAINING, HeldOut, Recording, RecordingOptions, RecordingSettings
 
 __all__ = ["OutlierProbeCallback"]
-
-SERIES = {
-    "loss": "loss",
-    "learning_rate": "learning_rate",
-    "grad_norm": "gradient_norm",
-    "eval_loss": "validation_loss",
-}
-"""What the Trainer logs → what the run calls it."""
 
 
 class OutlierProbeCallback(TrainerCallback):
@@ -99,8 +92,7 @@ class OutlierProbeCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        values = {SERIES[key]: value for key, value in (logs or {}).items() if key in SERIES}
-        self.recording.scalars(state.global_step, values)
+        self.recording.scalars(state.global_step, run_scalars(logs or {}))
         self._before_save(control)
 
     def _before_save(self, control: TrainerControl) -> None:
