@@ -27,6 +27,7 @@ OBSERVED = {
     "heads": "of queries, keys and values, by head",
     "attention": "of attention: sinks and logits",
     "weight": "of weights: the down projections, and on request all others",
+    "gate": "of the gate and up projections of gated MLPs",
     "product": "of what goes into the down projections and what comes out",
     "state": "of the states of recurrent mixers: state-space and linear-attention layers",
     "routing": "of mixtures of experts: the router, the load of its experts and what they give",

@@ -17,6 +17,8 @@ __all__ = [
     "CROSS_HEAD_SITES",
     "DEFAULT_SITES",
     "DOWN_WEIGHT",
+    "GATE_WEIGHT",
+    "GRADIENT",
     "HEAD_SITES",
     "HIDDEN_STATES",
     "KURTOSIS",
@@ -84,6 +86,7 @@ SITES: dict[str, str] = {
     "residual_mid": "residual stream that the MLP reads, after attention (and cross-attention) or the mixer",
     "mlp_input": "what the MLP receives, after its norm",
     "router": "which experts a token is sent to, and what they give: statistics only, no activation is kept",
+    "mlp_gate_weight": "the weights of a gated MLP's gate and up projections: statistics of two matrices",
     "mlp_hidden": "the input of the MLP's down projection",
     "mlp_down_weight": "the weights of the MLP's down projection: statistics of a matrix, not of tokens",
     "mlp_contribution": "what the MLP adds to the residual stream",
@@ -104,12 +107,14 @@ OCCASIONAL_SITES = (
     "cross_attention_output",
     "cross_attention_contribution",
     "router",
+    "mlp_gate_weight",
 )
 """Sites that some kinds of layer have; where no layer is of that kind, nothing is said of them."""
 ATTENTION = "attention"
 CROSS_ATTENTION = "cross_attention"
 CROSS_HEAD_SITES = ("cross_attention_query", "cross_attention_key", "cross_attention_value")
 DOWN_WEIGHT = "mlp_down_weight"
+GATE_WEIGHT = "mlp_gate_weight"
 MIXER_STATE = "mixer_state"
 ROUTER = "router"
 LINEAR_INPUT = "linear_input:"
@@ -117,6 +122,8 @@ LINEAR_INPUT = "linear_input:"
 PROJECTION_WEIGHT = "projection_weight:"
 """How the sites begin that are the weights of one projection, by its role (query, key, value,
 attention_output, gate, up) or its path within the block."""
+GRADIENT = "gradient:"
+"""How the groups begin that hold gradients of the loss with respect to the activations of a site, by its name."""
 HEAD_SITES = (
     "query_pre_rope",
     "key_pre_rope",
@@ -210,13 +217,13 @@ TOKEN_UNIT = "token id"
 
 
 def is_site(name: str, declared: Collection[str] = ()) -> bool:
-    """Whether a group is a site: of the vocabulary, of one projection, or ``declared`` by its run.
+    """Whether a group is a site: of the vocabulary, of one projection or gradient, or ``declared`` by its run.
 
     Parameters
     ----------
     declared : the sites that a user named, as the attribute ``sites`` of a run lists them
     """
-    return name in SITES or name.startswith((LINEAR_INPUT, PROJECTION_WEIGHT)) or name in declared
+    return name in SITES or name.startswith((LINEAR_INPUT, PROJECTION_WEIGHT, GRADIENT)) or name in declared
 
 
 def stratum_words(stratum: str) -> str:

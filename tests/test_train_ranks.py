@@ -96,6 +96,19 @@ def test_two_ranks_train_what_one_process_trains(alone, tmp_path):
     assert_alike(out, alone)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_gradients_at_sites_are_those_of_one_process(mode, tmp_path):
+    changes = {"steps": 1, "probe__every": 1, "probe__on": "training", "probe__gradients": True}
+    train(minute(**(CONFIG | changes)), tmp_path / "one.zarr")
+    done = by_command(2, minute(**(CONFIG | changes), **MODES[mode]), tmp_path / "two.zarr")
+    assert done.returncode == 0, done.stderr
+    one, two = (open_run(tmp_path / f"{name}.zarr") for name in ("one", "two"))
+    for site in ("gradient:embedding", "gradient:residual_post"):
+        for name, values in one.at(site).data_vars.items():
+            np.testing.assert_allclose(two.at(site)[name], values, rtol=2e-3, atol=1e-9, err_msg=name)
+
+
 def _training(rank: int, ranks: int, mode: str, out: str) -> None:
     train(minute(**CONFIG, **MODES[mode]), out)
 

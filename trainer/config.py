@@ -255,6 +255,11 @@ class ProbeConfig:
     sites, estimators : names or patterns; empty: the default ones
     keep_raw : keep the sums behind the numbers
     token_groups : groups of held-out batches whose channel sums are kept apart, for significance; 0: none
+    gradients : with ``on=training``: also measure the gradient of the loss with respect to the activations
+
+    Raises
+    ------
+    UsageError : a number out of range, or gradients of held-out tokens
     """
 
     every: int = 50
@@ -266,11 +271,17 @@ class ProbeConfig:
     estimators: tuple[str, ...] = ()
     keep_raw: bool = False
     token_groups: int = 0
+    gradients: bool = False
 
     def __post_init__(self) -> None:
         check_types(self, "probe")
         check_at_least(self, "probe", 0, "every", "dense_until", "token_groups")
         check_at_least(self, "probe", 1, "dense_every", "tokens")
+        if self.gradients and self.on == "held_out":
+            raise UsageError(
+                "probe.gradients=true with probe.on=held_out: held-out tokens are run without gradients; set "
+                "probe.on=training, which measures the training steps' own passes"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -248,6 +248,8 @@ class Training:
         probe, attributes = self.config.probe, run_attributes(self.config, self.data, self.optimizers)
         if self.origin is not None:
             attributes[PARENT] = origin_attribute(self.origin)
+        if probe.gradients:
+            attributes["gradient_of"] = "the mean loss over all labels of the step, of all micro-batches and ranks"
         recording = Recording(
             held_out,
             out=out,
@@ -258,6 +260,7 @@ class Training:
             delimiter_ids=held_out.delimiter_ids,
             keep_raw=probe.keep_raw,
             token_groups=probe.token_groups,
+            gradients=probe.gradients,
             attributes=token_attributes(held_out) | attributes,
             loggers=loggers,
             overwrite=overwrite,
@@ -271,6 +274,7 @@ class Training:
             autocast=self._autocast,
             beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
             loss=HeldOutLoss(self.model),
+            loss_scale=float(self.ranks),  # as ``_gradients`` does
         )
         recording.note(self.optimizers.routing.warnings)
         return recording

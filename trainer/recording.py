@@ -126,6 +126,10 @@ class Recording:
     held_out : the tokens of every probe; None: 4,096 of the built-in English text. Unused on training steps
     options : fields of :class:`RecordingSettings`, and of :class:`osp_diag.MeasurementSettings`, which change
         its ``measurement_settings``
+
+    Raises
+    ------
+    UsageError : gradients are asked for of held-out tokens
     """
 
     @keyword_form(RecordingSettings(), IN_TRAINING)
@@ -134,6 +138,8 @@ class Recording:
         self.held_out = held_out
         self.settings = RecordingSettings().changed(measurement)
         self.measurement = (self.settings.measurement_settings or IN_TRAINING).changed(measurement)
+        if self.settings.on == "held_out":
+            self.measurement.check_held_out()
         self.probe: Probe | None = None
         """The one that measures now; None before training and after it."""
         self._in_memory: Probe | None = None
@@ -155,6 +161,7 @@ class Recording:
         eager: bool = False,
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         loss: HeldOutLoss | None = None,
+        loss_scale: float = 1.0,
     ) -> None:
         """Training goes on after ``step`` updates: 0, or those of the checkpoint that it resumed from.
 
@@ -169,6 +176,7 @@ class Recording:
         eager : whether the loop compiled the model from outside, where the model itself does not show it
         beside : what the optimizer holds, as datasets of a probed step
         loss : also keep ``held_out_loss``
+        loss_scale : what the loop multiplies its loss by before ``backward``, by which gradients are divided
 
         Raises
         ------
@@ -195,6 +203,7 @@ class Recording:
                 attributes=attributes | dict(settings.attributes or {}),
                 deferred=settings.deferred,
                 beside=beside,
+                loss_scale=loss_scale,
                 resume=resume and settings.out is not None,
                 segment_after=step if segment else None,
                 overwrite=settings.overwrite and not resume,

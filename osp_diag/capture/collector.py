@@ -30,6 +30,7 @@ from osp_diag.capture.documents import Documents, cuts_of_call, documents_of
 from osp_diag.capture.down_projection import (
     output_projection,
 )
+from osp_diag.capture.gradients import SiteGradients, TokensOfPass, has_gradient
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.routing import by_expert, measure_routing
 from osp_diag.capture.snapshots import Snapshots
@@ -37,7 +38,7 @@ from osp_diag.capture.states import EstimatorChoice, Key, SiteStates, is_weight
 from osp_diag.capture.strata import strata_of
 from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.capture.token_kinds import TokenKinds
-from osp_diag.capture.weight_measuring import measure_expert_weights, measure_weight
+from osp_diag.capture.weight_measuring import measure_expert_weights, measure_gate, measure_weight
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Layout, State, Suite
@@ -49,6 +50,7 @@ from osp_diag.schema import (
     CROSS_ATTENTION,
     CROSS_HEAD_SITES,
     DOWN_WEIGHT,
+    GATE_WEIGHT,
     MIXER_STATE,
     ROUTER,
     STRATA,
@@ -60,6 +62,9 @@ if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
 
 __all__ = ["Collector"]
+
+FusedPart = tuple[int, int, int, int] | None
+"""Which part of a fused projection, as a tap's ``fused``; None for a whole one."""
 
 HELD_BYTES = 2**30
 """What is held of sequences that are made token by token, before they are folded as far as they go."""
@@ -102,6 +107,8 @@ class Collector:
     groups : keeps some sums apart by group of forward passes, or None
     output_projections : layer → attention's output projection, for measurements that read its weight
     expert_projections : layer → the experts' down projections, where experts are modules
+    up_projections : layer → the up projection of a gated MLP, and which part of a fused one
+    loss_scale : also measure gradients, of a loss that the loop multiplies by so much; None measures none
     """
 
     def __init__(
@@ -120,6 +127,8 @@ class Collector:
         groups: TokenGroups | None = None,
         output_projections: Mapping[int, nn.Module] | None = None,
         expert_projections: Mapping[int, Sequence[nn.Module]] | None = None,
+        up_projections: Mapping[int, tuple[nn.Module, FusedPart]] | None = None,
+        loss_scale: float | None = None,
     ) -> None:
         self.includes = includes
         self.delimiter_ids = tuple(delimiter_ids)
@@ -132,6 +141,8 @@ class Collector:
         self.snapshots = snapshots
         self.output_projections = output_projections or {}
         self.expert_projections = expert_projections or {}
+        self.up_projections = up_projections or {}
+        self.gradients = None if loss_scale is None else SiteGradients(self._fold_gradient, loss_scale)
         self._sites = SiteStates(estimators, groups)
         self._fused: FusedFolding | None = None
         self.skipped: dict[str, str] = {}
@@ -156,6 +167,7 @@ class Collector:
         self._cut_apart, self._asks_for_cuts = True, asks_for_cuts
         self._values: dict[int, torch.Tensor] = {}
         self._asks_for_masks = True  # in the first pass alone: the host waits
+        self._tokens_of_gradients: TokensOfPass | None = None
         self._layers_chosen: set[int] = set()
         """where the choice of experts is known in this pass: the router and the experts may both tell"""
 
@@ -211,6 +223,7 @@ class Collector:
         self._layers_chosen = set()
         self._before_stream, self._tokens, self._masks = [], None, Masks()
         self._cached_pass, self._measures_calls = None, True
+        self._tokens_of_gradients = None if self.gradients is None else self.gradients.start()
 
     def on_stream(self, forward_pass: ForwardPass) -> None:
         """Learn from what enters the first block how many sequences and tokens there are, and which."""
@@ -230,13 +243,22 @@ class Collector:
         self._tokens = (batch, tokens)
         self._valid = strata[0]
         if self._opens_or_continues(forward_pass, ids, strata):
+            self._tell_gradients(is_cached=True)
             return
         documents = documents_of(forward_pass, strata[0] > 0)
         parts = [self._documents_alone(documents_alike, ids) for documents_alike in documents]
         self._parts = {strata.device: parts or [_Part(None, strata, ids)]}
+        self._tell_gradients(is_cached=False)
         waiting, self._before_stream = self._before_stream, []
         for tap, layer, value in waiting:
             self.on_activation(tap, layer, value)
+
+    def _tell_gradients(self, *, is_cached: bool) -> None:
+        """Say of which tokens the gradients of this pass will be."""
+        told, parts = self._tokens_of_gradients, self._parts
+        if told is not None:
+            told.shape, told.is_cached = self._tokens, is_cached
+            told.parts = lambda device: [(part.rows, part.strata) for part in _parts_on(parts, device)]
 
     def _opens_or_continues(self, forward_pass: ForwardPass, ids: torch.Tensor, strata: torch.Tensor) -> bool:
         """Whether the pass is one of several over the same sequences, which are put together at their end."""
@@ -367,10 +389,7 @@ class Collector:
             self.stop(True)
 
     def _parts_on(self, device: torch.device) -> list[_Part]:
-        if device not in self._parts:
-            parts = next(iter(self._parts.values()))
-            self._parts[device] = [part.on(device) for part in parts]
-        return self._parts[device]
+        return _parts_on(self._parts, device)
 
     # What hooks deliver
 
@@ -545,6 +564,20 @@ class Collector:
         documents = [part.documents for part in self._parts_on(device) if part.documents is not None]
         return torch.cat([d.sequence for d in documents]), torch.cat([d.position[:, 0] for d in documents])
 
+    def on_gradient(
+        self, tap: Tap, layer: int, value: torch.Tensor
+    ) -> Callable[[torch.Tensor], None] | None:
+        """What to call with the gradient of a tapped tensor; None where it is not measured."""
+        if self.gradients is None or not has_gradient(tap) or not self.includes(tap.site):
+            return None
+        return self.gradients.receiver(tap, layer, value)
+
+    def _fold_gradient(self, site: str, layer: int, x: torch.Tensor, strata: torch.Tensor) -> None:
+        # As they are: they come one by one in the backward pass, between which nothing can be put off.
+        for kind, suite in self.suites_at(site).items():
+            observation = ActivationObservation(x, strata, stratum_names=self.stratum_names)
+            self._sites.merge((site, layer, kind), suite, observation.layout, suite.measure(observation))
+
     def on_routed(self, layer: int, rows: torch.Tensor, slots: int) -> None:
         """Fold the experts' hidden activations: each token's ``slots`` rows as so many parallel sequences."""
         if self._tokens is None:
@@ -597,12 +630,14 @@ class Collector:
 
     def on_weight(self, tap: Tap, layer: int, module: nn.Module, hidden: torch.Tensor) -> None:
         """Measure a projection's weights, once a step: they are the same in all its forward passes."""
-        key = (tap.site, layer, "weight")
+        key = (tap.site, layer, tap.side)
         if key in self._sites:
             return
-        suite = self.suites_at(tap.site)["weight"]
+        suite = self.suites_at(tap.site)[tap.side]
         experts = self.expert_projections.get(layer) if tap.site == DOWN_WEIGHT else None
-        if experts is None:
+        if tap.site == GATE_WEIGHT:
+            measured = measure_gate(suite, (module, tap.fused), self.up_projections[layer], hidden)
+        elif experts is None:
             measured = measure_weight(suite, module, hidden, tap.fused)
         else:
             measured = measure_expert_weights(suite, experts, hidden.shape[-1])
@@ -771,6 +806,13 @@ class Collector:
 
             self._fused = FusedFolding(self._sites.merge_stack)
         return self._fused
+
+
+def _parts_on(parts: dict[torch.device, list[_Part]], device: torch.device) -> list[_Part]:
+    """The parts of a pass on a device, copied there at its first use."""
+    if device not in parts:
+        parts[device] = [part.on(device) for part in next(iter(parts.values()))]
+    return parts[device]
 
 
 def _shape_of_stream(forward_pass: ForwardPass, tokens_first: bool) -> tuple[int, int]:

@@ -169,6 +169,8 @@ class SiteCapture:
         those taps out
     on_state : called so with (tap, layer, state) where a tap's side is "state", just after the module ran,
         with a reason in place of a state that is not seen; None leaves those taps out
+    on_gradient : asked with (tap, layer, tensor) for what to call with the tensor's gradient, once it is known
+        in a backward pass; None leaves gradients alone
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
     entries : block → the module with which it begins, where it does not run itself
     channels_first : whether the stream between the blocks is (batch, channel, token)
@@ -191,6 +193,7 @@ class SiteCapture:
         on_stream: Callable[[ForwardPass], None] | None = None,
         on_product: Callable[[Tap, int, torch.Tensor, torch.Tensor], None] | None = None,
         on_state: Callable[[Tap, int, torch.Tensor | str], None] | None = None,
+        on_gradient: Callable[[Tap, int, torch.Tensor], Callable[[torch.Tensor], None] | None] | None = None,
         prefix: str = "",
         entries: Mapping[str, str] | None = None,
         channels_first: bool = False,
@@ -202,6 +205,7 @@ class SiteCapture:
         self.on_activation = on_activation
         self.on_start, self.on_stop, self.on_weight = on_start, on_stop, on_weight
         self.on_stream, self.on_product, self.on_state = on_stream, on_product, on_state
+        self.on_gradient = on_gradient
         self.prefix = prefix
         self.entries, self.channels_first = entries or {}, channels_first
         self.streams_in_a_row = streams_in_a_row
@@ -434,20 +438,38 @@ class SiteCapture:
     def _read(self, tap: Tap, value: Any) -> None:
         if not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
             return
+        stream = None if self.current is None else self.current.stream
+        tokens = stream.shape[1] if self.streams_in_a_row > 1 and stream is not None else None
+        layer = self._layer(tap)
+        if self.on_gradient is not None:
+            self._await_gradient(tap, layer, value, tokens)
+        with unobserved(value.device):
+            self.on_activation(tap, layer, self._as_read(tap, value.detach(), tokens))
+
+    def _await_gradient(self, tap: Tap, layer: int, value: torch.Tensor, tokens: int | None) -> None:
+        assert self.on_gradient is not None, "asked only then"
+        receive = self.on_gradient(tap, layer, value)
+        if receive is None:
+            return
+
+        # Holds nothing of the pass: a graph that its own hook keeps alive would never be freed.
+        def hook(gradient: torch.Tensor) -> None:
+            with unobserved(gradient.device):
+                receive(self._as_read(tap, gradient.detach(), tokens))
+
+        value.register_hook(hook)
+
+    def _as_read(self, tap: Tap, value: torch.Tensor, tokens: int | None) -> torch.Tensor:
+        """The part of a tensor that the tap means, its tokens before its channels.
+
+        Of several streams that stand one behind the other in each row the first, of ``tokens`` tokens.
+        """
         if tap.stream is not None and value.ndim == 4:
             value = value[tap.stream]
         if tap.channels_first and value.ndim == 3:
             value = value.transpose(1, 2)
-        value = self._first_in_its_row(value)
-        with unobserved(value.device):
-            self.on_activation(tap, self._layer(tap), value.detach())
-
-    def _first_in_its_row(self, value: torch.Tensor) -> torch.Tensor:
-        """Of several streams that stand one behind the other in each row the first."""
-        stream = None if self.current is None else self.current.stream
-        if self.streams_in_a_row == 1 or stream is None or value.ndim < 3:
+        if tokens is None or value.ndim < 3:
             return value
-        tokens = stream.shape[1]
         return value[:, :tokens] if value.shape[1] == self.streams_in_a_row * tokens else value
 
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from osp_diag.capture.token_groups import GROUPED_FIELDS, TokenGroups
-from osp_diag.estimators import default_estimators
+from osp_diag.estimators import applies_to, default_estimators
 from osp_diag.estimators.base import Estimator, Layout, Observes, State, Suite, merge_states
 from osp_diag.schema import (
     ATTENTION,
     CROSS_ATTENTION,
     DOWN_WEIGHT,
+    GATE_WEIGHT,
+    GRADIENT,
     HEAD_SITES,
     MIXER_STATE,
     PROJECTION_WEIGHT,
@@ -33,15 +35,20 @@ EstimatorChoice = Sequence[Estimator] | Mapping[str, Sequence[Estimator]] | None
 
 
 def is_weight(site: str) -> bool:
-    """Whether a site is the weights of a projection."""
-    return site == DOWN_WEIGHT or site.startswith(PROJECTION_WEIGHT)
+    """Whether a site is the weights of projections."""
+    return site in (DOWN_WEIGHT, GATE_WEIGHT) or site.startswith(PROJECTION_WEIGHT)
 
 
 def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
-    """The estimators that apply at a site, by what they observe."""
+    """The estimators that apply at a site, by what they observe.
+
+    Of gradients, those that are meant for them, or else the default ones.
+    """
     if isinstance(estimators, Mapping):
         matching = [group for pattern, group in estimators.items() if matches(site, (pattern,))]
         estimators = matching[0] if matching else ()
+    if site.startswith(GRADIENT):
+        estimators = [e for e in estimators or () if applies_to(e, site)] or None
     kinds: tuple[Observes, ...] = ("activation",)
     if site in (ATTENTION, CROSS_ATTENTION):
         kinds = ("attention",)
@@ -49,6 +56,8 @@ def suites_of(site: str, estimators: EstimatorChoice) -> dict[str, Suite]:
         kinds = ("routing",)
     elif site == MIXER_STATE:
         kinds = ("state",)
+    elif site == GATE_WEIGHT:
+        kinds = ("gate",)
     elif is_weight(site):
         kinds = ("weight", "product")
     elif site in HEAD_SITES:

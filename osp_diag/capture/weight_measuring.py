@@ -1,4 +1,4 @@
-"""Measuring the matrices of projections, of a single one and of experts that are modules of their own."""
+"""Measuring the matrices of projections: a single one, a gate beside its up projection, experts that are modules."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from torch import Tensor, nn
 
 from osp_diag.capture.down_projection import down_projection, expert_projection, fused_part
 from osp_diag.estimators.base import Layout, State, Suite
+from osp_diag.estimators.swiglu_alignment import GateObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
 
-__all__ = ["measure_expert_weights", "measure_weight"]
+__all__ = ["measure_expert_weights", "measure_gate", "measure_weight"]
+
+Projection = tuple[nn.Module, tuple[int, int, int, int] | None]
+"""A projection, and which part of it where it is fused."""
 
 
 def measure_weight(
@@ -25,13 +29,38 @@ def measure_weight(
     inputs : what the projection was given, which tells its rows from its columns
     fused : which part
     """
-    weight = down_projection(module, inputs)
-    if fused is not None and not isinstance(weight, str):
-        weight = fused_part(weight, fused)
+    weight = _matrix((module, fused), inputs)
     if isinstance(weight, str):
         return weight
     observation = WeightObservation(weight)
     return observation.layout, suite.measure(observation)
+
+
+def measure_gate(
+    suite: Suite, gate: Projection, up: Projection, inputs: Tensor
+) -> tuple[Layout, State] | str:
+    """Measure a gate projection beside its up projection; text says why they cannot be read.
+
+    Both are read before the gate runs; of an up projection that FSDP shards apart from it the whole is gathered, on
+    all ranks alike.
+    """
+    matrices = []
+    for projection in (gate, up):
+        weight = _matrix(projection, inputs)
+        if isinstance(weight, str):
+            return weight
+        matrices.append(weight)
+    if matrices[0].shape != matrices[1].shape or matrices[0].shape[0] != 1:
+        shapes = " and ".join(str(tuple(matrix.shape[1:])) for matrix in matrices)
+        return f"its gate and up projections of shapes {shapes} are not of the same neurons"
+    observation = GateObservation(matrices[0][0], matrices[1][0])
+    return observation.layout, suite.measure(observation)
+
+
+def _matrix(projection: Projection, inputs: Tensor) -> Tensor | str:
+    module, fused = projection
+    weight = down_projection(module, inputs)
+    return weight if fused is None or isinstance(weight, str) else fused_part(weight, fused)
 
 
 def measure_expert_weights(

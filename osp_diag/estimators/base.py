@@ -25,9 +25,10 @@ from osp_diag.estimators._arrays import Array, Namespace, accumulator_dtype, nam
 from osp_diag.schema import STRATA
 
 Combine = Literal["sum", "maximum", "minimum"]
-Observes = Literal["activation", "heads", "attention", "weight", "routing", "product", "state"]
-"""What an estimator looks at: activations of a site, the same by head, attention, a weight matrix, which
-experts tokens are sent to, what a projection is given and gives, or the state of a recurrent mixer."""
+Observes = Literal["activation", "heads", "attention", "weight", "routing", "product", "state", "gate"]
+"""What an estimator looks at: activations of a site (or their gradients), the same by head, attention, a weight
+matrix, which experts tokens are sent to, what a projection is given and gives, the state of a recurrent mixer, or
+the two matrices that make a gated hidden state."""
 State = dict[str, Array]
 
 __all__ = [

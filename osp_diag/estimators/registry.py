@@ -21,6 +21,7 @@ import numpy as np
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators.base import Estimator, Layout, Observes, Output, Suite
+from osp_diag.schema import GRADIENT
 from osp_diag.wording import did_you_mean
 
 __all__ = [
@@ -120,8 +121,12 @@ def get_estimator(name: str, **parameters: Any) -> Estimator:
 
 
 def applies_to(estimator: Estimator | type[Estimator], site: str) -> bool:
-    """Whether the definition is meant for the site (patterns as in a shell)."""
-    return any(fnmatchcase(site, pattern) for pattern in estimator.sites)
+    """Whether the definition is meant for the site (patterns as in a shell).
+
+    What is said of activations is not said of their gradients: those are named by the pattern, never meant by ``*``.
+    """
+    patterns = [p for p in estimator.sites if p.startswith(GRADIENT) or not site.startswith(GRADIENT)]
+    return any(fnmatchcase(site, pattern) for pattern in patterns)
 
 
 def default_estimators(

@@ -86,6 +86,7 @@ def probe_inputs(
     """
     if is_distributed():
         raise UsageError("inputs of your own are run by one process; start it without torchrun")
+    settings.check_held_out()
     if out is not None:
         check_out(out, overwrite=overwrite)
     settings = replace(settings, example=inputs.passes[0], token_groups=0)

@@ -15,6 +15,7 @@ from torch import nn
 from osp_diag.capture.collector import Collector
 from osp_diag.capture.expert_modules import ExpertModuleCapture
 from osp_diag.capture.experts import ExpertCapture
+from osp_diag.capture.gradients import has_gradient
 from osp_diag.capture.hooks import SiteCapture
 from osp_diag.capture.snapshots import SNAPSHOT_SITES, Snapshots
 from osp_diag.capture.states import suites_of
@@ -22,7 +23,7 @@ from osp_diag.capture.super_weights import with_super_weights
 from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
-from osp_diag.errors import CaptureError, SiteError
+from osp_diag.errors import CaptureError, SiteError, UsageError
 from osp_diag.estimators.base import Estimator, Field, Layout
 from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.identity import (
@@ -45,6 +46,7 @@ from osp_diag.schema import (
     ATTENTION,
     CROSS_ATTENTION,
     DOWN_WEIGHT,
+    GRADIENT,
     HEAD_SITES,
     HIDDEN_STATES,
     LINEAR_INPUT,
@@ -60,6 +62,12 @@ from osp_diag.tokens import delimiter_ids_of
 from osp_diag.wording import did_you_mean
 
 __all__ = ["Probe"]
+
+GRADIENT_OF = (
+    "the sum of what the loop called backward on within the step (loss scaling of its own included), on each rank "
+    "that of its own tokens"
+)
+"""Of which loss gradients are, where the loop says nothing."""
 
 
 class Probe:
@@ -77,6 +85,8 @@ class Probe:
         does so on CUDA. What fails in the thread is raised by the next call, :meth:`close` at the latest
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
+    loss_scale : with ``gradients``: what the loop multiplies its loss by before ``backward`` (the number of ranks,
+        a ``GradScaler``'s factor), by which gradients are divided
     resume, overwrite : what to do with a run that is already at ``out``
     segment_after : with ``resume``: the step after which the run goes on under other attributes
     options : fields of the settings, which change them (``sites=["residual_*"]``)
@@ -85,6 +95,7 @@ class Probe:
     ------
     SiteError : the sites were not found, or a pattern matches none
     StoreError : ``out`` holds another run
+    UsageError : ``loss_scale`` is not positive
     TypeError : there is no such option; the message names the nearest
 
     Examples
@@ -107,6 +118,7 @@ class Probe:
         attributes: Mapping[str, Any] | None = None,
         deferred: bool | Literal["auto"] = "auto",
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
+        loss_scale: float = 1.0,
         resume: bool = False,
         segment_after: int | None = None,
         overwrite: bool = False,
@@ -115,6 +127,9 @@ class Probe:
         settings = (measurement_settings or MeasurementSettings()).changed(dict(options))
         self.model, self.settings, self.tokenizer = model, settings, tokenizer
         self.beside = beside
+        if not loss_scale > 0:
+            raise UsageError(f"loss_scale={loss_scale}: gradients are divided by it, so it has to be positive")
+        self.loss_scale = loss_scale
         self.due = schedule_of(every)
         self.patterns = None if settings.sites is None else tuple(settings.sites)
         self.estimators = settings.estimator_instances()
@@ -159,6 +174,14 @@ class Probe:
         named_sites = self.settings.named_sites or ()
         return matches(site, self.patterns) or (self.patterns is None and site in named_sites)
 
+    def _measures_gradient_at(self, site: str) -> bool:
+        is_read = any(has_gradient(tap) for tap in self.site_map.taps if tap.site == site)
+        return self.settings.gradients and is_read and self.measures_site(site)
+
+    def _sites_with_gradients(self) -> list[str]:
+        measured = [site for site in self.site_map.sites if self.measures_site(site)]
+        return measured + [f"{GRADIENT}{site}" for site in measured if self._measures_gradient_at(site)]
+
     def _check_patterns(self) -> None:
         sites = (*self.site_map.sites, *(self.settings.named_sites or ()))
         for pattern in self.patterns or ():
@@ -184,6 +207,9 @@ class Probe:
             if self.measures_site(site):
                 for suite in suites_of(site, self.estimators).values():
                     estimators |= {estimator.identifier: estimator for estimator in suite.estimators}
+            if self._measures_gradient_at(site):
+                for suite in suites_of(f"{GRADIENT}{site}", self.estimators).values():
+                    estimators |= {estimator.identifier: estimator for estimator in suite.estimators}
         parameter = next(model.parameters())
         return {
             "model_name": getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -194,12 +220,13 @@ class Probe:
             "hidden_size": self.site_map.hidden_size,
             "blocks": self.site_map.blocks,
             **({"stack": self.site_map.stack} if self.site_map.stack else {}),
-            "sites": {site: _meaning(site) for site in self.site_map.sites if self.measures_site(site)},
+            "sites": {site: _meaning(site) for site in self._sites_with_gradients()},
             "absent_sites": self.absent,
             "notes": list(self.site_map.notes),
             "estimators": list(estimators),
             "estimator_parameters": estimator_parameters(estimators.values()),
             "delimiter_ids": delimiter_fingerprint(self.delimiter_ids),
+            **({"gradient_of": GRADIENT_OF} if self.settings.gradients else {}),
             **({} if self.token_kinds is None else {"token_kinds": self.token_kinds.described()}),
             "compiled": self.compiled,
             "dtype": str(parameter.dtype).removeprefix("torch."),
@@ -219,12 +246,15 @@ class Probe:
         non-reentrant activation checkpointing, call ``backward`` inside the block too: after it, compiled
         code recomputes what eager code saved, and torch raises ``CheckpointError``.
 
+        With ``gradients`` the block has to hold the backward passes too.
+
         Passes of other threads are neither seen nor changed, but that a compiled model runs eagerly in them
         too.
 
         Raises
         ------
-        CaptureError : another thread probes the model, no forward pass ran, or none reached a site
+        CaptureError : another thread probes the model, no forward pass ran, or none reached a site; gradients
+            are asked for and none came
         """
         if not self.due(step):
             yield False
@@ -243,7 +273,12 @@ class Probe:
         are put back afterwards. Ctrl-C records what was measured so far and is raised again.
 
         ``whole_sequences`` says that no batch goes on with the cache of one before it.
+
+        Raises
+        ------
+        UsageError : gradients are asked for, and here there are none
         """
+        self.settings.check_held_out()
         started = time.perf_counter()
         collector = self._collector(whole_sequences=whole_sequences)
         flags = [(module, module.training) for module in self.model.modules()]
@@ -279,6 +314,8 @@ class Probe:
         with self._attached(collector):
             yield collector
         collector.finish()
+        if collector.gradients is not None:
+            collector.gradients.close()
 
     def _collector(self, *, whole_sequences: bool = False) -> Collector:
         settings = self.settings
@@ -312,6 +349,12 @@ class Probe:
                 layer: [unwrap(self.model).get_submodule(down) for _, down in experts]
                 for layer, experts in self.site_map.expert_modules.items()
             },
+            up_projections={
+                tap.layer: (unwrap(self.model).get_submodule(tap.module), tap.fused)
+                for tap in self.site_map.taps
+                if tap.site == f"{PROJECTION_WEIGHT}up"
+            },
+            loss_scale=self.loss_scale if settings.gradients else None,
         )
 
     @contextmanager
@@ -328,6 +371,7 @@ class Probe:
             on_stream=collector.on_stream,
             on_product=collector.on_product,
             on_state=collector.on_state,
+            on_gradient=collector.on_gradient if self.settings.gradients else None,
             prefix=self.site_map.prefix,
             entries=self.site_map.entries,
             channels_first=self.site_map.channels_first,
@@ -413,8 +457,10 @@ class Probe:
                 f"step {step}: no forward pass of the probed model ran inside the block, so there is nothing "
                 "to record; call the very model that was given to Probe (or a wrapper of it)"
             )
+        if collector.gradients is not None:
+            collector.skipped |= collector.gradients.absent
         absent = collector.skipped.copy()
-        labelled = self._labelled(collector, absent)
+        labelled = self._labelled(step, collector, absent)
         datasets = self.beside() if self.beside is not None else {}
         # What is deferred must not change with what it was made from.
         beside = {group: dataset.copy(deep=self.deferred) for group, dataset in datasets.items()}
@@ -425,7 +471,16 @@ class Probe:
         self._keep_vocabulary()
         self.append_series(step, {"probe_seconds": time.perf_counter() - started})
 
-    def _labelled(self, collector: Collector, absent: dict[str, str]) -> Callable[[], ProbedStep]:
+    def _check_gradients(self, step: int, states: Collection[tuple[Any, ...]], reasons: Mapping[str, str]) -> None:
+        """Refuse a step of which gradients are asked for and none came, on every rank alike."""
+        if states and not any(key[0].startswith(GRADIENT) for key in states):
+            nothing = "no backward pass reached a site within the step; call backward inside the block"
+            why = next(iter(reasons.values()), nothing)
+            raise CaptureError(f"step {step}: gradients are asked for and none came: {why}")
+
+    def _labelled(
+        self, step: int, collector: Collector, absent: dict[str, str]
+    ) -> Callable[[], ProbedStep]:
         """Bring what all ranks measured to the host; what is returned makes a step of it, on every rank.
 
         ``absent`` is then told what was measured and has no room in the run.
@@ -439,12 +494,15 @@ class Probe:
 
             layouts |= {key: layouts[key[:3]] for key in apart}
             states, layouts = merge_over_ranks(states, layouts, fields)
+        if collector.gradients is not None:
+            self._check_gradients(step, states, collector.gradients.absent)
         states = with_super_weights(states, self._down_projections())
         on_host = to_host(states)
         self._records.note(padding_note(on_host))
         # Not the collector itself, which holds the device's memory.
         suites = {key[0]: collector.suites_at(key[0]) for key in on_host}
         idle = self.site_map.idle_layers(collector.block_runs)
+        idle |= {f"{GRADIENT}{site}": layers for site, layers in idle.items()}
         keep_raw, token_groups, labels = self.settings.keep_raw, self.settings.token_groups, self._labels
 
         def labelled() -> ProbedStep:
@@ -562,4 +620,6 @@ class Probe:
 def _meaning(site: str) -> str:
     if site.startswith(PROJECTION_WEIGHT):
         return "weights of this projection: statistics of a matrix, not of tokens"
+    if site.startswith(GRADIENT):
+        return f"gradient of the loss with respect to {site.removeprefix(GRADIENT)}"
     return SITES.get(site, "input of this projection")

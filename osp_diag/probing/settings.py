@@ -198,6 +198,8 @@ class MeasurementSettings(Settings):
     snapshot_tokens : so many positions of the first sequence have their raw activations kept for pictures
     token_groups : so many groups of forward passes have their channel sums kept apart, by which a comparison
         tells what is significant; 0: none
+    gradients : also measure the gradient of the loss with respect to the activations at the sites, in the backward
+        passes of training steps; of queries, keys, values and attention there is none
 
     Raises
     ------
@@ -217,6 +219,7 @@ class MeasurementSettings(Settings):
     keep_raw: bool = True
     snapshot_tokens: int = 0
     token_groups: int = 0
+    gradients: bool = False
 
     def __post_init__(self) -> None:
         self.estimator_instances()
@@ -242,8 +245,27 @@ class MeasurementSettings(Settings):
                 '({"cls": 0, "patch": ...}), "auto" or None'
             )
 
+    def check_held_out(self) -> None:
+        """Refuse what only the passes of a training have.
+
+        Raises
+        ------
+        UsageError : gradients are asked for
+        """
+        if self.gradients:
+            raise UsageError(
+                "gradients=True: held-out batches are run without gradients, so there are none to measure; probe the "
+                "passes of training steps (Probe.step around forward and backward, or on='training' in a trainer)"
+            )
+
     def for_batches(self, batches: TokenBatches) -> Self:
-        """With the delimiters of these sequences unless some are named, and no more groups than sequences."""
+        """With the delimiters of these sequences unless some are named, and no more groups than sequences.
+
+        Raises
+        ------
+        UsageError : gradients are asked for, which batches that are run without them have not
+        """
+        self.check_held_out()
         groups = min(self.token_groups, len(batches.tokens))
         delimiters = batches.delimiter_ids if self.delimiter_ids is None else self.delimiter_ids
         return dataclasses.replace(self, delimiter_ids=delimiters, token_groups=groups if groups > 1 else 0)
@@ -264,6 +286,7 @@ class MeasurementOptions(TypedDict, total=False):
     keep_raw: bool
     snapshot_tokens: int
     token_groups: int
+    gradients: bool
 
 
 def _instances(estimators: Sequence[str | Estimator]) -> list[Estimator]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from osp_diag.schema import DOWN_WEIGHT, PROJECTION_WEIGHT
+from osp_diag.schema import DOWN_WEIGHT, GATE_WEIGHT, PROJECTION_WEIGHT
 from osp_diag.sites.blocks import Block, input_tap, same
 from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import distinct_heads, pre_rope_tap
@@ -32,7 +32,8 @@ _Part = tuple[int, int, int, int]
 def projection_weights(block: Block, taps: list[Tap]) -> list[Tap]:
     """The matrices of the block's projections, by their roles; by their path within it where one has none.
 
-    A fused projection is one tap for each part that is told; the down projection is ``mlp_down_weight``.
+    A fused projection is one tap for each part that is told; the down projection is ``mlp_down_weight``. Of a gated
+    MLP the gate is once more a tap of ``mlp_gate_weight``, which is read beside the up projection.
 
     Parameters
     ----------
@@ -50,7 +51,8 @@ def projection_weights(block: Block, taps: list[Tap]) -> list[Tap]:
     for tap in of_block:
         if tap.site == "attention_output" and tap.side == "input":
             roles += [(e, "attention_output", None) for e in projections if e.name == tap.module][:1]
-    roles += _attention_roles(block, of_block, projections) + _gate_and_up(block, of_block, projections)
+    gate_and_up = _gate_and_up(block, of_block, projections)
+    roles += _attention_roles(block, of_block, projections) + gate_and_up
     told = {event.name for event, _, _ in roles}
     prefix = block.event.name + "."
     roles += [
@@ -63,7 +65,10 @@ def projection_weights(block: Block, taps: list[Tap]) -> list[Tap]:
         tap = input_tap(f"{PROJECTION_WEIGHT}{role}", block.layer, event)
         # One matrix however often its module runs.
         weights.setdefault((event.name, role), replace(tap, side="weight", fused=part, call=None))
-    return list(weights.values())
+    if block.experts:
+        block.absent[GATE_WEIGHT] = "the gate and up projections of experts are not read"
+    gates = [weights[event.name, role] for event, role, _ in gate_and_up if role == "gate"]
+    return [*weights.values(), *(replace(tap, site=GATE_WEIGHT, side="gate") for tap in gates)]
 
 
 def _attention_roles(
