@@ -262,3 +262,33 @@ def test_gradients_and_caches_are_refused(model, sites):
             model(IDS)
         with torch.no_grad(), pytest.raises(CaptureError, match="goes on with a cache"):
             model.generate(IDS, max_new_tokens=3, pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"operation": "zero", "site": "residual_post", "layers": (1,), "channels": (3,), "tokens": "first"},
+        {"operation": "scale", "site": "residual_mid", "value": 0.5},
+        {"operation": "clip", "site": "attention_input", "value": 0.3, "tokens": (2, 3)},
+        {"operation": "rotate", "site": "mlp_contribution", "layers": (2,)},
+        {"operation": "mask_key", "tokens": "first"},
+        {"operation": "zero", "site": "value", "heads": (0,), "tokens": (0,)},
+        {"operation": "scale", "site": "key_post_rope", "value": 2.0},
+        {"operation": "clip_rows", "site": "*.down_proj.weight"},
+    ],
+    ids=lambda change: f"{change['operation']} {change.get('site', '')}",
+)
+def test_nnsight_gives_the_same_numbers(change):
+    from osp_diag.interventions.nnsight_engine import NnsightEngine
+
+    model = llama(3)
+    sites, one = find_sites(model), Intervention(**change)
+    before = {module: dict(vars(module)) for module in model.modules()}
+    engine = NnsightEngine(model, sites, ())
+    try:
+        with torch.no_grad(), engine.running([one]) as forward:
+            other = forward(input_ids=IDS, use_cache=False).logits
+    finally:
+        engine.close()
+    assert torch.equal(other, under(model, sites, one))
+    assert all(vars(module) == before[module] for module in model.modules())

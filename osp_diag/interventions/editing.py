@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,16 +13,16 @@ from torch import Tensor, nn
 from osp_diag.capture.hooks import ForwardPass, SiteCapture, unobserved
 from osp_diag.capture.strata import strata_of
 from osp_diag.errors import CaptureError
+from osp_diag.interventions.calls import edited_call
 from osp_diag.interventions.intervention import KEYS, Intervention
 from osp_diag.interventions.operations import changed
-from osp_diag.interventions.placement import rewritten, with_input, with_output
+from osp_diag.interventions.placement import item_of, rewritten, shares_its_input, with_input, with_output
 from osp_diag.interventions.targets import layers_of, sites_at_call, taps_of
-from osp_diag.schema import RESIDUAL_SITES, STRATA
+from osp_diag.schema import STRATA
 from osp_diag.seams.call import AttentionCall
-from osp_diag.seams.editing import AttentionEditing, without_keys
+from osp_diag.seams.editing import AttentionEditing
 from osp_diag.seams.threads import of_this_thread
 from osp_diag.sites.names import SiteMap, Tap
-from osp_diag.sites.stack import is_linear
 
 __all__ = ["Editing"]
 
@@ -126,10 +125,8 @@ class Editing:
 
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
             for intervention, tap in self._of_this_call(edits, calls):
-                bare = tap.argument is None or isinstance(result, Tensor)
-                items = list(result.values()) if isinstance(result, dict) else result
-                value = result if bare else items[int(tap.argument)]  # type: ignore[arg-type]
-                result = with_output(tap.argument, result, self._edited(intervention, tap, value))
+                new = self._edited(intervention, tap, item_of(tap.argument, result))
+                result = with_output(tap.argument, result, new)
             return result
 
         return hook
@@ -157,13 +154,8 @@ class Editing:
         return not several or self.capture.current is None or self.capture.current.layer == tap.layer
 
     def _is_shared(self, module: nn.Module, tap: Tap, value: Tensor) -> bool:
-        """Whether others go on with the very tensor that a module reads, and have to see it changed.
-
-        So it is of the stream, which the block adds to, and of what several projections read.
-        """
-        of_stream = tap.site in RESIDUAL_SITES
-        of_several = tap.site.endswith("_input") and is_linear(module)
-        if not (of_stream or of_several):
+        """Whether the change is written into the very tensor that is read, which is this pass's own."""
+        if not shares_its_input(module, tap):
             return False
         overlaps = any(
             size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)
@@ -280,23 +272,5 @@ class Editing:
                 if layer in layers_of(self.sites, intervention):
                     self._reached[id(intervention), layer] += 1
                     chosen = self._tokens(intervention).to(call.tensor.device)
-                    new = self._edit_one(intervention, layer, new, chosen)
+                    new = edited_call(self.sites, intervention, layer, new, chosen, self.operate)
         return new
-
-    def _edit_one(
-        self, intervention: Intervention, layer: int, call: AttentionCall, chosen: Tensor
-    ) -> AttentionCall:
-        if intervention.operation == KEYS:
-            masked = chosen[:, None, None, :]
-            if intervention.heads is not None:
-                heads = call.tensor.shape[1]
-                mine = torch.zeros(heads, dtype=torch.bool, device=chosen.device)
-                mine[[head for head in intervention.heads if head < heads]] = True
-                masked = masked & mine[:, None, None]
-            return without_keys(call, masked)
-        name = intervention.site.removesuffix("_post_rope")
-        value = getattr(call, name)
-        # Keys and values that the model repeats for several heads are one head each.
-        copies = 1 if name == "query" else self.sites.key_copies.get(layer, 1)
-        new = self.operate(intervention, layer, value[:, ::copies], chosen)
-        return replace(call, **{name: new.repeat_interleave(copies, dim=1) if copies > 1 else new})

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from osp_diag.capture.hooks import batch_first, heads_first
 from osp_diag.errors import CaptureError
+from osp_diag.schema import RESIDUAL_SITES
 from osp_diag.sites.names import SiteMap, Tap
+from osp_diag.sites.stack import is_linear
 
-__all__ = ["rewritten", "with_input", "with_output"]
+__all__ = ["item_of", "rewritten", "shares_its_input", "with_input", "with_output"]
 
 
 def rewritten(
@@ -60,6 +62,22 @@ def with_input(
     if isinstance(key, int):
         return (*args[:key], value, *args[key + 1 :]), dict(kwargs)
     return args, {**kwargs, str(key): value}
+
+
+def item_of(key: int | str | None, result: Any) -> Any:
+    """What stands in one place of what a module gives."""
+    if key is None or isinstance(result, Tensor):
+        return result
+    return (list(result.values()) if isinstance(result, Mapping) else result)[int(key)]
+
+
+def shares_its_input(module: nn.Module, tap: Tap) -> bool:
+    """Whether others go on with the very tensor that a tapped module reads, and have to see it changed.
+
+    So it is of the stream, which the block adds to, and of what several projections read.
+    """
+    of_several = tap.site.endswith("_input") and is_linear(module)
+    return tap.side == "input" and (tap.site in RESIDUAL_SITES or of_several)
 
 
 def with_output(key: int | str | None, result: Any, value: Tensor) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +31,7 @@ from osp_diag.seams.functions import (
 )
 from osp_diag.seams.interface import InterfaceSwitch, describe_call
 
-__all__ = ["AttentionEditing", "Edit", "without_keys"]
+__all__ = ["AttentionEditing", "Edit", "EditingSwitch", "refuse_own_masks", "without_keys"]
 
 Edit = Callable[[AttentionCall], AttentionCall]
 """The call to compute in place of one: itself where nothing is to change."""
@@ -82,6 +82,22 @@ def _written_out(
     return allowed & ~is_fill(mask, allowed), mask
 
 
+def refuse_own_masks(switch: InterfaceSwitch) -> None:
+    """Refuse to mask keys in an attention whose masks are no tensors.
+
+    Raises
+    ------
+    CaptureError : there is such
+    """
+    for config in switch.configs:
+        name = str(config._attn_implementation_internal)
+        if any(part in name for part in _OWN_MASKS):
+            raise CaptureError(
+                f"keys cannot be masked under the attention implementation {name!r}, whose masks are no "
+                'tensors; open the model with attention="sdpa" or "eager" (--attention sdpa)'
+            )
+
+
 class AttentionEditing:
     """Between :meth:`start` and :meth:`stop`, attention of ``model`` is computed of edited calls.
 
@@ -96,15 +112,10 @@ class AttentionEditing:
     def __init__(self, model: nn.Module, edit: Edit, *, masks: bool) -> None:
         self._edit, self._owner = edit, threading.get_ident()
         self._mode = _EditingMode(self._edited)
-        self._switch = _EditingSwitch(model, self._edited, lambda: suspended(self._mode))
+        self._switch = EditingSwitch(model, self._edited, lambda: suspended(self._mode))
         self._running: ExitStack | None = None
-        for config in self._switch.configs if masks else ():
-            name = str(config._attn_implementation_internal)
-            if any(part in name for part in _OWN_MASKS):
-                raise CaptureError(
-                    f"keys cannot be masked under the attention implementation {name!r}, whose masks are no "
-                    'tensors; open the model with attn_implementation="sdpa" or "eager" (--attention sdpa)'
-                )
+        if masks:
+            refuse_own_masks(self._switch)
 
     def start(self) -> None:
         """Begin; what is left of a pass that was interrupted ends first."""
@@ -128,35 +139,53 @@ class AttentionEditing:
             return self._edit(call)
 
 
-class _EditingSwitch(InterfaceSwitch):
+class EditingSwitch(InterfaceSwitch):
     """Calls through transformers' attention interface."""
 
-    def __init__(self, model: nn.Module, edited: Edit, suspension: Any) -> None:
+    def __init__(self, model: nn.Module, edited: Edit, suspension: Any = nullcontext) -> None:
         super().__init__(model, lambda describe, compute: compute(), suspension)
         self._edited = edited
+
+    def arguments(
+        self,
+        original: str,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What to call the attention function ``original`` with, in place of these arguments.
+
+        Parameters
+        ----------
+        original : its name in transformers' table
+        module, query, key, value, args, kwargs : what it would be called with
+        """
+        inner: Any = self._delegate(module, original)
+        while hasattr(inner, "delegate"):
+            inner = inner.delegate(module, inner.original)
+        call = describe_call(original, inner, module, query, key, value, args, kwargs)
+        new = self._edited(call)
+        if new is call:
+            return (module, query, key, value, *args), kwargs
+        named = dict(zip(list(inspect.signature(inner).parameters)[4:], args, strict=False)) | kwargs
+        if new.mask is not call.mask and new.mask is not None:
+            # Eager functions add their mask; the others take an additive one as well.
+            named["attention_mask"] = _additive(new.mask, query.dtype)
+            if named.get("position_bias") is not None:
+                named["position_bias"] = None  # the mask holds it now
+        mask = named.pop("attention_mask", None)
+        return (module, new.query, new.key, new.value, mask), named
 
     def _function(self, original: str) -> Callable[..., Any]:
         def edited_attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
-            delegate = self._delegate(module, original)
-            inner: Any = delegate
-            while hasattr(inner, "delegate"):
-                inner = inner.delegate(module, inner.original)
             with self._suspension():
-                call = describe_call(original, inner, module, query, key, value, args, kwargs)
-                new = self._edited(call)
-                if new is call:
-                    return delegate(module, query, key, value, *args, **kwargs)
-                arguments = dict(zip(list(inspect.signature(inner).parameters)[4:], args, strict=False))
-                arguments |= kwargs
-                if new.mask is not call.mask and new.mask is not None:
-                    # Eager functions add their mask; the others take an additive one as well.
-                    arguments["attention_mask"] = _additive(new.mask, query.dtype)
-                    if arguments.get("position_bias") is not None:
-                        arguments["position_bias"] = None  # the mask holds it now
-                mask = arguments.pop("attention_mask", None)
-                return delegate(module, new.query, new.key, new.value, mask, **arguments)
+                changed, named = self.arguments(original, module, query, key, value, *args, **kwargs)
+                return self._delegate(module, original)(*changed, **named)
 
         edited_attention.delegate = self._delegate  # type: ignore[attr-defined]
         edited_attention.original = original  # type: ignore[attr-defined]
