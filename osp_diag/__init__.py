@@ -15,11 +15,13 @@ from osp_diag.version import __version__
 if TYPE_CHECKING:
     from osp_diag import analyses, estimators, figures, trainer
     from osp_diag.checkpoints import open_checkpoint
+    from osp_diag.interventions import Intervention, intervene
     from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe, probe_stacks
     from osp_diag.runs.run import Run, open_run
     from osp_diag.seams.declared import attention_function
 
 __all__ = [
+    "Intervention",
     "MeasurementSettings",
     "OspDiagError",
     "Probe",
@@ -30,6 +32,7 @@ __all__ = [
     "attention_function",
     "estimators",
     "figures",
+    "intervene",
     "open_checkpoint",
     "open_run",
     "probe",
@@ -40,6 +43,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "Intervention": "osp_diag.interventions",
         "MeasurementSettings": "osp_diag.probing",
         "Probe": "osp_diag.probing",
         "Run": "osp_diag.runs.run",
@@ -48,6 +52,7 @@ __getattr__, __dir__ = lazy_names(
         "attention_function": "osp_diag.seams.declared",
         "estimators": "osp_diag.estimators",
         "figures": "osp_diag.figures",
+        "intervene": "osp_diag.interventions",
         "open_checkpoint": "osp_diag.checkpoints",
         "open_run": "osp_diag.runs.run",
         "probe": "osp_diag.probing",

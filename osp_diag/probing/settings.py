@@ -173,8 +173,11 @@ class OpeningSettings(Settings):
         """
         from osp_diag.checkpoints import open_checkpoint
 
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return open_checkpoint(source, **options)
+        return open_checkpoint(source, **self.keywords())
+
+    def keywords(self) -> dict[str, Any]:
+        """The fields by name."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,8 @@ from osp_diag.seams.call import AttentionCall, SkipReason
 from osp_diag.seams.declared import is_declared
 
 __all__ = [
+    "SCALED_DOT_PRODUCT",
+    "SOFTMAX",
     "AttentionFunctionMode",
     "Frame",
     "describe_scaled_dot_product",
@@ -35,14 +37,14 @@ __all__ = [
 Frame = tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]
 """A module being run, with the arguments of its forward."""
 
-_SCALED_DOT_PRODUCT: frozenset[Any] = frozenset(
+SCALED_DOT_PRODUCT: frozenset[Any] = frozenset(
     {
         functional.scaled_dot_product_attention,
         torch.ops.aten.scaled_dot_product_attention,
         torch.ops.aten.scaled_dot_product_attention.default,
     }
 )
-_SOFTMAX: frozenset[Any] = frozenset(
+SOFTMAX: frozenset[Any] = frozenset(
     {
         torch.softmax,
         functional.softmax,
@@ -76,9 +78,9 @@ class AttentionFunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func in _SCALED_DOT_PRODUCT:
+        if func in SCALED_DOT_PRODUCT:
             self._observe(func, "scaled_dot_product_attention", args, kwargs)
-        elif func in _SOFTMAX:
+        elif func in SOFTMAX:
             self._observe(func, "softmax", args, kwargs)
         elif is_declared(func):
             self._observe(func, "declared function", args, kwargs)

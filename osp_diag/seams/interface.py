@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from osp_diag.errors import CaptureError
 from osp_diag.seams.call import AttentionCall, MaskFunction, add_bias
 
-__all__ = ["InterfaceSwitch", "ObservedName"]
+__all__ = ["InterfaceSwitch", "ObservedName", "describe_call"]
 
 Suspension = Callable[[], AbstractContextManager[None]]
 """A context in which nothing is observed."""
@@ -40,13 +40,20 @@ class ObservedName(str):
     during the forward) is the plain original name, so no trace can leak.
     """
 
+    original: str
+    """the name that it stands for, perhaps an observed one itself"""
+    gone: bool = False
+    """whether what observes under it has ended"""
+    _token: object
+
     def __new__(cls, original: str, like: ObservedName | None = None) -> ObservedName:
         name = super().__new__(cls, original)
-        name._token = object() if like is None else like._token  # type: ignore[attr-defined]
+        name._token = object() if like is None else like._token
+        name.original = original
         return name
 
     def __hash__(self) -> int:
-        return hash(self._token)  # type: ignore[attr-defined]
+        return hash(self._token)
 
     def __eq__(self, other: object) -> bool:
         return str.__eq__(self, other) if isinstance(other, str) else NotImplemented
@@ -142,7 +149,7 @@ class InterfaceSwitch:
         self._configs: dict[int, Any] = {}
         self._without_eager: set[int] = set()
         self._eager: dict[type, Callable[..., Any] | None] = {}
-        self._restore: list[tuple[Any, str]] = []
+        self._restore: list[tuple[Any, ObservedName]] = []
         if "transformers" in sys.modules:
             self._collect_configs(model)
 
@@ -179,14 +186,19 @@ class InterfaceSwitch:
                 _register(functions, name, self._function(original))
                 if original in mask_functions:
                     _register(mask_functions, name, self._mask_function(mask_functions[original]))
-            self._restore.append((config, original))
+            self._restore.append((config, names[original]))
             config._attn_implementation_internal = names[original]
 
     def exit(self) -> None:
         """Give every config its own name back, with which ours and its entries in the tables go."""
         while self._restore:
-            config, original = self._restore.pop()
-            config._attn_implementation_internal = original
+            config, name = self._restore.pop()
+            name.gone = True
+            # Two switches of one model need not end in the reverse order of their start.
+            current = config._attn_implementation_internal
+            while isinstance(current, ObservedName) and current.gone:
+                current = current.original
+            config._attn_implementation_internal = current
 
     @property
     def configs(self) -> list[Any]:
@@ -226,7 +238,7 @@ class InterfaceSwitch:
             while hasattr(inner, "delegate"):  # another capture's, on the same model
                 inner = inner.delegate(module, inner.original)
             return self._observe(
-                lambda: _describe(original, inner, module, query, key, value, args, kwargs),
+                lambda: describe_call(original, inner, module, query, key, value, args, kwargs),
                 lambda: delegate(module, query, key, value, *args, **kwargs),
             )
 
@@ -235,7 +247,7 @@ class InterfaceSwitch:
         return observed_attention
 
 
-def _describe(
+def describe_call(
     original: str,
     delegate: Callable[..., Any],
     module: nn.Module,
@@ -245,6 +257,13 @@ def _describe(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> AttentionCall:
+    """The call of an attention function that the table has under the name ``original``.
+
+    Parameters
+    ----------
+    delegate : the function itself
+    args, kwargs : what it is called with after ``value``
+    """
     signature = inspect.signature(delegate)
     arguments = dict(zip(list(signature.parameters)[4:], args, strict=False)) | kwargs
     eager, scaled_dot_product = original == "eager", original == "sdpa"

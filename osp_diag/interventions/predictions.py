@@ -1,0 +1,49 @@
+"""How a model's predictions of the next token differ from those of the untouched model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["divergence", "logits_of", "surprise"]
+
+_AT_ONCE = 2**24
+"""Logits that are float64 at one time: 128 MiB."""
+
+
+def logits_of(output: Any) -> Float[Tensor, "1 token vocabulary"]:
+    """The logits in what a model gives."""
+    bare = output[0] if isinstance(output, tuple) and output and not hasattr(output, "logits") else output
+    logits: Tensor = getattr(bare, "logits", bare)
+    return logits
+
+
+def surprise(
+    logits: Float[Tensor, "1 token vocabulary"], ids: Int[Tensor, "1 token"], present: Bool[Tensor, " token"]
+) -> tuple[float, int]:
+    """(Σ −log p(x_t | x_<t) in nats, how many tokens are predicted) of one sequence without its padding."""
+    kept = logits[0][present.to(logits.device)]
+    targets = ids[0][present].to(logits.device)[1:]
+    rows = max(1, _AT_ONCE // kept.shape[-1])
+    parts = zip(kept[:-1].split(rows), targets.split(rows), strict=True)
+    return sum(float(functional.cross_entropy(x.double(), y, reduction="sum")) for x, y in parts), len(
+        targets
+    )
+
+
+def divergence(
+    untouched: Float[Tensor, "1 token vocabulary"],
+    logits: Float[Tensor, "1 token vocabulary"],
+    present: Bool[Tensor, " token"],
+) -> tuple[float, int]:
+    """(Σ_t KL(p_t ‖ q_t) in nats, how many tokens), p of the untouched model and q of the other."""
+    p, q = (x[0][present.to(x.device)] for x in (untouched, logits))
+    rows = max(1, _AT_ONCE // p.shape[-1])
+    total = 0.0
+    for one, other in zip(p.split(rows), q.split(rows), strict=True):
+        log_p, log_q = one.double().log_softmax(-1), other.to(one.device).double().log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total, len(p)
