@@ -16,6 +16,9 @@ __all__ = ["WINDOW", "Moment", "Table"]
 WINDOW = 10
 """Probes that the rules look back over: of fewer one odd probe decides what is steady growth."""
 
+TIMES_FLOOR = 2.0
+"""Up to so many times what Gaussian noise scores a number is taken for noise, whose changes say nothing."""
+
 
 class Table:
     """The judged numbers of the last :data:`WINDOW` probes: a column a place, which may come at any time."""
@@ -49,9 +52,10 @@ class Table:
 
     @property
     def logarithms(self) -> Float[np.ndarray, "probe place"]:
-        """ln of the numbers, not below their floors; NaN of what is not above 0."""
-        values = np.fmax(self.recent(), np.where(np.isnan(self.floors), -np.inf, self.floors))
-        values[np.isnan(self.recent())] = np.nan
+        """ln of the last two probes' numbers, not below :data:`TIMES_FLOOR` × their floors; NaN of what is not above 0."""
+        recent = self.recent(2)
+        values = np.fmax(recent, np.where(np.isnan(self.floors), -np.inf, TIMES_FLOOR * self.floors))
+        values[np.isnan(recent)] = np.nan
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.log(np.where(np.isfinite(values) & (values > 0), values, np.nan))
 

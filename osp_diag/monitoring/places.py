@@ -11,16 +11,16 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from osp_diag.schema import OPTIMIZER, WEIGHTS, group_path, is_site, network_order, site_of_path
+from osp_diag.schema import KURTOSIS, OPTIMIZER, WEIGHTS, group_path, is_site, network_order, site_of_path
 
 __all__ = ["Block", "Place", "block_of", "blocks_of", "is_judged_group", "is_judged_statistic", "places_in_order"]
 
 NAMES_OF_THINGS = frozenset({"channel", "position", "token id", "token ids", "expert", "row"})
 """Units of numbers that say which one, not how much."""
 PROFILES = frozenset(
-    {"channel", "head_channel", "output_channel", "token_position", "key_position", "logit_bin"}
+    {"channel", "head_channel", "output_channel", "token_position", "key_position", "key_rank", "logit_bin"}
 )
-"""Dimensions of whole profiles. Other statistics of the same site say how large and how concentrated they are."""
+"""Dimensions of whole profiles, and of lists whose members change places. Other statistics of the same site say how large and how concentrated they are."""
 
 
 class Place(NamedTuple):
@@ -48,7 +48,7 @@ class Block:
     ----------
     places : of the columns
     values : (step, place)
-    floor : what Gaussian noise scores, of a statistic that falls to it; None of others
+    floor : what Gaussian noise of that width scores, of the OSP kurtosis; None of others
     """
 
     places: tuple[Place, ...]
@@ -90,7 +90,8 @@ def block_of(
         layer = by_dim.pop("layer", None)
         part = " ".join(map(str, by_dim.values()))
         places.append(Place(group, None if layer is None else int(layer), statistic, part))
-    return Block(tuple(places), values.reshape(len(values), -1), _floor(array.attrs))
+    floor = array.attrs.get("floor") if statistic == KURTOSIS else None
+    return Block(tuple(places), values.reshape(len(values), -1), None if floor is None else float(floor))
 
 
 def blocks_of(groups: Mapping[str, xr.Dataset], declared: Iterable[str] = ()) -> list[Block]:
@@ -138,11 +139,3 @@ def _largest(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
         return values
     filled = np.where(np.isnan(values), -np.inf, values).max(axis=axes)
     return np.where(np.isneginf(filled), np.nan, filled)
-
-
-def _floor(attrs: Mapping[Any, Any]) -> float | None:
-    """The floor of a statistic that noise keeps above it; one that *falls* from its floor has none."""
-    floor, ceiling = attrs.get("floor"), attrs.get("ceiling")
-    if not isinstance(floor, int | float) or not floor > 0:
-        return None
-    return float(floor) if not isinstance(ceiling, int | float) or ceiling > floor else None

@@ -46,8 +46,9 @@ def crossing(
 ) -> Crossing | None:
     """Where ln y = a + b·step reaches ln ``limit``, with b the Theil–Sen slope; None where b is not above 0.
 
-    a is the median of ln y − b·step. The interval takes b from the slopes of the pairs at the ranks of Sen's 90%
-    interval, (N ± 1.645 · √(n(n−1)(2n+5)/18)) / 2 of N = n(n−1)/2, and lets each line pass through the middle.
+    a is the median of ln y − b·step over the last three probes, so that a curve that bends is carried on from its
+    end. The interval takes b from the slopes of the pairs at the ranks of Sen's 90%
+    interval, (N ± 1.645 · √(n(n−1)(2n+5)/18)) / 2 of N = n(n−1)/2.
 
     References
     ----------
@@ -62,9 +63,9 @@ def crossing(
     middle = float(np.median(slopes))
     if middle <= 0:
         return None
-    centre = float(np.median(steps))
+    centre = float(steps[-1])
     ends = []
     for slope in (middle, high, low):
-        level = float(np.median(y - slope * (steps - centre)))
+        level = float(np.median((y - slope * (steps - centre))[-3:]))
         ends.append(centre + (math.log(limit) - level) / slope if slope > 0 else math.inf)
     return Crossing(ends[0], min(ends[0], ends[1]), max(ends[0], ends[2]))

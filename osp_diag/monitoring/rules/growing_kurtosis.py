@@ -1,4 +1,4 @@
-"""OSP kurtosis that is high and grows steadily."""
+"""OSP kurtosis that is high and grows steadily, in the residual stream or beside it."""
 
 from __future__ import annotations
 
@@ -12,13 +12,17 @@ from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.moment import WINDOW, Moment
 from osp_diag.monitoring.rule import RunningRule
 from osp_diag.monitoring.steady_growth import growth, share_rising
-from osp_diag.schema import KURTOSIS
+from osp_diag.schema import KURTOSIS, RESIDUAL_SITES
 from osp_diag.wording import counted
+
+SITES = (*RESIDUAL_SITES, "attention_input", "attention_contribution", "mixer_input", "mixer_contribution", "mlp_input",
+         "mlp_contribution", "final_norm")  # fmt: skip
+"""Not ``mlp_hidden`` and the heads' own states: products and projections have heavy tails in healthy trainings."""
 
 
 @dataclass
 class Rule(RunningRule):
-    """At any site that a floor of noise is known of; told when it begins, and when it begins again."""
+    """At the states that the residual stream carries, is read by, and is written by; told when it begins, and when it begins again."""
 
     times_floor: float = 10.0
     """Kurtosis counts as high from this multiple of what Gaussian noise of that width scores: a decade."""
@@ -40,7 +44,7 @@ class Rule(RunningRule):
         table = moment.table
         if len(table.steps) < WINDOW:
             return ()
-        columns = [i for i, place in enumerate(table.places) if place.statistic == KURTOSIS]
+        columns = [i for i, place in enumerate(table.places) if place.statistic == KURTOSIS and place.site in SITES]
         rows, floors = table.recent(), table.floors
         high = [c for c in columns if rows[-1, c] >= self.times_floor * floors[c]]
         growing = {

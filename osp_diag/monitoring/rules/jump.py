@@ -9,24 +9,28 @@ import numpy as np
 
 from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.moment import Moment
+from osp_diag.monitoring.places import Place
 from osp_diag.monitoring.rule import RunningRule
 
 
 @dataclass
 class Rule(RunningRule):
-    """|ln(now / before)| in units of the largest such change between neighbouring earlier probes.
+    """|ln(now / before)| in units of the largest such change of that statistic and site between earlier probes.
 
-    What a floor of noise hides is no change: numbers count as not below it. The change from step 0, whose
+    Of all layers, heads and matrices together: a few changes of one number are too few to say what is usual. What a floor of noise hides is no change: numbers count as not below it. The change from step 0, whose
     weights are random, is no usual one, nor is one that was itself a jump. Where this pause between probes is
     longer than any before, a change counts for as many times less.
     """
 
     times_usual: float = 4.0
-    """Chosen where a healthy training of another seed reached 3.7 (docs/log.md)."""
+    """Healthy trainings reached 3.7 in 65,000 comparisons (docs/log.md)."""
     usual_changes: int = 4
     """So many earlier changes have to be known of a number: about five probes after the first."""
-    smallest_usual: float = 0.05
-    """of ln: what never changed may still change by 5%, or by what 4 times that is (22%), and be no jump"""
+    smallest_usual: float = 0.1
+    """of ln: a change by less than 4 times that (a factor of 1.5) is no jump, however still a number was"""
+    _groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Column → which statistic and site it is of."""
+    _numbers: dict[tuple[str | None, str], int] = field(default_factory=dict)
     _usual: np.ndarray = field(default_factory=lambda: np.empty(0))
     _known: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _longest: int = 0
@@ -36,20 +40,25 @@ class Rule(RunningRule):
         table, previous = moment.table, moment.previous
         if not previous:  # none, or step 0
             return ()
-        more = len(table.places) - len(self._usual)
-        self._usual = np.pad(self._usual, (0, more))
-        self._known = np.pad(self._known, (0, more))
+        self._widen(table.places)
         logarithms = table.logarithms[-2:]
         pause = moment.step - previous
         change = np.abs(logarithms[1] - logarithms[0]) / max(1.0, pause / (self._longest or pause))
         self._longest = max(self._longest, pause)
-        size = change / np.maximum(self._usual, self.smallest_usual)
+        size = change / np.maximum(self._usual, self.smallest_usual)[self._groups]
         jumps = (size >= self.times_usual) & (self._known >= self.usual_changes)
         usual = np.isfinite(change) & ~jumps
-        self._usual[usual] = np.maximum(self._usual[usual], change[usual])
+        np.maximum.at(self._usual, self._groups[usual], change[usual])
         self._known += usual
         was_jumping, self._is_jumping = self._is_jumping, bool(jumps.any())
         return () if was_jumping or not jumps.any() else (self._finding(moment, size, np.flatnonzero(jumps)),)
+
+    def _widen(self, places: list[Place]) -> None:
+        new = places[len(self._groups) :]
+        numbers = [self._numbers.setdefault((p.site, p.statistic), len(self._numbers)) for p in new]
+        self._groups = np.concatenate([self._groups, np.array(numbers, np.int64)])
+        self._known = np.pad(self._known, (0, len(new)))
+        self._usual = np.pad(self._usual, (0, len(self._numbers) - len(self._usual)))
 
     def _finding(self, moment: Moment, size: np.ndarray, jumps: np.ndarray) -> Finding:
         places = moment.table.places
@@ -62,7 +71,7 @@ class Rule(RunningRule):
         where = f" at {place.words}" if place.words else ""
         sentence = (
             f"{place.statistic}{where} went from {before:.3g} to {now:.3g} between steps {moment.previous:,} and "
-            f"{moment.step:,}, {size[column]:.1f} times its largest change from probe to probe until then"
+            f"{moment.step:,}, {size[column]:.1f} times the largest change there from probe to probe until then"
             + (f", in channel {channel}" if channel is not None else "")
             + (f"; {others:,} other numbers jumped too" if others > 1 else "; one other number jumped too" * others)
         )
