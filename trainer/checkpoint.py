@@ -58,6 +58,7 @@ FREE = (
     "log_every",
     "divergence.policy",
     "divergence.spike",
+    "monitor.",
 )
 """Keys that a resumed run may change: how the work is done, not what is computed."""
 

@@ -16,23 +16,31 @@ from osp_diag.monitoring.steady_growth import Crossing, crossing, share_rising
 
 @dataclass
 class Rule(RunningRule):
-    """The line of ln y over the last probes reaches the limit before the training ends.
+    """The line of ln y over the last probes reaches the limit within as many steps as these probes span.
 
-    Where its end is unknown: within as many steps as were made. Told once a limit, of the place that gets there
-    first.
+    No farther, since no growth goes on as it is for long: the step from random weights is no part of it, the later
+    half has to grow about as fast as the earlier, and the limit is near. Told once a limit, of the place
+    that gets there first.
     """
 
     limits: tuple[Limit, ...] = LIMITS
     rising: float = 0.9
     """Share of the pairs of these probes of which the later is the higher."""
+    nearness: float = 0.5
+    """Share of the limit that the number has reached. At 0.25 two forecasts of a healthy training never came
+    true (docs/log.md)."""
+    bend: float = 0.75
+    """The later half's growth of ln y, as a share of the earlier half's, is at least this."""
     _foretold: set[Limit] = field(default_factory=set)
 
     def at_probe(self, moment: Moment) -> Iterable[Finding]:
         table = moment.table
-        if len(table.steps) < WINDOW:
+        if len(table.steps) < WINDOW or table.steps[0] == 0:
             return
         steps, rows = np.array(table.steps, float), table.recent()
-        horizon = moment.planned if moment.planned is not None else 2 * moment.step
+        horizon = 2 * steps[-1] - steps[0]
+        if moment.planned is not None:
+            horizon = min(horizon, moment.planned)
         for limit in self.limits:
             if limit in self._foretold:
                 continue
@@ -43,7 +51,7 @@ class Rule(RunningRule):
             crossings: list[tuple[Crossing, int]] = []
             for column in columns:
                 values = rows[:, column]
-                if not (values > 0).all() or share_rising(values) < self.rising:
+                if not self._grows(values) or values[-1] < self.nearness * limit.value:
                     continue
                 when = crossing(steps, values, limit.value)
                 if when is not None and when.step <= horizon:
@@ -53,6 +61,13 @@ class Rule(RunningRule):
                 when, column = min(crossings)
                 yield self._finding(moment, limit, when, column)
 
+    def _grows(self, values: np.ndarray) -> bool:
+        if not (values > 0).all() or share_rising(values) < self.rising:
+            return False
+        half = WINDOW // 2
+        earlier, later = np.log(values[half] / values[0]), np.log(values[-1] / values[half])
+        return bool(later * half >= self.bend * earlier * (WINDOW - 1 - half))
+
     def _finding(self, moment: Moment, limit: Limit, when: Crossing, column: int) -> Finding:
         place, now = moment.table.places[column], float(moment.values[column])
         latest = f"{when.latest:,.0f}" if np.isfinite(when.latest) else "never"
@@ -61,14 +76,14 @@ class Rule(RunningRule):
             severity="watch",
             step=moment.step,
             last_good_step=moment.step,
-            first_bad_step=round(when.step),
+            first_bad_step=max(moment.step + 1, round(when.step)),
             site=place.site,
             layer=place.layer,
             statistic=place.statistic,
             value=now,
             sentence=(
-                f"{place.statistic} at {place.words}, {now:,.4g} at step {moment.step:,}, grows steadily and will pass "
-                f"{limit.value:,.0f}, {limit.meaning}, at about step {when.step:,.0f} (90% interval "
-                f"{max(when.earliest, moment.step):,.0f} to {latest})"
+                f"{place.statistic} at {place.words}, {now:,.4g} at step {moment.step:,}, grows steadily; if it goes on so, it passes "
+                f"{limit.value:,.0f}, {limit.meaning}, at about step {max(when.step, moment.step + 1):,.0f} (90% interval "
+                f"{max(when.earliest, moment.step + 1):,.0f} to {latest})"
             ),
         )

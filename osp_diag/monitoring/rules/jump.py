@@ -26,6 +26,8 @@ class Rule(RunningRule):
     """Healthy trainings reached 3.7 in 65,000 comparisons (docs/log.md)."""
     usual_changes: int = 4
     """So many earlier changes have to be known of a number: about five probes after the first."""
+    changes_together: int = 6
+    """And so many of all layers and parts together, for a site of one layer has fewer."""
     smallest_usual: float = 0.1
     """of ln: a change by less than 4 times that (a factor of 1.5) is no jump, however still a number was"""
     _groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
@@ -46,7 +48,9 @@ class Rule(RunningRule):
         change = np.abs(logarithms[1] - logarithms[0]) / max(1.0, pause / (self._longest or pause))
         self._longest = max(self._longest, pause)
         size = change / np.maximum(self._usual, self.smallest_usual)[self._groups]
-        jumps = (size >= self.times_usual) & (self._known >= self.usual_changes)
+        together = np.bincount(self._groups, self._known, len(self._usual))[self._groups]
+        known = (self._known >= self.usual_changes) & (together >= self.changes_together)
+        jumps = (size >= self.times_usual) & known
         usual = np.isfinite(change) & ~jumps
         np.maximum.at(self._usual, self._groups[usual], change[usual])
         self._known += usual

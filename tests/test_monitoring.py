@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from osp_diag.analyses.alerts import AlertRules, alerts, growth, share_rising
 from osp_diag.analyses.summary.numbers import hidden_state_kurtosis, sink_rate_at, sink_rates
 from osp_diag.errors import UsageError
+from osp_diag.monitoring import judge
+from osp_diag.monitoring.rules.growing_kurtosis import Rule as Growing
+from osp_diag.monitoring.steady_growth import crossing, growth, share_rising
 from osp_diag.runs.headline import headline_kurtosis
 from osp_diag.runs.run import open_run
 from osp_diag.runs.writer import RunWriter
@@ -34,13 +36,13 @@ def test_growth_is_that_of_an_exponential_and_one_odd_probe_does_not_turn_it():
     ],
 )
 def test_high_and_growing_kurtosis_is_told(tmp_path, course, told):
-    found = alerts(written(tmp_path / "run.zarr", [np.ones(len(course)), course]))
+    found = judge(written(tmp_path / "run.zarr", [np.ones(len(course)), course]))
     assert [alert.rule for alert in found] == (["growing_kurtosis"] if told else [])
     if told:
         (alert,) = found
         assert (alert.severity, alert.step) == ("watch", 11)
         assert alert.value == pytest.approx(12 * 1.2**11)
-        assert alert.text == (
+        assert alert.sentence == (
             "OSP kurtosis of layer 1 is 89 times its floor, having grown 5.16-fold over the last 10 probes"
         )
 
@@ -63,9 +65,9 @@ def test_the_first_nonfinite_activation_is_placed(tmp_path):
         record(writer, [0, 10])
         record(writer, [20], bad_layer=2)
         record(writer, [30], bad_layer=0)
-    (alert,) = alerts(followed(path))
+    (alert,) = judge(followed(path))
     assert (alert.rule, alert.severity, alert.step) == ("nonfinite_activations", "bad", 20)
-    assert alert.text == (
+    assert alert.sentence == (
         "NaN or Inf in activations of 2 probed steps, first at step 20 (residual_post, layer 2)"
     )
 
@@ -78,13 +80,13 @@ def test_a_scalar_that_was_not_recorded_is_not_nan(tmp_path):
         for step in (11, 12):
             writer.append_series(step, scalars(step))
         writer.append_series(13, {"probe_seconds": 1.0})
-        assert alerts(followed(path)) == []
+        assert judge(followed(path)) == ()
         writer.append_series(13, {"held_out_loss": 5.0})
         writer.append_series(14, scalars(14) | {"gradient_norm": np.inf})
         writer.append_series(15, scalars(15) | {"loss": np.nan})
         writer.append_series(16, scalars(16) | {"loss": np.nan})
-        found = alerts(followed(path))
-    assert [alert.text for alert in found] == [
+        found = judge(followed(path))
+    assert [alert.sentence for alert in found] == [
         "loss is nan at step 15 and 1 later step",
         "gradient_norm is inf at step 14",
     ]
@@ -96,7 +98,7 @@ def loop_of_a_user(path, rows):
     with RunWriter(path, attributes) as writer:
         for step, values in enumerate(rows):
             writer.append_series(step, values)
-    texts, opened = ([alert.text for alert in alerts(run)] for run in (followed(path), open_run(path)))
+    texts, opened = ([alert.sentence for alert in judge(run)] for run in (followed(path), open_run(path)))
     assert texts == opened
     return texts
 
@@ -142,10 +144,10 @@ def test_steps_that_the_trainer_passed_over_are_told(tmp_path):
         for step in range(1, 6):
             bad = {"skipped_step": 1.0} if step in (2, 4) else {}
             writer.append_series(step, scalars(step) | bad)
-    (alert,) = alerts(followed(path))
-    assert alert.text == "the trainer passed over 2 diverged steps, the last is 4"
+    (alert,) = judge(followed(path))
+    assert alert.sentence == "the trainer passed over 2 diverged steps, the last is 4"
 
 
 def test_rules_that_cannot_be_meant_are_refused():
     with pytest.raises(UsageError, match=r"window at least 2, rising a share; got 1, 1\.25, 10 and 0\.9$"):
-        AlertRules(times_floor=1)
+        Growing(times_floor=1)
