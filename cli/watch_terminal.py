@@ -39,8 +39,14 @@ _WIDEST = 4
 """characters a step, while there are few"""
 
 
-def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile | None = None,
-         against: Run | None = None, fail_on: Severity = "bad") -> int:
+def show(
+    runs: Sequence[FollowedRun],
+    *,
+    every: float | None,
+    alerts: AlertFile | None = None,
+    against: Run | None = None,
+    fail_on: Severity = "bad",
+) -> int:
     """Show the runs, once if ``every`` is None, else until interrupted; returns the exit code.
 
     On a terminal the picture is renewed in place; elsewhere it is printed again when something changed.

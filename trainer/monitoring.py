@@ -90,7 +90,9 @@ class TrainingMonitor:
 
     def _profiles_of(self, site: str) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         before, now = (
-            {int(layer): of[site].sel(layer=layer).values for layer in of[site]["layer"].values} if site in of else {}
+            {int(layer): of[site].sel(layer=layer).values for layer in of[site]["layer"].values}
+            if site in of
+            else {}
             for of in self._profiles
         )
         return before, now

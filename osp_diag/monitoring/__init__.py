@@ -5,4 +5,14 @@ from osp_diag.monitoring.following import RunMonitor, judge
 from osp_diag.monitoring.monitor import Monitor
 from osp_diag.monitoring.places import Block, Place, blocks_of
 
-__all__ = ["SEVERITIES", "Block", "Finding", "Monitor", "Place", "RunMonitor", "Severity", "blocks_of", "judge"]
+__all__ = [
+    "SEVERITIES",
+    "Block",
+    "Finding",
+    "Monitor",
+    "Place",
+    "RunMonitor",
+    "Severity",
+    "blocks_of",
+    "judge",
+]

@@ -18,6 +18,7 @@ from osp_diag.runs.run import Run
 
 __all__ = ["RunMonitor", "judge"]
 
+
 def judge(run: Run, against: Run | None = None) -> tuple[Finding, ...]:
     """Everything that the rules find in a run as it was last looked at, by step, worst first within one.
 

@@ -107,7 +107,9 @@ class Moment:
 
     def loudest_channel(self, place: Place) -> int | None:
         """The channel of the largest RMS, where it is at least twice the median channel's."""
-        now = self.profiles(place.site)[1].get(place.layer) if place.site and place.layer is not None else None
+        now = (
+            self.profiles(place.site)[1].get(place.layer) if place.site and place.layer is not None else None
+        )
         if now is None or not np.isfinite(now).all() or now.max() < 2 * np.median(now):
             return None
         return int(np.argmax(now))

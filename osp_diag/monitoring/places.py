@@ -13,7 +13,15 @@ from jaxtyping import Float
 
 from osp_diag.schema import KURTOSIS, OPTIMIZER, WEIGHTS, group_path, is_site, network_order, site_of_path
 
-__all__ = ["Block", "Place", "block_of", "blocks_of", "is_judged_group", "is_judged_statistic", "places_in_order"]
+__all__ = [
+    "Block",
+    "Place",
+    "block_of",
+    "blocks_of",
+    "is_judged_group",
+    "is_judged_statistic",
+    "places_in_order",
+]
 
 NAMES_OF_THINGS = frozenset({"channel", "position", "token id", "token ids", "expert", "row"})
 """Units of numbers that say which one, not how much."""
@@ -66,9 +74,7 @@ def is_judged_statistic(dims: Iterable[str], units: Any) -> bool:
     return not PROFILES.intersection(dims) and units not in NAMES_OF_THINGS
 
 
-def block_of(
-    group: str, statistic: str, array: xr.DataArray, labels: Callable[[str], np.ndarray]
-) -> Block:
+def block_of(group: str, statistic: str, array: xr.DataArray, labels: Callable[[str], np.ndarray]) -> Block:
     """The numbers of one statistic (step, …) as columns.
 
     Over all tokens where there are strata. Of heads, thresholds and ranks of a site the largest; matrices and
@@ -112,7 +118,9 @@ def places_in_order(places: Iterable[Place]) -> list[Place]:
     """In network order; then the weights, the optimizers and the scalars."""
     places = list(places)
     at_sites = {(p.site, p.layer) for p in places if p.site is not None and p.layer is not None}
-    rank = {place: index for index, place in enumerate(network_order((str(s), int(n or 0)) for s, n in at_sites))}
+    rank = {
+        place: index for index, place in enumerate(network_order((str(s), int(n or 0)) for s, n in at_sites))
+    }
     beside = {WEIGHTS: 1, OPTIMIZER: 2}
 
     def position(place: Place) -> tuple[int, int, str]:

@@ -72,7 +72,9 @@ class ReferenceRule(RunningRule):
         difference = np.zeros(len(places))
         difference[shared] = moment.table.logarithms[-1][shared] - reference[columns[shared]]
         size = np.zeros(len(places))
-        size[shared] = np.abs(difference[shared]) / np.maximum(self._usual[columns[shared]], self.smallest_usual)
+        size[shared] = np.abs(difference[shared]) / np.maximum(
+            self._usual[columns[shared]], self.smallest_usual
+        )
         away = np.flatnonzero(size >= self.times_usual)
         was_away, self._is_away = self._is_away, bool(away.size)
         if not away.size:
@@ -81,7 +83,9 @@ class ReferenceRule(RunningRule):
             return ()
         first = places[moment.first(away)]
         column = max((int(c) for c in away if places[int(c)][:2] == first[:2]), key=lambda c: float(size[c]))
-        return (self._finding(moment, places[column], column, difference[column], size[column], len(away) - 1),)
+        return (
+            self._finding(moment, places[column], column, difference[column], size[column], len(away) - 1),
+        )
 
     def _finding(
         self, moment: Moment, place: Place, column: int, difference: float, size: float, others: int

@@ -44,7 +44,9 @@ class Rule(RunningRule):
         table = moment.table
         if len(table.steps) < WINDOW:
             return ()
-        columns = [i for i, place in enumerate(table.places) if place.statistic == KURTOSIS and place.site in SITES]
+        columns = [
+            i for i, place in enumerate(table.places) if place.statistic == KURTOSIS and place.site in SITES
+        ]
         rows, floors = table.recent(), table.floors
         high = [c for c in columns if rows[-1, c] >= self.times_floor * floors[c]]
         growing = {

@@ -77,7 +77,11 @@ class Rule(RunningRule):
             f"{place.statistic}{where} went from {before:.3g} to {now:.3g} between steps {moment.previous:,} and "
             f"{moment.step:,}, {size[column]:.1f} times the largest change there from probe to probe until then"
             + (f", in channel {channel}" if channel is not None else "")
-            + (f"; {others:,} other numbers jumped too" if others > 1 else "; one other number jumped too" * others)
+            + (
+                f"; {others:,} other numbers jumped too"
+                if others > 1
+                else "; one other number jumped too" * others
+            )
         )
         return Finding(
             rule="jump",

@@ -25,7 +25,11 @@ class Rule(RunningRule):
         for limit in self.limits:
             if limit in self._passed:
                 continue
-            above = [i for i, place in enumerate(places) if place.statistic == limit.statistic and values[i] > limit.value]
+            above = [
+                i
+                for i, place in enumerate(places)
+                if place.statistic == limit.statistic and values[i] > limit.value
+            ]
             if not above:
                 continue
             self._passed.add(limit)

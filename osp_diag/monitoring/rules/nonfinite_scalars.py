@@ -59,7 +59,8 @@ def _finding(name: str, step: int, value: float, later: int, last_good: int | No
         first_bad_step=step,
         statistic=name,
         value=value,
-        sentence=f"{name} is {value} at step {step:,}" + (f" and {counted(later, 'later step')}" if later else ""),
+        sentence=f"{name} is {value} at step {step:,}"
+        + (f" and {counted(later, 'later step')}" if later else ""),
     )
 
 
