@@ -31,7 +31,7 @@ def watched(path, *rows):
 def test_a_stop_at_a_spike_is_told(tmp_path):
     calm = [(step, {"loss": 3.0}) for step in range(20)]
     (alert,) = judge(watched(tmp_path / "run.zarr", *calm, (20, {"loss": 9.0, "stopped_step": 1.0})))
-    assert (alert.rule, alert.severity, alert.step, alert.value) == ("loss_spike", "bad", 20, 9.0)
+    assert (alert.rule, alert.severity, alert.step, alert.value) == ("stopped_at_spike", "bad", 20, 9.0)
     assert alert.sentence == (
         "training stopped at step 20: its loss of 9 is a spike, the median of the 10 recorded before it is "
         "3. The state after step 19 is saved: go on with --resume --set divergence.policy=skip, which passes "
@@ -69,8 +69,8 @@ def test_watch_tells_of_a_real_training(tmp_path, monkeypatch, capsys):
         train(config, out)
     assert main(["watch", str(out), "--json"]) == 1
     (alert,) = json.loads(capsys.readouterr().out)["runs"][0]["alerts"]
-    assert (alert["rule"], alert["step"]) == ("loss_spike", 5)
-    assert "is a spike, the median of the" in alert["text"]
+    assert (alert["rule"], alert["step"]) == ("stopped_at_spike", 5)
+    assert "is a spike, the median of the" in alert["sentence"]
     monkeypatch.undo()
     train(minute(divergence__policy="skip", divergence__window=4), out, resume=True)
     assert main(["watch", str(out), "--json"]) == 0

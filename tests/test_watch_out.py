@@ -32,8 +32,8 @@ def test_every_alert_is_a_line(tmp_path, capsys, how):
     assert main(["watch", str(good), str(bad), how, "--out", str(out)]) == 1
     capsys.readouterr()
     found = lines(out)
-    assert [entry["text"] for entry in found] == ["loss is nan at step 11", "gradient_norm is nan at step 11"]
-    assert set(found[0]) == {"time", "run", "rule", "severity", "text", "step", "value"}
+    assert [entry["sentence"] for entry in found] == ["loss is nan at step 11", "gradient_norm is nan at step 11"]
+    assert set(found[0]) == {"time", "run", "rule", "severity", "sentence", "step", "value"}
     assert (found[0]["run"], found[0]["rule"], found[0]["value"]) == (str(bad), "nonfinite_scalars", "nan")
     assert datetime.fromisoformat(found[0]["time"]).tzinfo is not None
 

@@ -30,7 +30,7 @@ class Rule(RunningRule):
 
     def at_row(self, step: int, values: Mapping[str, float]) -> Iterable[Finding]:
         loss = values.get("loss", float("nan"))
-        if not np.isfinite(loss):
+        if not np.isfinite(loss) or values.get("stopped_step"):  # of which another rule tells
             return ()
         before = self._before
         size, leap, usual = 0.0, 0.0, float("nan")
