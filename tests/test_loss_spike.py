@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from osp_diag.monitoring import judge
 from osp_diag.cli.main import main
 from osp_diag.errors import DivergenceError
+from osp_diag.monitoring import judge
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer import loop

@@ -9,8 +9,8 @@ from osp_diag.errors import UsageError
 from osp_diag.monitoring import RunMonitor, judge
 from osp_diag.monitoring.rules.growing_kurtosis import Rule as Growing
 from osp_diag.monitoring.steady_growth import crossing, growth, share_rising
-from osp_diag.runs.headline import headline_kurtosis
 from osp_diag.runs.following import FollowedRun
+from osp_diag.runs.headline import headline_kurtosis
 from osp_diag.runs.run import open_run
 from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer.config import MonitorConfig
@@ -71,9 +71,7 @@ def test_the_first_nonfinite_activation_is_placed(tmp_path):
         record(writer, [30], bad_layer=0)
     (alert,) = judge(followed(path))
     assert (alert.rule, alert.severity, alert.step) == ("nonfinite_activations", "bad", 20)
-    assert alert.sentence == (
-        "NaN or Inf in 3 tokens at step 20, first at residual_post, layer 2"
-    )
+    assert alert.sentence == ("NaN or Inf in 3 tokens at step 20, first at residual_post, layer 2")
 
 
 def test_a_scalar_that_was_not_recorded_is_not_nan(tmp_path):

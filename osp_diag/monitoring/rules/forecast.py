@@ -19,7 +19,8 @@ class Rule(RunningRule):
     """The line of ln y over the last probes reaches the limit within as many steps as these probes span.
 
     No farther, since no growth goes on as it is for long: the step from random weights is no part of it, the later
-    half has to grow about as fast as the earlier, and the limit is near. Told once a limit, of the place
+    half has to grow as fast as the earlier, the limit is near, and a straight line through the last probes
+    reaches it in that time as well; that line is the late end of the range. Told once a limit, of the place
     that gets there first.
     """
 
@@ -27,9 +28,8 @@ class Rule(RunningRule):
     rising: float = 0.9
     """Share of the pairs of these probes of which the later is the higher."""
     nearness: float = 0.5
-    """Share of the limit that the number has reached. At 0.25 two forecasts of a healthy training never came
-    true (docs/log.md)."""
-    bend: float = 0.75
+    """Share of the limit that the number has reached. Of forecasts from afar none came true (docs/log.md)."""
+    bend: float = 1.0
     """The later half's growth of ln y, as a share of the earlier half's, is at least this."""
     _foretold: set[Limit] = field(default_factory=set)
 
@@ -54,8 +54,10 @@ class Rule(RunningRule):
                 if not self._grows(values) or values[-1] < self.nearness * limit.value:
                     continue
                 when = crossing(steps, values, limit.value)
-                if when is not None and when.step <= horizon:
-                    crossings.append((when, column))
+                slope = _slope(steps, values)
+                straight = steps[-1] + (limit.value - values[-1]) / slope if slope > 0 else np.inf
+                if when is not None and max(when.step, straight) <= horizon:
+                    crossings.append((Crossing(when.step, when.earliest, max(when.latest, straight)), column))
             if crossings:
                 self._foretold.add(limit)
                 when, column = min(crossings)
@@ -83,7 +85,14 @@ class Rule(RunningRule):
             value=now,
             sentence=(
                 f"{place.statistic} at {place.words}, {now:,.4g} at step {moment.step:,}, grows steadily; if it goes on so, it passes "
-                f"{limit.value:,.0f}, {limit.meaning}, at about step {max(when.step, moment.step + 1):,.0f} (90% interval "
+                f"{limit.value:,.0f}, {limit.meaning}, at about step {max(when.step, moment.step + 1):,.0f} (range "
                 f"{max(when.earliest, moment.step + 1):,.0f} to {latest})"
             ),
         )
+
+
+def _slope(steps: np.ndarray, values: np.ndarray) -> float:
+    """The median slope of the pairs of probes of the later half."""
+    steps, values = steps[-WINDOW // 2 :], values[-WINDOW // 2 :]
+    first, second = np.triu_indices(len(steps), 1)
+    return float(np.median((values[second] - values[first]) / (steps[second] - steps[first])))
