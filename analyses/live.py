@@ -7,13 +7,15 @@ from collections.abc import Hashable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.alerts import Alert, alerts, scalar
 from osp_diag.analyses.summary.numbers import hidden_state_kurtosis, sink_rates
 from osp_diag.errors import StoreError
+from osp_diag.monitoring import SEVERITIES, Finding, RunMonitor, Severity
+from osp_diag.monitoring.scalars import scalar
 from osp_diag.runs.following import FollowedRun, RunState
 from osp_diag.runs.lock import WriterState, writer_state
 from osp_diag.runs.run import Run
@@ -53,12 +55,17 @@ class Standing:
     probing: float | None
     kurtosis: xr.DataArray | None
     sinks: xr.DataArray | None
-    alerts: list[Alert]
+    alerts: list[Finding]
+
+    def is_at_least(self, severity: Severity) -> bool:
+        """Whether anything of this severity or a worse one is the matter, or the run cannot be read."""
+        worst = SEVERITIES.index(severity)
+        return self.state == "unreadable" or any(SEVERITIES.index(a.severity) <= worst for a in self.alerts)
 
     @property
     def bad(self) -> bool:
-        """Whether the run holds non-finite values or a divergence, or cannot be read."""
-        return self.state == "unreadable" or any(alert.severity == "bad" for alert in self.alerts)
+        """Whether what the run goes on with can't be trusted, or it cannot be read."""
+        return self.is_at_least("bad")
 
     @property
     def life(self) -> str:
@@ -107,8 +114,19 @@ class Standing:
         return found | {"alerts": [alert.as_dict() for alert in self.alerts]}
 
 
-def standing(run: Run) -> Standing:
-    """Where the run stands, as it was last looked at; call ``run.refresh()`` before."""
+_MONITORS: WeakKeyDictionary[Run, RunMonitor] = WeakKeyDictionary()
+"""So that a look at a growing run judges only what is new."""
+
+
+def standing(run: Run, against: Run | None = None) -> Standing:
+    """Where the run stands, as it was last looked at; call ``run.refresh()`` before.
+
+    Parameters
+    ----------
+    against : a run that is known to be good, which decides at the first call with ``run``
+    """
+    if run not in _MONITORS:
+        _MONITORS[run] = RunMonitor(run, against)
     followed = run if isinstance(run, FollowedRun) else None
     with followed.lock if followed else nullcontext():
         numbers: dict[str, Any] = {
@@ -124,7 +142,7 @@ def standing(run: Run) -> Standing:
             last, probes = max(ends, default=None), len(run.steps)
             numbers["scalars"], numbers["probing"] = _scalars(run), _share_of_time_probing(run)
             numbers["kurtosis"], numbers["sinks"] = hidden_state_kurtosis(run), sink_rates(run)
-            numbers["alerts"] = alerts(run)
+            numbers["alerts"] = sorted(_MONITORS[run].look(), key=lambda a: SEVERITIES.index(a.severity))
         attrs = run.attrs
         config = attrs.get("config")
         planned = config.get("steps") if isinstance(config, dict) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_format
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -12,7 +12,9 @@ from osp_diag.errors import StoreError, UsageError
 
 if TYPE_CHECKING:
     from osp_diag.cli.watch_alerts import AlertFile
+    from osp_diag.monitoring import Severity
     from osp_diag.runs.following import FollowedRun
+    from osp_diag.runs.run import Run
 
 VERB = "watch"
 HELP = "watch training runs while they are written, here or in a browser"
@@ -30,13 +32,16 @@ def run(
     host: str = "127.0.0.1",
     port: int = 8050,
     out: Path | None = None,
+    against: Path | None = None,
+    fail_on: Literal["bad", "watch"] = "bad",
     json: bool = False,
 ) -> int:
     """Watch runs while they are written: kurtosis against its floor, sinks, loss, speed, and what to mind.
 
     Without --serve in this terminal, until Ctrl-C; with it on a page for a browser, on this machine alone.
     Runs are only read. One that does not exist yet is waited for; a trainer may die, resume or begin anew.
-    The exit code is 1 if a run holds NaN or Inf, or steps that diverged.
+    Every recorded number is judged: jumps, steady growth, losses, limits, NaN, and what lies ahead.
+    The exit code is 1 if a run holds NaN or Inf, steps that diverged, or a held-out loss that rose; see --fail-on.
 
     Args:
         runs: the runs, which `osp-diag train` or a probe in a training loop writes.
@@ -46,7 +51,10 @@ def run(
         host: of the page; any other than 127.0.0.1 lets other machines see it.
         port: of the page.
         out: write a line of JSON to this file (.jsonl) for every alert, when it is found: time, run, rule,
-            severity, text, step and value; a file that is there is replaced. Not with --serve.
+            severity, sentence, step, bracket, place and value; a file that is there is replaced. Not with --serve.
+        against: a run that is known to be good, with probes at the same steps: also say where the others leave it.
+            Not with --serve.
+        fail_on: watch makes the exit code 1 of any alert, for CI.
         json: print the numbers once as JSON and stop.
 
     Examples:
@@ -54,9 +62,11 @@ def run(
         osp-diag watch adam.zarr osp.zarr --serve
         osp-diag watch osp.zarr --once --json
         osp-diag watch adam.zarr osp.zarr --out alerts.jsonl
+        osp-diag watch new.zarr --against good.zarr --once --fail-on watch
     """
     from osp_diag.cli.watch_alerts import AlertFile
     from osp_diag.runs.following import FollowedRun
+    from osp_diag.runs.run import open_run
 
     if not runs:
         raise UsageError("watch: which run? Give the path that `osp-diag train --out` was given")
@@ -68,6 +78,8 @@ def run(
         raise UsageError(
             "watch: --serve writes no file; leave --out out, or run `osp-diag watch` with --out beside it"
         )
+    if serve and against is not None:
+        raise UsageError("watch: --serve compares with no reference; leave --against out")
     followed = [FollowedRun(path) for path in dict.fromkeys(runs)]
     for one in followed:
         _check(one, must_exist=once or json)
@@ -76,21 +88,24 @@ def run(
 
         return serve_page(followed, host=host, port=port, every=every)
     alerts = None if out is None else AlertFile(out)
+    reference = None if against is None else open_run(against)
     if json:
-        return _as_json(followed, alerts)
+        return _as_json(followed, alerts, reference, fail_on)
     from osp_diag.cli.watch_terminal import show
 
-    return show(followed, every=None if once else every, alerts=alerts)
+    return show(followed, every=None if once else every, alerts=alerts, against=reference, fail_on=fail_on)
 
 
-def _as_json(followed: list[FollowedRun], alerts: AlertFile | None) -> int:
+def _as_json(
+    followed: list[FollowedRun], alerts: AlertFile | None, against: Run | None, fail_on: Severity
+) -> int:
     from osp_diag.analyses.live import standing
 
-    standings = [standing(one) for one in followed]
+    standings = [standing(one, against) for one in followed]
     if alerts is not None:
         alerts.add(standings)
     print(json_format.dumps({"runs": [one.as_dict() for one in standings]}, indent=2))
-    return int(any(one.bad for one in standings))
+    return int(any(one.is_at_least(fail_on) for one in standings))
 
 
 def _check(run: FollowedRun, *, must_exist: bool) -> None:

@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from osp_diag.analyses.live import Standing
     from osp_diag.cli.watch_alerts import AlertFile
+    from osp_diag.monitoring import Severity
     from osp_diag.runs.following import FollowedRun
+    from osp_diag.runs.run import Run
 
 __all__ = ["show", "standing_as_text"]
 
@@ -37,17 +39,25 @@ _WIDEST = 4
 """characters a step, while there are few"""
 
 
-def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile | None = None) -> int:
+def show(
+    runs: Sequence[FollowedRun],
+    *,
+    every: float | None,
+    alerts: AlertFile | None = None,
+    against: Run | None = None,
+    fail_on: Severity = "bad",
+) -> int:
     """Show the runs, once if ``every`` is None, else until interrupted; returns the exit code.
 
     On a terminal the picture is renewed in place; elsewhere it is printed again when something changed.
-    Alerts also go into ``alerts`` as they are found.
+    Alerts also go into ``alerts`` as they are found. ``against`` is a run that is known to be good; the code is 1
+    from alerts of the severity ``fail_on`` on.
     """
     from osp_diag.analyses.live import standing
     from osp_diag.analyses.run_labels import labels_of
 
     def standings_now() -> list[Standing]:
-        standings = [standing(run) for run in runs]
+        standings = [standing(run, against) for run in runs]
         if alerts is not None:
             alerts.add(standings)
         return standings
@@ -59,7 +69,7 @@ def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile 
     standings = standings_now()
     if every is None:
         console.print(picture(standings))
-        return _code(standings)
+        return _code(standings, fail_on)
     try:
         if console.is_terminal:
             # The last picture stays in the terminal, below what was there before.
@@ -78,7 +88,7 @@ def show(runs: Sequence[FollowedRun], *, every: float | None, alerts: AlertFile 
     except KeyboardInterrupt:  # how one stops watching
         if console.is_terminal:
             console.print(picture(standings))
-    return _code(standings)
+    return _code(standings, fail_on)
 
 
 def _look(runs: Sequence[FollowedRun]) -> bool:
@@ -87,8 +97,8 @@ def _look(runs: Sequence[FollowedRun]) -> bool:
     return [run.refresh().version for run in runs] != before
 
 
-def _code(standings: Sequence[Standing]) -> int:
-    return int(any(one.bad for one in standings))
+def _code(standings: Sequence[Standing], fail_on: Severity) -> int:
+    return int(any(one.is_at_least(fail_on) for one in standings))
 
 
 def _picture(standings: Sequence[Standing], labels: Sequence[str], console: Console) -> RenderableType:
@@ -132,7 +142,7 @@ def standing_as_text(one: Standing, *, width: int, rows: int, top: float, bars: 
         lines += [Text(), *_sink_rows(one.sinks, width, max(1, rows // 2), bars)]
     for alert in one.alerts:
         mark, style = ("!! ", "bold red") if alert.severity == "bad" else ("!  ", "bold")
-        lines += [Text(mark + one_line(alert.text), style=style)]
+        lines += [Text(mark + one_line(alert.sentence), style=style)]
     return Text("\n").join(lines)
 
 

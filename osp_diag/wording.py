@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["did_you_mean", "duration", "listed", "nearest", "number", "of_stack"]
+__all__ = ["counted", "did_you_mean", "duration", "listed", "nearest", "number", "of_stack"]
 
 
 def number(value: float) -> str:
@@ -68,3 +68,8 @@ def duration(seconds: float) -> str:
 def of_stack(text: str, stack: str) -> str:
     """A text with the name of a stack before every layer that it names by number; without one as it is."""
     return re.sub(r"\b(?=layers? \d)", f"{stack} ", text) if stack else text
+
+
+def counted(count: int, what: str) -> str:
+    """``1 probe``, ``2 probes``."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from osp_diag.analyses.alerts import alerts
 from osp_diag.cli.main import main
 from osp_diag.errors import DivergenceError
+from osp_diag.monitoring import judge
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
 from osp_diag.trainer import loop
@@ -30,9 +30,9 @@ def watched(path, *rows):
 
 def test_a_stop_at_a_spike_is_told(tmp_path):
     calm = [(step, {"loss": 3.0}) for step in range(20)]
-    (alert,) = alerts(watched(tmp_path / "run.zarr", *calm, (20, {"loss": 9.0, "stopped_step": 1.0})))
-    assert (alert.rule, alert.severity, alert.step, alert.value) == ("loss_spike", "bad", 20, 9.0)
-    assert alert.text == (
+    (alert,) = judge(watched(tmp_path / "run.zarr", *calm, (20, {"loss": 9.0, "stopped_step": 1.0})))
+    assert (alert.rule, alert.severity, alert.step, alert.value) == ("stopped_at_spike", "bad", 20, 9.0)
+    assert alert.sentence == (
         "training stopped at step 20: its loss of 9 is a spike, the median of the 10 recorded before it is "
         "3. The state after step 19 is saved: go on with --resume --set divergence.policy=skip, which passes "
         "over such steps, or begin again with a lower optimizer.lr"
@@ -40,17 +40,17 @@ def test_a_stop_at_a_spike_is_told(tmp_path):
 
 
 def test_what_did_not_stop_the_trainer_is_no_spike(tmp_path):
-    assert alerts(watched(tmp_path / "run.zarr", (0, {"loss": 3.0}), (1, {"loss": 99.0}))) == []
+    assert judge(watched(tmp_path / "run.zarr", (0, {"loss": 3.0}), (1, {"loss": 99.0}))) == ()
 
 
 def test_a_stop_at_the_first_step_has_nothing_before_it(tmp_path):
-    (alert,) = alerts(watched(tmp_path / "run.zarr", (1, {"loss": 99.0, "stopped_step": 1.0})))
-    assert "its loss of 99 is a spike. The state after step 0" in alert.text
+    (alert,) = judge(watched(tmp_path / "run.zarr", (1, {"loss": 99.0, "stopped_step": 1.0})))
+    assert "its loss of 99 is a spike. The state after step 0" in alert.sentence
 
 
 @pytest.mark.parametrize("wrong", ["loss", "gradient_norm"])
 def test_a_stop_at_nan_is_told_as_such(tmp_path, wrong):
-    found = alerts(watched(tmp_path / "run.zarr", (1, {}), (2, {wrong: float("nan"), "stopped_step": 1.0})))
+    found = judge(watched(tmp_path / "run.zarr", (1, {}), (2, {wrong: float("nan"), "stopped_step": 1.0})))
     assert [alert.rule for alert in found] == ["nonfinite_scalars"]
 
 
@@ -69,8 +69,8 @@ def test_watch_tells_of_a_real_training(tmp_path, monkeypatch, capsys):
         train(config, out)
     assert main(["watch", str(out), "--json"]) == 1
     (alert,) = json.loads(capsys.readouterr().out)["runs"][0]["alerts"]
-    assert (alert["rule"], alert["step"]) == ("loss_spike", 5)
-    assert "is a spike, the median of the" in alert["text"]
+    assert (alert["rule"], alert["step"]) == ("stopped_at_spike", 5)
+    assert "is a spike, the median of the" in alert["sentence"]
     monkeypatch.undo()
     train(minute(divergence__policy="skip", divergence__window=4), out, resume=True)
     assert main(["watch", str(out), "--json"]) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from datetime import datetime
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from osp_diag.analyses.live import standing
 from osp_diag.cli.main import main
 from osp_diag.cli.watch_alerts import AlertFile
+from osp_diag.monitoring import Finding
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
 from tests.growing_runs import ATTRIBUTES, grown_run, record, scalars
@@ -32,8 +34,11 @@ def test_every_alert_is_a_line(tmp_path, capsys, how):
     assert main(["watch", str(good), str(bad), how, "--out", str(out)]) == 1
     capsys.readouterr()
     found = lines(out)
-    assert [entry["text"] for entry in found] == ["loss is nan at step 11", "gradient_norm is nan at step 11"]
-    assert set(found[0]) == {"time", "run", "rule", "severity", "text", "step", "value"}
+    assert [entry["sentence"] for entry in found] == [
+        "loss is nan at step 11",
+        "gradient_norm is nan at step 11",
+    ]
+    assert set(found[0]) == {"time", "run"} | {field.name for field in fields(Finding)}
     assert (found[0]["run"], found[0]["rule"], found[0]["value"]) == (str(bad), "nonfinite_scalars", "nan")
     assert datetime.fromisoformat(found[0]["time"]).tzinfo is not None
 

@@ -172,7 +172,7 @@ def refused(capsys, *words):
 
 def test_misuse_is_told(tmp_path, capsys):
     run = grown_run(tmp_path / "run.zarr")
-    (tmp_path / "file.txt").write_text("text")
+    (tmp_path / "file.txt").write_text("sentence")
     assert "is not a run: it has no zarr.json; give the folder" in refused(capsys, tmp_path)
     assert "file.txt is a file; a run is a folder" in refused(capsys, tmp_path / "file.txt")
     assert f"no run at {tmp_path / 'not.zarr'}; check the path, or leave --once and --json out" in refused(

@@ -56,6 +56,7 @@ FREE = (
     "sketch_every",
     "divergence.policy",
     "divergence.spike",
+    "monitor.",
 )
 """Keys that a resumed run may change: how the work is done, not what is computed."""
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from osp_diag.errors import UsageError
 from osp_diag.trainer.config_values import check_at_least, check_positive, check_types, with_changes
@@ -15,6 +16,7 @@ __all__ = [
     "DataConfig",
     "DivergenceConfig",
     "ModelConfig",
+    "MonitorConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "ProbeConfig",
@@ -355,6 +357,33 @@ class DivergenceConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MonitorConfig:
+    """Whether what is recorded is judged while training goes on, and what follows.
+
+    Attributes
+    ----------
+    on : judge every logged and probed step by the rules of :mod:`osp_diag.monitoring`
+    action : ``log`` (say it), ``pin`` (also keep the newest checkpoint before it for good), ``checkpoint`` (also
+        save the state as it is), or ``stop`` (save it and end)
+    webhook : an http or https address to which every finding is posted as JSON
+    """
+
+    on: bool = True
+    action: Literal["log", "pin", "checkpoint", "stop"] = "log"
+    webhook: str | None = None
+
+    def __post_init__(self) -> None:
+        check_types(self, "monitor")
+        if self.webhook is not None:
+            address = urlsplit(self.webhook)
+            if address.scheme not in ("http", "https") or not address.netloc:
+                raise UsageError(
+                    f"monitor.webhook={self.webhook!r} is no address to post to; give one that begins with "
+                    "http:// or https://"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run.
 
@@ -393,6 +422,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
 
     def __post_init__(self) -> None:
         check_types(self, "")

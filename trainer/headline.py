@@ -11,6 +11,7 @@ from osp_diag.probing.session import Probe
 from osp_diag.runs.headline import headline_of
 from osp_diag.schema import KURTOSIS, SINK_EPSILON, SINK_POSITION
 from osp_diag.trainer.loggers import Logger
+from osp_diag.trainer.monitoring import TrainingMonitor
 
 __all__ = ["PREFIX", "HeadlineLog", "headline"]
 
@@ -84,10 +85,11 @@ class HeadlineLog:
     ----------
     probe : which has measured the steps
     logger : where to, or None
+    monitor : judges each probed step at the same moment, or None
     """
 
-    def __init__(self, probe: Probe, logger: Logger | None) -> None:
-        self._probe, self._logger = probe, logger
+    def __init__(self, probe: Probe, logger: Logger | None, monitor: TrainingMonitor | None = None) -> None:
+        self._probe, self._logger, self.monitor = probe, logger, monitor
         self._pending: tuple[int, dict[str, float]] | None = None
 
     def after_probe(self, step: int, values: Mapping[str, float]) -> None:
@@ -101,5 +103,8 @@ class HeadlineLog:
         if self._pending is None:
             return
         (step, values), self._pending = self._pending, None
+        if self.monitor is not None:
+            self.monitor.scalars(step, values)
+            self.monitor.probe(step, self._probe.latest)
         if self._logger is not None:
             self._logger.log(step, values | headline(self._probe.latest, self._probe.absent))

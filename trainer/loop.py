@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from osp_diag.errors import DivergenceError
+from osp_diag.errors import DivergenceError, TrainingError
+from osp_diag.monitoring import Finding
 from osp_diag.probing.checkpoint import joined_ranks
 from osp_diag.probing.identity import token_attributes
 from osp_diag.probing.ranks import is_first_rank, rank_of_all
@@ -42,6 +43,7 @@ from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.identity import announcement, run_attributes
 from osp_diag.trainer.interruption import Interruption
 from osp_diag.trainer.model import Llama
+from osp_diag.trainer.monitoring import TrainingMonitor
 from osp_diag.trainer.optimizers import build_optimizer, learning_rate_factor, optimizer_evidence
 from osp_diag.trainer.parallel import (
     accumulating,
@@ -137,6 +139,7 @@ def train(
             loggers=loggers,
         )
         training.progress = progress
+        training.announce = announce if is_first_rank() else None
         if announce is not None and is_first_rank():
             announce(announcement(config, training.optimizers, training.data, training.device, training.step))
         training.run()
@@ -189,6 +192,8 @@ class Training:
         self.records = StepRecords(config, self.data, self.optimizers, self.device)
         self.interruption = Interruption()
         self.must_stop = False
+        self.announce: Callable[[str], None] | None = None
+        self._found = False
         self.watch = Watch(config.divergence, self.device)
         self.scalars = Scalars(self.device)
         self.step = 0
@@ -199,6 +204,8 @@ class Training:
             self._restore(checkpoint)
         self.origin = None if origin is None else self._start_from(origin, forget)
         self.is_fork = self.origin is not None and not segment
+        is_judged = config.monitor.on and is_first_rank()
+        self.monitor = TrainingMonitor(config.monitor, config.steps) if is_judged else None
         self.recording = self._begin_recording(
             held_out,
             out,
@@ -208,6 +215,11 @@ class Training:
             loggers=loggers,
         )
         stack.callback(self.recording.end)
+        if self.monitor is not None:
+            stack.callback(self.monitor.close)
+            if self.step and not self.is_fork and out.exists():
+                self.recording.flush()
+                self.monitor.resume(open_run(out))
         if overwrite and self.rank == 0:
             delete_checkpoints(folder_of(out), after=self.step if segment else -1)
         self.checkpoints = CheckpointFolder(folder_of(out), config.checkpoint)
@@ -275,6 +287,7 @@ class Training:
             beside=lambda: optimizer_evidence(unwrap(self.model), self.optimizers),
             loss=HeldOutLoss(self.model),
             loss_scale=float(self.ranks),  # as ``_gradients`` does
+            monitor=self.monitor,
         )
         recording.note(self.optimizers.routing.warnings)
         return recording
@@ -339,6 +352,7 @@ class Training:
                 self._record(wait=self._wants_host(self.step))
                 self.recording.after_step(self.step)
                 self._save(self.step)
+                self._act_on_findings()
                 if self.must_stop:
                     self._interrupt()
         self._record(wait=True)
@@ -434,6 +448,33 @@ class Training:
         self.recording.logged(step, groups)
         if self.progress is not None and is_first_rank():
             self.progress(step, self.config.steps, values)
+
+    def _act_on_findings(self) -> None:
+        """Do what ``monitor.action`` says, where all ranks meet: after a probe, and where the host is waited for."""
+        action = self.config.monitor.action
+        findings = [] if self.monitor is None else self.monitor.take()
+        for finding in findings:
+            if self.announce is not None:
+                self.announce(f"{finding.severity}: {finding.sentence}")
+            if action != "log":
+                self._pin(finding)
+        if action not in ("checkpoint", "stop") or not self.recording.due(self.step):
+            self._found |= bool(findings)
+            return
+        found = torch.tensor(float(self._found or bool(findings)), device=self.device)
+        self._found = False
+        if float(summed(found)) > 0:
+            self._save_now(self.step)
+            if action == "stop":
+                raise TrainingError(
+                    f"monitor.action=stop: stopped after step {self.step}, whose state is saved; `osp-diag watch` says "
+                    "why. Go on with --resume --set monitor.action=log"
+                )
+
+    def _pin(self, finding: Finding) -> None:
+        """Keep the checkpoint before what was found; one that is being written may be it."""
+        if finding.last_good_step is not None:
+            self.checkpoints.pin(finding.last_good_step, finding.sentence)
 
     def _save(self, step: int) -> None:
         self.checkpoints.poll()

@@ -29,6 +29,7 @@ from osp_diag.trainer.config import ProbeConfig
 from osp_diag.trainer.headline import HeadlineLog
 from osp_diag.trainer.held_out import HeldOutLoss
 from osp_diag.trainer.loggers import Logger, open_loggers
+from osp_diag.trainer.monitoring import TrainingMonitor
 
 __all__ = ["IN_TRAINING", "HeldOut", "Recording", "RecordingOptions", "RecordingSettings", "due_steps"]
 
@@ -162,6 +163,7 @@ class Recording:
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         loss: HeldOutLoss | None = None,
         loss_scale: float = 1.0,
+        monitor: TrainingMonitor | None = None,
     ) -> None:
         """Training goes on after ``step`` updates: 0, or those of the checkpoint that it resumed from.
 
@@ -177,6 +179,7 @@ class Recording:
         beside : what the optimizer holds, as datasets of a probed step
         loss : also keep ``held_out_loss``
         loss_scale : what the loop multiplies its loss by before ``backward``, by which gradients are divided
+        monitor : judges what is recorded, on the first rank
 
         Raises
         ------
@@ -213,7 +216,7 @@ class Recording:
                 probe.truncate_after(step if step > 0 else -1)
             logger = self._open_logger(config or {}, stack)
             self._logger = logger if settings.loggers and is_first_rank() else None
-            self._headlines = HeadlineLog(probe, self._logger)
+            self._headlines = HeadlineLog(probe, self._logger, monitor)
             # A loop that raises tells nobody: what is buffered is written when this object, or Python, ends.
             self._release = weakref.finalize(self, stack.pop_all().close)
         self.probe, self._autocast, self._eager, self._loss = probe, autocast, eager, loss
@@ -285,6 +288,8 @@ class Recording:
         fresh = self._append(step, values, attributes)
         if fresh:
             self._headlines.write()
+            if self._headlines.monitor is not None:
+                self._headlines.monitor.scalars(step, fresh)
             if logged and self._logger is not None:
                 self._logger.log(step, fresh)
 

@@ -11,10 +11,10 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
-from osp_diag.analyses.alerts import scalar
 from osp_diag.analyses.summary.numbers import sink_rates
 from osp_diag.errors import StoreError
 from osp_diag.figures._decimate import bin_starts, max_pool
+from osp_diag.monitoring.scalars import scalar
 from osp_diag.runs.following import FollowedRun
 from osp_diag.schema import KURTOSIS
 

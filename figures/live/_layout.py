@@ -219,7 +219,8 @@ def alert_items(standings: Sequence[Standing], labels: Sequence[str]) -> list[An
     found = [(label, alert) for one, label in zip(standings, labels, strict=True) for alert in one.alerts]
     found.sort(key=lambda pair: pair[1].severity != "bad")
     return [
-        html.Li([html.Strong(f"{label}: "), alert.text], className=alert.severity) for label, alert in found
+        html.Li([html.Strong(f"{label}: "), alert.sentence], className=alert.severity)
+        for label, alert in found
     ]
 
 

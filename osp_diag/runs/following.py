@@ -237,6 +237,15 @@ class FollowedRun(Run):
         rows = self._rows((path, reduction), path, reduction.__call__, np.float64)
         return rows[: len(self.steps)], dict(self._nodes[path]["attributes"])
 
+    def _rows_between(
+        self, group: str, statistic: str, start: int, stop: int
+    ) -> tuple[np.ndarray, dict[Hashable, Any]]:
+        path = f"{group_path(group)}/{statistic}"
+        with self.lock:
+            entry = self._nodes[path]
+            rows = _Column(path, _unchanged, open_end=False).between(self.path, entry, start, stop)
+        return rows, dict(entry["attributes"])
+
     def __repr__(self) -> str:
         return f"<osp_diag.FollowedRun {self.path}: {self.problem or self.state}>"
 
@@ -304,6 +313,18 @@ class _Column:
             start = stop
         self.length = length
         return True
+
+    def between(self, root: Path, entry: Mapping[str, Any], start: int, stop: int) -> np.ndarray:
+        """The rows from ``start`` to before ``stop``, of which nothing is kept."""
+        layout = ArrayLayout.from_metadata(entry, self.path)
+        length, size = int(entry["shape"][0]), layout.chunk[0]
+        first = start // size
+        chunks = [
+            self._chunk(layout, root, index, math.ceil(length / size))
+            for index in range(first, math.ceil(min(stop, length) / size))
+        ]
+        rows = np.concatenate(chunks) if chunks else layout.empty_chunk()[:0]
+        return self.pick(rows[start - first * size : stop - first * size])
 
     def _chunk(self, layout: ArrayLayout, root: Path, index: int, count: int) -> np.ndarray:
         folder, beyond = root / self.path, [0] * (len(layout.chunk) - 1)

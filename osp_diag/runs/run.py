@@ -364,15 +364,24 @@ class Run:
     # What a view of a growing run asks every second; see osp_diag.runs.following.
 
     def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
-        """What is recorded by step at a site: name → dimensions without the step; empty if nothing is."""
-        if site not in self.sites:
+        """What is recorded by step at a site or in a group beside the sites: name → dimensions without the
+        step; empty if nothing is."""
+        if not self._holds(site):
             return {}
-        variables = self.at(site).data_vars.items()
+        variables = self._dataset(site).data_vars.items()
         return {
             str(name): tuple(str(dim) for dim in values.dims[1:])
             for name, values in variables
             if values.dims[:1] == ("step",)
         }
+
+    def _holds(self, group: str) -> bool:
+        node = self.tree
+        for part in group_path(group).split("/"):
+            if part not in node.children:
+                return False
+            node = node.children[part]
+        return bool(node.data_vars)
 
     def sites_with(self, statistic: str) -> list[str]:
         """The sites at which a statistic is recorded by step."""
@@ -380,9 +389,9 @@ class Run:
 
     def labels(self, site: str, dimension: str) -> np.ndarray:
         """The labels along a dimension of a site, such as its strata; empty if there are none."""
-        if site not in self.sites:
+        if not self._holds(site):
             return np.empty(0)
-        dataset = self.at(site)
+        dataset = self._dataset(site)
         return dataset[dimension].values if dimension in dataset.coords else np.empty(0)
 
     def values(
@@ -412,6 +421,32 @@ class Run:
             coords={"step": self.steps[: len(rows)]} | {dim: of for dim, of in labels.items() if len(of)},
             attrs=attributes,
         )
+
+    def rows(self, group: str, statistic: str, start: int = 0, stop: int | None = None) -> xr.DataArray:
+        """A statistic of a site or group at the probed steps from place ``start`` to before ``stop``.
+
+        Only these are read, and nothing is kept: for who goes over a long run once, or reads what is new.
+
+        Returns
+        -------
+        (step, …) without labels but the steps'
+
+        Raises
+        ------
+        StoreError : the run does not hold that statistic there by step
+        """
+        dims_of = self.statistics_at(group)
+        if statistic not in dims_of:
+            raise MissingError(f"{self._subject} has no {statistic!r} at {group!r} by step")
+        steps = self.steps[start:stop]
+        values, attributes = self._rows_between(group, statistic, start, start + len(steps))
+        return xr.DataArray(values, {"step": steps}, ("step", *dims_of[statistic]), attrs=attributes)
+
+    def _rows_between(
+        self, group: str, statistic: str, start: int, stop: int
+    ) -> tuple[np.ndarray, dict[Hashable, Any]]:
+        values = self._dataset(group)[statistic]
+        return values[start:stop].values, values.attrs
 
     def _reduced(
         self, site: str, statistic: str, reduction: Reduction

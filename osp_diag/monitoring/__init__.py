@@ -1,0 +1,18 @@
+"""The monitor: a run judged while it is made, or afterwards, by rules that a healthy training leaves silent."""
+
+from osp_diag.monitoring.finding import SEVERITIES, Finding, Severity
+from osp_diag.monitoring.following import RunMonitor, judge
+from osp_diag.monitoring.monitor import Monitor
+from osp_diag.monitoring.places import Block, Place, blocks_of
+
+__all__ = [
+    "SEVERITIES",
+    "Block",
+    "Finding",
+    "Monitor",
+    "Place",
+    "RunMonitor",
+    "Severity",
+    "blocks_of",
+    "judge",
+]

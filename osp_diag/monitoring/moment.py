@@ -1,0 +1,115 @@
+"""What a rule sees when a step was probed: the judged numbers of now and of the last probes."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+from jaxtyping import Float
+
+from osp_diag.monitoring.places import Place, places_in_order
+
+__all__ = ["WINDOW", "Moment", "Table"]
+
+WINDOW = 10
+"""Probes that the rules look back over: of fewer one odd probe decides what is steady growth."""
+
+TIMES_FLOOR = 2.0
+"""Up to so many times what Gaussian noise scores a number is taken for noise, whose changes say nothing."""
+
+
+class Table:
+    """The judged numbers of the last :data:`WINDOW` probes: a column a place, which may come at any time."""
+
+    def __init__(self) -> None:
+        self.places: list[Place] = []
+        self.index: dict[Place, int] = {}
+        self.floors = np.empty(0)
+        """by column; NaN where noise has no floor"""
+        self.steps: deque[int] = deque(maxlen=WINDOW)
+        self.rows: deque[np.ndarray] = deque(maxlen=WINDOW)
+
+    def add(self, step: int, numbers: Mapping[Place, float], floors: Mapping[Place, float]) -> None:
+        """The numbers of one probe."""
+        new = [place for place in numbers if place not in self.index]
+        for place in new:
+            self.index[place] = len(self.places)
+            self.places.append(place)
+        if new:
+            added = np.array([floors.get(place, np.nan) for place in new])
+            self.floors = np.concatenate([self.floors, added])
+        row = np.full(len(self.places), np.nan)
+        row[[self.index[place] for place in numbers]] = list(numbers.values())
+        self.steps.append(step)
+        self.rows.append(row)
+
+    def recent(self, count: int = WINDOW) -> Float[np.ndarray, "probe place"]:
+        """The last ``count`` probes, NaN where a place was not there yet."""
+        rows = list(self.rows)[-count:]
+        return np.stack([np.pad(r, (0, len(self.places) - len(r)), constant_values=np.nan) for r in rows])
+
+    @property
+    def logarithms(self) -> Float[np.ndarray, "probe place"]:
+        """ln of the last two probes' numbers, not below :data:`TIMES_FLOOR` × their floors; NaN of what is not above 0."""
+        recent = self.recent(2)
+        values = np.fmax(recent, np.where(np.isnan(self.floors), -np.inf, TIMES_FLOOR * self.floors))
+        values[np.isnan(recent)] = np.nan
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.log(np.where(np.isfinite(values) & (values > 0), values, np.nan))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moment:
+    """A probed step.
+
+    Attributes
+    ----------
+    step, previous : this one and the one before; None where this is the first
+    table : the judged numbers, this step's last
+    planned : the last step that the training will make, where it says so
+    profiles : site → RMS by channel of each layer, before and now, where they are known
+    """
+
+    step: int
+    previous: int | None
+    table: Table
+    planned: int | None = None
+    profiles: Callable[[str], tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]] = field(
+        default=lambda site: ({}, {})
+    )
+
+    @property
+    def values(self) -> Float[np.ndarray, " place"]:
+        """This step's numbers."""
+        return self.table.recent(1)[0]
+
+    def first(self, columns: np.ndarray) -> int:
+        """Of some columns the first in network order."""
+        places = self.table.places
+        return self.table.index[places_in_order(places[int(column)] for column in columns)[0]]
+
+    def changed_channel(self, place: Place) -> int | None:
+        """The channel whose size changed since the last probe, where one stands out."""
+        if place.site is None or place.layer is None:
+            return None
+        before, now = (profile.get(place.layer) for profile in self.profiles(place.site))
+        if before is None or now is None or before.shape != now.shape or not (before > 0).all():
+            return None
+        with np.errstate(divide="ignore", invalid="ignore"):
+            change = np.abs(np.log(now / before))
+        if not np.isfinite(change).all() or len(change) < 3:
+            return None
+        largest = int(np.argmax(change))
+        second = float(np.partition(change, -2)[-2])
+        return largest if change[largest] > 2 * max(second, 0.1) else None
+
+    def loudest_channel(self, place: Place) -> int | None:
+        """The channel of the largest RMS, where it is at least twice the median channel's."""
+        now = (
+            self.profiles(place.site)[1].get(place.layer) if place.site and place.layer is not None else None
+        )
+        if now is None or not np.isfinite(now).all() or now.max() < 2 * np.median(now):
+            return None
+        return int(np.argmax(now))

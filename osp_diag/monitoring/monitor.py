@@ -1,0 +1,84 @@
+"""The monitor: every number that a training records, judged by every rule as it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import numpy as np
+
+from osp_diag.monitoring.finding import SEVERITIES, Finding
+from osp_diag.monitoring.moment import Moment, Table
+from osp_diag.monitoring.places import Block, Place
+from osp_diag.monitoring.rule import RunningRule
+from osp_diag.monitoring.rules import rule_classes
+
+__all__ = ["Monitor"]
+
+NOT_JUDGED = frozenset(
+    {
+        "learning_rate", "step_seconds", "probe_seconds", "probe_background_seconds", "tokens_per_second",
+        "model_flops_utilisation", "batch_hash", "data_position", "skipped_step", "stopped_step",
+        "loss", "held_out_loss",
+    }
+)  # fmt: skip
+"""Scalars whose jumps say nothing (plans, clocks, names), or have rules of their own."""
+
+Profiles = Callable[[str], tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]]
+
+
+class Monitor:
+    """Judges a run step by step; each step costs what is new of it.
+
+    Parameters
+    ----------
+    planned : the last step of the training, where it is known
+    rules : instead of all in :mod:`osp_diag.monitoring.rules`
+    """
+
+    def __init__(self, planned: int | None = None, rules: Sequence[RunningRule] | None = None) -> None:
+        self.planned = planned
+        self.rules = [rule() for rule in rule_classes().values()] if rules is None else list(rules)
+        self.findings: list[Finding] = []
+        self._table = Table()
+        self._since_probe: dict[str, list[float]] = {}
+
+    def add_scalars(self, step: int, values: Mapping[str, float]) -> list[Finding]:
+        """Judge the scalars of a logged step: what was recorded, NaN included. Returns what is new."""
+        for name, value in values.items():
+            if name not in NOT_JUDGED:
+                self._since_probe.setdefault(name, []).append(float(value))
+        return self._judged(rule.at_row(step, values) for rule in self.rules)
+
+    def add_probe(
+        self, step: int, blocks: Iterable[Block], profiles: Profiles = lambda site: ({}, {})
+    ) -> list[Finding]:
+        """Judge a probed step, whose scalars came before. Returns what is new.
+
+        Parameters
+        ----------
+        blocks : its judged numbers, each of one step
+        profiles : site → RMS by channel of each layer, before and now
+        """
+        numbers: dict[Place, float] = {}
+        floors: dict[Place, float] = {}
+        for block in blocks:
+            numbers |= zip(block.places, block.values[0].tolist(), strict=True)
+            if block.floor is not None:
+                floors |= dict.fromkeys(block.places, block.floor)
+        # One number a pause between probes, so that a scalar is judged as what is probed.
+        for name, values in self._since_probe.items():
+            finite = [value for value in values if np.isfinite(value)]
+            numbers[Place(None, None, name)] = float(np.median(finite)) if finite else float("nan")
+        self._since_probe = {}
+        previous = self._table.steps[-1] if self._table.steps else None
+        self._table.add(step, numbers, floors)
+        moment = Moment(
+            step=step, previous=previous, table=self._table, planned=self.planned, profiles=profiles
+        )
+        return self._judged(rule.at_probe(moment) for rule in self.rules)
+
+    def _judged(self, parts: Iterable[Iterable[Finding]]) -> list[Finding]:
+        new = [finding for part in parts for finding in part]
+        new.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+        self.findings += new
+        return new

@@ -1,0 +1,28 @@
+"""Reading the judged numbers of a run, some steps at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from osp_diag.monitoring.places import Block, block_of, is_judged_group, is_judged_statistic
+from osp_diag.runs.run import Run
+
+__all__ = ["PIECE", "blocks_between"]
+
+PIECE = 32
+"""Probed steps that are read at a time."""
+
+
+def blocks_between(run: Run, start: int, stop: int) -> Iterator[Block]:
+    """The judged numbers of the probed steps from place ``start`` to before ``stop``."""
+    declared = tuple(run.attrs.get("sites") or ())
+    for group in (*run.sites, *run.beside):
+        if not is_judged_group(group, declared):
+            continue
+        for statistic, dims in run.statistics_at(group).items():
+            if not is_judged_statistic(dims, None):
+                continue
+            array = run.rows(group, statistic, start, stop)
+            if array.dtype.kind == "f" and is_judged_statistic(dims, array.attrs.get("units")):
+                yield block_of(group, statistic, array, partial(run.labels, group))

@@ -1,0 +1,111 @@
+"""A run judged against another that is known to be good: where it leaves it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from osp_diag.errors import UsageError
+from osp_diag.monitoring.finding import Finding
+from osp_diag.monitoring.moment import Moment, Table
+from osp_diag.monitoring.places import Place
+from osp_diag.monitoring.reading import PIECE, blocks_between
+from osp_diag.monitoring.rule import RunningRule
+from osp_diag.runs.run import Run
+
+__all__ = ["ReferenceRule"]
+
+
+@dataclass
+class ReferenceRule(RunningRule):
+    """|ln(this run / the reference)| at a step that both probed, in units of the reference's largest change.
+
+    The unit is the largest |ln| change of that number between neighbouring probes of the reference after step 0:
+    it holds what warm-up and decay do to a healthy training. Step 0 is not compared: other seeds begin otherwise.
+
+    Raises
+    ------
+    UsageError : the reference has too few probes for a unit
+    """
+
+    reference: Run
+    times_usual: float = 4.0
+    smallest_usual: float = 0.1
+    """of ln: two seeds differ by more than one run wobbles"""
+    _logarithms: dict[int, np.ndarray] = field(default_factory=dict)
+    _usual: np.ndarray = field(default_factory=lambda: np.empty(0))
+    _index: dict[Place, int] = field(default_factory=dict)
+    _last_good: int | None = None
+    _is_away: bool = False
+
+    def __post_init__(self) -> None:
+        steps = [int(step) for step in self.reference.steps]
+        if sum(step > 0 for step in steps) < 3:
+            raise UsageError(
+                f"a reference needs three probes after step 0 to say what is usual; {self.reference.path} has "
+                f"them at {', '.join(map(str, steps)) or 'no step'}"
+            )
+        table = Table()
+        for start in range(0, len(steps), PIECE):
+            blocks = list(blocks_between(self.reference, start, min(start + PIECE, len(steps))))
+            for place in range(start, min(start + PIECE, len(steps))):
+                numbers: dict[Place, float] = {}
+                floors: dict[Place, float] = {}
+                for block in blocks:
+                    numbers |= zip(block.places, block.values[place - start].tolist(), strict=True)
+                    floors |= {} if block.floor is None else dict.fromkeys(block.places, block.floor)
+                table.add(steps[place], numbers, floors)
+                self._logarithms[steps[place]] = table.logarithms[-1]
+        after = [row for step, row in self._logarithms.items() if step > 0]
+        self._index = table.index
+        rows = np.stack([np.pad(r, (0, len(table.places) - len(r)), constant_values=np.nan) for r in after])
+        self._usual = np.nan_to_num(np.abs(np.diff(rows, axis=0))).max(axis=0)
+
+    def at_probe(self, moment: Moment) -> Iterable[Finding]:
+        if moment.step == 0 or moment.step not in self._logarithms:
+            return ()
+        reference, places = self._logarithms[moment.step], moment.table.places
+        columns = np.array([self._index.get(place, -1) for place in places])
+        shared = np.flatnonzero((columns >= 0) & (columns < len(reference)))
+        difference = np.zeros(len(places))
+        difference[shared] = moment.table.logarithms[-1][shared] - reference[columns[shared]]
+        size = np.zeros(len(places))
+        size[shared] = np.abs(difference[shared]) / np.maximum(
+            self._usual[columns[shared]], self.smallest_usual
+        )
+        away = np.flatnonzero(size >= self.times_usual)
+        was_away, self._is_away = self._is_away, bool(away.size)
+        if not away.size:
+            self._last_good = moment.step
+        if not away.size or was_away:
+            return ()
+        first = places[moment.first(away)]
+        column = max((int(c) for c in away if places[int(c)][:2] == first[:2]), key=lambda c: float(size[c]))
+        return (
+            self._finding(moment, places[column], column, difference[column], size[column], len(away) - 1),
+        )
+
+    def _finding(
+        self, moment: Moment, place: Place, column: int, difference: float, size: float, others: int
+    ) -> Finding:
+        now = float(moment.values[column])
+        where = f" at {place.words}" if place.words else ""
+        return Finding(
+            rule="reference",
+            severity="watch",
+            step=moment.step,
+            last_good_step=self._last_good,
+            first_bad_step=moment.step,
+            site=place.site,
+            layer=place.layer,
+            statistic=place.statistic,
+            value=now,
+            size=float(size),
+            sentence=(
+                f"{place.statistic}{where} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} times that of "
+                f"the reference: {size:.1f} times the reference's largest change from probe to probe"
+                + (f"; {others:,} other numbers are away from it too" if others else "")
+            ),
+        )

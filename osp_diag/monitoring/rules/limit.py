@@ -1,0 +1,52 @@
+"""A number beyond a limit: logits that QK-Clip would clip, activations beyond the range of fp8 or fp16."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from osp_diag.monitoring.finding import Finding
+from osp_diag.monitoring.limits import LIMITS, Limit
+from osp_diag.monitoring.moment import Moment
+from osp_diag.monitoring.rule import RunningRule
+
+
+@dataclass
+class Rule(RunningRule):
+    """The first probe at which any site and layer is above a limit; told once a limit."""
+
+    limits: tuple[Limit, ...] = LIMITS
+    _passed: set[Limit] = field(default_factory=set)
+
+    def at_probe(self, moment: Moment) -> Iterable[Finding]:
+        values, places = moment.values, moment.table.places
+        for limit in self.limits:
+            if limit in self._passed:
+                continue
+            above = [
+                i
+                for i, place in enumerate(places)
+                if place.statistic == limit.statistic and values[i] > limit.value
+            ]
+            if not above:
+                continue
+            self._passed.add(limit)
+            column = moment.first(np.array(above))
+            place = places[column]
+            yield Finding(
+                rule="limit",
+                severity=limit.severity,
+                step=moment.step,
+                last_good_step=moment.previous,
+                first_bad_step=moment.step,
+                site=place.site,
+                layer=place.layer,
+                statistic=place.statistic,
+                value=float(values[column]),
+                sentence=(
+                    f"{place.statistic} at {place.words} is {values[column]:,.4g} at step {moment.step:,}, above "
+                    f"{limit.value:,.0f}, {limit.meaning}"
+                ),
+            )

@@ -1,0 +1,116 @@
+"""The monitor in the training loop: judges what was recorded, and does what ``monitor.action`` says."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.monitoring import Finding, Monitor, RunMonitor, blocks_of
+from osp_diag.runs.run import Run
+from osp_diag.trainer.config import MonitorConfig
+
+__all__ = ["TrainingMonitor", "post"]
+
+_TIMEOUT = 5.0
+"""Seconds that a webhook may take."""
+
+Hook = Callable[[Finding], Any]
+
+
+def post(url: str, finding: Finding) -> None:
+    """POST a finding as JSON. What goes wrong is a warning: training is worth more than its alerts."""
+    body = json.dumps(finding.as_dict()).encode()
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT):
+            pass
+    except Exception as error:
+        _warn(f"monitor.webhook {url} failed at step {finding.step}: {error!r}")
+
+
+class TrainingMonitor:
+    """Judges the steps of a training as they are recorded; of all ranks on the first.
+
+    Parameters
+    ----------
+    config : what to do with a finding
+    planned : the last step
+    hook : called with every finding, beside ``config.webhook``; one that raises is warned of and called again
+    """
+
+    def __init__(self, config: MonitorConfig, planned: int | None, hook: Hook | None = None) -> None:
+        self.config, self.planned, self.hook = config, planned, hook
+        self._monitor = Monitor(planned)
+        self._profiles: tuple[Mapping[str, xr.DataArray], Mapping[str, xr.DataArray]] = ({}, {})
+        self._posts: list[threading.Thread] = []
+        self._new: list[Finding] = []
+
+    @property
+    def findings(self) -> list[Finding]:
+        """All findings of this process, of the steps before a resumption too."""
+        return self._monitor.findings
+
+    def resume(self, run: Run) -> None:
+        """What the run holds already is the history; its findings were told when they came."""
+        monitor = RunMonitor(run)
+        monitor.look()
+        self._monitor = monitor.monitor
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """The scalars of a logged step."""
+        self._add(self._monitor.add_scalars(step, values))
+
+    def probe(self, step: int, groups: Mapping[str, xr.Dataset], declared: Sequence[str] = ()) -> None:
+        """A probed step; its scalars came before."""
+        profiles = {
+            site: data["channel_rms"].sel(stratum="all")
+            for site, data in groups.items()
+            if "channel_rms" in data and "stratum" in data.coords and "layer" in data.coords
+        }
+        self._profiles = (self._profiles[1], profiles)
+        self._add(self._monitor.add_probe(step, blocks_of(groups, declared), self._profiles_of))
+
+    def take(self) -> list[Finding]:
+        """The findings that nobody took yet."""
+        new, self._new = self._new, []
+        return new
+
+    def close(self) -> None:
+        """Wait for the webhooks under way, no longer than each may take."""
+        for thread in self._posts:
+            thread.join(_TIMEOUT + 1)
+        self._posts = []
+
+    def _profiles_of(self, site: str) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
+        before, now = (
+            {int(layer): of[site].sel(layer=layer).values for layer in of[site]["layer"].values}
+            if site in of
+            else {}
+            for of in self._profiles
+        )
+        return before, now
+
+    def _add(self, findings: Sequence[Finding]) -> None:
+        for finding in findings:
+            if self.config.webhook is not None:
+                thread = threading.Thread(target=post, args=(self.config.webhook, finding), daemon=True)
+                thread.start()
+                self._posts.append(thread)
+            if self.hook is not None:
+                try:
+                    self.hook(finding)
+                except Exception as error:
+                    _warn(f"the monitor's hook failed at step {finding.step}: {error!r}")
+        self._posts = [thread for thread in self._posts if thread.is_alive()]
+        self._new += findings
+
+
+def _warn(message: str) -> None:
+    warnings.warn(f"{message}; training goes on", RuntimeWarning, stacklevel=2)
