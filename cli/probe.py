@@ -22,7 +22,7 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
 if TYPE_CHECKING:
-    from osp_diag.analyses.alerts import Alert
+    from osp_diag.monitoring import Finding
     from osp_diag.checkpoints import Checkpoint
     from osp_diag.probing.inputs import ModelInputs
     from osp_diag.runs.run import Run
@@ -297,10 +297,10 @@ def _bad(runs: Mapping[Protocol, Run]) -> bool:
     return bool(summarise(run).nonfinite_tokens) or any(alert.severity == "bad" for alert in _alerts(run))
 
 
-def _alerts(run: Run) -> list[Alert]:
-    from osp_diag.analyses.alerts import alerts
+def _alerts(run: Run) -> tuple[Finding, ...]:
+    from osp_diag.monitoring import judge
 
-    return alerts(run) if len(run.steps) > 1 else []
+    return judge(run) if len(run.steps) > 1 else ()
 
 
 def _report(runs: Mapping[Protocol, Run], out: Path | None) -> int:
@@ -317,7 +317,7 @@ def _report(runs: Mapping[Protocol, Run], out: Path | None) -> int:
         shown = steps if len(steps) < 8 else [*steps[:3], "…", *steps[-3:]]
         print(f"\n{len(steps)} steps: {', '.join(shown)}; the numbers above are of the last")
         for alert in _alerts(first):
-            print(f"{alert.severity}: {alert.text}")
+            print(f"{alert.severity}: {alert.sentence}")
     if out is not None and len(first.steps) > 1:
         print(f"\nrun: {out}   (osp-diag report {out} --out report.html)")
     elif out is not None:

@@ -104,7 +104,9 @@ def test_against_autograd_in_float64() -> None:
     inputs = batch()
     run, present = run_of(llama(), [inputs]), inputs["attention_mask"] > 0
     reference = gradients_in_float64(inputs)
-    assert [f"{GRADIENT}{site}" for site in SITES] == [s for s in run.attrs["sites"] if s.startswith(GRADIENT)]
+    assert [f"{GRADIENT}{site}" for site in SITES] == [
+        s for s in run.attrs["sites"] if s.startswith(GRADIENT)
+    ]
     for site, of_layers in reference.items():
         at = run.at(f"{GRADIENT}{site}").sel(step=0)
         assert at.sizes["layer"] == len(of_layers)
@@ -170,7 +172,9 @@ def test_what_comes_after_the_step_is_not_counted_and_a_step_without_gradients_i
     alone = numbers(probe.run)
     late.backward()
     assert_equal(numbers(probe.run), alone)
-    with pytest.raises(CaptureError, match=r"step 1: gradients are asked for and none came: no backward pass"):
+    with pytest.raises(
+        CaptureError, match=r"step 1: gradients are asked for and none came: no backward pass"
+    ):
         with probe.step(1):
             model(**inputs)
     with pytest.raises(CaptureError, match=r"none came: the forward pass reached it without gradients"):

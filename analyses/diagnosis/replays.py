@@ -102,10 +102,9 @@ def _judged(case: Case, replay: Replay) -> Iterator[Finding]:
         text = f"loss {table['loss'].values[loss]:.6g} at step {steps[loss]}, and {table['replayed_loss'].values[loss]:.6g} in the replay"
         known = bool(np.isfinite(table["batch_agrees"].values[loss]))
         family = "function" if known else "data"
-        cause = "the same batch and weights gave another loss" if known else "another loss: batch or function"
-        yield Finding(
-            family, cause, confidence if known else "consistent with", _at(steps, loss, replay), (text,)
-        )
+        unsure = "the same batch gave another loss: the function, or weights changed between two steps"
+        cause = unsure if known else "another loss: batch, function or weights"
+        yield Finding(family, cause, "consistent with", _at(steps, loss, replay), (text,))
 
 
 def _rule(parameters: xr.Dataset, bracket: Bracket, step: int) -> Iterator[Finding]:

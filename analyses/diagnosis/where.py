@@ -1,4 +1,4 @@
-"""Question 6: where it is seen first in the network, and who writes what is large there: places, never causes."""
+"""Question 6: where it is first seen in the network, and who writes what is large: never causes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ import numpy as np
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.errors import StoreError
+from osp_diag.monitoring import judge
 
 __all__ = ["places"]
 
+MOST = 3
+
 
 def places(case: Case) -> Iterator[str]:
-    """Sentences: the first place in network order, and the writer of the largest channels."""
+    """Sentences: what the monitor noticed first, in network order, and the writer of the largest channels."""
+    noticed = [finding for finding in judge(case.run) if finding.site is not None]
+    first: dict[str, str] = {}
+    for finding in noticed:
+        first.setdefault(finding.rule, finding.sentence)
+    yield from list(first.values())[:MOST]
+    yield from _writer(case)
+
+
+def _writer(case: Case) -> Iterator[str]:
     try:
         writers = outlier_writers(case.run)
     except StoreError as error:

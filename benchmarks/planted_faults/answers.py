@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import xarray as xr
 
-from osp_diag.analyses.alerts import alerts
 from osp_diag.analyses.diagnosis import findings as diagnosis_findings
 from osp_diag.analyses.diagnosis.diagnose import diagnose
+from osp_diag.monitoring import judge
 from osp_diag.runs.headline import hidden_states
 from osp_diag.runs.run import Run, open_run
-from osp_diag.schema import HIDDEN_STATES, LOGGED_STEP, SEGMENTS, STEP
+from osp_diag.schema import HIDDEN_STATES
 from osp_diag.trainer.laboratory import laboratory
 
 __all__ = ["Finding", "alerts_by_step", "diagnosis_of", "kurtosis_by_step"]
@@ -69,32 +68,13 @@ def _finding(found: diagnosis_findings.Finding) -> Finding:
 
 
 def alerts_by_step(run: Run) -> dict[int, list[str]]:
-    """Probed step → the rules that the monitor's alerts are of, had it been asked when that step had come.
-
-    Only those that were not raised at the probe before.
-    """
+    """Step → the rules by which the monitor found something there; it never looks ahead."""
     by_step: dict[int, list[str]] = {}
-    before: set[str] = set()
-    for step in run.steps:
-        raised = {alert.rule for alert in alerts(_up_to(run, int(step)))}
-        if fresh := sorted(raised - before):
-            by_step[int(step)] = fresh
-        before = raised
+    for finding in judge(run):
+        rules = by_step.setdefault(finding.step, [])
+        if finding.rule not in rules:
+            rules.append(finding.rule)
     return by_step
-
-
-def _up_to(run: Run, step: int) -> Run:
-    """The run as it was after the probe of that step."""
-    lasting = {STEP: run.steps <= step, LOGGED_STEP: run.series["step"].values <= step}
-    nodes = {}
-    for node in run.tree.subtree:
-        dataset = node.to_dataset(inherit=False)
-        present = {name: rows for name, rows in lasting.items() if name in dataset.dims}
-        nodes[node.path] = dataset.isel(present)
-    if segments := run.attrs.get(SEGMENTS):
-        begun = [segment for segment in segments if segment["after_step"] < step]
-        nodes["/"] = nodes["/"].assign_attrs({SEGMENTS: begun})
-    return Run(xr.DataTree.from_dict(nodes), run.path)
 
 
 def kurtosis_by_step(run: Run) -> dict[int, float]:

@@ -32,9 +32,7 @@ Rows = Callable[[torch.device], list[tuple[Callable[[torch.Tensor], torch.Tensor
 
 def has_gradient(tap: Tap) -> bool:
     """Whether gradients are measured where a tap reads: one vector a token, of a site with a name of its own."""
-    return (
-        tap.side in ("input", "output") and not tap.heads and tap.site != ROUTER and ":" not in tap.site
-    )
+    return tap.side in ("input", "output") and not tap.heads and tap.site != ROUTER and ":" not in tap.site
 
 
 class TokensOfPass:
@@ -85,9 +83,7 @@ class SiteGradients:
             for site, reasons in self._reasons.items()
         }
 
-    def receiver(
-        self, tap: Tap, layer: int, value: torch.Tensor
-    ) -> Callable[[torch.Tensor], None] | None:
+    def receiver(self, tap: Tap, layer: int, value: torch.Tensor) -> Callable[[torch.Tensor], None] | None:
         """What to call with the gradient of ``value``, read as the tap reads; None where there will be none."""
         site, tokens = f"{GRADIENT}{tap.site}", self._tokens
         if not value.requires_grad:
