@@ -16,7 +16,7 @@ from osp_diag.monitoring.steady_growth import Crossing, crossing, share_rising
 
 @dataclass
 class Rule(RunningRule):
-    """The line of ln y over the last probes reaches the limit within as many steps as these probes span.
+    """The line of ln y over the last probes reaches the limit within half as many steps as these probes span.
 
     No farther, since no growth goes on as it is for long: the step from random weights is no part of it, the later
     half has to grow as fast as the earlier, the limit is near, and a straight line through the last probes
@@ -38,7 +38,7 @@ class Rule(RunningRule):
         if len(table.steps) < WINDOW or table.steps[0] == 0:
             return
         steps, rows = np.array(table.steps, float), table.recent()
-        horizon = 2 * steps[-1] - steps[0]
+        horizon = steps[-1] + (steps[-1] - steps[0]) / 2
         if moment.planned is not None:
             horizon = min(horizon, moment.planned)
         for limit in self.limits:
