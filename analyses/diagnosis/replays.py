@@ -59,7 +59,9 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
             )
         return
     known = any(
-        finding.confidence == "proved" and finding.bracket is not None and finding.bracket.bad <= bracket.bad
+        finding.confidence != "consistent with"
+        and finding.bracket is not None
+        and (finding.bracket.good or 0) < bracket.bad
         for finding in case.findings
     )  # type: ignore[union-attr]
     if known and most is None:
