@@ -69,7 +69,8 @@ def diagnose(
     case = Case(run, laboratory, against, its_laboratory)
     if laboratory is None:
         case.not_recorded.append(
-            "weights, owners, the function and replays: the run is not of our trainer, or its checkpoints are away"
+            "weights, optimizers, the function and replays: this is no run of `osp-diag train` on disk, "
+            "whose checkpoints could be read"
         )
     else:
         case.not_recorded += laboratory.missing

@@ -43,8 +43,10 @@ def with_remedy(case: Case, finding: Finding) -> Finding:
         if steps is not None and start.config.get("steps") != steps:
             settings = f"{settings} steps={steps}".strip()
         text = f"go on from {start.path.name}, before it"
-        text += f", with {settings}" if settings else f": {CODE.get(finding.family, 'mend the cause first')}"
-        command = f"osp-diag train --from {start.path}" + (f" --set {settings}" if settings else "")
+        mend = CODE.get(finding.family, "mend the cause first")
+        text += f", with {settings}" if settings else f": {mend}"
+        command = f"osp-diag train --from {start.path}"
+        command += f" --set {settings}" if settings else ""
         remedy = Remedy(text, f"{command} --out {name}-mended.zarr", start.step, changes)
     elif settings:
         remedy = Remedy(f"train again with {settings}", f"--set {settings}", None, changes)

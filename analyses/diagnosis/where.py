@@ -1,4 +1,4 @@
-"""Question 6: where it is seen first in the network, and who writes what is large there: places, never causes."""
+"""Question 6: where channels are largest, and who writes them: places, never causes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["places"]
 
 
 def places(case: Case) -> Iterator[str]:
-    """Sentences: the first place in network order, and the writer of the largest channels."""
+    """A sentence: where the largest channels are, and who writes them."""
     try:
         writers = outlier_writers(case.run)
     except StoreError as error:

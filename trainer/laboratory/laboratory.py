@@ -75,8 +75,8 @@ class TrainingLaboratory:
                 self.missing.append(str(error))
         if not self._by_step:
             self.missing.append(
-                f"there is no checkpoint in {folder_of(self.path)}: weights, owners, the function and replays "
-                "cannot be looked at; train with checkpoint.every and keep the folder beside the run"
+                f"weights, optimizers, the function and replays: there is no checkpoint in "
+                f"{folder_of(self.path)}; train with checkpoint.every and keep the folder beside the run"
             )
         self._weights = lru_cache(maxsize=3)(self._read_weights)
 
