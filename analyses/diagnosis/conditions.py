@@ -85,8 +85,9 @@ def changed_conditions(case: Case) -> Iterator[Finding]:
     if not own:
         case.not_recorded.append("the configuration: the run has no attribute `config`")
         return
-    owners = ", nor did parameters move to another optimizer" if len(case.checkpoints) > 1 else ""
     nothing = "nothing else" if findings else "nothing that decides a number"
+    parameters = "other parameters" if findings else "parameters"
+    owners = f", nor did {parameters} move to another optimizer" if len(case.checkpoints) > 1 else ""
     case.ruled_out.append(f"{nothing} changed in the recorded configuration{owners}")
 
 

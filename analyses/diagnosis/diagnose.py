@@ -75,6 +75,11 @@ def diagnose(
     else:
         case.not_recorded += laboratory.missing
     regression = regression_of(case)
+    case.not_recorded += [
+        f"whether {quantity} rose: fewer than two probes have it"
+        for quantity in ("kurtosis", "held-out loss")
+        if quantity not in regression.compared
+    ]
     case.regression_bracket, case.is_raised = regression.bracket, is_raised(case)
     for question in QUESTIONS:
         case.findings += _joined(question(case), case.findings)
@@ -90,6 +95,7 @@ def diagnose(
     return Diagnosis(
         run=run_name(run),
         regression=regression.sentences,
+        compared=regression.compared,
         bracket=regression.bracket,
         checkpoints=(before.step if before else None, after.step if after else None),
         findings=tuple(findings),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -182,7 +182,13 @@ def _part(
     ratio = float(row[f"{axis}_ratio"])
     kind = "channel" if vector else axis
     words = f"{kind} {top} of {module} × about {ratio:.3g}"
-    place = replace(Place((name,), layer=layer), **{kind: top})
+    place = Place(
+        (name,),
+        layer=layer,
+        row=top if kind == "row" else None,
+        column=top if kind == "column" else None,
+        channel=top if vector else None,
+    )
     return WeightPart(name, axis, (top,)), words, place
 
 

@@ -111,6 +111,7 @@ class Diagnosis:
     ----------
     run : what it is called
     regression : what rose, a sentence each; empty: nothing did, and findings are changes without a regression
+    compared : what was asked whether it rose: kurtosis, held-out loss; what has fewer than two probes is not
     bracket : last good and first bad probe; None without a regression
     checkpoints : the last one before the bracket's end, and the first one after it
     findings : all of them, the best proved first
@@ -121,6 +122,7 @@ class Diagnosis:
 
     run: str
     regression: tuple[str, ...]
+    compared: tuple[str, ...]
     bracket: Bracket | None
     checkpoints: tuple[int | None, int | None]
     findings: tuple[Finding, ...]

@@ -23,8 +23,8 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
         before, after = diagnosis.checkpoints
         if before is not None:
             yield f"Checkpoints around it: {before} and {after if after is not None else 'none after it'}"
-    else:
-        yield "Nothing got worse: kurtosis and held-out loss are as they were."
+    elif diagnosis.compared:
+        yield f"Nothing got worse: {' and '.join(diagnosis.compared)} did not rise."
     yield from (f"Where: {place}" for place in diagnosis.where)
     yield ""
     if not diagnosis.findings:

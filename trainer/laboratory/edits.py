@@ -23,7 +23,7 @@ def clip_rows(model: Llama) -> None:
     """Scale every row of o_proj and down_proj that is longer than the median row to its length."""
     for weight in _weights(model, "o_proj", "down_proj"):
         lengths = weight.norm(dim=1, keepdim=True)
-        weight.mul_((lengths.median() / lengths).clamp(max=1.0))
+        weight.mul_((lengths.median() / lengths.clamp(min=1e-30)).clamp(max=1.0))
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def equal_heads(model: Llama) -> None:
     for weight in _weights(model, "q_proj", "k_proj"):
         heads = weight.view(-1, width, weight.shape[1])
         lengths = heads.norm(dim=(1, 2), keepdim=True)
-        heads.mul_(lengths.median() / lengths)
+        heads.mul_(lengths.median() / lengths.clamp(min=1e-30))
 
 
 EDITS: Mapping[str, tuple[str, Callable[[Llama], None]]] = {

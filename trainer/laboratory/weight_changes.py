@@ -14,7 +14,7 @@ __all__ = ["weight_changes"]
 VARIABLES = {
     "distance": ("1", "‖W₁ − W₀‖_F / ‖W₀‖_F"),
     "norm_ratio": ("1", "‖W₁‖_F / ‖W₀‖_F"),
-    "row_deviation": ("1", "max |ln r_i − median ln r|, r_i = ‖row i of W₁‖ / ‖row i of W₀‖; of a vector, entries"),
+    "row_deviation": ("1", "max |ln r_i − median ln r|, r_i = ‖row i of W₁‖ / ‖row i of W₀‖ (or of entries)"),
     "row": ("row", "the row of that deviation"),
     "row_ratio": ("1", "its r_i over the median r"),
     "rows_beyond": ("rows", "rows of more than half of that deviation"),
