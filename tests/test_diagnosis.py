@@ -30,6 +30,7 @@ from osp_diag.trainer.model import Llama
 from tests.training_runs import minute
 
 ONSET, STEPS = 8, 12
+HEALTHY = Planting()
 
 
 def config(**changes: Any) -> TrainConfig:
@@ -52,7 +53,7 @@ def healthy(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return gone_on(base, tmp_path_factory.mktemp("healthy"))
 
 
-def gone_on(base: Path, folder: Path, planting: Planting = Planting(), **changes: Any) -> Path:
+def gone_on(base: Path, folder: Path, planting: Planting = HEALTHY, **changes: Any) -> Path:
     """A copy of the base that went on with a fault; with changes, as a new segment."""
     out = folder / "run.zarr"
     shutil.copytree(base, out)
@@ -103,12 +104,8 @@ def test_an_edited_row_is_placed_and_undone(base: Path, tmp_path: Path) -> None:
     assert finding.place.parameter == ("model.layers.1.mlp.down_proj.weight",)
     assert (finding.place.layer, finding.place.row, finding.place.head) == (1, 7, None)
     assert finding.bracket == Bracket(ONSET, ONSET + 1)
-    assert any(
-        text.startswith(
-            f"with row 7 of model.layers.1.mlp.down_proj.weight as at step {ONSET}, the checkpoint"
-        )
-        for text in finding.evidence
-    )
+    undone = f"with row 7 of model.layers.1.mlp.down_proj.weight as at step {ONSET}, the checkpoint of step "
+    assert any(text.startswith(undone) for text in finding.evidence)
     assert families(diagnosis) == {"weight_edit"}
 
 
@@ -134,16 +131,16 @@ def test_parameters_that_another_optimizer_moves_silently(base: Path, tmp_path: 
     assert all("layers" in name for name in finding.place.parameter)
 
 
-class TestDeclared:
+@pytest.fixture(scope="module")
+def declared(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A segment with another optimizer and learning rate, and no clipping."""
+    changes = {"optimizer__name": "adamw", "optimizer__lr": 4e-2, "optimizer__gradient_clip": None}
+    return gone_on(base, tmp_path_factory.mktemp("declared"), **changes)
 
-    @pytest.fixture(scope="class")
-    def run(self, base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        changes = {"optimizer__name": "adamw", "optimizer__lr": 4e-2, "optimizer__gradient_clip": None}
-        return gone_on(base, tmp_path_factory.mktemp("declared"), **changes)
 
-    def test_all_changes_are_listed_with_their_parameters(self, run: Path) -> None:
-        diagnosis = diagnosed(run)
+class TestDeclared:
+    def test_all_changes_are_listed_with_their_parameters(self, declared: Path) -> None:
+        diagnosis = diagnosed(declared)
         causes = {finding.cause: finding for finding in diagnosis.findings}
         assert set(causes) == {
             "AdamW moves embedding projections, not Muon",
@@ -157,11 +154,11 @@ class TestDeclared:
         assert "the configuration says optimizer.name: 'muon' → 'adamw'" in hidden.evidence
 
     def test_remedies_are_tried_and_can_be_typed(
-        self, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, declared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before = contents(run)
-        diagnosis = diagnosed(run, verify=2)
-        assert contents(run) == before
+        before = contents(declared)
+        diagnosis = diagnosed(declared, verify=2)
+        assert contents(declared) == before
         for finding in diagnosis.findings:
             assert finding.remedy is not None
             assert f"at step {ONSET + 2} kurtosis" in finding.remedy.outcome
@@ -175,8 +172,8 @@ class TestDeclared:
         assert mended.attrs["config"]["optimizer.name"] == "muon"
         assert int(mended.steps[-1]) == STEPS
 
-    def test_json(self, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["diagnose", str(run), "--json"]) == 0
+    def test_json(self, declared: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main(["diagnose", str(declared), "--json"]) == 0
         printed = json.loads(capsys.readouterr().out)
         assert {finding["family"] for finding in printed["findings"]} <= printed["families"].keys()
         assert printed["confidences"].keys() == CONFIDENCES.keys()
@@ -220,7 +217,7 @@ class TestNotRecorded:
         out = tmp_path / "run.zarr"
         shutil.copytree(healthy, out)
         shutil.copytree(folder_of(healthy), folder_of(out))
-        weights = next((folder_of(out) / "step-00000004").glob("*.safetensors"))
+        weights = next((folder_of(out) / "step-00000004").glob("*.distcp"))
         weights.write_bytes(weights.read_bytes()[:100])
         diagnosis = diagnosed(out)
         assert diagnosis.findings == ()
@@ -243,9 +240,9 @@ class TestNotRecorded:
         model = Llama(config().model)
         ids = torch.randint(0, 4096, (2, 32))
         with osp_diag.Probe(model, every=1, out=out, sites=["residual_post", "final_norm"]) as probe:
-            for _ in range(2):
-                model(ids)
-                probe.step()
+            for step in range(2):
+                with probe.step(step):
+                    model(ids)
         assert main(["diagnose", str(out)]) == 0
         printed = capsys.readouterr().out
         assert "this is no run of `osp-diag train`" in printed

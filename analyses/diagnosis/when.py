@@ -22,8 +22,7 @@ LOSS = 0.3
 
 
 class Regression(NamedTuple):
-    """What got worse, a sentence each, and between which probes it was first seen; ``compared``: of what there
-    are two probes at least."""
+    """What got worse, a sentence each, between which probes it was first seen, and what was compared."""
 
     sentences: tuple[str, ...]
     bracket: Bracket | None
