@@ -26,9 +26,9 @@ def run(
     """Find out what went wrong in a training, from its run and the checkpoints beside it.
 
     Asked in this order: when; whether configuration, optimizers, function, batches, precision or weights
-    changed; a replay from the last good checkpoint; where, and who wrote it; and with --replay, if all that is
-    silent, short trainings with a part of the recipe put back, each beside a control. Every finding is proved,
-    measured, or consistent with what is recorded. The run is only read.
+    changed; a replay from the last good checkpoint; where, and who wrote it; and with --replay, if nothing is
+    proved by then, short trainings with a part of the recipe put back, each beside a control. Every finding
+    is proved, measured, or consistent with what is recorded. The run is only read.
 
     Args:
         path: the run of a training.

@@ -133,10 +133,15 @@ class Fork:
 class Laboratory(Protocol):
     """Reads checkpoints, and runs the training of a run again beside it; writes nothing into the run."""
 
-    checkpoints: Sequence[CheckpointState]
-    """Those that are left, ascending; a damaged one is left out and told in :attr:`missing`."""
-    missing: Sequence[str]
-    """What cannot be asked, a sentence each with what would have to be recorded."""
+    @property
+    def checkpoints(self) -> Sequence[CheckpointState]:
+        """Those that are left, ascending; a damaged one is left out and named in :attr:`missing`."""
+        ...
+
+    @property
+    def missing(self) -> Sequence[str]:
+        """What cannot be asked, a sentence each with what would have to be recorded."""
+        ...
 
     def functions(self, steps: Sequence[int]) -> list[FunctionRecord]:
         """The losses of checkpoints that recorded one; a forward pass each."""

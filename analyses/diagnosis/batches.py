@@ -28,9 +28,13 @@ SHARES: Mapping[str, Share] = {
     "label_agreement": Share(0.02, "", "labels are not the next tokens"),
     "repeated_sequence_share": Share(0.2, "sequences are repeated: one document or few", ""),
     "commonest_token_share": Share(0.15, "one token makes up much of a batch", ""),
-    "repeated_bigram_share": Share(0.1, "the text repeats itself", "pairs of tokens repeat less: not text like before"),
-    "unique_token_share": Share(0.1, "more different tokens: not text like before (random tokens?)", "fewer different tokens"),
-}  # fmt: skip
+    "repeated_bigram_share": Share(
+        0.1, "the text repeats itself", "pairs of tokens repeat less: not text like before"
+    ),
+    "unique_token_share": Share(
+        0.1, "more different tokens: not text like before (random tokens?)", "fewer different tokens"
+    ),
+}
 SPREADS = 8.0
 """Robust standard deviations (1.4826 · median absolute deviation) beyond which a share is unusual."""
 LASTING = 5
@@ -44,7 +48,9 @@ def changed_batches(case: Case) -> Iterator[Finding]:
     series = case.run.series
     present = [name for name in SHARES if name in series]
     if not present:
-        case.not_recorded.append("what the batches were: the run has no batch statistics")
+        case.not_recorded.append(
+            "the batches: the run has no statistics of them (`label_agreement` and its like)"
+        )
         return
     steps = series["step"].values
     unusual: dict[int, list[str]] = {}
@@ -60,7 +66,7 @@ def changed_batches(case: Case) -> Iterator[Finding]:
         _finding(case, steps, stretch, unusual, recorded) for stretch in _stretches(sorted(unusual), recorded)
     ]
     if not findings:
-        case.ruled_out.append("batches or labels that are unlike those before")
+        case.ruled_out.append("no batch, and no labels, are unlike those before")
     yield from findings
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from osp_diag.analyses.diagnosis.case import Case
@@ -68,7 +69,7 @@ def changed_conditions(case: Case) -> Iterator[Finding]:
     """Every difference of configuration and owner: between segments, checkpoints, and to the good run."""
     brackets: list[tuple[Bracket, Mapping[str, Any], Mapping[str, Any]]] = []
     segments = case.run.segments
-    for before, after in zip(segments[:-1], segments[1:], strict=True):
+    for before, after in pairwise(segments):
         bracket = Bracket(after.after_step, after.after_step + 1)
         brackets.append((bracket, _config(before.attributes), _config(after.attributes)))
     known = {bracket.good for bracket, _, _ in brackets}
@@ -78,13 +79,16 @@ def changed_conditions(case: Case) -> Iterator[Finding]:
     own = _config(case.run.attrs)
     if case.against is not None:
         brackets.append((Bracket(None, 1), _config(case.against.attrs), own))
-    for bracket, old, new in brackets:
-        yield from _of_config(case, bracket, old, new)
-    yield from _of_parent(case)
-    yield from _silent_owners(case)
-    if not case.checkpoints:
+    findings = [finding for bracket, old, new in brackets for finding in _of_config(case, bracket, old, new)]
+    findings += [*_of_parent(case), *_silent_owners(case)]
+    yield from findings
+    if not own:
+        case.not_recorded.append("the configuration: the run has no attribute `config`")
         return
-    case.ruled_out.append("the recorded configuration, and which optimizer has which parameter, else")
+    nothing = "nothing else" if findings else "nothing that decides a number"
+    parameters = "other parameters" if findings else "parameters"
+    owners = f", nor did {parameters} move to another optimizer" if len(case.checkpoints) > 1 else ""
+    case.ruled_out.append(f"{nothing} changed in the recorded configuration{owners}")
 
 
 def _config(attributes: Mapping[Any, Any]) -> Mapping[str, Any]:

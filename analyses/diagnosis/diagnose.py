@@ -69,11 +69,17 @@ def diagnose(
     case = Case(run, laboratory, against, its_laboratory)
     if laboratory is None:
         case.not_recorded.append(
-            "weights, owners, the function and replays: the run is not of our trainer, or its checkpoints are away"
+            "weights, optimizers, the function and replays: this is no run of `osp-diag train` on disk, "
+            "whose checkpoints could be read"
         )
     else:
         case.not_recorded += laboratory.missing
     regression = regression_of(case)
+    case.not_recorded += [
+        f"whether {quantity} rose: fewer than two probes have it"
+        for quantity in ("kurtosis", "held-out loss")
+        if quantity not in regression.compared
+    ]
     case.regression_bracket, case.is_raised = regression.bracket, is_raised(case)
     for question in QUESTIONS:
         case.findings += _joined(question(case), case.findings)
@@ -89,6 +95,7 @@ def diagnose(
     return Diagnosis(
         run=run_name(run),
         regression=regression.sentences,
+        compared=regression.compared,
         bracket=regression.bracket,
         checkpoints=(before.step if before else None, after.step if after else None),
         findings=tuple(findings),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import xarray as xr
@@ -17,16 +18,16 @@ __all__ = ["edited_weights"]
 
 SKETCH = "weight_sketch"
 TIMES_USUAL = 6.0
-"""Times the largest move of the same parameter in its usual steps from which on a step's move is none of training.
-Eight projections tell the size of a move to a factor of about 1.5 either way."""
+"""Times the largest move of the same parameter in its usual steps from which on a step's move is none of
+training. Eight projections tell the size of a move to a factor of about 1.5 either way."""
 USUAL_STEPS = 40
 FEWEST = 6
 LEAST_MOVE = 0.03
 """Share of its own norm that an edited parameter moves at least."""
 FEW = 0.15
-"""Share of the parameters that may move so at once: beyond it a rate or the rule of the step is what changed."""
+"""Share of the parameters that may move so at once: beyond it a rate or the step's rule changed."""
 ROW_FACTOR = 2.0
-"""Ratio of a row's norm to the median row's from which on checkpoints alone tell an edit; healthy rows: up to 1.8."""
+"""Ratio of a row's change to the median row's from which on checkpoints tell an edit; healthy: up to 1.8."""
 TIMES_HISTORY = 3.0
 """The same against the pair of checkpoints before."""
 HALF_A_HEAD = 0.5
@@ -40,7 +41,7 @@ class _Edit:
 
 
 def edited_weights(case: Case) -> Iterator[Finding]:
-    """Parameters that jumped at one step, and rows that did between checkpoints; undone once to see what they do."""
+    """Parameters that jumped at one step, and rows that did between checkpoints; each is undone once."""
     edits: dict[str, _Edit] = {}
     for edit in (*_jumps(case), *_rows(case)):
         if not case.explains(edit.parameter, edit.bracket):
@@ -49,7 +50,7 @@ def edited_weights(case: Case) -> Iterator[Finding]:
     if case.logged(SKETCH) is None and not case.pairs:
         case.not_recorded.append("edits of weights: no weight sketch and fewer than two checkpoints")
     elif not findings:
-        case.ruled_out.append("weights that something else than a step changed")
+        case.ruled_out.append("no weights changed otherwise than by steps of training")
     yield from findings
 
 
@@ -78,8 +79,8 @@ def _jumps(case: Case) -> Iterator[_Edit]:
             continue
         for place in np.flatnonzero(jumped):
             text = (
-                f"at step {steps[row]} it moved by {moves[row][place]:.3g} of its norm, {factor[place]:.0f} times "
-                "as far as in any usual step"
+                f"at step {steps[row]} it moved by {moves[row][place]:.3g} of its norm, "
+                f"{factor[place]:.0f} times as far as in any usual step"
             )
             norm = sketch["norm"].values[:, place]
             text += f"; norm {norm[row - 1]:.4g} → {norm[row]:.4g}"
@@ -107,7 +108,7 @@ def _rates(case: Case, steps: np.ndarray) -> np.ndarray:
 
 
 def _rows(case: Case) -> Iterator[_Edit]:
-    """Rows or columns whose ratio between two checkpoints is far from that of the others, and from the pair before."""
+    """Rows or columns that changed between two checkpoints unlike the others, and unlike before."""
     before: dict[str, float] = {}
     for one, two in case.pairs:
         table = case.changes(one, two)
@@ -134,7 +135,11 @@ def _rows(case: Case) -> Iterator[_Edit]:
                 float(row["rows_beyond"]) <= max(1.0, 0.02 * (two.shapes[str(name)] or (1,))[0]) or not outer
             )
             if deviation > threshold and few:
-                text = f"a row or column changed {math.exp(deviation):.1f}-fold against the others, {math.exp(history):.2f}-fold before"
+                text = (
+                    f"between the checkpoints of steps {one.step} and {two.step} a row or column changed "
+                    f"{math.exp(deviation):.1f}-fold against the others; between those before, at most "
+                    f"{math.exp(history):.2f}-fold"
+                )
                 yield _Edit(str(name), Bracket(one.step, two.step), (text,))
         before = now
 
@@ -148,14 +153,10 @@ def _finding(case: Case, edit: _Edit) -> Finding:
         place = Place((edit.parameter,), layer=_layer(edit.parameter))
         return Finding(family, f"{module} changed at once", "proved", edit.bracket, edit.evidence, place)
     part, words, place = _part(case.laboratory, one, two, edit)
-    evidence, confidence = (
-        list(edit.evidence),
-        "proved" if edit.bracket.bad - (edit.bracket.good or 0) <= 1 else "measured",
-    )
+    at_one_step = edit.bracket.bad - (edit.bracket.good or 0) <= 1
+    confidence: Confidence = "proved" if at_one_step else "measured"
     undone = case.laboratory.reverted(two.step, one.step, part)
-    evidence.append(_sentence(undone))
-    certain: Confidence = "proved" if confidence == "proved" else "measured"
-    return Finding(family, words, certain, edit.bracket, tuple(evidence), place)
+    return Finding(family, words, confidence, edit.bracket, (*edit.evidence, _sentence(undone)), place)
 
 
 def _part(
@@ -181,8 +182,14 @@ def _part(
     ratio = float(row[f"{axis}_ratio"])
     kind = "channel" if vector else axis
     words = f"{kind} {top} of {module} × about {ratio:.3g}"
-    where = {"channel": top} if vector else {axis: top}
-    return WeightPart(name, axis, (top,)), words, Place((name,), layer=layer, **where)  # type: ignore[arg-type]
+    place = Place(
+        (name,),
+        layer=layer,
+        row=top if kind == "row" else None,
+        column=top if kind == "column" else None,
+        channel=top if vector else None,
+    )
+    return WeightPart(name, axis, (top,)), words, place
 
 
 def _head(name: str, axis: str, indices: tuple[int, ...], size: int) -> int | None:
@@ -203,12 +210,13 @@ def _module(parameter: str) -> str:
 
 def _layer(parameter: str) -> int | None:
     parts = parameter.split(".")
-    numbers = [part for before, part in zip(parts[:-1], parts[1:], strict=True) if before == "layers"]
+    numbers = [part for before, part in pairwise(parts) if before == "layers"]
     return int(numbers[0]) if numbers and numbers[0].isdigit() else None
 
 
 def _sentence(undone: Counterfactual) -> str:
     return (
-        f"with {undone.edit}, the checkpoint of step {undone.step} has kurtosis {undone.kurtosis:.3g} in place of "
-        f"{undone.kurtosis_before:.3g}, and held-out loss {undone.loss:.4g} in place of {undone.loss_before:.4g}"
+        f"with {undone.edit}, the checkpoint of step {undone.step} has kurtosis {undone.kurtosis:.3g} in "
+        f"place of {undone.kurtosis_before:.3g}, and held-out loss {undone.loss:.4g} in place of "
+        f"{undone.loss_before:.4g}"
     )

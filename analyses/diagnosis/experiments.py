@@ -15,7 +15,7 @@ __all__ = ["experiments", "verified"]
 
 EDITS = ("clip_rows", "average_gains")
 LOSS_OF_A_REMEDY = 0.5
-"""Nats by which an edit may raise the loss and still count as one that removes outliers: rotations cost 1 to 2."""
+"""Nats by which a part put back may raise the held-out loss and still be named."""
 SHARE = 0.5
 """Share of the rise over the control that a part has to take away to be named."""
 
@@ -29,8 +29,9 @@ def experiments(case: Case, steps: int) -> Iterator[Finding]:
     for edit in EDITS:
         seen = case.laboratory.edited(last.step, edit)
         case.ruled_out.append(
-            f"of step {last.step}, {seen.edit}: kurtosis {seen.kurtosis_before:.3g} → {seen.kurtosis:.3g}, "
-            f"held-out loss {seen.loss_before:.4g} → {seen.loss:.4g}"
+            f"with {seen.edit}, the checkpoint of step {last.step} has kurtosis {seen.kurtosis:.3g} in "
+            f"place of {seen.kurtosis_before:.3g}, and held-out loss {seen.loss:.4g} in place of "
+            f"{seen.loss_before:.4g}"
         )
     start = _start(case, steps)
     if start is None:
@@ -57,8 +58,8 @@ def _parts_put_back(case: Case, start: CheckpointState, until: int) -> Iterator[
         fork = case.laboratory.fork(start.step, until, f"with {key}={values[0]}", {key: values[0]})
         control = case.laboratory.control(start.step, until, f"control of {key}", fork.reset)
         text = (
-            f"from step {start.step} to {until}: {fork.label} {_ending(fork)}; control with the same optimizer "
-            f"states reset {_ending(control)}; as it was kurtosis {as_it_was:.3g}"
+            f"trained from step {start.step} to {until} {fork.label}, it {_ending(fork)}; its control, with "
+            f"the same optimizer states reset, {_ending(control)}; the run had kurtosis {as_it_was:.3g}"
         )
         base = start_kurtosis(fork)
         rise, left = control.kurtosis[-1] - base, fork.kurtosis[-1] - base

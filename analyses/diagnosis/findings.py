@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 __all__ = ["CONFIDENCES", "FAMILIES", "Bracket", "Confidence", "Diagnosis", "Finding", "Place", "Remedy"]
@@ -111,16 +111,18 @@ class Diagnosis:
     ----------
     run : what it is called
     regression : what rose, a sentence each; empty: nothing did, and findings are changes without a regression
+    compared : what was asked whether it rose: kurtosis, held-out loss; what has fewer than two probes is not
     bracket : last good and first bad probe; None without a regression
     checkpoints : the last one before the bracket's end, and the first one after it
     findings : all of them, the best proved first
-    where : places that jumped, in network order, and who wrote what is large there: never causes
+    where : where channels are largest, and who writes them: never causes
     ruled_out : what was looked at and is as it was
     not_recorded : what could not be asked, with what would have to be recorded
     """
 
     run: str
     regression: tuple[str, ...]
+    compared: tuple[str, ...]
     bracket: Bracket | None
     checkpoints: tuple[int | None, int | None]
     findings: tuple[Finding, ...]
@@ -134,7 +136,5 @@ class Diagnosis:
         return diagnosis_as_text(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        from osp_diag.analyses.diagnosis.text import diagnosis_as_dict
-
-        return diagnosis_as_dict(self)
+        """For JSON; confidences and families come with their meaning."""
+        return asdict(self) | {"confidences": dict(CONFIDENCES), "families": dict(FAMILIES)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 from osp_diag.analyses.diagnosis.case import Case
@@ -41,12 +42,12 @@ def changed_function(case: Case) -> Iterator[Finding]:
     findings = list(_constants(case, recorded))
     findings += _losses(case, recorded, explained=bool(findings))
     if not findings:
-        case.ruled_out.append("another function is computed with the weights")
+        case.ruled_out.append("the function of the weights is the one that their checkpoints recorded")
     yield from findings
 
 
 def _constants(case: Case, recorded: list[CheckpointState]) -> Iterator[Finding]:
-    pairs = [(Bracket(a.step, b.step), a, b) for a, b in zip(recorded[:-1], recorded[1:], strict=True)]
+    pairs = [(Bracket(a.step, b.step), a, b) for a, b in pairwise(recorded)]
     if case.its_laboratory is not None:
         good = [state for state in case.its_laboratory.checkpoints if state.function]
         if good:
@@ -91,8 +92,8 @@ def _losses(case: Case, recorded: list[CheckpointState], *, explained: bool) -> 
     right = [record.step for record in records if record not in wrong]
     before = [step for step in right if step < wrong[0].step]
     text = (
-        f"the weights of step {wrong[0].step} have a loss of {wrong[0].loss_now:.6g} under today's code, and had "
-        f"{wrong[0].recorded_loss:.6g}; up to {tolerance:g} is rounding"
+        f"the weights of step {wrong[0].step} have a loss of {wrong[0].loss_now:.6g} under today's code, and "
+        f"had {wrong[0].recorded_loss:.6g}; up to {tolerance:g} is rounding"
     )
     where = (
         f"reproduced: steps {', '.join(map(str, right))}" if right else "no checkpoint's loss is reproduced"

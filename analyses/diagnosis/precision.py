@@ -18,19 +18,18 @@ def narrower_weights(case: Case) -> Iterator[Finding]:
     before: int | None = None
     for one, two in case.pairs:
         shares = case.changes(one, two)["bfloat16_share"]
+        rounded = float((shares >= ALL).mean()) if len(shares) else 0.0
         if one is case.checkpoints[0]:
             before = one.step
-        if len(shares) and float((shares >= ALL).mean()) > SOME:
+        if rounded > SOME:
             yield Finding(
                 "precision",
                 "weights are rounded to bfloat16",
                 "proved",
                 Bracket(before, two.step),
-                (
-                    f"{float((shares >= ALL).mean()):.0%} of the parameters hold bfloat16 numbers alone at step {two.step}",
-                ),
+                (f"{rounded:.0%} of the parameters hold bfloat16 numbers alone at step {two.step}",),
             )
             return
         before = two.step
     if case.pairs:
-        case.ruled_out.append("weights rounded to bfloat16")
+        case.ruled_out.append("the weights are not rounded to bfloat16")

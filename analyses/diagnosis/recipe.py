@@ -32,7 +32,7 @@ ORTHOGONAL = 0.05
 
 
 def missing_parts(case: Case) -> Iterator[Finding]:
-    """Parts of OSP that a run with outliers does without, and projections that were not orthogonal at the start."""
+    """Parts of OSP that a run with outliers does without, and projections not orthogonal at the start."""
     yield from _orthogonality(case)
     if not case.is_raised or case.against is not None:
         return
@@ -67,8 +67,6 @@ def _orthogonality(case: Case) -> Iterator[Finding]:
             "projections are not orthogonal at the start",
             "proved",
             Bracket(None, 1),
-            (
-                f"orthogonality error {float(errors.max()):.3g} at step 0, where drawn orthogonal ones have 1e-6",
-            ),
+            (f"orthogonality error {float(errors.max()):.3g} at step 0; drawn orthogonal, they have 1e-6",),
             Place(names),
         )

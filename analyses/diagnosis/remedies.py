@@ -43,18 +43,20 @@ def with_remedy(case: Case, finding: Finding) -> Finding:
         if steps is not None and start.config.get("steps") != steps:
             settings = f"{settings} steps={steps}".strip()
         text = f"go on from {start.path.name}, before it"
-        text += f", with {settings}" if settings else f": {CODE.get(finding.family, 'mend the cause first')}"
-        command = f"osp-diag train --from {start.path}" + (f" --set {settings}" if settings else "")
+        mend = CODE.get(finding.family, "mend the cause first")
+        text += f", with {settings}" if settings else f": {mend}"
+        command = f"osp-diag train --from {start.path}"
+        command += f" --set {settings}" if settings else ""
         remedy = Remedy(text, f"{command} --out {name}-mended.zarr", start.step, changes)
     elif settings:
-        remedy = Remedy(f"train again with {settings}", f"--set {settings}", None, changes)
+        remedy = Remedy(f"train again with --set {settings}", "", None, changes)
     else:
         remedy = Remedy(CODE.get(finding.family, "mend the cause, and train again"))
     return replace(finding, remedy=remedy)
 
 
 def _values_before(case: Case, finding: Finding) -> dict[str, Any]:
-    """The values that the configuration had before, or that the good run or OSP has, of the finding's family."""
+    """What the configuration had before, or the good run or OSP has, of the finding's family."""
     bracket = finding.bracket
     assert bracket is not None
     now = case.config_at(bracket.bad)

@@ -11,7 +11,7 @@ from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Confidence, Finding, Place
 from osp_diag.laboratory import Replay
 
-__all__ = ["AFFORDABLE", "replayed", "replay_steps"]
+__all__ = ["AFFORDABLE", "replay_steps", "replayed"]
 
 AFFORDABLE = 15.0
 """Seconds that a replay may take without being asked for."""
@@ -52,18 +52,20 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
     """What a replay says, unless the earlier questions proved a cause within the bracket."""
     bracket = case.regression_bracket
     plan = replay_steps(case, most)
+    if bracket is None:
+        return
     if plan is None:
-        if bracket is not None:
-            case.not_recorded.append(
-                "a replay was not made: no checkpoint before the onset, or --replay allows too few steps"
-            )
+        case.not_recorded.append(
+            "a replay: no checkpoint is from before the onset, what a step takes is not recorded, or no step "
+            f"was allowed (by default as many as take {AFFORDABLE:g} s; --replay N allows N)"
+        )
         return
     known = any(
         finding.confidence != "consistent with"
         and finding.bracket is not None
         and (finding.bracket.good or 0) < bracket.bad
         for finding in case.findings
-    )  # type: ignore[union-attr]
+    )
     if known and most is None:
         return
     assert case.laboratory is not None
@@ -72,7 +74,8 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
     findings = list(_judged(case, replay))
     if not findings:
         case.ruled_out.append(
-            f"steps {plan[0] + 1} to {plan[1]} as their checkpoint has them give the same losses and weights again"
+            f"steps {plan[0] + 1} to {plan[1]}, made again from their checkpoint, gave the same losses"
+            + (", and weights" if np.isfinite(replay.steps["weights_agree"].values).any() else "")
         )
     yield from findings
 
@@ -101,7 +104,8 @@ def _judged(case: Case, replay: Replay) -> Iterator[Finding]:
         yield from _rule(replay.parameters, _at(steps, weights, replay), int(steps[weights]))
         return
     if loss is not None:
-        text = f"loss {table['loss'].values[loss]:.6g} at step {steps[loss]}, and {table['replayed_loss'].values[loss]:.6g} in the replay"
+        recorded, again = (float(table[name].values[loss]) for name in ("loss", "replayed_loss"))
+        text = f"the loss of step {steps[loss]} was {recorded:.6g}, and is {again:.6g} in the replay"
         known = bool(np.isfinite(table["batch_agrees"].values[loss]))
         family = "function" if known else "data"
         unsure = "the same batch gave another loss: the function, or weights changed between two steps"
@@ -131,8 +135,13 @@ def _rule(parameters: xr.Dataset, bracket: Bracket, step: int) -> Iterator[Findi
         yield Finding("weight_edit", cause, "proved", bracket, (text,), Place(names))
     elif same.any():
         yield Finding(
-            "optimizer_routing", f"another rule moves {len(names)} parameters", "measured", bracket, (text,), Place(names)
-        )  # fmt: skip
+            "optimizer_routing",
+            f"another rule moves {len(names)} parameters",
+            "measured",
+            bracket,
+            (text,),
+            Place(names),
+        )
     else:
         yield Finding("precision", "every step is rounded otherwise", "consistent with", bracket, (text,))
 

@@ -1,10 +1,11 @@
-"""Question 3, of the optimizers themselves: the learning rates and decays that they held at every logged step."""
+"""Question 3, of the optimizers themselves: the rates and decays that they held at every logged step."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import numpy as np
+import xarray as xr
 
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
@@ -21,18 +22,18 @@ def changed_settings(case: Case) -> Iterator[Finding]:
     settings = case.logged(GROUP)
     if settings is None:
         case.not_recorded.append(
-            "learning rate and decay as the optimizers held them: the run has no optimizer_settings"
+            "learning rate and decay as the optimizers held them: the run has no group optimizer_settings"
         )
         return
     findings = [*_rates(case, settings), *_decays(case, settings)]
     if not findings:
         case.ruled_out.append(
-            "learning rates and weight decays of the optimizers differ from the configuration"
+            "the optimizers held the learning rates and weight decays that configuration and schedule give"
         )
     yield from findings
 
 
-def _rates(case: Case, settings) -> Iterator[Finding]:  # type: ignore[no-untyped-def]
+def _rates(case: Case, settings: xr.Dataset) -> Iterator[Finding]:
     """The ratio of each group's rate to the configured one, Σ over groups told together where it is one."""
     logged = case.run.series["learning_rate"].reindex(step=settings["step"].values).values
     begun: dict[tuple[int, float], list[str]] = {}
@@ -44,20 +45,21 @@ def _rates(case: Case, settings) -> Iterator[Finding]:  # type: ignore[no-untype
             )
             begun.setdefault(key, []).append(str(group))
     for (step, factor), groups in begun.items():
-        whole = len(groups) == settings.sizes["parameter_group"]
+        where = "all groups" if len(groups) == settings.sizes["parameter_group"] else ", ".join(groups)
         yield Finding(
             "learning_rate",
-            f"learning rate × {factor:.3g} in {'all groups' if whole else ', '.join(groups)} of the optimizers",
+            f"learning rate × {factor:.3g} in {where} of the optimizers",
             "proved",
             _bracket(settings["step"].values, step),
             (
-                f"the optimizers held {factor:.3g} times the rate that configuration and schedule give at step {step}",
+                f"at step {step} the optimizers held {factor:.3g} times the rate that configuration and "
+                "schedule give",
             ),
         )
 
 
-def _departures(  # type: ignore[no-untyped-def]
-    case: Case, group: str, steps, rates, logged
+def _departures(
+    case: Case, group: str, steps: np.ndarray, rates: np.ndarray, logged: np.ndarray
 ) -> Iterator[tuple[int, float]]:
     expected_before: float | None = None
     for step, rate, base in zip(steps, rates, logged, strict=True):
@@ -75,7 +77,7 @@ def _departures(  # type: ignore[no-untyped-def]
             return
 
 
-def _decays(case: Case, settings) -> Iterator[Finding]:  # type: ignore[no-untyped-def]
+def _decays(case: Case, settings: xr.Dataset) -> Iterator[Finding]:
     steps = settings["step"].values
     begun: dict[tuple[int, float, float], list[str]] = {}
     for group in settings["parameter_group"].values:
@@ -103,6 +105,6 @@ def _decays(case: Case, settings) -> Iterator[Finding]:  # type: ignore[no-untyp
         )
 
 
-def _bracket(steps, step: int) -> Bracket:  # type: ignore[no-untyped-def]
+def _bracket(steps: np.ndarray, step: int) -> Bracket:
     earlier = [int(other) for other in steps if other < step]
     return Bracket(earlier[-1] if earlier and earlier[-1] > 0 else None, step)

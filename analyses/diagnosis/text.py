@@ -1,14 +1,14 @@
-"""A diagnosis as text and as plain data."""
+"""A diagnosis as text."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING
 
-from osp_diag.analyses.diagnosis.findings import CONFIDENCES, FAMILIES, Diagnosis, Finding
+if TYPE_CHECKING:
+    from osp_diag.analyses.diagnosis.findings import Diagnosis, Finding
 
-__all__ = ["diagnosis_as_dict", "diagnosis_as_text"]
+__all__ = ["diagnosis_as_text"]
 
 
 def diagnosis_as_text(diagnosis: Diagnosis) -> str:
@@ -23,8 +23,8 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
         before, after = diagnosis.checkpoints
         if before is not None:
             yield f"Checkpoints around it: {before} and {after if after is not None else 'none after it'}"
-    else:
-        yield "Nothing got worse: kurtosis and held-out loss are as they were."
+    elif diagnosis.compared:
+        yield f"Nothing got worse: {' and '.join(diagnosis.compared)} did not rise."
     yield from (f"Where: {place}" for place in diagnosis.where)
     yield ""
     if not diagnosis.findings:
@@ -34,7 +34,7 @@ def _lines(diagnosis: Diagnosis) -> Iterator[str]:
     for number, finding in enumerate(diagnosis.findings, 1):
         yield from _of_finding(number, finding)
     if diagnosis.ruled_out:
-        yield "Looked at, and not it:"
+        yield "Looked at, without a finding:"
         yield from (f"  {sentence}" for sentence in diagnosis.ruled_out)
     if diagnosis.not_recorded:
         yield "Could not be asked:"
@@ -53,8 +53,3 @@ def _of_finding(number: int, finding: Finding) -> Iterator[str]:
             kind = {True: "verified", False: "did not help", None: "tried"}[finding.remedy.verified]
             yield f"     {kind}: {finding.remedy.outcome}"
     yield ""
-
-
-def diagnosis_as_dict(diagnosis: Diagnosis) -> dict[str, Any]:
-    """For JSON; confidences and families come with their meaning."""
-    return asdict(diagnosis) | {"confidences": dict(CONFIDENCES), "families": dict(FAMILIES)}

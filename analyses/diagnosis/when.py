@@ -22,10 +22,11 @@ LOSS = 0.3
 
 
 class Regression(NamedTuple):
-    """What got worse, a sentence each, and between which probes it was first seen."""
+    """What got worse, a sentence each, between which probes it was first seen, and what was compared."""
 
     sentences: tuple[str, ...]
     bracket: Bracket | None
+    compared: tuple[str, ...]
 
 
 def kurtosis_by_step(case: Case) -> xr.DataArray | None:
@@ -45,9 +46,10 @@ def kurtosis_by_step(case: Case) -> xr.DataArray | None:
 
 def regression_of(case: Case) -> Regression:
     """Kurtosis and held-out loss against their own past, and against the noise floor."""
-    sentences, brackets = [], []
+    sentences, brackets, compared = [], [], []
     kurtosis = kurtosis_by_step(case)
     if kurtosis is not None and kurtosis.sizes["step"] > 1:
+        compared.append("kurtosis")
         floor = _floor(case)
         bad = _first_above(kurtosis.values, RISEN, NEAR_GAUSSIAN * floor)
         if bad is not None:
@@ -60,6 +62,7 @@ def regression_of(case: Case) -> Regression:
     series = case.run.series
     if "held_out_loss" in series:
         losses = series["held_out_loss"].dropna("step")
+        compared += ["held-out loss"] if losses.size > 1 else []
         lowest = np.minimum.accumulate(losses.values) if losses.size else losses.values
         risen = np.flatnonzero(losses.values[1:] > lowest[:-1] + LOSS)
         if risen.size:
@@ -70,7 +73,7 @@ def regression_of(case: Case) -> Regression:
             )
             brackets.append(bracket)
     brackets.sort(key=lambda bracket: bracket.bad)
-    return Regression(tuple(sentences), brackets[0] if brackets else None)
+    return Regression(tuple(sentences), brackets[0] if brackets else None, tuple(compared))
 
 
 def _floor(case: Case) -> float:

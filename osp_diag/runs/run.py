@@ -41,6 +41,7 @@ from osp_diag.schema import (
 from osp_diag.wording import did_you_mean
 
 if TYPE_CHECKING:
+    from osp_diag.analyses.diagnosis.findings import Diagnosis
     from osp_diag.analyses.summary.summary import Summary
     from osp_diag.analyses.summary.verdict import Verdict
 
@@ -563,6 +564,14 @@ class Run:
     def verdict(self, *, step: int | None = None) -> Verdict:
         """What is wrong and where, by stated rules: :func:`osp_diag.analyses.verdict`."""
         return cast("Verdict", _offered("analyses", "verdict")(self, step=step))
+
+    def diagnose(self, **options: Any) -> Diagnosis:
+        """When outliers or the loss rose, where, why, and what to do: :func:`osp_diag.analyses.diagnose`.
+
+        Of a run of ``osp-diag train``, the checkpoints beside it are read.
+        """
+        laboratory = _offered("trainer.laboratory", "laboratory")(self)
+        return cast("Diagnosis", _offered("analyses", "diagnose")(self, laboratory, **options))
 
     def draw(self, name: str, **options: Any) -> Any:
         """A figure of this run (:func:`osp_diag.figures.draw`): ``run.draw("sink_map", out="sinks.pdf")``."""

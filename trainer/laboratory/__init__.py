@@ -1,4 +1,4 @@
-"""A training's checkpoints read and its steps made again, for a diagnosis: ``osp_diag.laboratory`` says what."""
+"""A training's checkpoints read and its steps made again, for a diagnosis: see ``osp_diag.laboratory``."""
 
 from osp_diag.trainer.laboratory.laboratory import TrainingLaboratory, laboratory
 from osp_diag.trainer.laboratory.weight_changes import weight_changes

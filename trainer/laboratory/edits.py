@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
+from torch import nn
 
 from osp_diag.trainer.model import Llama
 
 __all__ = ["EDITS"]
 
 
+def _weights(model: Llama, *projections: str) -> Iterator[nn.Parameter]:
+    for name, weight in model.named_parameters():
+        if name.endswith(tuple(f".{projection}.weight" for projection in projections)):
+            yield weight
+
+
 @torch.no_grad()
 def clip_rows(model: Llama) -> None:
     """Scale every row of o_proj and down_proj that is longer than the median row to its length."""
-    for block in model.blocks:
-        for weight in (block.self_attn.o_proj.weight, block.mlp.down_proj.weight):  # type: ignore[union-attr]
-            lengths = weight.norm(dim=1, keepdim=True)
-            weight.mul_((lengths.median() / lengths).clamp(max=1.0))
+    for weight in _weights(model, "o_proj", "down_proj"):
+        lengths = weight.norm(dim=1, keepdim=True)
+        weight.mul_((lengths.median() / lengths.clamp(min=1e-30)).clamp(max=1.0))
 
 
 @torch.no_grad()
@@ -32,11 +38,10 @@ def average_gains(model: Llama) -> None:
 def equal_heads(model: Llama) -> None:
     """Scale the rows of every head of q_proj and k_proj to the layer's median head norm."""
     width = model.config.head_size
-    for block in model.blocks:
-        for weight in (block.self_attn.q_proj.weight, block.self_attn.k_proj.weight):  # type: ignore[union-attr]
-            heads = weight.view(-1, width, weight.shape[1])
-            lengths = heads.norm(dim=(1, 2), keepdim=True)
-            heads.mul_(lengths.median() / lengths)
+    for weight in _weights(model, "q_proj", "k_proj"):
+        heads = weight.view(-1, width, weight.shape[1])
+        lengths = heads.norm(dim=(1, 2), keepdim=True)
+        heads.mul_(lengths.median() / lengths.clamp(min=1e-30))
 
 
 EDITS: Mapping[str, tuple[str, Callable[[Llama], None]]] = {

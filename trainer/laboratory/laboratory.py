@@ -75,8 +75,8 @@ class TrainingLaboratory:
                 self.missing.append(str(error))
         if not self._by_step:
             self.missing.append(
-                f"there is no checkpoint in {folder_of(self.path)}: weights, owners, the function and replays "
-                "cannot be looked at; train with checkpoint.every and keep the folder beside the run"
+                f"weights, optimizers, the function and replays: there is no checkpoint in "
+                f"{folder_of(self.path)}; train with checkpoint.every and keep the folder beside the run"
             )
         self._weights = lru_cache(maxsize=3)(self._read_weights)
 
@@ -154,8 +154,10 @@ class TrainingLaboratory:
             else:
                 weight[index] = earlier[index]
 
-        rows = "" if part.axis == "all" else f"{part.axis}s {_brief(part.indices)} of "
-        return self._counterfactual(step, f"{rows}{part.parameter} as at step {before}", revert)
+        kind = "channel" if old.ndim < 2 else part.axis
+        many = "s" if len(part.indices) > 1 else ""
+        rows = "all" if part.axis == "all" else f"{kind}{many} {_brief(part.indices)}"
+        return self._counterfactual(step, f"{rows} of {part.parameter} as at step {before}", revert)
 
     def edited(self, step: int, edit: str) -> Counterfactual:
         """A checkpoint with one of :data:`~osp_diag.trainer.laboratory.edits.EDITS`."""

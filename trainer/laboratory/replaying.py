@@ -8,7 +8,7 @@ import xarray as xr
 from osp_diag.laboratory import Replay
 from osp_diag.runs.run import Run
 
-__all__ = ["compared"]
+__all__ = ["compared", "fits"]
 
 SKETCH = "weight_sketch"
 
@@ -62,11 +62,11 @@ def _weights(
             before = start if place == 0 else int(steps[place - 1])
             if before not in theirs["step"].values:
                 return share, None
-            return share, _fits(theirs.sel(step=before).values, two, one, names)
+            return share, fits(theirs.sel(step=before).values, two, one, names)
     return share, None
 
 
-def _fits(weights: np.ndarray, moved: np.ndarray, replayed: np.ndarray, names: list[str]) -> xr.Dataset:
+def fits(weights: np.ndarray, moved: np.ndarray, replayed: np.ndarray, names: list[str]) -> xr.Dataset:
     """Δ ≈ a · Δreplay + b · W by least squares over the projections, which are linear in all three."""
     factors, decays, residuals = [], [], []
     for w, one, two in zip(weights, moved, replayed, strict=True):

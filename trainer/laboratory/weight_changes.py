@@ -1,4 +1,4 @@
-"""How far parameters moved between two checkpoints, and which of their rows and columns did not move with the rest."""
+"""How far parameters moved between two checkpoints, and which rows and columns did not move with the rest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["weight_changes"]
 VARIABLES = {
     "distance": ("1", "‖W₁ − W₀‖_F / ‖W₀‖_F"),
     "norm_ratio": ("1", "‖W₁‖_F / ‖W₀‖_F"),
-    "row_deviation": ("1", "largest |ln r_i − median ln r|, r_i = ‖row i of W₁‖ / ‖row i of W₀‖; of a vector its entries"),
+    "row_deviation": ("1", "max |ln r_i − median ln r|, r_i = ‖row i of W₁‖ / ‖row i of W₀‖ (or of entries)"),
     "row": ("row", "the row of that deviation"),
     "row_ratio": ("1", "its r_i over the median r"),
     "rows_beyond": ("rows", "rows of more than half of that deviation"),
@@ -22,7 +22,7 @@ VARIABLES = {
     "column": ("column", "the column of that deviation"),
     "column_ratio": ("1", "its ratio over the median one"),
     "columns_beyond": ("columns", "columns of more than half of that deviation"),
-    "flatness": ("1", "participation ratio of the squared singular values of W₁ − W₀ over their number: near 1 if all are equal, as Muon makes them"),
+    "flatness": ("1", "(Σσ²)² / (n Σσ⁴) of the n singular values σ of W₁ − W₀: 1 if all are equal"),
     "bfloat16_share": ("1", "share of the entries of W₁ that are bfloat16 numbers"),
 }  # fmt: skip
 
@@ -32,7 +32,7 @@ LARGEST_SIDE = 8192
 
 @torch.no_grad()
 def weight_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> xr.Dataset:
-    """What changed in every parameter that both have; a gain that was one number counts as even over channels.
+    """What changed in every parameter that both have; a gain of one number counts as even over channels.
 
     Parameters
     ----------
@@ -40,7 +40,7 @@ def weight_changes(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) ->
 
     Returns
     -------
-    Dataset (parameter) of :data:`VARIABLES`, and ``row_ratios``, an object array of each parameter's ln r_i − median
+    Dataset (parameter) of :data:`VARIABLES`
     """
     shared = [name for name in before if name in after and _fits(before[name], after[name])]
     columns: dict[str, list[float]] = {name: [] for name in VARIABLES}

@@ -1,0 +1,185 @@
+"""When a training went wrong: kurtosis and losses over steps, with the onset shaded and every finding marked.
+
+What is marked is judged from the store alone; ``osp-diag diagnose RUN --out report.html`` draws the same with
+what checkpoints and replays say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from osp_diag.analyses.diagnosis.diagnose import diagnose
+from osp_diag.analyses.diagnosis.findings import Bracket, Diagnosis
+from osp_diag.analyses.run_labels import labels_of
+from osp_diag.errors import StoreError
+from osp_diag.figures._caption import caption
+from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
+from osp_diag.figures._placement import InReport
+from osp_diag.figures.backend import Backend, Canvas, Panel
+from osp_diag.figures.styles import Style
+from osp_diag.runs.naming import model_name
+from osp_diag.runs.run import Run
+from osp_diag.runs.steps import step_of
+
+REPORT = InReport("When training went wrong, by what is recorded", place=15, fewest_steps=2)
+QUANTITIES = {
+    "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
+    "held_out_loss": "held-out loss\n(nats)",
+    "loss": "training loss\n(nats)",
+}
+"""Quantity → label of its axis, from above."""
+SHADE = "#9a9a9a"
+
+__all__ = ["REPORT", "draw", "prepare", "timeline"]
+
+
+def prepare(runs: list[Run]) -> xr.Dataset:
+    """Kurtosis, losses, and the findings of :func:`osp_diag.analyses.diagnose` without checkpoints.
+
+    Returns
+    -------
+    As :func:`timeline` does.
+    """
+    return timeline(runs, [diagnose(run) for run in runs])
+
+
+def timeline(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> xr.Dataset:
+    """What the figure draws, of diagnoses that were made already.
+
+    Returns
+    -------
+    ``kurtosis`` and ``held_out_loss`` (run, probe) at ``probe_step``, ``loss`` (run, record) at
+    ``record_step``; ``good`` and ``bad`` (run), the probes between which something rose; ``onset`` (run,
+    finding), the first step of each finding, whose cause is named in ``cause``. NaN and "" where a run has
+    fewer.
+
+    Raises
+    ------
+    StoreError : a run without a kurtosis of its hidden states
+    """
+    steps = [step_of(run) for run in runs]
+    probes = [kurtosis_by_step(run, "diagnosis_timeline") for run in runs]
+    records = [run.series["step"].values.astype(float) for run in runs]
+    if all(len(probe) < 2 for probe, _ in probes):
+        name = model_name(runs[0].attrs)
+        raise StoreError(f"diagnosis_timeline: the run of {name} has one probed step; draw a training")
+    held_out = [_of(run, "held_out_loss", run.steps) for run in runs]
+    losses = [_of(run, "loss", at) for run, at in zip(runs, records, strict=True)]
+    brackets = [_numbers(diagnosis.bracket) for diagnosis in diagnoses]
+    onsets = [
+        np.array([np.nan if one.bracket is None else float(one.bracket.bad) for one in each.findings])
+        for each in diagnoses
+    ]
+    dataset = xr.Dataset(
+        {
+            "kurtosis": (("run", "probe"), _padded([kurtosis for _, kurtosis in probes])),
+            "held_out_loss": (("run", "probe"), _padded(held_out)),
+            "loss": (("run", "record"), _padded(losses)),
+            "good": ("run", [good for good, _ in brackets]),
+            "bad": ("run", [bad for _, bad in brackets]),
+            "onset": (("run", "finding"), _padded(onsets)),
+            "cause": (("run", "finding"), _causes(diagnoses)),
+        },
+        coords={
+            "run": labels_of(list(runs), steps),
+            "probe_step": (("run", "probe"), _padded([step for step, _ in probes])),
+            "record_step": (("run", "record"), _padded(records)),
+        },
+    )
+    title = "Kurtosis and losses over training, with what changed"
+    remarks = [_remark(str(label), one) for label, one in zip(dataset["run"].values, diagnoses, strict=True)]
+    dataset.attrs = {"title": title, "caption": caption(title, runs, steps, [KURTOSIS], remarks)}
+    return dataset
+
+
+def _of(run: Run, name: str, steps: np.ndarray) -> np.ndarray:
+    series = run.series
+    if name not in series:
+        return np.full(len(steps), np.nan)
+    return np.asarray(series[name].reindex(step=steps).values, dtype=float)
+
+
+def _numbers(bracket: Bracket | None) -> tuple[float, float]:
+    """(last good, first bad) step, NaN for none."""
+    if bracket is None:
+        return np.nan, np.nan
+    return np.nan if bracket.good is None else float(bracket.good), float(bracket.bad)
+
+
+def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
+    width = max(map(len, rows))
+    return np.stack(
+        [np.pad(row.astype(float), (0, width - len(row)), constant_values=np.nan) for row in rows]
+    )
+
+
+def _causes(diagnoses: Sequence[Diagnosis]) -> np.ndarray:
+    width = max(len(diagnosis.findings) for diagnosis in diagnoses)
+    rows = [[one.cause for one in each.findings] for each in diagnoses]
+    return np.array([row + [""] * (width - len(row)) for row in rows], dtype=object).reshape(len(rows), width)
+
+
+def _remark(label: str, diagnosis: Diagnosis) -> str:
+    causes = "; ".join(
+        f"({number}) {finding.cause}, {finding.confidence}"
+        for number, finding in enumerate(diagnosis.findings, 1)
+    )
+    shaded = "shaded: the probes between which it rose; " if diagnosis.bracket is not None else ""
+    return f"{label}: {shaded}{causes or 'nothing that was looked at differs'}"
+
+
+def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
+    """A column a run; a row for each quantity that a run has."""
+    rows = [name for name in QUANTITIES if np.isfinite(dataset[name].values).any()]
+    runs = dataset.sizes["run"]
+    canvas = backend.canvas(
+        len(rows), runs, width=style.widths[width], height=1.45 * len(rows) + 0.5, style=style
+    )
+    for column in range(runs):
+        part = dataset.isel(run=column)
+        for row, name in enumerate(rows):
+            last = row == len(rows) - 1
+            panel = canvas.panel(
+                row,
+                column,
+                title=str(part["run"].item()) if row == 0 and runs > 1 else "",
+                x_label="step" if last else "",
+                y_label=QUANTITIES[name] if column == 0 else "",
+            )
+            _draw_quantity(part, name, panel, style.colours_of_runs(runs)[column])
+            if row == 0:
+                _mark(part, panel)
+    return canvas
+
+
+def _draw_quantity(part: xr.Dataset, name: str, panel: Panel, colour: str) -> None:
+    steps = part["record_step" if name == "loss" else "probe_step"].values
+    values = part[name].values
+    finite = np.isfinite(values) & np.isfinite(steps)
+    if not finite.any():
+        panel.annotate(0.5, 0.5, "not recorded", centred=True)
+        return
+    low, high = float(values[finite].min()), float(values[finite].max())
+    margin = 0.08 * (high - low) or 0.1 * max(abs(high), 1.0)
+    low, high = low - margin, high + margin
+    bad = part["bad"].item()
+    if np.isfinite(bad):
+        good = part["good"].item() if np.isfinite(part["good"].item()) else float(np.nanmin(steps))
+        foot, top = np.full(2, low), np.full(2, high)
+        panel.line(np.array([good, bad]), foot, label="", colour=SHADE, lower=foot, upper=top)
+    for onset in np.unique(part["onset"].values[np.isfinite(part["onset"].values)]):
+        panel.line(np.full(2, onset), np.array([low, high]), label="", colour=SHADE, dash="dashed")
+    panel.line(steps[finite], values[finite], label="", colour=colour)
+    panel.limits("y", low, high)
+
+
+def _mark(part: xr.Dataset, panel: Panel) -> None:
+    """The numbers of the findings above the step at which each began; the caption names them."""
+    onsets = part["onset"].values
+    places = np.unique(onsets[np.isfinite(onsets)])
+    texts = [", ".join(f"({place + 1})" for place in np.flatnonzero(onsets == at)) for at in places]
+    if texts:
+        panel.marks([float(at) for at in places], texts)
