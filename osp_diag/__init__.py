@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from osp_diag import analyses, estimators, figures, trainer
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe, probe_stacks
+    from osp_diag.runs.control import control
     from osp_diag.runs.run import Run, open_run
     from osp_diag.seams.declared import attention_function
 
@@ -28,6 +29,7 @@ __all__ = [
     "__version__",
     "analyses",
     "attention_function",
+    "control",
     "estimators",
     "figures",
     "open_checkpoint",
@@ -46,6 +48,7 @@ __getattr__, __dir__ = lazy_names(
         "TokenSettings": "osp_diag.probing",
         "analyses": "osp_diag.analyses",
         "attention_function": "osp_diag.seams.declared",
+        "control": "osp_diag.runs.control",
         "estimators": "osp_diag.estimators",
         "figures": "osp_diag.figures",
         "open_checkpoint": "osp_diag.checkpoints",

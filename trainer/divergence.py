@@ -7,7 +7,8 @@ optimizer state stay those of the last good step although the host learns of it 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from osp_diag.sites.trace import unwrap
 from osp_diag.trainer.config import DivergenceConfig
 
-__all__ = ["Watch", "first_bad_tensor"]
+__all__ = ["Watch", "first_bad_tensor", "unseen_cause"]
 
 LEAST = 10
 """Losses that a standard deviation needs before a spike can be told from the beginning of training."""
@@ -154,3 +155,12 @@ def _tensors(value: object) -> Iterator[Tensor]:
     elif isinstance(value, (tuple, list)):
         for part in value:
             yield from _tensors(part)
+
+
+def unseen_cause(values: Mapping[str, float]) -> str:
+    """What went wrong in a step in which no tensor is NaN or Inf when it is made again."""
+    if math.isfinite(values["loss"] + values["gradient_norm"]):
+        return "no NaN or Inf, the loss is a spike"
+    if math.isfinite(values["loss"]):
+        return "every gradient is finite, and the sum of their squares is not"
+    return "every tensor of the step is finite when it is made again, eagerly"

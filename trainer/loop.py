@@ -31,10 +31,11 @@ from osp_diag.trainer.checkpoint import (
 )
 from osp_diag.trainer.checkpoint_folder import CheckpointFolder
 from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.control import loop_actions
 from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.devices import device_of, memory_advice
-from osp_diag.trainer.divergence import Watch, first_bad_tensor
+from osp_diag.trainer.divergence import Watch, first_bad_tensor, unseen_cause
 from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.identity import announcement, run_attributes
 from osp_diag.trainer.interruption import Interruption
@@ -142,6 +143,7 @@ class Training:
         self.optimizers = build_optimizer(self.model, config)
         self.interruption = Interruption()
         self.must_stop = False
+        self.is_asked = False
         self.watch = Watch(config.divergence, self.device)
         self.scalars = Scalars(self.device)
         self.step = 0
@@ -201,6 +203,7 @@ class Training:
         recording.begin(
             self.model,
             self.step,
+            last=self.config.steps,
             resume=resume,
             config=attributes["config"],
             autocast=self._autocast,
@@ -260,6 +263,8 @@ class Training:
                 self._record(wait=self._wants_host(self.step))
                 self.recording.after_step(self.step)
                 self._save(self.step)
+                if self.is_asked:
+                    self._obey()
                 if self.must_stop:
                     self._interrupt()
         self._record(wait=True)
@@ -285,7 +290,9 @@ class Training:
         bad = self.watch.judge(loss, norm)
         self.optimizers.step(skip=bad)
         self.optimizers.zero_grad()
-        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": self._signal_count()}
+        signals, requests = self._counts(step)
+        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": signals}
+        numbers["requests"] = requests
         if logged:
             updates = self.optimizers.update_rms()
             numbers |= {f"update_rms_{name.replace('.', '_')}": value for name, value in updates.items()}
@@ -307,9 +314,12 @@ class Training:
             losses.append(loss.detach())
         return summed(torch.stack(losses).sum())
 
-    def _signal_count(self) -> Tensor:
-        """How many ranks were sent a signal: all have to stop after the same step."""
-        return summed(torch.full((), float(self.interruption.is_requested), device=self.device))
+    def _counts(self, step: int) -> Tensor:
+        """How many ranks were sent a signal, and have a request: all stop, and obey, after the same step."""
+        control = self.recording.control
+        asked = control is not None and control.is_asked(step + 1)
+        counts = (float(self.interruption.is_requested), float(asked))
+        return summed(torch.tensor(counts, device=self.device))
 
     def _loss(self, batch: Batch) -> Tensor:
         with self._autocast():
@@ -335,6 +345,7 @@ class Training:
         """Write the scalars that have reached the host, and look whether a step went wrong."""
         for step, values in self.scalars.arrived(wait=wait):
             bad, is_interrupted = values.pop("skipped") > 0, values.pop("signals") > 0
+            self.is_asked |= values.pop("requests") > 0
             if bad and self.config.divergence.policy == "stop":
                 self._stop(step, values)
             if "learning_rate" in values:
@@ -364,6 +375,20 @@ class Training:
         if background is False:
             self.checkpoints.wait()
 
+    def _obey(self) -> None:
+        """Do what ``osp-diag control`` asks, between this step and the next."""
+        self.is_asked = False
+        if self.recording.control is not None:
+            actions = loop_actions(self.checkpoints, self.step, self._save_on_request, self._stop_on_request)
+            self.recording.control.obey(self.step + 1, actions)
+
+    def _save_on_request(self) -> None:
+        self._record(wait=True)
+        self._save_now(self.step, background=None)
+
+    def _stop_on_request(self) -> None:
+        self.must_stop = True
+
     def _interrupt(self) -> None:
         """Only once the step's probe is recorded: resumed after this step, the run would lack it."""
         self._save_now(self.step)
@@ -377,7 +402,7 @@ class Training:
         batch = dict(self.batches)[step]
         with torch.compiler.set_stance("force_eager"):
             parts = (self._loss(part) for part in self._micro_batches(batch))
-            cause = first_of_ranks(first_bad_tensor(self.model, parts)) or _unseen_cause(values)
+            cause = first_of_ranks(first_bad_tensor(self.model, parts)) or unseen_cause(values)
         self.optimizers.zero_grad()
         self.step = step - 1
         if self.step:
@@ -391,12 +416,3 @@ class Training:
             "--resume and divergence.policy=skip to pass over such steps, or begin again with a lower "
             "optimizer.lr"
         )
-
-
-def _unseen_cause(values: Mapping[str, float]) -> str:
-    """What went wrong in a step in which no tensor is NaN or Inf when it is made again."""
-    if math.isfinite(values["loss"] + values["gradient_norm"]):
-        return "no NaN or Inf, the loss is a spike"
-    if math.isfinite(values["loss"]):
-        return "every gradient is finite, and the sum of their squares is not"
-    return "every tensor of the step is finite when it is made again, eagerly"

@@ -24,6 +24,7 @@ from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError
 from osp_diag.estimators.base import Estimator, Field, Layout
+from osp_diag.probing.control import RunControl
 from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.identity import (
     circumstances,
@@ -57,7 +58,7 @@ from osp_diag.sites import find_sites, matches
 from osp_diag.sites.token_kinds import recognised_token_kinds
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.tokens import delimiter_ids_of
-from osp_diag.wording import did_you_mean
+from osp_diag.wording import did_you_mean, listed
 
 __all__ = ["Probe"]
 
@@ -78,6 +79,9 @@ class Probe:
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
     resume, overwrite : what to do with a run that is already at ``out``
+    control : whether ``osp-diag control`` may change schedule and sites while the loop runs. Under several
+        ranks :meth:`step` is then a collective that all of them have to call at every step; "auto" allows it
+        in one process alone
     options : fields of the settings, which change them (``sites=["residual_*"]``)
 
     Raises
@@ -108,12 +112,13 @@ class Probe:
         beside: Callable[[], Mapping[str, xr.Dataset]] | None = None,
         resume: bool = False,
         overwrite: bool = False,
+        control: bool | Literal["auto"] = "auto",
         **options: Unpack[MeasurementOptions],
     ) -> None:
         settings = (measurement_settings or MeasurementSettings()).changed(dict(options))
         self.model, self.settings, self.tokenizer = model, settings, tokenizer
         self.beside = beside
-        self.due = schedule_of(every)
+        self.schedule = schedule_of(every)
         self.patterns = None if settings.sites is None else tuple(settings.sites)
         self.estimators = settings.estimator_instances()
         delimiters = settings.delimiter_ids
@@ -127,7 +132,7 @@ class Probe:
             named=settings.named_sites,
             example=settings.example,
         )
-        self._check_patterns()
+        self._check_patterns(self.patterns)
         self.token_kinds = self._token_kinds()
         self.vocabulary = vocabulary_size_of(unwrap(model))
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
@@ -148,17 +153,22 @@ class Probe:
             deferred=self.deferred,
         )
         self._labels = StepLabels(self._records.layers)
+        controlled = not is_distributed() if control == "auto" else control
+        self._control = RunControl(self, Path(out)) if out is not None and controlled else None
         self._vocabulary_settled = tokenizer is None or not self.vocabulary or not is_first_rank()
 
     # What is measured
 
     def measures_site(self, site: str) -> bool:
-        named_sites = self.settings.named_sites or ()
-        return matches(site, self.patterns) or (self.patterns is None and site in named_sites)
+        return self._is_among(site, self.patterns)
 
-    def _check_patterns(self) -> None:
+    def _is_among(self, site: str, patterns: tuple[str, ...] | None) -> bool:
+        named_sites = self.settings.named_sites or ()
+        return matches(site, patterns) or (patterns is None and site in named_sites)
+
+    def _check_patterns(self, patterns: tuple[str, ...] | None) -> None:
         sites = (*self.site_map.sites, *(self.settings.named_sites or ()))
-        for pattern in self.patterns or ():
+        for pattern in patterns or ():
             if not any(matches(site, (pattern,)) for site in sites):
                 reason = self.site_map.absent.get(pattern)
                 raise SiteError(
@@ -176,11 +186,7 @@ class Probe:
     def _identity(self) -> dict[str, Any]:
         """Everything about the model and the probe that determines a number."""
         model = unwrap(self.model)
-        estimators: dict[str, Estimator] = {}
-        for site in self.site_map.sites:
-            if self.measures_site(site):
-                for suite in suites_of(site, self.estimators).values():
-                    estimators |= {estimator.identifier: estimator for estimator in suite.estimators}
+        estimators = self._estimators_at(self.patterns)
         parameter = next(model.parameters())
         return {
             "model_name": getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -205,6 +211,56 @@ class Probe:
             **circumstances(),
         }
 
+    def _estimators_at(self, patterns: tuple[str, ...] | None) -> dict[str, Estimator]:
+        """The estimators that run somewhere, by identifier."""
+        return {
+            estimator.identifier: estimator
+            for site in self.site_map.sites
+            if self._is_among(site, patterns)
+            for suite in suites_of(site, self.estimators).values()
+            for estimator in suite.estimators
+        }
+
+    # While it runs
+
+    def due(self, step: int) -> bool:
+        """Whether ``step`` is probed; in one process, a request that waits is done first."""
+        if self._control is not None and not is_distributed():
+            self._control.between_steps(step)
+        return self.schedule(step)
+
+    def check_sites(self, patterns: tuple[str, ...] | None) -> None:
+        """Refuse sites to which this probe cannot be switched.
+
+        Raises
+        ------
+        SiteError : the model has no such site, the run did not begin with one of a user's naming, or no
+            estimator of this probe applies at any
+        """
+        self._check_patterns(patterns)
+        for site in self.settings.named_sites or ():
+            if site not in self.attributes["sites"] and self._is_among(site, patterns):
+                raise SiteError(f"site {site!r} is of your own naming, and the run did not begin with it")
+        if not self._estimators_at(patterns):
+            raise SiteError(f"no estimator of this probe applies at {listed(patterns or ())}")
+
+    def switch_sites(self, patterns: tuple[str, ...] | None) -> None:
+        """Measure other sites from the next step on: what is missing in a step reads NaN there."""
+        self.patterns = patterns
+        estimators = self._estimators_at(patterns)
+        parameters = estimator_parameters(estimators.values())
+        later = [identifier for identifier in estimators if identifier not in self.attributes["estimators"]]
+        self._records.note_estimators({name: parameters.get(name, {}) for name in later})
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what the reader of the numbers should know."""
+        self._records.note(notes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is noted in the run, by this process or by those that it resumed."""
+        return self._records.notes
+
     # Measuring
 
     @contextmanager
@@ -223,6 +279,8 @@ class Probe:
         ------
         CaptureError : another thread probes the model, no forward pass ran, or none reached a site
         """
+        if self._control is not None and is_distributed():
+            self._control.between_steps(step)
         if not self.due(step):
             yield False
             return
@@ -526,6 +584,8 @@ class Probe:
 
     def close(self) -> None:
         """Write what is buffered and release the run."""
+        if self._control is not None:
+            self._control.close()
         self._records.close()
 
     def __enter__(self) -> Probe:
