@@ -6,6 +6,7 @@ import re
 import threading
 from contextlib import contextmanager, suppress
 
+import lightning
 import numpy as np
 import pytest
 import torch
@@ -17,15 +18,18 @@ from osp_diag.probing import agreement
 from osp_diag.probing import control as doing
 from osp_diag.runs.control import ControlRequest, answer_path, request_path, take_request
 from osp_diag.trainer.callbacks import OutlierProbeCallback
+from osp_diag.trainer.callbacks.lightning import OutlierProbe
 from osp_diag.trainer.checkpoint import complete_checkpoints, folder_of
 from osp_diag.trainer.checkpoint_pins import read_pins
 from osp_diag.trainer.loop import train
+from tests import test_lightning_callback as with_lightning
 from tests import test_transformers_callback as with_transformers
 from tests.checkpoint_folders import tiny_llama
 from tests.rank_processes import Ranks
 from tests.training_loops import WATCHED, held_out
 from tests.training_runs import minute
 
+pytestmark = with_lightning.pytestmark
 SOON = {"steps": 100_000, "probe__every": 100_000, "probe__sites": ("residual_post",), "checkpoint__every": 0}
 
 
@@ -201,6 +205,25 @@ def test_a_trainer_of_transformers_is_asked(tmp_path):
     assert (tmp_path / "checkpoint-2").is_dir()
     assert callback.run.steps.tolist() == [0, 4]
     assert answered(out) == (6, "the Trainer ends after this step")
+
+
+def test_a_trainer_of_lightning_is_asked(tmp_path):
+    out = tmp_path / "run.zarr"
+    callback = OutlierProbe(held_out(), out=out, every=100, **WATCHED)
+
+    class Asking(lightning.pytorch.callbacks.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if trainer.global_step == 1:
+                ask(out, every=2, checkpoint=True)
+            if trainer.global_step == 4:
+                ask(out, stop=True)
+
+    loop = with_lightning.trainer(tmp_path, [Asking(), callback], max_steps=10)
+    with_lightning.fit(loop, with_lightning.Module())
+    assert loop.global_step == 5
+    assert (tmp_path / "osp-diag-step=2.ckpt").is_file()
+    assert callback.run.steps.tolist() == [0, 4]
+    assert answered(out) == (6, "the Trainer ends after this step, unless min_steps or min_epochs go on")
 
 
 def _rank(rank, ranks, folder):

@@ -201,8 +201,9 @@ class Recording:
             stack.callback(probe.close)
             if resume:
                 probe.truncate_after(step if step > 0 else -1)
-            control = None if settings.out is None else RunControl(probe, Path(settings.out), last=last)
-            if control is not None:
+            control = None
+            if settings.out is not None:
+                control = RunControl(probe, Path(settings.out), first=step + 1, last=last)
                 stack.callback(control.close)
             logger = self._open_logger(config or {}, stack)
             self._logger = logger if settings.loggers and is_first_rank() else None

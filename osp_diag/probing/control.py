@@ -77,11 +77,14 @@ class RunControl:
     ----------
     probe : which writes the run
     run : its path
+    first : the first step that this process makes; None: the one of the first look
     last : the last step of the loop, which a switched schedule probes too; None: not known
     """
 
-    def __init__(self, probe: Switchable, run: Path, *, last: int | None = None) -> None:
-        self._probe, self._run, self._last = probe, run, last
+    def __init__(
+        self, probe: Switchable, run: Path, *, first: int | None = None, last: int | None = None
+    ) -> None:
+        self._probe, self._run, self._first, self._last = probe, run, first, last
         self._beginning = (probe.schedule, probe.patterns)
         self._paused: Schedule | None = None
         self._waiting: ControlRequest | None = None
@@ -101,7 +104,8 @@ class RunControl:
         """
         if self._was_switched:
             self._was_switched = False
-            self._note(step, "by the configuration again, since it was resumed")
+            first = step if self._first is None else self._first
+            self._note(first, "by the configuration again, since it was resumed")
         now = time.monotonic()
         if not is_first_rank() or self._waiting is not None or now < self._next_look:
             return False
