@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.interventions import Intervention, intervene
     from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe, probe_stacks
+    from osp_diag.runs.control import control
     from osp_diag.runs.run import Run, open_run
     from osp_diag.seams.declared import attention_function
 
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "analyses",
     "attention_function",
+    "control",
     "estimators",
     "figures",
     "intervene",
@@ -50,6 +52,7 @@ __getattr__, __dir__ = lazy_names(
         "TokenSettings": "osp_diag.probing",
         "analyses": "osp_diag.analyses",
         "attention_function": "osp_diag.seams.declared",
+        "control": "osp_diag.runs.control",
         "estimators": "osp_diag.estimators",
         "figures": "osp_diag.figures",
         "intervene": "osp_diag.interventions",

@@ -174,9 +174,8 @@ def test_what_comes_after_the_step_is_not_counted_and_a_step_without_gradients_i
     assert_equal(numbers(probe.run), alone)
     with pytest.raises(
         CaptureError, match=r"step 1: gradients are asked for and none came: no backward pass"
-    ):
-        with probe.step(1):
-            model(**inputs)
+    ), probe.step(1):
+        model(**inputs)
     with pytest.raises(CaptureError, match=r"none came: the forward pass reached it without gradients"):
         with probe.step(2), torch.no_grad():
             model(**inputs)

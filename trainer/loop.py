@@ -34,6 +34,7 @@ from osp_diag.trainer.checkpoint import (
 )
 from osp_diag.trainer.checkpoint_folder import CheckpointFolder
 from osp_diag.trainer.config import TrainConfig
+from osp_diag.trainer.control import loop_actions
 from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.devices import device_of, memory_advice
@@ -194,6 +195,7 @@ class Training:
         self.must_stop = False
         self.announce: Callable[[str], None] | None = None
         self._found = False
+        self.is_asked = False
         self.watch = Watch(config.divergence, self.device)
         self.scalars = Scalars(self.device)
         self.step = 0
@@ -282,6 +284,7 @@ class Training:
         recording.begin(
             self.model,
             self.step,
+            last=self.last_step,
             resume=resume,
             segment=segment,
             config=attributes["config"],
@@ -355,6 +358,8 @@ class Training:
                 self.recording.after_step(self.step)
                 self._save(self.step)
                 self._act_on_findings()
+                if self.is_asked:
+                    self._obey()
                 if self.must_stop:
                     self._interrupt()
         self._record(wait=True)
@@ -380,7 +385,9 @@ class Training:
         bad = self.watch.judge(loss, norm)
         self.optimizers.step(skip=bad)
         self.optimizers.zero_grad()
-        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": self._signal_count()}
+        signals, requests = self._counts(step)
+        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": signals}
+        numbers["requests"] = requests
         if logged:
             updates = self.optimizers.update_rms()
             numbers |= {f"update_rms_{name.replace('.', '_')}": value for name, value in updates.items()}
@@ -404,9 +411,12 @@ class Training:
             losses.append(loss.detach())
         return summed(torch.stack(losses).sum())
 
-    def _signal_count(self) -> Tensor:
-        """How many ranks were sent a signal: all have to stop after the same step."""
-        return summed(torch.full((), float(self.interruption.is_requested), device=self.device))
+    def _counts(self, step: int) -> Tensor:
+        """How many ranks were sent a signal, and have a request: all stop, and obey, after the same step."""
+        control = self.recording.control
+        asked = control is not None and control.is_asked(step + 1)
+        counts = (float(self.interruption.is_requested), float(asked))
+        return summed(torch.tensor(counts, device=self.device))
 
     def _loss(self, batch: Batch) -> Tensor:
         with self._autocast():
@@ -432,6 +442,7 @@ class Training:
         """Write the scalars that have reached the host, and look whether a step went wrong."""
         for step, values in self.scalars.arrived(wait=wait):
             bad, is_interrupted = values.pop("skipped") > 0, values.pop("signals") > 0
+            self.is_asked |= values.pop("requests") > 0
             if bad and self.config.divergence.policy == "stop":
                 self._stop(step, values)
             if "learning_rate" in values:
@@ -493,6 +504,20 @@ class Training:
         )
         if background is False:
             self.checkpoints.wait()
+
+    def _obey(self) -> None:
+        """Do what ``osp-diag control`` asks, between this step and the next."""
+        self.is_asked = False
+        if self.recording.control is not None:
+            actions = loop_actions(self.checkpoints, self.step, self._save_on_request, self._stop_on_request)
+            self.recording.control.obey(self.step + 1, actions)
+
+    def _save_on_request(self) -> None:
+        self._record(wait=True)
+        self._save_now(self.step, background=None)
+
+    def _stop_on_request(self) -> None:
+        self.must_stop = True
 
     def _interrupt(self) -> None:
         """Only once the step's probe is recorded: resumed after this step, the run would lack it."""

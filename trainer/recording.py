@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import nn
 
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.probing.control import LoopActions, RunControl
 from osp_diag.probing.feeding import Feeding
 from osp_diag.probing.identity import token_attributes
 from osp_diag.probing.ranks import is_first_rank
@@ -143,6 +144,8 @@ class Recording:
             self.measurement.check_held_out()
         self.probe: Probe | None = None
         """The one that measures now; None before training and after it."""
+        self.control: RunControl | None = None
+        """Takes requests while training; None where no run is written."""
         self._in_memory: Probe | None = None
         self._release: Callable[[], Any] = _nothing
 
@@ -210,15 +213,21 @@ class Recording:
                 resume=resume and settings.out is not None,
                 segment_after=step if segment else None,
                 overwrite=settings.overwrite and not resume,
+                control=False,  # between the steps of the loop, which this object knows
             )
             stack.callback(probe.close)
             if resume:
                 probe.truncate_after(step if step > 0 else -1)
+            control = None
+            if settings.out is not None:
+                control = RunControl(probe, Path(settings.out), first=step + 1, last=last)
+                stack.callback(control.close)
             logger = self._open_logger(config or {}, stack)
             self._logger = logger if settings.loggers and is_first_rank() else None
             self._headlines = HeadlineLog(probe, self._logger, monitor)
             # A loop that raises tells nobody: what is buffered is written when this object, or Python, ends.
             self._release = weakref.finalize(self, stack.pop_all().close)
+        self.control = control
         self.probe, self._autocast, self._eager, self._loss = probe, autocast, eager, loss
         self._open: tuple[int, ExitStack] | None = None
         self._row: tuple[int, set[str]] = (step if step > 0 else -1, set())
@@ -267,6 +276,14 @@ class Recording:
         with self._autocast(), loss or nullcontext():
             self.probe.measure(step, batches)
         self._after_probe(step, {} if loss is None else {"held_out_loss": loss.mean()})
+
+    def take_request(self, step: int, actions: LoopActions) -> None:
+        """Do what ``osp-diag control`` asks of the run, once update number ``step`` is made and recorded.
+
+        Every rank calls this after every step: it is a collective, for which nothing waits.
+        """
+        if self.control is not None:
+            self.control.between_steps(step + 1, actions)
 
     def scalars(
         self,
@@ -324,6 +341,7 @@ class Recording:
             # As if the step had raised: it is not whole, so nothing of it is recorded.
             stack.__exit__(RuntimeError, RuntimeError("training ended within a step"), None)
         self._in_memory, self.probe = self.probe if self.settings.out is None else None, None
+        self.control = None
         try:
             self._headlines.write()
         finally:

@@ -469,7 +469,7 @@ def relabel(run: Run, site: str, estimators: Sequence[Estimator | str] | None = 
 
 def _of_run(run: Run) -> list[Estimator]:
     """The estimators that a run was made with; JSON made lists of their tuples."""
-    by_name = run.attrs.get("estimator_parameters", {})
+    by_name = {**run.attrs.get("later_estimators", {}), **run.attrs.get("estimator_parameters", {})}
 
     def parameters(name: str) -> dict[str, Any]:
         recorded = by_name.get(name, {})

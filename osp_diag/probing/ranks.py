@@ -10,7 +10,14 @@ import torch.distributed as dist
 
 from osp_diag.estimators.base import Field, Layout, State
 
-__all__ = ["is_distributed", "is_first_rank", "merge_over_ranks", "on_first_rank", "rank_of_all"]
+__all__ = [
+    "communication_device",
+    "is_distributed",
+    "is_first_rank",
+    "merge_over_ranks",
+    "on_first_rank",
+    "rank_of_all",
+]
 
 Key = Any
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "maximum": dist.ReduceOp.MAX, "minimum": dist.ReduceOp.MIN}
@@ -47,7 +54,8 @@ def on_first_rank(action: Callable[[], object]) -> None:
             raise failure[0]
 
 
-def _communication_device() -> torch.device:
+def communication_device() -> torch.device:
+    """Where a tensor has to be that the ranks add up."""
     if dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -97,7 +105,7 @@ def merge_over_ranks(
     order = sorted(shapes, key=str)
     combine = {(key, name): fields(key, merged_layouts[key])[name] for key, name in order}
     merged: dict[Key, State] = {}
-    device = _communication_device()
+    device = communication_device()
     # One collective for each way of combining: the entries end to end in one vector, cut apart after it.
     for combination, operation in _OPERATIONS.items():
         entries = [entry for entry in order if combine[entry].combine == combination]

@@ -157,6 +157,17 @@ class Records:
         if self.writer is not None:
             self.writer.note(notes)
 
+    @property
+    def notes(self) -> list[str]:
+        """What is noted, also in the run that was resumed; what a deferred step has to say may follow."""
+        return list(self._attributes["notes"] if self.writer is None else self.writer.attributes["notes"])
+
+    def note_estimators(self, parameters: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep the identifiers of estimators that the run did not begin with, and their parameters."""
+        writer = self.writer
+        if parameters and writer is not None:
+            self._work.later(lambda: writer.note_estimators(parameters))
+
     def append_series(
         self,
         step: int,

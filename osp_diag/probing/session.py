@@ -25,6 +25,7 @@ from osp_diag.capture.token_kinds import TokenKinds
 from osp_diag.checkpoints.checkpoint import vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError, UsageError
 from osp_diag.estimators.base import Estimator, Field, Layout
+from osp_diag.probing.control import RunControl
 from osp_diag.probing.host import snapshot_datasets, to_host
 from osp_diag.probing.identity import (
     circumstances,
@@ -59,7 +60,7 @@ from osp_diag.sites import find_sites, matches
 from osp_diag.sites.token_kinds import recognised_token_kinds
 from osp_diag.sites.trace import is_compiled, unfused, unwrap
 from osp_diag.tokens import delimiter_ids_of
-from osp_diag.wording import did_you_mean
+from osp_diag.wording import did_you_mean, listed
 
 __all__ = ["Probe"]
 
@@ -89,6 +90,9 @@ class Probe:
         a ``GradScaler``'s factor), by which gradients are divided
     resume, overwrite : what to do with a run that is already at ``out``
     segment_after : with ``resume``: the step after which the run goes on under other attributes
+    control : whether ``osp-diag control`` may change schedule and sites while the loop runs. Under several
+        ranks :meth:`step` is then a collective that all of them have to call at every step; "auto" allows it
+        in one process alone
     options : fields of the settings, which change them (``sites=["residual_*"]``)
 
     Raises
@@ -122,6 +126,7 @@ class Probe:
         resume: bool = False,
         segment_after: int | None = None,
         overwrite: bool = False,
+        control: bool | Literal["auto"] = "auto",
         **options: Unpack[MeasurementOptions],
     ) -> None:
         settings = (measurement_settings or MeasurementSettings()).changed(dict(options))
@@ -132,7 +137,7 @@ class Probe:
                 f"loss_scale={loss_scale}: gradients are divided by it, so it has to be positive"
             )
         self.loss_scale = loss_scale
-        self.due = schedule_of(every)
+        self.schedule = schedule_of(every)
         self.patterns = None if settings.sites is None else tuple(settings.sites)
         self.estimators = settings.estimator_instances()
         delimiters = settings.delimiter_ids
@@ -146,7 +151,7 @@ class Probe:
             named=settings.named_sites,
             example=settings.example,
         )
-        self._check_patterns()
+        self._check_patterns(self.patterns)
         self.token_kinds = self._token_kinds()
         self.vocabulary = vocabulary_size_of(unwrap(model))
         on_accelerator = any(p.device.type == "cuda" for p in model.parameters())
@@ -168,25 +173,33 @@ class Probe:
             deferred=self.deferred,
         )
         self._labels = StepLabels(self._records.layers)
+        controlled = not is_distributed() if control == "auto" else control
+        self._control = RunControl(self, Path(out)) if out is not None and controlled else None
         self._vocabulary_settled = tokenizer is None or not self.vocabulary or not is_first_rank()
 
     # What is measured
 
     def measures_site(self, site: str) -> bool:
-        named_sites = self.settings.named_sites or ()
-        return matches(site, self.patterns) or (self.patterns is None and site in named_sites)
+        return self._is_among(site, self.patterns)
 
     def _measures_gradient_at(self, site: str) -> bool:
+        return self._has_gradient_at(site) and self.measures_site(site)
+
+    def _has_gradient_at(self, site: str) -> bool:
         is_read = any(has_gradient(tap) for tap in self.site_map.taps if tap.site == site)
-        return self.settings.gradients and is_read and self.measures_site(site)
+        return self.settings.gradients and is_read
 
     def _sites_with_gradients(self) -> list[str]:
         measured = [site for site in self.site_map.sites if self.measures_site(site)]
         return measured + [f"{GRADIENT}{site}" for site in measured if self._measures_gradient_at(site)]
 
-    def _check_patterns(self) -> None:
+    def _is_among(self, site: str, patterns: tuple[str, ...] | None) -> bool:
+        named_sites = self.settings.named_sites or ()
+        return matches(site, patterns) or (patterns is None and site in named_sites)
+
+    def _check_patterns(self, patterns: tuple[str, ...] | None) -> None:
         sites = (*self.site_map.sites, *(self.settings.named_sites or ()))
-        for pattern in self.patterns or ():
+        for pattern in patterns or ():
             if not any(matches(site, (pattern,)) for site in sites):
                 reason = self.site_map.absent.get(pattern)
                 raise SiteError(
@@ -204,14 +217,7 @@ class Probe:
     def _identity(self) -> dict[str, Any]:
         """Everything about the model and the probe that determines a number."""
         model = unwrap(self.model)
-        estimators: dict[str, Estimator] = {}
-        for site in self.site_map.sites:
-            if self.measures_site(site):
-                for suite in suites_of(site, self.estimators).values():
-                    estimators |= {estimator.identifier: estimator for estimator in suite.estimators}
-            if self._measures_gradient_at(site):
-                for suite in suites_of(f"{GRADIENT}{site}", self.estimators).values():
-                    estimators |= {estimator.identifier: estimator for estimator in suite.estimators}
+        estimators = self._estimators_at(self.patterns)
         parameter = next(model.parameters())
         return {
             "model_name": getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -237,6 +243,57 @@ class Probe:
             **circumstances(),
         }
 
+    def _estimators_at(self, patterns: tuple[str, ...] | None) -> dict[str, Estimator]:
+        """The estimators that run somewhere, by identifier."""
+        sites = [site for site in self.site_map.sites if self._is_among(site, patterns)]
+        sites += [f"{GRADIENT}{site}" for site in sites if self._has_gradient_at(site)]
+        return {
+            estimator.identifier: estimator
+            for site in sites
+            for suite in suites_of(site, self.estimators).values()
+            for estimator in suite.estimators
+        }
+
+    # While it runs
+
+    def due(self, step: int) -> bool:
+        """Whether ``step`` is probed; in one process, a request that waits is done first."""
+        if self._control is not None and not is_distributed():
+            self._control.between_steps(step)
+        return self.schedule(step)
+
+    def check_sites(self, patterns: tuple[str, ...] | None) -> None:
+        """Refuse sites to which this probe cannot be switched.
+
+        Raises
+        ------
+        SiteError : the model has no such site, the run did not begin with one of a user's naming, or no
+            estimator of this probe applies at any
+        """
+        self._check_patterns(patterns)
+        for site in self.settings.named_sites or ():
+            if site not in self.attributes["sites"] and self._is_among(site, patterns):
+                raise SiteError(f"site {site!r} is of your own naming, and the run did not begin with it")
+        if not self._estimators_at(patterns):
+            raise SiteError(f"no estimator of this probe applies at {listed(patterns or ())}")
+
+    def switch_sites(self, patterns: tuple[str, ...] | None) -> None:
+        """Measure other sites from the next step on: what is missing in a step reads NaN there."""
+        self.patterns = patterns
+        estimators = self._estimators_at(patterns)
+        parameters = estimator_parameters(estimators.values())
+        later = [identifier for identifier in estimators if identifier not in self.attributes["estimators"]]
+        self._records.note_estimators({name: parameters.get(name, {}) for name in later})
+
+    def note(self, notes: Iterable[str]) -> None:
+        """Keep what the reader of the numbers should know."""
+        self._records.note(notes)
+
+    @property
+    def notes(self) -> list[str]:
+        """What is noted in the run, by this process or by those that it resumed."""
+        return self._records.notes
+
     # Measuring
 
     @contextmanager
@@ -258,6 +315,8 @@ class Probe:
         CaptureError : another thread probes the model, no forward pass ran, or none reached a site; gradients
             are asked for and none came
         """
+        if self._control is not None and is_distributed():
+            self._control.between_steps(step)
         if not self.due(step):
             yield False
             return
@@ -587,10 +646,6 @@ class Probe:
         """Keep labelled arrays of a step beside its scalars (group name → Dataset of floats, no step)."""
         self._records.append_logged(step, groups)
 
-    def note(self, notes: Iterable[str]) -> None:
-        """Keep what the reader of the numbers should know, in the run's notes, each once."""
-        self._records.note(notes)
-
     def flush(self) -> None:
         """Commit what was recorded: a training loop does so before it saves a checkpoint."""
         self._records.flush()
@@ -610,6 +665,8 @@ class Probe:
 
     def close(self) -> None:
         """Write what is buffered and release the run."""
+        if self._control is not None:
+            self._control.close()
         self._records.close()
 
     def __enter__(self) -> Probe:

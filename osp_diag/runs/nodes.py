@@ -37,7 +37,10 @@ _KINDS: Mapping[Any, tuple[str, ...]] = {
         "long_name", "definition", "coordinates",
     ),
     (int, float): ("number_of_layers", "hidden_size", "sequence_length", "tokens", "tokens_per_step"),
-    Mapping: ("sites", "absent_sites", "config", "versions", "estimator_parameters"),
+    Mapping: (
+        "sites", "absent_sites", "config", "versions", "estimator_parameters",
+        "later_estimators",
+    ),
     list: ("estimators", "resumed", "notes"),
 }  # fmt: skip
 """Attributes that are read by name, and what they are."""
@@ -89,6 +92,9 @@ def check_attributes(attributes: Mapping[str, Any], where: object) -> None:
     for name in ("estimators", "notes"):
         if not all(isinstance(item, str) for item in attributes.get(name) or ()):
             raise _refusal(where, f"its attribute {name!r}", "holds what is no text")
+    for parameters in (attributes.get("later_estimators") or {}).values():
+        if not isinstance(parameters, Mapping):
+            raise _refusal(where, "its attribute 'later_estimators'", "holds what is no object")
     for item in attributes.get("resumed") or ():
         if not isinstance(item, Mapping):
             raise _refusal(where, "its attribute 'resumed'", "holds what is no object")

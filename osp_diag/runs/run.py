@@ -276,7 +276,8 @@ class Run:
     @property
     def estimators(self) -> list[str]:
         """Identifiers of the estimators that were run ("osp_excess_kurtosis/1")."""
-        return list(self.attrs.get("estimators", []))
+        names = (*(self.attrs.get("estimators") or ()), *(self.attrs.get("later_estimators") or ()))
+        return list(dict.fromkeys(names))
 
     @property
     def statistics(self) -> list[str]:

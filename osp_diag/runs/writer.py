@@ -65,7 +65,7 @@ __all__ = ["RunWriter", "check_destination"]
 
 CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
-VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites", "notes", PARENT, SEGMENTS)
+VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites", "notes", "later_estimators", PARENT, SEGMENTS)
 
 _CHUNK_BYTES = 256 * 1024
 _SERIES_CHUNK = 4096
@@ -364,6 +364,15 @@ class RunWriter:
         noted = self._attributes.get("notes", [])
         if more := [note for note in notes if note not in noted]:
             self._attributes["notes"] = [*noted, *more]
+            with self._disk_errors():
+                self._commit()
+
+    def note_estimators(self, parameters: Mapping[str, Mapping[str, Any]]) -> None:
+        """Keep which estimators came after the first step: identifier → parameters."""
+        self._require_open()
+        noted = self._attributes.get("later_estimators", {})
+        if parameters.keys() - noted.keys():
+            self._attributes["later_estimators"] = noted | jsonable(dict(parameters), "later_estimators")
             with self._disk_errors():
                 self._commit()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, Unpack
 
 import torch
@@ -12,6 +13,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from osp_diag.errors import UsageError
+from osp_diag.probing.control import LoopActions
 from osp_diag.probing.settings import keyword_form
 from osp_diag.runs.run import Run
 from osp_diag.trainer.parallel import gathered
@@ -110,6 +112,7 @@ class OutlierProbe(Callback):
                 self._numbers["loss"] = trainer.strategy.reduce(loss, reduce_op="mean")
             self.recording.scalars(step, {name: float(value) for name, value in self._numbers.items()})
         self._losses, self._numbers = [], {}
+        self.recording.take_request(step, _actions(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Between micro-batches: what was trained on so far is measured, the validation is not.
@@ -149,6 +152,21 @@ class OutlierProbe(Callback):
     def _is_logged(trainer: Trainer, step: int) -> bool:
         every: int = getattr(trainer, "log_every_n_steps", 0)
         return every > 0 and step % every == 0
+
+
+def _actions(trainer: Trainer) -> LoopActions:
+    """What the Trainer does on request; its own callbacks say which checkpoints they delete."""
+
+    def checkpoint() -> str:
+        path = Path(trainer.default_root_dir) / f"osp-diag-step={trainer.global_step}.ckpt"
+        trainer.save_checkpoint(path)
+        return f"{path} is saved"
+
+    def stop() -> str:
+        trainer.should_stop = True
+        return "the Trainer ends after this step, unless min_steps or min_epochs go on"
+
+    return LoopActions(checkpoint=checkpoint, stop=stop)
 
 
 def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:

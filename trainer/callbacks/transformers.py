@@ -7,6 +7,7 @@ from typing import Any, Unpack
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from osp_diag.checkpoints.trainer_state import run_scalars
+from osp_diag.probing.control import LoopActions
 from osp_diag.probing.settings import keyword_form
 from osp_diag.runs.run import Run
 from osp_diag.trainer.recording import IN_TRAINING, HeldOut, Recording, RecordingOptions, RecordingSettings
@@ -82,6 +83,7 @@ class OutlierProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.recording.after_step(state.global_step)
+        self.recording.take_request(state.global_step, _actions(control))
         self._before_save(control)
 
     def on_log(
@@ -109,3 +111,17 @@ class OutlierProbeCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.recording.end()
+
+
+def _actions(control: TrainerControl) -> LoopActions:
+    """What the Trainer does on request; its own settings say which checkpoints it deletes."""
+
+    def checkpoint() -> str:
+        control.should_save = True
+        return "the Trainer saves a checkpoint after this step"
+
+    def stop() -> str:
+        control.should_training_stop = True
+        return "the Trainer ends after this step"
+
+    return LoopActions(checkpoint=checkpoint, stop=stop)
