@@ -15,7 +15,7 @@ from osp_diag.version import __version__
 if TYPE_CHECKING:
     from osp_diag import analyses, estimators, figures, trainer
     from osp_diag.checkpoints import open_checkpoint
-    from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe, probe_stacks
+    from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe, probe_series, probe_stacks
     from osp_diag.runs.run import Run, open_run
     from osp_diag.seams.declared import attention_function
 
@@ -33,6 +33,7 @@ __all__ = [
     "open_checkpoint",
     "open_run",
     "probe",
+    "probe_series",
     "probe_stacks",
     "trainer",
 ]
@@ -51,6 +52,7 @@ __getattr__, __dir__ = lazy_names(
         "open_checkpoint": "osp_diag.checkpoints",
         "open_run": "osp_diag.runs.run",
         "probe": "osp_diag.probing",
+        "probe_series": "osp_diag.probing",
         "probe_stacks": "osp_diag.probing",
         "trainer": "osp_diag.trainer",
     },
