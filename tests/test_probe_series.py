@@ -22,6 +22,7 @@ from osp_diag.cli.main import main
 from osp_diag.errors import CheckpointError, OspDiagError, StoreError, UsageError
 from osp_diag.probing import series
 from tests.checkpoint_folders import edit_config
+from tests.file_situations import situation
 from tests.tiny_checkpoints import byte_tokenizer, gpt2, llama, save
 from tests.training_loops import token_ids, transformers
 
@@ -83,6 +84,7 @@ def poison(checkpoint: Path) -> None:
 # What is measured
 
 
+@situation("a folder with `checkpoint-500`, `checkpoint-1000` … and no model of its own")
 def test_every_step_is_what_its_checkpoint_gives_alone(trained, whole):
     assert whole.steps.tolist() == [2, 4, 6]
     for step in (2, 6):
@@ -371,6 +373,7 @@ def test_another_dtype_is_refused_with_what_differs_and_can_be_set_for_all(runs,
     assert osp_diag.probe_series(named, dtype="float32", **TOKENS).attrs["dtype"] == "float32"
 
 
+@situation("a folder of transformers' Trainer: the final model, with checkpoints inside")
 def test_the_final_model_is_measured_alone_with_a_note_or_beside_its_checkpoints(runs, capsys):
     shutil.copytree(runs / "checkpoint-6", runs, dirs_exist_ok=True)
     state = json.loads((runs / "trainer_state.json").read_text()) | {"global_step": 8}
