@@ -164,9 +164,8 @@ def run(
     with joined_ranks():
         if series is None:
             model_checkpoint = opening.open(checkpoints[0])
-        else:
-            first = series.members[0]
-            model_checkpoint = series.opening_of(opening, first).open(first.source)
+        else:  # the first tells the sites and the stacks of all
+            model_checkpoint = series.opened(series.members[0], opening)
         inputs = _inputs(model_checkpoint, example, random_inputs)
         if list_sites:
             from osp_diag.sites import find_sites

@@ -6,13 +6,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from osp_diag.checkpoints.series import StepCheckpoint, checkpoints_of, is_model
 from osp_diag.checkpoints.step_names import checkpoints_in
 from osp_diag.errors import UsageError
 from osp_diag.probing.settings import MeasurementSettings, OpeningSettings, TokenSettings
-from osp_diag.runs.run import Run
-from osp_diag.schema import Protocol
+
+if TYPE_CHECKING:
+    from osp_diag.checkpoints import Checkpoint
+    from osp_diag.runs.run import Run
+    from osp_diag.schema import Protocol
 
 __all__ = ["Series", "series_of"]
 
@@ -26,9 +30,9 @@ class Series:
     revisions: tuple[str, ...] | None
     members: tuple[StepCheckpoint, ...]
 
-    def opening_of(self, opening: OpeningSettings, member: StepCheckpoint) -> OpeningSettings:
-        """How one of them is opened."""
-        return replace(opening, revision=member.revision)
+    def opened(self, member: StepCheckpoint, opening: OpeningSettings) -> Checkpoint:
+        """One of them, opened."""
+        return replace(opening, revision=member.revision).open(member.source)
 
     def measure(
         self,
@@ -64,7 +68,7 @@ class Series:
         if not compare or last.step != int(run.steps[-1]):
             return runs
         try:
-            checkpoint = self.opening_of(opening, last).open(last.source)
+            checkpoint = self.opened(last, opening)
             return runs | under_other_protocol(checkpoint, token_settings, measurement_settings, run)
         except KeyboardInterrupt as interruption:
             if out is not None:

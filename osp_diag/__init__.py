@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from osp_diag import analyses, estimators, figures, trainer
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.interventions import Intervention, intervene
-    from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe, probe_stacks
+    from osp_diag.probing import MeasurementSettings, Probe, TokenSettings, probe, probe_series, probe_stacks
     from osp_diag.runs.control import control
     from osp_diag.runs.run import Run, open_run
     from osp_diag.seams.declared import attention_function
@@ -38,6 +38,7 @@ __all__ = [
     "open_checkpoint",
     "open_run",
     "probe",
+    "probe_series",
     "probe_stacks",
     "trainer",
 ]
@@ -59,6 +60,7 @@ __getattr__, __dir__ = lazy_names(
         "open_checkpoint": "osp_diag.checkpoints",
         "open_run": "osp_diag.runs.run",
         "probe": "osp_diag.probing",
+        "probe_series": "osp_diag.probing",
         "probe_stacks": "osp_diag.probing",
         "trainer": "osp_diag.trainer",
     },

@@ -133,25 +133,24 @@ class _Series:
     """Of the first checkpoint that was opened, as are the batches."""
     attributes: dict[str, Any] = field(default_factory=dict)
     """Of the run."""
+    before: Run | None = None
+    """The run that is resumed, as it was."""
     logged: int = -1
     """Scalars up to this step are in the run."""
 
     def measured(self, *, resume: bool, overwrite: bool) -> Run:
         """Measure what is not in the run yet."""
-        before = self._before(resume)
-        known = {} if before is None else dict(before.attrs[CHECKPOINTS])
-        last = -1 if before is None else int(before.steps[-1])
-        self.logged = -1 if before is None else _last_logged(before)
-        remaining = [one for one in self.members if str(one.step) not in known]
-        self._refuse_between(remaining, last)
+        self.before = self._run_there() if resume else None
+        known = {} if self.before is None else dict(self.before.attrs[CHECKPOINTS])
+        self.logged = -1 if self.before is None else _last_logged(self.before)
         done = [one for one in self.members if str(one.step) in known]
+        remaining = [one for one in self.members if str(one.step) not in known]
+        self._refuse_between(remaining)
         try:
             if done:
-                with self._told(done[-1], "looked at again"):
-                    self._compare(done[-1], known[str(done[-1].step)], before, resume)
+                self._compare(done[-1], known[str(done[-1].step)])
             for one in remaining:
-                gc.collect()  # a model is full of circles, and the next is opened when this one is gone
-                self._measure(one, before, known, resume=resume, overwrite=overwrite)
+                self._measure(one, known, resume=resume, overwrite=overwrite)
         finally:
             if self.records is not None:
                 self.records.close()
@@ -161,9 +160,9 @@ class _Series:
         assert self.records is not None
         return self.records.run()
 
-    def _before(self, resume: bool) -> Run | None:
+    def _run_there(self) -> Run | None:
         """The run that is to be resumed, if there is one with a step in it."""
-        if not resume or self.out is None or not survey(self.out, resume=True, overwrite=False):
+        if self.out is None or not survey(self.out, resume=True, overwrite=False):
             return None
         attributes = read_root(self.out)["attributes"]
         if not isinstance(attributes.get(CHECKPOINTS), dict):
@@ -173,7 +172,8 @@ class _Series:
             )
         return open_run(self.out) if attributes[CHECKPOINTS] else None
 
-    def _refuse_between(self, remaining: Sequence[StepCheckpoint], last: int) -> None:
+    def _refuse_between(self, remaining: Sequence[StepCheckpoint]) -> None:
+        last = -1 if self.before is None else int(self.before.steps[-1])
         early = [one for one in remaining if one.step < last]
         if early:
             raise UsageError(
@@ -182,11 +182,8 @@ class _Series:
                 "--overwrite (overwrite=True) or at another --out"
             )
 
-    def _compare(
-        self, one: StepCheckpoint, recorded: Mapping[str, str], before: Run | None, resume: bool
-    ) -> None:
+    def _compare(self, one: StepCheckpoint, recorded: Mapping[str, str]) -> None:
         """Refuse to go on with another training, or under other conditions, by the last step in common."""
-        assert before is not None
         checkpoint, session, _ = self._opened(one, None)
         if checkpoint.fingerprint != recorded.get("fingerprint"):
             raise CheckpointError(
@@ -194,48 +191,45 @@ class _Series:
                 f"{recorded.get('source')}): its weights are others; name the checkpoints of that training, "
                 "or write to another --out"
             )
-        self._begin(session, checkpoint, before, resume=resume, overwrite=False, is_same=True)
+        self._begin(session, checkpoint, resume=True, overwrite=False, is_same=True)
 
-    def _measure(
-        self,
-        one: StepCheckpoint,
-        before: Run | None,
-        known: dict[str, Any],
-        *,
-        resume: bool,
-        overwrite: bool,
-    ) -> None:
+    def _measure(self, one: StepCheckpoint, known: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
         place = f"checkpoint {self.members.index(one) + 1} of {len(self.members)}"
-        with self._told(one, place), self._bar(f"step {one.step}, {place}") as bar:
-            checkpoint, session, feeding = self._opened(one, bar)
+        with self._bar(f"step {one.step}, {place}") as bar:
+            with self._located(one, place):
+                checkpoint, session, feeding = self._opened(one, bar)
             if self.records is None:
-                self._begin(session, checkpoint, before, resume=resume, overwrite=overwrite)
-            else:
+                self._begin(session, checkpoint, resume=resume, overwrite=overwrite)
+            with self._located(one, place):
                 self._refuse_differences(one, session)
-            assert self.records is not None
-            assert self.batches is not None
-            self._log(one, before_step=True)
-            started = time.perf_counter()
-            measure_passes(session, feeding, one.name, self.batches, one.step)
-            seconds = time.perf_counter() - started
+                self._log(one, before_step=True)
+                started = time.perf_counter()
+                assert self.batches is not None
+                measure_passes(session, feeding, one.name, self.batches, one.step)
             known[str(one.step)] = {"source": one.name, "fingerprint": checkpoint.fingerprint}
-            attributes = {CHECKPOINTS: dict(known), "model_fingerprint": checkpoint.fingerprint}
-            latest = session.latest
-            self.attributes["absent_sites"] |= session.absent
-            self.records.step(one.step, lambda: latest, session.absent, attributes)
-            self.records.note(session.attributes["notes"])
-            for group, dataset in session.static.items():
-                if group not in self.records:
-                    self.records.write_static(group, dataset)
-            self.records.append_series(one.step, {"probe_seconds": seconds})
-            self._log(one, before_step=False)
-            self.records.flush()
+            self._record(one, session, known, time.perf_counter() - started)
+
+    def _record(self, one: StepCheckpoint, session: Probe, known: Mapping[str, Any], seconds: float) -> None:
+        """Commit what was measured of a checkpoint, and with it which one it was."""
+        assert self.records is not None
+        fingerprint = known[str(one.step)]["fingerprint"]
+        attributes = {CHECKPOINTS: dict(known), "model_fingerprint": fingerprint}
+        self.attributes["absent_sites"] |= session.absent
+        self.records.step(one.step, lambda: session.latest, session.absent, attributes)
+        self.records.note(session.attributes["notes"])
+        for group, dataset in session.static.items():
+            if group not in self.records:
+                self.records.write_static(group, dataset)
+        self.records.append_series(one.step, {"probe_seconds": seconds})
+        self._log(one, before_step=False)
+        self.records.flush()
 
     def _bar(self, label: str) -> AbstractContextManager[Progress | None]:
         return nullcontext() if self.progress is None else self.progress(label)
 
     def _opened(self, one: StepCheckpoint, bar: Progress | None) -> tuple[Checkpoint, Probe, Any]:
-        """A checkpoint, its probe in memory and its batches, once it is known to be like the first."""
+        """A checkpoint, its probe in memory and its batches; its tokenizer is known to be the first one's."""
+        gc.collect()  # a model is full of circles, and the one before has to be gone
         checkpoint = open_checkpoint(one.source, **{**self.opening, "revision": one.revision})
         if self.batches is None:
             self.batches, self.tokenizer = self.tokens.batches(checkpoint), checkpoint.tokenizer
@@ -250,7 +244,6 @@ class _Series:
         self,
         session: Probe,
         checkpoint: Checkpoint,
-        before: Run | None,
         *,
         resume: bool,
         overwrite: bool,
@@ -268,11 +261,11 @@ class _Series:
             "model_fingerprint": checkpoint.fingerprint,
             CHECKPOINTS: {},
         }
-        if before is not None:  # what grows with the run, or where it lies, is no condition of it
+        if self.before is not None:  # what grows with the run, or where it lies, is no condition of it
             of_the_run = ("model_source", "model_fingerprint", CHECKPOINTS)
-            attributes |= {key: before.attrs[key] for key in of_the_run}
+            attributes |= {key: self.before.attrs[key] for key in of_the_run}
             if is_same:
-                attributes["model_name"] = before.attrs["model_name"]
+                attributes["model_name"] = self.before.attrs["model_name"]
         self.records = Records(self.out, attributes, resume=resume, overwrite=overwrite, deferred=False)
         self.attributes = attributes
 
@@ -308,7 +301,7 @@ class _Series:
                 self.logged = step
 
     @contextmanager
-    def _told(self, one: StepCheckpoint, place: str) -> Iterator[None]:
+    def _located(self, one: StepCheckpoint, place: str) -> Iterator[None]:
         """Say in an error which checkpoint it is of, and what is safe."""
         try:
             yield
@@ -319,7 +312,9 @@ class _Series:
     def _safe(self) -> str:
         if self.out is None:
             return "The run was not to be written, so nothing is kept."
-        steps = [] if self.records is None or self.records.writer is None else self.records.writer.steps
+        steps = [] if self.before is None else self.before.steps.tolist()
+        if self.records is not None and self.records.writer is not None:
+            steps = self.records.writer.steps
         if not steps:
             return "Nothing was measured before it."
         return (
