@@ -24,7 +24,19 @@ NO_FINAL_NORM = POST_NORM
 SOFTMAX = {name for name, family in FAMILIES.items() if family.seam == "softmax"}
 UNNAMED_PROJECTIONS = {"codegen", "bloom", "mpt"}
 GATED = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3", "phi3", "olmo2", "cohere", "stablelm"),
+    *(
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "olmo2",
+        "cohere",
+        "stablelm",
+    ),
     *("granite", "glm4", "modernbert", "deepseek_v3"),
 }
 EXPERTS = {"mixtral": {0, 1}, "qwen2_moe": {0, 1}, "deepseek_v3": {1}, "gpt_oss": {0, 1}}

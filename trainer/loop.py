@@ -234,7 +234,9 @@ class Training:
         if self.origin is not None:
             attributes[PARENT] = origin_attribute(self.origin)
         if probe.gradients:
-            attributes["gradient_of"] = "the mean loss over all labels of the step, of all micro-batches and ranks"
+            attributes["gradient_of"] = (
+                "the mean loss over all labels of the step, of all micro-batches and ranks"
+            )
         recording = Recording(
             held_out,
             out=out,

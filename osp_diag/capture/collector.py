@@ -564,9 +564,7 @@ class Collector:
         documents = [part.documents for part in self._parts_on(device) if part.documents is not None]
         return torch.cat([d.sequence for d in documents]), torch.cat([d.position[:, 0] for d in documents])
 
-    def on_gradient(
-        self, tap: Tap, layer: int, value: torch.Tensor
-    ) -> Callable[[torch.Tensor], None] | None:
+    def on_gradient(self, tap: Tap, layer: int, value: torch.Tensor) -> Callable[[torch.Tensor], None] | None:
         """What to call with the gradient of a tapped tensor; None where it is not measured."""
         if self.gradients is None or not has_gradient(tap) or not self.includes(tap.site):
             return None

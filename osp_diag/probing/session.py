@@ -64,8 +64,8 @@ from osp_diag.wording import did_you_mean
 __all__ = ["Probe"]
 
 GRADIENT_OF = (
-    "the sum of what the loop called backward on within the step (loss scaling of its own included), on each rank "
-    "that of its own tokens"
+    "the sum of what the loop called backward on within the step (loss scaling of its own included), on each "
+    "rank that of its own tokens"
 )
 """Of which loss gradients are, where the loop says nothing."""
 
@@ -85,8 +85,8 @@ class Probe:
         does so on CUDA. What fails in the thread is raised by the next call, :meth:`close` at the latest
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
-    loss_scale : with ``gradients``: what the loop multiplies its loss by before ``backward`` (the number of ranks,
-        a ``GradScaler``'s factor), by which gradients are divided
+    loss_scale : with ``gradients``: what the loop multiplies its loss by before ``backward`` (the number of
+        ranks, a ``GradScaler``'s factor), by which gradients are divided
     resume, overwrite : what to do with a run that is already at ``out``
     segment_after : with ``resume``: the step after which the run goes on under other attributes
     options : fields of the settings, which change them (``sites=["residual_*"]``)
@@ -128,7 +128,7 @@ class Probe:
         self.model, self.settings, self.tokenizer = model, settings, tokenizer
         self.beside = beside
         if not loss_scale > 0:
-            raise UsageError(f"loss_scale={loss_scale}: gradients are divided by it, so it has to be positive")
+            raise UsageError(f"loss_scale={loss_scale}: gradients are divided by it; give a positive number")
         self.loss_scale = loss_scale
         self.due = schedule_of(every)
         self.patterns = None if settings.sites is None else tuple(settings.sites)
@@ -471,16 +471,16 @@ class Probe:
         self._keep_vocabulary()
         self.append_series(step, {"probe_seconds": time.perf_counter() - started})
 
-    def _check_gradients(self, step: int, states: Collection[tuple[Any, ...]], reasons: Mapping[str, str]) -> None:
+    def _check_gradients(
+        self, step: int, states: Collection[tuple[Any, ...]], reasons: Mapping[str, str]
+    ) -> None:
         """Refuse a step of which gradients are asked for and none came, on every rank alike."""
         if states and not any(key[0].startswith(GRADIENT) for key in states):
             nothing = "no backward pass reached a site within the step; call backward inside the block"
             why = next(iter(reasons.values()), nothing)
             raise CaptureError(f"step {step}: gradients are asked for and none came: {why}")
 
-    def _labelled(
-        self, step: int, collector: Collector, absent: dict[str, str]
-    ) -> Callable[[], ProbedStep]:
+    def _labelled(self, step: int, collector: Collector, absent: dict[str, str]) -> Callable[[], ProbedStep]:
         """Bring what all ranks measured to the host; what is returned makes a step of it, on every rank.
 
         ``absent`` is then told what was measured and has no room in the run.

@@ -33,7 +33,10 @@ def expected(oracle) -> dict[str, np.ndarray]:
 def measured(x: np.ndarray) -> dict[str, np.ndarray]:
     strata = np.zeros((4, 1, len(x)), np.float32)
     strata[0], strata[1, 0, 0], strata[3, 0, 1:] = 1, 1, 1
-    suite, observation = Suite([ActivationGradient()]), ActivationObservation(x[None].astype(np.float32), strata)
+    suite, observation = (
+        Suite([ActivationGradient()]),
+        ActivationObservation(x[None].astype(np.float32), strata),
+    )
     state = suite.update(suite.init(observation.layout, observation.x), observation)
     return {name: output.values for name, output in suite.finalise(state, observation.layout).items()}
 

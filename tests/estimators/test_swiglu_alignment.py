@@ -1,4 +1,4 @@
-"""Cosines between gate and up projections: the definition in float64, and of models whose gate is fused or not."""
+"""Cosines between gate and up projections: the definition in float64, and of models, fused or not."""
 
 from __future__ import annotations
 
@@ -73,7 +73,9 @@ def test_the_ends_of_the_scale_and_what_is_not_defined() -> None:
     assert np.isnan(found["swiglu_alignment_cosine"]).tolist() == [True, True, *[False] * 10]
     assert found["swiglu_alignment"] == pytest.approx(1)
     assert np.isnan(list(map(np.max, found_in(gate, np.zeros_like(gate)).values()))).all()
-    with pytest.raises(EstimatorError, match=r"as \(neuron, input\) both, none of them 0; got \(12, 7\) and \(7,\)"):
+    with pytest.raises(
+        EstimatorError, match=r"as \(neuron, input\) both, none of them 0; got \(12, 7\) and \(7,\)"
+    ):
         GateObservation(gate, gate[0])
 
 
