@@ -51,9 +51,9 @@ class ActivationGradient(Estimator):
 
     Measured in the backward pass of a training step, where it is asked for (``gradients=True``); the run's
     attribute ``gradient_of`` says of which loss. The gradient is that of the very tensor which the site
-    reads, along every path from it. Tokens that the loss does not depend on (their gradient is exactly 0, as at
-    the last position) are no part of root mean square and kurtosis, and
-    ``gradient_zero_share`` says how many they are. The kurtosis is that of ``fisher_kurtosis``: centred, over
+    reads, along every path from it. Tokens that the loss does not depend on (their gradient is exactly 0, as
+    at the last position) are no part of root mean square and kurtosis, and ``gradient_zero_share`` says how
+    many they are. The kurtosis is that of ``fisher_kurtosis``: centred, over
     the channels of a token, mean over tokens. Compare strata: where the first token takes much attention, its
     gradient is a sum over all queries that look at it.
     """
