@@ -5,6 +5,7 @@ times are medians over rounds, memory is the extra peak over the bare pass. Run 
 
     python benchmarks/probe_overhead.py                      # the shape that suits the machine
     python benchmarks/probe_overhead.py --shape llama-1.4b --rounds 8 --out overhead.json
+    python benchmarks/probe_overhead.py --gradients          # a training's passes, with gradients and without
     python benchmarks/probe_overhead.py --check              # only compare the kernels with the definitions
 
 nnsight and TransformerLens, its release 4 or later, are compared too where they are installed:
@@ -164,6 +165,34 @@ def probed(bench: Bench, estimators: dict[str, Sequence[str]] | None, *, compile
             bench.bare()
 
     return forward
+
+
+def gradient_variants(bench: Bench, *, compiled: bool) -> list[Variant]:
+    """Forward and backward passes: bare, with the probe of level A attached, and with its gradients too."""
+
+    def passes() -> None:
+        with torch.enable_grad():
+            out = bench.model(input_ids=bench.ids, use_cache=False).last_hidden_state
+            out.float().square().mean().backward()
+        bench.model.zero_grad(set_to_none=True)
+
+    estimators: dict[str, Sequence[str]] = dict.fromkeys(RESIDUAL, one_reading())
+
+    def probed_passes(*, gradients: bool) -> Forward:
+        options: dict[str, Any] = {"sites": list(estimators), "estimators": estimators, "keep_raw": False}
+        probe = Probe(bench.model, compile=compiled, gradients=gradients, **options)
+
+        def forward() -> None:
+            with probe.collect():
+                passes()
+
+        return forward
+
+    return [
+        Variant("bare forward and backward", passes),
+        Variant("probe A of the forward pass", probed_passes(gradients=False)),
+        Variant("probe A, and gradients at the same sites", probed_passes(gradients=True)),
+    ]
 
 
 def hidden_states(bench: Bench) -> Forward:
@@ -344,13 +373,17 @@ def main() -> None:
     parser.add_argument(
         "--check", action="store_true", help="compare the kernels with the definitions and stop"
     )
+    parser.add_argument("--gradients", action="store_true", help="time forward and backward passes instead")
     options = parser.parse_args()
     if options.check:
         check(torch.device(options.device))
         return
 
     bench = Bench(options.shape, options.device)
-    variants, skipped = variants_of(bench, compiled=options.compiled, all_levels=options.all_levels)
+    if options.gradients:
+        variants, skipped = gradient_variants(bench, compiled=options.compiled), dict[str, str]()
+    else:
+        variants, skipped = variants_of(bench, compiled=options.compiled, all_levels=options.all_levels)
     for variant in list(variants):
         with building(variant.name, skipped):
             bench.time(variant, keep=False)

@@ -123,7 +123,7 @@ PROJECTION_WEIGHT = "projection_weight:"
 """How the sites begin that are the weights of one projection, by its role (query, key, value,
 attention_output, gate, up) or its path within the block."""
 GRADIENT = "gradient:"
-"""How the groups begin that hold gradients of the loss with respect to the activations of a site, by its name."""
+"""How the groups begin that hold gradients of the loss with respect to the activations of a site."""
 HEAD_SITES = (
     "query_pre_rope",
     "key_pre_rope",
@@ -217,7 +217,7 @@ TOKEN_UNIT = "token id"
 
 
 def is_site(name: str, declared: Collection[str] = ()) -> bool:
-    """Whether a group is a site: of the vocabulary, of one projection or gradient, or ``declared`` by its run.
+    """Whether a group is a site: of the vocabulary, a projection's or gradient's, or ``declared``.
 
     Parameters
     ----------

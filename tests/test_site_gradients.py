@@ -140,7 +140,7 @@ def test_outputs_and_parameter_gradients_are_the_models_to_the_bit(checkpointed:
         again.backward()
     assert torch.equal(loss, again)
     for (name, first), second in zip(plain.named_parameters(), probed.parameters(), strict=True):
-        assert first.grad is not None and torch.equal(first.grad, second.grad), name
+        torch.testing.assert_close(first.grad, second.grad, rtol=0, atol=0, msg=name)
     # What checkpointing computes twice counts once.
     assert_equal(numbers(probe.run), numbers(run_of(llama(), [inputs])))
 
@@ -172,13 +172,11 @@ def test_what_comes_after_the_step_is_not_counted_and_a_step_without_gradients_i
     alone = numbers(probe.run)
     late.backward()
     assert_equal(numbers(probe.run), alone)
-    with pytest.raises(
-        CaptureError, match=r"step 1: gradients are asked for and none came: no backward pass"
-    ), probe.step(1):
+    with pytest.raises(CaptureError, match=r"step 1: .* none came: no backward pass"), probe.step(1):
         model(**inputs)
-    with pytest.raises(CaptureError, match=r"none came: the forward pass reached it without gradients"):
-        with probe.step(2), torch.no_grad():
-            model(**inputs)
+    reason = r"none came: the forward pass reached it without gradients"
+    with pytest.raises(CaptureError, match=reason), probe.step(2), torch.no_grad():
+        model(**inputs)
 
 
 def test_reentrant_checkpointing_and_frozen_layers_are_told_by_their_reason() -> None:
@@ -190,7 +188,8 @@ def test_reentrant_checkpointing_and_frozen_layers_are_told_by_their_reason() ->
     whole = numbers(run_of(llama(), [batch()], sites=["residual_pre", "final_norm"]))
     assert_equal(numbers(run), whole)
     reason = run.absent_sites[f"{GRADIENT}residual_post"]
-    assert "reentrant activation checkpointing" in reason and reason.endswith("(layers 0–2)")
+    assert "reentrant activation checkpointing" in reason
+    assert reason.endswith("(layers 0–2)")
 
     model = llama()
     for parameter in (*model.model.embed_tokens.parameters(), *model.model.layers[0].parameters()):

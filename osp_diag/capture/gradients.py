@@ -1,9 +1,9 @@
 """Gradients of the loss at the sites: read in the backward pass of the very tensors that the sites read.
 
-A hook on a tensor sees its gradient once it is whole, summed over every path from it. Activation checkpointing
-that is not reentrant keeps those tensors, and what it computes again makes others, which bear no hooks: so
-nothing counts twice. Reentrant checkpointing runs its blocks without gradients first, and there is nothing to
-hook; that is refused with this reason.
+A hook on a tensor sees its gradient once it is whole, summed over every path from it. Activation
+checkpointing that is not reentrant keeps those tensors, and what it computes again makes others, which bear
+no hooks: so nothing counts twice. Reentrant checkpointing runs its blocks without gradients first, and there
+is nothing to hook; such sites are absent, with this reason.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from osp_diag.sites.names import Tap
 __all__ = ["NO_GRADIENT", "SiteGradients", "TokensOfPass", "has_gradient"]
 
 NO_GRADIENT = (
-    "the forward pass reached it without gradients: under torch.no_grad(), or in a block under reentrant activation "
-    "checkpointing (use_reentrant=False keeps the tensors that gradients are of)"
+    "the forward pass reached it without gradients: under torch.no_grad(), or in a block under reentrant "
+    "activation checkpointing (use_reentrant=False keeps the tensors that gradients are of)"
 )
 FROZEN = "its tensor needs no gradient: nothing that is trained comes before it"
 CACHED = "its tokens are made with a cache"
@@ -31,7 +31,7 @@ Rows = Callable[[torch.device], list[tuple[Callable[[torch.Tensor], torch.Tensor
 
 
 def has_gradient(tap: Tap) -> bool:
-    """Whether gradients are measured where a tap reads: one vector a token, of a site with a name of its own."""
+    """Whether gradients are measured where a tap reads: one vector a token, of no single projection."""
     return tap.side in ("input", "output") and not tap.heads and tap.site != ROUTER and ":" not in tap.site
 
 
@@ -84,7 +84,7 @@ class SiteGradients:
         }
 
     def receiver(self, tap: Tap, layer: int, value: torch.Tensor) -> Callable[[torch.Tensor], None] | None:
-        """What to call with the gradient of ``value``, read as the tap reads; None where there will be none."""
+        """What to call with the gradient of ``value``, as the tap reads it; None where there is none."""
         site, tokens = f"{GRADIENT}{tap.site}", self._tokens
         if not value.requires_grad:
             reason = FROZEN if torch.is_grad_enabled() else NO_GRADIENT

@@ -169,8 +169,8 @@ class SiteCapture:
         those taps out
     on_state : called so with (tap, layer, state) where a tap's side is "state", just after the module ran,
         with a reason in place of a state that is not seen; None leaves those taps out
-    on_gradient : asked with (tap, layer, tensor) for what to call with the tensor's gradient, once it is known
-        in a backward pass; None leaves gradients alone
+    on_gradient : asked with (tap, layer, tensor) for what to call with the tensor's gradient, once it is
+        known in a backward pass; None leaves gradients alone
     prefix : of the arguments that hold the blocks' tokens: ``"decoder_"`` if they are a decoder's
     entries : block → the module with which it begins, where it does not run itself
     channels_first : whether the stream between the blocks is (batch, channel, token)

@@ -1,4 +1,4 @@
-"""Measuring the matrices of projections: a single one, a gate beside its up projection, experts that are modules."""
+"""Measuring the matrices of projections: one, a gate beside its up projection, experts that are modules."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def measure_gate(
 ) -> tuple[Layout, State] | str:
     """Measure a gate projection beside its up projection; text says why they cannot be read.
 
-    Both are read before the gate runs; of an up projection that FSDP shards apart from it the whole is gathered, on
-    all ranks alike.
+    Both are read before the gate runs; of an up projection that FSDP shards apart from it the whole is
+    gathered, on all ranks alike.
     """
     matrices = []
     for projection in (gate, up):

@@ -26,9 +26,9 @@ from osp_diag.schema import STRATA
 
 Combine = Literal["sum", "maximum", "minimum"]
 Observes = Literal["activation", "heads", "attention", "weight", "routing", "product", "state", "gate"]
-"""What an estimator looks at: activations of a site (or their gradients), the same by head, attention, a weight
-matrix, which experts tokens are sent to, what a projection is given and gives, the state of a recurrent mixer, or
-the two matrices that make a gated hidden state."""
+"""What an estimator looks at: activations of a site (or their gradients), the same by head, attention, a
+weight matrix, which experts tokens are sent to, what a projection is given and gives, the state of a
+recurrent mixer, or the two matrices that make a gated hidden state."""
 State = dict[str, Array]
 
 __all__ = [

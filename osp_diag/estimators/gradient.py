@@ -50,12 +50,12 @@ class ActivationGradient(Estimator):
     """Size and kurtosis of g = ∂L/∂x at a site: root mean square, excess kurtosis per token, largest |g|.
 
     Measured in the backward pass of a training step, where it is asked for (``gradients=True``); the run's
-    attribute ``gradient_of`` says of which loss. The gradient is that of the very tensor which the site reads,
-    along every path from it. Tokens that the loss does not depend on (their gradient is exactly 0: padding, the
-    last position, prompts without labels) are no part of root mean square and kurtosis, and
-    ``gradient_zero_share`` says how many they are. The kurtosis is that of ``fisher_kurtosis``: centred, over
-    the channels of a token, mean over tokens. Compare strata: where keys of the first token take much
-    attention, its gradient is the sum over all queries that look at it.
+    attribute ``gradient_of`` says of which loss. The gradient is that of the very tensor which the site
+    reads, along every path from it. Tokens that the loss does not depend on (their gradient is exactly 0, as
+    at the last position) are no part of root mean square and kurtosis, and ``gradient_zero_share`` says how
+    many they are. The kurtosis is that of ``fisher_kurtosis``: centred, over
+    the channels of a token, mean over tokens. Compare strata: where the first token takes much attention, its
+    gradient is a sum over all queries that look at it.
     """
 
     name: ClassVar[str] = "gradient"
@@ -95,7 +95,7 @@ class ActivationGradient(Estimator):
             "gradient_excess_kurtosis": Output(
                 quotient(state["gradient.kurtosis"], count),
                 stratum,
-                definition="mean over the tokens that the loss depends on of m₄ / m₂² − 3 over the channels of ∂L/∂x",
+                definition="mean over the tokens that the loss depends on of m₄ / m₂² − 3 of ∂L/∂x",
                 floor=-2.0,
                 ceiling=float(layout.channels - 3),
             ),

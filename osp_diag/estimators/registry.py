@@ -123,7 +123,7 @@ def get_estimator(name: str, **parameters: Any) -> Estimator:
 def applies_to(estimator: Estimator | type[Estimator], site: str) -> bool:
     """Whether the definition is meant for the site (patterns as in a shell).
 
-    What is said of activations is not said of their gradients: those are named by the pattern, never meant by ``*``.
+    Gradients of a site are meant by patterns that name them, never by ``*``: they are no activations.
     """
     patterns = [p for p in estimator.sites if p.startswith(GRADIENT) or not site.startswith(GRADIENT)]
     return any(fnmatchcase(site, pattern) for pattern in patterns)

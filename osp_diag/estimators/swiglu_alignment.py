@@ -125,13 +125,12 @@ class SwigluAlignment(Estimator):
         order = xp.where(is_defined, size, zero - 1.0)
         neuron = xp.astype(xp.argmax(order, axis=-1), cosine.dtype)
         aligned = xp.sum(xp.astype(size > ALIGNED, cosine.dtype), axis=-1)
-        share = {"floor": 0.0, "ceiling": 1.0}
         return {
             "swiglu_alignment": Output(
-                quotient(xp.sum(size, axis=-1), count), definition=self.formula, **share
+                quotient(xp.sum(size, axis=-1), count), definition=self.formula, floor=0.0, ceiling=1.0
             ),
             "swiglu_alignment_max": Output(
-                largest, definition="max_i |cos(w_gate,i, w_up,i)| over neurons i", **share
+                largest, definition="max_i |cos(w_gate,i, w_up,i)| over neurons i", floor=0.0, ceiling=1.0
             ),
             "swiglu_alignment_neuron": Output(
                 xp.where(count > 0, neuron, largest),
@@ -142,7 +141,8 @@ class SwigluAlignment(Estimator):
             "swiglu_alignment_share": Output(
                 quotient(aligned, count),
                 definition=f"share of neurons with |cos(w_gate,i, w_up,i)| > {ALIGNED}",
-                **share,
+                floor=0.0,
+                ceiling=1.0,
             ),
             "swiglu_alignment_cosine": Output(
                 maximum_or_nan(cosine),

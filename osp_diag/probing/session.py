@@ -65,8 +65,8 @@ from osp_diag.wording import did_you_mean, listed
 __all__ = ["Probe"]
 
 GRADIENT_OF = (
-    "the sum of what the loop called backward on within the step (loss scaling of its own included), on each rank "
-    "that of its own tokens"
+    "the sum of what the loop called backward on within the step (loss scaling of its own included), on each "
+    "rank that of its own tokens"
 )
 """Of which loss gradients are, where the loop says nothing."""
 
@@ -86,8 +86,8 @@ class Probe:
         does so on CUDA. What fails in the thread is raised by the next call, :meth:`close` at the latest
     beside : gives further datasets to record with every probed step (group name → dataset), such as what the
         optimizer holds; called on every rank
-    loss_scale : with ``gradients``: what the loop multiplies its loss by before ``backward`` (the number of ranks,
-        a ``GradScaler``'s factor), by which gradients are divided
+    loss_scale : with ``gradients``: what the loop multiplies its loss by before ``backward`` (the number of
+        ranks, a ``GradScaler``'s factor), by which gradients are divided
     resume, overwrite : what to do with a run that is already at ``out``
     segment_after : with ``resume``: the step after which the run goes on under other attributes
     control : whether ``osp-diag control`` may change schedule and sites while the loop runs. Under several
@@ -133,9 +133,7 @@ class Probe:
         self.model, self.settings, self.tokenizer = model, settings, tokenizer
         self.beside = beside
         if not loss_scale > 0:
-            raise UsageError(
-                f"loss_scale={loss_scale}: gradients are divided by it, so it has to be positive"
-            )
+            raise UsageError(f"loss_scale={loss_scale}: gradients are divided by it; give a positive number")
         self.loss_scale = loss_scale
         self.schedule = schedule_of(every)
         self.patterns = None if settings.sites is None else tuple(settings.sites)

@@ -201,8 +201,8 @@ class MeasurementSettings(Settings):
     snapshot_tokens : so many positions of the first sequence have their raw activations kept for pictures
     token_groups : so many groups of forward passes have their channel sums kept apart, by which a comparison
         tells what is significant; 0: none
-    gradients : also measure the gradient of the loss with respect to the activations at the sites, in the backward
-        passes of training steps; of queries, keys, values and attention there is none
+    gradients : also measure the gradient of the loss with respect to the activations at the sites, in the
+        backward passes of training steps; of queries, keys, values and attention there is none
 
     Raises
     ------
@@ -257,8 +257,8 @@ class MeasurementSettings(Settings):
         """
         if self.gradients:
             raise UsageError(
-                "gradients=True: held-out batches are run without gradients, so there are none to measure; probe the "
-                "passes of training steps (Probe.step around forward and backward, or on='training' in a trainer)"
+                "gradients=True: held-out batches are run without gradients, so there are none to measure; "
+                "probe training steps (Probe.step around forward and backward, or on='training' in a trainer)"
             )
 
     def for_batches(self, batches: TokenBatches) -> Self:

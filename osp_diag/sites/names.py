@@ -28,8 +28,9 @@ AT_THE_CROSS_CALL = frozenset({CROSS_ATTENTION, *CROSS_HEAD_SITES})
 class Tap:
     """Where one site of one layer is read: a module, one of its sides, and how its channels are laid out.
 
-    ``side`` is "input", "output" or, for the matrix that multiplies the input, "weight" ("gate" for that of a gate
-    beside its up projection's), and for what it is given with what it gives, "product"; "state" for what a recurrent mixer carries on when it has run.
+    ``side`` is "input", "output" or, for the matrix that multiplies the input, "weight" ("gate" for that of a
+    gate beside its up projection's), and for what it is given with what it gives, "product"; "state" for what
+    a recurrent mixer carries on when it has run.
     ``argument`` is the position or keyword of the tensor among the module's inputs, or its index in an
     output tuple (None for a bare tensor). ``heads`` > 0 says that the channels are (heads, head_channels);
     ``head_axis`` is where the head axis stands in the tensor itself: "flat" for (…, heads · width),

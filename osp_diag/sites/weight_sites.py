@@ -32,8 +32,8 @@ _Part = tuple[int, int, int, int]
 def projection_weights(block: Block, taps: list[Tap]) -> list[Tap]:
     """The matrices of the block's projections, by their roles; by their path within it where one has none.
 
-    A fused projection is one tap for each part that is told; the down projection is ``mlp_down_weight``. Of a gated
-    MLP the gate is once more a tap of ``mlp_gate_weight``, which is read beside the up projection.
+    A fused projection is one tap for each part that is told; the down projection is ``mlp_down_weight``. Of a
+    gated MLP the gate is once more a tap of ``mlp_gate_weight``, which is read beside the up projection.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""The share of norm in fixed channels, against NumPy in float64, at its ends, and beside the share of energy."""
+"""The share of norm in fixed channels: against NumPy in float64, at its ends, beside the share of energy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cosines between gate and up projections: the definition in float64, and of models whose gate is fused or not."""
+"""Cosines between gate and up projections: the definition in float64, and of models, fused or not."""
 
 from __future__ import annotations
 
