@@ -37,6 +37,7 @@ def run(
     together: bool = False,
     engine: Literal["hooks", "nnsight"] = "hooks",
     sites: tuple[str, ...] = (),
+    estimators: tuple[str, ...] = (),
     token_settings: Tokens = DEFAULT_TOKENS,
     opening: Opening = DEFAULT_OPENING,
     resamples: int = 200,
@@ -52,8 +53,8 @@ def run(
     all of them at once too. The checkpoint stays as it is.
 
     A place is SITE:LAYERS:CHANNELS@TOKENS, of which all but the site may be left out. Layers and channels are
-    numbers (11), lists (3,7), ranges (0-4) or * for all; h2.17 is channel 17 of head 2, at queries, keys and
-    values. Tokens are a stratum (all, first, delimiter, rest) or positions (0,1). Weights are mlp_down_weight,
+    numbers (11), lists (3,7), ranges (0-4) or * for all; h2.17 is channel 17 of head 2, of queries, keys and
+    values. Tokens are a stratum (all, first, delimiter, rest) or positions (0,1). Weights: mlp_down_weight,
     projection_weight:ROLE or names of parameters, in which * stands for any text. `osp-diag probe MODEL
     --list-sites` lists the sites.
 
@@ -74,6 +75,8 @@ def run(
         engine: native hooks, or nnsight for models of transformers (`pip install "osp-diag[nnsight]"`); the
             numbers are the same.
         sites: sites whose statistics are compared, by default the hidden states and attention.
+        estimators: the statistics that are compared, by name, which takes less time; by default those of each
+            site.
         token_settings: which tokens to run.
         opening: how to open the checkpoint.
         resamples: draws of the bootstrap; 0 gives no intervals.
@@ -123,6 +126,7 @@ def run(
             seed=seed,
             progress=progress,
             sites=sites or OF_AN_INTERVENTION.sites,
+            estimators=estimators or None,
             **opening.keywords(),
         )
     print(json_format.dumps(effects.rows(), indent=2) if json else effects.text(), flush=True)

@@ -54,6 +54,7 @@ SMALLER = {
 ONLY_READ = {
     "demo": "trains two models",
     "export": "needs a training run and its checkpoint",
+    "intervene": "tests of the verb run it; the Python blocks of docs/interventions.md run what it calls",
     "pack": "tests of the verb run it",
     "probe": "tests of the verb run it; the Python blocks run what it calls",
     "quantize": "loads a model",
@@ -199,6 +200,14 @@ def add_a_site_pattern(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatc
     yield {}
 
 
+def interventions(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
+    from tests.tiny_checkpoints import llama
+
+    tiny_llama(place, "path/or/hub-id")
+    yield {}
+    yield {"model": llama(), "input_ids": torch.arange(32).reshape(2, 16)}
+
+
 def training(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     from osp_diag.trainer import presets
     from tests.test_transformers_callback import Rows
@@ -229,6 +238,7 @@ STAND_INS: dict[str, Callable[..., Iterator[Namespace]]] = {
     "docs/add_a_recipe.md": add_a_recipe,
     "docs/add_a_site_pattern.md": add_a_site_pattern,
     "docs/add_an_estimator.md": add_an_estimator,
+    "docs/interventions.md": interventions,
     "docs/training.md": training,
     "docs/tutorial.md": tutorial,
 }

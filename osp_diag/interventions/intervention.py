@@ -112,16 +112,18 @@ class Intervention:
         if self.operation == KEYS:
             places = [_written(self.tokens), _listing(self.layers), _listing(self.heads)]
         else:
-            heads = [] if self.heads is None else [f"head {_listing(self.heads)}"]
-            places = [self.site, _listing(self.layers), *heads, _listing(self.channels)]
+            channels = _listing(self.channels)
+            if self.heads is not None:
+                channels = f"h{_listing(self.heads)}" + ("" if channels == "*" else f".{channels}")
+            places = [self.site, _listing(self.layers), channels]
         while len(places) > 1 and places[-1] == "*":
             places.pop()
         text = f"{name} {':'.join(places)}"
         if self.operation != KEYS and self.tokens != "all":
             text += f"@{_written(self.tokens)}"
         if isinstance(self.value, (int, float)):
-            text += f"={self.value:g}"
-        return text
+            text += f"={self.value:.12g}"
+        return f"{text} (seed {self.seed})" if self.seed else text
 
 
 def _listing(numbers: tuple[int, ...] | None) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import nnsight
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -50,7 +49,9 @@ class NnsightEngine:
     def __init__(self, model: nn.Module, sites: SiteMap, delimiter_ids: Sequence[int]) -> None:
         self.model, self.sites, self.delimiter_ids = model, sites, tuple(delimiter_ids)
         self._before = {module: dict(vars(module)) for module in model.modules()}
-        self._envoy = nnsight.NNsight(model)
+        import nnsight
+
+        self._envoy, self._save = nnsight.NNsight(model), nnsight.save
         self._batch: dict[str, Any] = {}
 
     @contextmanager
@@ -90,9 +91,9 @@ class NnsightEngine:
 
     def _run(self, **batch: Any) -> Any:
         self._batch = batch
-        envoy = self._envoy
+        envoy, save = self._envoy, self._save
         with envoy.trace(**batch):
-            output = nnsight.save(envoy.output)
+            output = save(envoy.output)
         return output
 
     def _edit_at(self, tap: Tap, intervention: Intervention) -> None:
