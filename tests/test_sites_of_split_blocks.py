@@ -100,6 +100,24 @@ def test_lists_that_take_turns_are_one_stack(layers: int) -> None:
     ]
 
 
+def test_a_matrix_without_a_role_is_one_site_of_all_layers() -> None:
+    class WithSide(Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.side = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + self.side(x)
+
+    model = PreNormed(2)
+    model.attentions = nn.ModuleList(WithSide() for _ in range(2))
+    taps = find_sites(model.eval()).taps
+    assert [tap.module for tap in taps if tap.site == "projection_weight:attentions.side"] == [
+        "attentions.0.side",
+        "attentions.1.side",
+    ]
+
+
 def test_two_stacks_of_one_length_are_not_joined() -> None:
     class Two(nn.Module):
         def __init__(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,8 @@ from hypothesis import strategies as st
 from osp_diag.errors import TokenError, UsageError
 from osp_diag.trainer.config import DataConfig
 from osp_diag.trainer.data import OSP_TOKENIZER, Prefetched, open_data, osp_mixture
+from osp_diag.trainer.loop import train
+from tests.training_runs import minute
 
 WORDS = ("the", "of", "and", "to", "in", "a", "that", "is", "was", "he", "for", "it", "with", "as", "his")
 
@@ -173,6 +176,53 @@ def test_prefetched_streams_resume_at_the_last_batch_handed_out(folders):
     resumed = open_stream(folders["lines"])
     resumed.load_state_dict(state)
     assert torch.equal(resumed.next_batch().input_ids, plain.next_batch().input_ids)
+
+
+def test_rows_without_a_text_are_counted_across_resumptions(folders, tmp_path):
+    place = tmp_path / "gaps.jsonl"
+    rows = [{"text": None if n % 3 == 0 else text("gaps", n)} for n in range(30)]
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def opened():
+        return open_stream(place, batch_size=1, shuffle=False)
+
+    data, resumed = opened(), opened()
+    assert data.notes == ()
+    data.next_batch()
+    assert data.notes == ("gaps.jsonl: 3 of 7 rows read without a text left out.",)
+    for _ in range(3):
+        state = json.loads(json.dumps(data.state_dict()))
+        resumed.load_state_dict(state)
+        assert resumed.notes == data.notes, "a block that is read again counts once"
+        while data.notes == resumed.notes:
+            data.next_batch()
+    while "of 60 rows" not in data.notes[0]:
+        data.next_batch()
+    assert data.notes == ("gaps.jsonl: 20 of 60 rows read without a text left out.",), "in two epochs"
+    # A state of before rows were counted.
+    (member,) = state["position"]["documents"]["members"]
+    assert (member.pop("rows_before"), member.pop("rows_without_text_before")) == (7, 3)
+    older = opened()
+    older.load_state_dict(state)
+    assert older.notes == ("gaps.jsonl: 4 of 14 rows read without a text left out.",)
+    assert torch.equal(older.next_batch().input_ids, resumed.next_batch().input_ids)
+    held_out = open_stream(folders["lines"], validation_path=str(place))
+    held_out.held_out(64)
+    assert held_out.notes == ("gaps.jsonl: 5 of 14 rows read without a text left out.",)
+
+
+def test_a_run_that_leaves_a_stream_says_how_many_rows_had_no_text(folders, tmp_path):
+    place = tmp_path / "gaps.jsonl"
+    rows = [{"text": None if n % 3 == 0 else text("gaps", n)} for n in range(30)]
+    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"source": "huggingface", "dataset": str(place), "validation_path": str(folders["lines"])}
+    config = minute(steps=1, batch_size=1, probe__tokens=32, probe__sites=("embedding",))
+    config = replace(config, data=DataConfig(sequence_length=16, shuffle=False, shuffle_buffer=15, **data))
+    said: list[str] = []
+    run = train(config, tmp_path / "run.zarr", announce=said.append)
+    note = "gaps.jsonl: 5 of 15 rows read without a text left out."
+    assert note in run.notes
+    assert said[-1] == f"note: {note}"
 
 
 def test_validation_of_streams(folders):

@@ -217,6 +217,8 @@ class Training:
             loggers=loggers,
         )
         stack.callback(self.recording.end)
+        self._opening_notes = self.data.notes
+        stack.callback(self._note_data)
         if self.monitor is not None:
             stack.callback(self.monitor.close)
             if self.step and not self.is_fork and out.exists():
@@ -483,6 +485,13 @@ class Training:
                     f"monitor.action=stop: stopped after step {self.step}, whose state is saved; `osp-diag watch` says "
                     "why. Go on with --resume --set monitor.action=log"
                 )
+
+    def _note_data(self) -> None:
+        """Say and keep what is to be said of the data: of a stream it shows when it is left."""
+        self.recording.note(self.data.notes)
+        for note in self.data.notes if self.announce is not None else ():
+            if note not in self._opening_notes:
+                self.announce(f"note: {note}")
 
     def _pin(self, finding: Finding) -> None:
         """Keep the checkpoint before what was found; one that is being written may be it."""

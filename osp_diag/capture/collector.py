@@ -27,9 +27,7 @@ from osp_diag.capture.decoding import (
     cached_tokens,
 )
 from osp_diag.capture.documents import Documents, cuts_of_call, documents_of
-from osp_diag.capture.down_projection import (
-    output_projection,
-)
+from osp_diag.capture.down_projection import output_projection
 from osp_diag.capture.gradients import SiteGradients, TokensOfPass, has_gradient
 from osp_diag.capture.hooks import ForwardPass, batch_first, heads_first, unobserved
 from osp_diag.capture.routing import by_expert, measure_routing

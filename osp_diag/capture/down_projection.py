@@ -53,7 +53,7 @@ def down_projection(
         whole = projection_weight(module)
         if isinstance(whole, str):
             return whole
-        oriented = _oriented(module, whole, hidden.shape[-1])
+        oriented = _oriented(module, whole, columns=hidden.shape[-1])
         return oriented if isinstance(oriented, str) else oriented[None]
 
 
@@ -63,12 +63,8 @@ def expert_projection(module: nn.Module, rows: int) -> Float[Tensor, "expert row
         whole = projection_weight(module)
         if isinstance(whole, str):
             return whole
-        if whole.ndim != 2 or rows not in whole.shape:
-            return f"its weight of shape {tuple(whole.shape)} is no matrix that gives {rows} channels"
-        transposed = whole.shape[0] != rows
-        if whole.shape[0] == whole.shape[1]:
-            transposed = "conv1d" in type(module).__name__.lower()
-        return (whole.T if transposed else whole)[None]
+        oriented = _oriented(module, whole, rows=rows)
+        return oriented if isinstance(oriented, str) else oriented[None]
 
 
 def fused_part(
@@ -93,15 +89,19 @@ def output_projection(
         whole = projection_weight(module)
         if isinstance(whole, str):
             return whole
-        oriented = _oriented(module, whole, heads * width)
+        oriented = _oriented(module, whole, columns=heads * width)
         return oriented if isinstance(oriented, str) else oriented.unflatten(1, (heads, width)).movedim(1, 0)
 
 
-def _oriented(module: nn.Module, whole: Tensor, width: int) -> Float[Tensor, "row channel"] | str:
-    """A projection's matrix with its output channels as rows, by the width of its input."""
-    if whole.ndim != 2 or width not in whole.shape:
-        return f"its weight of shape {tuple(whole.shape)} is no matrix over {width} input channels"
-    transposed = whole.shape[1] != width
+def _oriented(
+    module: nn.Module, whole: Tensor, *, rows: int | None = None, columns: int | None = None
+) -> Float[Tensor, "row channel"] | str:
+    """A projection's matrix with its output channels as rows, by how many it gives or takes."""
+    size, axis = (columns, 1) if rows is None else (rows, 0)
+    if whole.ndim != 2 or size not in whole.shape:
+        what = f"over {size} input channels" if rows is None else f"that gives {size} channels"
+        return f"its weight of shape {tuple(whole.shape)} is no matrix {what}"
+    transposed = whole.shape[axis] != size
     if whole.shape[0] == whole.shape[1]:
         transposed = "conv1d" in type(module).__name__.lower()
     return whole.T if transposed else whole

@@ -298,8 +298,6 @@ class SiteCapture:
         return list(taps.values())
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
         self._abandon()
         self.current = ForwardPass(
             _arguments_by_name(module, args, kwargs), self.prefix, getattr(self.model, "config", None)
@@ -342,7 +340,7 @@ class SiteCapture:
     def _stream_enters(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         # The first floating input, as in the trace of a pass (see ``sites.trace``).
         stream = next((v for v in (*args, *kwargs.values()) if _is_activation(v)), None)
-        if stream is None or self.current is None or torch.compiler.is_compiling():
+        if stream is None or self.current is None:
             return
         if self.channels_first and stream.ndim == 3:
             stream = stream.transpose(1, 2)
@@ -391,7 +389,7 @@ class SiteCapture:
         self, taps: list[Tap], path: str, on_product: Callable[[Tap, int, torch.Tensor, torch.Tensor], None]
     ) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
-            if self.current is None or torch.compiler.is_compiling():
+            if self.current is None:
                 return
             for tap in self._of_this_call(taps, path, "product"):
                 value, output = _input_of(tap.argument, args, kwargs), _output_of(None, result)
@@ -408,7 +406,7 @@ class SiteCapture:
         self, taps: list[Tap], path: str, on_state: Callable[[Tap, int, torch.Tensor | str], None]
     ) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Mapping[str, Any], result: Any) -> None:
-            if self.current is None or torch.compiler.is_compiling():
+            if self.current is None:
                 return
             for tap in self._of_this_call(taps, path, "state"):
                 arguments = (*args, *kwargs.values())
@@ -425,7 +423,7 @@ class SiteCapture:
         self, taps: list[Tap], on_weight: Callable[[Tap, int, nn.Module, torch.Tensor], None]
     ) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            if self.current is None or torch.compiler.is_compiling():
+            if self.current is None:
                 return
             for tap in taps:
                 value = _input_of(tap.argument, args, kwargs)
@@ -436,7 +434,7 @@ class SiteCapture:
         return hook
 
     def _read(self, tap: Tap, value: Any) -> None:
-        if not isinstance(value, torch.Tensor) or torch.compiler.is_compiling():
+        if not isinstance(value, torch.Tensor):
             return
         stream = None if self.current is None else self.current.stream
         tokens = stream.shape[1] if self.streams_in_a_row > 1 and stream is not None else None

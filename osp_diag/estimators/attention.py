@@ -47,7 +47,9 @@ __all__ = [
     "AttentionReductions",
     "SampledTile",
     "TokenIds",
+    "as_float32",
     "channel_norm",
+    "cleaned",
     "finite_tokens",
     "per_head",
     "wide",
@@ -89,12 +91,13 @@ def finite_tokens(x: Float[Any, "batch head token channel"]) -> Bool[Any, "batch
     return xp.isfinite(xp.max(xp.abs(x), axis=(1, 3)))
 
 
-def _as_float32(x: Array) -> Array:
+def as_float32(x: Array) -> Array:
+    """``x`` in float32, itself where it is."""
     xp = namespace_of(x)
     return x if x.dtype == xp.float32 else xp.astype(x, xp.float32)
 
 
-def _cleaned(x: Array, finite: Bool[Any, "batch token"]) -> Array:
+def cleaned(x: Array, finite: Bool[Any, "batch token"]) -> Array:
     """``x`` (batch, head, token, channel) with tokens that are not finite set to 0."""
     xp = namespace_of(x)
     return xp.where(finite[:, None, :, None], x, xp.zeros_like(x[:1, :1, :1, :1]))
@@ -196,9 +199,9 @@ class AttentionObservation:
             vocabulary=1 if token_ids is None else token_ids.vocabulary,
             strata=stratum_names,
         )
-        query, key = _as_float32(query), _as_float32(key)
+        query, key = as_float32(query), as_float32(key)
         finite = finite_tokens(query) & finite_tokens(key)
-        query, key = _cleaned(query, finite), _cleaned(key, finite)
+        query, key = cleaned(query, finite), cleaned(key, finite)
         source = ProductLogits(query, key, finite, scale, mask, softcap, sink_logits)
         self._open(source, value, strata, finite, layout, mask, token_ids, query_sample, tile, reductions)
         self.query, self.key, self.scale, self.output_weight = query, key, scale, output_weight
@@ -464,10 +467,10 @@ class AttentionObservation:
         if self.value is None:
             return None
         xp = namespace_of(self.key_valid)
-        value = _as_float32(self.value)
+        value = as_float32(self.value)
         finite = finite_tokens(value)
         sink_finite = xp.take_along_axis(finite, self.sink[:, None], axis=-1)
-        return _cleaned(value, finite), self.key_valid * xp.astype(finite & sink_finite, xp.float32)
+        return cleaned(value, finite), self.key_valid * xp.astype(finite & sink_finite, xp.float32)
 
     @once
     def finite_values(

@@ -129,8 +129,9 @@ class AttentionMask:
         """Whether ``tensor`` is added to the logits."""
         return self.tensor is not None and self.tensor.dtype != namespace_of(self.tensor).bool
 
-    def check(self, batch: int, heads: int, tokens: int) -> None:
-        """Refuse what does not broadcast to (batch, heads, tokens, tokens)."""
+    def check(self, batch: int, heads: int, tokens: int, keys: int | None = None) -> None:
+        """Refuse what does not broadcast to (batch, heads, tokens, keys); None: as many keys as tokens."""
+        keys = tokens if keys is None else keys
         if self.tensor is not None:
             xp = namespace_of(self.tensor)
             if self.additive and xp.isdtype(self.tensor.dtype, "integral"):
@@ -140,16 +141,16 @@ class AttentionMask:
                 )
             shape = tuple(self.tensor.shape)
             padded = (1,) * (4 - len(shape)) + shape
-            full = (batch, heads, tokens, tokens)
+            full = (batch, heads, tokens, keys)
             if len(padded) != 4 or any(a not in (1, b) for a, b in zip(padded, full, strict=True)):
                 raise EstimatorError(
                     f"the mask tensor has shape {shape}, which does not broadcast to (batch, head, query, "
                     f"key) = {full}; slice it to the keys that are present"
                 )
-        if self.keys is not None and tuple(self.keys.shape) != (batch, tokens):
+        if self.keys is not None and tuple(self.keys.shape) != (batch, keys):
             raise EstimatorError(
                 f"the padding mask has shape {tuple(self.keys.shape)}, expected (batch, key) = "
-                f"{(batch, tokens)}"
+                f"{(batch, keys)}"
             )
 
     def span(self, start: int, stop: int, tokens: int, like: Array) -> QueryRows:

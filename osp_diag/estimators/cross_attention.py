@@ -15,6 +15,8 @@ from osp_diag.estimators.attention import (
     AttentionObservation,
     AttentionReductions,
     TokenIds,
+    as_float32,
+    cleaned,
     finite_tokens,
 )
 from osp_diag.estimators.attention_tiles import LogitSource, ModelLogits, ProductLogits
@@ -82,14 +84,7 @@ class CrossAttentionObservation(AttentionObservation):
                 f"the strata of queries and keys are of {shapes[0]} and {shapes[1]} tokens, expected "
                 f"{(batch, tokens)} and {(batch, keys)}: (batch, token) each"
             )
-        if mask.tensor is not None:
-            expected = (batch, heads, tokens, keys)
-            padded = (1,) * (4 - mask.tensor.ndim) + tuple(mask.tensor.shape)
-            if any(size not in (1, full) for size, full in zip(padded, expected, strict=True)):
-                raise EstimatorError(
-                    f"the mask tensor has shape {tuple(mask.tensor.shape)}, which does not broadcast to "
-                    f"(batch, head, query, key) = {expected}"
-                )
+        mask.check(batch, heads, tokens, keys)
         layout = Layout(heads=heads, key_value_heads=heads, tokens=keys, strata=stratum_names)
         layout = replace(layout, vocabulary=1 if token_ids is None else token_ids.vocabulary)
         if value is not None:
@@ -106,10 +101,9 @@ class CrossAttentionObservation(AttentionObservation):
                     "(batch, head, token, channel), the key with a divisor of the query's heads"
                 )
             layout = replace(layout, channels=heads * query.shape[3], head_channels=query.shape[3])
-            query, key = (xp.astype(part, xp.float32) for part in (query, key))
+            query, key = as_float32(query), as_float32(key)
             finite, finite_key = finite_tokens(query), finite_tokens(key)
-            query = xp.where(finite[:, None, :, None], query, xp.zeros_like(query))
-            key = xp.where(finite_key[:, None, :, None], key, xp.zeros_like(key))
+            query, key = cleaned(query, finite), cleaned(key, finite_key)
             source = ProductLogits(query, key, finite_key, scale, mask, softcap, sink_logits)
         self._open(source, None, strata, finite, layout, mask, None, query_sample, tile, reductions)
         self.finite_key = finite_key

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import Array, accumulator_dtype, namespace_of, quotient
+from osp_diag.estimators.attention import channel_norm
 from osp_diag.estimators.base import Estimator, Field, Layout, Measurement, Observes, Output, Source
 from osp_diag.estimators.counts import maximum_or_nan
 from osp_diag.schema import MIXER_STATE
@@ -69,10 +70,7 @@ class MixerStateSums(Measurement):
         finite = xp.astype(xp.all(xp.isfinite(state), axis=(1, 2)), state.dtype)
         counted = whole * finite
         state = xp.where(counted[:, None, None] > 0, state, xp.zeros_like(state))
-        # Divided by the largest, so that squares stay within the range of the type.
-        peak = xp.max(xp.abs(state), axis=-1)
-        safe = xp.where(peak > 0, peak, xp.ones_like(peak))
-        head = peak * xp.sqrt(xp.sum((state / safe[..., None]) ** 2, axis=-1))
+        head = channel_norm(state)
         norm = xp.sqrt(xp.sum(head**2, axis=-1))
         none = -xp.inf * xp.ones_like(norm)
         elements = state.shape[1] * state.shape[2]

@@ -22,6 +22,7 @@ from osp_diag.runs.naming import model_name
 from osp_diag.runs.nodes import check_attributes, check_nodes
 
 __all__ = [
+    "DAMAGED_ZIP",
     "FORMAT_KEY",
     "FORMAT_VERSION",
     "PACKED_SUFFIX",
@@ -42,6 +43,9 @@ FORMAT_VERSION = 1
 
 PACKED_SUFFIX = ".zip"
 """By custom the end of a packed run's name, as in run.zarr.zip."""
+
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError)
+"""What zipfile raises of a file that is broken, or of what it does not read."""
 
 _MOST_METADATA = 64 * 2**20
 """Of the root, which has 0.8 MB for a default probe."""
@@ -101,7 +105,7 @@ def read_packed_root(path: Path) -> dict[str, Any]:
         raise StoreError(f"{path} is no packed run, or damaged ({error}); restore it from a copy") from error
     except OSError as error:
         raise StoreError(f"{path} cannot be read ({error.strerror or error})") from error
-    except (zlib.error, EOFError, UnicodeDecodeError, NotImplementedError, RuntimeError) as error:
+    except (*DAMAGED_ZIP, UnicodeDecodeError) as error:
         raise StoreError(f"{path} is damaged ({error}); restore it from a copy") from error
     return _root_of(text, path)
 

@@ -11,14 +11,13 @@ import os
 import shutil
 import stat
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from osp_diag.errors import StoreError
-from osp_diag.runs.folder import PACKED_SUFFIX, is_packed, read_packed_root, read_root
+from osp_diag.runs.folder import DAMAGED_ZIP, PACKED_SUFFIX, is_packed, read_packed_root, read_root
 from osp_diag.runs.format import METADATA, PARTIAL
 from osp_diag.runs.lock import LOCK_NAME, writer_state
 
@@ -207,7 +206,7 @@ def _damage(source: Path) -> Iterator[None]:
     """Turn what zipfile says of a broken file into a :class:`StoreError`."""
     try:
         yield
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except DAMAGED_ZIP as error:
         raise StoreError(f"{source} is damaged ({error}); restore it from a copy") from error
 
 

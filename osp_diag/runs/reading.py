@@ -7,7 +7,6 @@ import math
 import os
 import threading
 import zipfile
-import zlib
 from collections.abc import AsyncIterator, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from osp_diag.errors import StoreError
 from osp_diag.json_text import parse_object
 from osp_diag.plain_files import read_plain
 from osp_diag.runs.chunks import check_presence, check_texts, decompressed, is_lost
+from osp_diag.runs.folder import DAMAGED_ZIP
 from osp_diag.runs.format import METADATA, ArrayLayout
 from osp_diag.runs.nodes import MOST_CHUNK_BYTES, chunk_bytes, item_bytes
 from osp_diag.runs.packed import MOST_RATIO, MOST_UNPACKED
@@ -101,14 +101,7 @@ class PackedFiles:
                 return archive.read(entry)
             except KeyError:
                 return None
-            except (
-                OSError,
-                zipfile.BadZipFile,
-                zlib.error,
-                EOFError,
-                NotImplementedError,
-                RuntimeError,
-            ) as error:
+            except (OSError, *DAMAGED_ZIP) as error:
                 raise StoreError(
                     f"{self.path} is damaged ({key}: {error}); restore it from a copy"
                 ) from error

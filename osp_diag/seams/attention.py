@@ -143,8 +143,6 @@ class AttentionCapture:
     # -- one forward ----------------------------------------------------------------------------------------
 
     def _forward_starts(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
         # A forward interrupted by Ctrl-C ends without its hooks.
         self._end()
         if not self._active():
@@ -163,8 +161,7 @@ class AttentionCapture:
             self._mode.__enter__()
 
     def _forward_ends(self, module: nn.Module, args: Any, output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._end()
+        self._end()
 
     def _end(self) -> None:
         self._suspension.close()

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from osp_diag.seams.call import SkipReason
-from osp_diag.sites.names import Tap
-from osp_diag.sites.stack import is_norm
+from osp_diag.sites.names import Tap, name_within
+from osp_diag.sites.stack import is_norm, parts_in_lists
 from osp_diag.sites.trace import Event
 
 __all__ = ["Block", "factor_of", "input_tap", "is_inside", "minus", "outermost", "output_tap", "same"]
@@ -109,6 +109,10 @@ class Block:
     """the stream after the block"""
     mixer: Event | None = None
     """what mixes tokens where no seam sees attention"""
+
+    def name_of(self, path: str) -> str:
+        """A module's path within the block, the same in every layer; of one elsewhere the whole path."""
+        return name_within(self.event.name, parts_in_lists(self.event), path) or path
 
     @property
     def call(self) -> Any:

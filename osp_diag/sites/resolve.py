@@ -34,7 +34,7 @@ from osp_diag.sites.layout import (
 )
 from osp_diag.sites.linear_maps import mark_projections
 from osp_diag.sites.mixer_states import find_mixer_states
-from osp_diag.sites.names import AT_THE_CALL, AT_THE_CROSS_CALL, SiteMap, Tap, name_within
+from osp_diag.sites.names import AT_THE_CALL, AT_THE_CROSS_CALL, SiteMap, Tap
 from osp_diag.sites.projections import distinct_heads
 from osp_diag.sites.router_sites import router_taps
 from osp_diag.sites.stack import find_stack, is_norm, parts_in_lists, stack_names
@@ -54,11 +54,8 @@ __all__ = ["find_sites"]
 
 
 def _linear_sites(block: Block) -> list[Tap]:
-    def name(path: str) -> str:
-        return name_within(block.event.name, parts_in_lists(block.event), path) or path
-
     return [
-        input_tap(f"linear_input:{name(event.name)}", block.layer, event)
+        input_tap(f"linear_input:{block.name_of(event.name)}", block.layer, event)
         for event in block.inner
         if event.projection and block.has_one_row_a_token(event.input)
     ]

@@ -54,11 +54,8 @@ def projection_weights(block: Block, taps: list[Tap]) -> list[Tap]:
     gate_and_up = _gate_and_up(block, of_block, projections)
     roles += _attention_roles(block, of_block, projections) + gate_and_up
     told = {event.name for event, _, _ in roles}
-    prefix = block.event.name + "."
     roles += [
-        (event, event.name.removeprefix(prefix), None)
-        for event in projections
-        if event.name not in told | down
+        (event, block.name_of(event.name), None) for event in projections if event.name not in told | down
     ]
     weights: dict[tuple[str, str], Tap] = {}
     for event, role, part in roles:

@@ -32,6 +32,7 @@ __all__ = [
     "open_file",
     "read_text",
     "texts_by_column",
+    "without_text_note",
 ]
 
 SUFFIXES: Mapping[str, tuple[str, ...]] = {
@@ -106,15 +107,17 @@ class Documents:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be said of what has been read."""
-        return tuple(
-            f"{name}: {count:,} row{'s' * (count != 1)} without a text left out."
-            for name, count in self._without.items()
-        )
+        return tuple(without_text_note(name, count) for name, count in self._without.items())
 
     def choose(self, columns: Mapping[str, bool | None], file: Path) -> str:
         """The column of one file: see :func:`column_of`."""
         self.column = column_of(columns, self._wanted, file.name)
         return self.column
+
+
+def without_text_note(name: str, count: int) -> str:
+    """What is said of rows without a text, of a file or of a data set."""
+    return f"{name}: {count:,} row{'s' * (count != 1)} without a text left out."
 
 
 def read_text(file: Path) -> str:

@@ -22,6 +22,7 @@ from osp_diag.text.documents import (
     kind_of,
     read_text,
     texts_by_column,
+    without_text_note,
 )
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "Text",
     "chosen_column",
     "dataset_errors",
+    "name_without_path",
     "open_dataset",
     "text_source",
 ]
@@ -101,7 +103,6 @@ class DatasetText:
 
     def __init__(self, dataset: str, *, split: str | None = None, column: str | None = None) -> None:
         path = Path(dataset).expanduser()
-        name = path.name if path.exists() else dataset
         self._dataset = dataset
         self._documents: _File | _Rows
         if path.is_file():
@@ -117,6 +118,7 @@ class DatasetText:
                 "its rows are"
             )
         of_column = f", column {self._documents.column}" if self._documents.column else ""
+        name = name_without_path(dataset)
         self.description = f"dataset {name}, split {self._documents.split}{of_column}"
         self._text = first
         self._exhausted = False
@@ -177,6 +179,7 @@ class _Rows:
     """The documents of a data set that the library datasets reads."""
 
     def __init__(self, dataset: str, split: str | None, column: str | None) -> None:
+        self._name = name_without_path(dataset)
         self._rows, self.split = open_dataset(dataset, split)
         with dataset_errors(dataset):
             self.column, self._rows = chosen_column(self._rows, column, dataset)
@@ -192,7 +195,13 @@ class _Rows:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return (f"{self._without:,} rows without a text are left out.",) if self._without else ()
+        return (without_text_note(self._name, self._without),) if self._without else ()
+
+
+def name_without_path(dataset: str) -> str:
+    """A hub id as it is, of a local path the last part."""
+    path = Path(dataset).expanduser()
+    return path.name if path.exists() else dataset
 
 
 def chosen_column(rows: Any, column: str | None, dataset: str) -> tuple[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Int64
 
 from osp_diag.errors import TokenError
 from osp_diag.probing.identity import tokenizer_fingerprint
+from osp_diag.text.sources import name_without_path
 from osp_diag.trainer.config import DataConfig
 from osp_diag.trainer.data.batch import Batch, SequenceForm
 from osp_diag.trainer.data.corpus import held_out_share
@@ -44,15 +44,16 @@ class StreamData(TrainingData):
         self._waiting = np.empty(0, dtype=np.int64)
         self._state_before = self._documents.state()  # the state before the document that is waiting
         self._offset = 0  # how many of its tokens lie before those that wait
+        self._validation_notes: dict[int, tuple[str, ...]] = {}
         self._sequences: int | None = 0  # handed out so far; None after a state that does not say
-        names = {_without_path(name): weight for name, weight in self._weights.items()}
+        names = {name_without_path(name): weight for name, weight in self._weights.items()}
         self.description = f"{', '.join(names)} (split {config.split}), streamed"
         identity = {
             "data sets": names,
             "split": config.split,
             "text_column": config.text_column,
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "held out": _without_path(config.validation_path)
+            "held out": name_without_path(config.validation_path)
             if config.validation_path
             else config.validation_fraction,
         }
@@ -66,6 +67,7 @@ class StreamData(TrainingData):
         else:
             tokens = self._take(rows * self.form.body)
             windows = tokens[np.arange(rows)[:, None] * self.form.body + np.arange(length)]
+        self._take_notes()
         return self.form.batch(windows[self.dealing.of_rank])
 
     def _position(self) -> dict[str, Any]:
@@ -79,13 +81,22 @@ class StreamData(TrainingData):
         if position["offset"]:
             self._waiting = self._pull()[int(position["offset"]) :]
             self._offset = int(position["offset"])
+        self._take_notes()
 
     def _held_out_tokens(self, tokens: int) -> Int64[np.ndarray, " token"]:
         documents = self._texts(held_out=True)
         parts: list[np.ndarray] = []
         while sum(map(len, parts)) < tokens and (document := documents.next()) is not None:
             parts.append(document)
+        if self.config.validation_path is not None:  # or else they are rows of the training's
+            self._validation_notes[tokens] = documents.notes
+            self._take_notes()
         return np.concatenate(parts)[:tokens].astype(np.int64) if parts else np.empty(0, dtype=np.int64)
+
+    def _take_notes(self) -> None:
+        """Of the training's rows, and of those of the longest reading of other held-out text."""
+        further = self._validation_notes.get(max(self._validation_notes, default=0), ())
+        self.notes = (*self._documents.notes, *further)
 
     def _take(self, count: int) -> Int64[np.ndarray, " token"]:
         """The next ``count`` tokens, and one more, with which the next call begins."""
@@ -150,9 +161,3 @@ class StreamData(TrainingData):
             except TokenError as error:
                 raise TokenError(f"{key}={name}: {error}") from error
         return TextMixture(members, list(names.values()))
-
-
-def _without_path(dataset: str) -> str:
-    """A hub id as it is, of a local path the last part."""
-    path = Path(dataset).expanduser()
-    return path.name if path.exists() else dataset

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from osp_diag.errors import TokenError
-from osp_diag.text.sources import chosen_column, dataset_errors, open_dataset
+from osp_diag.text.sources import chosen_column, dataset_errors, name_without_path, open_dataset
 from osp_diag.trainer.data.arrays import sequence_order
 from osp_diag.trainer.data.batch import SequenceForm
 from osp_diag.trainer.data.tokenizing import Encoder
@@ -24,7 +24,7 @@ class StreamedTexts:
 
     Documents are shuffled within blocks of so many as ``buffer``, and the files of the data set by the
     library ``datasets``. A block is read again after a resumption, so that the state is small: where the
-    block began, and how many of its documents were taken.
+    block began, how many of its documents were taken, and how many rows before it had no text.
 
     Parameters
     ----------
@@ -65,6 +65,7 @@ class StreamedTexts:
         # A buffer of one shuffles the files alone: what a larger one holds is lost when a run is resumed.
         self._source = rows if seed is None else rows.shuffle(seed=seed, buffer_size=1)
         self._beginning = self._source.state_dict()
+        self._rows_before = self._without_before = self._rows_of_block = self._without_of_block = 0
         with dataset_errors(dataset):
             if next(iter(rows), None) is None:
                 raise TokenError(f"the data set {dataset} has no rows in its split {name!r}")
@@ -92,13 +93,30 @@ class StreamedTexts:
             else:
                 self._begin(self._epoch + 1)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the rows that were read, those of every epoch counted."""
+        rows, without = self._rows_before + self._rows_of_block, self._without_before + self._without_of_block
+        label = name_without_path(self._name)
+        return (f"{label}: {without:,} of {rows:,} rows read without a text left out.",) if without else ()
+
     def state(self) -> dict[str, Any]:
         """Where the next document is: plain data."""
-        return {"epoch": self._epoch, "block": self._block, "start": self._start, "taken": self._position}
+        return {
+            "epoch": self._epoch,
+            "block": self._block,
+            "start": self._start,
+            "taken": self._position,
+            "rows_before": self._rows_before,
+            "rows_without_text_before": self._without_before,
+        }
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go where :meth:`state` was asked for."""
         self._begin(int(state["epoch"]), int(state["block"]), state["start"])
+        # The state of an older run has not counted; then counting begins with this block.
+        self._rows_before = int(state.get("rows_before", 0))
+        self._without_before = int(state.get("rows_without_text_before", 0))
         self._empty = self._block == 0
         self._read()
         assert self._texts is not None
@@ -112,6 +130,9 @@ class StreamedTexts:
         """Stand before a block; ``start`` is the data set's own state there, None at its beginning."""
         self._epoch, self._block, self._start, self._position = epoch, block, start, 0
         self._texts, self._documents = None, []
+        self._rows_before += self._rows_of_block
+        self._without_before += self._without_of_block
+        self._rows_of_block = self._without_of_block = 0
         if block == 0:
             self._empty = True
         if reread:
@@ -122,14 +143,16 @@ class StreamedTexts:
 
     def _read(self) -> None:
         """Read the block, and bring it into its order."""
-        rows = 0
+        rows = without = 0
         texts: list[str] = []
         with dataset_errors(self._name, quiet=False):
             while rows < self._buffer and (row := next(self._rows, None)) is not None:
                 rows += 1
                 text = row[self._column]
+                without += text is None
                 if text and not text.isspace() and self._keep(text):
                     texts.append(text)
+        self._rows_of_block, self._without_of_block = rows, without
         self._last_block = rows < self._buffer
         self._empty = self._empty and not texts
         if self._seed is not None:
@@ -163,6 +186,11 @@ class TextMixture:
                 return document
             self._exhausted.add(number)
         return None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of the rows that were read."""
+        return tuple(note for member in self._members for note in member.notes)
 
     def state(self) -> dict[str, Any]:
         """Where the next document is: plain data."""

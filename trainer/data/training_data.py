@@ -66,7 +66,7 @@ class TrainingData(ABC):
     fingerprint : 32 hexadecimal digits that identify the tokens (of streams: the source and the tokenizer)
     tokens : of an epoch of training; None where nobody knows
     documents : that training reads; None where nobody knows
-    notes : what the user should know, one sentence each
+    notes : what the user should know, one sentence each; of streams, of what has been read so far
     """
 
     tokenizer: Any | None
