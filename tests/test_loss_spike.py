@@ -12,7 +12,7 @@ from osp_diag.errors import DivergenceError
 from osp_diag.monitoring import judge
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.writer import RunWriter
-from osp_diag.trainer import loop
+from osp_diag.trainer.divergence import unseen_cause
 from osp_diag.trainer.loop import Training, train
 from tests.growing_runs import ATTRIBUTES, scalars
 from tests.training_runs import minute
@@ -78,10 +78,10 @@ def test_watch_tells_of_a_real_training(tmp_path, monkeypatch, capsys):
 
 
 def test_a_step_that_is_not_finite_is_no_spike():
-    assert loop._unseen_cause({"loss": 9.0, "gradient_norm": 3.0}) == "no NaN or Inf, the loss is a spike"
-    overflown = loop._unseen_cause({"loss": 9.0, "gradient_norm": float("inf")})
+    assert unseen_cause({"loss": 9.0, "gradient_norm": 3.0}) == "no NaN or Inf, the loss is a spike"
+    overflown = unseen_cause({"loss": 9.0, "gradient_norm": float("inf")})
     assert overflown == "every gradient is finite, and the sum of their squares is not"
-    assert "spike" not in loop._unseen_cause({"loss": float("nan"), "gradient_norm": 1.0})
+    assert "spike" not in unseen_cause({"loss": float("nan"), "gradient_norm": 1.0})
 
 
 def test_a_training_that_ignores_nan_is_probed_to_its_end(tmp_path):

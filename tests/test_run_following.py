@@ -390,3 +390,44 @@ def test_a_new_step_does_not_copy_the_history(tmp_path):
         after = kurtosis(run).values
     assert len(after) == 401
     assert np.shares_memory(before, after)
+
+
+def matrices(names, value):
+    """A group beside the sites with a number of each of these matrices, and a side of each."""
+    values = {"norm_gain_mean": (("matrix",), np.arange(len(names)) + float(value), {"units": "1"})}
+    sides = {"share": (("matrix", "side"), np.full((len(names), 2), float(value)))}
+    return xr.Dataset(values | sides, coords={"matrix": list(names), "side": ["in", "out"]})
+
+
+def test_groups_whose_labels_change_are_followed_in_one_piece(tmp_path):
+    path = tmp_path / "run.zarr"
+    run = FollowedRun(path)
+
+    def assert_joined():
+        run.refresh()
+        opened = open_run(path)
+        assert run.beside == opened.beside
+        assert run.statistics_at("weights:gains") == opened.statistics_at("weights:gains")
+        np.testing.assert_array_equal(
+            run.labels("weights:gains", "matrix"), opened.labels("weights:gains", "matrix")
+        )
+        for statistic in ("norm_gain_mean", "share"):
+            for ask in (
+                lambda of, name: of.values("weights:gains", name),
+                lambda of, name: of.rows("weights:gains", name, 2, 7),
+            ):
+                xr.testing.assert_identical(ask(run, statistic), ask(opened, statistic))
+        at_x = {"matrix": "x", "side": "in"}
+        xr.testing.assert_identical(*(of.values("weights:gains", "share", at_x) for of in (run, opened)))
+
+    with RunWriter(path, ATTRIBUTES, chunk_steps=2) as writer:
+        for step in range(6):
+            writer.append(step, {"weights/gains": matrices("xy", step)}, partial=True)
+    assert_joined()
+    for after, names in ((3, "yz"), (6, "w")):
+        changed = ATTRIBUTES | {"config": {"steps": 1000, "optimizer.lr": after}}
+        with RunWriter(path, changed, resume=True, segment_after=after, chunk_steps=2) as writer:
+            writer.truncate_after(after)
+            for step in range(after + 1, after + 5):
+                writer.append(step, {"weights/gains": matrices(names, 10 * step)}, partial=True)
+        assert_joined()

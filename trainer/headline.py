@@ -105,6 +105,6 @@ class HeadlineLog:
         (step, values), self._pending = self._pending, None
         if self.monitor is not None:
             self.monitor.scalars(step, values)
-            self.monitor.probe(step, self._probe.latest)
+            self.monitor.probe(step, self._probe.latest, tuple(self._probe.attributes["sites"]))
         if self._logger is not None:
             self._logger.log(step, values | headline(self._probe.latest, self._probe.absent))

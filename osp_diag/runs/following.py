@@ -22,11 +22,12 @@ import xarray as xr
 from osp_diag.errors import StoreError
 from osp_diag.runs.chunks import is_lost
 from osp_diag.runs.folder import read_root
+from osp_diag.runs.followed_groups import FollowedGroups
 from osp_diag.runs.format import METADATA, PARTIAL, ArrayLayout
 from osp_diag.runs.lock import LOCK_NAME, WriterState, writer_state
 from osp_diag.runs.reduction import Reduction
 from osp_diag.runs.run import Run, open_tree
-from osp_diag.schema import LOGGED_STEP, SERIES, group_path, site_of_path
+from osp_diag.schema import LOGGED_STEP, SERIES, group_path
 
 __all__ = ["FollowedRun", "RunState"]
 
@@ -67,10 +68,7 @@ class FollowedRun(Run):
         self._signature: tuple[int, ...] | None = None
         self._attributes: dict[Hashable, Any] = {}
         self._nodes: dict[str, Any] = {}
-        self._dims: dict[str, dict[str, tuple[str, ...]]] = {}
-        """Group → what it records by step → dimensions without the step."""
-        self._group_names: list[str] = []
-        """The groups that hold more than coordinates."""
+        self._by_group = FollowedGroups({})
         self._columns: OrderedDict[tuple[Any, ...], _Column] = OrderedDict()
         self._coordinates: dict[str, np.ndarray] = {}
         self._series: xr.Dataset | None = None
@@ -105,7 +103,7 @@ class FollowedRun(Run):
             self._forget()
         self._nodes = root["consolidated_metadata"]["metadata"]
         self._attributes = attrs
-        self._dims, self._group_names = _dims_by_step(self._nodes), _groups_of(self._nodes)
+        self._by_group = FollowedGroups(self._nodes)
         self._close()
         if not all(self._extend(column) for column in self._columns.values()):
             # Steps were taken back and trained again: nothing that was read can be trusted.
@@ -126,7 +124,7 @@ class FollowedRun(Run):
             if self._signature is not None or self._attributes:
                 self._forget()
             self.state, self.problem, self._attributes = "absent", "", {}
-            self._nodes, self._dims, self._group_names, self._signature = {}, {}, [], None
+            self._nodes, self._by_group, self._signature = {}, FollowedGroups({}), None
             self._close()
         else:
             # What was read stays on view.
@@ -214,37 +212,60 @@ class FollowedRun(Run):
 
     @property
     def _groups(self) -> list[str]:
-        return self._group_names
+        return self._by_group.names
 
     def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
-        return self._dims.get(group_path(site), {})
+        return self._by_group.statistics(group_path(site))
 
     def labels(self, site: str, dimension: str) -> np.ndarray:
-        path = f"{group_path(site)}/{dimension}"
+        group = group_path(site)
         with self.lock:
-            if path not in self._coordinates:
-                entry = self._nodes.get(path)
-                if entry is None:
-                    return np.empty(0)
-                layout = ArrayLayout.from_metadata(entry, path)
-                self._coordinates[path] = layout.read_all(self.path / path, entry["shape"])
-            return self._coordinates[path]
+            if not self._by_group.goes_on(group):
+                return self._labels_at(f"{group}/{dimension}")
+            whole = self._joined(group, None, 0, 0)
+            return whole[dimension].values if dimension in whole.coords else np.empty(0)
+
+    def _labels_at(self, path: str) -> np.ndarray:
+        if path not in self._coordinates:
+            entry = self._nodes.get(path)
+            if entry is None:
+                return np.empty(0)
+            layout = ArrayLayout.from_metadata(entry, path)
+            self._coordinates[path] = layout.read_all(self.path / path, entry["shape"])
+        return self._coordinates[path]
 
     def _reduced(
         self, site: str, statistic: str, reduction: Reduction
     ) -> tuple[np.ndarray, dict[Hashable, Any]]:
-        path = f"{group_path(site)}/{statistic}"
+        group = group_path(site)
+        if self._by_group.goes_on(group):
+            rows, attributes = self._rows_between(group, statistic, 0, len(self.steps))
+            return reduction(rows), attributes
+        path = f"{group}/{statistic}"
         rows = self._rows((path, reduction), path, reduction.__call__, np.float64)
         return rows[: len(self.steps)], dict(self._nodes[path]["attributes"])
 
     def _rows_between(
         self, group: str, statistic: str, start: int, stop: int
     ) -> tuple[np.ndarray, dict[Hashable, Any]]:
-        path = f"{group_path(group)}/{statistic}"
+        group = group_path(group)
         with self.lock:
-            entry = self._nodes[path]
-            rows = _Column(path, _unchanged, open_end=False).between(self.path, entry, start, stop)
-        return rows, dict(entry["attributes"])
+            if self._by_group.goes_on(group):
+                whole = self._joined(group, statistic, start, stop)[statistic]
+                return whole.values, dict(whole.attrs)
+            path = f"{group}/{statistic}"
+            return self._rows_at(path, start, stop), dict(self._nodes[path]["attributes"])
+
+    def _rows_at(self, path: str, start: int, stop: int) -> np.ndarray:
+        return _Column(path, _unchanged, open_end=False).between(self.path, self._nodes[path], start, stop)
+
+    def _joined(self, group: str, statistic: str | None, start: int, stop: int) -> xr.Dataset:
+        """A group that goes on in later segments; of the statistic only these rows are read."""
+
+        def rows(path: str) -> np.ndarray:
+            return self._rows_at(path, start, stop)
+
+        return self._by_group.joined(group, statistic, self.steps[start:stop], self._labels_at, rows)
 
     def __repr__(self) -> str:
         return f"<osp_diag.FollowedRun {self.path}: {self.problem or self.state}>"
@@ -349,27 +370,6 @@ class _Column:
             room[:start] = self._room[:start] if start else 0
             self._room = room
         self._room[start:stop] = rows
-
-
-def _dims_by_step(nodes: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, ...]]]:
-    dims_of: dict[str, dict[str, tuple[str, ...]]] = {}
-    for path, entry in nodes.items():
-        dims = entry.get("dimension_names") or ("",)
-        group, _, name = path.rpartition("/")
-        if group and dims[0] == "step":
-            dims_of.setdefault(group, {})[name] = tuple(dims[1:])
-    return dims_of
-
-
-def _groups_of(nodes: Mapping[str, Any]) -> list[str]:
-    """The groups with an array that is more than a coordinate, as sites are named."""
-    groups: dict[str, None] = {}
-    for path, entry in nodes.items():
-        group, _, name = path.rpartition("/")
-        if group and entry["node_type"] == "array" and entry.get("dimension_names") != [name]:
-            coordinates = str(nodes[group]["attributes"].get("coordinates", "")).split()
-            groups |= {} if name in coordinates else {site_of_path(group): None}
-    return list(groups)
 
 
 def _life(attrs: Mapping[Any, Any]) -> tuple[Any, ...]:

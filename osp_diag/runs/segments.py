@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,10 @@ __all__ = [
     "Segment",
     "changed_attributes",
     "differing_values",
+    "join",
     "joined_segments",
     "parent_sentence",
+    "parts_in_segments",
     "segment_group",
     "segments_of",
 ]
@@ -44,6 +46,7 @@ OF_MEASUREMENT = (
 """Attributes that no segment may change: they say what a number is, or of which layers and channels."""
 
 _GROUP = re.compile(rf"(/{SERIES}|)/segment-(\d+)", re.ASCII)
+_PART = re.compile(rf"({SERIES}/|)segment-(\d+)/(.+)", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,15 @@ def segment_group(after_step: int, group: str) -> str:
     return f"segment-{after_step}/{group}"
 
 
+def parts_in_segments(paths: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
+    """Of the paths of a run's groups those that go on in later segments: path → (after step, path there), in order."""
+    parts: dict[str, list[tuple[int, str]]] = {}
+    for path in paths:
+        if match := _PART.fullmatch(path):
+            parts.setdefault(match[1] + match[3], []).append((int(match[2]), path))
+    return {group: sorted(of) for group, of in parts.items()}
+
+
 def joined_segments(tree: xr.DataTree) -> xr.DataTree:
     """The tree with every group in one piece, and no groups of segments; the same tree where it has none.
 
@@ -152,12 +164,12 @@ def joined_segments(tree: xr.DataTree) -> xr.DataTree:
         for node in tree[path].subtree:
             whole = above + node.path.removeprefix(path)
             if node.data_vars and whole in nodes:
-                nodes[whole] = _joined(nodes[whole], node.to_dataset(inherit=False), steps, rows)
+                nodes[whole] = join(nodes[whole], node.to_dataset(inherit=False), steps, rows)
     return xr.DataTree.from_dict(nodes)
 
 
-def _joined(before: xr.Dataset, after: xr.Dataset, steps: str, rows: int) -> xr.Dataset:
-    """The first ``rows`` steps of one dataset, and the others of the other."""
+def join(before: xr.Dataset, after: xr.Dataset, steps: str, rows: int) -> xr.Dataset:
+    """The first ``rows`` steps of one dataset, and the others of the other: labels joined, NaN for what one lacks."""
     parts: Sequence[xr.Dataset] = (before.isel({steps: slice(rows)}), after.isel({steps: slice(rows, None)}))
     return xr.concat(
         parts,
