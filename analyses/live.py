@@ -14,7 +14,7 @@ import xarray as xr
 
 from osp_diag.analyses.summary.numbers import hidden_state_kurtosis, sink_rates
 from osp_diag.errors import StoreError
-from osp_diag.monitoring import SEVERITIES, Finding, RunMonitor, Severity
+from osp_diag.monitoring import SEVERITIES, Finding, Forecast, RunMonitor, Severity, forecasts
 from osp_diag.monitoring.scalars import scalar
 from osp_diag.runs.following import FollowedRun, RunState
 from osp_diag.runs.lock import WriterState, writer_state
@@ -39,6 +39,7 @@ class Standing:
     scalars : the last finite value of each; those never recorded are left out
     probing : share of the time so far that probing took
     kurtosis, sinks : see :mod:`osp_diag.analyses.summary.numbers`
+    forecasts : None where nobody asked
     """
 
     path: str
@@ -56,6 +57,7 @@ class Standing:
     kurtosis: xr.DataArray | None
     sinks: xr.DataArray | None
     alerts: list[Finding]
+    forecasts: tuple[Forecast, ...] | None = None
 
     def is_at_least(self, severity: Severity) -> bool:
         """Whether anything of this severity or a worse one is the matter, or the run cannot be read."""
@@ -111,19 +113,23 @@ class Standing:
             last = self.sinks.isel(step=-1)
             layers = zip(last["layer"].values, last.values, strict=True)
             found["sink_rate"] = [{"layer": int(layer), "value": _plain(value)} for layer, value in layers]
-        return found | {"alerts": [alert.as_dict() for alert in self.alerts]}
+        found["alerts"] = [alert.as_dict() for alert in self.alerts]
+        if self.forecasts is not None:
+            found["forecasts"] = [forecast.as_dict() for forecast in self.forecasts]
+        return found
 
 
 _MONITORS: WeakKeyDictionary[Run, RunMonitor] = WeakKeyDictionary()
 """So that a look at a growing run judges only what is new."""
 
 
-def standing(run: Run, against: Run | None = None) -> Standing:
+def standing(run: Run, against: Run | None = None, *, forecast: bool = False) -> Standing:
     """Where the run stands, as it was last looked at; call ``run.refresh()`` before.
 
     Parameters
     ----------
     against : a run that is known to be good, which decides at the first call with ``run``
+    forecast : also extrapolate steady growth; see :func:`osp_diag.monitoring.forecasts`
     """
     if run not in _MONITORS:
         _MONITORS[run] = RunMonitor(run, against)
@@ -143,6 +149,8 @@ def standing(run: Run, against: Run | None = None) -> Standing:
             numbers["scalars"], numbers["probing"] = _scalars(run), _share_of_time_probing(run)
             numbers["kurtosis"], numbers["sinks"] = hidden_state_kurtosis(run), sink_rates(run)
             numbers["alerts"] = sorted(_MONITORS[run].look(), key=lambda a: SEVERITIES.index(a.severity))
+            if forecast:
+                numbers["forecasts"] = forecasts(run)
         attrs = run.attrs
         config = attrs.get("config")
         planned = config.get("steps") if isinstance(config, dict) else None

@@ -34,13 +34,14 @@ def run(
     out: Path | None = None,
     against: Path | None = None,
     fail_on: Literal["bad", "watch"] = "bad",
+    forecast: bool = False,
     json: bool = False,
 ) -> int:
     """Watch runs while they are written: kurtosis against its floor, sinks, loss, speed, and what to mind.
 
     Without --serve in this terminal, until Ctrl-C; with it on a page for a browser, on this machine alone.
     Runs are only read. One that does not exist yet is waited for; a trainer may die, resume or begin anew.
-    Every recorded number is judged: jumps, steady growth, losses, limits, NaN, and what lies ahead.
+    Every recorded number is judged: jumps, steady growth, losses, limits and NaN.
     The exit code is 1 if a run holds NaN or Inf, steps that diverged, or a held-out loss that rose; see --fail-on.
 
     Args:
@@ -55,6 +56,8 @@ def run(
         against: a run that is known to be good, with probes at the same steps: also say where the others leave it.
             Not with --serve.
         fail_on: watch makes the exit code 1 of any alert, for CI.
+        forecast: also say at which step steady growth would pass a limit if it went on so. An extrapolation, which
+            raises no alert: on healthy trainings it was wrong. Not with --serve.
         json: print the numbers once as JSON and stop.
 
     Examples:
@@ -80,6 +83,8 @@ def run(
         )
     if serve and against is not None:
         raise UsageError("watch: --serve compares with no reference; leave --against out")
+    if serve and forecast:
+        raise UsageError("watch: --serve shows no forecasts; leave --forecast out")
     followed = [FollowedRun(path) for path in dict.fromkeys(runs)]
     for one in followed:
         _check(one, must_exist=once or json)
@@ -90,18 +95,30 @@ def run(
     alerts = None if out is None else AlertFile(out)
     reference = None if against is None else open_run(against)
     if json:
-        return _as_json(followed, alerts, reference, fail_on)
+        return _as_json(followed, alerts, reference, fail_on, forecast=forecast)
     from osp_diag.cli.watch_terminal import show
 
-    return show(followed, every=None if once else every, alerts=alerts, against=reference, fail_on=fail_on)
+    return show(
+        followed,
+        every=None if once else every,
+        alerts=alerts,
+        against=reference,
+        fail_on=fail_on,
+        forecast=forecast,
+    )
 
 
 def _as_json(
-    followed: list[FollowedRun], alerts: AlertFile | None, against: Run | None, fail_on: Severity
+    followed: list[FollowedRun],
+    alerts: AlertFile | None,
+    against: Run | None,
+    fail_on: Severity,
+    *,
+    forecast: bool,
 ) -> int:
     from osp_diag.analyses.live import standing
 
-    standings = [standing(one, against) for one in followed]
+    standings = [standing(one, against, forecast=forecast) for one in followed]
     if alerts is not None:
         alerts.add(standings)
     print(json_format.dumps({"runs": [one.as_dict() for one in standings]}, indent=2))

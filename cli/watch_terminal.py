@@ -46,18 +46,19 @@ def show(
     alerts: AlertFile | None = None,
     against: Run | None = None,
     fail_on: Severity = "bad",
+    forecast: bool = False,
 ) -> int:
     """Show the runs, once if ``every`` is None, else until interrupted; returns the exit code.
 
     On a terminal the picture is renewed in place; elsewhere it is printed again when something changed.
     Alerts also go into ``alerts`` as they are found. ``against`` is a run that is known to be good; the code is 1
-    from alerts of the severity ``fail_on`` on.
+    from alerts of the severity ``fail_on`` on. ``forecast`` also shows where steady growth would lead.
     """
     from osp_diag.analyses.live import standing
     from osp_diag.analyses.run_labels import labels_of
 
     def standings_now() -> list[Standing]:
-        standings = [standing(run, against) for run in runs]
+        standings = [standing(run, against, forecast=forecast) for run in runs]
         if alerts is not None:
             alerts.add(standings)
         return standings
@@ -124,7 +125,7 @@ def over_floor(kurtosis: xr.DataArray) -> np.ndarray:
 
 
 def standing_as_text(one: Standing, *, width: int, rows: int, top: float, bars: str = BARS) -> Text:
-    """One run: facts, a row of bars for each hidden state, the sinks, and alerts last.
+    """One run: facts, a row of bars for each hidden state, the sinks, alerts, and forecasts last.
 
     Parameters
     ----------
@@ -143,6 +144,9 @@ def standing_as_text(one: Standing, *, width: int, rows: int, top: float, bars: 
     for alert in one.alerts:
         mark, style = ("!! ", "bold red") if alert.severity == "bad" else ("!  ", "bold")
         lines += [Text(mark + one_line(alert.sentence), style=style)]
+    if one.forecasts is not None:
+        sentences = [one_line(forecast.sentence) for forecast in one.forecasts]
+        lines += [Text(f"forecast: {sentence}", style="dim") for sentence in sentences or ["none"]]
     return Text("\n").join(lines)
 
 

@@ -72,7 +72,7 @@ def test_a_reader_chooses_layers_sites_and_runs(tmp_path):
         assert page.title() == "osp-diag, live"
         assert [line["name"] for line in drawn(page, "kurtosis-curves")] == ["one", "&lt;i&gt;two&lt;/i&gt;"]
         assert page.locator("#cards h3").all_inner_texts() == ["one", "<i>two</i>"]
-        assert "NaN or Inf in activations of 1 probed step" in page.locator("#alerts li.bad").inner_text()
+        assert "NaN or Inf in 3 tokens at step" in page.locator("#alerts li.bad").inner_text()
 
         page.locator("#kurtosis-maps .nsewdrag").first.hover()
         page.wait_for_selector("#kurtosis-maps .hoverlayer .hovertext", timeout=PATIENCE)

@@ -231,7 +231,7 @@ def test_a_hook_that_fails_stops_nothing():
     def hook(finding):
         raise OSError("gone")
 
-    monitor = TrainingMonitor(MonitorConfig(), 10, hook)
+    monitor = TrainingMonitor(MonitorConfig(), hook)
     with pytest.warns(RuntimeWarning, match=r"hook failed at step 3: OSError\('gone'\); training goes on"):
         monitor.scalars(3, {"loss": float("nan")})
     (finding,) = monitor.take()

@@ -133,7 +133,7 @@ def test_nonfinite_values_are_exit_code_1(tmp_path, capsys):
         record(writer, [0, 10])
         record(writer, [20], bad_layer=1)
     assert main(["watch", str(path), "--once"]) == 1
-    said = "!! NaN or Inf in activations of 1 probed step, first at step 20"
+    said = "!! NaN or Inf in 3 tokens at step 20, first at residual_post, layer 1"
     assert said in capsys.readouterr().out
     assert main(["watch", str(path), "--json"]) == 1
     (alert,) = json.loads(capsys.readouterr().out)["runs"][0]["alerts"]
@@ -240,7 +240,7 @@ def test_on_a_terminal_it_renews_the_picture_until_interrupted(tmp_path):
             read_until(ours, "step 20 of 1,000")
             process.send_signal(signal.SIGINT)
             left = read_until(ours, "\x1b[?1049l")
-            read_until(ours, "NaN or Inf in activations") if "NaN or Inf" not in left.split("1049l")[1] else 0
+            read_until(ours, "NaN or Inf in") if "NaN or Inf" not in left.split("1049l")[1] else 0
             assert process.wait(30) == 1
     os.close(ours)
     os.close(theirs)

@@ -207,7 +207,7 @@ class Training:
         self.origin = None if origin is None else self._start_from(origin, forget)
         self.is_fork = self.origin is not None and not segment
         is_judged = config.monitor.on and is_first_rank()
-        self.monitor = TrainingMonitor(config.monitor, config.steps) if is_judged else None
+        self.monitor = TrainingMonitor(config.monitor) if is_judged else None
         self.recording = self._begin_recording(
             held_out,
             out,

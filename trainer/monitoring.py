@@ -41,13 +41,12 @@ class TrainingMonitor:
     Parameters
     ----------
     config : what to do with a finding
-    planned : the last step
     hook : called with every finding, beside ``config.webhook``; one that raises is warned of and called again
     """
 
-    def __init__(self, config: MonitorConfig, planned: int | None, hook: Hook | None = None) -> None:
-        self.config, self.planned, self.hook = config, planned, hook
-        self._monitor = Monitor(planned)
+    def __init__(self, config: MonitorConfig, hook: Hook | None = None) -> None:
+        self.config, self.hook = config, hook
+        self._monitor = Monitor()
         self._profiles: tuple[Mapping[str, xr.DataArray], Mapping[str, xr.DataArray]] = ({}, {})
         self._posts: list[threading.Thread] = []
         self._new: list[Finding] = []

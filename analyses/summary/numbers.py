@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.summary.rules import QK_CLIP, SINK_HEAD
+from osp_diag.analyses.summary.rules import SINK_HEAD
 from osp_diag.errors import MissingError
 from osp_diag.estimators.magnitude_outliers import outlier_features
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.monitoring.limits import QK_CLIP
 from osp_diag.runs.headline import hidden_states, mean_by_stratum
 from osp_diag.schema import (
     ATTENTION,

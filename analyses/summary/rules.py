@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from osp_diag.monitoring.limits import QK_CLIP
 from osp_diag.schema import SINK_EPSILON, stratum_words
 
 __all__ = [
     "EVERYDAY",
     "NEAR_GAUSSIAN",
-    "QK_CLIP",
     "RULES",
     "SINKS",
     "SINK_HEAD",
@@ -34,8 +34,6 @@ SINKS = 0.1
 """Sink rate from which on the verdict speaks of attention sinks."""
 SINK_HEAD = 0.5
 """A head is called a sink head if it sinks in at least this share of the sequences."""
-QK_CLIP = 100.0
-"""Largest logit before the softmax that Kimi K2's QK-Clip lets pass."""
 
 State = Literal["broken", "raised", "clear", "unknown"]
 STATES: tuple[State, ...] = ("broken", "raised", "clear", "unknown")

@@ -16,10 +16,11 @@ import xarray as xr
 
 from osp_diag.analyses.channels.profiles import HOT, relative_rms
 from osp_diag.analyses.in_notebook import in_notebook
-from osp_diag.analyses.summary.rules import QK_CLIP, RULES, SINK_HEAD, STATES, State, judged
+from osp_diag.analyses.summary.rules import RULES, SINK_HEAD, STATES, State, judged
 from osp_diag.analyses.summary.summary import Summary, summarise
 from osp_diag.analyses.summary.text import carriers, not_measured
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.monitoring.limits import QK_CLIP
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, SINK_EPSILON, STRATA, stratum_words
 from osp_diag.wording import number, of_stack

@@ -43,9 +43,7 @@ class RunMonitor:
         self._begin()
 
     def _begin(self) -> None:
-        config = self.run.attrs.get("config")
-        planned = config.get("steps") if isinstance(config, dict) else None
-        self.monitor = Monitor(planned if isinstance(planned, int) else None)
+        self.monitor = Monitor()
         if self.against is not None:
             self.monitor.rules.append(ReferenceRule(self.against))
         self._generation = getattr(self.run, "generation", 0)

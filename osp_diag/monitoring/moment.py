@@ -68,14 +68,12 @@ class Moment:
     ----------
     step, previous : this one and the one before; None where this is the first
     table : the judged numbers, this step's last
-    planned : the last step that the training will make, where it says so
     profiles : site → RMS by channel of each layer, before and now, where they are known
     """
 
     step: int
     previous: int | None
     table: Table
-    planned: int | None = None
     profiles: Callable[[str], tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]] = field(
         default=lambda site: ({}, {})
     )

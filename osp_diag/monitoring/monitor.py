@@ -31,12 +31,10 @@ class Monitor:
 
     Parameters
     ----------
-    planned : the last step of the training, where it is known
     rules : instead of all in :mod:`osp_diag.monitoring.rules`
     """
 
-    def __init__(self, planned: int | None = None, rules: Sequence[RunningRule] | None = None) -> None:
-        self.planned = planned
+    def __init__(self, rules: Sequence[RunningRule] | None = None) -> None:
         self.rules = [rule() for rule in rule_classes().values()] if rules is None else list(rules)
         self.findings: list[Finding] = []
         self._table = Table()
@@ -72,9 +70,7 @@ class Monitor:
         self._since_probe = {}
         previous = self._table.steps[-1] if self._table.steps else None
         self._table.add(step, numbers, floors)
-        moment = Moment(
-            step=step, previous=previous, table=self._table, planned=self.planned, profiles=profiles
-        )
+        moment = Moment(step=step, previous=previous, table=self._table, profiles=profiles)
         return self._judged(rule.at_probe(moment) for rule in self.rules)
 
     def _judged(self, parts: Iterable[Iterable[Finding]]) -> list[Finding]:
