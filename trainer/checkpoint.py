@@ -133,7 +133,7 @@ class TrainingCheckpoint:
             raise TrainingError(f"{self.path} cannot be read ({reason_of(error)}); {_DELETE}") from error
 
     def tensors(self, prefix: str = "") -> dict[str, Tensor]:
-        """Tensors whose names begin so, whole and on the CPU: ``model.…``, ``optimizer.<name>.<parameter>.…``.
+        """Tensors whose names begin so, whole, on the CPU: ``model.…``, ``optimizer.<owner>.<parameter>.…``.
 
         Raises
         ------

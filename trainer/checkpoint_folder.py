@@ -65,8 +65,9 @@ class CheckpointFolder:
         function: Mapping[str, Any] | None = None,
         background: bool | None = None,
     ) -> None:
-        """Save ``tensors`` (nested dictionaries of tensors, DTensors among them) and the host's state, to which
-        belongs which ``function`` the weights are of.
+        """Save ``tensors`` (nested dictionaries of tensors, DTensors among them) and the host's state.
+
+        Of that state is ``function``: which one the weights are of.
 
         Returns once the tensors are copied; they may change while they are being written. A save that is
         still being written is waited for first.

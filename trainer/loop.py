@@ -465,7 +465,7 @@ class Training:
             self.progress(step, self.config.steps, values)
 
     def _act_on_findings(self) -> None:
-        """Do what ``monitor.action`` says, where all ranks meet: after a probe, and where the host is waited for."""
+        """Do what ``monitor.action`` says, where all ranks meet: after a probe, where the host is waited for."""
         action = self.config.monitor.action
         findings = [] if self.monitor is None else self.monitor.take()
         for finding in findings:
@@ -482,8 +482,8 @@ class Training:
             self._save_now(self.step)
             if action == "stop":
                 raise TrainingError(
-                    f"monitor.action=stop: stopped after step {self.step}, whose state is saved; `osp-diag watch` says "
-                    "why. Go on with --resume --set monitor.action=log"
+                    f"monitor.action=stop: stopped after step {self.step}, whose state is saved; `osp-diag "
+                    "watch` says why. Go on with --resume --set monitor.action=log"
                 )
 
     def _note_data(self) -> None:

@@ -39,6 +39,9 @@ SPREADS = 8.0
 """Robust standard deviations (1.4826 · median absolute deviation) beyond which a share is unusual."""
 LASTING = 5
 """Unusual steps in a row, or up to the end, from which on it is the data and not a batch."""
+LOSS_SPREADS, LOSS_LEAST = 6.0, 0.5
+"""A single batch of healthy text may be a list or a table. It is named if its labels are wrong, or if its loss
+stands out from the ten before by so many robust standard deviations and so many nats."""
 FEWEST = 8
 """Usual steps that tell what is usual."""
 
@@ -62,9 +65,9 @@ def changed_batches(case: Case) -> Iterator[Finding]:
                 f"{sentence} ({number} at step {steps[place]})" if sentence else number
             )
     recorded = np.flatnonzero(np.isfinite(series[present[0]].values))
-    findings = [
-        _finding(case, steps, stretch, unusual, recorded) for stretch in _stretches(sorted(unusual), recorded)
-    ]
+    stretches = _stretches(sorted(unusual), recorded)
+    named = [stretch for stretch in stretches if _matters(case, stretch, recorded, unusual)]
+    findings = [_finding(case, steps, stretch, unusual, recorded) for stretch in named]
     if not findings:
         case.ruled_out.append("no batch, and no labels, are unlike those before")
     yield from findings
@@ -106,11 +109,31 @@ def _stretches(places: list[int], recorded: np.ndarray) -> Iterator[list[int]]:
         yield stretch
 
 
+def _lasts(stretch: list[int], recorded: np.ndarray) -> bool:
+    return len(stretch) >= LASTING or (len(stretch) > 1 and stretch[-1] == recorded[-1])
+
+
+def _matters(case: Case, stretch: list[int], recorded: np.ndarray, unusual: Mapping[int, list[str]]) -> bool:
+    """Whether it lasts, or its labels are wrong, or its loss stands out."""
+    wrong_labels = SHARES["label_agreement"].low
+    if _lasts(stretch, recorded) or any(wrong_labels in text for text in unusual[stretch[0]]):
+        return True
+    losses = case.run.series["loss"].values
+    before = losses[max(0, stretch[0] - 10) : stretch[0]]
+    before = before[np.isfinite(before)]
+    if len(before) < FEWEST:
+        return False
+    middle = float(np.median(before))
+    spread = 1.4826 * float(np.median(np.abs(before - middle)))
+    off = np.abs(losses[stretch] - middle)
+    return bool((off > max(LOSS_SPREADS * spread, LOSS_LEAST)).any())
+
+
 def _finding(
     case: Case, steps: np.ndarray, stretch: list[int], unusual: Mapping[int, list[str]], recorded: np.ndarray
 ) -> Finding:
-    first, last = stretch[0], stretch[-1]
-    lasts = len(stretch) >= LASTING or (len(stretch) > 1 and last == recorded[-1])
+    first = stretch[0]
+    lasts = _lasts(stretch, recorded)
     earlier = [int(steps[row]) for row in recorded if row < first]
     sentences = tuple(dict.fromkeys(unusual[first]))
     main = sentences[0].partition(" (")[0]
