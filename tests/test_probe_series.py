@@ -384,7 +384,9 @@ def test_the_final_model_is_measured_alone_with_a_note_or_beside_its_checkpoints
         r"holds 3 checkpoints too \(checkpoint-2, checkpoint-4, checkpoint-6\), .*my-model/checkpoint-\*`"
     )
     assert any(note.search(one) for one in run.notes)
-    assert osp_diag.probe_series([runs, runs / "checkpoint-2"], **TOKENS).steps.tolist() == [2, 8]
+    both = osp_diag.probe_series([runs, runs / "checkpoint-2"], **TOKENS)
+    assert both.steps.tolist() == [2, 8]
+    assert [one.startswith("first at step 8: ") for one in both.notes if note.search(one)] == [True]
 
 
 @pytest.mark.parametrize(

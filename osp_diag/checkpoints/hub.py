@@ -80,9 +80,12 @@ def check_revisions(identifier: str, revisions: Sequence[str]) -> None:
         paths = {r: try_to_load_from_cache(identifier, "config.json", revision=r) for r in revisions}
         known = {revision for revision, path in paths.items() if isinstance(path, str)}
     else:  # one question for all: Pythia has 154
-        with quietly():
-            references = HfApi().list_repo_refs(identifier)
-        known = {reference.name for reference in (*references.branches, *references.tags)}
+        try:
+            with quietly():
+                references = HfApi().list_repo_refs(identifier)
+            known = {reference.name for reference in (*references.branches, *references.tags)}
+        except Exception:  # then each is asked for, and the answer says what is wrong
+            known = set()
     for revision in revisions:
         if revision not in known and not _COMMIT.fullmatch(revision):
             reach(identifier, revision)

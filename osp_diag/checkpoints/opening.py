@@ -149,7 +149,7 @@ def _checkpoint_notes(directory: Path) -> tuple[str, ...]:
         return ()
     return (
         f"{directory} holds {len(inside)} checkpoint{'s' * (len(inside) > 1)} too ({named_shortly(inside)}), "
-        f"which are not in these numbers; `osp-diag probe {pattern_of(inside, directory)}` measures them.",
+        f"which are other models; `osp-diag probe {pattern_of(inside, directory)}` measures them.",
     )
 
 

@@ -216,7 +216,10 @@ class _Series:
         attributes = {CHECKPOINTS: dict(known), "model_fingerprint": fingerprint}
         self.attributes["absent_sites"] |= session.absent
         self.records.step(one.step, lambda: session.latest, session.absent, attributes)
-        self.records.note(session.attributes["notes"])
+        begins = "" if len(known) == 1 else f"first at step {one.step}: "
+        noted = self.attributes["notes"]
+        new = [note for note in session.attributes["notes"] if not any(n.endswith(note) for n in noted)]
+        self.records.note([begins + note for note in new])
         for group, dataset in session.static.items():
             if group not in self.records:
                 self.records.write_static(group, dataset)
@@ -264,6 +267,7 @@ class _Series:
         if self.before is not None:  # what grows with the run, or where it lies, is no condition of it
             of_the_run = ("model_source", "model_fingerprint", CHECKPOINTS)
             attributes |= {key: self.before.attrs[key] for key in of_the_run}
+            attributes["notes"] = list(self.before.attrs["notes"])
             if is_same:
                 attributes["model_name"] = self.before.attrs["model_name"]
         self.records = Records(self.out, attributes, resume=resume, overwrite=overwrite, deferred=False)
@@ -324,5 +328,5 @@ class _Series:
 
 
 def _last_logged(run: Run) -> int:
-    steps = run.series["step"].values if len(run.series) else []
-    return int(steps[-1]) if len(steps) else -1
+    steps = run.series["step"].values
+    return int(steps[-1]) if steps.size else -1

@@ -615,7 +615,7 @@ class Probe:
     # What was recorded: all but append_… and note wait for a deferred step, and all raise what failed in it
 
     @property
-    def latest(self) -> Mapping[str, xr.Dataset]:
+    def latest(self) -> ProbedStep:
         """The datasets recorded last, by group and without the step; on every rank."""
         return self._records.latest
 
