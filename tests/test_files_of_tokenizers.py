@@ -18,30 +18,14 @@ from osp_diag.text.tokenizer import decode_each, delimiter_ids_of, encode, openi
 from osp_diag.text.tokenizer_files import SAMPLE, SentencePieceTokenizer, open_tokenizer
 from osp_diag.tokens import make_batches
 from tests.file_situations import situation
+from tests.hand_written import BLOCK
 from tests.tiny_checkpoints import VOCABULARY, byte_tokenizer, llama, save, transformers
 
 TEXT = "The tide had turned by noon.\nNobody on the quay had seen the pilot, and 9 crates were gone.\n" * 30
 
-MODEL = '''
-import torch
-from torch import nn
-from torch.nn import functional as F
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-        self.mlp_norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 16), nn.Linear(16, width)
-
-    def forward(self, x):
-        q, k, v = (p.unflatten(-1, (2, -1)).transpose(1, 2) for p in self.qkv(self.norm(x)).chunk(3, dim=-1))
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(mixed.transpose(1, 2).flatten(2))
-        return x + self.down(torch.relu(self.up(self.mlp_norm(x))))
-
-
+MODEL = (
+    BLOCK
+    + '''
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
@@ -94,6 +78,7 @@ def batch():
 
 letters = Bytes
 '''
+)
 
 
 @pytest.fixture
