@@ -21,6 +21,7 @@ def run(
     against: Path | None = None,
     replay: int | None = None,
     verify: int = 0,
+    out: Path | None = None,
     json: bool = False,
 ) -> int:
     """Find out what went wrong in a training, from its run and the checkpoints beside it.
@@ -35,18 +36,23 @@ def run(
         against: a good run; what it has otherwise counts as right.
         replay: steps that may be trained again for it; by default a replay that takes seconds, 0 for none.
         verify: try every remedy for so many steps from before the onset.
+        out: write a page with this diagnosis and its figure, one file that needs no network.
         json: print the diagnosis as JSON.
 
     Examples:
         osp-diag diagnose osp.zarr
         osp-diag diagnose osp.zarr --against healthy.zarr
-        osp-diag diagnose osp.zarr --replay 30 --verify 30
+        osp-diag diagnose osp.zarr --replay 30 --verify 30 --out diagnosis.html
     """
     from osp_diag.analyses import diagnose
     from osp_diag.cli.train_progress import shown_steps
     from osp_diag.runs.run import open_run
     from osp_diag.trainer.laboratory import laboratory
 
+    if out is not None:
+        from osp_diag.figures.report import check_out
+
+        check_out(out)
     opened = open_run(path)
     good = None if against is None else open_run(against)
     with shown_steps() as progress:
@@ -58,5 +64,9 @@ def run(
             replay=replay,
             verify=verify,
         )
+    if out is not None:
+        from osp_diag.figures.report.diagnosis_page import write_diagnosis
+
+        write_diagnosis(opened, diagnosis, out)
     print(json_format.dumps(diagnosis.as_dict()) if json else str(diagnosis))
     return 0

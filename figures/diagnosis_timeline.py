@@ -174,6 +174,9 @@ def _draw_quantity(part: xr.Dataset, name: str, panel: Panel, colour: str) -> No
         panel.line(np.full(2, onset), np.array([low, high]), label="", colour=SHADE, dash="dashed")
     panel.line(steps[finite], values[finite], label="", colour=colour)
     panel.limits("y", low, high)
+    every = np.concatenate([part["record_step"].values, part["probe_step"].values])
+    first, last = float(np.nanmin(every)), float(np.nanmax(every))
+    panel.limits("x", first - 0.02 * (last - first), last + 0.02 * (last - first))
 
 
 def _mark(part: xr.Dataset, panel: Panel) -> None:

@@ -239,7 +239,9 @@ class TestNotRecorded:
         torch.manual_seed(0)
         model = Llama(config().model)
         ids = torch.randint(0, 4096, (2, 32))
-        with osp_diag.Probe(model, every=1, out=out, sites=["residual_post", "final_norm"]) as probe:
+        with osp_diag.Probe(
+            model, every=1, out=out, sites=["embedding", "residual_post", "final_norm"]
+        ) as probe:
             for step in range(2):
                 with probe.step(step):
                     model(ids)

@@ -10,7 +10,7 @@ from typing import Any
 import xarray as xr
 
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
-from osp_diag.laboratory import CheckpointState, Laboratory, Replay
+from osp_diag.laboratory import CheckpointState, Fork, Laboratory, Replay
 from osp_diag.runs.run import Run
 
 __all__ = ["Case"]
@@ -31,6 +31,7 @@ class Case:
     regression_bracket : where something got worse first; None where nothing did
     is_raised : whether kurtosis is above its noise at the last probe
     replay : the one that was made
+    forks : of remedies that were tried, by start, end and changes
     ruled_out, not_recorded : sentences that the questions leave
     """
 
@@ -42,6 +43,7 @@ class Case:
     regression_bracket: Bracket | None = None
     is_raised: bool = False
     replay: Replay | None = None
+    forks: dict[tuple[int, int, str], Fork] = field(default_factory=dict)
     ruled_out: list[str] = field(default_factory=list)
     not_recorded: list[str] = field(default_factory=list)
 

@@ -43,14 +43,22 @@ class _Edit:
 def edited_weights(case: Case) -> Iterator[Finding]:
     """Parameters that jumped at one step, and rows that did between checkpoints; each is undone once."""
     edits: dict[str, _Edit] = {}
+    explained = False
     for edit in (*_jumps(case), *_rows(case)):
-        if not case.explains(edit.parameter, edit.bracket):
+        if case.explains(edit.parameter, edit.bracket):
+            explained = True
+        else:
             edits.setdefault(edit.parameter, edit)
     findings = [_finding(case, edit) for edit in edits.values()]
     if case.logged(SKETCH) is None and not case.pairs:
         case.not_recorded.append("edits of weights: no weight sketch and fewer than two checkpoints")
     elif not findings:
-        case.ruled_out.append("no weights changed otherwise than by steps of training")
+        case.ruled_out.append(
+            "weights moved unlike before only where a finding above can be the reason; edits of weights are "
+            "not told apart from it"
+            if explained
+            else "no weights changed otherwise than by steps of training"
+        )
     yield from findings
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
@@ -84,6 +85,17 @@ def _kurtosis_at(case: Case, step: int) -> float:
     return float("nan") if kurtosis is None else float(kurtosis.sel(step=step, method="nearest"))
 
 
+def _remedied(case: Case, start: int, until: int, changes: Mapping[str, Any]) -> Fork:
+    """From a checkpoint on with the remedy; remedies that only keep what the checkpoint has are one fork."""
+    assert case.laboratory is not None
+    own = case.checkpoint_up_to(start)
+    differing = {key: value for key, value in changes.items() if own is None or own.config.get(key) != value}
+    key = (start, until, str(sorted(differing.items())))
+    if key not in case.forks:
+        case.forks[key] = case.laboratory.fork(start, until, "trying the remedy", differing)
+    return case.forks[key]
+
+
 def verified(case: Case, finding: Finding, steps: int) -> Finding:
     """The finding, its remedy tried from before the onset: kurtosis and loss beside what the run did."""
     remedy = finding.remedy
@@ -94,7 +106,7 @@ def verified(case: Case, finding: Finding, steps: int) -> Finding:
         until = int(case.run.steps[-1])
     if until <= finding.bracket.bad - 1:
         return replace(finding, remedy=replace(remedy, outcome="not tried: the run ends before the onset"))
-    fork = case.laboratory.fork(remedy.start, until, f"remedy of {finding.family}", remedy.changes)
+    fork = _remedied(case, remedy.start, until, remedy.changes)
     was = _kurtosis_at(case, until)
     series = case.run.series["held_out_loss"].dropna("step") if "held_out_loss" in case.run.series else None
     loss = (
