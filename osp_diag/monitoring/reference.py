@@ -27,7 +27,8 @@ class ReferenceRule(RunningRule):
 
     Raises
     ------
-    UsageError : the reference has too few probes for a unit
+    UsageError : the reference has too few probes for a unit. :meth:`of_run`: the run shares no probed step after
+        step 0 with it, or no site and layer
     """
 
     reference: Run

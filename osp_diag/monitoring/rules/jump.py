@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
+from jaxtyping import Float
 
 from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.moment import Moment
@@ -17,52 +18,94 @@ from osp_diag.monitoring.rule import RunningRule
 class Rule(RunningRule):
     """|ln(now / before)| in units of the largest such change of that statistic and site between earlier probes.
 
-    Of all layers, heads and matrices together: a few changes of one number are too few to say what is usual. What a floor of noise hides is no change: numbers count as not below it. The change from step 0, whose
+    Of all layers, heads and matrices together: a few changes of one number are too few to say what is usual.
+    What a floor of noise hides is no change: numbers count as not below it. The change from step 0, whose
     weights are random, is no usual one, nor is one that was itself a jump. Where this pause between probes is
     longer than any before, a change counts for as many times less.
+
+    A fault before enough is known can't be told, and it must not hide a later one. So a pause whose largest
+    change would be a jump beside the next largest counts as twice that: one pause of four, at most
+    :attr:`odd_pauses`.
+
+    A number that comes back after one odd probe does not jump: its change counts from the probe before last,
+    where that is the smaller. A jump is told by its first place in network order, and a site and layer that
+    jumped at the probe before is not told again.
     """
 
     times_usual: float = 4.0
-    """Three healthy trainings reached 3.65 in 65,372 comparisons (docs/log.md)."""
+    """Healthy trainings reached 3.65 (docs/log.md)."""
     usual_changes: int = 4
     """So many earlier changes have to be known of a number: about five probes after the first."""
     changes_together: int = 6
     """And so many of all layers and parts together, for a site of one layer has fewer."""
     smallest_usual: float = 0.1
     """of ln: a change by less than 4 times that (a factor of 1.5) is no jump, however still a number was"""
+    odd_pauses: int = 2
+    """A spike makes two, up and down."""
+    odd_as_usual: float = 2.0
+    """A share of few sequences changes by a factor of 2 or not at all: with 1.5 that was a jump (docs/log.md)."""
     _groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Column → which statistic and site it is of."""
     _numbers: dict[tuple[str | None, str], int] = field(default_factory=dict)
-    _usual: np.ndarray = field(default_factory=lambda: np.empty(0))
+    _largest: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
+    """(group, rank): the largest change of each earlier pause, the largest of them first, as many as decide"""
+    _pauses: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Of each group: how many there were."""
     _known: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    _last_but_one: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """ln of the numbers two probes ago."""
     _longest: int = 0
-    _is_jumping: bool = False
+    _jumping: frozenset[tuple[str | None, int | None]] = frozenset()
+    """The sites and layers that jumped at the last probe."""
 
     def at_probe(self, moment: Moment) -> Iterable[Finding]:
         table, previous = moment.table, moment.previous
         if not previous:  # none, or step 0
             return ()
         self._widen(table.places)
-        logarithms = table.logarithms[-2:]
+        logarithms = table.logarithms
         pause = moment.step - previous
         change = np.abs(logarithms[1] - logarithms[0]) / max(1.0, pause / (self._longest or pause))
         self._longest = max(self._longest, pause)
-        size = change / np.maximum(self._usual, self.smallest_usual)[self._groups]
-        together = np.bincount(self._groups, self._known, len(self._usual))[self._groups]
+        since_last_but_one = np.nan_to_num(np.abs(logarithms[1] - self._last_but_one), nan=np.inf)
+        size = np.minimum(change, since_last_but_one) / self._usual()[self._groups]
+        together = np.bincount(self._groups, self._known, len(self._pauses))[self._groups]
         known = (self._known >= self.usual_changes) & (together >= self.changes_together)
         jumps = (size >= self.times_usual) & known
-        usual = np.isfinite(change) & ~jumps
-        np.maximum.at(self._usual, self._groups[usual], change[usual])
+        self._learn(change, np.isfinite(change) & ~jumps)
+        self._last_but_one = logarithms[0]
+        columns = np.flatnonzero(jumps).tolist()
+        new = [column for column in columns if table.places[column][:2] not in self._jumping]
+        self._jumping = frozenset(table.places[column][:2] for column in columns)
+        return (self._finding(moment, size, np.array(new)),) if new else ()
+
+    def _usual(self) -> Float[np.ndarray, " group"]:
+        largest = np.maximum(self._largest, self.smallest_usual)
+        usual = largest[:, 0]
+        for odd in range(1, self.odd_pauses + 1):
+            stands_out = largest[:, odd - 1] >= self.times_usual * largest[:, odd]
+            forgiven = stands_out & (odd * self.usual_changes <= self._pauses)
+            usual = np.where(forgiven, self.odd_as_usual * largest[:, odd], usual)
+        return usual
+
+    def _learn(self, change: np.ndarray, usual: np.ndarray) -> None:
+        now = np.full(len(self._pauses), -1.0)
+        np.maximum.at(now, self._groups[usual], change[usual])
+        self._pauses += now >= 0
+        ranked = np.column_stack([self._largest, np.maximum(now, 0)])
+        self._largest = np.sort(ranked, axis=1)[:, :0:-1]
         self._known += usual
-        was_jumping, self._is_jumping = self._is_jumping, bool(jumps.any())
-        return () if was_jumping or not jumps.any() else (self._finding(moment, size, np.flatnonzero(jumps)),)
 
     def _widen(self, places: list[Place]) -> None:
         new = places[len(self._groups) :]
         numbers = [self._numbers.setdefault((p.site, p.statistic), len(self._numbers)) for p in new]
         self._groups = np.concatenate([self._groups, np.array(numbers, np.int64)])
         self._known = np.pad(self._known, (0, len(new)))
-        self._usual = np.pad(self._usual, (0, len(self._numbers) - len(self._usual)))
+        self._last_but_one = np.pad(self._last_but_one, (0, len(new)), constant_values=np.nan)
+        groups = len(self._numbers) - len(self._pauses)
+        self._pauses = np.pad(self._pauses, (0, groups))
+        ranks = self.odd_pauses + 1 - self._largest.shape[1]
+        self._largest = np.pad(self._largest, ((0, groups), (0, ranks)))
 
     def _finding(self, moment: Moment, size: np.ndarray, jumps: np.ndarray) -> Finding:
         places = moment.table.places
@@ -75,7 +118,7 @@ class Rule(RunningRule):
         where = f" at {place.words}" if place.words else ""
         sentence = (
             f"{place.statistic}{where} went from {before:.3g} to {now:.3g} between steps {moment.previous:,} and "
-            f"{moment.step:,}, {size[column]:.1f} times the largest change there from probe to probe until then"
+            f"{moment.step:,}, {size[column]:.1f} times the usual largest change there from probe to probe"
             + (f", in channel {channel}" if channel is not None else "")
             + (
                 f"; {others:,} other numbers jumped too"
