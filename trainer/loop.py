@@ -465,7 +465,7 @@ class Training:
             self.progress(step, self.config.steps, values)
 
     def _act_on_findings(self) -> None:
-        """Do what ``monitor.action`` says, where all ranks meet: after a probe, where the host is waited for."""
+        """Do what ``monitor.action`` says where all ranks meet: after a probe, where the host is waited for."""
         action = self.config.monitor.action
         findings = [] if self.monitor is None else self.monitor.take()
         for finding in findings:
@@ -489,9 +489,10 @@ class Training:
     def _note_data(self) -> None:
         """Say and keep what is to be said of the data: of a stream it shows when it is left."""
         self.recording.note(self.data.notes)
-        for note in self.data.notes if self.announce is not None else ():
+        announce = self.announce
+        for note in self.data.notes if announce is not None else ():
             if note not in self._opening_notes:
-                self.announce(f"note: {note}")
+                announce(f"note: {note}")
 
     def _pin(self, finding: Finding) -> None:
         """Keep the checkpoint before what was found; one that is being written may be it."""

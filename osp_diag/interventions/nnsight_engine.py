@@ -97,15 +97,15 @@ class NnsightEngine:
         return output
 
     def _edit_at(self, tap: Tap, intervention: Intervention) -> None:
-        module, edit = self._envoy.get(tap.module), self._edit_output
+        module, edit_output = self._envoy.get(tap.module), self._edit_output
         if tap.side == "output":
             with self._envoy.edit(inplace=True):
-                module.output = edit(tap, intervention, module.output)
+                module.output = edit_output(tap, intervention, module.output)
             return
-        edit = self._edit_inputs
+        edit_inputs = self._edit_inputs
         with self._envoy.edit(inplace=True):
             arguments, options = module.inputs
-            module.inputs = edit(tap, intervention, arguments, options)
+            module.inputs = edit_inputs(tap, intervention, arguments, options)
 
     def _edit_output(self, tap: Tap, intervention: Intervention, result: Any) -> Any:
         new = self._edited(tap, intervention, item_of(tap.argument, result))

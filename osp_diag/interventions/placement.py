@@ -46,6 +46,7 @@ def _arranged(sites: SiteMap, tap: Tap, value: Tensor, batch: int, tokens: int) 
         arranged = value.transpose(1, 2)
     if sites.streams_in_a_row > 1 and value.ndim >= 3 and value.shape[1] == sites.streams_in_a_row * tokens:
         arranged = value[:, :tokens]
+    assert arranged is not None
     arranged = batch_first(tap, arranged, batch, tokens)
     if arranged is None:
         raise CaptureError(

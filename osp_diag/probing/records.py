@@ -57,9 +57,9 @@ class Records:
         attributes: dict[str, Any],
         *,
         resume: bool,
-        segment_after: int | None,
         overwrite: bool,
         deferred: bool,
+        segment_after: int | None = None,
     ) -> None:
         self._path, self._attributes = path, attributes
         self.writer: RunWriter | None = None

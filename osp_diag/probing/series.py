@@ -22,6 +22,7 @@ from osp_diag.probing.records import Records
 from osp_diag.probing.saving import check_out
 from osp_diag.probing.session import Probe
 from osp_diag.probing.settings import MeasurementSettings, TokenSettings, keyword_form
+from osp_diag.runs.declared import ProbedStep
 from osp_diag.runs.folder import identity_differences, read_root, survey
 from osp_diag.runs.run import Run, open_run
 from osp_diag.runs.writer import VOLATILE
@@ -215,7 +216,7 @@ class _Series:
         fingerprint = known[str(one.step)]["fingerprint"]
         attributes = {CHECKPOINTS: dict(known), "model_fingerprint": fingerprint}
         self.attributes["absent_sites"] |= session.absent
-        self.records.step(one.step, lambda: session.latest, session.absent, attributes)
+        self.records.step(one.step, lambda: ProbedStep(dict(session.latest)), session.absent, attributes)
         begins = "" if len(known) == 1 else f"first at step {one.step}: "
         noted = self.attributes["notes"]
         new = [note for note in session.attributes["notes"] if not any(n.endswith(note) for n in noted)]
@@ -316,7 +317,7 @@ class _Series:
     def _safe(self) -> str:
         if self.out is None:
             return "The run was not to be written, so nothing is kept."
-        steps = [] if self.before is None else self.before.steps.tolist()
+        steps: list[int] = [] if self.before is None else self.before.steps.tolist()
         if self.records is not None and self.records.writer is not None:
             steps = self.records.writer.steps
         if not steps:
