@@ -1,4 +1,4 @@
-"""What the monitor's rules tell of faults that come early, one after another, or after a change of the training."""
+"""What the monitor tells of faults that come early, one after another, or in a later segment."""
 
 from __future__ import annotations
 
@@ -48,6 +48,7 @@ def jumps(run):
         pytest.param([(2, 10, 15, 20), (0, 11, 15, 20)], [(10, 2), (11, 0)], id="neighbouring probes"),
         pytest.param([(2, 10, 15, 20), (0, 10, 15, 20), (1, 11, 15, 20)], [(10, 0), (11, 1)], id="three"),
         pytest.param([(1, 10, 10, 20)], [(10, 1)], id="a spike is told once"),
+        pytest.param([(1, 8, 8, 20), (1, 10, 10, 20)], [(8, 1), (10, 1)], id="and the next one too"),
     ],
 )
 def test_every_jump_is_told_by_its_first_place(faults, told):

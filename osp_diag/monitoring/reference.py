@@ -93,23 +93,21 @@ class ReferenceRule(RunningRule):
         )
 
     def of_run(self, run: Run) -> Iterable[Finding]:
-        """Refuse a run that has nothing to compare; of one that is being written, only once no step can change that."""
+        """Refuse a run that has nothing to compare; one that is being written, once no step can change that."""
         mine, its = run.steps, self.reference.steps
         if not len(mine) or self._shares_number:
             return ()
+        both = f"{run.path} and its reference {self.reference.path}"
         if self._shares_step:
             raise UsageError(
-                f"{run.path} and its reference {self.reference.path} share no number of a site and layer: "
-                f"{listed(run.sites, 4)} here, {listed(self.reference.sites, 4)} there; name a run of the same model "
-                "with the same sites and statistics"
+                f"{both} share no number of a site and layer: {listed(run.sites, 4)} here, "
+                f"{listed(self.reference.sites, 4)} there; name a run of the same model with the same sites"
             )
-        is_growing = (
-            isinstance(run, FollowedRun) and run.writer in ("writing", "unknown") and mine[-1] < its[-1]
-        )
-        if not is_growing:
+        is_growing = isinstance(run, FollowedRun) and run.writer in ("writing", "unknown")
+        if not is_growing or mine[-1] >= its[-1]:
             raise UsageError(
-                f"{run.path} and its reference {self.reference.path} were probed at no step in common after step 0: "
-                f"{listed([*map(str, mine)], 4)} here, {listed([*map(str, its)], 4)} there; probe both at the same steps (probe.every)"
+                f"{both} were probed at no step in common after step 0: {listed([*map(str, mine)], 4)} here, "
+                f"{listed([*map(str, its)], 4)} there; probe both at the same steps (probe.every)"
             )
         return ()
 
