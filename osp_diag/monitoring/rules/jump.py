@@ -33,7 +33,7 @@ class Rule(RunningRule):
     """
 
     times_usual: float = 4.0
-    """Healthy trainings reached 3.65 (docs/log.md)."""
+    """Five healthy trainings reached 3.65; one of two more 6.9, once, of a share of few sequences (docs/log.md)."""
     usual_changes: int = 4
     """So many earlier changes have to be known of a number: about five probes after the first."""
     changes_together: int = 6
