@@ -13,7 +13,9 @@ from osp_diag.monitoring.moment import Moment, Table
 from osp_diag.monitoring.places import Place
 from osp_diag.monitoring.reading import PIECE, blocks_between
 from osp_diag.monitoring.rule import RunningRule
+from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.run import Run
+from osp_diag.wording import listed
 
 __all__ = ["ReferenceRule"]
 
@@ -27,8 +29,7 @@ class ReferenceRule(RunningRule):
 
     Raises
     ------
-    UsageError : the reference has too few probes for a unit. :meth:`of_run`: the run shares no probed step after
-        step 0 with it, or no site and layer
+    UsageError : the reference has too few probes for a unit; from :meth:`of_run`, there is nothing to compare
     """
 
     reference: Run
@@ -40,6 +41,8 @@ class ReferenceRule(RunningRule):
     _index: dict[Place, int] = field(default_factory=dict)
     _last_good: int | None = None
     _is_away: bool = False
+    _shares_step: bool = False
+    _shares_number: bool = False
 
     def __post_init__(self) -> None:
         steps = [int(step) for step in self.reference.steps]
@@ -70,6 +73,7 @@ class ReferenceRule(RunningRule):
         reference, places = self._logarithms[moment.step], moment.table.places
         columns = np.array([self._index.get(place, -1) for place in places])
         shared = np.flatnonzero((columns >= 0) & (columns < len(reference)))
+        self._shares_step, self._shares_number = True, self._shares_number or bool(shared.size)
         difference = np.zeros(len(places))
         difference[shared] = moment.table.logarithms[-1][shared] - reference[columns[shared]]
         size = np.zeros(len(places))
@@ -87,6 +91,25 @@ class ReferenceRule(RunningRule):
         return (
             self._finding(moment, places[column], column, difference[column], size[column], len(away) - 1),
         )
+
+    def of_run(self, run: Run) -> Iterable[Finding]:
+        """Refuse a run that has nothing to compare; one that is being written, once no step can change that."""
+        mine, its = run.steps, self.reference.steps
+        if not len(mine) or self._shares_number:
+            return ()
+        both = f"{run.path} and its reference {self.reference.path}"
+        if self._shares_step:
+            raise UsageError(
+                f"{both} share no number of a site and layer: {listed(run.sites, 4)} here, "
+                f"{listed(self.reference.sites, 4)} there; name a run of the same model with the same sites"
+            )
+        is_growing = isinstance(run, FollowedRun) and run.writer in ("writing", "unknown")
+        if not is_growing or mine[-1] >= its[-1]:
+            raise UsageError(
+                f"{both} were probed at no step in common after step 0: {listed([*map(str, mine)], 4)} here, "
+                f"{listed([*map(str, its)], 4)} there; probe both at the same steps (probe.every)"
+            )
+        return ()
 
     def _finding(
         self, moment: Moment, place: Place, column: int, difference: float, size: float, others: int

@@ -1,4 +1,4 @@
-"""The groups of a run that is followed, from its metadata: those that go on in a later segment in one piece."""
+"""The groups of a run that is followed: each in one piece, also where it goes on in a later segment."""
 
 from __future__ import annotations
 

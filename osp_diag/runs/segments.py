@@ -133,7 +133,7 @@ def segment_group(after_step: int, group: str) -> str:
 
 
 def parts_in_segments(paths: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
-    """Which of a run's groups go on in later segments: path → (after step, path there), in order."""
+    """The groups that go on in later segments, of the paths of all: path → (after step, path there), in order."""
     parts: dict[str, list[tuple[int, str]]] = {}
     for path in paths:
         if match := _PART.fullmatch(path):
@@ -169,7 +169,7 @@ def joined_segments(tree: xr.DataTree) -> xr.DataTree:
 
 
 def join(before: xr.Dataset, after: xr.Dataset, steps: str, rows: int) -> xr.Dataset:
-    """The first ``rows`` steps of one, the others of the other: labels joined, NaN for what one lacks."""
+    """The first ``rows`` steps of one dataset, and the others of the other, under the labels of both."""
     parts: Sequence[xr.Dataset] = (before.isel({steps: slice(rows)}), after.isel({steps: slice(rows, None)}))
     return xr.concat(
         parts,

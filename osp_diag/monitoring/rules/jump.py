@@ -33,7 +33,7 @@ class Rule(RunningRule):
     """
 
     times_usual: float = 4.0
-    """Healthy trainings reached 3.65 (docs/log.md)."""
+    """Five healthy trainings reached 3.65; one of two more 6.9, once, of a share of few sequences (docs/log.md)."""
     usual_changes: int = 4
     """So many earlier changes have to be known of a number: about five probes after the first."""
     changes_together: int = 6
@@ -43,17 +43,18 @@ class Rule(RunningRule):
     odd_pauses: int = 2
     """A spike makes two, up and down."""
     odd_as_usual: float = 2.0
-    """A share of few sequences changes by a factor of 2 or not at all: with 1.5 that was a jump (docs/log.md)."""
+    """With 1.5 a share of few sequences, which doubles or stays, jumped (docs/log.md)."""
     _groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Column → which statistic and site it is of."""
     _numbers: dict[tuple[str | None, str], int] = field(default_factory=dict)
     _largest: np.ndarray = field(default_factory=lambda: np.empty((0, 0)))
-    """(group, rank): the largest change of each earlier pause, the largest of them first, as many as decide"""
+    """(group, rank): the largest change of each earlier pause, largest first, as many as decide"""
     _pauses: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Of each group: how many there were."""
     _known: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _last_but_one: np.ndarray = field(default_factory=lambda: np.empty(0))
-    """ln of the numbers two probes ago."""
+    """ln of the numbers two probes ago; NaN of what jumped then."""
+    _jumped: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
     _longest: int = 0
     _jumping: frozenset[tuple[str | None, int | None]] = frozenset()
     """The sites and layers that jumped at the last probe."""
@@ -73,7 +74,8 @@ class Rule(RunningRule):
         known = (self._known >= self.usual_changes) & (together >= self.changes_together)
         jumps = (size >= self.times_usual) & known
         self._learn(change, np.isfinite(change) & ~jumps)
-        self._last_but_one = logarithms[0]
+        self._last_but_one = np.where(self._jumped, np.nan, logarithms[0])
+        self._jumped = jumps
         columns = np.flatnonzero(jumps).tolist()
         new = [column for column in columns if table.places[column][:2] not in self._jumping]
         self._jumping = frozenset(table.places[column][:2] for column in columns)
@@ -102,6 +104,7 @@ class Rule(RunningRule):
         self._groups = np.concatenate([self._groups, np.array(numbers, np.int64)])
         self._known = np.pad(self._known, (0, len(new)))
         self._last_but_one = np.pad(self._last_but_one, (0, len(new)), constant_values=np.nan)
+        self._jumped = np.pad(self._jumped, (0, len(new)))
         groups = len(self._numbers) - len(self._pauses)
         self._pauses = np.pad(self._pauses, (0, groups))
         ranks = self.odd_pauses + 1 - self._largest.shape[1]
