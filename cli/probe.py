@@ -22,8 +22,8 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.probing.settings import MeasurementSettings, TokenSettings
 
 if TYPE_CHECKING:
-    from osp_diag.monitoring import Finding
     from osp_diag.checkpoints import Checkpoint
+    from osp_diag.monitoring import Finding
     from osp_diag.probing.inputs import ModelInputs
     from osp_diag.runs.run import Run
     from osp_diag.schema import Protocol

@@ -46,8 +46,8 @@ def test_high_and_growing_kurtosis_is_told(tmp_path, course, told):
         assert (alert.severity, alert.step) == ("watch", 9)
         assert alert.value == pytest.approx(12 * 1.2**9 * FLOOR)
         assert alert.sentence == (
-            "OSP kurtosis at residual_post, layer 1 is 62 times its floor at step 9, having grown 5.16-fold over the "
-            "last 10 probes"
+            "OSP kurtosis at residual_post, layer 1 is 62 times its floor at step 9, having grown 5.16-fold "
+            "over the last 10 probes"
         )
 
 

@@ -363,8 +363,8 @@ class MonitorConfig:
     Attributes
     ----------
     on : judge every logged and probed step by the rules of :mod:`osp_diag.monitoring`
-    action : ``log`` (say it), ``pin`` (also keep the newest checkpoint before it for good), ``checkpoint`` (also
-        save the state as it is), or ``stop`` (save it and end)
+    action : ``log`` (say it), ``pin`` (also keep the newest checkpoint before it for good), ``checkpoint``
+        (also save the state as it is), or ``stop`` (save it and end)
     webhook : an http or https address to which every finding is posted as JSON
     """
 
