@@ -53,8 +53,8 @@ class Forecast:
         latest = "never" if self.latest is None else f"{self.latest:,}"
         return (
             f"{self.statistic} at {place}, {self.value:,.4g} at step {self.step:,}, would pass "
-            f"{self.limit:,.0f}, {self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to {latest}) if the growth "
-            f"of the last {WINDOW} probes went on: an extrapolation, none of which was seen to come true"
+            f"{self.limit:,.0f}, {self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to {latest}) "
+            f"if the growth of the last {WINDOW} probes went on: an extrapolation; none was seen to come true"
         )
 
     def as_dict(self) -> dict[str, Any]:

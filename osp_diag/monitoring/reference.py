@@ -106,7 +106,7 @@ class ReferenceRule(RunningRule):
             size=float(size),
             sentence=(
                 f"{place.statistic}{where} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} "
-                f"times that of the reference: {size:.1f} times the reference's largest change from probe to probe"
+                f"times that of the reference: {size:.1f} times its largest change from probe to probe"
                 + (f"; {others:,} other numbers are away from it too" if others else "")
             ),
         )

@@ -48,6 +48,7 @@ class Rule(RunningRule):
             value=gap,
             sentence=(
                 f"the held-out loss is {held_out:.4g} at step {step:,}, {gap:.2g} above the training loss "
-                f"({usual:.4g}, the median since the probe before): the data repeat, or differ from what is held out"
+                f"({usual:.4g}, the median since the probe before): the data repeat, or differ from what is "
+                "held out"
             ),
         )
