@@ -78,7 +78,7 @@ def run(
         overwrite: replace an earlier run and its checkpoints.
         log: also send scalars to trackio, wandb or tensorboard; may be repeated.
         show: print the configuration and which parameters go to which optimizer, and stop.
-        json: print the result as JSON.
+        json: print the result as JSON, with the monitor's findings.
 
     Examples:
         osp-diag train tiny --out osp.zarr
@@ -167,13 +167,12 @@ def _train(
 
 
 def _report(run: Run, out: Path, as_json: bool) -> None:
-    from osp_diag.cli.train_progress import outcome
+    from osp_diag.cli.train_progress import numbers_at_end, outcome
 
-    numbers = outcome(run)
     if as_json:
-        print(json_format.dumps({"run": str(out), **numbers}))
+        print(json_format.dumps({"run": str(out), **outcome(run)}))
         return
-    print("  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items()))
+    print("  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers_at_end(run).items()))
     print(f"run: {out}")
     print(f"next: osp-diag figure kurtosis_dynamics {out} --out kurtosis.png")
     print(f"      osp-diag export {out} --out model")

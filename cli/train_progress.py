@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from osp_diag.terminal import printable, unfiltered
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
 
-__all__ = ["outcome", "shown_progress", "shown_steps"]
+__all__ = ["numbers_at_end", "outcome", "shown_progress", "shown_steps"]
 
 Told = Callable[[int, int, Mapping[str, float]], None]
 
@@ -71,7 +71,14 @@ def shown_steps() -> Iterator[Callable[[str, int, int], None] | None]:
         )
 
 
-def outcome(run: Run) -> dict[str, float]:
+def outcome(run: Run) -> dict[str, Any]:
+    """:func:`numbers_at_end`, and what the monitor says: as JSON."""
+    from osp_diag.monitoring import judge
+
+    return numbers_at_end(run) | {"findings": [finding.as_dict() for finding in judge(run)]}
+
+
+def numbers_at_end(run: Run) -> dict[str, float]:
     """The last loss, the held-out one, and the headline statistics of the last probed step."""
     series = run.series
     found: dict[str, float] = {}

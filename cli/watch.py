@@ -42,7 +42,8 @@ def run(
     Without --serve in this terminal, until Ctrl-C; with it on a page for a browser, on this machine alone.
     Runs are only read. One that does not exist yet is waited for; a trainer may die, resume or begin anew.
     Every recorded number is judged: jumps, steady growth, losses, limits and NaN.
-    The exit code is 1 if a run holds NaN or Inf, steps that diverged, or a held-out loss that rose; see --fail-on.
+    The exit code is 1 if a run holds NaN or Inf, steps that diverged, or a held-out loss that rose; see
+    --fail-on.
 
     Args:
         runs: the runs, which `osp-diag train` or a probe in a training loop writes.
@@ -52,12 +53,13 @@ def run(
         host: of the page; any other than 127.0.0.1 lets other machines see it.
         port: of the page.
         out: write a line of JSON to this file (.jsonl) for every alert, when it is found: time, run, rule,
-            severity, sentence, step, bracket, place and value; a file that is there is replaced. Not with --serve.
-        against: a run that is known to be good, with probes at the same steps: also say where the others leave it.
-            Not with --serve.
+            severity, sentence, step, bracket, place and value; a file that is there is replaced. Not with
+            --serve.
+        against: a run that is known to be good, with probes at the same steps: also say where the others
+            leave it. Not with --serve.
         fail_on: watch makes the exit code 1 of any alert, for CI.
-        forecast: also say at which step steady growth would pass a limit if it went on so. An extrapolation, which
-            raises no alert: on healthy trainings it was wrong. Not with --serve.
+        forecast: also say at which step steady growth would pass a limit if it went on so. An extrapolation,
+            which raises no alert: on healthy trainings it was wrong. Not with --serve.
         json: print the numbers once as JSON and stop.
 
     Examples:

@@ -51,8 +51,8 @@ def show(
     """Show the runs, once if ``every`` is None, else until interrupted; returns the exit code.
 
     On a terminal the picture is renewed in place; elsewhere it is printed again when something changed.
-    Alerts also go into ``alerts`` as they are found. ``against`` is a run that is known to be good; the code is 1
-    from alerts of the severity ``fail_on`` on. ``forecast`` also shows where steady growth would lead.
+    Alerts also go into ``alerts`` as they are found. ``against`` is a run that is known to be good; the code
+    is 1 from alerts of the severity ``fail_on`` on. ``forecast`` also shows where steady growth would lead.
     """
     from osp_diag.analyses.live import standing
     from osp_diag.analyses.run_labels import labels_of

@@ -15,8 +15,9 @@ import pytest
 
 import osp_diag
 from osp_diag.errors import UsageError
-from osp_diag.trainer.headline import headline
-from osp_diag.trainer.loggers import LOGGERS, Logger, open_loggers
+from osp_diag.monitoring import Finding
+from osp_diag.trainer.headline import channel_profiles, headline
+from osp_diag.trainer.loggers import LOGGERS, Logger, RichLogger, open_loggers
 from osp_diag.trainer.loggers.opening import _Several
 from tests.training_loops import WATCHED, dropping_llama, held_out, logged_scalars
 
@@ -28,6 +29,26 @@ def send(logger: Logger) -> None:
     for step, loss in LOSSES:
         logger.log(step, {"loss": loss, "osp_diag/sink_rate": step / 100})
         logger.log(step, {"learning_rate": 0.5})
+    logger.close()
+
+
+FINDING = Finding(
+    rule="jump",
+    severity="watch",
+    step=10,
+    first_bad_step=10,
+    sentence="loss leapt",
+    value=2.0,
+    statistic="loss",
+)
+PROFILE = {"osp_diag/log10_channel_rms/layer 0": np.linspace(-1.0, 2.0, 32)}
+
+
+def send_alert(logger: Logger) -> None:
+    assert isinstance(logger, RichLogger)
+    logger.log(10, {"loss": 2.5})
+    logger.alert(FINDING)
+    logger.histograms(10, PROFILE)
     logger.close()
 
 
@@ -66,6 +87,19 @@ def test_a_resumed_tensorboard_forgets_what_will_be_made_again(tmp_path):
     again.log(15, {"loss": 1.0})
     again.close()
     assert logged_scalars(tmp_path / "adam")["loss"] == [(0, 3.0), (10, 2.5), (15, 1.0)]
+
+
+def test_tensorboard_shows_alerts_and_distributions(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    send_alert(open_loggers(["tensorboard"], run="adam", config=CONFIG, directory=tmp_path))
+    events = EventAccumulator(str(tmp_path / "adam"), size_guidance={"tensors": 0, "histograms": 0})
+    events.Reload()
+    (text,) = events.Tensors("monitor/jump/text_summary")
+    assert (text.step, text.tensor_proto.string_val[0].decode()) == (10, "watch: loss leapt")
+    (histogram,) = events.Histograms(next(iter(PROFILE)))
+    assert (histogram.step, histogram.histogram_value.num) == (10, 32)
+    assert histogram.histogram_value.max == 2.0
 
 
 # Weights & Biases
@@ -163,13 +197,25 @@ def test_an_open_wandb_run_is_shared_and_left_open(tmp_path):
     assert same_numbers([(row["step"], row["loss"]) for row in rows if "loss" in row])
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("offline")
+def test_wandb_gets_alerts_and_distributions(tmp_path):
+    send_alert(open_loggers(["wandb"], run="adam", config=CONFIG, directory=tmp_path))
+    records = wandb_records(tmp_path)
+    (alert,) = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
+    assert (alert.title, alert.text, alert.level) == ("jump", "loss leapt", "WARN")
+    (name,) = PROFILE
+    (row,) = [row for row in wandb_history(tmp_path) if name in row]
+    assert (row["step"], row[name]["_type"], sum(row[name]["values"])) == (10, "histogram", 32)
+
+
 # trackio
 
 TRACKIO = """
 import json, sys, warnings
 from contextlib import redirect_stdout
 warnings.simplefilter("error")
-from tests.test_loggers import CONFIG, send
+from tests.test_loggers import CONFIG, send, send_alert
 from osp_diag.trainer.loggers import open_loggers
 import trackio
 from trackio.sqlite_storage import SQLiteStorage
@@ -187,6 +233,9 @@ found = {
     project: {run: SQLiteStorage.get_logs(project, run) for run in SQLiteStorage.get_runs(project)}
     for project in ("osp-diag", "theirs")
 }
+send_alert(open_loggers(["trackio"], run="alerted", config=CONFIG))
+found["alerts"] = SQLiteStorage.get_alerts("osp-diag", "alerted")
+found["alerted"] = SQLiteStorage.get_logs("osp-diag", "alerted")
 found["config"] = SQLiteStorage.get_run_config("osp-diag", "adam")
 json.dump(found, sys.stdout)
 """
@@ -205,6 +254,11 @@ def test_trackio_keeps_what_was_logged_and_continues_a_resumed_run(tmp_path):
     assert losses[:2] == LOSSES[:2]
     assert [step for step, _ in losses] == [0, 10, 20, 30]
     assert found["config"]["model"] == {"layers": 2}
+    (alert,) = found["alerts"]
+    assert [alert[key] for key in ("title", "text", "level", "step")] == ["jump", "loss leapt", "warn", 10]
+    (name,) = PROFILE
+    (histogram,) = [row[name] for row in found["alerted"] if name in row]
+    assert sum(histogram["values"]) == 32
     theirs = found["theirs"]["other"]
     assert [row["step"] for row in theirs if "loss" in row] == [0, 10, 20]
     assert [row["mine"] for row in theirs if "mine" in row] == [1.0]
@@ -291,6 +345,17 @@ def test_the_headline_is_what_the_run_holds():
         "osp_diag/first_token_attention": pytest.approx(of("attention", "first_token_attention").mean()),
     }
     assert all(type(value) is float and math.isfinite(value) for value in found.values())
+
+
+def test_channel_profiles_are_the_logarithms_of_the_run():
+    probe = osp_diag.Probe(dropping_llama(), sites=["residual_post"], estimators=["channel_moments"])
+    probe.measure(7, [{"input_ids": held_out()}])
+    rms = probe.run.at("residual_post")["channel_rms"].sel(step=7, stratum="all")
+    found = channel_profiles(probe.latest)
+    assert list(found) == [f"osp_diag/log10_channel_rms/layer {layer}" for layer in rms["layer"].values]
+    for values, row in zip(found.values(), rms.values, strict=True):
+        np.testing.assert_allclose(10**values, row, rtol=1e-6)
+    assert channel_profiles({}) == {}
 
 
 def test_the_headline_leaves_out_what_was_not_measured():

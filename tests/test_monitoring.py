@@ -6,7 +6,7 @@ import xarray as xr
 
 from osp_diag.analyses.summary.numbers import hidden_state_kurtosis, sink_rate_at, sink_rates
 from osp_diag.errors import UsageError
-from osp_diag.monitoring import RunMonitor, judge
+from osp_diag.monitoring import RunMonitor, forecasts, judge
 from osp_diag.monitoring.rules.growing_kurtosis import Rule as Growing
 from osp_diag.monitoring.steady_growth import crossing, growth, share_rising
 from osp_diag.runs.following import FollowedRun
@@ -46,8 +46,8 @@ def test_high_and_growing_kurtosis_is_told(tmp_path, course, told):
         assert (alert.severity, alert.step) == ("watch", 9)
         assert alert.value == pytest.approx(12 * 1.2**9 * FLOOR)
         assert alert.sentence == (
-            "OSP kurtosis at residual_post, layer 1 is 62 times its floor at step 9, having grown 5.16-fold over the "
-            "last 10 probes"
+            "OSP kurtosis at residual_post, layer 1 is 62 times its floor at step 9, having grown 5.16-fold "
+            "over the last 10 probes"
         )
 
 
@@ -219,6 +219,36 @@ def test_an_exponential_is_carried_on_to_its_limit():
     assert when.step == pytest.approx(120)
     assert when.earliest <= when.step <= when.latest
     assert crossing(steps, 2.0 ** (-steps / 20), 64.0) is None
+
+
+@pytest.mark.parametrize(
+    ("course", "at_step"),
+    [
+        pytest.param(230 * 1.05 ** np.arange(12.0), 14, id="grows, and is near"),
+        pytest.param(23 * 1.05 ** np.arange(12.0), None, id="grows, and is far"),
+        pytest.param(400 + np.arange(12.0) % 2, None, id="near, and does not grow"),
+        pytest.param(230 * 1.08 ** np.arange(12.0), None, id="passed, which a rule says"),
+    ],
+)
+def test_a_forecast_is_given_on_request_and_is_no_finding(tmp_path, course, at_step):
+    path = tmp_path / "run.zarr"
+    with RunWriter(path, ATTRIBUTES) as writer:
+        for step, largest in enumerate(course, start=1):
+            parts = groups([1.0])
+            kurtosis = parts["residual_post"]["osp_excess_kurtosis"]
+            parts["residual_post"]["absolute_maximum"] = (kurtosis.dims, np.full(kurtosis.shape, largest))
+            writer.append(step, parts)
+    run = open_run(path)
+    assert [finding.rule for finding in judge(run)] == (["limit"] if course[-1] > 448 else [])
+    found = forecasts(run)
+    assert [one.at_step for one in found] == ([] if at_step is None else [at_step])
+    if found:
+        assert (found[0].site, found[0].layer, found[0].limit) == ("residual_post", 0, 448)
+        assert found[0].as_dict()["sentence"] == (
+            "absolute_maximum at residual_post, layer 0, 393.4 at step 12, would pass 448, the largest number of "
+            "fp8 (E4M3), at about step 15 (15 to 15) if the growth of the last 10 probes went on: an "
+            "extrapolation; none was seen to come true"
+        ).replace("15", str(at_step))
 
 
 @pytest.mark.parametrize("address", ["ftp://host/x", "file:///etc/passwd", "host", "http://"])

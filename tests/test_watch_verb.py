@@ -124,6 +124,16 @@ def test_times_are_told_as_people_do():
     assert told == ["3 s", "119 s", "2 min", "120 min", "2.0 h", "2.0 days"]
 
 
+def test_forecasts_are_shown_on_request_alone(tmp_path, capsys):
+    path = grown_run(tmp_path / "run.zarr")
+    assert main(["watch", str(path), "--once", "--forecast"]) == 0
+    assert "forecast: none" in capsys.readouterr().out
+    assert main(["watch", str(path), "--json", "--forecast"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["forecasts"] == []
+    assert main(["watch", str(path), "--json"]) == 0
+    assert "forecasts" not in json.loads(capsys.readouterr().out)["runs"][0]
+
+
 # -- exit codes ------------------------------------------------------------------------------------------
 
 
@@ -184,6 +194,7 @@ def test_misuse_is_told(tmp_path, capsys):
     )
     assert "--every is a number of seconds from 0.1 to 3600, not 0" in refused(capsys, run, "--every", 0)
     assert "leave --once and --json out" in refused(capsys, run, "--serve", "--once")
+    assert "--serve shows no forecasts; leave --forecast out" in refused(capsys, run, "--serve", "--forecast")
     assert "which run? Give the path" in refused(capsys)
 
 

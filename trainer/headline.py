@@ -6,14 +6,15 @@ from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
+from jaxtyping import Float
 
 from osp_diag.probing.session import Probe
 from osp_diag.runs.headline import headline_of
 from osp_diag.schema import KURTOSIS, SINK_EPSILON, SINK_POSITION
-from osp_diag.trainer.loggers import Logger
+from osp_diag.trainer.loggers import Logger, RichLogger
 from osp_diag.trainer.monitoring import TrainingMonitor
 
-__all__ = ["PREFIX", "HeadlineLog", "headline"]
+__all__ = ["PREFIX", "HeadlineLog", "channel_profiles", "headline"]
 
 PREFIX = "osp_diag/"
 
@@ -53,6 +54,23 @@ def headline(groups: Mapping[str, xr.Dataset], absent: Mapping[str, str] | None 
         _values(groups, "attention", "first_token_attention"), np.mean
     )
     return {PREFIX + name: value for name, value in numbers.items() if value is not None}
+
+
+def channel_profiles(groups: Mapping[str, xr.Dataset]) -> dict[str, Float[np.ndarray, " channel"]]:
+    """log10 of the RMS of every channel after each block, over all tokens, by name; see :func:`headline`.
+
+    As ``osp_diag/log10_channel_rms/layer 3``. Logarithms, since beside one outlier channel all others would
+    share a bin; a channel that is 0 has none and is left out.
+    """
+    rms = _values(groups, "residual_post", "channel_rms")
+    if rms is None:
+        return {}
+    profiles = {}
+    for layer, row in zip(rms["layer"].values, rms.transpose("layer", "channel").values, strict=True):
+        positive = row[np.isfinite(row) & (row > 0)]
+        if positive.size:
+            profiles[f"{PREFIX}log10_channel_rms/layer {layer}"] = np.log10(positive)
+    return profiles
 
 
 def _values(groups: Mapping[str, xr.Dataset], site: str, statistic: str) -> xr.DataArray | None:
@@ -107,4 +125,7 @@ class HeadlineLog:
             self.monitor.scalars(step, values)
             self.monitor.probe(step, self._probe.latest, tuple(self._probe.attributes["sites"]))
         if self._logger is not None:
-            self._logger.log(step, values | headline(self._probe.latest, self._probe.absent))
+            latest = self._probe.latest
+            self._logger.log(step, values | headline(latest, self._probe.absent))
+            if isinstance(self._logger, RichLogger) and (profiles := channel_profiles(latest)):
+                self._logger.histograms(step, profiles)

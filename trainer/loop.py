@@ -220,6 +220,7 @@ class Training:
         self._opening_notes = self.data.notes
         stack.callback(self._note_data)
         if self.monitor is not None:
+            self.monitor.hook, self.monitor.note = self.recording.alert, self._note
             stack.callback(self.monitor.close)
             if self.step and not self.is_fork and out.exists():
                 self.recording.flush()
@@ -358,14 +359,15 @@ class Training:
                 self.step += 1
                 self._record(wait=self._wants_host(self.step))
                 self.recording.after_step(self.step)
+                self._act_on_findings()  # before a new checkpoint makes the last good one go
                 self._save(self.step)
-                self._act_on_findings()
                 if self.is_asked:
                     self._obey()
                 if self.must_stop:
                     self._interrupt()
         self._record(wait=True)
         self._save_now(self.step)
+        self._tell_findings()
 
     def _wants_host(self, step: int) -> bool:
         every = self.config.checkpoint.every
@@ -465,18 +467,12 @@ class Training:
             self.progress(step, self.config.steps, values)
 
     def _act_on_findings(self) -> None:
-        """Do what ``monitor.action`` says where all ranks meet: after a probe, where the host is waited for."""
+        """Do what ``monitor.action`` says; what all ranks do they do at probes, where they meet."""
         action = self.config.monitor.action
-        findings = [] if self.monitor is None else self.monitor.take()
-        for finding in findings:
-            if self.announce is not None:
-                self.announce(f"{finding.severity}: {finding.sentence}")
-            if action != "log":
-                self._pin(finding)
+        self._found |= self._tell_findings()
         if action not in ("checkpoint", "stop") or not self.recording.due(self.step):
-            self._found |= bool(findings)
             return
-        found = torch.tensor(float(self._found or bool(findings)), device=self.device)
+        found = torch.tensor(float(self._found), device=self.device)
         self._found = False
         if float(summed(found)) > 0:
             self._save_now(self.step)
@@ -490,14 +486,35 @@ class Training:
         """Say and keep what is to be said of the data: of a stream it shows when it is left."""
         self.recording.note(self.data.notes)
         announce = self.announce
-        for note in self.data.notes if announce is not None else ():
-            if note not in self._opening_notes:
+        for note in self.data.notes:
+            if announce is not None and note not in self._opening_notes:
                 announce(f"note: {note}")
 
-    def _pin(self, finding: Finding) -> None:
-        """Keep the checkpoint before what was found; one that is being written may be it."""
-        if finding.last_good_step is not None:
-            self.checkpoints.pin(finding.last_good_step, finding.sentence)
+    def _tell_findings(self) -> bool:
+        """Announce what is new, and keep the checkpoint before it where asked; whether there was anything."""
+        findings = [] if self.monitor is None else self.monitor.take()
+        for finding in findings:
+            if self.announce is not None:
+                self.announce(f"{finding.severity}: {finding.sentence}")
+        if findings and self.config.monitor.action != "log":
+            try:
+                self._pin(findings)
+            except TrainingError as error:
+                self._note(f"monitor.action={self.config.monitor.action}: no checkpoint is pinned: {error}")
+        return bool(findings)
+
+    def _pin(self, findings: Sequence[Finding]) -> None:
+        """Keep the checkpoints before what is the matter. Where it is one for several, the worst says why."""
+        if self.ranks == 1:
+            self.checkpoints.wait()  # one that is being written may be it
+        for finding in reversed(findings):
+            if finding.last_good_step is not None:
+                self.checkpoints.pin(finding.last_good_step, finding.sentence)
+
+    def _note(self, text: str) -> None:
+        self.recording.note([text])
+        if self.announce is not None:
+            self.announce(text)
 
     def _save(self, step: int) -> None:
         self.checkpoints.poll()

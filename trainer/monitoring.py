@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 import urllib.request
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from urllib.parse import urlsplit
 
 import numpy as np
 import xarray as xr
@@ -24,15 +26,17 @@ _TIMEOUT = 5.0
 Hook = Callable[[Finding], Any]
 
 
-def post(url: str, finding: Finding) -> None:
-    """POST a finding as JSON. What goes wrong is a warning: training is worth more than its alerts."""
+def post(url: str, finding: Finding) -> str | None:
+    """POST a finding as JSON. Returns what went wrong: training is worth more than its alerts."""
     body = json.dumps(finding.as_dict()).encode()
     request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
     try:
         with urllib.request.urlopen(request, timeout=_TIMEOUT):
             pass
     except Exception as error:
-        _warn(f"monitor.webhook {url} failed at step {finding.step}: {error!r}")
+        # The rest of such an address is often a secret.
+        return f"monitor.webhook at {urlsplit(url).hostname} failed at step {finding.step}: {error!r}"
+    return None
 
 
 class TrainingMonitor:
@@ -42,13 +46,18 @@ class TrainingMonitor:
     ----------
     config : what to do with a finding
     hook : called with every finding, beside ``config.webhook``; one that raises is warned of and called again
+    note : called once, with why the webhook failed first
     """
 
-    def __init__(self, config: MonitorConfig, hook: Hook | None = None) -> None:
-        self.config, self.hook = config, hook
+    def __init__(
+        self, config: MonitorConfig, hook: Hook | None = None, note: Callable[[str], None] | None = None
+    ) -> None:
+        self.config, self.hook, self.note = config, hook, _warn if note is None else note
         self._monitor = Monitor()
         self._profiles: tuple[Mapping[str, xr.DataArray], Mapping[str, xr.DataArray]] = ({}, {})
         self._posts: list[threading.Thread] = []
+        self._failures: list[str] = []
+        self._has_noted = False
         self._new: list[Finding] = []
 
     @property
@@ -78,14 +87,28 @@ class TrainingMonitor:
 
     def take(self) -> list[Finding]:
         """The findings that nobody took yet."""
+        self._note_failure()
         new, self._new = self._new, []
         return new
 
     def close(self) -> None:
-        """Wait for the webhooks under way, no longer than each may take."""
+        """Wait for the webhooks under way, no longer than one may take."""
+        end = time.monotonic() + _TIMEOUT + 1
         for thread in self._posts:
-            thread.join(_TIMEOUT + 1)
+            thread.join(max(0.0, end - time.monotonic()))
         self._posts = []
+        self._note_failure()
+
+    def _note_failure(self) -> None:
+        """In the thread of the training, as a note is written into its run."""
+        if self._failures and not self._has_noted:
+            self._has_noted = True
+            self.note(f"{self._failures[0]}; training goes on")
+
+    def _post(self, url: str, finding: Finding) -> None:
+        failure = post(url, finding)
+        if failure is not None:
+            self._failures.append(failure)
 
     def _profiles_of(self, site: str) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
         before, now = (
@@ -99,17 +122,17 @@ class TrainingMonitor:
     def _add(self, findings: Sequence[Finding]) -> None:
         for finding in findings:
             if self.config.webhook is not None:
-                thread = threading.Thread(target=post, args=(self.config.webhook, finding), daemon=True)
+                thread = threading.Thread(target=self._post, args=(self.config.webhook, finding), daemon=True)
                 thread.start()
                 self._posts.append(thread)
             if self.hook is not None:
                 try:
                     self.hook(finding)
                 except Exception as error:
-                    _warn(f"the monitor's hook failed at step {finding.step}: {error!r}")
+                    _warn(f"the monitor's hook failed at step {finding.step}: {error!r}; training goes on")
         self._posts = [thread for thread in self._posts if thread.is_alive()]
         self._new += findings
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"{message}; training goes on", RuntimeWarning, stacklevel=2)
+    warnings.warn(message, RuntimeWarning, stacklevel=2)

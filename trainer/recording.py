@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import nn
 
 from osp_diag.errors import StoreError, UsageError
+from osp_diag.monitoring import Finding
 from osp_diag.probing.control import LoopActions, RunControl
 from osp_diag.probing.feeding import Feeding
 from osp_diag.probing.identity import token_attributes
@@ -29,7 +30,7 @@ from osp_diag.tokens import TokenBatches, make_batches
 from osp_diag.trainer.config import ProbeConfig
 from osp_diag.trainer.headline import HeadlineLog
 from osp_diag.trainer.held_out import HeldOutLoss
-from osp_diag.trainer.loggers import Logger, open_loggers
+from osp_diag.trainer.loggers import Logger, RichLogger, open_loggers
 from osp_diag.trainer.monitoring import TrainingMonitor
 
 __all__ = ["IN_TRAINING", "HeldOut", "Recording", "RecordingOptions", "RecordingSettings", "due_steps"]
@@ -325,6 +326,11 @@ class Recording:
         """Keep what the reader of the numbers should know, in the run's notes, each once."""
         if self.probe is not None:
             self.probe.note(notes)
+
+    def alert(self, finding: Finding) -> None:
+        """Send the loggers what the monitor says."""
+        if isinstance(self._logger, RichLogger):
+            self._logger.alert(finding)
 
     def flush(self) -> None:
         """Commit what was recorded. A checkpoint must not be newer than the run that it belongs to."""

@@ -13,7 +13,7 @@ from typing import Any
 from osp_diag.analyses.emergence.history import Emergence, trace_emergence
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.summary.verdict import Verdict, verdict
-from osp_diag.errors import OspDiagError, UsageError
+from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.figures._colours import sample
 from osp_diag.figures._runs import open_runs
 from osp_diag.figures.report.comparison import compared_pairs, key_numbers, others, sentences
@@ -26,6 +26,7 @@ from osp_diag.figures.report.page import render_page
 from osp_diag.figures.report.pictures import draw_figures
 from osp_diag.figures.report.tables import channel_table, head_table, layer_table
 from osp_diag.figures.styles import RUN_COLOURS
+from osp_diag.monitoring import judge
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
@@ -174,6 +175,14 @@ def _run_verdict(run: Run, label: str, head: Heads) -> _RunVerdict:
     return _RunVerdict(label, judgement, emergence, problem, head.statement or head.problem)
 
 
+def findings_of(run: Run) -> list[tuple[str, str]]:
+    """What the monitor says of a run, as facts."""
+    try:
+        return [("monitor", finding.sentence) for finding in judge(run)]
+    except StoreError as reason:  # of a damaged file, which the page names elsewhere
+        return [("monitor", f"not judged: {reason}")]
+
+
 def _strata(run: Run) -> list[str] | None:
     """Those that the text speaks of; of a run with other strata all."""
     for site in run.sites:
@@ -190,5 +199,6 @@ def _provenance(run: Run) -> list[tuple[str, str]]:
     span = f", from {int(run.steps[0]):,} to {int(run.steps[-1]):,}" if count > 1 else ""
     facts.append(("probed steps", f"{count:,}{span}"))
     facts += [("note", note) for note in run.notes]
+    facts += findings_of(run)
     facts += [(f"without {site}", why) for site, why in run.absent_sites.items()]
     return facts

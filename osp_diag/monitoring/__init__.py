@@ -1,4 +1,4 @@
-"""The monitor: a run judged while it is made, or afterwards, by rules that a healthy training leaves silent."""
+"""The monitor: a run judged while it is made, or afterwards, by rules silent in healthy trainings."""
 
 from osp_diag.monitoring.finding import SEVERITIES, Finding, Severity
 from osp_diag.monitoring.following import RunMonitor, judge

@@ -22,7 +22,8 @@ class Finding:
     rule : the name of its file in :mod:`osp_diag.monitoring.rules`
     severity : "bad": what follows can't be trusted; "watch": it may go wrong
     step : at which it is seen
-    last_good_step, first_bad_step : the bracket in which it began; the last good one is None where there is none
+    last_good_step, first_bad_step : the bracket in which it began; the last good one is None where there is
+        none
     sentence : what is the matter, with the numbers
     value : the number that was judged
     statistic : its name: of a site, or of the run's series

@@ -1,4 +1,4 @@
-"""On request: when a number that grows steadily would reach a limit if it went on so. No alert follows from it."""
+"""When a number that grows steadily would reach a limit if it went on so; on request, and never an alert."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Forecast:
     statistic, site, layer : of the number that gets there first
     step, value : the last probe, and the number there
     limit, meaning : what it would pass
-    at_step, earliest, latest : where the line through the last probes gets there; the range of the line's slope,
-        not of what may happen; ``latest`` None: perhaps never
+    at_step, earliest, latest : where the line through the last probes gets there; the range of the line's
+        slope, not of what may happen; ``latest`` None: perhaps never
     """
 
     statistic: str
@@ -52,9 +52,9 @@ class Forecast:
         place = Place(self.site, self.layer, self.statistic).words
         latest = "never" if self.latest is None else f"{self.latest:,}"
         return (
-            f"{self.statistic} at {place}, {self.value:,.4g} at step {self.step:,}, would pass {self.limit:,.0f}, "
-            f"{self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to {latest}) if the growth of "
-            f"the last {WINDOW} probes went on: an extrapolation, none of which was seen to come true"
+            f"{self.statistic} at {place}, {self.value:,.4g} at step {self.step:,}, would pass "
+            f"{self.limit:,.0f}, {self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to {latest}) "
+            f"if the growth of the last {WINDOW} probes went on: an extrapolation; none was seen to come true"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -65,11 +65,11 @@ class Forecast:
 def forecasts(run: Run) -> tuple[Forecast, ...]:
     """What the last probes of a run lead to, of each limit that is not passed yet at most one.
 
-    The line of ln y over the last ten probes reaches the limit within half as many steps as these probes span.
-    No farther, since no growth goes on as it is for long: the step from random weights is no part of it, the later
-    half has to grow as fast as the earlier, the limit is near, and a straight line through the last probes
-    reaches it in that time as well; that line is the late end of the range. Measured on healthy trainings it was
-    false where it spoke (docs/log.md), so it is given on request alone.
+    The line of ln y over the last ten probes reaches the limit within half as many steps as these probes
+    span. No farther, since no growth goes on as it is for long: the step from random weights is no part of
+    it, the later half has to grow as fast as the earlier, the limit is near, and a straight line through the
+    last probes reaches it in that time as well; that line is the late end of the range. Measured on healthy
+    trainings it was false where it spoke (docs/log.md), so it is given on request alone.
     """
     stop = len(run.steps)
     start = stop - WINDOW

@@ -52,7 +52,7 @@ class Table:
 
     @property
     def logarithms(self) -> Float[np.ndarray, "probe place"]:
-        """ln of the last two probes' numbers, not below :data:`TIMES_FLOOR` × their floors; NaN of what is not above 0."""
+        """ln of the last two probes, not below :data:`TIMES_FLOOR` × floor; NaN where not above 0."""
         recent = self.recent(2)
         values = np.fmax(recent, np.where(np.isnan(self.floors), -np.inf, TIMES_FLOOR * self.floors))
         values[np.isnan(recent)] = np.nan

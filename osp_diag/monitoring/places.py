@@ -28,7 +28,9 @@ NAMES_OF_THINGS = frozenset({"channel", "position", "token id", "token ids", "ex
 PROFILES = frozenset(
     {"channel", "head_channel", "output_channel", "token_position", "key_position", "key_rank", "logit_bin"}
 )
-"""Dimensions of whole profiles, and of lists whose members change places. Other statistics of the same site say how large and how concentrated they are."""
+"""Dimensions of whole profiles, and of lists whose members change places.
+
+Other statistics of the same site say how large and how concentrated they are."""
 
 
 class Place(NamedTuple):

@@ -24,8 +24,9 @@ __all__ = ["ReferenceRule"]
 class ReferenceRule(RunningRule):
     """|ln(this run / the reference)| at a step that both probed, in units of the reference's largest change.
 
-    The unit is the largest |ln| change of that number between neighbouring probes of the reference after step 0:
-    it holds what warm-up and decay do to a healthy training. Step 0 is not compared: other seeds begin otherwise.
+    The unit is the largest |ln| change of that number between neighbouring probes of the reference after step
+    0: it holds what warm-up and decay do to a healthy training. Step 0 is not compared: other seeds begin
+    otherwise.
 
     Raises
     ------
@@ -48,8 +49,8 @@ class ReferenceRule(RunningRule):
         steps = [int(step) for step in self.reference.steps]
         if sum(step > 0 for step in steps) < 3:
             raise UsageError(
-                f"a reference needs three probes after step 0 to say what is usual; {self.reference.path} has "
-                f"them at {', '.join(map(str, steps)) or 'no step'}"
+                f"a reference needs three probes after step 0 to say what is usual; {self.reference.path} "
+                f"has them at {', '.join(map(str, steps)) or 'no step'}"
             )
         table = Table()
         for start in range(0, len(steps), PIECE):
@@ -128,8 +129,8 @@ class ReferenceRule(RunningRule):
             value=now,
             size=float(size),
             sentence=(
-                f"{place.statistic}{where} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} times that of "
-                f"the reference: {size:.1f} times the reference's largest change from probe to probe"
+                f"{place.statistic}{where} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} "
+                f"times that of the reference: {size:.1f} times its largest change from probe to probe"
                 + (f"; {others:,} other numbers are away from it too" if others else "")
             ),
         )

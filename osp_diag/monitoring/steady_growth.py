@@ -46,13 +46,14 @@ def crossing(
 ) -> Crossing | None:
     """Where ln y = a + b·step reaches ln ``limit``, with b the Theil–Sen slope; None where b is not above 0.
 
-    a is the median of ln y − b·step over the last three probes, so that a curve that bends is carried on from its
-    end. The interval takes b from the slopes of the pairs at the ranks of Sen's 90%
+    a is the median of ln y − b·step over the last three probes, so that a curve that bends is carried on from
+    its end. The interval takes b from the slopes of the pairs at the ranks of Sen's 90%
     interval, (N ± 1.645 · √(n(n−1)(2n+5)/18)) / 2 of N = n(n−1)/2.
 
     References
     ----------
-    Sen 1968, Estimates of the regression coefficient based on Kendall's tau; doi:10.1080/01621459.1968.10480934
+    Sen 1968, Estimates of the regression coefficient based on Kendall's tau;
+    doi:10.1080/01621459.1968.10480934
     """
     y, count = np.log(values), len(values)
     first, second = np.triu_indices(count, 1)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Float
+
 from osp_diag.errors import UsageError
+from osp_diag.monitoring import Finding
 from osp_diag.probing.ranks import is_first_rank
 
-__all__ = ["LOGGERS", "Logger", "open_loggers"]
+__all__ = ["LOGGERS", "Logger", "RichLogger", "open_loggers"]
 
 LOGGERS = ("trackio", "wandb", "tensorboard")
 
@@ -25,6 +30,17 @@ class Logger(Protocol):
 
     def close(self) -> None:
         """Send what is left. A run that was not begun here stays open."""
+
+
+@runtime_checkable
+class RichLogger(Logger, Protocol):
+    """Takes alerts and distributions too. Ours do; a logger of somebody's own need not."""
+
+    def alert(self, finding: Finding) -> None:
+        """Show what the monitor says, as an alert where there is such a thing, else as a text."""
+
+    def histograms(self, step: int, values: Mapping[str, Float[np.ndarray, " channel"]]) -> None:
+        """Show how ``values`` are distributed at ``step``."""
 
 
 def open_loggers(
@@ -104,11 +120,24 @@ class _Several:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, logger in list(self._loggers.items()):
-            try:
-                logger.log(step, values)
-            except Exception as error:
-                del self._loggers[name]
-                _warn(f"{name} failed at step {step} and gets no more numbers: {error!r}")
+            self._send(step, name, partial(logger.log, step, values))
+
+    def alert(self, finding: Finding) -> None:
+        for name, logger in list(self._loggers.items()):
+            if isinstance(logger, RichLogger):
+                self._send(finding.step, name, partial(logger.alert, finding))
+
+    def histograms(self, step: int, values: Mapping[str, Float[np.ndarray, " channel"]]) -> None:
+        for name, logger in list(self._loggers.items()):
+            if isinstance(logger, RichLogger):
+                self._send(step, name, partial(logger.histograms, step, values))
+
+    def _send(self, step: int, name: str, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            del self._loggers[name]
+            _warn(f"{name} failed at step {step} and gets no more numbers: {error!r}")
 
     def close(self) -> None:
         for name, logger in self._loggers.items():
@@ -120,4 +149,4 @@ class _Several:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(f"{message}; the run store is not affected", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"{message}; the run store is not affected", RuntimeWarning, stacklevel=4)

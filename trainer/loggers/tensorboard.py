@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
+
+from osp_diag.monitoring import Finding
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -22,6 +27,14 @@ class TensorBoardLogger:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
+
+    def alert(self, finding: Finding) -> None:
+        text = f"{finding.severity}: {finding.sentence}"
+        self._writer.add_text(f"monitor/{finding.rule}", text, finding.step)
+
+    def histograms(self, step: int, values: Mapping[str, Float[np.ndarray, " channel"]]) -> None:
+        for name, of in values.items():
+            self._writer.add_histogram(name, of, step)
 
     def close(self) -> None:
         self._writer.close()

@@ -8,6 +8,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
+
+from osp_diag.monitoring import Finding
+
 if TYPE_CHECKING:
     import trackio
 
@@ -22,6 +27,18 @@ class TrackioLogger:
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
+
+    def alert(self, finding: Finding) -> None:
+        import trackio
+
+        levels = {"bad": trackio.AlertLevel.ERROR, "watch": trackio.AlertLevel.WARN}
+        with redirect_stdout(sys.stderr):
+            self._run.alert(finding.rule, finding.sentence, levels[finding.severity], finding.step)
+
+    def histograms(self, step: int, values: Mapping[str, Float[np.ndarray, " channel"]]) -> None:
+        import trackio
+
+        self._run.log({name: trackio.Histogram(of) for name, of in values.items()}, step=step)
 
     def close(self) -> None:
         if not self._owns_run:

@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from jaxtyping import Float
+
+from osp_diag.monitoring import Finding
+
 if TYPE_CHECKING:
     import wandb
 
@@ -24,10 +29,24 @@ class WandbLogger:
         self._metrics: set[str] = set()
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._log(step, values)
+
+    def _log(self, step: int, values: Mapping[str, Any]) -> None:
         for name in values.keys() - self._metrics:
             self._run.define_metric(name, step_metric=STEP)
             self._metrics.add(name)
         self._run.log({STEP: step, **values})
+
+    def alert(self, finding: Finding) -> None:
+        import wandb
+
+        levels = {"bad": wandb.AlertLevel.ERROR, "watch": wandb.AlertLevel.WARN}
+        self._run.alert(finding.rule, finding.sentence, levels[finding.severity])
+
+    def histograms(self, step: int, values: Mapping[str, Float[np.ndarray, " channel"]]) -> None:
+        import wandb
+
+        self._log(step, {name: wandb.Histogram(of) for name, of in values.items()})
 
     def close(self) -> None:
         if self._owns_run:

@@ -1,7 +1,7 @@
 """The rules of the monitor. A file here is a rule, called by the file's name.
 
-It offers a class ``Rule``, a :class:`~osp_diag.monitoring.rule.RunningRule` whose fields are its thresholds, and says
-in the first line of its docstring what it finds.
+It offers a class ``Rule``, a :class:`~osp_diag.monitoring.rule.RunningRule` whose fields are its thresholds,
+and says in the first line of its docstring what it finds.
 """
 
 from __future__ import annotations

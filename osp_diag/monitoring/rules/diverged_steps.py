@@ -33,6 +33,8 @@ class Rule(RunningRule):
                 first_bad_step=first,
                 statistic="skipped_step",
                 value=float(bad.size),
-                sentence=f"the trainer passed over {counted(bad.size, 'diverged step')}, the last is {last:,}",
+                sentence=(
+                    f"the trainer passed over {counted(bad.size, 'diverged step')}, the last is {last:,}"
+                ),
             ),
         )

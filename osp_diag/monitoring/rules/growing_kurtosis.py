@@ -15,14 +15,16 @@ from osp_diag.monitoring.steady_growth import growth, share_rising
 from osp_diag.schema import KURTOSIS, RESIDUAL_SITES
 from osp_diag.wording import counted
 
-SITES = (*RESIDUAL_SITES, "attention_input", "attention_contribution", "mixer_input", "mixer_contribution", "mlp_input",
-         "mlp_contribution", "final_norm")  # fmt: skip
-"""Not ``mlp_hidden`` and the heads' own states: products and projections have heavy tails in healthy trainings."""
+SITES = (
+    *RESIDUAL_SITES, "attention_input", "attention_contribution", "mixer_input", "mixer_contribution",
+    "mlp_input", "mlp_contribution", "final_norm",
+)  # fmt: skip
+"""Not ``mlp_hidden`` and the heads' own states: products have heavy tails in healthy trainings as well."""
 
 
 @dataclass
 class Rule(RunningRule):
-    """At the states that the residual stream carries, is read by, and is written by; told when it begins, and when it begins again."""
+    """In the residual stream, in what reads it and what is written to it; said whenever it begins."""
 
     times_floor: float = 10.0
     """Kurtosis counts as high from this multiple of what Gaussian noise of that width scores: a decade."""
@@ -75,8 +77,8 @@ class Rule(RunningRule):
             statistic=KURTOSIS,
             value=float(moment.values[column]),
             sentence=(
-                f"OSP kurtosis at {place.words} is {over:,.0f} times its floor at step {moment.step:,}, having grown "
-                f"{factor:.2f}-fold over the last {len(table.steps)} probes"
+                f"OSP kurtosis at {place.words} is {over:,.0f} times its floor at step {moment.step:,}, "
+                f"having grown {factor:.2f}-fold over the last {len(table.steps)} probes"
                 + (f"; at {counted(others, 'other place')} likewise" if others else "")
             ),
         )

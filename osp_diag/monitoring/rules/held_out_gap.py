@@ -47,7 +47,8 @@ class Rule(RunningRule):
             statistic="held_out_loss",
             value=gap,
             sentence=(
-                f"the held-out loss is {held_out:.4g} at step {step:,}, {gap:.2g} above the training loss ({usual:.4g}, "
-                "the median since the probe before): the data repeat, or differ from what is held out"
+                f"the held-out loss is {held_out:.4g} at step {step:,}, {gap:.2g} above the training loss "
+                f"({usual:.4g}, the median since the probe before): the data repeat, or differ from what is "
+                "held out"
             ),
         )

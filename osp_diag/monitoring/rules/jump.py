@@ -16,7 +16,8 @@ from osp_diag.monitoring.rule import RunningRule
 
 @dataclass
 class Rule(RunningRule):
-    """|ln(now / before)| in units of the largest such change of that statistic and site between earlier probes.
+    """|ln(now / before)| in units of the largest such change of that statistic and site between
+    earlier probes.
 
     Of all layers, heads and matrices together: a few changes of one number are too few to say what is usual.
     What a floor of noise hides is no change: numbers count as not below it. The change from step 0, whose
@@ -120,8 +121,8 @@ class Rule(RunningRule):
         others = len(jumps) - 1
         where = f" at {place.words}" if place.words else ""
         sentence = (
-            f"{place.statistic}{where} went from {before:.3g} to {now:.3g} between steps {moment.previous:,} and "
-            f"{moment.step:,}, {size[column]:.1f} times the usual largest change there from probe to probe"
+            f"{place.statistic}{where} went from {before:.3g} to {now:.3g} between steps {moment.previous:,} "
+            f"and {moment.step:,}, {size[column]:.1f} times the usual largest change there from probe to probe"
             + (f", in channel {channel}" if channel is not None else "")
             + (
                 f"; {others:,} other numbers jumped too"

@@ -46,7 +46,7 @@ class Rule(RunningRule):
                 statistic=place.statistic,
                 value=float(values[column]),
                 sentence=(
-                    f"{place.statistic} at {place.words} is {values[column]:,.4g} at step {moment.step:,}, above "
-                    f"{limit.value:,.0f}, {limit.meaning}"
+                    f"{place.statistic} at {place.words} is {values[column]:,.4g} at step {moment.step:,}, "
+                    f"above {limit.value:,.0f}, {limit.meaning}"
                 ),
             )

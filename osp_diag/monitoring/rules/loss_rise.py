@@ -13,7 +13,8 @@ from osp_diag.monitoring.rule import RunningRule
 
 @dataclass
 class Rule(RunningRule):
-    """How far the held-out loss lies above its lowest so far, in units of the farthest that it ever did before.
+    """How far the held-out loss lies above its lowest so far, in units of the farthest that it ever did
+    before.
 
     Every probe has the same held-out tokens, so that its loss hardly wobbles.
     """

@@ -16,8 +16,8 @@ from osp_diag.monitoring.rule import RunningRule
 class Rule(RunningRule):
     """The training loss above the median of the last ``window`` of its rows, in units of its usual noise.
 
-    The noise is 1.4826 × the median |difference of neighbouring rows| / √2, so neither a falling loss nor one odd row
-    sets it. Rows of a spike are not among those before.
+    The noise is 1.4826 × the median |difference of neighbouring rows| / √2, so neither a falling loss nor one
+    odd row sets it. Rows of a spike are not among those before.
     """
 
     times_noise: float = 16.0
@@ -64,7 +64,7 @@ class Rule(RunningRule):
             value=loss,
             size=size,
             sentence=(
-                f"the training loss leapt to {loss:.4g} at step {step:,}, from {usual:.4g} (the median of the "
-                f"{self.window} rows before): {size:.0f} times its usual noise"
+                f"the training loss leapt to {loss:.4g} at step {step:,}, from {usual:.4g} (the median of "
+                f"the {self.window} rows before): {size:.0f} times its usual noise"
             ),
         )

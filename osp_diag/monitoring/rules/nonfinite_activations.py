@@ -44,7 +44,8 @@ class Rule(RunningRule):
                 statistic=place.statistic,
                 value=float(values[column]),
                 sentence=(
-                    f"NaN or Inf in {values[column]:,.0f} tokens at step {moment.step:,}, first at {place.words}"
+                    f"NaN or Inf in {values[column]:,.0f} tokens at step {moment.step:,}, first at "
+                    f"{place.words}"
                 ),
             ),
         )

@@ -24,7 +24,7 @@ WRITTEN_WITH = {
 
 @dataclass
 class Rule(RunningRule):
-    """NaN that was recorded, or Inf. In the store NaN is also what was not recorded, and is told from that."""
+    """Inf, or NaN that was recorded; in the store, NaN also stands for what was not."""
 
     _names: set[str] = field(default_factory=set)
 

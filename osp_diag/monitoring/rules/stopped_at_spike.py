@@ -41,7 +41,8 @@ class Rule(RunningRule):
                 sentence=(
                     f"training stopped at step {step:,}: its loss of {loss[last]:.4g} is a spike{usual}. "
                     f"The state after step {step - 1:,} is saved: go on with --resume --set "
-                    "divergence.policy=skip, which passes over such steps, or begin again with a lower optimizer.lr"
+                    "divergence.policy=skip, which passes over such steps, or begin again with a lower "
+                    "optimizer.lr"
                 ),
             ),
         )
