@@ -273,7 +273,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path):
     counts = {
         site: run.at(site)["token_count"].sel(stratum="all")
         for site in run.sites
-        if site not in ("attention", "mlp_down_weight")
+        if site not in ("attention", "mlp_gate_weight", "mlp_down_weight")
     }
     assert {int(count) for site in counts.values() for count in site.values.ravel()} == {16 * done}
 

@@ -232,7 +232,7 @@ def test_padding_is_counted_nowhere_and_strata_are_those_of_the_ids(padding: str
     batch = batch_of(family, padding)
     run = measured(built("llama"), batch, ["*"])
     expected = strata_by_hand(batch).sum((1, 2))
-    of_weights = ("mlp_down_weight", "projection_weight")
+    of_weights = ("mlp_gate_weight", "mlp_down_weight", "projection_weight")
     for site in run.tree.children:
         if site not in ("raw", "attention", "linear_input", *of_weights, "snapshot", "series"):
             counts = run.tree[site]["token_count"].values
