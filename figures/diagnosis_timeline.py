@@ -14,13 +14,11 @@ import xarray as xr
 from osp_diag.analyses.diagnosis.diagnose import diagnose
 from osp_diag.analyses.diagnosis.findings import Bracket, Diagnosis
 from osp_diag.analyses.run_labels import labels_of
-from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
 from osp_diag.figures._placement import InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
-from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
@@ -63,9 +61,6 @@ def timeline(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> xr.Dataset:
     steps = [step_of(run) for run in runs]
     probes = [kurtosis_by_step(run, "diagnosis_timeline") for run in runs]
     records = [run.series["step"].values.astype(float) for run in runs]
-    if all(len(probe) < 2 for probe, _ in probes):
-        name = model_name(runs[0].attrs)
-        raise StoreError(f"diagnosis_timeline: the run of {name} has one probed step; draw a training")
     held_out = [_of(run, "held_out_loss", run.steps) for run in runs]
     losses = [_of(run, "loss", at) for run, at in zip(runs, records, strict=True)]
     brackets = [_numbers(diagnosis.bracket) for diagnosis in diagnoses]
@@ -176,7 +171,8 @@ def _draw_quantity(part: xr.Dataset, name: str, panel: Panel, colour: str) -> No
     panel.limits("y", low, high)
     every = np.concatenate([part["record_step"].values, part["probe_step"].values])
     first, last = float(np.nanmin(every)), float(np.nanmax(every))
-    panel.limits("x", first - 0.02 * (last - first), last + 0.02 * (last - first))
+    beside = 0.02 * (last - first) or 1.0
+    panel.limits("x", first - beside, last + beside)
 
 
 def _mark(part: xr.Dataset, panel: Panel) -> None:

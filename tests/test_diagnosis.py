@@ -245,7 +245,13 @@ class TestNotRecorded:
             for step in range(2):
                 with probe.step(step):
                     model(ids)
-        assert main(["diagnose", str(out)]) == 0
+        page = tmp_path / "diagnosis.html"
+        assert main(["diagnose", str(out), "--out", str(page)]) == 0
+        html = page.read_text()
+        assert "this is no run of `osp-diag train`" in html
+        assert "nothing that was looked at differs" in html.partition("<pre>")[2]
+        assert "plotly" in html
+        assert 'src="http' not in html
         printed = capsys.readouterr().out
         assert "this is no run of `osp-diag train`" in printed
         assert "whether held-out loss rose: fewer than two probes have it" in printed

@@ -41,6 +41,7 @@ OUTPUT = {
     ("README.md", "SmolLM2-135M-Instruct.Q4_1, 3,072 tokens in sequences of 512"),
     ("README.md", "osp_diag/          the library; stands alone"),
     ("docs/add_a_site_pattern.md", "3 blocks at 'tower', residual stream of width 32"),
+    ("docs/diagnosis.md", "OSP\nGot worse: kurtosis"),
     ("docs/tutorial.md", "<osp_diag.Run>"),
     ("docs/tutorial.md", "stratum"),
     ("docs/tutorial.md", "channel"),
