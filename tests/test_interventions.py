@@ -148,7 +148,7 @@ def test_the_mean_is_that_of_the_tokens_that_are_meant(model, sites):
         return x
 
     torch.testing.assert_close(under(model, sites, measured), by_hand(model, change))
-    with pytest.raises(UsageError, match="measure them first, with osp_diag.interventions.with_means"):
+    with pytest.raises(UsageError, match=r"measure them first, with osp_diag\.interventions\.with_means"):
         under(model, sites, one)
 
 

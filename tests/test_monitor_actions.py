@@ -59,8 +59,8 @@ def test_pin_keeps_the_last_good_checkpoint(tmp_path):
 
 def test_checkpoint_also_saves_what_it_is_about(tmp_path):
     out = tmp_path / "run.zarr"
-    train(failing("checkpoint", checkpoint__every=3, checkpoint__keep=2, steps=5), out)
-    assert checkpoints(out) == [3, 4, 5]
+    train(failing("checkpoint", checkpoint__every=3, checkpoint__keep=3, steps=6), out)
+    assert checkpoints(out) == [3, 4, 6]
 
 
 def test_stop_ends_and_a_resumption_with_another_action_goes_on(tmp_path):

@@ -157,8 +157,8 @@ def test_a_diverged_step_is_exit_code_1(tmp_path, capsys):
         writer.append_series(1, scalars(1) | {"loss": float("nan"), "skipped_step": 1.0})
     assert main(["watch", str(path), "--json"]) == 1
     alerts = json.loads(capsys.readouterr().out)["runs"][0]["alerts"]
-    assert [alert["rule"] for alert in alerts] == ["nonfinite_scalars", "diverged_steps"]
-    assert alerts[0]["value"] == "nan"
+    assert [alert["rule"] for alert in alerts] == ["diverged_steps", "nonfinite_scalars"]
+    assert alerts[1]["value"] == "nan"
 
 
 def test_a_damaged_file_is_told_and_what_can_be_read_is_shown(tmp_path, capsys):

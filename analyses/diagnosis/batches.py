@@ -40,7 +40,7 @@ SPREADS = 8.0
 LASTING = 5
 """Unusual steps in a row, or up to the end, from which on it is the data and not a batch."""
 LOSS_SPREADS, LOSS_LEAST = 6.0, 0.5
-"""A single batch of healthy text may be a list or a table. It is named if its labels are wrong, or if its loss
+"""A single batch of healthy text may be a list or a table. It is named if its labels are wrong, or its loss
 stands out from the ten before by so many robust standard deviations and so many nats."""
 FEWEST = 8
 """Usual steps that tell what is usual."""

@@ -53,8 +53,8 @@ class Forecast:
         latest = "never" if self.latest is None else f"{self.latest:,}"
         return (
             f"{self.statistic} at {place}, {self.value:,.4g} at step {self.step:,}, would pass "
-            f"{self.limit:,.0f}, {self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to {latest}) "
-            f"if the growth of the last {WINDOW} probes went on: an extrapolation; none was seen to come true"
+            f"{self.limit:,.0f}, {self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to "
+            f"{latest}) if the growth of the last {WINDOW} probes went on: an extrapolation; none was seen to come true"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -127,7 +127,8 @@ def _grows(values: np.ndarray) -> bool:
         return False
     half = WINDOW // 2
     earlier, later = np.log(values[half] / values[0]), np.log(values[-1] / values[half])
-    return bool(later * half >= earlier * (WINDOW - 1 - half))
+    # Of a pure exponential both sides are equal, up to rounding.
+    return bool(later * half >= earlier * (WINDOW - 1 - half) * (1 - 1e-6))
 
 
 def _slope(steps: np.ndarray, values: np.ndarray) -> float:

@@ -94,7 +94,7 @@ class ReferenceRule(RunningRule):
         )
 
     def of_run(self, run: Run) -> Iterable[Finding]:
-        """Refuse a run that has nothing to compare; one that is being written, once no step can change that."""
+        """Refuse a run that has nothing to compare; one that is written, once no step can change that."""
         mine, its = run.steps, self.reference.steps
         if not len(mine) or self._shares_number:
             return ()

@@ -133,7 +133,7 @@ def segment_group(after_step: int, group: str) -> str:
 
 
 def parts_in_segments(paths: Iterable[str]) -> dict[str, list[tuple[int, str]]]:
-    """The groups that go on in later segments, of the paths of all: path → (after step, path there), in order."""
+    """Which groups go on in later segments, of the paths of all: path → (after step, path there)."""
     parts: dict[str, list[tuple[int, str]]] = {}
     for path in paths:
         if match := _PART.fullmatch(path):

@@ -34,7 +34,7 @@ class Rule(RunningRule):
     """
 
     times_usual: float = 4.0
-    """Five healthy trainings reached 3.65; one of two more 6.9, once, of a share of few sequences (docs/log.md)."""
+    """Five healthy trainings reached 3.65; one of two more 6.9, of a share of few sequences (docs/log.md)."""
     usual_changes: int = 4
     """So many earlier changes have to be known of a number: about five probes after the first."""
     changes_together: int = 6
@@ -122,7 +122,7 @@ class Rule(RunningRule):
         where = f" at {place.words}" if place.words else ""
         sentence = (
             f"{place.statistic}{where} went from {before:.3g} to {now:.3g} between steps {moment.previous:,} "
-            f"and {moment.step:,}, {size[column]:.1f} times the usual largest change there from probe to probe"
+            f"and {moment.step:,}, {size[column]:.1f} times the usual largest change there between probes"
             + (f", in channel {channel}" if channel is not None else "")
             + (
                 f"; {others:,} other numbers jumped too"
