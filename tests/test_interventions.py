@@ -170,14 +170,19 @@ def test_weights_are_changed_by_row_and_restored_to_the_bit(model, sites):
         Intervention(operation="replace_gain", site="model.layers.0.input_layernorm.weight"),
         Intervention(operation="clip_rows", site="*.o_proj.weight", layers=(2,)),
     ]
-    with pytest.raises(ZeroDivisionError), intervened(model, sites, changes):
-        torch.testing.assert_close(down[2].norm(), 10 * norms[2])
-        expected = before["model.layers.0.input_layernorm.weight"].square().mean().sqrt()
-        torch.testing.assert_close(gain, expected.expand(16))
-        rows = model.model.layers[2].self_attn.o_proj.weight.detach().norm(dim=1)
-        assert float(rows.max()) == pytest.approx(float(rows.median()), rel=1e-5)
-        assert torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
-        raise ZeroDivisionError
+
+    def fail_within() -> None:
+        with intervened(model, sites, changes):
+            torch.testing.assert_close(down[2].norm(), 10 * norms[2])
+            expected = before["model.layers.0.input_layernorm.weight"].square().mean().sqrt()
+            torch.testing.assert_close(gain, expected.expand(16))
+            rows = model.model.layers[2].self_attn.o_proj.weight.detach().norm(dim=1)
+            assert float(rows.max()) == pytest.approx(float(rows.median()), rel=1e-5)
+            assert torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail_within()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
