@@ -125,7 +125,7 @@ def _matters(case: Case, stretch: list[int], recorded: np.ndarray, unusual: Mapp
         return False
     middle = float(np.median(before))
     spread = 1.4826 * float(np.median(np.abs(before - middle)))
-    off = np.abs(losses[stretch] - middle)
+    off = losses[stretch] - middle  # a list that repeats itself is easier than other text
     return bool((off > max(LOSS_SPREADS * spread, LOSS_LEAST)).any())
 
 
