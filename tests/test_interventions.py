@@ -148,7 +148,7 @@ def test_the_mean_is_that_of_the_tokens_that_are_meant(model, sites):
         return x
 
     torch.testing.assert_close(under(model, sites, measured), by_hand(model, change))
-    with pytest.raises(UsageError, match=r"measure them first, with osp_diag\.interventions\.with_means"):
+    with pytest.raises(UsageError, match="measure them first, with"):
         under(model, sites, one)
 
 
@@ -171,18 +171,17 @@ def test_weights_are_changed_by_row_and_restored_to_the_bit(model, sites):
         Intervention(operation="clip_rows", site="*.o_proj.weight", layers=(2,)),
     ]
 
-    def fail_within() -> None:
-        with intervened(model, sites, changes):
-            torch.testing.assert_close(down[2].norm(), 10 * norms[2])
-            expected = before["model.layers.0.input_layernorm.weight"].square().mean().sqrt()
-            torch.testing.assert_close(gain, expected.expand(16))
-            rows = model.model.layers[2].self_attn.o_proj.weight.detach().norm(dim=1)
-            assert float(rows.max()) == pytest.approx(float(rows.median()), rel=1e-5)
-            assert torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
-            raise ZeroDivisionError
+    def look_and_fail() -> None:
+        torch.testing.assert_close(down[2].norm(), 10 * norms[2])
+        expected = before["model.layers.0.input_layernorm.weight"].square().mean().sqrt()
+        torch.testing.assert_close(gain, expected.expand(16))
+        rows = model.model.layers[2].self_attn.o_proj.weight.detach().norm(dim=1)
+        assert float(rows.max()) == pytest.approx(float(rows.median()), rel=1e-5)
+        assert torch.equal(model.state_dict()["lm_head.weight"], before["lm_head.weight"])
+        raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError):
-        fail_within()
+    with pytest.raises(ZeroDivisionError), intervened(model, sites, changes):
+        look_and_fail()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 

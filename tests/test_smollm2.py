@@ -281,3 +281,28 @@ def test_every_figure_of_a_short_run(tmp_path, capfd):
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.stat().st_size > 10_000
     assert capfd.readouterr().err == ""
+
+
+def test_two_channels_of_the_first_token_carry_the_model_and_both_engines_say_so(checkpoint):
+    options = {
+        "tokenizer": checkpoint.tokenizer,
+        "tokens": 128,
+        "seq_len": 64,
+        "resamples": 0,
+        "sites": ["residual_post", "attention"],
+        "estimators": ["token_peak", "sink_rate"],
+    }
+    changes = [f"zero residual_post:{BORN}:507,247@first", "mask-key first"]
+    hooks, nnsight = (
+        osp_diag.intervene(checkpoint.model, changes, engine=engine, **options).tree
+        for engine in ("hooks", "nnsight")
+    )
+    for name in ("loss", "loss_change", "kl", "change"):
+        np.testing.assert_array_equal(hooks[name], nnsight[name])
+    zeroed, masked = hooks["loss_change"].values
+    assert zeroed > 5
+    assert abs(masked) < 0.5
+    sinks = hooks["attention"]["sink_rate"].sel(epsilon=0.3, sink_position=0)
+    change = hooks["attention"]["sink_rate_change"].sel(epsilon=0.3, sink_position=0)
+    assert float(sinks.mean()) > 0.4
+    np.testing.assert_array_equal(change.sel(intervention="mask-key first"), -sinks)

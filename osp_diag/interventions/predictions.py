@@ -16,11 +16,9 @@ _AT_ONCE = 2**24
 
 def logits_of(output: Any) -> Float[Tensor, "1 token vocabulary"]:
     """The logits in what a model gives."""
-    bare: Any = (
-        output[0] if isinstance(output, tuple) and output and not hasattr(output, "logits") else output
-    )
-    logits: Tensor = getattr(bare, "logits", bare)
-    return logits
+    if hasattr(output, "logits"):
+        return output.logits
+    return output[0] if isinstance(output, tuple) else output
 
 
 def surprise(
