@@ -79,6 +79,7 @@ def test_a_training_is_switched_saved_pinned_and_stopped_while_it_runs(tmp_path,
         assert early.refused == ("pin: there is no checkpoint at or before step 0",)
         assert early.done == ("probed every 3 steps",)
         off = osp_diag.control(out, probing="off")
+        assert osp_diag.control(out, probing="off").refused == ("probing is off already",)
         on = osp_diag.control(out, probing="on")
         assert osp_diag.control(out, probing="on").refused == ("probing is on already; every says how often",)
         reset = osp_diag.control(out, probing="reset")

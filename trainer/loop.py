@@ -417,10 +417,11 @@ class Training:
 
     def _counts(self, step: int) -> Tensor:
         """How many ranks were sent a signal, and have a request: all stop, and obey, after the same step."""
-        control = self.recording.control
+        signal, control = self.interruption.is_requested, self.recording.control
         asked = control is not None and control.is_asked(step + 1)
-        counts = (float(self.interruption.is_requested), float(asked))
-        return summed(torch.tensor(counts, device=self.device))
+        # Filled on the device: a copy from the host would wait for it.
+        counts = [torch.full((), float(one), device=self.device) for one in (signal, asked)]
+        return summed(torch.stack(counts))
 
     def _loss(self, batch: Batch) -> Tensor:
         with self._autocast():

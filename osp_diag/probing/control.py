@@ -162,6 +162,8 @@ class RunControl:
                 return f"{field.name}: this loop's checkpoints and end are not osp-diag's to decide"
         if request.probing == "on" and request.every is None and self._paused is None:
             return "probing is on already; every says how often"
+        if request.probing == "off" and self._paused is not None:
+            return "probing is off already"
         if request.sites is None:
             return None
         try:
