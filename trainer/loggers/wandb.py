@@ -38,15 +38,13 @@ class WandbLogger:
         self._run.log({STEP: step, **values})
 
     def alert(self, finding: Finding) -> None:
-        import wandb
-
-        levels = {"bad": wandb.AlertLevel.ERROR, "watch": wandb.AlertLevel.WARN}
+        levels = {"bad": "ERROR", "watch": "WARN"}
         self._run.alert(finding.rule, finding.sentence, levels[finding.severity])
 
     def histograms(self, step: int, values: Mapping[str, Float[np.ndarray, " channel"]]) -> None:
         import wandb
 
-        self._log(step, {name: wandb.Histogram(of) for name, of in values.items()})
+        self._log(step, {name: wandb.Histogram(of.tolist()) for name, of in values.items()})
 
     def close(self) -> None:
         if self._owns_run:
