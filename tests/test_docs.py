@@ -53,6 +53,7 @@ SMALLER = {
 }
 """What would take long in the text, and what the test takes instead."""
 ONLY_READ = {
+    "control": "needs a run that is being written",
     "demo": "trains two models",
     "export": "needs a training run and its checkpoint",
     "intervene": "tests of the verb run it; the Python blocks of docs/interventions.md run what it calls",
