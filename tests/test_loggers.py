@@ -205,8 +205,8 @@ def test_wandb_gets_alerts_and_distributions(tmp_path):
     (alert,) = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
     assert (alert.title, alert.text, alert.level) == ("jump", "loss leapt", "WARN")
     (name,) = PROFILE
-    (row,) = [row for row in wandb_history(tmp_path) if name in row]
-    assert (row["step"], row[name]["_type"], sum(row[name]["values"])) == (10, "histogram", 32)
+    (row,) = [row for row in wandb_history(tmp_path) if f"{name}/_type" in row]
+    assert (row["step"], row[f"{name}/_type"], sum(row[f"{name}/values"])) == (10, "histogram", 32)
 
 
 # trackio

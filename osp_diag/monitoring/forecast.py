@@ -54,7 +54,7 @@ class Forecast:
         return (
             f"{self.statistic} at {place}, {self.value:,.4g} at step {self.step:,}, would pass "
             f"{self.limit:,.0f}, {self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to "
-            f"{latest}) if the growth of the last {WINDOW} probes went on: an extrapolation, and none was seen "
+            f"{latest}) if the growth of the last {WINDOW} probes went on: an extrapolation, none was seen "
             "to come true"
         )
 
