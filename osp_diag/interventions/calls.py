@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool
@@ -51,4 +52,5 @@ def edited_call(
     # Keys and values that the model repeats for several heads are one head each.
     copies = 1 if name == "query" else sites.key_copies.get(layer, 1)
     new = operate(intervention, layer, value[:, ::copies], chosen)
-    return replace(call, **{name: new.repeat_interleave(copies, dim=1) if copies > 1 else new})
+    operand: dict[str, Any] = {name: new.repeat_interleave(copies, dim=1) if copies > 1 else new}
+    return replace(call, **operand)

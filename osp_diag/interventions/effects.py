@@ -47,7 +47,7 @@ class Effects:
     @property
     def interventions(self) -> list[str]:
         """Their names, as the command line writes them."""
-        return [str(name) for name in self.tree["intervention"].values]
+        return [str(name) for name in self.tree.to_dataset()["intervention"].values]
 
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary an intervention, for JSON; what is not finite is None."""
@@ -217,7 +217,7 @@ def _values(by_arm: Mapping[str, xr.Dataset], name: str) -> np.ndarray:
 
 def _site_effects(by_arm: Mapping[str, xr.Dataset], names: list[str]) -> xr.Dataset:
     untouched = by_arm[UNTOUCHED]
-    variables = dict(untouched.isel(draw=0, drop=True).data_vars)
+    variables: dict[Any, Any] = dict(untouched.isel(draw=0, drop=True).data_vars)
     for name, of_draws in untouched.data_vars.items():
         values = _values(by_arm, str(name))
         dims = ("intervention", *(str(dim) for dim in of_draws.dims[1:]))
