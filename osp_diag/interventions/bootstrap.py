@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -37,7 +36,7 @@ def draws(sequences: int, resamples: int, seed: int) -> Int[np.ndarray, "draw se
     """How often each sequence is taken: once each in the first row, at random in the others."""
     generator = np.random.default_rng(seed)
     chosen = generator.integers(0, sequences, (resamples, sequences))
-    counts: Any = np.stack([np.bincount(row, minlength=sequences) for row in chosen]) if resamples else []
+    counts = [np.bincount(row, minlength=sequences) for row in chosen]
     return np.stack([np.ones(sequences, dtype=np.int64), *counts])
 
 

@@ -52,5 +52,5 @@ def edited_call(
     # Keys and values that the model repeats for several heads are one head each.
     copies = 1 if name == "query" else sites.key_copies.get(layer, 1)
     new = operate(intervention, layer, value[:, ::copies], chosen)
-    changes: dict[str, Any] = {name: new.repeat_interleave(copies, dim=1) if copies > 1 else new}
-    return replace(call, **changes)
+    operand: dict[str, Any] = {name: new.repeat_interleave(copies, dim=1) if copies > 1 else new}
+    return replace(call, **operand)

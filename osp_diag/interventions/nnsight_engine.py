@@ -90,6 +90,11 @@ class NnsightEngine:
             now.update({name: value for name, value in before.items() if now[name] is not value})
 
     def _run(self, **batch: Any) -> Any:
+        if "input_ids" not in batch:
+            raise CaptureError(
+                "the engine nnsight runs models that are called with input_ids, and this one takes "
+                f'{", ".join(batch)}; use engine="hooks" (--engine hooks)'
+            )
         self._batch = batch
         envoy, save = self._envoy, self._save
         with envoy.trace(**batch):
@@ -97,12 +102,12 @@ class NnsightEngine:
         return output
 
     def _edit_at(self, tap: Tap, intervention: Intervention) -> None:
-        module, edit_output = self._envoy.get(tap.module), self._edit_output
+        module = self._envoy.get(tap.module)
+        edit_output, edit_inputs = self._edit_output, self._edit_inputs
         if tap.side == "output":
             with self._envoy.edit(inplace=True):
                 module.output = edit_output(tap, intervention, module.output)
             return
-        edit_inputs = self._edit_inputs
         with self._envoy.edit(inplace=True):
             arguments, options = module.inputs
             module.inputs = edit_inputs(tap, intervention, arguments, options)

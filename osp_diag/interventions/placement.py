@@ -39,15 +39,14 @@ def rewritten(
 
 
 def _arranged(sites: SiteMap, tap: Tap, value: Tensor, batch: int, tokens: int) -> Tensor:
-    arranged: Tensor | None = value
+    part = value
     if tap.stream is not None and value.ndim == 4:
-        arranged = value[tap.stream]
+        part = value[tap.stream]
     if tap.channels_first and value.ndim == 3:
-        arranged = value.transpose(1, 2)
+        part = value.transpose(1, 2)
     if sites.streams_in_a_row > 1 and value.ndim >= 3 and value.shape[1] == sites.streams_in_a_row * tokens:
-        arranged = value[:, :tokens]
-    assert arranged is not None
-    arranged = batch_first(tap, arranged, batch, tokens)
+        part = value[:, :tokens]
+    arranged = batch_first(tap, part, batch, tokens)
     if arranged is None:
         raise CaptureError(
             f"{tap.site} of layer {tap.layer} is a tensor of shape {tuple(value.shape)} in this pass, which "
