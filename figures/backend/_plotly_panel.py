@@ -122,6 +122,7 @@ class Panel:
                     # There along the upper edge and back along the lower one.
                     x=_as_list(np.concatenate([x, x[::-1]])),
                     y=_as_list(np.concatenate([upper, lower[::-1]])),
+                    mode="lines",  # or else a band of few points has markers at its corners
                     fill="toself",
                     fillcolor=f"rgba({red},{green},{blue},0.18)",
                     line={"width": 0},

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from osp_diag import figures
 from osp_diag.analyses.diagnosis.findings import Diagnosis
@@ -63,5 +63,4 @@ def _picture(run: Run, diagnosis: Diagnosis) -> Markup:
     dataset.attrs["figure"] = "diagnosis_timeline"
     figure = figures.draw("diagnosis_timeline", dataset, backend="plotly")
     # With the library inside, which is plotly's own text and no reader's.
-    html = Markup(figure.to_html(full_html=False, include_plotlyjs=True))
-    return html + Markup("<p>{}</p>").format(escape(dataset.attrs["caption"]))
+    return Markup(figure.to_html(full_html=False, include_plotlyjs=True))
