@@ -61,9 +61,17 @@ FREE = (
 """Keys that a resumed run may change: how the work is done, not what is computed."""
 
 
+ADDED_LATER = {"probe.gradients": False}
+"""Keys that runs of earlier versions lack → the value with which a run is what theirs are, so that they go on."""
+
+
 def identity_of(config: TrainConfig) -> dict[str, Any]:
     """The values that determine what a run computes, by dotted key."""
-    return {key: value for key, value in as_dictionary(config).items() if not key.startswith(FREE)}
+    return {
+        key: value
+        for key, value in as_dictionary(config).items()
+        if not key.startswith(FREE) and (key not in ADDED_LATER or value != ADDED_LATER[key])
+    }
 
 
 def folder_of(run: str | os.PathLike[str]) -> Path:
