@@ -62,7 +62,7 @@ FREE = (
 
 
 ADDED_LATER = {"probe.gradients": False}
-"""Keys that runs of earlier versions lack → the value with which a run is what theirs are, so that they go on."""
+"""Keys that runs of earlier versions lack → the value with which a run is as theirs are: these go on."""
 
 
 def identity_of(config: TrainConfig) -> dict[str, Any]:

@@ -39,7 +39,7 @@ PROJECTION = (
 SMALL = 10_000_000
 """Parameters up to which a sketch costs nothing that anybody would notice."""
 _TOKENS = 2**20
-"""Per so many tokens a sketch is 0.064% of the steps at 1.4B on an H200 (docs/log.md; benchmarks/weight_sketch.py)."""
+"""Once in so many tokens a sketch is 0.064% of the steps at 1.4B on an H200 (benchmarks/weight_sketch.py)."""
 
 
 def sketch_period(config: TrainConfig, parameters: int) -> int:
