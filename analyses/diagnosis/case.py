@@ -11,6 +11,8 @@ import xarray as xr
 
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
 from osp_diag.laboratory import CheckpointState, Fork, Laboratory, Replay
+from osp_diag.monitoring import Finding as Noticed
+from osp_diag.monitoring import judge
 from osp_diag.runs.run import Run
 
 __all__ = ["Case"]
@@ -46,6 +48,11 @@ class Case:
     forks: dict[tuple[int, int, str], Fork] = field(default_factory=dict)
     ruled_out: list[str] = field(default_factory=list)
     not_recorded: list[str] = field(default_factory=list)
+
+    @cached_property
+    def noticed(self) -> tuple[Noticed, ...]:
+        """What the monitor finds."""
+        return judge(self.run)
 
     @cached_property
     def checkpoints(self) -> tuple[CheckpointState, ...]:

@@ -45,7 +45,7 @@ def kurtosis_by_step(case: Case) -> xr.DataArray | None:
 
 
 def regression_of(case: Case) -> Regression:
-    """Kurtosis and held-out loss against their own past, and against the noise floor."""
+    """Kurtosis and held-out loss against their own past and the noise floor; NaN and Inf."""
     sentences, brackets, compared = [], [], []
     kurtosis = kurtosis_by_step(case)
     if kurtosis is not None and kurtosis.sizes["step"] > 1:
@@ -72,6 +72,10 @@ def regression_of(case: Case) -> Regression:
                 f"held-out loss {lowest[bad - 1]:.3g} → {losses.values[bad:].max():.3g} ({bracket})"
             )
             brackets.append(bracket)
+    for finding in case.noticed:
+        if finding.rule in ("nonfinite_scalars", "nonfinite_activations"):
+            sentences.append(finding.sentence)
+            brackets.append(Bracket(finding.last_good_step, finding.first_bad_step))
     brackets.sort(key=lambda bracket: bracket.bad)
     return Regression(tuple(sentences), brackets[0] if brackets else None, tuple(compared))
 

@@ -9,7 +9,6 @@ import numpy as np
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.emergence.writers import outlier_writers
 from osp_diag.errors import StoreError
-from osp_diag.monitoring import judge
 
 __all__ = ["places"]
 
@@ -18,7 +17,7 @@ MOST = 3
 
 def places(case: Case) -> Iterator[str]:
     """Sentences: what the monitor noticed first, in network order, and the writer of the largest channels."""
-    noticed = [finding for finding in judge(case.run) if finding.site is not None]
+    noticed = [finding for finding in case.noticed if finding.site is not None]
     first: dict[str, str] = {}
     for finding in noticed:
         first.setdefault(finding.rule, finding.sentence)
