@@ -14,9 +14,11 @@ import xarray as xr
 from osp_diag.analyses.diagnosis.diagnose import diagnose
 from osp_diag.analyses.diagnosis.findings import Bracket, Diagnosis
 from osp_diag.analyses.run_labels import labels_of
+from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
 from osp_diag.figures._placement import InReport
+from osp_diag.figures._runs import nothing_finite
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.run import Run
@@ -56,13 +58,16 @@ def timeline(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> xr.Dataset:
 
     Raises
     ------
-    StoreError : a run without a kurtosis of its hidden states
+    StoreError : a run without a kurtosis of its hidden states, or of which nothing is finite
     """
     steps = [step_of(run) for run in runs]
     probes = [kurtosis_by_step(run, "diagnosis_timeline") for run in runs]
     records = [run.series["step"].values.astype(float) for run in runs]
     held_out = [_of(run, "held_out_loss", run.steps) for run in runs]
     losses = [_of(run, "loss", at) for run, at in zip(runs, records, strict=True)]
+    for run, (_, kurtosis), *others in zip(runs, probes, held_out, losses, strict=True):
+        if not any(np.isfinite(part).any() for part in (kurtosis, *others)):
+            raise StoreError(nothing_finite(run, "kurtosis and losses", "diagnosis_timeline"))
     brackets = [_numbers(diagnosis.bracket) for diagnosis in diagnoses]
     onsets = [
         np.array([np.nan if one.bracket is None else float(one.bracket.bad) for one in each.findings])

@@ -151,6 +151,7 @@ def test_the_page_goes_from_the_training_to_what_quantization_costs():
     headings = [placement.heading for placement in report_figures().values() if placement.heading]
     assert headings == [
         "How loss and kurtosis went in training",
+        "When training went wrong, by what is recorded",
         "When outliers appeared, layer by layer",
         "What the activations of the hottest layer look like",
         "Where magnitudes grow",

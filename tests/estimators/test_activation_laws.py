@@ -117,6 +117,8 @@ def test_the_order_of_channels_does_not_matter(x: np.ndarray, random: Any) -> No
     for name, output in outputs.items():
         if name.startswith("rotated") or "quantile" in name:  # a value at a bin's edge may cross it
             continue
+        if name == "residual_sink_channel":  # of channels that are equally large, the last
+            continue
         expected = first[name][..., order] if output.dims[-1:] == ("channel",) else first[name]
         np.testing.assert_allclose(second[name], expected, rtol=2e-5, atol=1e-5, err_msg=name)
 
