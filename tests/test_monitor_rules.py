@@ -111,7 +111,7 @@ def test_the_trainer_judges_the_sites_that_a_user_named():
     probe = SimpleNamespace(
         latest=latest, deferred=False, absent={}, attributes={"sites": {"my_site": "mine"}}
     )
-    monitor = TrainingMonitor(MonitorConfig(), 100)
+    monitor = TrainingMonitor(MonitorConfig())
     log = HeadlineLog(probe, None, monitor)
     for step, over in enumerate(course.T):
         latest["my_site"] = groups(over)["residual_post"]
