@@ -10,7 +10,7 @@ from typing import Any
 import xarray as xr
 
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
-from osp_diag.laboratory import CheckpointState, Fork, Laboratory, Replay
+from osp_diag.laboratory import CheckpointState, Fork, Laboratory
 from osp_diag.monitoring import Finding as Noticed
 from osp_diag.monitoring import judge
 from osp_diag.runs.run import Run
@@ -32,7 +32,6 @@ class Case:
     findings : so far
     regression_bracket : where something got worse first; None where nothing did
     is_raised : whether kurtosis is above its noise at the last probe
-    replay : the one that was made
     forks : of remedies that were tried, by start, end and changes
     ruled_out, not_recorded : sentences that the questions leave
     """
@@ -44,7 +43,6 @@ class Case:
     findings: list[Finding] = field(default_factory=list)
     regression_bracket: Bracket | None = None
     is_raised: bool = False
-    replay: Replay | None = None
     forks: dict[tuple[int, int, str], Fork] = field(default_factory=dict)
     ruled_out: list[str] = field(default_factory=list)
     not_recorded: list[str] = field(default_factory=list)
@@ -89,13 +87,6 @@ class Case:
         """The first checkpoint beyond a step."""
         return next((state for state in self.checkpoints if state.step > step), None)
 
-    def owners_differ(self, after_step: int) -> set[str]:
-        """Parameters whose optimizer is another after a step than before it."""
-        before, after = self.checkpoint_up_to(after_step), self.checkpoint_after(after_step)
-        if before is None or after is None:
-            return set()
-        return {name for name, owner in after.owners.items() if before.owners.get(name, owner) != owner}
-
     def config_at(self, step: int) -> Mapping[str, Any]:
         """The configuration under which a step was made."""
         configs = [s.attributes.get("config") for s in self.run.segments if s.after_step < step]
@@ -104,11 +95,6 @@ class Case:
     def explains(self, parameter: str, bracket: Bracket) -> bool:
         """Whether a finding says already why this parameter moves otherwise within the bracket."""
         return any(_explains(finding, parameter, bracket) for finding in self.findings)
-
-    @cached_property
-    def segment_brackets(self) -> list[Bracket]:
-        """Where the run went on under other conditions."""
-        return [Bracket(segment.after_step, segment.after_step + 1) for segment in self.run.segments[1:]]
 
 
 def _explains(finding: Finding, parameter: str, bracket: Bracket) -> bool:

@@ -70,7 +70,6 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
         return
     assert case.laboratory is not None
     replay = case.laboratory.replay(*plan)
-    case.replay = replay
     findings = list(_judged(case, replay))
     if not findings:
         case.ruled_out.append(

@@ -12,7 +12,6 @@ from torch import Tensor
 __all__ = ["weight_changes"]
 
 VARIABLES = {
-    "distance": ("1", "‖W₁ − W₀‖_F / ‖W₀‖_F"),
     "norm_ratio": ("1", "‖W₁‖_F / ‖W₀‖_F"),
     "row_deviation": ("1", "max |ln r_i − median ln r|, r_i = ‖row i of W₁‖ / ‖row i of W₀‖ (or of entries)"),
     "row": ("row", "the row of that deviation"),
@@ -21,13 +20,8 @@ VARIABLES = {
     "column_deviation": ("1", "the same of columns; 0 of a vector"),
     "column": ("column", "the column of that deviation"),
     "column_ratio": ("1", "its ratio over the median one"),
-    "columns_beyond": ("columns", "columns of more than half of that deviation"),
-    "flatness": ("1", "(Σσ²)² / (n Σσ⁴) of the n singular values σ of W₁ − W₀: 1 if all are equal"),
     "bfloat16_share": ("1", "share of the entries of W₁ that are bfloat16 numbers"),
 }  # fmt: skip
-
-LARGEST_SIDE = 8192
-"""Of matrices whose singular values are asked for: the product costs this cubed."""
 
 
 @torch.no_grad()
@@ -79,16 +73,12 @@ def _matrix(value: Tensor, like: Tensor) -> Tensor:
 
 def _change(before: Tensor, after: Tensor) -> dict[str, float]:
     one, two = _matrix(before, after), _matrix(after, after)
-    size = one.norm()
-    difference = two - one
-    rows = _deviation(one, two)
-    columns = _deviation(one.T, two.T) if one.shape[1] > 1 else (0.0, -1.0, 1.0, 0.0)
+    rows, columns = _logarithms(one, two), _logarithms(one.T, two.T)
     return {
-        "distance": float(difference.norm() / size),
-        "norm_ratio": float(two.norm() / size),
-        **dict(zip(("row_deviation", "row", "row_ratio", "rows_beyond"), rows, strict=True)),
-        **dict(zip(("column_deviation", "column", "column_ratio", "columns_beyond"), columns, strict=True)),
-        "flatness": _flatness(difference),
+        "norm_ratio": float(two.norm() / one.norm()),
+        **_largest("row", rows),
+        "rows_beyond": float((rows.abs() > rows.abs().max() / 2).sum()),
+        **_largest("column", columns),
         "bfloat16_share": float((after == after.bfloat16()).float().mean()),
     }
 
@@ -101,22 +91,11 @@ def _logarithms(one: Tensor, two: Tensor) -> Tensor:
     return torch.where(valid, logarithms - logarithms[valid].median() if valid.any() else 0.0, 0.0)
 
 
-def _deviation(one: Tensor, two: Tensor) -> tuple[float, float, float, float]:
-    if len(one) < 2:
-        return 0.0, -1.0, 1.0, 0.0
-    logarithms = _logarithms(one, two)
+def _largest(axis: str, logarithms: Tensor) -> dict[str, float]:
+    """Where the deviation is largest: how large it is, which row or column that is, and its ratio."""
     place = int(logarithms.abs().argmax())
-    largest = float(logarithms[place].abs())
-    beyond = float((logarithms.abs() > largest / 2).sum()) if largest else 0.0
-    return largest, float(place), float(logarithms[place].exp()), beyond
-
-
-def _flatness(difference: Tensor) -> float:
-    """(Σσ²)² / Σσ⁴ / n: Σσ⁴ is the squared norm of ΔᵀΔ, so no singular value is computed."""
-    side = min(difference.shape)
-    if side < 2 or max(difference.shape) > LARGEST_SIDE:
-        return float("nan")
-    short = difference if difference.shape[0] <= difference.shape[1] else difference.T
-    gram = short @ short.T
-    total = float(gram.diagonal().sum())
-    return total**2 / (float(gram.square().sum()) * side) if total else float("nan")
+    return {
+        f"{axis}_deviation": float(logarithms[place].abs()),
+        axis: float(place),
+        f"{axis}_ratio": float(logarithms[place].exp()),
+    }
