@@ -90,6 +90,15 @@ class Counterfactual:
     kurtosis_before: float
     loss_before: float
 
+    @property
+    def sentence(self) -> str:
+        """What the edit changed, with the loss beside it."""
+        return (
+            f"with {self.edit}, the checkpoint of step {self.step} has kurtosis {self.kurtosis:.3g} in "
+            f"place of {self.kurtosis_before:.3g}, and held-out loss {self.loss:.4g} in place of "
+            f"{self.loss_before:.4g}"
+        )
+
 
 @dataclass(frozen=True)
 class Replay:

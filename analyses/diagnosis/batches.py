@@ -85,15 +85,19 @@ def _unusual(values: np.ndarray, share: Share) -> Iterator[tuple[int, str]]:
                 continue
             usual.append(value)
             continue
-        recent = usual[-64:]
-        middle = float(np.median(recent))
-        spread = 1.4826 * float(np.median(np.abs(np.array(recent) - middle)))
+        middle, spread = _middle_and_spread(np.array(usual[-64:]))
         distance = value - middle
         sentence = share.high if distance > 0 else share.low
         if abs(distance) > max(SPREADS * spread, share.least) and sentence:
             yield int(place), sentence
         else:
             usual.append(value)
+
+
+def _middle_and_spread(values: np.ndarray) -> tuple[float, float]:
+    """The median, and the standard deviation of a normal law with this median absolute deviation."""
+    middle = float(np.median(values))
+    return middle, 1.4826 * float(np.median(np.abs(values - middle)))
 
 
 def _stretches(places: list[int], recorded: np.ndarray) -> Iterator[list[int]]:
@@ -123,8 +127,7 @@ def _matters(case: Case, stretch: list[int], recorded: np.ndarray, unusual: Mapp
     before = before[np.isfinite(before)]
     if len(before) < FEWEST:
         return False
-    middle = float(np.median(before))
-    spread = 1.4826 * float(np.median(np.abs(before - middle)))
+    middle, spread = _middle_and_spread(before)
     off = losses[stretch] - middle  # a list that repeats itself is easier than other text
     return bool((off > max(LOSS_SPREADS * spread, LOSS_LEAST)).any())
 

@@ -13,6 +13,7 @@ from osp_diag.analyses.diagnosis.findings import Bracket, Finding
 from osp_diag.laboratory import CheckpointState, Fork, Laboratory
 from osp_diag.monitoring import Finding as Noticed
 from osp_diag.monitoring import judge
+from osp_diag.runs.headline import headline_by_step
 from osp_diag.runs.run import Run
 
 __all__ = ["Case"]
@@ -46,11 +47,17 @@ class Case:
     forks: dict[tuple[int, int, str], Fork] = field(default_factory=dict)
     ruled_out: list[str] = field(default_factory=list)
     not_recorded: list[str] = field(default_factory=list)
+    _changes: dict[tuple[int, int], xr.Dataset] = field(default_factory=dict)
 
     @cached_property
     def noticed(self) -> tuple[Noticed, ...]:
         """What the monitor finds."""
         return judge(self.run)
+
+    @cached_property
+    def kurtosis(self) -> xr.DataArray | None:
+        """Mean OSP kurtosis of the hidden states by step, all tokens; None where it was not measured."""
+        return headline_by_step(self.run)
 
     @cached_property
     def checkpoints(self) -> tuple[CheckpointState, ...]:
@@ -70,10 +77,6 @@ class Case:
             self._changes[key] = self.laboratory.weight_changes(*key)
         return self._changes[key]
 
-    @cached_property
-    def _changes(self) -> dict[tuple[int, int], xr.Dataset]:
-        return {}
-
     def logged(self, name: str) -> xr.Dataset | None:
         """A group of arrays by logged step; None where the run has none."""
         return self.run.logged(name) if name in self.run.logged_groups else None
@@ -91,6 +94,10 @@ class Case:
         """The configuration under which a step was made."""
         configs = [s.attributes.get("config") for s in self.run.segments if s.after_step < step]
         return configs[-1] if configs and isinstance(configs[-1], Mapping) else {}
+
+    def computes_exactly(self, step: int) -> bool:
+        """Whether a step, made again, gives the same bits: in float32 on a CPU."""
+        return self.config_at(step).get("dtype") == "float32" and self.run.attrs.get("device") == "cpu"
 
     def explains(self, parameter: str, bracket: Bracket) -> bool:
         """Whether a finding says already why this parameter moves otherwise within the bracket."""

@@ -12,7 +12,7 @@ import xarray as xr
 
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Confidence, Finding, Place
-from osp_diag.laboratory import CheckpointState, Counterfactual, Laboratory, WeightPart
+from osp_diag.laboratory import CheckpointState, WeightPart
 
 __all__ = ["edited_weights"]
 
@@ -160,19 +160,20 @@ def _finding(case: Case, edit: _Edit) -> Finding:
     if one is None or two is None or case.laboratory is None:
         place = Place((edit.parameter,), layer=_layer(edit.parameter))
         return Finding(family, f"{module} changed at once", "proved", edit.bracket, edit.evidence, place)
-    part, words, place = _part(case.laboratory, one, two, edit)
+    part, words, place = _part(case, one, two, edit)
     at_one_step = edit.bracket.bad - (edit.bracket.good or 0) <= 1
     confidence: Confidence = "proved" if at_one_step else "measured"
     undone = case.laboratory.reverted(two.step, one.step, part)
-    return Finding(family, words, confidence, edit.bracket, (*edit.evidence, _sentence(undone)), place)
+    return Finding(family, words, confidence, edit.bracket, (*edit.evidence, undone.sentence), place)
 
 
 def _part(
-    laboratory: Laboratory, one: CheckpointState, two: CheckpointState, edit: _Edit
+    case: Case, one: CheckpointState, two: CheckpointState, edit: _Edit
 ) -> tuple[WeightPart, str, Place]:
     """Which part of the parameter it is: rows, a head, columns, or all of it."""
+    assert case.laboratory is not None
     name, module, layer = edit.parameter, _module(edit.parameter), _layer(edit.parameter)
-    row = laboratory.weight_changes(one.step, two.step).sel(parameter=name)
+    row = case.changes(one, two).sel(parameter=name)
     rows, columns = float(row["row_deviation"]), float(row["column_deviation"])
     whole = abs(math.log(max(float(row["norm_ratio"]), 1e-12)))
     vector = len(two.shapes.get(name, ())) < 2
@@ -180,7 +181,7 @@ def _part(
         ratio = float(row["norm_ratio"])
         return WeightPart(name, "all"), f"all of {module} × {ratio:.3g}", Place((name,), layer=layer)
     axis = "row" if rows >= columns else "column"
-    indices, ratio = laboratory.changed_part(one.step, two.step, name, axis)
+    indices, ratio = case.laboratory.changed_part(one.step, two.step, name, axis)
     head = _head(name, axis, indices, two.head_size)
     if head is not None:
         rows_of_head = tuple(range(head * two.head_size, (head + 1) * two.head_size))
@@ -220,11 +221,3 @@ def _layer(parameter: str) -> int | None:
     parts = parameter.split(".")
     numbers = [part for before, part in pairwise(parts) if before == "layers"]
     return int(numbers[0]) if numbers and numbers[0].isdigit() else None
-
-
-def _sentence(undone: Counterfactual) -> str:
-    return (
-        f"with {undone.edit}, the checkpoint of step {undone.step} has kurtosis {undone.kurtosis:.3g} in "
-        f"place of {undone.kurtosis_before:.3g}, and held-out loss {undone.loss:.4g} in place of "
-        f"{undone.loss_before:.4g}"
-    )

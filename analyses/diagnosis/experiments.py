@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import xarray as xr
+
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
 from osp_diag.analyses.diagnosis.recipe import RECIPE
-from osp_diag.analyses.diagnosis.when import kurtosis_by_step
 from osp_diag.laboratory import CheckpointState, Fork
 
 __all__ = ["experiments", "verified"]
@@ -28,12 +29,7 @@ def experiments(case: Case, steps: int) -> Iterator[Finding]:
         return
     last = case.checkpoints[-1]
     for edit in EDITS:
-        seen = case.laboratory.edited(last.step, edit)
-        case.ruled_out.append(
-            f"with {seen.edit}, the checkpoint of step {last.step} has kurtosis {seen.kurtosis:.3g} in "
-            f"place of {seen.kurtosis_before:.3g}, and held-out loss {seen.loss:.4g} in place of "
-            f"{seen.loss_before:.4g}"
-        )
+        case.ruled_out.append(case.laboratory.edited(last.step, edit).sentence)
     start = _start(case, steps)
     if start is None:
         case.not_recorded.append(f"parts put back: no checkpoint has {steps} recorded steps after it")
@@ -62,7 +58,7 @@ def _parts_put_back(case: Case, start: CheckpointState, until: int) -> Iterator[
             f"trained from step {start.step} to {until} {fork.label}, it {_ending(fork)}; its control, with "
             f"the same optimizer states reset, {_ending(control)}; the run had kurtosis {as_it_was:.3g}"
         )
-        base = start_kurtosis(fork)
+        base = fork.kurtosis[0]
         rise, left = control.kurtosis[-1] - base, fork.kurtosis[-1] - base
         dearer = fork.held_out_loss[-1] - control.held_out_loss[-1]
         if rise > 0 and left < (1 - SHARE) * rise and dearer < LOSS_OF_A_REMEDY:
@@ -71,18 +67,24 @@ def _parts_put_back(case: Case, start: CheckpointState, until: int) -> Iterator[
             case.ruled_out.append(text)
 
 
-def start_kurtosis(fork: Fork) -> float:
-    """At the step that a fork began from."""
-    return fork.kurtosis[0]
-
-
 def _ending(fork: Fork) -> str:
     return f"ends with kurtosis {fork.kurtosis[-1]:.3g} and held-out loss {fork.held_out_loss[-1]:.4g}"
 
 
 def _kurtosis_at(case: Case, step: int) -> float:
-    kurtosis = kurtosis_by_step(case)
-    return float("nan") if kurtosis is None else float(kurtosis.sel(step=step, method="nearest"))
+    return _nearest(case.kurtosis, step)
+
+
+def _held_out_loss_at(case: Case, step: int) -> float:
+    series = case.run.series
+    return _nearest(series["held_out_loss"].dropna("step") if "held_out_loss" in series else None, step)
+
+
+def _nearest(values: xr.DataArray | None, step: int) -> float:
+    """The value at the nearest step that has one; NaN where none has."""
+    if values is None or not values.size:
+        return float("nan")
+    return float(values.sel(step=step, method="nearest"))
 
 
 def _remedied(case: Case, start: int, until: int, changes: Mapping[str, Any]) -> Fork:
@@ -101,17 +103,12 @@ def verified(case: Case, finding: Finding, steps: int) -> Finding:
     remedy = finding.remedy
     if remedy is None or remedy.start is None or case.laboratory is None or finding.bracket is None:
         return finding
-    until = remedy.start + steps
-    if until > int(case.run.steps[-1]):
-        until = int(case.run.steps[-1])
+    until = min(remedy.start + steps, int(case.run.steps[-1]))
     if until <= finding.bracket.bad - 1:
         return replace(finding, remedy=replace(remedy, outcome="not tried: the run ends before the onset"))
     fork = _remedied(case, remedy.start, until, remedy.changes)
     was = _kurtosis_at(case, until)
-    series = case.run.series["held_out_loss"].dropna("step") if "held_out_loss" in case.run.series else None
-    loss = (
-        float("nan") if series is None or not series.size else float(series.sel(step=until, method="nearest"))
-    )
+    loss = _held_out_loss_at(case, until)
     better = fork.kurtosis[-1] <= was * 1.1 or fork.kurtosis[-1] <= fork.kurtosis[0] * 1.25
     good = better and not fork.held_out_loss[-1] > loss + 0.05
     outcome = (

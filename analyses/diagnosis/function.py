@@ -82,8 +82,7 @@ def _losses(case: Case, recorded: list[CheckpointState], *, explained: bool) -> 
         chosen = {round(place * (len(steps) - 1) / (MOST - 1)) for place in range(MOST)}
         steps = [step for place, step in enumerate(steps) if place in chosen]
     records = case.laboratory.functions(steps)
-    exact = case.config_at(steps[-1]).get("dtype") == "float32" and case.run.attrs.get("device") == "cpu"
-    tolerance = EXACT if exact else OTHERWISE
+    tolerance = EXACT if case.computes_exactly(steps[-1]) else OTHERWISE
     wrong = [
         r for r in records if not abs(r.loss_now - r.recorded_loss) <= tolerance * max(1.0, r.recorded_loss)
     ]

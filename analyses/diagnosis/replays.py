@@ -81,15 +81,12 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
 
 def _judged(case: Case, replay: Replay) -> Iterator[Finding]:
     table = replay.steps
-    exact = (
-        case.config_at(replay.start + 1).get("dtype") == "float32" and case.run.attrs.get("device") == "cpu"
-    )
+    exact = case.computes_exactly(replay.start + 1)
     confidence: Confidence = "proved" if exact else "measured"
     tolerance = ALIKE if exact else NOISE
     steps = table["step"].values
-    off = np.abs(table["replayed_loss"].values - table["loss"].values) > tolerance * np.abs(
-        table["loss"].values
-    )
+    losses = table["loss"].values
+    off = np.abs(table["replayed_loss"].values - losses) > tolerance * np.abs(losses)
     batch = _first(table["batch_agrees"].values == 0)
     loss = _first(off)
     weights = _first(table["weights_agree"].values < 1)

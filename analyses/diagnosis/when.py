@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-import xarray as xr
 
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket
 from osp_diag.analyses.summary.rules import NEAR_GAUSSIAN
-from osp_diag.runs.headline import hidden_states
 from osp_diag.schema import HIDDEN_STATES
 
-__all__ = ["Regression", "is_raised", "kurtosis_by_step", "regression_of"]
+__all__ = ["Regression", "is_raised", "regression_of"]
 
 RISEN = 1.25
 """Times the largest earlier kurtosis from which on it has risen; healthy runs wobble by a tenth."""
@@ -29,25 +27,10 @@ class Regression(NamedTuple):
     compared: tuple[str, ...]
 
 
-def kurtosis_by_step(case: Case) -> xr.DataArray | None:
-    """Mean OSP kurtosis of the hidden states, all tokens, at the probes that have it."""
-    run = case.run
-    sites = {site: run.at(site) for site in HIDDEN_STATES if site in run.sites}
-    states = hidden_states(sites, run.declared_absent).states
-    if not states:
-        return None
-    parts = [state.sel(stratum="all").drop_vars(["layer", "stratum"], errors="ignore") for state in states]
-    return (
-        xr.concat(parts, "state", coords="minimal", compat="override")
-        .mean("state", skipna=False)
-        .dropna("step")
-    )
-
-
 def regression_of(case: Case) -> Regression:
     """Kurtosis and held-out loss against their own past and the noise floor; NaN and Inf."""
     sentences, brackets, compared = [], [], []
-    kurtosis = kurtosis_by_step(case)
+    kurtosis = case.kurtosis
     if kurtosis is not None and kurtosis.sizes["step"] > 1:
         compared.append("kurtosis")
         floor = _floor(case)
@@ -101,5 +84,5 @@ def _bracket(steps: np.ndarray, bad: int) -> Bracket:
 
 def is_raised(case: Case) -> bool:
     """Whether kurtosis is above its noise at the last probe."""
-    kurtosis = kurtosis_by_step(case)
+    kurtosis = case.kurtosis
     return kurtosis is not None and kurtosis.size > 0 and float(kurtosis[-1]) > NEAR_GAUSSIAN * _floor(case)

@@ -5,14 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from osp_diag.analyses.diagnosis import findings as diagnosis_findings
 from osp_diag.analyses.diagnosis.diagnose import diagnose
 from osp_diag.monitoring import judge
-from osp_diag.runs.headline import hidden_states
+from osp_diag.runs.headline import headline_by_step
 from osp_diag.runs.run import Run, open_run
-from osp_diag.schema import HIDDEN_STATES
 from osp_diag.trainer.laboratory import laboratory
 
 __all__ = ["Finding", "alerts_by_step", "diagnosis_of", "kurtosis_by_step"]
@@ -79,8 +76,7 @@ def alerts_by_step(run: Run) -> dict[int, list[str]]:
 
 def kurtosis_by_step(run: Run) -> dict[int, float]:
     """Probed step → mean OSP kurtosis of the hidden states, over all tokens; without those it is NaN at."""
-    states = hidden_states({site: run.at(site) for site in HIDDEN_STATES if site in run.sites}).states
-    mean = np.mean([state.sel(stratum="all").values for state in states], axis=0)
-    return {
-        int(step): float(value) for step, value in zip(run.steps, mean, strict=True) if np.isfinite(value)
-    }
+    kurtosis = headline_by_step(run)
+    if kurtosis is None:
+        return {}
+    return {int(step): float(value) for step, value in zip(kurtosis["step"], kurtosis, strict=True)}

@@ -18,7 +18,15 @@ from osp_diag.schema import HIDDEN_STATES, KURTOSIS, RESIDUAL_SITES
 if TYPE_CHECKING:
     from osp_diag.runs.run import Run
 
-__all__ = ["HiddenStates", "headline", "headline_kurtosis", "headline_of", "hidden_states", "mean_by_stratum"]
+__all__ = [
+    "HiddenStates",
+    "headline",
+    "headline_by_step",
+    "headline_kurtosis",
+    "headline_of",
+    "hidden_states",
+    "mean_by_stratum",
+]
 
 Sites = Mapping[str, xr.Dataset]
 """Site → its statistics."""
@@ -94,6 +102,20 @@ def headline_kurtosis(run: Run, *, step: int | None = None) -> dict[str, float]:
     Empty if one of them was not measured: a mean over others would be another number.
     """
     return mean_by_stratum(hidden_states(_hidden_sites(run, step), run.declared_absent).states)
+
+
+def headline_by_step(run: Run) -> xr.DataArray | None:
+    """The number of :func:`headline_kurtosis`, over all tokens, at the probed steps that have it.
+
+    None where it was not measured at all the states that it is the mean of.
+    """
+    sites = {site: run.at(site) for site in HIDDEN_STATES if site in run.sites}
+    states = hidden_states(sites, run.declared_absent).states
+    if not states:
+        return None
+    parts = [of_all_tokens(state).drop_vars(["layer", "stratum"], errors="ignore") for state in states]
+    joined = xr.concat(parts, "state", coords="minimal", compat="override")
+    return joined.mean("state", skipna=False).dropna("step")
 
 
 def _hidden_sites(run: Run, step: int | None) -> Sites:
