@@ -27,6 +27,7 @@ __all__ = [
     "MIXER_STATE",
     "OCCASIONAL_SITES",
     "OPTIMIZER",
+    "OPTIMIZER_SETTINGS",
     "PARENT",
     "PROJECTION_WEIGHT",
     "PROTOCOLS",
@@ -49,6 +50,7 @@ __all__ = [
     "VOCABULARY",
     "WEIGHTS",
     "WEIGHT_MAP",
+    "WEIGHT_SKETCH",
     "Protocol",
     "group_path",
     "in_site_order",
@@ -194,6 +196,9 @@ CHANNEL_WEIGHTS = "channel_weights"
 QUANTIZATION = "quantization"
 OPTIMIZER = "optimizer"
 WEIGHTS = "weights"
+OPTIMIZER_SETTINGS = "optimizer_settings"
+WEIGHT_SKETCH = "weight_sketch"
+"""Labelled arrays by logged step: ``run.logged`` has them."""
 
 BESIDE: dict[str, str] = {
     RAW: "the sums from which statistics can be computed anew, a group a site",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from osp_diag.probing.ranks import is_distributed
 from osp_diag.runs.declared import ProbedStep
+from osp_diag.schema import OPTIMIZER_SETTINGS, WEIGHT_SKETCH
 from osp_diag.trainer.batch_statistics import BatchCounts
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.data import Batch, TrainingData
@@ -73,9 +74,9 @@ class StepRecords:
         if is_distributed():
             counts = self._on_its_way(summed(self._on_device(counts)))
         pending.numbers["batch"] = counts
-        pending.numbers["optimizer_settings"] = torch.from_numpy(self._settings.values())
+        pending.numbers[OPTIMIZER_SETTINGS] = torch.from_numpy(self._settings.values())
         if self._sketch is not None and (always or self._is_period(step)):
-            pending.numbers["weight_sketch"] = self._on_its_way(self._sketch.take())
+            pending.numbers[WEIGHT_SKETCH] = self._on_its_way(self._sketch.take())
         self._queue.append(pending)
 
     def arrived(self, step: int) -> tuple[dict[str, float], ProbedStep]:
@@ -86,9 +87,9 @@ class StepRecords:
             return {}, ProbedStep()
         pending = self._queue.popleft()
         numbers = {name: value.numpy() for name, value in pending.numbers.items()}
-        groups = {"optimizer_settings": self._settings.labelled(numbers["optimizer_settings"])}
-        if self._sketch is not None and "weight_sketch" in numbers:
-            groups["weight_sketch"] = self._sketch.labelled(numbers["weight_sketch"])
+        groups = {OPTIMIZER_SETTINGS: self._settings.labelled(numbers[OPTIMIZER_SETTINGS])}
+        if self._sketch is not None and WEIGHT_SKETCH in numbers:
+            groups[WEIGHT_SKETCH] = self._sketch.labelled(numbers[WEIGHT_SKETCH])
         return self._counts.statistics(numbers["batch"], pending.position), ProbedStep(groups)
 
     def _is_period(self, step: int) -> bool:

@@ -13,10 +13,10 @@ import xarray as xr
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Confidence, Finding, Place
 from osp_diag.laboratory import CheckpointState, WeightPart
+from osp_diag.schema import WEIGHT_SKETCH
 
 __all__ = ["edited_weights"]
 
-SKETCH = "weight_sketch"
 TIMES_USUAL = 6.0
 """Times the largest move of the same parameter in its usual steps from which on a step's move is none of
 training. Eight projections tell the size of a move to a factor of about 1.5 either way."""
@@ -50,7 +50,7 @@ def edited_weights(case: Case) -> Iterator[Finding]:
         else:
             edits.setdefault(edit.parameter, edit)
     findings = [_finding(case, edit) for edit in edits.values()]
-    if case.logged(SKETCH) is None and not case.pairs:
+    if case.logged(WEIGHT_SKETCH) is None and not case.pairs:
         case.not_recorded.append("edits of weights: no weight sketch and fewer than two checkpoints")
     elif not findings:
         case.ruled_out.append(
@@ -64,7 +64,7 @@ def edited_weights(case: Case) -> Iterator[Finding]:
 
 def _jumps(case: Case) -> Iterator[_Edit]:
     """Parameters whose projections jump in a step in which nearly all others move as usual."""
-    sketch = case.logged(SKETCH)
+    sketch = case.logged(WEIGHT_SKETCH)
     if sketch is None:
         return
     rates = _rates(case, sketch["step"].values)

@@ -9,17 +9,17 @@ import xarray as xr
 
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
+from osp_diag.schema import OPTIMIZER_SETTINGS
 
 __all__ = ["changed_settings"]
 
-GROUP = "optimizer_settings"
 ALIKE = 1e-3
 """Relative difference up to which two rates are the same: the schedule's own rounding is 1e-7."""
 
 
 def changed_settings(case: Case) -> Iterator[Finding]:
     """Rates and decays of the optimizers that are not those of the configuration."""
-    settings = case.logged(GROUP)
+    settings = case.logged(OPTIMIZER_SETTINGS)
     if settings is None:
         case.not_recorded.append(
             "learning rate and decay as the optimizers held them: the run has no group optimizer_settings"

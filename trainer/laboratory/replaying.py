@@ -7,10 +7,9 @@ import xarray as xr
 
 from osp_diag.laboratory import Replay
 from osp_diag.runs.run import Run
+from osp_diag.schema import WEIGHT_SKETCH
 
 __all__ = ["compared", "fits"]
-
-SKETCH = "weight_sketch"
 
 
 def compared(recorded: Run, again: Run, start: int) -> Replay:
@@ -48,9 +47,9 @@ def _weights(
     recorded: Run, again: Run, steps: np.ndarray, start: int
 ) -> tuple[np.ndarray, xr.Dataset | None]:
     share = np.full(len(steps), np.nan)
-    if SKETCH not in recorded.logged_groups or SKETCH not in again.logged_groups:
+    if WEIGHT_SKETCH not in recorded.logged_groups or WEIGHT_SKETCH not in again.logged_groups:
         return share, None
-    theirs, ours = recorded.logged(SKETCH)["projection"], again.logged(SKETCH)["projection"]
+    theirs, ours = recorded.logged(WEIGHT_SKETCH)["projection"], again.logged(WEIGHT_SKETCH)["projection"]
     names = [name for name in ours["parameter"].values if name in set(theirs["parameter"].values)]
     theirs, ours = theirs.sel(parameter=names), ours.sel(parameter=names)
     for place, step in enumerate(steps):
