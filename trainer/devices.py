@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from osp_diag.errors import TrainingError, UsageError
 from osp_diag.trainer.config import TrainConfig
 
-__all__ = ["device_of", "memory_advice"]
+__all__ = ["autocast_of", "device_of", "memory_advice"]
+
+
+def autocast_of(config: TrainConfig, device: torch.device) -> AbstractContextManager[None]:
+    """The context in which a training of this configuration runs its model."""
+    if config.dtype == "bfloat16":
+        # Its cache would hold bfloat16 copies of all weights at once, which FSDP gathers block by block.
+        return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+    return nullcontext()
 
 
 def device_of(name: str) -> torch.device:

@@ -11,7 +11,21 @@ from osp_diag.errors import TrainingError
 from osp_diag.trainer.config import ModelConfig
 from osp_diag.trainer.model import Llama
 
-__all__ = ["check_exactness", "check_state", "folded_weights", "folding_sentences", "stock_architecture"]
+__all__ = [
+    "EMBEDDING",
+    "EMBEDDING_PROJECTION",
+    "HEAD",
+    "HEAD_PROJECTION",
+    "check_exactness",
+    "check_state",
+    "folded_embedding",
+    "folded_weights",
+    "folding_sentences",
+    "stock_architecture",
+]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING_PROJECTION, HEAD_PROJECTION = "model.embedding_projection.weight", "unembedding_projection.weight"
 
 _IMPOSSIBLE = {
     "softmax_off_by_one": (
@@ -81,19 +95,15 @@ def is_tied(config: ModelConfig) -> bool:
 def folded_weights(state: Mapping[str, Tensor], config: ModelConfig) -> Iterator[tuple[str, Tensor]]:
     """Every weight of the stock model by name, on the CPU, in float64 where it was computed.
 
-    With embedding E, head W and the projections P, P': embedding E·Pᵀ, since the first block reads P·e, and
-    head W·P', since the logits are W·(P'·n). A scalar gain γ is γ in every channel, and so is the constant of
-    ``srmsnorm``.
+    Embedding and head are those of :func:`folded_embedding`. A scalar gain γ is γ in every channel, and so is
+    the constant of ``srmsnorm``.
     """
-    embedding, head = state["model.embed_tokens.weight"], state["lm_head.weight"]
+    embedding, head = state[EMBEDDING], state[HEAD]
     if config.embedding_projection:
-        # E·Pᵀ: row i becomes P·e_i.
-        embedding = _double(embedding) @ _double(state["model.embedding_projection.weight"]).T
-        # W·P'
-        head = _double(head) @ _double(state["unembedding_projection.weight"])
-    yield "model.embed_tokens.weight", embedding.cpu()
+        embedding, head = folded_embedding(state)
+    yield EMBEDDING, embedding.cpu()
     if not is_tied(config):
-        yield "lm_head.weight", head.cpu()
+        yield HEAD, head.cpu()
     for name, value in state.items():
         if name.startswith("model.layers.") and not name.endswith("norm.weight"):
             yield name, value.cpu()
@@ -102,6 +112,17 @@ def folded_weights(state: Mapping[str, Tensor], config: ModelConfig) -> Iterator
         default = 1.0 if name.endswith(("q_norm.weight", "k_norm.weight")) else constant
         gain = state[name] if name in state else torch.tensor([default])
         yield name, _double(gain).expand(channels).clone()
+
+
+def folded_embedding(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(embedding, head) with their projections multiplied in, on the CPU in float64.
+
+    With embedding E, head W and the projections P, P': embedding E·Pᵀ, since the first block reads P·e, and
+    head W·P', since the logits are W·(P'·n).
+    """
+    # E·Pᵀ: row i becomes P·e_i.
+    embedding = _double(state[EMBEDDING]) @ _double(state[EMBEDDING_PROJECTION]).T
+    return embedding, _double(state[HEAD]) @ _double(state[HEAD_PROJECTION])
 
 
 def _double(value: Tensor) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -37,7 +38,7 @@ from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.control import loop_actions
 from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
-from osp_diag.trainer.devices import device_of, memory_advice
+from osp_diag.trainer.devices import autocast_of, device_of, memory_advice
 from osp_diag.trainer.divergence import Watch, first_bad_tensor, unseen_cause
 from osp_diag.trainer.fingerprint import function_record, reference_tokens
 from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
@@ -62,7 +63,6 @@ from osp_diag.trainer.starting import (
     check_segment,
     checkpoint_at,
     is_segment_of,
-    origin_attribute,
     start_from,
 )
 from osp_diag.trainer.step_records import StepRecords
@@ -264,7 +264,7 @@ class Training:
     ) -> Recording:
         probe, attributes = self.config.probe, run_attributes(self.config, self.data, self.optimizers)
         if self.origin is not None:
-            attributes[PARENT] = origin_attribute(self.origin)
+            attributes[PARENT] = asdict(self.origin)
         if probe.gradients:
             attributes["gradient_of"] = (
                 "the mean loss over all labels of the step, of all micro-batches and ranks"
@@ -324,10 +324,7 @@ class Training:
         }
 
     def _autocast(self) -> AbstractContextManager[None]:
-        if self.config.dtype == "bfloat16":
-            # Its cache would hold bfloat16 copies of all weights at once, which FSDP gathers block by block.
-            return torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False)
-        return nullcontext()
+        return autocast_of(self.config, self.device)
 
     def _rehearse(self) -> None:
         """One forward and backward pass whose gradients are thrown away, so that memory runs out now.

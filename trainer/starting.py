@@ -28,6 +28,13 @@ from osp_diag.trainer.config import ModelConfig, TrainConfig
 from osp_diag.trainer.config_values import as_dictionary, differences
 from osp_diag.trainer.data import TrainingData
 from osp_diag.trainer.divergence import Watch
+from osp_diag.trainer.folding import (
+    EMBEDDING,
+    EMBEDDING_PROJECTION,
+    HEAD,
+    HEAD_PROJECTION,
+    folded_embedding,
+)
 from osp_diag.trainer.optimizers import Optimizers
 
 __all__ = [
@@ -36,13 +43,10 @@ __all__ = [
     "checkpoint_at",
     "converted_weights",
     "is_segment_of",
-    "origin_attribute",
     "start_from",
 ]
 
 MODEL, OPTIMIZER = "model.", "optimizer."
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-EMBEDDING_PROJECTION, HEAD_PROJECTION = "model.embedding_projection.weight", "unembedding_projection.weight"
 
 
 @dataclass(frozen=True)
@@ -218,11 +222,10 @@ def converted_weights(
     """
     result, sentences = dict(weights), []
     if before.embedding_projection and not now.embedding_projection:
-        # The first block reads P·e of an embedding's row e, and the logits are W·(P'·n).
-        projection, unprojection = result.pop(EMBEDDING_PROJECTION), result.pop(HEAD_PROJECTION)
-        head = result[HEAD].double() @ unprojection.double()
-        result[EMBEDDING] = (result[EMBEDDING].double() @ projection.double().T).float()
-        result[HEAD] = head.float()
+        embedding, head = folded_embedding(result)
+        result |= {EMBEDDING: embedding.float(), HEAD: head.float()}
+        for name in (EMBEDDING_PROJECTION, HEAD_PROJECTION):
+            del result[name]
         sentences.append("embedding projections are multiplied into embedding and head")
     if now.embedding_projection and not before.embedding_projection:
         result |= {name: torch.eye(now.hidden_size) for name in (EMBEDDING_PROJECTION, HEAD_PROJECTION)}
@@ -306,8 +309,3 @@ def _placed(value: Tensor, like: Tensor) -> Tensor:
     """A whole tensor as ``like`` is: on its device, and this rank's part of it."""
     value = value.to(like.device, like.dtype)
     return distribute_tensor(value, like.device_mesh, like.placements) if isinstance(like, DTensor) else value
-
-
-def origin_attribute(origin: Origin) -> dict[str, Any]:
-    """An origin as an attribute of a run."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(origin).items()}

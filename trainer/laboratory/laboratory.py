@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from osp_diag.trainer.checkpoint import TrainingCheckpoint, complete_folders, fo
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.config_values import as_dictionary, with_changes
 from osp_diag.trainer.data import open_data
+from osp_diag.trainer.devices import autocast_of
 from osp_diag.trainer.exporting import trained_model
 from osp_diag.trainer.fingerprint import reference_loss
 from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
@@ -78,6 +79,8 @@ class TrainingLaboratory:
                 f"weights, optimizers, the function and replays: there is no checkpoint in "
                 f"{folder_of(self.path)}; train with checkpoint.every and keep the folder beside the run"
             )
+        self._tokens: TokenBatches | None = None
+        self._measured: dict[int, tuple[float, float]] = {}
         self._weights = lru_cache(maxsize=3)(self._read_weights)
 
     @cached_property
@@ -174,10 +177,6 @@ class TrainingLaboratory:
         now = self._numbers(model, step)
         return Counterfactual(words, step, now[0], now[1], before[0], before[1])
 
-    @cached_property
-    def _measured(self) -> dict[int, tuple[float, float]]:
-        return {}
-
     def _numbers(self, model: Llama, step: int) -> tuple[float, float]:
         """(mean OSP kurtosis of the hidden states over all tokens, held-out loss)."""
         config = self._by_step[step].config
@@ -200,8 +199,6 @@ class TrainingLaboratory:
             data = open_data(config.data, batch_size=config.batch_size, vocabulary_size=vocabulary)
             self._tokens = held_out_batches(config, data)
         return self._tokens
-
-    _tokens: TokenBatches | None = None
 
     # Trainings beside the run
 
@@ -261,10 +258,8 @@ class TrainingLaboratory:
             yield open_run(out)
 
 
-def _autocast(config: TrainConfig) -> Callable[[], Any]:
-    if config.dtype == "bfloat16":
-        return lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False)
-    return nullcontext
+def _autocast(config: TrainConfig) -> Callable[[], AbstractContextManager[None]]:
+    return lambda: autocast_of(config, torch.device("cpu"))
 
 
 def _brief(indices: Sequence[int]) -> str:
