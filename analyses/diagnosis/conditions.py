@@ -102,9 +102,10 @@ def _of_config(
     if not old or not new:
         return
     changed = {
-        key: (old.get(key), value) for key, value in new.items() if old.get(key) != value and key in old
+        key: (old[key], value)
+        for key, value in new.items()
+        if key in old and old[key] != value and family_of(key) is not None
     }
-    changed = {key: values for key, values in changed.items() if family_of(key) is not None}
     routing = [key for key in changed if key in ("optimizer.name", "optimizer.route")]
     moved = list(_moved(case, bracket, [f"{key}: {_of(changed[key])}" for key in routing])) if routing else []
     yield from moved
@@ -113,10 +114,10 @@ def _of_config(
             continue
         yield Finding(
             family_of(key) or "function",
-            f"{_cause(key, *values)}",
+            _cause(key, *values),
             "proved",
             bracket,
-            (f"the configuration says {key}: {_of(values)}" + (_other(case, bracket)),),
+            (f"the configuration says {key}: {_of(values)}" + _other(case, bracket),),
             _place(case, key, bracket),
         )
 
