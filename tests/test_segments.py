@@ -163,5 +163,7 @@ def test_what_is_refused(whole: Path, tmp_path: Path) -> None:
         train(minute(), tmp_path / "new.zarr", start=out)
     with pytest.raises(TrainingError, match=r"of other sizes: .*\.weight is"):
         train(minute(steps=9, model__hidden_size=64), tmp_path / "new.zarr", start=out)
+    with pytest.raises(TrainingError, match=r"its head and its embedding are two matrices, and model\.tie"):
+        train(minute(steps=9, model__tie_embeddings=True), tmp_path / "new.zarr", start=out)
     with pytest.raises(TrainingError, match="there is no training checkpoint at"):
         train(minute(steps=9), tmp_path / "new.zarr", start=tmp_path / "nothing")

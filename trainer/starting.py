@@ -218,8 +218,13 @@ def converted_weights(
 
     Raises
     ------
-    TrainingError : a weight has another size, by name
+    TrainingError : a weight has another size, by name; or two matrices would have to become a shared one
     """
+    if now.tie_embeddings and not before.tie_embeddings:
+        raise TrainingError(
+            "the checkpoint cannot begin such a model: its head and its embedding are two matrices, and "
+            "model.tie_embeddings=true has one for both; start with model.tie_embeddings=false"
+        )
     result, sentences = dict(weights), []
     if before.embedding_projection and not now.embedding_projection:
         embedding, head = folded_embedding(result)
