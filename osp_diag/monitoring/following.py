@@ -54,7 +54,7 @@ class RunMonitor:
     def look(self) -> tuple[Finding, ...]:
         """Judge what is new; returns all findings by step. Of a followed run call ``refresh`` before."""
         with self.run.lock if isinstance(self.run, FollowedRun) else nullcontext():
-            if getattr(self.run, "generation", 0) != self._generation or not self._probes + self._rows:
+            if getattr(self.run, "generation", 0) != self._generation:
                 self._begin()
             self._judge_new()
             standing = [finding for rule in self.monitor.rules for finding in rule.of_run(self.run)]
