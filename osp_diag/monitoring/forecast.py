@@ -9,8 +9,8 @@ import numpy as np
 
 from osp_diag.monitoring.limits import LIMITS, Limit
 from osp_diag.monitoring.moment import WINDOW, Table
-from osp_diag.monitoring.places import Place
-from osp_diag.monitoring.reading import blocks_between
+from osp_diag.monitoring.places import Place, numbers_of
+from osp_diag.monitoring.reading import probes_between
 from osp_diag.monitoring.steady_growth import Crossing, crossing, share_rising
 from osp_diag.runs.run import Run
 
@@ -76,12 +76,9 @@ def forecasts(run: Run) -> tuple[Forecast, ...]:
     start = stop - WINDOW
     if start < 0 or run.steps[start] == 0:
         return ()
-    table, blocks = Table(), list(blocks_between(run, start, stop))
-    for row in range(WINDOW):
-        numbers: dict[Place, float] = {}
-        for block in blocks:
-            numbers |= zip(block.places, block.values[row].tolist(), strict=True)
-        table.add(int(run.steps[start + row]), numbers, {})
+    table = Table()
+    for place, blocks in probes_between(run, start, stop):
+        table.add(int(run.steps[place]), *numbers_of(blocks))
     config = run.attrs.get("config")
     planned = config.get("steps") if isinstance(config, dict) else None
     last = table.steps[-1] + (table.steps[-1] - table.steps[0]) / 2

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,13 +11,18 @@ from jaxtyping import Float
 
 from osp_diag.monitoring.places import Place, places_in_order
 
-__all__ = ["WINDOW", "Moment", "Table"]
+__all__ = ["WINDOW", "Moment", "Table", "stacked"]
 
 WINDOW = 10
 """Probes that the rules look back over: of fewer one odd probe decides what is steady growth."""
 
 TIMES_FLOOR = 2.0
 """Up to so many times what Gaussian noise scores a number is taken for noise, whose changes say nothing."""
+
+
+def stacked(rows: Iterable[np.ndarray], width: int) -> Float[np.ndarray, "row place"]:
+    """Rows below one another, each filled up with NaN to ``width``."""
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=np.nan) for row in rows])
 
 
 class Table:
@@ -47,8 +52,7 @@ class Table:
 
     def recent(self, count: int = WINDOW) -> Float[np.ndarray, "probe place"]:
         """The last ``count`` probes, NaN where a place was not there yet."""
-        rows = list(self.rows)[-count:]
-        return np.stack([np.pad(r, (0, len(self.places) - len(r)), constant_values=np.nan) for r in rows])
+        return stacked(list(self.rows)[-count:], len(self.places))
 
     @property
     def logarithms(self) -> Float[np.ndarray, "probe place"]:

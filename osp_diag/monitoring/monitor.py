@@ -8,7 +8,7 @@ import numpy as np
 
 from osp_diag.monitoring.finding import SEVERITIES, Finding
 from osp_diag.monitoring.moment import Moment, Table
-from osp_diag.monitoring.places import Block, Place
+from osp_diag.monitoring.places import Block, Place, numbers_of
 from osp_diag.monitoring.rule import RunningRule
 from osp_diag.monitoring.rules import rule_classes
 
@@ -57,12 +57,7 @@ class Monitor:
         blocks : its judged numbers, each of one step
         profiles : site → RMS by channel of each layer, before and now
         """
-        numbers: dict[Place, float] = {}
-        floors: dict[Place, float] = {}
-        for block in blocks:
-            numbers |= zip(block.places, block.values[0].tolist(), strict=True)
-            if block.floor is not None:
-                floors |= dict.fromkeys(block.places, block.floor)
+        numbers, floors = numbers_of(blocks)
         # One number a pause between probes, so that a scalar is judged as what is probed.
         for name, values in self._since_probe.items():
             finite = [value for value in values if np.isfinite(value)]

@@ -9,9 +9,9 @@ import numpy as np
 
 from osp_diag.errors import UsageError
 from osp_diag.monitoring.finding import Finding
-from osp_diag.monitoring.moment import Moment, Table
-from osp_diag.monitoring.places import Place
-from osp_diag.monitoring.reading import PIECE, blocks_between
+from osp_diag.monitoring.moment import Moment, Table, stacked
+from osp_diag.monitoring.places import Place, numbers_of
+from osp_diag.monitoring.reading import probes_between
 from osp_diag.monitoring.rule import RunningRule
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.run import Run
@@ -53,20 +53,13 @@ class ReferenceRule(RunningRule):
                 f"has them at {', '.join(map(str, steps)) or 'no step'}"
             )
         table = Table()
-        for start in range(0, len(steps), PIECE):
-            blocks = list(blocks_between(self.reference, start, min(start + PIECE, len(steps))))
-            for place in range(start, min(start + PIECE, len(steps))):
-                numbers: dict[Place, float] = {}
-                floors: dict[Place, float] = {}
-                for block in blocks:
-                    numbers |= zip(block.places, block.values[place - start].tolist(), strict=True)
-                    floors |= {} if block.floor is None else dict.fromkeys(block.places, block.floor)
-                table.add(steps[place], numbers, floors)
-                self._logarithms[steps[place]] = table.logarithms[-1]
+        for place, blocks in probes_between(self.reference, 0, len(steps)):
+            table.add(steps[place], *numbers_of(blocks))
+            self._logarithms[steps[place]] = table.logarithms[-1]
         after = [row for step, row in self._logarithms.items() if step > 0]
         self._index = table.index
-        rows = np.stack([np.pad(r, (0, len(table.places) - len(r)), constant_values=np.nan) for r in after])
-        self._usual = np.nan_to_num(np.abs(np.diff(rows, axis=0))).max(axis=0)
+        changes = np.abs(np.diff(stacked(after, len(table.places)), axis=0))
+        self._usual = np.nan_to_num(changes).max(axis=0)
 
     def at_probe(self, moment: Moment) -> Iterable[Finding]:
         if moment.step == 0 or moment.step not in self._logarithms:
