@@ -49,10 +49,10 @@ class Forecast:
     @property
     def sentence(self) -> str:
         """For people."""
-        place = Place(self.site, self.layer, self.statistic).words
+        name = Place(self.site, self.layer, self.statistic).full_name
         latest = "never" if self.latest is None else f"{self.latest:,}"
         return (
-            f"{self.statistic} at {place}, {self.value:,.4g} at step {self.step:,}, would pass "
+            f"{name}, {self.value:,.4g} at step {self.step:,}, would pass "
             f"{self.limit:,.0f}, {self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to "
             f"{latest}) if the growth of the last {WINDOW} probes went on: an extrapolation, none was seen "
             "to come true"
@@ -90,7 +90,7 @@ def forecasts(run: Run) -> tuple[Forecast, ...]:
 
 def _first_to_pass(table: Table, limit: Limit, last: float) -> Forecast | None:
     steps, rows = np.array(table.steps, float), table.recent()
-    columns = [i for i, place in enumerate(table.places) if place.statistic == limit.statistic]
+    columns = table.columns_of(limit.statistic)
     if np.nanmax(rows[:, columns], initial=0.0) > limit.value:
         return None  # it is passed already, which a rule says
     crossings: list[tuple[Crossing, int]] = []

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
 from osp_diag.monitoring.finding import SEVERITIES, Finding
-from osp_diag.monitoring.moment import Moment, Table
+from osp_diag.monitoring.moment import Moment, Profiles, Table
 from osp_diag.monitoring.places import Block, Place, numbers_of
 from osp_diag.monitoring.rule import RunningRule
 from osp_diag.monitoring.rules import rule_classes
@@ -22,8 +22,6 @@ NOT_JUDGED = frozenset(
     }
 )  # fmt: skip
 """Scalars whose jumps say nothing (plans, clocks, names), or have rules of their own."""
-
-Profiles = Callable[[str], tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]]
 
 
 class Monitor:

@@ -50,6 +50,11 @@ class Place(NamedTuple):
         parts = [self.site or "", "" if self.layer is None else f"layer {self.layer}", self.part]
         return ", ".join(part for part in parts if part)
 
+    @property
+    def full_name(self) -> str:
+        """The number in a sentence: ``token_peak at mlp_contribution, layer 1``, or a scalar's own name."""
+        return f"{self.statistic} at {self.words}" if self.words else self.statistic
+
 
 @dataclass(frozen=True)
 class Block:

@@ -74,14 +74,13 @@ class ReferenceRule(RunningRule):
         size[shared] = np.abs(difference[shared]) / np.maximum(
             self._usual[columns[shared]], self.smallest_usual
         )
-        away = np.flatnonzero(size >= self.times_usual)
-        was_away, self._is_away = self._is_away, bool(away.size)
-        if not away.size:
+        away = np.flatnonzero(size >= self.times_usual).tolist()
+        was_away, self._is_away = self._is_away, bool(away)
+        if not away:
             self._last_good = moment.step
-        if not away.size or was_away:
+        if not away or was_away:
             return ()
-        first = places[moment.first(away)]
-        column = max((int(c) for c in away if places[int(c)][:2] == first[:2]), key=lambda c: float(size[c]))
+        column = moment.largest_at_first(away, size)
         return (
             self._finding(moment, places[column], column, difference[column], size[column], len(away) - 1),
         )
@@ -109,7 +108,6 @@ class ReferenceRule(RunningRule):
         self, moment: Moment, place: Place, column: int, difference: float, size: float, others: int
     ) -> Finding:
         now = float(moment.values[column])
-        where = f" at {place.words}" if place.words else ""
         return Finding(
             rule="reference",
             severity="watch",
@@ -122,7 +120,7 @@ class ReferenceRule(RunningRule):
             value=now,
             size=float(size),
             sentence=(
-                f"{place.statistic}{where} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} "
+                f"{place.full_name} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} "
                 f"times that of the reference: {size:.1f} times its largest change from probe to probe"
                 + (f"; {others:,} other numbers are away from it too" if others else "")
             ),

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from osp_diag.errors import UsageError
 from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.moment import WINDOW, Moment
@@ -46,9 +44,7 @@ class Rule(RunningRule):
         table = moment.table
         if len(table.steps) < WINDOW:
             return ()
-        columns = [
-            i for i, place in enumerate(table.places) if place.statistic == KURTOSIS and place.site in SITES
-        ]
+        columns = [c for c in table.columns_of(KURTOSIS) if table.places[c].site in SITES]
         rows, floors = table.recent(), table.floors
         high = [c for c in columns if rows[-1, c] >= self.times_floor * floors[c]]
         growing = {
@@ -59,7 +55,7 @@ class Rule(RunningRule):
         was, self._was = self._was, bool(growing)
         if was or not growing:
             return ()
-        column = moment.first(np.array(list(growing)))
+        column = moment.first(growing)
         return (self._finding(moment, column, growing[column], len(growing) - 1),)
 
     def _finding(self, moment: Moment, column: int, factor: float, others: int) -> Finding:
