@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from osp_diag.monitoring.finding import Finding, Severity
 from osp_diag.monitoring.places import Place, places_in_order
 
 __all__ = ["WINDOW", "Moment", "Profiles", "Table", "stacked"]
@@ -103,6 +104,34 @@ class Moment:
         first = places[self.first(columns)]
         here = [column for column in columns if places[column][:2] == first[:2]]
         return max(here, key=lambda column: float(size[column]))
+
+    def finding(
+        self,
+        column: int,
+        *,
+        rule: str,
+        severity: Severity,
+        sentence: str,
+        last_good_step: int | None,
+        channel: int | None = None,
+        size: float | None = None,
+    ) -> Finding:
+        """What a rule finds in one of this step's numbers, which was first bad at this step."""
+        place = self.table.places[column]
+        return Finding(
+            rule=rule,
+            severity=severity,
+            step=self.step,
+            first_bad_step=self.step,
+            sentence=sentence,
+            value=float(self.values[column]),
+            statistic=place.statistic,
+            last_good_step=last_good_step,
+            site=place.site,
+            layer=place.layer,
+            channel=channel,
+            size=size,
+        )
 
     def changed_channel(self, place: Place) -> int | None:
         """The channel whose size changed since the last probe, where one stands out."""

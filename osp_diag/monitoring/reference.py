@@ -81,9 +81,7 @@ class ReferenceRule(RunningRule):
         if not away or was_away:
             return ()
         column = moment.largest_at_first(away, size)
-        return (
-            self._finding(moment, places[column], column, difference[column], size[column], len(away) - 1),
-        )
+        return (self._finding(moment, column, difference[column], size[column], len(away) - 1),)
 
     def of_run(self, run: Run) -> Iterable[Finding]:
         """Refuse a run that has nothing to compare; one that is written, once no step can change that."""
@@ -104,23 +102,16 @@ class ReferenceRule(RunningRule):
             )
         return ()
 
-    def _finding(
-        self, moment: Moment, place: Place, column: int, difference: float, size: float, others: int
-    ) -> Finding:
-        now = float(moment.values[column])
-        return Finding(
+    def _finding(self, moment: Moment, column: int, difference: float, size: float, others: int) -> Finding:
+        name, now = moment.table.places[column].full_name, moment.values[column]
+        return moment.finding(
+            column,
             rule="reference",
             severity="watch",
-            step=moment.step,
             last_good_step=self._last_good,
-            first_bad_step=moment.step,
-            site=place.site,
-            layer=place.layer,
-            statistic=place.statistic,
-            value=now,
             size=float(size),
             sentence=(
-                f"{place.full_name} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} "
+                f"{name} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} "
                 f"times that of the reference: {size:.1f} times its largest change from probe to probe"
                 + (f"; {others:,} other numbers are away from it too" if others else "")
             ),

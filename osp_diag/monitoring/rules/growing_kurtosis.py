@@ -61,17 +61,12 @@ class Rule(RunningRule):
     def _finding(self, moment: Moment, column: int, factor: float, others: int) -> Finding:
         table, place = moment.table, moment.table.places[column]
         over = float(moment.values[column] / table.floors[column])
-        return Finding(
+        return moment.finding(
+            column,
             rule="growing_kurtosis",
             severity="watch",
-            step=moment.step,
             last_good_step=table.steps[0],
-            first_bad_step=moment.step,
-            site=place.site,
-            layer=place.layer,
             channel=moment.loudest_channel(place),
-            statistic=KURTOSIS,
-            value=float(moment.values[column]),
             sentence=(
                 f"OSP kurtosis at {place.words} is {over:,.0f} times its floor at step {moment.step:,}, "
                 f"having grown {factor:.2f}-fold over the last {len(table.steps)} probes"

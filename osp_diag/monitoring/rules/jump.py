@@ -127,17 +127,12 @@ class Rule(RunningRule):
                 else "; one other number jumped too" * others
             )
         )
-        return Finding(
+        return moment.finding(
+            column,
             rule="jump",
             severity="watch",
-            step=moment.step,
-            last_good_step=moment.previous,
-            first_bad_step=moment.step,
-            site=place.site,
-            layer=place.layer,
-            channel=channel,
-            statistic=place.statistic,
-            value=float(now),
-            size=float(size[column]),
             sentence=sentence,
+            last_good_step=moment.previous,
+            channel=channel,
+            size=float(size[column]),
         )

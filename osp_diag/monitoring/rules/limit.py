@@ -29,16 +29,11 @@ class Rule(RunningRule):
             self._passed.add(limit)
             column = moment.first(above)
             place = moment.table.places[column]
-            yield Finding(
+            yield moment.finding(
+                column,
                 rule="limit",
                 severity=limit.severity,
-                step=moment.step,
                 last_good_step=moment.previous,
-                first_bad_step=moment.step,
-                site=place.site,
-                layer=place.layer,
-                statistic=place.statistic,
-                value=float(values[column]),
                 sentence=(
                     f"{place.full_name} is {values[column]:,.4g} at step {moment.step:,}, "
                     f"above {limit.value:,.0f}, {limit.meaning}"

@@ -27,16 +27,11 @@ class Rule(RunningRule):
         column = moment.first(columns)
         place = moment.table.places[column]
         return (
-            Finding(
+            moment.finding(
+                column,
                 rule="nonfinite_activations",
                 severity="bad",
-                step=moment.step,
                 last_good_step=moment.previous,
-                first_bad_step=moment.step,
-                site=place.site,
-                layer=place.layer,
-                statistic=place.statistic,
-                value=float(values[column]),
                 sentence=(
                     f"NaN or Inf in {values[column]:,.0f} tokens at step {moment.step:,}, first at "
                     f"{place.words}"
