@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import xarray as xr
 
-from osp_diag.monitoring.finding import SEVERITIES, Finding
+from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.monitor import Monitor
 from osp_diag.monitoring.reading import probes_between
 from osp_diag.monitoring.reference import ReferenceRule
@@ -58,7 +58,7 @@ class RunMonitor:
             self._judge_new()
             standing = [finding for rule in self.monitor.rules for finding in rule.of_run(self.run)]
         order = [*self.monitor.findings, *standing]
-        return tuple(sorted(order, key=lambda finding: (finding.step, SEVERITIES.index(finding.severity))))
+        return tuple(sorted(order, key=lambda finding: (finding.step, finding.rank)))
 
     def _judge_new(self) -> None:
         steps, series = self.run.steps, self.run.series

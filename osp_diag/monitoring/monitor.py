@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from osp_diag.monitoring.finding import SEVERITIES, Finding
+from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.moment import Moment, Profiles, Table
 from osp_diag.monitoring.places import Block, Place, numbers_of
 from osp_diag.monitoring.rule import RunningRule
@@ -68,6 +68,6 @@ class Monitor:
 
     def _judged(self, parts: Iterable[Iterable[Finding]]) -> list[Finding]:
         new = [finding for part in parts for finding in part]
-        new.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+        new.sort(key=lambda finding: finding.rank)
         self.findings += new
         return new
