@@ -62,7 +62,7 @@ class Standing:
     def is_at_least(self, severity: Severity) -> bool:
         """Whether anything of this severity or a worse one is the matter, or the run cannot be read."""
         worst = SEVERITIES.index(severity)
-        return self.state == "unreadable" or any(SEVERITIES.index(a.severity) <= worst for a in self.alerts)
+        return self.state == "unreadable" or any(alert.rank <= worst for alert in self.alerts)
 
     @property
     def bad(self) -> bool:
@@ -88,7 +88,7 @@ class Standing:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: the numbers at the last step, and the alerts."""
-        found: dict[str, Any] = {
+        record: dict[str, Any] = {
             "run": self.path,
             "model": self.name,
             "state": self.state,
@@ -103,7 +103,7 @@ class Standing:
         }
         if self.kurtosis is not None and self.kurtosis.sizes["step"]:
             last = self.kurtosis.isel(step=-1)
-            found[KURTOSIS] = [
+            record[KURTOSIS] = [
                 {"site": str(site), "layer": int(layer), "value": _plain(value), "floor": float(floor)}
                 for site, layer, value, floor in zip(
                     last["site"].values, last["layer"].values, last.values, last["floor"].values, strict=True
@@ -112,11 +112,11 @@ class Standing:
         if self.sinks is not None and self.sinks.sizes["step"]:
             last = self.sinks.isel(step=-1)
             layers = zip(last["layer"].values, last.values, strict=True)
-            found["sink_rate"] = [{"layer": int(layer), "value": _plain(value)} for layer, value in layers]
-        found["alerts"] = [alert.as_dict() for alert in self.alerts]
+            record["sink_rate"] = [{"layer": int(layer), "value": _plain(value)} for layer, value in layers]
+        record["alerts"] = [alert.as_dict() for alert in self.alerts]
         if self.forecasts is not None:
-            found["forecasts"] = [forecast.as_dict() for forecast in self.forecasts]
-        return found
+            record["forecasts"] = [forecast.as_dict() for forecast in self.forecasts]
+        return record
 
 
 _MONITORS: WeakKeyDictionary[Run, RunMonitor] = WeakKeyDictionary()
@@ -148,7 +148,7 @@ def standing(run: Run, against: Run | None = None, *, forecast: bool = False) ->
             last, probes = max(ends, default=None), len(run.steps)
             numbers["scalars"], numbers["probing"] = _scalars(run), _share_of_time_probing(run)
             numbers["kurtosis"], numbers["sinks"] = hidden_state_kurtosis(run), sink_rates(run)
-            numbers["alerts"] = sorted(_MONITORS[run].look(), key=lambda a: SEVERITIES.index(a.severity))
+            numbers["alerts"] = sorted(_MONITORS[run].look(), key=lambda alert: alert.rank)
             if forecast:
                 numbers["forecasts"] = forecasts(run)
         attrs = run.attrs

@@ -25,7 +25,15 @@ from osp_diag.sites.names import Tap
 from osp_diag.sites.projections import split_fused
 from osp_diag.sites.trace import unwrap
 
-__all__ = ["ForwardPass", "SiteCapture", "batch_first", "heads_first", "unobserved"]
+__all__ = [
+    "ForwardPass",
+    "SiteCapture",
+    "batch_first",
+    "heads_first",
+    "input_of",
+    "output_of",
+    "unobserved",
+]
 
 
 _ID_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
@@ -373,7 +381,7 @@ class SiteCapture:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             if self.current is not None:
                 for tap in self._of_this_call(taps, path, "input"):
-                    self._read(tap, _input_of(tap.argument, args, kwargs))
+                    self._read(tap, input_of(tap.argument, args, kwargs))
 
         return hook
 
@@ -381,7 +389,7 @@ class SiteCapture:
         def hook(module: nn.Module, args: Any, result: Any) -> None:
             if self.current is not None:
                 for tap in self._of_this_call(taps, path, "output"):
-                    self._read(tap, _output_of(tap.argument, result))
+                    self._read(tap, output_of(tap.argument, result))
 
         return hook
 
@@ -392,7 +400,7 @@ class SiteCapture:
             if self.current is None:
                 return
             for tap in self._of_this_call(taps, path, "product"):
-                value, output = _input_of(tap.argument, args, kwargs), _output_of(None, result)
+                value, output = input_of(tap.argument, args, kwargs), output_of(None, result)
                 if isinstance(value, torch.Tensor) and isinstance(output, torch.Tensor):
                     with unobserved(value.device):
                         pair = value.detach(), output.detach()
@@ -426,7 +434,7 @@ class SiteCapture:
             if self.current is None:
                 return
             for tap in taps:
-                value = _input_of(tap.argument, args, kwargs)
+                value = input_of(tap.argument, args, kwargs)
                 if isinstance(value, torch.Tensor):
                     with unobserved(value.device):
                         on_weight(tap, self._layer(tap), module, value.detach())
@@ -515,13 +523,15 @@ def _arguments_by_name(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping
     return arguments
 
 
-def _input_of(key: int | str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+def input_of(key: int | str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What stands in one place of a module's arguments; None where there is nothing."""
     if isinstance(key, int):
         return args[key] if key < len(args) else None
     return kwargs.get(str(key))
 
 
-def _output_of(key: int | str | None, result: Any) -> Any:
+def output_of(key: int | str | None, result: Any) -> Any:
+    """What stands in one place of what a module gives, or all of it; None where there is no such place."""
     if key is None or isinstance(result, torch.Tensor):
         return result
     items = list(result.values()) if isinstance(result, Mapping) else result

@@ -40,12 +40,12 @@ class Arm:
         """Add a sequence; statistics of weights, and of the (site, layer) ``without``, are left out."""
         self.surprises.append(surprise)
         self.divergences.append(divergence)
-        kept = {
+        states = {
             key: state
             for key, state in collector.states.items()
             if not is_weight(key[0]) and key[:2] not in without
         }
-        self.states.append(to_host(kept))
-        self.layouts |= {key: collector.layouts[key] for key in kept}
-        for site, _, kind in kept:
+        self.states.append(to_host(states))
+        self.layouts |= {key: collector.layouts[key] for key in states}
+        for site, _, kind in states:
             self.suites[site, kind] = collector.suites_at(site)[kind]

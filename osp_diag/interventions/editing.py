@@ -10,15 +10,14 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from osp_diag.capture.hooks import ForwardPass, SiteCapture, unobserved
+from osp_diag.capture.hooks import ForwardPass, SiteCapture, input_of, output_of, unobserved
 from osp_diag.capture.strata import strata_of
 from osp_diag.errors import CaptureError
 from osp_diag.interventions.calls import edited_call
 from osp_diag.interventions.intervention import KEYS, Intervention
 from osp_diag.interventions.operations import changed
-from osp_diag.interventions.placement import item_of, rewritten, shares_its_input, with_input, with_output
-from osp_diag.interventions.targets import layers_of, sites_at_call, taps_of
-from osp_diag.schema import STRATA
+from osp_diag.interventions.placement import rewritten, shares_its_input, with_input, with_output
+from osp_diag.interventions.targets import is_at_call, layers_of, taps_of, tokens_of
 from osp_diag.seams.call import AttentionCall
 from osp_diag.seams.editing import AttentionEditing
 from osp_diag.seams.threads import of_this_thread
@@ -49,7 +48,7 @@ class Editing:
     ) -> None:
         self.operate = operate
         self.model, self.sites, self.delimiter_ids = model, sites, tuple(delimiter_ids)
-        self.at_call = [i for i in interventions if i.operation == KEYS or i.site in sites_at_call(sites)]
+        self.at_call = [i for i in interventions if is_at_call(sites, i)]
         self.at_taps = [i for i in interventions if i not in self.at_call]
         self.capture = SiteCapture(
             model,
@@ -110,7 +109,7 @@ class Editing:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             for intervention, tap in self._of_this_call(edits, calls):
-                value = args[tap.argument] if isinstance(tap.argument, int) else kwargs[str(tap.argument)]
+                value = input_of(tap.argument, args, kwargs)
                 new = self._edited(intervention, tap, value)
                 if self._is_shared(module, tap, value):
                     value.copy_(new)
@@ -125,7 +124,7 @@ class Editing:
 
         def hook(module: nn.Module, args: Any, result: Any) -> Any:
             for intervention, tap in self._of_this_call(edits, calls):
-                new = self._edited(intervention, tap, item_of(tap.argument, result))
+                new = self._edited(intervention, tap, output_of(tap.argument, result))
                 result = with_output(tap.argument, result, new)
             return result
 
@@ -229,10 +228,10 @@ class Editing:
     def _tokens(self, intervention: Intervention) -> Bool[Tensor, "batch token"]:
         """Which tokens of the pass are meant."""
         if id(intervention) not in self._chosen:
-            self._chosen[id(intervention)] = self._choose(intervention.tokens)
+            self._chosen[id(intervention)] = self._choose(intervention)
         return self._chosen[id(intervention)]
 
-    def _choose(self, tokens: str | tuple[int, ...]) -> Bool[Tensor, "batch token"]:
+    def _choose(self, intervention: Intervention) -> Bool[Tensor, "batch token"]:
         current = self.capture.current
         batch, length = self._layout()
         assert current is not None, "only asked within a pass"
@@ -246,11 +245,7 @@ class Editing:
                 current.position_ids(batch, length),
                 inputs_embeds=current.stream.transpose(0, 1) if self.sites.tokens_first else current.stream,
             ).bool()
-            if isinstance(tokens, str):
-                return strata[STRATA.index(tokens)]
-            present = strata[0]
-            places = present.cumsum(dim=1) - 1
-            return present & torch.isin(places, torch.tensor(tokens, device=places.device))
+            return tokens_of(intervention, strata)
 
     # -- attention ------------------------------------------------------------------------------------------
 

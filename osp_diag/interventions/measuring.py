@@ -156,12 +156,13 @@ def intervene_on_checkpoint(
         changes = {str(one): [one] for one in measured}
         if together:
             changes[TOGETHER] = measured
-        arms = _run(probe, batches, changes, engine, progress)
+        unmeasured = {name: _unmeasured(probe, change, engine) for name, change in changes.items()}
+        arms = _run(probe, batches, changes, unmeasured, engine, progress)
     notes = [
         *checkpoint.notes,
         *batches.notes,
         *probe.site_map.notes,
-        *_notes(probe, changes, engine, batches),
+        *_notes(probe, unmeasured, batches),
     ]
     attributes = {
         **model_attributes(checkpoint),
@@ -198,6 +199,7 @@ def _run(
     probe: Probe,
     batches: TokenBatches,
     changes: Mapping[str, Sequence[Intervention]],
+    unmeasured: Mapping[str, frozenset[tuple[str, int]]],
     engine: EngineName,
     progress: Progress | None,
 ) -> dict[str, Arm]:
@@ -219,7 +221,7 @@ def _run(
                     collector,
                     surprise(logits, ids, present),
                     divergence(untouched, logits, present),
-                    without=_unseen(probe, change, engine),
+                    without=unmeasured[name],
                 )
             if progress is not None:
                 progress(index + 1, count)
@@ -239,7 +241,9 @@ def _engine(name: EngineName, probe: Probe) -> Engine:
     return NnsightEngine(*arguments)
 
 
-def _unseen(probe: Probe, change: Sequence[Intervention], engine: EngineName) -> frozenset[tuple[str, int]]:
+def _unmeasured(
+    probe: Probe, change: Sequence[Intervention], engine: EngineName
+) -> frozenset[tuple[str, int]]:
     """(site, layer) that the probe sees before it is changed.
 
     nnsight changes what a module is called with after the hooks before its call.
@@ -257,7 +261,7 @@ def _unseen(probe: Probe, change: Sequence[Intervention], engine: EngineName) ->
 
 
 def _notes(
-    probe: Probe, changes: Mapping[str, Sequence[Intervention]], engine: EngineName, batches: TokenBatches
+    probe: Probe, unmeasured: Mapping[str, frozenset[tuple[str, int]]], batches: TokenBatches
 ) -> list[str]:
     notes = []
     count = len(batches.tokens)
@@ -266,10 +270,9 @@ def _notes(
             f"intervals from {count} sequences are too narrow: take {FEW_SEQUENCES} or more (more tokens, or "
             "shorter sequences)"
         )
-    for name, change in changes.items():
-        unseen = sorted(_unseen(probe, change, engine))
-        if unseen and any(probe.measures_site(site) for site, _ in unseen):
-            places = ", ".join(f"{site} of layer {layer}" for site, layer in unseen)
+    for name, sites in unmeasured.items():
+        if any(probe.measures_site(site) for site, _ in sites):
+            places = ", ".join(f"{site} of layer {layer}" for site, layer in sorted(sites))
             notes.append(
                 f"{name}: nnsight changes {places} after the probe has read it, so that its own statistics "
                 "are missing; the hooks have them"

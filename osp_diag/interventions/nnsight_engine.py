@@ -12,20 +12,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from osp_diag.capture.hooks import unobserved
+from osp_diag.capture.hooks import input_of, output_of, unobserved
 from osp_diag.capture.strata import strata_of
 from osp_diag.errors import CaptureError
 from osp_diag.interventions.calls import edited_call
 from osp_diag.interventions.intervention import KEYS, OF_WEIGHTS, Intervention
 from osp_diag.interventions.operations import changed
-from osp_diag.interventions.placement import item_of, rewritten, shares_its_input, with_input, with_output
-from osp_diag.interventions.targets import check, layers_of, sites_at_call, taps_of
+from osp_diag.interventions.placement import rewritten, shares_its_input, with_input, with_output
+from osp_diag.interventions.targets import check, is_at_call, layers_of, taps_of, tokens_of
 from osp_diag.interventions.weights import edited_weights
-from osp_diag.schema import STRATA
 from osp_diag.seams.call import AttentionCall
 from osp_diag.seams.editing import EditingSwitch, refuse_own_masks
 from osp_diag.sites.names import SiteMap, Tap
@@ -66,7 +64,7 @@ class NnsightEngine:
         for intervention in interventions:
             check(self.model, self.sites, intervention)
         weights = [i for i in interventions if i.operation in OF_WEIGHTS]
-        at_call = [i for i in interventions if i.operation == KEYS or i.site in sites_at_call(self.sites)]
+        at_call = [i for i in interventions if is_at_call(self.sites, i)]
         at_taps = [i for i in interventions if i not in weights and i not in at_call]
         try:
             with edited_weights(self.model, self.sites, weights):
@@ -113,13 +111,13 @@ class NnsightEngine:
             module.inputs = edit_inputs(tap, intervention, arguments, options)
 
     def _edit_output(self, tap: Tap, intervention: Intervention, result: Any) -> Any:
-        new = self._edited(tap, intervention, item_of(tap.argument, result))
+        new = self._edited(tap, intervention, output_of(tap.argument, result))
         return with_output(tap.argument, result, new)
 
     def _edit_inputs(
         self, tap: Tap, intervention: Intervention, arguments: tuple[Any, ...], options: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        value = arguments[tap.argument] if isinstance(tap.argument, int) else options[str(tap.argument)]
+        value = input_of(tap.argument, arguments, options)
         new = self._edited(tap, intervention, value)
         if shares_its_input(self.model.get_submodule(tap.module), tap):
             value.copy_(new)
@@ -128,7 +126,7 @@ class NnsightEngine:
 
     def _edited(self, tap: Tap, intervention: Intervention, value: Tensor) -> Tensor:
         batch, tokens = self._batch["input_ids"].shape
-        chosen = self._chosen(intervention.tokens).to(value.device)
+        chosen = self._chosen(intervention).to(value.device)
         with unobserved(value.device):
             return rewritten(
                 self.sites, tap, value, batch, tokens, lambda x: changed(intervention, tap.layer, x, chosen)
@@ -154,13 +152,10 @@ class NnsightEngine:
             arguments, options = call.inputs
             call.inputs = switch.arguments(config._attn_implementation, *arguments, **options)
 
-    def _chosen(self, tokens: str | tuple[int, ...]) -> Bool[Tensor, "batch token"]:
+    def _chosen(self, intervention: Intervention) -> Bool[Tensor, "batch token"]:
         ids = self._batch["input_ids"]
         strata = strata_of(ids, self._batch.get("attention_mask"), self.delimiter_ids).bool()
-        if isinstance(tokens, str):
-            return strata[STRATA.index(tokens)]
-        places = strata[0].cumsum(dim=1) - 1
-        return strata[0] & torch.isin(places, torch.tensor(tokens, device=places.device))
+        return tokens_of(intervention, strata)
 
 
 class _Calls:
@@ -172,6 +167,6 @@ class _Calls:
     def __call__(self, call: AttentionCall) -> AttentionCall:
         with unobserved(call.tensor.device):
             for intervention in self.interventions:
-                chosen = self.engine._chosen(intervention.tokens).to(call.tensor.device)
+                chosen = self.engine._chosen(intervention).to(call.tensor.device)
                 call = edited_call(self.engine.sites, intervention, self.layer, call, chosen)
         return call

@@ -14,7 +14,7 @@ from osp_diag.schema import RESIDUAL_SITES
 from osp_diag.sites.names import SiteMap, Tap
 from osp_diag.sites.stack import is_linear
 
-__all__ = ["item_of", "rewritten", "shares_its_input", "with_input", "with_output"]
+__all__ = ["rewritten", "shares_its_input", "with_input", "with_output"]
 
 
 def rewritten(
@@ -62,13 +62,6 @@ def with_input(
     if isinstance(key, int):
         return (*args[:key], value, *args[key + 1 :]), dict(kwargs)
     return args, {**kwargs, str(key): value}
-
-
-def item_of(key: int | str | None, result: Any) -> Any:
-    """What stands in one place of what a module gives."""
-    if key is None or isinstance(result, Tensor):
-        return result
-    return (list(result.values()) if isinstance(result, Mapping) else result)[int(key)]
 
 
 def shares_its_input(module: nn.Module, tap: Tap) -> bool:

@@ -25,10 +25,10 @@ def surprise(
     logits: Float[Tensor, "1 token vocabulary"], ids: Int[Tensor, "1 token"], present: Bool[Tensor, " token"]
 ) -> tuple[float, int]:
     """(Σ −log p(x_t | x_<t) in nats, how many tokens are predicted) of one sequence without its padding."""
-    kept = logits[0][present.to(logits.device)]
+    predictions = logits[0][present.to(logits.device)]
     targets = ids[0][present].to(logits.device)[1:]
-    rows = max(1, _AT_ONCE // kept.shape[-1])
-    parts = zip(kept[:-1].split(rows), targets.split(rows), strict=True)
+    rows = max(1, _AT_ONCE // predictions.shape[-1])
+    parts = zip(predictions[:-1].split(rows), targets.split(rows), strict=True)
     return sum(float(functional.cross_entropy(x.double(), y, reduction="sum")) for x, y in parts), len(
         targets
     )

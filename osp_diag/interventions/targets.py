@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from osp_diag.errors import SiteError, UsageError
 from osp_diag.interventions.intervention import KEYS, OF_WEIGHTS, Intervention
@@ -16,11 +18,12 @@ from osp_diag.schema import (
     PROJECTION_WEIGHT,
     RESIDUAL_SITES,
     ROUTER,
+    STRATA,
 )
 from osp_diag.sites.names import AT_THE_CALL, SiteMap, Tap
 from osp_diag.wording import did_you_mean
 
-__all__ = ["check", "layers_of", "sites_at_call", "sites_to_change", "taps_of"]
+__all__ = ["check", "is_at_call", "layers_of", "sites_at_call", "sites_to_change", "taps_of", "tokens_of"]
 
 _STATISTICS_ONLY = (ATTENTION, CROSS_ATTENTION, *CROSS_HEAD_SITES, MIXER_STATE, ROUTER)
 _AS_WIDE_AS_STREAM = (*RESIDUAL_SITES, "final_norm", "attention_contribution", "mlp_contribution")
@@ -30,6 +33,11 @@ def sites_at_call(sites: SiteMap) -> frozenset[str]:
     """Sites that are changed where the model calls attention."""
     tapped = {tap.site for tap in sites.taps}
     return frozenset(AT_THE_CALL - {ATTENTION} - tapped).intersection(sites.sites)
+
+
+def is_at_call(sites: SiteMap, intervention: Intervention) -> bool:
+    """Whether an intervention changes attention calls and not what passes modules."""
+    return intervention.operation == KEYS or intervention.site in sites_at_call(sites)
 
 
 def sites_to_change(sites: SiteMap) -> list[str]:
@@ -55,6 +63,17 @@ def layers_of(sites: SiteMap, intervention: Intervention) -> tuple[int, ...]:
     if intervention.operation != KEYS:
         there = sites.layers_of(intervention.site)
     return there if intervention.layers is None else intervention.layers
+
+
+def tokens_of(
+    intervention: Intervention, strata: Bool[Tensor, "stratum batch token"]
+) -> Bool[Tensor, "batch token"]:
+    """Which tokens of a pass an intervention is about, of those in each stratum of text."""
+    if isinstance(intervention.tokens, str):
+        return strata[STRATA.index(intervention.tokens)]
+    present = strata[0]
+    places = present.cumsum(dim=1) - 1
+    return present & torch.isin(places, torch.tensor(intervention.tokens, device=places.device))
 
 
 def check(model: nn.Module, sites: SiteMap, intervention: Intervention) -> None:

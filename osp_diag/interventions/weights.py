@@ -18,7 +18,7 @@ from osp_diag.sites.names import SiteMap, Tap
 from osp_diag.sites.stack import is_norm
 from osp_diag.wording import did_you_mean, listed
 
-__all__ = ["edited_weights", "weights_of"]
+__all__ = ["clip_row_norms", "edited_weights", "weights_of"]
 
 _CONSTANT = 1e-3
 """How far what a norm adds to its gains may differ between channels, in units of 1."""
@@ -188,7 +188,14 @@ def _edit(model: nn.Module, name: str, parameter: nn.Parameter, intervention: In
     elif intervention.operation == "scale_columns":
         rows[:, chosen] *= intervention.number
     else:
-        norms = rows.double().norm(dim=1)
-        limit = (1.0 if intervention.value is None else intervention.number) * norms.median()
-        factor = torch.where(norms > limit, limit / norms, 1.0)
-        rows[chosen] = (rows[chosen].double() * factor[chosen, None]).to(rows.dtype)
+        clip_row_norms(rows, 1.0 if intervention.value is None else intervention.number, chosen)
+
+
+def clip_row_norms(
+    rows: Float[Tensor, "row column"], medians: float = 1.0, chosen: slice | list[int] = slice(None)
+) -> None:
+    """Scale the ``chosen`` rows that are longer than ``medians`` · the median row down to that, in place."""
+    norms = rows.double().norm(dim=1)
+    limit = medians * norms.median()
+    factor = torch.where(norms > limit, limit / norms, 1.0)
+    rows[chosen] = (rows[chosen].double() * factor[chosen, None]).to(rows.dtype)

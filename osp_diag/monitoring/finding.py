@@ -44,6 +44,11 @@ class Finding:
     channel: int | None = None
     size: float | None = None
 
+    @property
+    def rank(self) -> int:
+        """Place of the severity in :data:`SEVERITIES`, 0 the worst."""
+        return SEVERITIES.index(self.severity)
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON, which has no NaN: those are texts."""
         return {

@@ -7,10 +7,9 @@ from contextlib import nullcontext
 import numpy as np
 import xarray as xr
 
-from osp_diag.monitoring.finding import SEVERITIES, Finding
+from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.monitor import Monitor
-from osp_diag.monitoring.places import Block
-from osp_diag.monitoring.reading import PIECE, blocks_between
+from osp_diag.monitoring.reading import probes_between
 from osp_diag.monitoring.reference import ReferenceRule
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.run import Run
@@ -54,22 +53,18 @@ class RunMonitor:
     def look(self) -> tuple[Finding, ...]:
         """Judge what is new; returns all findings by step. Of a followed run call ``refresh`` before."""
         with self.run.lock if isinstance(self.run, FollowedRun) else nullcontext():
-            if getattr(self.run, "generation", 0) != self._generation or not self._probes + self._rows:
+            if getattr(self.run, "generation", 0) != self._generation:
                 self._begin()
             self._judge_new()
             standing = [finding for rule in self.monitor.rules for finding in rule.of_run(self.run)]
         order = [*self.monitor.findings, *standing]
-        return tuple(sorted(order, key=lambda finding: (finding.step, SEVERITIES.index(finding.severity))))
+        return tuple(sorted(order, key=lambda finding: (finding.step, finding.rank)))
 
     def _judge_new(self) -> None:
         steps, series = self.run.steps, self.run.series
-        for start in range(self._probes, len(steps), PIECE):
-            stop = min(start + PIECE, len(steps))
-            blocks = list(blocks_between(self.run, start, stop))
-            for place in range(start, stop):
-                self._add_rows(series, int(steps[place]))
-                parts = [Block(block.places, block.values[[place - start]], block.floor) for block in blocks]
-                self.monitor.add_probe(int(steps[place]), parts, _Profiles(self.run, place))
+        for place, blocks in probes_between(self.run, self._probes, len(steps)):
+            self._add_rows(series, int(steps[place]))
+            self.monitor.add_probe(int(steps[place]), blocks, _Profiles(self.run, place))
         self._probes = len(steps)
         self._add_rows(series, None)
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from osp_diag.monitoring.limits import LIMITS, Limit
 from osp_diag.monitoring.moment import WINDOW, Table
-from osp_diag.monitoring.places import Place
-from osp_diag.monitoring.reading import blocks_between
+from osp_diag.monitoring.places import Place, numbers_of
+from osp_diag.monitoring.reading import probes_between
 from osp_diag.monitoring.steady_growth import Crossing, crossing, share_rising
 from osp_diag.runs.run import Run
 
@@ -49,10 +49,10 @@ class Forecast:
     @property
     def sentence(self) -> str:
         """For people."""
-        place = Place(self.site, self.layer, self.statistic).words
+        name = Place(self.site, self.layer, self.statistic).full_name
         latest = "never" if self.latest is None else f"{self.latest:,}"
         return (
-            f"{self.statistic} at {place}, {self.value:,.4g} at step {self.step:,}, would pass "
+            f"{name}, {self.value:,.4g} at step {self.step:,}, would pass "
             f"{self.limit:,.0f}, {self.meaning}, at about step {self.at_step:,} ({self.earliest:,} to "
             f"{latest}) if the growth of the last {WINDOW} probes went on: an extrapolation, none was seen "
             "to come true"
@@ -76,12 +76,9 @@ def forecasts(run: Run) -> tuple[Forecast, ...]:
     start = stop - WINDOW
     if start < 0 or run.steps[start] == 0:
         return ()
-    table, blocks = Table(), list(blocks_between(run, start, stop))
-    for row in range(WINDOW):
-        numbers: dict[Place, float] = {}
-        for block in blocks:
-            numbers |= zip(block.places, block.values[row].tolist(), strict=True)
-        table.add(int(run.steps[start + row]), numbers, {})
+    table = Table()
+    for place, blocks in probes_between(run, start, stop):
+        table.add(int(run.steps[place]), *numbers_of(blocks))
     config = run.attrs.get("config")
     planned = config.get("steps") if isinstance(config, dict) else None
     last = table.steps[-1] + (table.steps[-1] - table.steps[0]) / 2
@@ -93,7 +90,7 @@ def forecasts(run: Run) -> tuple[Forecast, ...]:
 
 def _first_to_pass(table: Table, limit: Limit, last: float) -> Forecast | None:
     steps, rows = np.array(table.steps, float), table.recent()
-    columns = [i for i, place in enumerate(table.places) if place.statistic == limit.statistic]
+    columns = table.columns_of(limit.statistic)
     if np.nanmax(rows[:, columns], initial=0.0) > limit.value:
         return None  # it is passed already, which a rule says
     crossings: list[tuple[Crossing, int]] = []

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Float
 
+from osp_diag.monitoring.finding import Finding, Severity
 from osp_diag.monitoring.places import Place, places_in_order
 
-__all__ = ["WINDOW", "Moment", "Table"]
+__all__ = ["WINDOW", "Moment", "Profiles", "Table", "stacked"]
 
 WINDOW = 10
 """Probes that the rules look back over: of fewer one odd probe decides what is steady growth."""
 
 TIMES_FLOOR = 2.0
 """Up to so many times what Gaussian noise scores a number is taken for noise, whose changes say nothing."""
+
+Profiles = Callable[[str], tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]]
+"""Site → RMS by channel of each layer, at the probe before and now."""
+
+
+def stacked(rows: Iterable[np.ndarray], width: int) -> Float[np.ndarray, "row place"]:
+    """Rows below one another, each filled up with NaN to ``width``."""
+    return np.stack([np.pad(row, (0, width - len(row)), constant_values=np.nan) for row in rows])
 
 
 class Table:
@@ -45,10 +54,13 @@ class Table:
         self.steps.append(step)
         self.rows.append(row)
 
+    def columns_of(self, *statistics: str) -> list[int]:
+        """The columns of these statistics."""
+        return [column for column, place in enumerate(self.places) if place.statistic in statistics]
+
     def recent(self, count: int = WINDOW) -> Float[np.ndarray, "probe place"]:
         """The last ``count`` probes, NaN where a place was not there yet."""
-        rows = list(self.rows)[-count:]
-        return np.stack([np.pad(r, (0, len(self.places) - len(r)), constant_values=np.nan) for r in rows])
+        return stacked(list(self.rows)[-count:], len(self.places))
 
     @property
     def logarithms(self) -> Float[np.ndarray, "probe place"]:
@@ -68,25 +80,58 @@ class Moment:
     ----------
     step, previous : this one and the one before; None where this is the first
     table : the judged numbers, this step's last
-    profiles : site → RMS by channel of each layer, before and now, where they are known
+    profiles : where they are known
     """
 
     step: int
     previous: int | None
     table: Table
-    profiles: Callable[[str], tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]] = field(
-        default=lambda site: ({}, {})
-    )
+    profiles: Profiles
 
     @property
     def values(self) -> Float[np.ndarray, " place"]:
         """This step's numbers."""
         return self.table.recent(1)[0]
 
-    def first(self, columns: np.ndarray) -> int:
+    def first(self, columns: Iterable[int]) -> int:
         """Of some columns the first in network order."""
         places = self.table.places
-        return self.table.index[places_in_order(places[int(column)] for column in columns)[0]]
+        return self.table.index[places_in_order(places[column] for column in columns)[0]]
+
+    def largest_at_first(self, columns: Sequence[int], size: Float[np.ndarray, " place"]) -> int:
+        """Of the columns of one site and layer, the first in network order, the one of the largest size."""
+        places = self.table.places
+        first = places[self.first(columns)]
+        here = [column for column in columns if places[column][:2] == first[:2]]
+        return max(here, key=lambda column: float(size[column]))
+
+    def finding(
+        self,
+        column: int,
+        *,
+        rule: str,
+        severity: Severity,
+        sentence: str,
+        last_good_step: int | None,
+        channel: int | None = None,
+        size: float | None = None,
+    ) -> Finding:
+        """What a rule finds in one of this step's numbers, which was first bad at this step."""
+        place = self.table.places[column]
+        return Finding(
+            rule=rule,
+            severity=severity,
+            step=self.step,
+            first_bad_step=self.step,
+            sentence=sentence,
+            value=float(self.values[column]),
+            statistic=place.statistic,
+            last_good_step=last_good_step,
+            site=place.site,
+            layer=place.layer,
+            channel=channel,
+            size=size,
+        )
 
     def changed_channel(self, place: Place) -> int | None:
         """The channel whose size changed since the last probe, where one stands out."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from osp_diag.monitoring.finding import SEVERITIES, Finding
-from osp_diag.monitoring.moment import Moment, Table
-from osp_diag.monitoring.places import Block, Place
+from osp_diag.monitoring.finding import Finding
+from osp_diag.monitoring.moment import Moment, Profiles, Table
+from osp_diag.monitoring.places import Block, Place, numbers_of
 from osp_diag.monitoring.rule import RunningRule
 from osp_diag.monitoring.rules import rule_classes
 
@@ -22,8 +22,6 @@ NOT_JUDGED = frozenset(
     }
 )  # fmt: skip
 """Scalars whose jumps say nothing (plans, clocks, names), or have rules of their own."""
-
-Profiles = Callable[[str], tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]]
 
 
 class Monitor:
@@ -57,12 +55,7 @@ class Monitor:
         blocks : its judged numbers, each of one step
         profiles : site → RMS by channel of each layer, before and now
         """
-        numbers: dict[Place, float] = {}
-        floors: dict[Place, float] = {}
-        for block in blocks:
-            numbers |= zip(block.places, block.values[0].tolist(), strict=True)
-            if block.floor is not None:
-                floors |= dict.fromkeys(block.places, block.floor)
+        numbers, floors = numbers_of(blocks)
         # One number a pause between probes, so that a scalar is judged as what is probed.
         for name, values in self._since_probe.items():
             finite = [value for value in values if np.isfinite(value)]
@@ -75,6 +68,6 @@ class Monitor:
 
     def _judged(self, parts: Iterable[Iterable[Finding]]) -> list[Finding]:
         new = [finding for part in parts for finding in part]
-        new.sort(key=lambda finding: SEVERITIES.index(finding.severity))
+        new.sort(key=lambda finding: finding.rank)
         self.findings += new
         return new

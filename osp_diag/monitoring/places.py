@@ -20,6 +20,7 @@ __all__ = [
     "blocks_of",
     "is_judged_group",
     "is_judged_statistic",
+    "numbers_of",
     "places_in_order",
 ]
 
@@ -48,6 +49,11 @@ class Place(NamedTuple):
         """The place in a sentence: ``mlp_contribution, layer 1``."""
         parts = [self.site or "", "" if self.layer is None else f"layer {self.layer}", self.part]
         return ", ".join(part for part in parts if part)
+
+    @property
+    def full_name(self) -> str:
+        """The number in a sentence: ``token_peak at mlp_contribution, layer 1``, or a scalar's own name."""
+        return f"{self.statistic} at {self.words}" if self.words else self.statistic
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,17 @@ def blocks_of(groups: Mapping[str, xr.Dataset], declared: Iterable[str] = ()) ->
             if values.dtype.kind == "f" and is_judged_statistic(dims, values.attrs.get("units")):
                 blocks.append(block_of(group, str(name), values.expand_dims("step"), _labels_in(dataset)))
     return blocks
+
+
+def numbers_of(blocks: Iterable[Block]) -> tuple[dict[Place, float], dict[Place, float]]:
+    """The numbers of one step by place, and the floors of those that have one."""
+    numbers: dict[Place, float] = {}
+    floors: dict[Place, float] = {}
+    for block in blocks:
+        numbers |= zip(block.places, block.values[0].tolist(), strict=True)
+        if block.floor is not None:
+            floors |= dict.fromkeys(block.places, block.floor)
+    return numbers, floors
 
 
 def places_in_order(places: Iterable[Place]) -> list[Place]:

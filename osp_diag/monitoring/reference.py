@@ -9,9 +9,9 @@ import numpy as np
 
 from osp_diag.errors import UsageError
 from osp_diag.monitoring.finding import Finding
-from osp_diag.monitoring.moment import Moment, Table
-from osp_diag.monitoring.places import Place
-from osp_diag.monitoring.reading import PIECE, blocks_between
+from osp_diag.monitoring.moment import Moment, Table, stacked
+from osp_diag.monitoring.places import Place, numbers_of
+from osp_diag.monitoring.reading import probes_between
 from osp_diag.monitoring.rule import RunningRule
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.run import Run
@@ -53,20 +53,13 @@ class ReferenceRule(RunningRule):
                 f"has them at {', '.join(map(str, steps)) or 'no step'}"
             )
         table = Table()
-        for start in range(0, len(steps), PIECE):
-            blocks = list(blocks_between(self.reference, start, min(start + PIECE, len(steps))))
-            for place in range(start, min(start + PIECE, len(steps))):
-                numbers: dict[Place, float] = {}
-                floors: dict[Place, float] = {}
-                for block in blocks:
-                    numbers |= zip(block.places, block.values[place - start].tolist(), strict=True)
-                    floors |= {} if block.floor is None else dict.fromkeys(block.places, block.floor)
-                table.add(steps[place], numbers, floors)
-                self._logarithms[steps[place]] = table.logarithms[-1]
+        for place, blocks in probes_between(self.reference, 0, len(steps)):
+            table.add(steps[place], *numbers_of(blocks))
+            self._logarithms[steps[place]] = table.logarithms[-1]
         after = [row for step, row in self._logarithms.items() if step > 0]
         self._index = table.index
-        rows = np.stack([np.pad(r, (0, len(table.places) - len(r)), constant_values=np.nan) for r in after])
-        self._usual = np.nan_to_num(np.abs(np.diff(rows, axis=0))).max(axis=0)
+        changes = np.abs(np.diff(stacked(after, len(table.places)), axis=0))
+        self._usual = np.nan_to_num(changes).max(axis=0)
 
     def at_probe(self, moment: Moment) -> Iterable[Finding]:
         if moment.step == 0 or moment.step not in self._logarithms:
@@ -81,17 +74,14 @@ class ReferenceRule(RunningRule):
         size[shared] = np.abs(difference[shared]) / np.maximum(
             self._usual[columns[shared]], self.smallest_usual
         )
-        away = np.flatnonzero(size >= self.times_usual)
-        was_away, self._is_away = self._is_away, bool(away.size)
-        if not away.size:
+        away = np.flatnonzero(size >= self.times_usual).tolist()
+        was_away, self._is_away = self._is_away, bool(away)
+        if not away:
             self._last_good = moment.step
-        if not away.size or was_away:
+        if not away or was_away:
             return ()
-        first = places[moment.first(away)]
-        column = max((int(c) for c in away if places[int(c)][:2] == first[:2]), key=lambda c: float(size[c]))
-        return (
-            self._finding(moment, places[column], column, difference[column], size[column], len(away) - 1),
-        )
+        column = moment.largest_at_first(away, size)
+        return (self._finding(moment, column, difference[column], size[column], len(away) - 1),)
 
     def of_run(self, run: Run) -> Iterable[Finding]:
         """Refuse a run that has nothing to compare; one that is written, once no step can change that."""
@@ -112,24 +102,16 @@ class ReferenceRule(RunningRule):
             )
         return ()
 
-    def _finding(
-        self, moment: Moment, place: Place, column: int, difference: float, size: float, others: int
-    ) -> Finding:
-        now = float(moment.values[column])
-        where = f" at {place.words}" if place.words else ""
-        return Finding(
+    def _finding(self, moment: Moment, column: int, difference: float, size: float, others: int) -> Finding:
+        name, now = moment.table.places[column].full_name, moment.values[column]
+        return moment.finding(
+            column,
             rule="reference",
             severity="watch",
-            step=moment.step,
             last_good_step=self._last_good,
-            first_bad_step=moment.step,
-            site=place.site,
-            layer=place.layer,
-            statistic=place.statistic,
-            value=now,
             size=float(size),
             sentence=(
-                f"{place.statistic}{where} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} "
+                f"{name} is {now:.3g} at step {moment.step:,}, {np.exp(difference):.3g} "
                 f"times that of the reference: {size:.1f} times its largest change from probe to probe"
                 + (f"; {others:,} other numbers are away from it too" if others else "")
             ),

@@ -23,6 +23,7 @@ from osp_diag.errors import CaptureError
 from osp_diag.seams.call import AttentionCall, SkipReason
 from osp_diag.seams.declared import describe_declared
 from osp_diag.seams.functions import (
+    Arguments,
     AttentionFunctionMode,
     Frame,
     describe_scaled_dot_product,
@@ -239,9 +240,9 @@ class AttentionCapture:
 
     def _observe_function(
         self, function: Any, kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> None:
+    ) -> Arguments:
         if not self._observing():
-            return
+            return args, kwargs
         if kind == "declared function":
             module = self._frames[-1][0] if self._frames else None
             self._deliver(lambda: describe_declared(function, args, kwargs, module))
@@ -251,6 +252,7 @@ class AttentionCapture:
             self._deliver(
                 lambda: describe_softmax(args, kwargs, self._frames, self._heads, streams=self._streams)
             )
+        return args, kwargs
 
     def _inside_block(self) -> bool:
         if not self._blocks:

@@ -16,20 +16,20 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from osp_diag.errors import CaptureError
 from osp_diag.estimators.attention_mask import in_four_axes, is_fill
 from osp_diag.seams.call import AttentionCall
-from osp_diag.seams.declared import describe_declared, is_declared
+from osp_diag.seams.declared import describe_declared
 from osp_diag.seams.functions import (
-    SCALED_DOT_PRODUCT,
-    SOFTMAX,
+    Arguments,
+    AttentionFunctionMode,
     describe_scaled_dot_product,
     remove_mode,
+    scaled_dot_product_arguments,
     suspended,
 )
-from osp_diag.seams.interface import InterfaceSwitch, describe_call
+from osp_diag.seams.interface import InterfaceSwitch, arguments_after_value, describe_call
 
 __all__ = ["AttentionEditing", "Edit", "EditingSwitch", "refuse_own_masks", "without_keys"]
 
@@ -111,7 +111,7 @@ class AttentionEditing:
 
     def __init__(self, model: nn.Module, edit: Edit, *, masks: bool) -> None:
         self._edit, self._owner = edit, threading.get_ident()
-        self._mode = _EditingMode(self._edited)
+        self._mode = AttentionFunctionMode(self._edited_arguments)
         self._switch = EditingSwitch(model, self._edited, lambda: suspended(self._mode))
         self._running: ExitStack | None = None
         if masks:
@@ -138,6 +138,16 @@ class AttentionEditing:
         with torch._C.DisableTorchFunction():
             return self._edit(call)
 
+    def _edited_arguments(
+        self, function: Any, kind: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Arguments:
+        """Of a call of one of torch's functions, or of a function that its author declares."""
+        if kind == "declared function":
+            return _edited_declared(self._edited, function, args, kwargs)
+        if kind == "scaled_dot_product_attention":
+            return _edited_scaled_dot_product(self._edited, args, kwargs)
+        return _edited_softmax(self._edited, args), kwargs
+
 
 class EditingSwitch(InterfaceSwitch):
     """Calls through transformers' attention interface."""
@@ -163,14 +173,12 @@ class EditingSwitch(InterfaceSwitch):
         original : its name in transformers' table
         module, query, key, value, args, kwargs : what it would be called with
         """
-        inner: Any = self._delegate(module, original)
-        while hasattr(inner, "delegate"):
-            inner = inner.delegate(module, inner.original)
+        inner = self._innermost(module, original)
         call = describe_call(original, inner, module, query, key, value, args, kwargs)
         new = self._edited(call)
         if new is call:
             return (module, query, key, value, *args), kwargs
-        named = dict(zip(list(inspect.signature(inner).parameters)[4:], args, strict=False)) | kwargs
+        named = arguments_after_value(inspect.signature(inner), args, kwargs)
         if new.mask is not call.mask and new.mask is not None:
             # Eager functions add their mask; the others take an additive one as well.
             named["attention_mask"] = _additive(new.mask, query.dtype)
@@ -187,74 +195,50 @@ class EditingSwitch(InterfaceSwitch):
                 changed, named = self.arguments(original, module, query, key, value, *args, **kwargs)
                 return self._delegate(module, original)(*changed, **named)
 
-        edited_attention.delegate = self._delegate  # type: ignore[attr-defined]
-        edited_attention.original = original  # type: ignore[attr-defined]
-        return edited_attention
+        return self._marked(edited_attention, original)
 
 
-class _EditingMode(TorchFunctionMode):
-    """Calls of torch's functions, and of functions that their authors declare."""
-
-    def __init__(self, edited: Edit) -> None:
-        super().__init__()
-        self._edited = edited
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if torch.compiler.is_compiling():
-            return func(*args, **kwargs)
-        if func in SCALED_DOT_PRODUCT:
-            args, kwargs = self._scaled_dot_product(args, kwargs)
-        elif func in SOFTMAX:
-            args = self._softmax(args)
-        elif is_declared(func):
-            args, kwargs = self._declared(func, args, kwargs)
-        return func(*args, **kwargs)
-
-    def _scaled_dot_product(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        call = describe_scaled_dot_product(args, kwargs, [])
-        if isinstance(call, str) or call.query is None or _given(args, kwargs, 0, "query").ndim != 4:
-            return args, kwargs
-        new = self._edited(call)
-        if new is call:
-            return args, kwargs
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        arguments = dict(zip(names, args, strict=False)) | kwargs
-        arguments |= {"query": new.query, "key": new.key, "value": new.value}
-        if new.mask is not call.mask:
-            arguments |= {"attn_mask": new.mask, "is_causal": False}
-        return (arguments.pop("query"), arguments.pop("key"), arguments.pop("value")), arguments
-
-    def _softmax(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        logits = args[0] if args else None
-        # With fewer axes a router's softmax over experts could be meant.
-        if not isinstance(logits, Tensor) or logits.ndim != 4 or logits.shape[-1] != logits.shape[-2]:
-            return args
-        call = AttentionCall(query=None, key=None, value=None, scale=1.0, seam="softmax", logits=logits)
-        return (self._edited(call).logits, *args[1:])
-
-    def _declared(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        call = describe_declared(func, args, kwargs, None)
-        new = self._edited(call)
-        if new is call:
-            return args, kwargs
-        bound = func.__attention__[0].bind(*args, **kwargs)
-        changes = {"query": new.query, "key": new.key, "value": new.value}
-        if new.mask is not call.mask:
-            if "mask" not in bound.signature.parameters:
-                raise CaptureError(
-                    f"keys cannot be masked in {func.__qualname__}, which takes no mask; give it a parameter "
-                    "`mask`, True where attention is allowed"
-                )
-            changes["mask"] = new.mask
-        bound.arguments.update(changes)
-        return bound.args, bound.kwargs
+def _edited_scaled_dot_product(edited: Edit, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arguments:
+    arguments = scaled_dot_product_arguments(args, kwargs)
+    call = describe_scaled_dot_product(args, kwargs, [])
+    if isinstance(call, str) or call.query is None or arguments["query"].ndim != 4:
+        return args, kwargs
+    new = edited(call)
+    if new is call:
+        return args, kwargs
+    arguments |= {"query": new.query, "key": new.key, "value": new.value}
+    if new.mask is not call.mask:
+        arguments |= {"attn_mask": new.mask, "is_causal": False}
+    return (arguments.pop("query"), arguments.pop("key"), arguments.pop("value")), arguments
 
 
-def _given(args: tuple[Any, ...], kwargs: Mapping[str, Any], place: int, name: str) -> Any:
-    return args[place] if len(args) > place else kwargs[name]
+def _edited_softmax(edited: Edit, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    logits = args[0] if args else None
+    # With fewer axes a router's softmax over experts could be meant.
+    if not isinstance(logits, Tensor) or logits.ndim != 4 or logits.shape[-1] != logits.shape[-2]:
+        return args
+    call = AttentionCall(query=None, key=None, value=None, scale=1.0, seam="softmax", logits=logits)
+    return (edited(call).logits, *args[1:])
+
+
+def _edited_declared(
+    edited: Edit, function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Arguments:
+    call = describe_declared(function, args, kwargs, None)
+    new = edited(call)
+    if new is call:
+        return args, kwargs
+    bound = function.__attention__[0].bind(*args, **kwargs)
+    changes = {"query": new.query, "key": new.key, "value": new.value}
+    if new.mask is not call.mask:
+        if "mask" not in bound.signature.parameters:
+            raise CaptureError(
+                f"keys cannot be masked in {function.__qualname__}, which takes no mask; give it a parameter "
+                "`mask`, True where attention is allowed"
+            )
+        changes["mask"] = new.mask
+    bound.arguments.update(changes)
+    return bound.args, bound.kwargs
 
 
 def _additive(mask: Tensor, dtype: torch.dtype) -> Tensor:

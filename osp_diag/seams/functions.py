@@ -24,27 +24,27 @@ from osp_diag.seams.call import AttentionCall, SkipReason
 from osp_diag.seams.declared import is_declared
 
 __all__ = [
-    "SCALED_DOT_PRODUCT",
-    "SOFTMAX",
+    "Arguments",
     "AttentionFunctionMode",
     "Frame",
     "describe_scaled_dot_product",
     "describe_softmax",
     "remove_mode",
+    "scaled_dot_product_arguments",
     "suspended",
 ]
 
 Frame = tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]
 """A module being run, with the arguments of its forward."""
 
-SCALED_DOT_PRODUCT: frozenset[Any] = frozenset(
+_SCALED_DOT_PRODUCT: frozenset[Any] = frozenset(
     {
         functional.scaled_dot_product_attention,
         torch.ops.aten.scaled_dot_product_attention,
         torch.ops.aten.scaled_dot_product_attention.default,
     }
 )
-SOFTMAX: frozenset[Any] = frozenset(
+_SOFTMAX: frozenset[Any] = frozenset(
     {
         torch.softmax,
         functional.softmax,
@@ -61,16 +61,20 @@ SOFTMAX: frozenset[Any] = frozenset(
 )
 
 
+Arguments = tuple[tuple[Any, ...], Mapping[str, Any]]
+"""Of a function: those by place, and those by name."""
+
+
 class AttentionFunctionMode(TorchFunctionMode):
-    """Shows attention-like torch functions to ``observe(func, kind, args, kwargs)`` before they run.
+    """Runs attention-like torch functions with what ``prepare(func, kind, args, kwargs)`` gives.
 
     torch takes the mode off its stack while the handler runs, so what a function calls inside (``F.softmax``
     calls ``Tensor.softmax``) is not seen a second time.
     """
 
-    def __init__(self, observe: Callable[[Any, str, tuple[Any, ...], Mapping[str, Any]], None]) -> None:
+    def __init__(self, prepare: Callable[[Any, str, tuple[Any, ...], Mapping[str, Any]], Arguments]) -> None:
         super().__init__()
-        self._observe = observe
+        self._prepare = prepare
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -78,13 +82,19 @@ class AttentionFunctionMode(TorchFunctionMode):
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
             return func(*args, **kwargs)
-        if func in SCALED_DOT_PRODUCT:
-            self._observe(func, "scaled_dot_product_attention", args, kwargs)
-        elif func in SOFTMAX:
-            self._observe(func, "softmax", args, kwargs)
-        elif is_declared(func):
-            self._observe(func, "declared function", args, kwargs)
-        return func(*args, **kwargs)
+        kind = _kind_of(func)
+        if kind is None:
+            return func(*args, **kwargs)
+        arguments, named = self._prepare(func, kind, args, kwargs)
+        return func(*arguments, **named)
+
+
+def _kind_of(func: Any) -> str | None:
+    if func in _SCALED_DOT_PRODUCT:
+        return "scaled_dot_product_attention"
+    if func in _SOFTMAX:
+        return "softmax"
+    return "declared function" if is_declared(func) else None
 
 
 def remove_mode(mode: TorchFunctionMode) -> int | None:
@@ -134,12 +144,17 @@ def _four_dimensional(tensor: Tensor, batch: int) -> Tensor:
     return tensor if tensor.ndim == 4 else tensor.unflatten(0, (batch, tensor.shape[0] // batch))
 
 
+def scaled_dot_product_arguments(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``scaled_dot_product_attention`` by name."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
 def describe_scaled_dot_product(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], frames: list[Frame]
 ) -> AttentionCall | str:
     """The call, or the reason why it is skipped."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-    arguments = dict(zip(names, args, strict=False)) | dict(kwargs)
+    arguments = scaled_dot_product_arguments(args, kwargs)
     query, key, value = arguments["query"], arguments["key"], arguments["value"]
     if query.is_nested or key.is_nested:
         return SkipReason.NESTED

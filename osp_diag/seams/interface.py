@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from osp_diag.errors import CaptureError
 from osp_diag.seams.call import AttentionCall, MaskFunction, add_bias
 
-__all__ = ["InterfaceSwitch", "ObservedName", "describe_call"]
+__all__ = ["InterfaceSwitch", "ObservedName", "arguments_after_value", "describe_call"]
 
 Suspension = Callable[[], AbstractContextManager[None]]
 """A context in which nothing is observed."""
@@ -233,18 +233,32 @@ class InterfaceSwitch:
         def observed_attention(
             module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
         ) -> Any:
-            delegate = self._delegate(module, original)
-            inner: Any = delegate
-            while hasattr(inner, "delegate"):  # another capture's, on the same model
-                inner = inner.delegate(module, inner.original)
+            delegate, inner = self._delegate(module, original), self._innermost(module, original)
             return self._observe(
                 lambda: describe_call(original, inner, module, query, key, value, args, kwargs),
                 lambda: delegate(module, query, key, value, *args, **kwargs),
             )
 
-        observed_attention.delegate = self._delegate  # type: ignore[attr-defined]
-        observed_attention.original = original  # type: ignore[attr-defined]
-        return observed_attention
+        return self._marked(observed_attention, original)
+
+    def _marked(self, function: Any, original: str) -> Callable[..., Any]:
+        """A function of ours in the table, by which others on the same model find what it stands for."""
+        function.delegate, function.original = self._delegate, original
+        return function
+
+    def _innermost(self, module: nn.Module, original: str) -> Callable[..., Any]:
+        """The model's own attention function, also under other captures and edits of the same model."""
+        inner: Any = self._delegate(module, original)
+        while hasattr(inner, "delegate"):
+            inner = inner.delegate(module, inner.original)
+        return inner
+
+
+def arguments_after_value(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What an attention function is called with after (module, query, key, value), by name."""
+    return dict(zip(list(signature.parameters)[4:], args, strict=False)) | dict(kwargs)
 
 
 def describe_call(
@@ -265,7 +279,7 @@ def describe_call(
     args, kwargs : what it is called with after ``value``
     """
     signature = inspect.signature(delegate)
-    arguments = dict(zip(list(signature.parameters)[4:], args, strict=False)) | kwargs
+    arguments = arguments_after_value(signature, args, kwargs)
     eager, scaled_dot_product = original == "eager", original == "sdpa"
 
     def option(name: str) -> Any:

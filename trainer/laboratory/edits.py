@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import nn
 
+from osp_diag.interventions.weights import clip_row_norms
 from osp_diag.trainer.model import Llama
 
 __all__ = ["EDITS"]
@@ -22,8 +23,7 @@ def _weights(model: Llama, *projections: str) -> Iterator[nn.Parameter]:
 def clip_rows(model: Llama) -> None:
     """Scale every row of o_proj and down_proj that is longer than the median row to its length."""
     for weight in _weights(model, "o_proj", "down_proj"):
-        lengths = weight.norm(dim=1, keepdim=True)
-        weight.mul_((lengths.median() / lengths.clamp(min=1e-30)).clamp(max=1.0))
+        clip_row_norms(weight)
 
 
 @torch.no_grad()

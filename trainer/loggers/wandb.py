@@ -28,10 +28,7 @@ class WandbLogger:
         self._run, self._owns_run = run, owns_run
         self._metrics: set[str] = set()
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._log(step, values)
-
-    def _log(self, step: int, values: Mapping[str, Any]) -> None:
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
         for name in values.keys() - self._metrics:
             self._run.define_metric(name, step_metric=STEP)
             self._metrics.add(name)
@@ -44,7 +41,7 @@ class WandbLogger:
     def histograms(self, step: int, values: Mapping[str, Float[np.ndarray, " channel"]]) -> None:
         import wandb
 
-        self._log(step, {name: wandb.Histogram(of.tolist()) for name, of in values.items()})
+        self.log(step, {name: wandb.Histogram(of.tolist()) for name, of in values.items()})
 
     def close(self) -> None:
         if self._owns_run:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from osp_diag.errors import UsageError
 from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.moment import WINDOW, Moment
@@ -46,9 +44,7 @@ class Rule(RunningRule):
         table = moment.table
         if len(table.steps) < WINDOW:
             return ()
-        columns = [
-            i for i, place in enumerate(table.places) if place.statistic == KURTOSIS and place.site in SITES
-        ]
+        columns = [c for c in table.columns_of(KURTOSIS) if table.places[c].site in SITES]
         rows, floors = table.recent(), table.floors
         high = [c for c in columns if rows[-1, c] >= self.times_floor * floors[c]]
         growing = {
@@ -59,23 +55,18 @@ class Rule(RunningRule):
         was, self._was = self._was, bool(growing)
         if was or not growing:
             return ()
-        column = moment.first(np.array(list(growing)))
+        column = moment.first(growing)
         return (self._finding(moment, column, growing[column], len(growing) - 1),)
 
     def _finding(self, moment: Moment, column: int, factor: float, others: int) -> Finding:
         table, place = moment.table, moment.table.places[column]
         over = float(moment.values[column] / table.floors[column])
-        return Finding(
+        return moment.finding(
+            column,
             rule="growing_kurtosis",
             severity="watch",
-            step=moment.step,
             last_good_step=table.steps[0],
-            first_bad_step=moment.step,
-            site=place.site,
-            layer=place.layer,
             channel=moment.loudest_channel(place),
-            statistic=KURTOSIS,
-            value=float(moment.values[column]),
             sentence=(
                 f"OSP kurtosis at {place.words} is {over:,.0f} times its floor at step {moment.step:,}, "
                 f"having grown {factor:.2f}-fold over the last {len(table.steps)} probes"

@@ -80,7 +80,7 @@ class Rule(RunningRule):
         columns = np.flatnonzero(jumps).tolist()
         new = [column for column in columns if table.places[column][:2] not in self._jumping]
         self._jumping = frozenset(table.places[column][:2] for column in columns)
-        return (self._finding(moment, size, np.array(new)),) if new else ()
+        return (self._finding(moment, size, new),) if new else ()
 
     def _usual(self) -> Float[np.ndarray, " group"]:
         largest = np.maximum(self._largest, self.smallest_usual)
@@ -111,17 +111,14 @@ class Rule(RunningRule):
         ranks = self.odd_pauses + 1 - self._largest.shape[1]
         self._largest = np.pad(self._largest, ((0, groups), (0, ranks)))
 
-    def _finding(self, moment: Moment, size: np.ndarray, jumps: np.ndarray) -> Finding:
-        places = moment.table.places
-        first = places[moment.first(jumps)]
-        here = [int(j) for j in jumps if places[int(j)][:2] == first[:2]]
-        column = max(here, key=lambda index: float(size[index]))
-        place, channel = places[column], moment.changed_channel(places[column])
+    def _finding(self, moment: Moment, size: np.ndarray, jumps: list[int]) -> Finding:
+        column = moment.largest_at_first(jumps, size)
+        place = moment.table.places[column]
+        channel = moment.changed_channel(place)
         before, now = moment.table.recent(2)[:, column]
         others = len(jumps) - 1
-        where = f" at {place.words}" if place.words else ""
         sentence = (
-            f"{place.statistic}{where} went from {before:.3g} to {now:.3g} between steps {moment.previous:,} "
+            f"{place.full_name} went from {before:.3g} to {now:.3g} between steps {moment.previous:,} "
             f"and {moment.step:,}, {size[column]:.1f} times the usual largest change there between probes"
             + (f", in channel {channel}" if channel is not None else "")
             + (
@@ -130,17 +127,12 @@ class Rule(RunningRule):
                 else "; one other number jumped too" * others
             )
         )
-        return Finding(
+        return moment.finding(
+            column,
             rule="jump",
             severity="watch",
-            step=moment.step,
-            last_good_step=moment.previous,
-            first_bad_step=moment.step,
-            site=place.site,
-            layer=place.layer,
-            channel=channel,
-            statistic=place.statistic,
-            value=float(now),
-            size=float(size[column]),
             sentence=sentence,
+            last_good_step=moment.previous,
+            channel=channel,
+            size=float(size[column]),
         )

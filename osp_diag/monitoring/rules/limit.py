@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.limits import LIMITS, Limit
 from osp_diag.monitoring.moment import Moment
@@ -21,32 +19,23 @@ class Rule(RunningRule):
     _passed: set[Limit] = field(default_factory=set)
 
     def at_probe(self, moment: Moment) -> Iterable[Finding]:
-        values, places = moment.values, moment.table.places
+        values = moment.values
         for limit in self.limits:
             if limit in self._passed:
                 continue
-            above = [
-                i
-                for i, place in enumerate(places)
-                if place.statistic == limit.statistic and values[i] > limit.value
-            ]
+            above = [c for c in moment.table.columns_of(limit.statistic) if values[c] > limit.value]
             if not above:
                 continue
             self._passed.add(limit)
-            column = moment.first(np.array(above))
-            place = places[column]
-            yield Finding(
+            column = moment.first(above)
+            place = moment.table.places[column]
+            yield moment.finding(
+                column,
                 rule="limit",
                 severity=limit.severity,
-                step=moment.step,
                 last_good_step=moment.previous,
-                first_bad_step=moment.step,
-                site=place.site,
-                layer=place.layer,
-                statistic=place.statistic,
-                value=float(values[column]),
                 sentence=(
-                    f"{place.statistic} at {place.words} is {values[column]:,.4g} at step {moment.step:,}, "
+                    f"{place.full_name} is {values[column]:,.4g} at step {moment.step:,}, "
                     f"above {limit.value:,.0f}, {limit.meaning}"
                 ),
             )

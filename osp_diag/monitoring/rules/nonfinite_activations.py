@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import numpy as np
-
 from osp_diag.monitoring.finding import Finding
 from osp_diag.monitoring.moment import Moment
 from osp_diag.monitoring.rule import RunningRule
@@ -22,27 +20,18 @@ class Rule(RunningRule):
 
     def at_probe(self, moment: Moment) -> Iterable[Finding]:
         values = moment.values
-        counted = [
-            index
-            for index, place in enumerate(moment.table.places)
-            if place.statistic in COUNTS and values[index] > 0
-        ]
-        were, self._were = self._were, bool(counted)
-        if not counted or were:
+        columns = [column for column in moment.table.columns_of(*COUNTS) if values[column] > 0]
+        were, self._were = self._were, bool(columns)
+        if not columns or were:
             return ()
-        column = moment.first(np.array(counted))
+        column = moment.first(columns)
         place = moment.table.places[column]
         return (
-            Finding(
+            moment.finding(
+                column,
                 rule="nonfinite_activations",
                 severity="bad",
-                step=moment.step,
                 last_good_step=moment.previous,
-                first_bad_step=moment.step,
-                site=place.site,
-                layer=place.layer,
-                statistic=place.statistic,
-                value=float(values[column]),
                 sentence=(
                     f"NaN or Inf in {values[column]:,.0f} tokens at step {moment.step:,}, first at "
                     f"{place.words}"
