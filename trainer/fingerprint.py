@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from osp_diag.checkpoints.checkpoint import evaluation_mode
 from osp_diag.sites.trace import unwrap
 from osp_diag.trainer import model as model_package
 from osp_diag.trainer import optimizers as optimizers_package
@@ -144,14 +145,10 @@ def function_record(
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Int[Tensor, "sequence position"]) -> Tensor:
     """Of a pass that leaves the model as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
             return model(ids).logits
     finally:
-        for module, training in flags:
-            module.training = training
         reshard(model)
 
 
