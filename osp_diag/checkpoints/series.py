@@ -13,7 +13,7 @@ from osp_diag.checkpoints.pretrained import check_files
 from osp_diag.checkpoints.step_names import checkpoints_in, named_shortly, pattern_of, step_in_name
 from osp_diag.checkpoints.trainer_state import TrainerState, read_trainer_state
 from osp_diag.errors import UsageError
-from osp_diag.wording import listed
+from osp_diag.wording import counted, listed
 
 __all__ = ["StepCheckpoint", "checkpoints_of", "is_model"]
 
@@ -180,6 +180,6 @@ def _check_steps(steps: Sequence[int], found: Sequence[StepCheckpoint], sources:
         )
     if len(steps) != len(found):
         raise UsageError(
-            f"{len(found)} checkpoint{'s' * (len(found) > 1)} and {len(steps)} of --steps (steps=); give one "
+            f"{counted(len(found), 'checkpoint')} and {len(steps)} of --steps (steps=); give one "
             "for each, in the order of the checkpoints"
         )
