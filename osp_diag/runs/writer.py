@@ -30,7 +30,7 @@ import xarray as xr
 
 from osp_diag.errors import StoreError
 from osp_diag.runs.axis import GrowingAxis
-from osp_diag.runs.declared import GroupStep, ProbedStep
+from osp_diag.runs.declared import GroupStep, ProbedStep, parts_of
 from osp_diag.runs.folder import (
     FORMAT_KEY,
     FORMAT_VERSION,
@@ -230,8 +230,9 @@ class RunWriter:
         """The groups by the names that they go on under: a segment's own where their labels are others."""
         if self._segment is None:
             return groups
-        parts = groups.groups if isinstance(groups, ProbedStep) else groups
-        return ProbedStep({self._name_in_segment(name, part): part for name, part in parts.items()})
+        return ProbedStep(
+            {self._name_in_segment(name, part): part for name, part in parts_of(groups).items()}
+        )
 
     def _name_in_segment(self, name: str, part: xr.Dataset | GroupStep, prefix: str = "") -> str:
         names, tree, path = self._names_in_segment, self._logged if prefix else self._tree, prefix + name
@@ -272,9 +273,8 @@ class RunWriter:
             reads NaN
         """
         self._require_open()
-        parts = groups.groups if isinstance(groups, ProbedStep) else groups
         prefix = f"{SERIES}/"
-        below = ProbedStep({self._name_in_segment(n, part, prefix): part for n, part in parts.items()})
+        below = ProbedStep({self._name_in_segment(n, p, prefix): p for n, p in parts_of(groups).items()})
         label, tree, axis = step_label(step), self._logged, self._series
         with self._disk_errors():
             self._refuse_logged(label, [f"{name}/{key}" for name in below for key in _variables(below, name)])
@@ -576,5 +576,4 @@ def _variables(step: ProbedStep, group: str) -> list[str]:
 
 def _part(groups: Mapping[str, xr.Dataset], names: Collection[str]) -> ProbedStep:
     """Some groups of a step."""
-    parts = groups.groups if isinstance(groups, ProbedStep) else groups
-    return ProbedStep({name: part for name, part in parts.items() if name in names})
+    return ProbedStep({name: part for name, part in parts_of(groups).items() if name in names})
