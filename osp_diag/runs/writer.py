@@ -122,8 +122,6 @@ class RunWriter:
         self._series = GrowingAxis(
             LOGGED_STEP, f"{SERIES}/{LOGGED_STEP}", "training step of the scalars", open_end=True
         )
-        self._segment: int | None = None
-        """The step after which the last segment begins, where there are several."""
         self._names_in_segment: dict[str, str] = {}
         self._tree, self._logged = Tree(self.path), Tree(self.path, logged=True)
         self._on_disk: set[str] = set()
@@ -225,6 +223,12 @@ class RunWriter:
         self._axis.declare(plan.growing, self.chunk_steps, _CHUNK_BYTES)
         self._tree.declare(groups)
         return plan.rows
+
+    @property
+    def _segment(self) -> int | None:
+        """The step after which the last segment begins, where there are several."""
+        segments = self._attributes.get(SEGMENTS)
+        return segments[-1]["after_step"] if segments else None
 
     def _in_segment(self, groups: Mapping[str, xr.Dataset]) -> Mapping[str, xr.Dataset]:
         """The groups by the names that they go on under: a segment's own where their labels are others."""
@@ -490,14 +494,14 @@ class RunWriter:
 
     def _resume(self, segment_after: int | None) -> None:
         root = read_root(self.path)
-        attributes, given = root["attributes"], self._attributes
+        attributes, own = root["attributes"], self._attributes
         self._attributes = attributes
         if segment_after is not None:
             self._drop_segments(lambda after_step: after_step >= segment_after)
             attributes = self._attributes
         last = segments_of(attributes)[-1]
-        volatile = VOLATILE if segment_after is None else (*VOLATILE, *given.keys() - {*OF_MEASUREMENT})
-        differences = identity_differences(last.attributes, given, volatile)
+        volatile = VOLATILE if segment_after is None else (*VOLATILE, *own.keys() - {*OF_MEASUREMENT})
+        differences = identity_differences(last.attributes, own, volatile)
         if differences:
             raise StoreError(
                 f"{self.path} cannot be resumed: it was written under other conditions\n  "
@@ -520,14 +524,11 @@ class RunWriter:
         logged = {path: array.layout for path, array in self._series.arrays.items() if path.count("/") > 1}
         self._logged.restore_growing(logged)
         self._on_disk = {"", *nodes}
-        circumstances = {key: given[key] for key in CIRCUMSTANCES if key in given}
+        circumstances = {key: own[key] for key in CIRCUMSTANCES if key in own}
         history = [*attributes.get("resumed", []), circumstances | {"after_step": self.last_step}]
         self._attributes = attributes | {"resumed": history}
         if segment_after is not None:
-            self._begin_segment(segment_after, last.attributes, given)
-        self._segment = (
-            self._attributes[SEGMENTS][-1]["after_step"] if self._attributes.get(SEGMENTS) else None
-        )
+            self._begin_segment(segment_after, last.attributes, own)
 
     def _begin_segment(self, after_step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changed = changed_attributes(
@@ -544,7 +545,6 @@ class RunWriter:
         if segments:
             left = [entry for entry in segments if not is_dropped(entry["after_step"])]
             self._attributes = self._attributes | {SEGMENTS: left}
-            self._segment = left[-1]["after_step"] if left else None
             self._names_in_segment = {}
 
     # -- refusing --------------------------------------------------------------------------------------
