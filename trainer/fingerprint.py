@@ -70,9 +70,9 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
     assert isinstance(inner, model_package.Llama)
     device = next(inner.parameters()).device
     ids = torch.arange(_PROBED, device=device)[None] % inner.config.vocabulary_size
-    seen: list[Rotation] = []
+    rotations: list[Rotation] = []
     block = inner.blocks[0]
-    hook = block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    hook = block.register_forward_pre_hook(lambda _, arguments: rotations.append(arguments[1]))
     try:
         logits = _logits(inner, ids)
     finally:
@@ -84,7 +84,7 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
     without_gain = {name: norm for name, norm in norms.items() if not list(norm.parameters())}
     kinds = {type(module).__name__.removeprefix("FSDP") for module in norms.values()}
     return {
-        "rotary_base": _rotary_base(seen[0]),
+        "rotary_base": _rotary_base(rotations[0]),
         "mask": _mask(logits, others),
         "attention": sorted({module.kind for module in inner.modules() if isinstance(module, Attention)}),
         "norms": sorted(kinds),

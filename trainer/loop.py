@@ -194,8 +194,8 @@ class Training:
         self.interruption = Interruption()
         self.must_stop = False
         self.announce: Callable[[str], None] | None = None
-        self._found = False
-        self.is_asked = False
+        self._has_findings = False
+        self.has_request = False
         self.watch = Watch(config.divergence, self.device)
         self.scalars = Scalars(self.device)
         self.step = 0
@@ -361,7 +361,7 @@ class Training:
                 self.recording.after_step(self.step)
                 self._act_on_findings()  # before a new checkpoint makes the last good one go
                 self._save(self.step)
-                if self.is_asked:
+                if self.has_request:
                     self._obey()
                 if self.must_stop:
                     self._interrupt()
@@ -370,8 +370,11 @@ class Training:
         self._tell_findings()
 
     def _wants_host(self, step: int) -> bool:
+        return self.recording.due(step) or step == self.last_step or self._is_checkpoint_step(step)
+
+    def _is_checkpoint_step(self, step: int) -> bool:
         every = self.config.checkpoint.every
-        return self.recording.due(step) or step == self.last_step or (every > 0 and step % every == 0)
+        return every > 0 and step % every == 0
 
     def _train_step(self, step: int) -> None:
         start = Clock(self.device)
@@ -390,8 +393,13 @@ class Training:
         self.optimizers.step(skip=bad)
         self.optimizers.zero_grad()
         signals, requests = self._counts(step)
-        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": signals}
-        numbers["requests"] = requests
+        numbers = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "skipped": bad,
+            "signals": signals,
+            "requests": requests,
+        }
         if logged:
             updates = self.optimizers.update_rms()
             numbers |= {f"update_rms_{name.replace('.', '_')}": value for name, value in updates.items()}
@@ -418,9 +426,9 @@ class Training:
     def _counts(self, step: int) -> Tensor:
         """How many ranks were sent a signal, and have a request: all stop, and obey, after the same step."""
         signal, control = self.interruption.is_requested, self.recording.control
-        asked = control is not None and control.is_asked(step + 1)
+        request = control is not None and control.has_request(step + 1)
         # Filled on the device: a copy from the host would wait for it.
-        counts = [torch.full((), float(one), device=self.device) for one in (signal, asked)]
+        counts = [torch.full((), float(one), device=self.device) for one in (signal, request)]
         return summed(torch.stack(counts))
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -447,7 +455,7 @@ class Training:
         """Write the scalars that have reached the host, and look whether a step went wrong."""
         for step, values in self.scalars.arrived(wait=wait):
             bad, is_interrupted = values.pop("skipped") > 0, values.pop("signals") > 0
-            self.is_asked |= values.pop("requests") > 0
+            self.has_request |= values.pop("requests") > 0
             if bad and self.config.divergence.policy == "stop":
                 self._stop(step, values)
             if "learning_rate" in values:
@@ -470,12 +478,12 @@ class Training:
     def _act_on_findings(self) -> None:
         """Do what ``monitor.action`` says; what all ranks do they do at probes, where they meet."""
         action = self.config.monitor.action
-        self._found |= self._tell_findings()
+        self._has_findings |= self._tell_findings()
         if action not in ("checkpoint", "stop") or not self.recording.due(self.step):
             return
-        found = torch.tensor(float(self._found), device=self.device)
-        self._found = False
-        if float(summed(found)) > 0:
+        ranks_with_findings = summed(torch.tensor(float(self._has_findings), device=self.device))
+        self._has_findings = False
+        if float(ranks_with_findings) > 0:
             self._save_now(self.step)
             if action == "stop":
                 raise TrainingError(
@@ -519,8 +527,7 @@ class Training:
 
     def _save(self, step: int) -> None:
         self.checkpoints.poll()
-        every = self.config.checkpoint.every
-        if every and step % every == 0 and step < self.last_step:
+        if self._is_checkpoint_step(step) and step < self.last_step:
             self._save_now(step, background=None)
 
     def _save_now(self, step: int, *, background: bool | None = False) -> None:
@@ -535,7 +542,7 @@ class Training:
 
     def _obey(self) -> None:
         """Do what ``osp-diag control`` asks, between this step and the next."""
-        self.is_asked = False
+        self.has_request = False
         if self.recording.control is not None:
             actions = loop_actions(self.checkpoints, self.step, self._save_on_request, self._stop_on_request)
             self.recording.control.obey(self.step + 1, actions)

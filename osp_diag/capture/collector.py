@@ -253,10 +253,10 @@ class Collector:
 
     def _tell_gradients(self, *, is_cached: bool) -> None:
         """Say of which tokens the gradients of this pass will be."""
-        told, parts = self._tokens_of_gradients, self._parts
-        if told is not None:
-            told.shape, told.is_cached = self._tokens, is_cached
-            told.parts = lambda device: [(part.rows, part.strata) for part in _parts_on(parts, device)]
+        tokens, parts = self._tokens_of_gradients, self._parts
+        if tokens is not None:
+            tokens.shape, tokens.is_cached = self._tokens, is_cached
+            tokens.parts = lambda device: [(part.rows, part.strata) for part in _parts_on(parts, device)]
 
     def _opens_or_continues(self, forward_pass: ForwardPass, ids: torch.Tensor, strata: torch.Tensor) -> bool:
         """Whether the pass is one of several over the same sequences, which are put together at their end."""
