@@ -184,8 +184,8 @@ class Probe:
         return self._has_gradient_at(site) and self.measures_site(site)
 
     def _has_gradient_at(self, site: str) -> bool:
-        is_read = any(has_gradient(tap) for tap in self.site_map.taps if tap.site == site)
-        return self.settings.gradients and is_read
+        taps = self.site_map.taps if self.settings.gradients else ()
+        return any(has_gradient(tap) for tap in taps if tap.site == site)
 
     def _sites_with_gradients(self) -> list[str]:
         measured = [site for site in self.site_map.sites if self.measures_site(site)]
