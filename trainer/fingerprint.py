@@ -123,9 +123,11 @@ def reference_loss(
 
 
 def function_record(
-    model: nn.Module, ids: Int[Tensor, "sequence position"], autocast: Autocast = nullcontext
+    model: nn.Module, ids: Int[Tensor, "sequence position"], autocast: Autocast, *, code: str
 ) -> dict[str, Any]:
     """What a checkpoint keeps of the function.
+
+    ``code`` is the :func:`code_fingerprint` of when the training began: what is edited later does not run.
 
     Returns
     -------
@@ -134,7 +136,7 @@ def function_record(
     """
     loss = reference_loss(model, ids, autocast)
     return {
-        "code": code_fingerprint(),
+        "code": code,
         "torch": torch.__version__,
         "constants": function_constants(model),
         "reference_loss": loss if math.isfinite(loss) else None,

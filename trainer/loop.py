@@ -39,7 +39,7 @@ from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.devices import device_of, memory_advice
 from osp_diag.trainer.divergence import Watch, first_bad_tensor, unseen_cause
-from osp_diag.trainer.fingerprint import function_record, reference_tokens
+from osp_diag.trainer.fingerprint import code_fingerprint, function_record, reference_tokens
 from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.identity import announcement, run_attributes
 from osp_diag.trainer.interruption import Interruption
@@ -201,7 +201,7 @@ class Training:
         self.step = 0
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
         held_out = held_out_batches(config, self.data)
-        self.reference_ids = reference_tokens(held_out.tokens)
+        self.reference_ids, self.code = reference_tokens(held_out.tokens), code_fingerprint()
         if checkpoint is not None:
             self._restore(checkpoint)
         self.origin = None if origin is None else self._start_from(origin, forget)
@@ -533,7 +533,7 @@ class Training:
     def _save_now(self, step: int, *, background: bool | None = False) -> None:
         self.recording.flush()
         data = dict(self.data_states)[step]
-        function = function_record(self.model, self.reference_ids, self._autocast)
+        function = function_record(self.model, self.reference_ids, self._autocast, code=self.code)
         self.checkpoints.save(
             step, self._tensors(), data, self.config, function=function, background=background
         )
