@@ -426,7 +426,7 @@ class Training:
     def _counts(self, step: int) -> Tensor:
         """How many ranks were sent a signal, and have a request: all stop, and obey, after the same step."""
         signal, control = self.interruption.is_requested, self.recording.control
-        request = control is not None and control.has_request(step + 1)
+        request = control is not None and control.takes_request(step + 1)
         # Filled on the device: a copy from the host would wait for it.
         counts = [torch.full((), float(one), device=self.device) for one in (signal, request)]
         return summed(torch.stack(counts))
