@@ -303,20 +303,26 @@ def report(numbers: dict[str, Any], step_tokens: int, device: torch.device) -> N
         print(f"peer: {seconds['peer'] / ours:.2f} × our step with AdamW on the same batch")
 
 
-def main() -> None:
-    """Time a step's parts, interleaved, and print what they come to."""
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What is timed, where and how often: of whatever is timed beside a step."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     cuda = torch.cuda.is_available()
     parser.add_argument("--shape", choices=SHAPES, default="llama-1.4b" if cuda else "tiny")
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--rounds", type=int, default=8 if cuda else 5)
     parser.add_argument("--micro-batch", type=int, help="sequences of a forward pass; default: the shape's")
-    parser.add_argument("--step-tokens", type=int, default=524_288, help="tokens of a whole step")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
-    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", help="write the numbers as JSON")
+    return parser
+
+
+def main() -> None:
+    """Time a step's parts, interleaved, and print what they come to."""
+    parser = arguments(__doc__)
+    parser.add_argument("--step-tokens", type=int, default=524_288, help="tokens of a whole step")
+    parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     options = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     bench = Bench(options.shape, options.device, compiled=options.compile, micro=options.micro_batch)

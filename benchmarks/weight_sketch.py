@@ -12,14 +12,13 @@ the host, which on a GPU is ahead of the device, so that its time is an upper bo
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from machine import machine
-from train_step import SHAPES, Bench, Timed, our_optimizer, passes_of
+from train_step import Bench, Timed, arguments, our_optimizer, passes_of
 
 from osp_diag.trainer.batch_statistics import BatchCounts
 from osp_diag.trainer.config import DataConfig, TrainConfig
@@ -80,17 +79,8 @@ def report(numbers: dict[str, Any]) -> None:
 
 def main() -> None:
     """Time a step and its records, interleaved, and print what they come to."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--shape", choices=SHAPES, default="llama-1.4b" if cuda else "tiny")
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--rounds", type=int, default=8 if cuda else 5)
-    parser.add_argument("--micro-batch", type=int, help="sequences of a forward pass; default: the shape's")
+    parser = arguments(__doc__)
     parser.add_argument("--step-tokens", type=int, help="tokens of a whole step; default: one forward pass's")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=cuda)
-    parser.add_argument("--out", help="write the numbers as JSON")
     options = parser.parse_args()
     bench = Bench(options.shape, options.device, compiled=options.compile, micro=options.micro_batch)
     numbers = measure(bench, options.rounds, options.step_tokens or bench.tokens)

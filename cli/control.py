@@ -86,11 +86,8 @@ def run(
 
 
 def _probing(on: bool, off: bool, reset: bool) -> Probing | None:
-    words: list[Probing] = [
-        *(["on"] if on else []),  # type: ignore[list-item]
-        *(["off"] if off else []),  # type: ignore[list-item]
-        *(["reset"] if reset else []),  # type: ignore[list-item]
-    ]
+    options: dict[Probing, bool] = {"on": on, "off": off, "reset": reset}
+    words = [word for word, is_set in options.items() if is_set]
     if len(words) > 1:
         raise UsageError(f"control: --{' and --'.join(words)} contradict one another; give one")
     return words[0] if words else None

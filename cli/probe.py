@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -269,31 +269,31 @@ def _report_all(
             values[first] | ({"stacks": {o: values[o] for o in others}} if others else {}), indent=2
         )
     )
-    return 1 if any(map(_bad, runs.values())) else 0
+    return max(
+        _status(one["nonfinite_tokens"], [alert["severity"] for alert in one.get("alerts", ())])
+        for one in values.values()
+    )
 
 
 def _values(runs: Mapping[Protocol, Run]) -> dict[str, Any]:
     from osp_diag.analyses.summary.protocol_comparison import compare_protocols
     from osp_diag.analyses.summary.summary import summarise
 
-    values = summarise(next(iter(runs.values()))).as_dict()
+    run = next(iter(runs.values()))
+    values = summarise(run).as_dict()
     if len(runs) == 2:
         try:
             values["protocols"] = compare_protocols(runs["sequence"], runs["osp-published"]).as_dict()
         except StoreError as reason:
             values["protocols"] = {"not_compared": str(reason)}
-    run = next(iter(runs.values()))
     if len(run.steps) > 1:
         values |= {"steps": run.steps.tolist(), "alerts": [alert.as_dict() for alert in _alerts(run)]}
     return values
 
 
-def _bad(runs: Mapping[Protocol, Run]) -> bool:
-    """Whether there is NaN or Inf in the last step, or in any."""
-    from osp_diag.analyses.summary.summary import summarise
-
-    run = next(iter(runs.values()))
-    return bool(summarise(run).nonfinite_tokens) or any(alert.severity == "bad" for alert in _alerts(run))
+def _status(nonfinite_tokens: int, severities: Collection[str]) -> int:
+    """The exit code: 1 if there is NaN or Inf in the last step, or in any."""
+    return int(nonfinite_tokens > 0 or "bad" in severities)
 
 
 def _alerts(run: Run) -> tuple[Finding, ...]:
@@ -307,7 +307,7 @@ def _report(runs: Mapping[Protocol, Run], out: Path | None) -> int:
     from osp_diag.analyses.summary.summary import summarise
 
     first = next(iter(runs.values()))
-    summary = summarise(first)
+    summary, alerts = summarise(first), _alerts(first)
     print(summary.text())
     if len(runs) == 2:
         print(f"\n{protocols_text(runs['sequence'], runs['osp-published'])}")
@@ -315,13 +315,13 @@ def _report(runs: Mapping[Protocol, Run], out: Path | None) -> int:
         steps = [f"{step:,}" for step in first.steps.tolist()]
         shown = steps if len(steps) < 8 else [*steps[:3], "…", *steps[-3:]]
         print(f"\n{len(steps)} steps: {', '.join(shown)}; the numbers above are of the last")
-        for alert in _alerts(first):
+        for alert in alerts:
             print(f"{alert.severity}: {alert.sentence}")
     if out is not None and len(first.steps) > 1:
         print(f"\nrun: {out}   (osp-diag report {out} --out report.html)")
     elif out is not None:
         print(f"\nrun: {out}   (osp-diag figure depth_profile {out} --out depth.png)")
-    return 1 if _bad(runs) else 0
+    return _status(summary.nonfinite_tokens, [alert.severity for alert in alerts])
 
 
 def _site_pattern(entry: str) -> tuple[str, str]:

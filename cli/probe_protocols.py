@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, Protocol
 
-__all__ = ["measure", "under_other_protocol"]
+__all__ = ["measure", "run_is_whole", "under_other_protocol"]
 
 
 def measure(
@@ -43,8 +44,15 @@ def measure(
         )
     if not compare:
         return {protocol: run}
-    try:
+    with run_is_whole(out):
         return {protocol: run} | under_other_protocol(checkpoint, token_settings, measurement_settings, run)
+
+
+@contextmanager
+def run_is_whole(out: Path | None) -> Iterator[None]:
+    """Say in an interruption that the run is written and only its comparison is missing."""
+    try:
+        yield
     except KeyboardInterrupt as interruption:
         if out is not None:
             interruption.__notes__ = [f"the run in {out} is whole; only the comparison is missing."]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,11 +45,10 @@ class Series:
         resume: bool,
     ) -> dict[Protocol, Run]:
         """One run over steps and, if ``compare``, the OSP kurtosis of the last under the other protocol."""
-        from osp_diag.cli.probe_protocols import under_other_protocol
+        from osp_diag.cli.probe_protocols import run_is_whole, under_other_protocol
         from osp_diag.probing.checkpoint import progress_bar
         from osp_diag.probing.series import probe_series
 
-        how = {field.name: getattr(opening, field.name) for field in dataclasses.fields(opening)}
         run = probe_series(
             self.sources,
             token_settings,
@@ -61,19 +59,15 @@ class Series:
             overwrite=overwrite,
             resume=resume,
             progress=progress_bar,
-            **how,
+            **opening.keywords(),
         )
         runs: dict[Protocol, Run] = {token_settings.protocol: run}
         last = self.members[-1]
         if not compare or last.step != int(run.steps[-1]):
             return runs
-        try:
+        with run_is_whole(out):
             checkpoint = self.opened(last, opening)
             return runs | under_other_protocol(checkpoint, token_settings, measurement_settings, run)
-        except KeyboardInterrupt as interruption:
-            if out is not None:
-                interruption.__notes__ = [f"the run in {out} is whole; only the comparison is missing."]
-            raise
 
 
 def series_of(

@@ -19,6 +19,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from osp_diag.checkpoints.checkpoint import evaluation_mode
 from osp_diag.sites.trace import unwrap
 from osp_diag.trainer import model as model_package
 from osp_diag.trainer import optimizers as optimizers_package
@@ -69,9 +70,9 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
     assert isinstance(inner, model_package.Llama)
     device = next(inner.parameters()).device
     ids = torch.arange(_PROBED, device=device)[None] % inner.config.vocabulary_size
-    seen: list[Rotation] = []
+    rotations: list[Rotation] = []
     block = inner.blocks[0]
-    hook = block.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[1]))
+    hook = block.register_forward_pre_hook(lambda _, arguments: rotations.append(arguments[1]))
     try:
         logits = _logits(inner, ids)
     finally:
@@ -83,7 +84,7 @@ def function_constants(model: nn.Module) -> dict[str, Any]:
     without_gain = {name: norm for name, norm in norms.items() if not list(norm.parameters())}
     kinds = {type(module).__name__.removeprefix("FSDP") for module in norms.values()}
     return {
-        "rotary_base": _rotary_base(seen[0]),
+        "rotary_base": _rotary_base(rotations[0]),
         "mask": _mask(logits, others),
         "attention": sorted({module.kind for module in inner.modules() if isinstance(module, Attention)}),
         "norms": sorted(kinds),
@@ -122,9 +123,11 @@ def reference_loss(
 
 
 def function_record(
-    model: nn.Module, ids: Int[Tensor, "sequence position"], autocast: Autocast = nullcontext
+    model: nn.Module, ids: Int[Tensor, "sequence position"], autocast: Autocast, *, code: str
 ) -> dict[str, Any]:
     """What a checkpoint keeps of the function.
+
+    ``code`` is the :func:`code_fingerprint` of when the training began: what is edited later does not run.
 
     Returns
     -------
@@ -133,7 +136,7 @@ def function_record(
     """
     loss = reference_loss(model, ids, autocast)
     return {
-        "code": code_fingerprint(),
+        "code": code,
         "torch": torch.__version__,
         "constants": function_constants(model),
         "reference_loss": loss if math.isfinite(loss) else None,
@@ -144,14 +147,10 @@ def function_record(
 @torch.no_grad()
 def _logits(model: nn.Module, ids: Int[Tensor, "sequence position"]) -> Tensor:
     """Of a pass that leaves the model as it was."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with evaluation_mode(model), torch.compiler.set_stance("force_eager"):
             return model(ids).logits
     finally:
-        for module, training in flags:
-            module.training = training
         reshard(model)
 
 

@@ -40,7 +40,7 @@ from osp_diag.trainer.data import Batch, Prefetched, TrainingData, open_data
 from osp_diag.trainer.data.batch import IGNORED
 from osp_diag.trainer.devices import autocast_of, device_of, memory_advice
 from osp_diag.trainer.divergence import Watch, first_bad_tensor, unseen_cause
-from osp_diag.trainer.fingerprint import function_record, reference_tokens
+from osp_diag.trainer.fingerprint import code_fingerprint, function_record, reference_tokens
 from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.identity import announcement, run_attributes
 from osp_diag.trainer.interruption import Interruption
@@ -194,14 +194,14 @@ class Training:
         self.interruption = Interruption()
         self.must_stop = False
         self.announce: Callable[[str], None] | None = None
-        self._found = False
-        self.is_asked = False
+        self._has_findings = False
+        self.has_request = False
         self.watch = Watch(config.divergence, self.device)
         self.scalars = Scalars(self.device)
         self.step = 0
         self.batches: deque[tuple[int, Batch]] = deque(maxlen=8)
         held_out = held_out_batches(config, self.data)
-        self.reference_ids = reference_tokens(held_out.tokens)
+        self.reference_ids, self.code = reference_tokens(held_out.tokens), code_fingerprint()
         if checkpoint is not None:
             self._restore(checkpoint)
         self.origin = None if origin is None else self._start_from(origin, forget)
@@ -358,7 +358,7 @@ class Training:
                 self.recording.after_step(self.step)
                 self._act_on_findings()  # before a new checkpoint makes the last good one go
                 self._save(self.step)
-                if self.is_asked:
+                if self.has_request:
                     self._obey()
                 if self.must_stop:
                     self._interrupt()
@@ -367,8 +367,11 @@ class Training:
         self._tell_findings()
 
     def _wants_host(self, step: int) -> bool:
+        return self.recording.due(step) or step == self.last_step or self._is_checkpoint_step(step)
+
+    def _is_checkpoint_step(self, step: int) -> bool:
         every = self.config.checkpoint.every
-        return self.recording.due(step) or step == self.last_step or (every > 0 and step % every == 0)
+        return every > 0 and step % every == 0
 
     def _train_step(self, step: int) -> None:
         start = Clock(self.device)
@@ -387,8 +390,13 @@ class Training:
         self.optimizers.step(skip=bad)
         self.optimizers.zero_grad()
         signals, requests = self._counts(step)
-        numbers = {"loss": loss, "gradient_norm": norm, "skipped": bad, "signals": signals}
-        numbers["requests"] = requests
+        numbers = {
+            "loss": loss,
+            "gradient_norm": norm,
+            "skipped": bad,
+            "signals": signals,
+            "requests": requests,
+        }
         if logged:
             updates = self.optimizers.update_rms()
             numbers |= {f"update_rms_{name.replace('.', '_')}": value for name, value in updates.items()}
@@ -415,9 +423,9 @@ class Training:
     def _counts(self, step: int) -> Tensor:
         """How many ranks were sent a signal, and have a request: all stop, and obey, after the same step."""
         signal, control = self.interruption.is_requested, self.recording.control
-        asked = control is not None and control.is_asked(step + 1)
+        request = control is not None and control.takes_request(step + 1)
         # Filled on the device: a copy from the host would wait for it.
-        counts = [torch.full((), float(one), device=self.device) for one in (signal, asked)]
+        counts = [torch.full((), float(one), device=self.device) for one in (signal, request)]
         return summed(torch.stack(counts))
 
     def _loss(self, batch: Batch) -> Tensor:
@@ -444,7 +452,7 @@ class Training:
         """Write the scalars that have reached the host, and look whether a step went wrong."""
         for step, values in self.scalars.arrived(wait=wait):
             bad, is_interrupted = values.pop("skipped") > 0, values.pop("signals") > 0
-            self.is_asked |= values.pop("requests") > 0
+            self.has_request |= values.pop("requests") > 0
             if bad and self.config.divergence.policy == "stop":
                 self._stop(step, values)
             if "learning_rate" in values:
@@ -467,12 +475,12 @@ class Training:
     def _act_on_findings(self) -> None:
         """Do what ``monitor.action`` says; what all ranks do they do at probes, where they meet."""
         action = self.config.monitor.action
-        self._found |= self._tell_findings()
+        self._has_findings |= self._tell_findings()
         if action not in ("checkpoint", "stop") or not self.recording.due(self.step):
             return
-        found = torch.tensor(float(self._found), device=self.device)
-        self._found = False
-        if float(summed(found)) > 0:
+        ranks_with_findings = summed(torch.tensor(float(self._has_findings), device=self.device))
+        self._has_findings = False
+        if float(ranks_with_findings) > 0:
             self._save_now(self.step)
             if action == "stop":
                 raise TrainingError(
@@ -516,14 +524,13 @@ class Training:
 
     def _save(self, step: int) -> None:
         self.checkpoints.poll()
-        every = self.config.checkpoint.every
-        if every and step % every == 0 and step < self.last_step:
+        if self._is_checkpoint_step(step) and step < self.last_step:
             self._save_now(step, background=None)
 
     def _save_now(self, step: int, *, background: bool | None = False) -> None:
         self.recording.flush()
         data = dict(self.data_states)[step]
-        function = function_record(self.model, self.reference_ids, self._autocast)
+        function = function_record(self.model, self.reference_ids, self._autocast, code=self.code)
         self.checkpoints.save(
             step, self._tensors(), data, self.config, function=function, background=background
         )
@@ -532,7 +539,7 @@ class Training:
 
     def _obey(self) -> None:
         """Do what ``osp-diag control`` asks, between this step and the next."""
-        self.is_asked = False
+        self.has_request = False
         if self.recording.control is not None:
             actions = loop_actions(self.checkpoints, self.step, self._save_on_request, self._stop_on_request)
             self.recording.control.obey(self.step + 1, actions)

@@ -23,7 +23,7 @@ from osp_diag.probing.ranks import is_first_rank
 from osp_diag.probing.schedule import Schedule, dense_early, schedule_of
 from osp_diag.probing.session import Probe
 from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, Settings, keyword_form
-from osp_diag.runs.declared import ProbedStep
+from osp_diag.runs.declared import ProbedStep, parts_of
 from osp_diag.runs.run import Run, open_run
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
@@ -316,8 +316,7 @@ class Recording:
         if self.probe is None or step == self._resumed_after:
             return
         step, names = self._row_of(max(step, self._row[0]))
-        parts = groups.groups if isinstance(groups, ProbedStep) else groups
-        fresh = {name: part for name, part in parts.items() if name not in names}
+        fresh = {name: part for name, part in parts_of(groups).items() if name not in names}
         names.update(fresh)
         if fresh:
             self.probe.append_logged(step, ProbedStep(fresh))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from osp_diag.probing.host import copy_under_way
+
 __all__ = ["Clock", "Scalars"]
 
 
@@ -70,10 +72,7 @@ class Scalars:
     def add(self, step: int, numbers: Mapping[str, Tensor], host: Mapping[str, float], start: Clock) -> None:
         """Send a step's device scalars on their way; ``host`` holds what the host knows already."""
         stacked = torch.stack([value.detach().to(torch.float64).reshape(()) for value in numbers.values()])
-        values = stacked
-        if self._device.type == "cuda":
-            values = torch.empty(stacked.shape, dtype=stacked.dtype, pin_memory=True)
-            values.copy_(stacked, non_blocking=True)
+        values = copy_under_way(stacked)
         self._queue.append(_Pending(step, tuple(numbers), values, dict(host), start, Clock(self._device)))
 
     def arrived(self, *, wait: bool = False) -> Iterator[tuple[int, dict[str, float]]]:

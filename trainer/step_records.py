@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from osp_diag.probing.host import copy_under_way
 from osp_diag.probing.ranks import is_distributed
 from osp_diag.runs.declared import ProbedStep
 from osp_diag.schema import OPTIMIZER_SETTINGS, WEIGHT_SKETCH
@@ -72,11 +73,11 @@ class StepRecords:
         pending = _Pending(step, math.nan if sequences is None else float(sequences))
         counts = self._counts.of(batch)
         if is_distributed():
-            counts = self._on_its_way(summed(self._on_device(counts)))
+            counts = copy_under_way(summed(self._on_device(counts)))
         pending.numbers["batch"] = counts
         pending.numbers[OPTIMIZER_SETTINGS] = torch.from_numpy(self._settings.values())
         if self._sketch is not None and (always or self._is_period(step)):
-            pending.numbers[WEIGHT_SKETCH] = self._on_its_way(self._sketch.take())
+            pending.numbers[WEIGHT_SKETCH] = copy_under_way(self._sketch.take())
         self._queue.append(pending)
 
     def arrived(self, step: int) -> tuple[dict[str, float], ProbedStep]:
@@ -103,10 +104,3 @@ class StepRecords:
             return value
         # A copy from memory that is not pinned would wait for what the device is at.
         return value.pin_memory().to(self._device, non_blocking=True)
-
-    def _on_its_way(self, value: Tensor) -> Tensor:
-        """A copy on the host that is whole once the device has got here."""
-        if value.device.type != "cuda":
-            return value
-        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return host.copy_(value, non_blocking=True)

@@ -36,7 +36,7 @@ from osp_diag.capture.states import EstimatorChoice, Key, SiteStates, is_weight
 from osp_diag.capture.strata import strata_of
 from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.capture.token_kinds import TokenKinds
-from osp_diag.capture.weight_measuring import measure_expert_weights, measure_gate, measure_weight
+from osp_diag.capture.weight_measuring import Projection, measure_expert_weights, measure_gate, measure_weight
 from osp_diag.estimators.activation import ActivationObservation
 from osp_diag.estimators.attention import AttentionMask, TokenIds
 from osp_diag.estimators.base import Layout, State, Suite
@@ -60,9 +60,6 @@ if TYPE_CHECKING:
     from osp_diag.seams.attention import AttentionCall
 
 __all__ = ["Collector"]
-
-FusedPart = tuple[int, int, int, int] | None
-"""Which part of a fused projection, as a tap's ``fused``; None for a whole one."""
 
 HELD_BYTES = 2**30
 """What is held of sequences that are made token by token, before they are folded as far as they go."""
@@ -125,7 +122,7 @@ class Collector:
         groups: TokenGroups | None = None,
         output_projections: Mapping[int, nn.Module] | None = None,
         expert_projections: Mapping[int, Sequence[nn.Module]] | None = None,
-        up_projections: Mapping[int, tuple[nn.Module, FusedPart]] | None = None,
+        up_projections: Mapping[int, Projection] | None = None,
         loss_scale: float | None = None,
     ) -> None:
         self.includes = includes
@@ -253,10 +250,10 @@ class Collector:
 
     def _tell_gradients(self, *, is_cached: bool) -> None:
         """Say of which tokens the gradients of this pass will be."""
-        told, parts = self._tokens_of_gradients, self._parts
-        if told is not None:
-            told.shape, told.is_cached = self._tokens, is_cached
-            told.parts = lambda device: [(part.rows, part.strata) for part in _parts_on(parts, device)]
+        tokens, parts = self._tokens_of_gradients, self._parts
+        if tokens is not None:
+            tokens.shape, tokens.is_cached = self._tokens, is_cached
+            tokens.parts = lambda device: [(part.rows, part.strata) for part in _parts_on(parts, device)]
 
     def _opens_or_continues(self, forward_pass: ForwardPass, ids: torch.Tensor, strata: torch.Tensor) -> bool:
         """Whether the pass is one of several over the same sequences, which are put together at their end."""

@@ -63,8 +63,6 @@ class SiteGradients:
         self._tokens = TokensOfPass()
         self._is_open = True
         self._reasons: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
-        self.count = 0
-        """how many gradients came"""
 
     def start(self) -> TokensOfPass:
         """A forward pass begins; what is returned is told about its tokens."""
@@ -105,7 +103,6 @@ class SiteGradients:
                 rows = rows / self._loss_scale
             for take, strata in tokens.parts(gradient.device):
                 self._fold(site, layer, take(rows), strata)
-            self.count += 1
 
         return receive
 

@@ -13,7 +13,7 @@ from osp_diag.estimators.base import Layout, State, Suite
 from osp_diag.estimators.swiglu_alignment import GateObservation
 from osp_diag.estimators.weight_outliers import WeightObservation
 
-__all__ = ["measure_expert_weights", "measure_gate", "measure_weight"]
+__all__ = ["Projection", "measure_expert_weights", "measure_gate", "measure_weight"]
 
 Projection = tuple[nn.Module, tuple[int, int, int, int] | None]
 """A projection, and which part of it where it is fused."""

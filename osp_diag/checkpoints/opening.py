@@ -11,6 +11,7 @@ from osp_diag.checkpoints.checkpoint import Checkpoint, assemble
 from osp_diag.checkpoints.path_advice import path_advice
 from osp_diag.checkpoints.step_names import checkpoints_in, named_shortly, pattern_of
 from osp_diag.errors import CheckpointError, TokenError, UsageError
+from osp_diag.wording import counted
 
 if TYPE_CHECKING:
     import torch
@@ -148,7 +149,7 @@ def _checkpoint_notes(directory: Path) -> tuple[str, ...]:
     if not inside:
         return ()
     return (
-        f"{directory} holds {len(inside)} checkpoint{'s' * (len(inside) > 1)} too ({named_shortly(inside)}), "
+        f"{directory} holds {counted(len(inside), 'checkpoint')} too ({named_shortly(inside)}), "
         f"which are other models; `osp-diag probe {pattern_of(inside, directory)}` measures them.",
     )
 

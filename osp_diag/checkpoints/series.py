@@ -13,7 +13,7 @@ from osp_diag.checkpoints.pretrained import check_files
 from osp_diag.checkpoints.step_names import checkpoints_in, named_shortly, pattern_of, step_in_name
 from osp_diag.checkpoints.trainer_state import TrainerState, read_trainer_state
 from osp_diag.errors import UsageError
-from osp_diag.wording import listed
+from osp_diag.wording import counted, listed
 
 __all__ = ["StepCheckpoint", "checkpoints_of", "is_model"]
 
@@ -73,19 +73,19 @@ def checkpoints_of(
     CheckpointError : there is no such checkpoint, or a ``trainer_state.json`` is damaged
     """
     if revisions:
-        found = _of_the_hub(sources, revisions)
+        checkpoints = _of_the_hub(sources, revisions)
     else:
-        found = [one for source in sources for one in _at(source, sources)]
-    if not found:
+        checkpoints = [one for source in sources for one in _at(source, sources)]
+    if not checkpoints:
         raise UsageError(
             "which checkpoints? Give their paths, or a directory that holds checkpoint-500 and so on"
         )
     if steps is None:
-        members = [_with_its_step(one) for one in found]
+        members = [_with_its_step(one) for one in checkpoints]
         _refuse_nameless([one for one in members if one.step < 0])
     else:
-        _check_steps(steps, found, sources)
-        members = [replace(one, step=step) for one, step in zip(found, steps, strict=True)]
+        _check_steps(steps, checkpoints, sources)
+        members = [replace(one, step=step) for one, step in zip(checkpoints, steps, strict=True)]
     members.sort(key=lambda one: one.step)
     for one, other in pairwise(members):
         if one.step == other.step:
@@ -170,16 +170,18 @@ def _refuse_nameless(nameless: Sequence[StepCheckpoint]) -> None:
         )
 
 
-def _check_steps(steps: Sequence[int], found: Sequence[StepCheckpoint], sources: Sequence[Source]) -> None:
+def _check_steps(
+    steps: Sequence[int], checkpoints: Sequence[StepCheckpoint], sources: Sequence[Source]
+) -> None:
     if any(step < 0 for step in steps):
         raise UsageError(f"--steps {min(steps)}: a step is a number of updates, 0 or more")
-    if len(found) > len(sources) and all(one.revision is None for one in found):
+    if len(checkpoints) > len(sources) and all(one.revision is None for one in checkpoints):
         raise UsageError(
             "--steps (steps=) goes with checkpoints that are named one by one; those in a directory have "
             "their steps in their names"
         )
-    if len(steps) != len(found):
+    if len(steps) != len(checkpoints):
         raise UsageError(
-            f"{len(found)} checkpoint{'s' * (len(found) > 1)} and {len(steps)} of --steps (steps=); give one "
+            f"{counted(len(checkpoints), 'checkpoint')} and {len(steps)} of --steps (steps=); give one "
             "for each, in the order of the checkpoints"
         )

@@ -7,6 +7,7 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from osp_diag.probing.host import copy_under_way
 from osp_diag.probing.ranks import communication_device, is_distributed
 
 __all__ = ["Agreement"]
@@ -33,8 +34,7 @@ class Agreement:
         work = dist.all_reduce(count, async_op=True)
         if count.is_cuda:
             work.wait()  # the stream does, the host does not
-            on_host = torch.empty_like(count, device="cpu", pin_memory=True)
-            on_host.copy_(count, non_blocking=True)
+            on_host = copy_under_way(count)
             event = torch.cuda.Event()
             event.record()
             self._sent.append((on_host, event))

@@ -97,7 +97,7 @@ class RunControl:
 
     # Noticing
 
-    def is_asked(self, step: int) -> bool:
+    def takes_request(self, step: int) -> bool:
         """Whether this rank has taken a request, once for each; the first rank looks, a few times a second.
 
         Whoever has its own way to tell all ranks calls this, and then :meth:`obey` on all of them.
@@ -118,7 +118,7 @@ class RunControl:
 
     def between_steps(self, step: int, actions: LoopActions | None = None) -> None:
         """Do what is asked, from ``step`` on; called once a step, by every rank."""
-        if self._agreement.reached(self.is_asked(step)):
+        if self._agreement.reached(self.takes_request(step)):
             self.obey(step, actions)
 
     # Doing

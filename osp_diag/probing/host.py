@@ -1,4 +1,4 @@
-"""Bringing small device arrays to the host, in as few transfers as there are devices."""
+"""Bringing small device arrays to the host: in as few transfers as there are devices, or without waiting."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from osp_diag.capture.states import Key
 from osp_diag.estimators.base import State
 from osp_diag.schema import SITES
 
-__all__ = ["snapshot_datasets", "to_host"]
+__all__ = ["copy_under_way", "snapshot_datasets", "to_host"]
 
 
 def to_host(states: Mapping[Key, State]) -> dict[Key, State]:
@@ -31,6 +31,14 @@ def to_host(states: Mapping[Key, State]) -> dict[Key, State]:
         for (key, name), tensor, piece in zip(entries, tensors, np.split(flat, ends[:-1]), strict=True):
             copies[key][name] = piece.reshape(tensor.shape)
     return copies
+
+
+def copy_under_way(value: torch.Tensor) -> torch.Tensor:
+    """A copy on the host that is whole once the device has got here; itself where it is on the host."""
+    if not value.is_cuda:
+        return value
+    host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+    return host.copy_(value, non_blocking=True)
 
 
 def snapshot_datasets(snapshots: Snapshots) -> dict[str, xr.Dataset]:

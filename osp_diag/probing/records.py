@@ -231,8 +231,8 @@ class Records:
     def save(self, path: Path, *, overwrite: bool) -> None:
         """Write what is in memory as a run."""
         self._work.wait()
-        kept = (self._memory, self.static, self._attributes, self._series)
-        write_run(path, *kept, logged=self._logged, overwrite=overwrite)
+        parts = (self._memory, self.static, self._attributes, self._series)
+        write_run(path, *parts, logged=self._logged, overwrite=overwrite)
 
     def close(self) -> None:
         """Write what is buffered, and let other writers in, also where something failed before."""

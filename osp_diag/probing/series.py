@@ -27,6 +27,7 @@ from osp_diag.runs.folder import identity_differences, read_root, survey
 from osp_diag.runs.run import Run, open_run
 from osp_diag.runs.writer import VOLATILE
 from osp_diag.tokens import TokenBatches
+from osp_diag.wording import counted
 
 __all__ = ["CHECKPOINTS", "OF_A_SERIES", "probe_series"]
 
@@ -323,7 +324,7 @@ class _Series:
         if not steps:
             return "Nothing was measured before it."
         return (
-            f"{self.out} holds {len(steps)} step{'s' * (len(steps) > 1)} up to {steps[-1]}; the same command "
+            f"{self.out} holds {counted(len(steps), 'step')} up to {steps[-1]}; the same command "
             "with --resume (resume=True) goes on from there."
         )
 

@@ -22,7 +22,7 @@ from osp_diag.capture.states import suites_of
 from osp_diag.capture.super_weights import with_super_weights
 from osp_diag.capture.token_groups import TokenGroups
 from osp_diag.capture.token_kinds import TokenKinds
-from osp_diag.checkpoints.checkpoint import vocabulary_size_of
+from osp_diag.checkpoints.checkpoint import evaluation_mode, vocabulary_size_of
 from osp_diag.errors import CaptureError, SiteError, UsageError
 from osp_diag.estimators.base import Estimator, Field, Layout
 from osp_diag.probing.control import RunControl
@@ -184,8 +184,8 @@ class Probe:
         return self._has_gradient_at(site) and self.measures_site(site)
 
     def _has_gradient_at(self, site: str) -> bool:
-        is_read = any(has_gradient(tap) for tap in self.site_map.taps if tap.site == site)
-        return self.settings.gradients and is_read
+        taps = self.site_map.taps if self.settings.gradients else ()
+        return any(has_gradient(tap) for tap in taps if tap.site == site)
 
     def _sites_with_gradients(self) -> list[str]:
         measured = [site for site in self.site_map.sites if self.measures_site(site)]
@@ -340,19 +340,14 @@ class Probe:
         self.settings.check_held_out()
         started = time.perf_counter()
         collector = self._collector(whole_sequences=whole_sequences)
-        flags = [(module, module.training) for module in self.model.modules()]
         interruption: KeyboardInterrupt | None = None
         try:
-            with self._attached(collector), torch.no_grad():
-                self.model.eval()
+            with evaluation_mode(self.model), self._attached(collector), torch.no_grad():
                 for batch in batches:
                     self.model(**batch)
         except KeyboardInterrupt as raised:
             interruption = raised
             collector.forget_unfinished()
-        finally:
-            for module, training in flags:
-                module.training = training
         # Ranks that Ctrl-C reached at different moments would wait for one another for ever.
         # In somebody's training it may be LayerDrop; of batches of our own nothing would ever come.
         is_first = not self._records.steps and not is_distributed()

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-__all__ = ["Arrays", "DeclaredGroup", "DeclaredVariable", "GroupStep", "ProbedStep", "unmeasured"]
+__all__ = ["Arrays", "DeclaredGroup", "DeclaredVariable", "GroupStep", "ProbedStep", "parts_of", "unmeasured"]
 
 Arrays = Mapping[str, np.ndarray]
 """The numbers of one group at one step, by variable."""
@@ -111,5 +111,9 @@ class ProbedStep(Mapping[str, xr.Dataset]):
 
     def __or__(self, datasets: Mapping[str, xr.Dataset]) -> ProbedStep:
         """The step with further datasets."""
-        further = datasets.groups if isinstance(datasets, ProbedStep) else datasets
-        return ProbedStep({**self.groups, **further})
+        return ProbedStep({**self.groups, **parts_of(datasets)})
+
+
+def parts_of(groups: Mapping[str, xr.Dataset]) -> Mapping[str, GroupStep | xr.Dataset]:
+    """The groups of a step as its maker had them: of a :class:`ProbedStep` no Dataset is made."""
+    return groups.groups if isinstance(groups, ProbedStep) else groups

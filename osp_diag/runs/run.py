@@ -20,7 +20,7 @@ from osp_diag.runs.display import run_as_html, run_as_text
 from osp_diag.runs.folder import FORMAT_KEY, FORMAT_VERSION, is_packed, read_packed_root, read_root
 from osp_diag.runs.format import METADATA, jsonable
 from osp_diag.runs.reduction import Reduction
-from osp_diag.runs.segments import Segment, joined_segments, parent_sentence, segments_of
+from osp_diag.runs.segments import Segment, joined_segments, joined_steps, parent_sentence, segments_of
 from osp_diag.runs.tree import checked_path
 from osp_diag.schema import (
     CHANNEL_WEIGHTS,
@@ -160,16 +160,7 @@ class Run:
                 (groups[name] if name in groups else _unmeasured(example)).expand_dims(step=[label])
                 for label, groups in steps
             ]
-            joined = xr.concat(
-                parts,
-                "step",
-                data_vars="all",
-                coords="minimal",
-                compat="override",
-                join="exact",
-                combine_attrs="override",
-            )
-            nodes[f"/{checked_path(name)}"] = joined.drop_vars("step")
+            nodes[f"/{checked_path(name)}"] = joined_steps(parts, "step", "exact").drop_vars("step")
         for name, dataset in static.items():
             nodes[f"/{checked_path(name)}"] = dataset
         if rows := [*(series or {}).values(), *(logged or {}).values()]:
@@ -181,15 +172,7 @@ class Run:
             nodes[f"/{SERIES}"] = xr.Dataset(columns, coords={LOGGED_STEP: labels})
             for name, datasets in (logged or {}).items():
                 parts = [dataset.expand_dims({LOGGED_STEP: [step]}) for step, dataset in datasets.items()]
-                grown = xr.concat(
-                    parts,
-                    LOGGED_STEP,
-                    data_vars="all",
-                    coords="minimal",
-                    compat="override",
-                    join="exact",
-                    combine_attrs="override",
-                )
+                grown = joined_steps(parts, LOGGED_STEP, "exact")
                 nodes[f"/{SERIES}/{name}"] = grown.reindex({LOGGED_STEP: labels})
         return cls(xr.DataTree.from_dict(nodes))
 

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import xarray as xr
 
@@ -24,6 +24,7 @@ __all__ = [
     "differing_values",
     "join",
     "joined_segments",
+    "joined_steps",
     "parent_sentence",
     "parts_in_segments",
     "segment_group",
@@ -170,13 +171,18 @@ def joined_segments(tree: xr.DataTree) -> xr.DataTree:
 
 def join(before: xr.Dataset, after: xr.Dataset, steps: str, rows: int) -> xr.Dataset:
     """The first ``rows`` steps of one dataset, and the others of the other, under the labels of both."""
-    parts: Sequence[xr.Dataset] = (before.isel({steps: slice(rows)}), after.isel({steps: slice(rows, None)}))
+    parts = (before.isel({steps: slice(rows)}), after.isel({steps: slice(rows, None)}))
+    return joined_steps(parts, steps, "outer")
+
+
+def joined_steps(parts: Iterable[xr.Dataset], steps: str, labels: Literal["exact", "outer"]) -> xr.Dataset:
+    """Steps of a group one behind the other, whose other labels are the same ("exact") or are united."""
     return xr.concat(
         parts,
         steps,
         data_vars="all",
         coords="minimal",
         compat="override",
-        join="outer",
+        join=labels,
         combine_attrs="override",
     )

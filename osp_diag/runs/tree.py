@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
-from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep, unmeasured
+from osp_diag.runs.declared import DeclaredGroup, GroupStep, ProbedStep, parts_of, unmeasured
 from osp_diag.runs.format import METADATA, ArrayLayout, compact, jsonable
 from osp_diag.schema import LOGGED_STEP, SERIES, STEP, group_path
 
@@ -135,7 +135,7 @@ class Tree:
 
     def declare(self, groups: Mapping[str, xr.Dataset]) -> None:
         """The labels of these groups are the run's: steps that share them need not be compared."""
-        for name, part in (groups.groups if isinstance(groups, ProbedStep) else {}).items():
+        for name, part in parts_of(groups).items():
             if isinstance(part, GroupStep):
                 self._shared_labels[checked_path(name)] = part.declared
 
@@ -149,9 +149,7 @@ class Tree:
     def fits(self, name: str, part: xr.Dataset | GroupStep) -> bool:
         """Whether a further step may have this group as it is."""
         try:
-            self.check_step(
-                {name: part} if isinstance(part, xr.Dataset) else ProbedStep({name: part}), partial=True
-            )
+            self.check_step(ProbedStep({name: part}), partial=True)
         except StoreError:
             return False
         return True
@@ -169,8 +167,7 @@ class Tree:
         rows: dict[str, np.ndarray] = {}
         differences: list[str] = []
         coordinates: set[str] = set()
-        parts = groups.groups if isinstance(groups, ProbedStep) else groups
-        for name, part in parts.items():
+        for name, part in parts_of(groups).items():
             group = checked_path(name)
             if isinstance(part, GroupStep) and self._shared_labels.get(group) is part.declared:
                 coordinates.update(f"{group}/{key}" for key in part.declared.coordinates)
@@ -190,7 +187,7 @@ class Tree:
             if isinstance(part, GroupStep) and len(differences) == before:
                 self._shared_labels[group] = part.declared
         if partial:
-            here = {group_path(name) for name in parts}
+            here = {group_path(name) for name in groups}
             away = {path: own for path, own in self.growing.items() if path.rpartition("/")[0] not in here}
             rows |= {path: unmeasured(own.chunk, own.memory_dtype) for path, own in away.items()}
         stepped = {path.rpartition("/")[0] for path in self.growing}

@@ -30,7 +30,7 @@ import xarray as xr
 
 from osp_diag.errors import StoreError
 from osp_diag.runs.axis import GrowingAxis
-from osp_diag.runs.declared import GroupStep, ProbedStep
+from osp_diag.runs.declared import GroupStep, ProbedStep, parts_of
 from osp_diag.runs.folder import (
     FORMAT_KEY,
     FORMAT_VERSION,
@@ -122,8 +122,6 @@ class RunWriter:
         self._series = GrowingAxis(
             LOGGED_STEP, f"{SERIES}/{LOGGED_STEP}", "training step of the scalars", open_end=True
         )
-        self._segment: int | None = None
-        """The step after which the last segment begins, where there are several."""
         self._names_in_segment: dict[str, str] = {}
         self._tree, self._logged = Tree(self.path), Tree(self.path, logged=True)
         self._on_disk: set[str] = set()
@@ -226,12 +224,19 @@ class RunWriter:
         self._tree.declare(groups)
         return plan.rows
 
+    @property
+    def _segment(self) -> int | None:
+        """The step after which the last segment begins, where there are several."""
+        segments = self._attributes.get(SEGMENTS)
+        return segments[-1]["after_step"] if segments else None
+
     def _in_segment(self, groups: Mapping[str, xr.Dataset]) -> Mapping[str, xr.Dataset]:
         """The groups by the names that they go on under: a segment's own where their labels are others."""
         if self._segment is None:
             return groups
-        parts = groups.groups if isinstance(groups, ProbedStep) else groups
-        return ProbedStep({self._name_in_segment(name, part): part for name, part in parts.items()})
+        return ProbedStep(
+            {self._name_in_segment(name, part): part for name, part in parts_of(groups).items()}
+        )
 
     def _name_in_segment(self, name: str, part: xr.Dataset | GroupStep, prefix: str = "") -> str:
         names, tree, path = self._names_in_segment, self._logged if prefix else self._tree, prefix + name
@@ -272,9 +277,8 @@ class RunWriter:
             reads NaN
         """
         self._require_open()
-        parts = groups.groups if isinstance(groups, ProbedStep) else groups
         prefix = f"{SERIES}/"
-        below = ProbedStep({self._name_in_segment(n, part, prefix): part for n, part in parts.items()})
+        below = ProbedStep({self._name_in_segment(n, p, prefix): p for n, p in parts_of(groups).items()})
         label, tree, axis = step_label(step), self._logged, self._series
         with self._disk_errors():
             self._refuse_logged(label, [f"{name}/{key}" for name in below for key in _variables(below, name)])
@@ -490,14 +494,14 @@ class RunWriter:
 
     def _resume(self, segment_after: int | None) -> None:
         root = read_root(self.path)
-        attributes, given = root["attributes"], self._attributes
+        attributes, own = root["attributes"], self._attributes
         self._attributes = attributes
         if segment_after is not None:
             self._drop_segments(lambda after_step: after_step >= segment_after)
             attributes = self._attributes
         last = segments_of(attributes)[-1]
-        volatile = VOLATILE if segment_after is None else (*VOLATILE, *given.keys() - {*OF_MEASUREMENT})
-        differences = identity_differences(last.attributes, given, volatile)
+        volatile = VOLATILE if segment_after is None else (*VOLATILE, *own.keys() - {*OF_MEASUREMENT})
+        differences = identity_differences(last.attributes, own, volatile)
         if differences:
             raise StoreError(
                 f"{self.path} cannot be resumed: it was written under other conditions\n  "
@@ -520,14 +524,11 @@ class RunWriter:
         logged = {path: array.layout for path, array in self._series.arrays.items() if path.count("/") > 1}
         self._logged.restore_growing(logged)
         self._on_disk = {"", *nodes}
-        circumstances = {key: given[key] for key in CIRCUMSTANCES if key in given}
+        circumstances = {key: own[key] for key in CIRCUMSTANCES if key in own}
         history = [*attributes.get("resumed", []), circumstances | {"after_step": self.last_step}]
         self._attributes = attributes | {"resumed": history}
         if segment_after is not None:
-            self._begin_segment(segment_after, last.attributes, given)
-        self._segment = (
-            self._attributes[SEGMENTS][-1]["after_step"] if self._attributes.get(SEGMENTS) else None
-        )
+            self._begin_segment(segment_after, last.attributes, own)
 
     def _begin_segment(self, after_step: int, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         changed = changed_attributes(
@@ -544,7 +545,6 @@ class RunWriter:
         if segments:
             left = [entry for entry in segments if not is_dropped(entry["after_step"])]
             self._attributes = self._attributes | {SEGMENTS: left}
-            self._segment = left[-1]["after_step"] if left else None
             self._names_in_segment = {}
 
     # -- refusing --------------------------------------------------------------------------------------
@@ -576,5 +576,4 @@ def _variables(step: ProbedStep, group: str) -> list[str]:
 
 def _part(groups: Mapping[str, xr.Dataset], names: Collection[str]) -> ProbedStep:
     """Some groups of a step."""
-    parts = groups.groups if isinstance(groups, ProbedStep) else groups
-    return ProbedStep({name: part for name, part in parts.items() if name in names})
+    return ProbedStep({name: part for name, part in parts_of(groups).items() if name in names})

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from osp_diag.checkpoints.checkpoint import evaluation_mode
 from osp_diag.errors import SiteError
 from osp_diag.seams.attention import AttentionCall, AttentionCapture, SkipReason
 from osp_diag.seams.threads import of_this_thread
@@ -178,15 +179,9 @@ def outputs_of(result: Any) -> dict[int | None, Any]:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no gradients, random state and training flags put back afterwards."""
-    flags = [(module, module.training) for module in model.modules()]
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in flags:
-                module.training = training
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), evaluation_mode(model):
+        yield
 
 
 def _example_device(model: nn.Module) -> torch.device:

@@ -20,7 +20,7 @@ from typing import IO, Any
 from osp_diag.errors import TokenError
 from osp_diag.text.tokenizer_files import END_OF_TEXT
 from osp_diag.text.unpacking import PACKED, unpacked
-from osp_diag.wording import listed
+from osp_diag.wording import counted, listed
 
 __all__ = [
     "SUFFIXES",
@@ -117,7 +117,7 @@ class Documents:
 
 def without_text_note(name: str, count: int) -> str:
     """What is said of rows without a text, of a file or of a data set."""
-    return f"{name}: {count:,} row{'s' * (count != 1)} without a text left out."
+    return f"{name}: {counted(count, 'row')} without a text left out."
 
 
 def read_text(file: Path) -> str:

@@ -59,6 +59,8 @@ class StreamedTexts:
     ) -> None:
         self._name, self._encoder, self._form, self._keep = dataset, encoder, form, keep
         self._seed, self._buffer, self._endless = seed, buffer, endless
+        # Now, since it asks the disk, and notes are asked for after every batch.
+        self._label = name_without_path(dataset)
         rows, name = open_dataset(dataset, split)
         rows = rows if hasattr(rows, "load_state_dict") else rows.to_iterable_dataset()
         _silence_refilling()
@@ -97,8 +99,9 @@ class StreamedTexts:
     def notes(self) -> tuple[str, ...]:
         """What is to be said of the rows that were read, those of every epoch counted."""
         rows, without = self._rows_before + self._rows_of_block, self._without_before + self._without_of_block
-        label = name_without_path(self._name)
-        return (f"{label}: {without:,} of {rows:,} rows read without a text left out.",) if without else ()
+        if not without:
+            return ()
+        return (f"{self._label}: {without:,} of {rows:,} rows read without a text left out.",)
 
     def state(self) -> dict[str, Any]:
         """Where the next document is: plain data."""

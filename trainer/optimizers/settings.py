@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,10 +37,10 @@ class OptimizerSettings:
         self._optimizers = optimizers
         # The rows are settled now: a later step records what has become of these.
         self._places = [place for place, _ in self._parts()]
-        names, seen = [], dict[str, int]()
+        names, rows = [], Counter[str]()
         for _, _, label in self._places:
-            seen[label] = seen.get(label, 0) + 1
-            names.append(label if seen[label] == 1 else f"{label}/{seen[label]}")
+            rows[label] += 1
+            names.append(label if rows[label] == 1 else f"{label}/{rows[label]}")
         self._declared = DeclaredGroup.of(
             xr.Dataset(
                 {
@@ -68,10 +69,9 @@ class OptimizerSettings:
         labels = {id(value): label for label, pairs in self._optimizers.groups.items() for _, value in pairs}
         for name, optimizer in self._optimizers.each.items():
             for number, group in enumerate(optimizer.param_groups):
-                counts = dict[str, int]()
+                counts = Counter[str]()
                 for value in group["params"]:
-                    label = labels.get(id(value), name)
-                    counts[label] = counts.get(label, 0) + value.numel()
+                    counts[labels.get(id(value), name)] += value.numel()
                 for label, count in counts.items():
                     yield (name, number, label), count
 
