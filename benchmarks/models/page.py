@@ -49,13 +49,11 @@ def read_results() -> dict[str, dict[str, Any]]:
 
 def page(results: Results) -> str:
     """The whole file."""
-    from osp_diag.schema import SITES
-
-    chapters = [PREAMBLE.format(summary=summary(results), number=len(SITES))]
+    chapters = [PREAMBLE.format(summary=summary(results), number=len(_named_sites(results)))]
     for kind in KINDS:
         rows = [row for row in results.values() if row["kind"] == kind]
         if rows:
-            chapters.append(_chapter(kind, rows, len(SITES)))
+            chapters.append(_chapter(kind, rows))
     return "\n".join(chapters).rstrip() + "\n"
 
 
@@ -86,6 +84,11 @@ def summary(results: Results) -> str:
     )
 
 
+def _named_sites(results: Results) -> set[str]:
+    """The sites that were looked for when this was measured: later ones are in no row."""
+    return {site for row in results.values() for site in (*row["sites"], *row["absent"])}
+
+
 def _measured(results: Results) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
     """Rows that were measured, those of them that were compared, and those of them that agree."""
     measured = [row for row in results.values() if row["state"] == "measured"]
@@ -98,7 +101,7 @@ def errors(row: Mapping[str, Any]) -> list[float]:
     return [row[name] for name in ("kurtosis_error", "attention_error") if row[name] is not None]
 
 
-def _chapter(kind: str, rows: list[dict[str, Any]], number: int) -> str:
+def _chapter(kind: str, rows: list[dict[str, Any]]) -> str:
     lines = [f"## {kind.capitalize()}", "", "| model | sites | kurtosis | attention | same output | note |"]
     lines.append("|---|---|---|---|---|---|")
     lines += [_line(row) for row in rows if row["state"] != "not built"]
