@@ -13,7 +13,7 @@ from tests.report_runs import GROWING, trainings
 from tests.synthetic_runs import synthetic_run
 
 LAST = "Of the last probed step (50), wherever the step slider stands. "
-OVER_STEPS = ("kurtosis_dynamics", "outlier_timeline", "sink_emergence")
+OVER_STEPS = ("diagnosis_timeline", "kurtosis_dynamics", "outlier_timeline", "sink_emergence")
 
 
 def captions(runs, labels):
