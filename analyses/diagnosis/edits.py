@@ -31,6 +31,10 @@ ROW_FACTOR = 2.0
 TIMES_HISTORY = 3.0
 """The same against the pair of checkpoints before."""
 HALF_A_HEAD = 0.5
+OF_HEADS = ("q_proj", "k_proj", "v_proj", ".query.", ".key.", ".value.")
+"""In names of matrices whose rows are those of heads."""
+BLOCKS = ("layers", "layer", "h", "blocks", "block")
+"""What the list of blocks is called in names of parameters."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,27 @@ def edited_weights(case: Case) -> Iterator[Finding]:
         else:
             edits.setdefault(edit.parameter, edit)
     findings = [_finding(case, edit) for edit in edits.values()]
-    if case.logged(WEIGHT_SKETCH) is None and not case.pairs:
-        case.not_recorded.append("edits of weights: no weight sketch and fewer than two checkpoints")
+    if case.logged(WEIGHT_SKETCH) is None and len(case.pairs) < 2:
+        case.not_recorded.append(
+            "edits of weights: no weight sketch and fewer than two checkpoints"
+            if not case.pairs
+            else "edits of weights: no weight sketch and two checkpoints alone, so that it is not known what is "
+            "usual between two"
+        )
     elif not findings:
         case.ruled_out.append(
             "weights moved unlike before only where a finding above can be the reason; edits of weights are "
             "not told apart from it"
             if explained
             else "no weights changed otherwise than by steps of training"
+            + (_since_the_second(case) if case.logged(WEIGHT_SKETCH) is None else "")
         )
     yield from findings
+
+
+def _since_the_second(case: Case) -> str:
+    """Of the first two checkpoints there is nothing before them that they could be compared with."""
+    return f" after the checkpoint of step {case.checkpoints[1].step}"
 
 
 def _jumps(case: Case) -> Iterator[_Edit]:
@@ -122,8 +137,8 @@ def _rows(case: Case) -> Iterator[_Edit]:
         table = case.changes(one, two)
         kept_owner = {
             name
-            for name, owner in two.owners.items()
-            if one.owners.get(name) == owner or name not in one.owners
+            for name in two.shapes
+            if one.owners.get(name) == two.owners.get(name) or name not in one.owners
         }
         now: dict[str, float] = {}
         for name in table["parameter"].values:
@@ -164,7 +179,8 @@ def _finding(case: Case, edit: _Edit) -> Finding:
     at_one_step = edit.bracket.bad - (edit.bracket.good or 0) <= 1
     confidence: Confidence = "proved" if at_one_step else "measured"
     undone = case.laboratory.reverted(two.step, one.step, part)
-    return Finding(family, words, confidence, edit.bracket, (*edit.evidence, undone.sentence), place)
+    evidence = edit.evidence if undone is None else (*edit.evidence, undone.sentence)
+    return Finding(family, words, confidence, edit.bracket, evidence, place)
 
 
 def _part(
@@ -203,7 +219,7 @@ def _part(
 
 def _head(name: str, axis: str, indices: tuple[int, ...], size: int) -> int | None:
     """The head that most of the rows are in, if they are most of a head."""
-    if axis != "row" or not any(part in name for part in ("q_proj", "k_proj", "v_proj")):
+    if axis != "row" or size < 1 or not any(part in name for part in OF_HEADS):
         return None
     heads, counts = np.unique(np.array(indices) // size, return_counts=True)
     best = int(counts.argmax())
@@ -219,5 +235,5 @@ def _module(parameter: str) -> str:
 
 def _layer(parameter: str) -> int | None:
     parts = parameter.split(".")
-    numbers = [part for before, part in pairwise(parts) if before == "layers"]
+    numbers = [part for before, part in pairwise(parts) if before in BLOCKS]
     return int(numbers[0]) if numbers and numbers[0].isdigit() else None

@@ -42,17 +42,18 @@ def regression_of(case: Case) -> Regression:
                 f"kurtosis {kurtosis.values[:bad].max():.3g} → {top:.3g} ({bracket}); noise has {floor:.3g}"
             )
             brackets.append(bracket)
-    series = case.run.series
-    if "held_out_loss" in series:
-        losses = series["held_out_loss"].dropna("step")
-        compared += ["held-out loss"] if losses.size > 1 else []
+    for name, words in (("held_out_loss", "held-out loss"), ("validation_loss", "validation loss")):
+        losses = case.scalar(name)
+        if losses is None or "held-out loss" in compared:
+            continue
+        compared += [words] if losses.size > 1 else []
         lowest = np.minimum.accumulate(losses.values) if losses.size else losses.values
         risen = np.flatnonzero(losses.values[1:] > lowest[:-1] + LOSS)
         if risen.size:
             bad = int(risen[0]) + 1
             bracket = _bracket(losses["step"].values, bad)
             sentences.append(
-                f"held-out loss {lowest[bad - 1]:.3g} → {losses.values[bad:].max():.3g} ({bracket})"
+                f"{words} {lowest[bad - 1]:.3g} → {losses.values[bad:].max():.3g} ({bracket})"
             )
             brackets.append(bracket)
     for finding in case.noticed:
