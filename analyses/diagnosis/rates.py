@@ -10,7 +10,7 @@ from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
 from osp_diag.schema import OPTIMIZER_SETTINGS
 
-__all__ = ["jumped_rates"]
+__all__ = ["is_jump", "jumped_rates"]
 
 JUMP = 2.0
 """Times the largest rate so far, and times what the rise before leads to expect, from which on it is no
@@ -26,7 +26,7 @@ def jumped_rates(case: Case) -> Iterator[Finding]:
         case.not_recorded.append("the learning rate by step: neither the run nor trainer_state.json has three")
         return
     steps, values = rates["step"].values, rates.values
-    jumps = [place for place in range(2, len(values)) if _jumps(steps, values, place)]
+    jumps = [place for place in range(len(values)) if is_jump(steps, values, place)]
     for place in jumps[:1]:
         factor = values[place] / values[place - 1]
         yield Finding(
@@ -43,7 +43,15 @@ def jumped_rates(case: Case) -> Iterator[Finding]:
         case.ruled_out.append("the learning rate that was logged rises nowhere as no schedule would")
 
 
-def _jumps(steps: np.ndarray, values: np.ndarray, place: int) -> bool:
+def is_jump(steps: np.ndarray, values: np.ndarray, place: int) -> bool:
+    """Whether the rate at a place is more than twice all before, and than they lead to expect, linearly.
+
+    Parameters
+    ----------
+    steps, values : of the rates that were logged, ascending; of the first two nothing is told
+    """
+    if place < 2:
+        return False
     one, two = values[place - 2 : place]
     if two <= 0:
         return False
