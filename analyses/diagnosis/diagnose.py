@@ -104,7 +104,9 @@ def diagnose(
         findings=tuple(findings),
         where=tuple(places(case)),
         ruled_out=tuple(dict.fromkeys(case.ruled_out)),
-        not_recorded=tuple(dict.fromkeys((*(() if laboratory is None else laboratory.missing), *case.not_recorded))),
+        not_recorded=tuple(
+            dict.fromkeys((*(() if laboratory is None else laboratory.missing), *case.not_recorded))
+        ),
     )
 
 

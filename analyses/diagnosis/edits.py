@@ -30,6 +30,9 @@ ROW_FACTOR = 2.0
 """Ratio of a row's change to the median row's from which on checkpoints tell an edit; healthy: up to 1.8."""
 TIMES_HISTORY = 3.0
 """The same against the pair of checkpoints before."""
+SCALED, BEYOND_GROWTH = 0.9, 4.0
+"""Of other loops: cosine of a row before and after from which on it was scaled, and the ratio of one that
+turned from which on no growth explains it; seen in healthy trainings: 2.3 at a cosine of 0.5."""
 HALF_A_HEAD = 0.5
 OF_HEADS = ("q_proj", "k_proj", "v_proj", ".query.", ".key.", ".value.")
 """In names of matrices whose rows are those of heads."""
@@ -154,10 +157,10 @@ def _rows(case: Case) -> Iterator[_Edit]:
             ):
                 continue
             threshold = max(math.log(ROW_FACTOR), TIMES_HISTORY * history)
-            few = (
-                float(row["rows_beyond"]) <= max(1.0, 0.02 * (two.shapes[str(name)] or (1,))[0]) or not outer
-            )
-            if deviation > threshold and few:
+            shape = two.shapes[str(name)] or (1,)
+            is_vector = len(shape) < 2 and not case.trains
+            few = float(row["rows_beyond"]) <= max(1.0, 0.02 * shape[0]) or not (outer or is_vector)
+            if deviation > threshold and few and (case.trains or _is_no_growth(row, deviation)):
                 text = (
                     f"between the checkpoints of steps {one.step} and {two.step} a row or column changed "
                     f"{math.exp(deviation):.1f}-fold against the others; between those before, at most "
@@ -165,6 +168,15 @@ def _rows(case: Case) -> Iterator[_Edit]:
                 )
                 yield _Edit(str(name), Bracket(one.step, two.step), (text,))
         before = now
+
+
+def _is_no_growth(row: xr.Dataset, deviation: float) -> bool:
+    """Of loops whose steps cannot be made again: whether the row was scaled, or changed beyond all growth.
+
+    Between checkpoints that lie far apart, a row of an outlier channel grows by itself, and turns.
+    """
+    axis = "row" if float(row["row_deviation"]) >= float(row["column_deviation"]) else "column"
+    return deviation > math.log(BEYOND_GROWTH) or float(row[f"{axis}_cosine"]) > SCALED
 
 
 def _finding(case: Case, edit: _Edit) -> Finding:

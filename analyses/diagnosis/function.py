@@ -134,9 +134,7 @@ def _losses(
 ) -> list[Finding]:
     steps = [state.step for state in recorded]
     tolerance = EXACT if case.computes_exactly(steps[-1]) else OTHERWISE
-    wrong = [
-        r for r in records if not abs(r.now - r.recorded) <= tolerance * max(1.0, r.recorded)
-    ]
+    wrong = [r for r in records if not abs(r.now - r.recorded) <= tolerance * max(1.0, r.recorded)]
     if not wrong or explained:
         return []
     right = [record.step for record in records if record not in wrong]

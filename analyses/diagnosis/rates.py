@@ -21,9 +21,18 @@ def jumped_rates(case: Case) -> Iterator[Finding]:
     """A rate that is above all before, and beyond what a warm-up would have brought."""
     if case.logged(OPTIMIZER_SETTINGS) is not None:
         return
+    norms = case.scalar("gradient_norm")
+    if norms is not None:
+        top = norms.isel(step=int(norms.argmax()))
+        case.ruled_out.append(
+            f"the gradient's norm that was logged: median {float(norms.median()):.3g}, at most {float(top):.3g} (step "
+            f"{int(top['step'])})"
+        )
     rates = case.scalar("learning_rate")
     if rates is None or rates.size < 3:
-        case.not_recorded.append("the learning rate by step: neither the run nor trainer_state.json has three")
+        case.not_recorded.append(
+            "the learning rate by step: neither the run nor trainer_state.json has three"
+        )
         return
     steps, values = rates["step"].values, rates.values
     jumps = [place for place in range(len(values)) if is_jump(steps, values, place)]

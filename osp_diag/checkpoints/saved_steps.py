@@ -71,9 +71,7 @@ def saved_in(directory: Path) -> tuple[list[SavedStep], list[str]]:
     return read_saved([(path, None) for path in (*checkpoints_in(directory), *files)], str(directory))
 
 
-def read_saved(
-    paths: Sequence[tuple[Path, int | None]], where: str
-) -> tuple[list[SavedStep], list[str]]:
+def read_saved(paths: Sequence[tuple[Path, int | None]], where: str) -> tuple[list[SavedStep], list[str]]:
     """As :func:`saved_in`, of (path, step) that are named; a step of None is looked for.
 
     Raises

@@ -205,7 +205,8 @@ class ForeignLaboratory:
 
         Only where the run's own tokens can be had.
         """
-        records = []
+        records: list[FunctionRecord] = []
+        refused: dict[int, str] = {}
         for step in steps:
             one = self._by_step[step]
             try:
@@ -218,7 +219,10 @@ class ForeignLaboratory:
                     return records
                 records.append(self._function(step, self._models.measured(one, f"step {step} once more")))
             except NOT_RUN as error:
-                self._lack(f"the function of the weights of step {step}: {error}")
+                refused[step] = str(error)
+        if refused:
+            which = f"step{'s' if len(refused) > 1 else ''} {listed(list(map(str, refused)))}"
+            self._lack(f"the function of the weights of {which}: {next(iter(refused.values()))}")
         return records
 
     def _function(self, step: int, again: Run) -> FunctionRecord:
@@ -296,7 +300,9 @@ def _saved(run: Run, directory: Path | None) -> tuple[list[SavedStep], list[str]
         there = [(path, step) for step, path in sources.items() if path.exists()]
         gone = [str(path) for path in sources.values() if not path.exists()]
         lost = (
-            [f"the weights of {listed(gone, 4)}: they are no files here; name their directory with --checkpoints"]
+            [
+                f"the weights of {listed(gone, 4)}: they are no files here; name their directory with --checkpoints"
+            ]
             if gone
             else []
         )

@@ -84,5 +84,8 @@ def head_size_of(config: Mapping[str, Any]) -> int:
         values = [value for key, value in config.items() if key.rpartition(".")[2] in names]
         return next((value for value in values if type(value) is int and value > 0), 0)
 
-    heads, width = first("num_attention_heads", "n_head", "num_heads"), first("hidden_size", "n_embd", "d_model")
+    heads, width = (
+        first("num_attention_heads", "n_head", "num_heads"),
+        first("hidden_size", "n_embd", "d_model"),
+    )
     return first("head_dim") or (width // heads if heads else 0)

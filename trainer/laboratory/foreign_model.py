@@ -93,9 +93,7 @@ class ForeignModels:
         settings = TokenSettings()
         if type(attrs.get("tokens")) is int and type(attrs.get("sequence_length")) is int:
             bos = {"yes": "yes", "no": "no"}.get(str(attrs.get("bos")), "auto")
-            settings = replace(
-                settings, tokens=attrs["tokens"], seq_len=attrs["sequence_length"], bos=bos
-            )
+            settings = replace(settings, tokens=attrs["tokens"], seq_len=attrs["sequence_length"], bos=bos)
         return settings
 
     @property
@@ -145,7 +143,9 @@ def replaced(model: nn.Module, part: WeightPart, old: Tensor) -> Iterator[None]:
     weights = {
         without_wrappers(name): weight for name, weight in model.named_parameters(remove_duplicate=False)
     }
-    weight = weights.get(part.parameter)
+    # A file may have names with what stands before the model's own: a LightningModule's.
+    names = [name for name in weights if f".{part.parameter}".endswith(f".{name}")]
+    weight = weights[max(names, key=len)] if names else None
     if weight is None or weight.shape != old.shape:
         raise CheckpointError(
             f"{part.parameter} is no parameter of the {type(model).__name__} that was built, or has another "
@@ -160,4 +160,3 @@ def replaced(model: nn.Module, part: WeightPart, old: Tensor) -> Iterator[None]:
             yield
         finally:
             weight[place] = before
-

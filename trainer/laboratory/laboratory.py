@@ -259,4 +259,3 @@ class TrainingLaboratory:
 
 def _autocast(config: TrainConfig) -> Callable[[], AbstractContextManager[None]]:
     return lambda: autocast_of(config, torch.device("cpu"))
-
