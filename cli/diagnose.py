@@ -36,6 +36,10 @@ def run(
     proved by then, short trainings with a part of the recipe put back, each beside a control. Every finding
     is proved, measured, or consistent with what is recorded. The run is only read.
 
+    Of a run of another loop (osp_diag.Probe, a callback, several checkpoints probed) the checkpoints are read
+    that it names or that lie in --checkpoints: checkpoint-500 and so on, or files step-500.ckpt. What needs its
+    data or its code (batches, replays, remedies) is named as missing.
+
     Args:
         path: the run of a training.
         against: a good run; what it has otherwise counts as right.
@@ -44,8 +48,8 @@ def run(
         verify: try every remedy for so many steps from before the onset.
         out: write a page with this diagnosis and its figure, one file that needs no network.
         json: print the diagnosis as JSON.
-        token_settings: of another loop's run, which tokens its models are run on, where an edit is undone or the
-            function is asked about; by default the run's own, if they are of the built-in text.
+        token_settings: of another loop's run, which tokens its models are run on, where an edit is undone or
+            the function is asked about; by default the run's own, if they are of the built-in text.
         opening: how its checkpoints are opened.
 
     Examples:

@@ -1,7 +1,7 @@
 """What a diagnosis asks of whoever can read a training's checkpoints and run it again: evidence alone.
 
-The trainer answers (``osp_diag.trainer.laboratory``; of other loops what their checkpoints tell), the rules of
-``osp_diag.analyses.diagnosis`` judge the answers; neither imports the other.
+The trainer answers (``osp_diag.trainer.laboratory``; of other loops what their checkpoints tell), the rules
+of ``osp_diag.analyses.diagnosis`` judge the answers; neither imports the other.
 """
 
 from __future__ import annotations

@@ -61,8 +61,8 @@ def edited_weights(case: Case) -> Iterator[Finding]:
         case.not_recorded.append(
             "edits of weights: no weight sketch and fewer than two checkpoints"
             if not case.pairs
-            else "edits of weights: no weight sketch and two checkpoints alone, so that it is not known what is "
-            "usual between two"
+            else "edits of weights: no weight sketch and two checkpoints alone, and a third is needed to "
+            "know what is usual between two"
         )
     elif not findings:
         case.ruled_out.append(

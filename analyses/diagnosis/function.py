@@ -114,8 +114,8 @@ def _probes(case: Case, records: list[FunctionRecord]) -> Iterator[Finding]:
         return
     one = wrong[0]
     text = (
-        f"at step {one.step} {one.quantity} was {one.recorded:.4g}, and is {one.now:.4g} under today's code on "
-        "the same tokens"
+        f"at step {one.step} {one.quantity} was {one.recorded:.4g}, and is {one.now:.4g} under "
+        "today's code on the same tokens"
     )
     before = [step for step in right if step < one.step]
     if not before:

@@ -25,8 +25,8 @@ def jumped_rates(case: Case) -> Iterator[Finding]:
     if norms is not None:
         top = norms.isel(step=int(norms.argmax()))
         case.ruled_out.append(
-            f"the gradient's norm that was logged: median {float(norms.median()):.3g}, at most {float(top):.3g} (step "
-            f"{int(top['step'])})"
+            f"the gradient's norm that was logged: median {float(norms.median()):.3g}, at most "
+            f"{float(top):.3g} (step {int(top['step'])})"
         )
     rates = case.scalar("learning_rate")
     if rates is None or rates.size < 3:
@@ -45,7 +45,8 @@ def jumped_rates(case: Case) -> Iterator[Finding]:
             Bracket(int(steps[place - 1]), int(steps[place])),
             (
                 f"the rate that was logged is {values[place - 1]:.3g} at step {steps[place - 1]} and "
-                f"{values[place]:.3g} at step {steps[place]}, the largest before being {values[:place].max():.3g}",
+                f"{values[place]:.3g} at step {steps[place]}, the largest before being "
+                f"{values[:place].max():.3g}",
             ),
         )
     if not jumps:

@@ -60,8 +60,8 @@ def saved_in(directory: Path) -> tuple[list[SavedStep], list[str]]:
     """
     if not directory.is_dir():
         raise UsageError(
-            f"{directory} is no directory; name the one that holds checkpoint-500 and so on with --checkpoints "
-            "(checkpoints=)"
+            f"{directory} is no directory; name the one that holds checkpoint-500 and so on with "
+            "--checkpoints (checkpoints=)"
         )
     files = [
         entry
@@ -98,8 +98,8 @@ def read_saved(paths: Sequence[tuple[Path, int | None]], where: str) -> tuple[li
     if not by_step and not unread:
         files = f" ({listed(nameless, 4)} say no step)" if nameless else ""
         raise UsageError(
-            f"{where} holds no checkpoints{files}: no directory such as checkpoint-500, and no file of weights "
-            "with a step in its name or in itself"
+            f"{where} holds no checkpoints{files}: no directory such as checkpoint-500, and no "
+            "file of weights with a step in its name or in itself"
         )
     return [by_step[step] for step in sorted(by_step)], unread
 
@@ -151,7 +151,7 @@ def contents_of(path: Path) -> Mapping[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, TypeError) as error:
         raise CheckpointError(
-            f"{path} is not read: it holds more than tensors and numbers, or is damaged, and reading it would "
-            "run code that came with it"
+            f"{path} is not read: it holds more than tensors and numbers, or is damaged, and "
+            "reading it would run code that came with it"
         ) from error
     return content if isinstance(content, Mapping) else {}

@@ -66,7 +66,8 @@ __all__ = ["RunWriter", "check_destination"]
 CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
 VOLATILE = (
-    *CIRCUMSTANCES, "resumed", "absent_sites", "notes", "later_estimators", CHECKPOINT_FOLDER, PARENT, SEGMENTS,
+    *CIRCUMSTANCES, "resumed", "absent_sites", "notes", "later_estimators", CHECKPOINT_FOLDER, PARENT,
+    SEGMENTS,
 )  # fmt: skip
 
 _CHUNK_BYTES = 256 * 1024

@@ -13,7 +13,6 @@ from typing import Any, NoReturn
 import numpy as np
 import torch
 import xarray as xr
-from torch import Tensor
 
 from osp_diag.checkpoints.optimizer_state import OptimizerState, read_optimizer_state
 from osp_diag.checkpoints.saved_steps import SavedStep, read_saved, saved_in
@@ -39,8 +38,8 @@ NOT_RUN = (OspDiagError, torch.OutOfMemoryError)
 OF_ANOTHER_LOOP = (
     "the batches, and which of them came when: another loop's data are not in its run, so that a replay, "
     "remedies and short trainings cannot be tried",
-    "clipping of gradients, and which optimizer moves which parameter: checkpoints of other loops do not record "
-    "them (training_args.bin is a pickle, which is not read, since that would run code)",
+    "clipping of gradients, and which optimizer moves which parameter: checkpoints of other loops "
+    "do not record them (training_args.bin is a pickle, which is not read, since that would run code)",
 )
 
 
@@ -109,8 +108,8 @@ class ForeignLaboratory:
             states.append(self._state(one, config, origins))
         if lacking:
             self.missing.append(
-                f"learning rate, decay and constants of the optimizer at {listed(lacking, 4)}: no state of an "
-                "optimizer that can be read lies there (optimizer.pt)"
+                f"learning rate, decay and constants of the optimizer at {listed(lacking, 4)}: no "
+                "state of an optimizer that can be read lies there (optimizer.pt)"
             )
         return tuple(states)
 
@@ -213,8 +212,8 @@ class ForeignLaboratory:
                 self._models.batches(self._models.opened(one))
                 if not self._models.are_the_runs:
                     self._lack(
-                        "the function that the weights are of: the tokens that the run was probed on cannot be "
-                        "made again; give them with --ids FILE or as they were made (tokens=)"
+                        "the function that the weights are of: the tokens that the run was probed "
+                        "on cannot be made again; give them with --ids FILE or as they were made (tokens=)"
                     )
                     return records
                 records.append(self._function(step, self._models.measured(one, f"step {step} once more")))
@@ -301,7 +300,8 @@ def _saved(run: Run, directory: Path | None) -> tuple[list[SavedStep], list[str]
         gone = [str(path) for path in sources.values() if not path.exists()]
         lost = (
             [
-                f"the weights of {listed(gone, 4)}: they are no files here; name their directory with --checkpoints"
+                f"the weights of {listed(gone, 4)}: they are no files here; name their directory with "
+                "--checkpoints"
             ]
             if gone
             else []
@@ -316,7 +316,7 @@ def _saved(run: Run, directory: Path | None) -> tuple[list[SavedStep], list[str]
 
 
 def _since(step: int, age: int, before: tuple[int, int] | None) -> tuple[int, int]:
-    """(since which step the optimizer's states exist, their age); a step that was skipped makes none younger."""
+    """(since which step the optimizer's states exist, their age); skipped steps make none younger."""
     if before is not None and age >= before[1]:
         return before[0], age
     return step - age, age

@@ -87,8 +87,8 @@ class ForeignModels:
         attrs = self.run.attrs
         if checkpoint.tokenizer is None:
             raise TokenError(
-                f"{checkpoint.name} has no tokenizer to make tokens with, and a run does not keep its own; give "
-                "some with --ids FILE or --tokenizer NAME (tokens=, opening=)"
+                f"{checkpoint.name} has no tokenizer to make tokens with, and a run does not keep "
+                "its own; give some with --ids FILE or --tokenizer NAME (tokens=, opening=)"
             )
         settings = TokenSettings()
         if type(attrs.get("tokens")) is int and type(attrs.get("sequence_length")) is int:

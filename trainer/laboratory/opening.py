@@ -42,8 +42,8 @@ def laboratory(
     if is_own(run):
         if checkpoints is not None:
             raise UsageError(
-                f"{run.path} is a run of osp-diag train, whose checkpoints lie beside it; leave --checkpoints "
-                "(checkpoints=) out"
+                f"{run.path} is a run of osp-diag train, whose checkpoints lie beside it; leave "
+                "--checkpoints (checkpoints=) out"
             )
         return TrainingLaboratory(run, progress)
     names_them = isinstance(run.attrs.get(CHECKPOINTS), Mapping) or CHECKPOINT_FOLDER in run.attrs
