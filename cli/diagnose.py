@@ -37,8 +37,8 @@ def run(
     is proved, measured, or consistent with what is recorded. The run is only read.
 
     Of a run of another loop (osp_diag.Probe, a callback, several checkpoints probed) the checkpoints are read
-    that it names or that lie in --checkpoints: checkpoint-500 and so on, or files step-500.ckpt. What needs its
-    data or its code (batches, replays, remedies) is named as missing.
+    that it names or that lie in --checkpoints: checkpoint-500 and so on, or files step-500.ckpt. What needs
+    its data or its code (batches, replays, remedies) is named as missing.
 
     Args:
         path: the run of a training.
@@ -78,7 +78,7 @@ def run(
                 progress,
                 checkpoints=checkpoints,
                 tokens=None if token_settings == DEFAULT_TOKENS else token_settings,
-                opening=opening,
+                opening=None if opening == DEFAULT_OPENING else opening,
             ),
             against=good,
             its_laboratory=None if good is None else laboratory(good),

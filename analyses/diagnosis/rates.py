@@ -23,7 +23,7 @@ def jumped_rates(case: Case) -> Iterator[Finding]:
         return
     norms = case.scalar("gradient_norm")
     if norms is not None:
-        top = norms.isel(step=int(norms.argmax()))
+        top = norms.isel(step=int(norms.values.argmax()))
         case.ruled_out.append(
             f"the gradient's norm that was logged: median {float(norms.median()):.3g}, at most "
             f"{float(top):.3g} (step {int(top['step'])})"

@@ -40,10 +40,10 @@ def laboratory(
     UsageError : the directory holds no checkpoints, or the run is of our trainer, whose lie beside it
     """
     if is_own(run):
-        if checkpoints is not None:
+        if checkpoints is not None or tokens is not None or opening is not None:
             raise UsageError(
-                f"{run.path} is a run of osp-diag train, whose checkpoints lie beside it; leave "
-                "--checkpoints (checkpoints=) out"
+                f"{run.path} is a run of osp-diag train, whose checkpoints lie beside it and whose "
+                "configuration says tokens and device; leave --checkpoints, tokens and how to open out"
             )
         return TrainingLaboratory(run, progress)
     names_them = isinstance(run.attrs.get(CHECKPOINTS), Mapping) or CHECKPOINT_FOLDER in run.attrs
