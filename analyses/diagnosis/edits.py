@@ -30,9 +30,13 @@ ROW_FACTOR = 2.0
 """Ratio of a row's change to the median row's from which on checkpoints tell an edit; healthy: up to 1.8."""
 TIMES_HISTORY = 3.0
 """The same against the pair of checkpoints before."""
+WHOLE_FACTOR = 1.8
+"""The same of a whole parameter's norm, of loops without sketches; seen in healthy trainings: 1.35."""
 SCALED, BEYOND_GROWTH = 0.9, 4.0
 """Of other loops: cosine of a row before and after from which on it was scaled, and the ratio of one that
 turned from which on no growth explains it; seen in healthy trainings: 2.3 at a cosine of 0.5."""
+ZERO = 1e-5
+"""A row's ratio below which it has become zero."""
 HALF_A_HEAD = 0.5
 OF_HEADS = ("q_proj", "k_proj", "v_proj", ".query.", ".key.", ".value.")
 """In names of matrices whose rows are those of heads."""
@@ -134,40 +138,51 @@ def _rates(case: Case, steps: np.ndarray) -> np.ndarray:
 
 
 def _rows(case: Case) -> Iterator[_Edit]:
-    """Rows or columns that changed between two checkpoints unlike the others, and unlike before."""
-    before: dict[str, float] = {}
+    """Rows or columns that changed between two checkpoints unlike the others, and unlike before; of other
+    loops, which have no sketches, whole parameters too."""
+    before: dict[str, xr.Dataset] = {}
     for one, two in case.pairs:
         table = case.changes(one, two)
-        kept_owner = {
-            name
-            for name in two.shapes
-            if one.owners.get(name) == two.owners.get(name) or name not in one.owners
-        }
-        now: dict[str, float] = {}
-        for name in table["parameter"].values:
-            row = table.sel(parameter=name)
-            deviation = max(float(row["row_deviation"]), float(row["column_deviation"]))
-            now[str(name)] = deviation
-            history = before.get(str(name))
-            outer = two.roles.get(str(name)) in ("embedding", "head")
-            if (
-                history is None
-                or str(name) not in kept_owner
-                or one.shapes.get(str(name)) != two.shapes.get(str(name))
-            ):
+        now = {str(name): table.sel(parameter=name) for name in table["parameter"].values}
+        for name, change in now.items():
+            if name not in before or not _is_comparable(one, two, name):
                 continue
-            threshold = max(math.log(ROW_FACTOR), TIMES_HISTORY * history)
-            shape = two.shapes[str(name)] or (1,)
-            is_vector = len(shape) < 2 and not case.trains
-            few = float(row["rows_beyond"]) <= max(1.0, 0.02 * shape[0]) or not (outer or is_vector)
-            if deviation > threshold and few and (case.trains or _is_no_growth(row, deviation)):
-                text = (
-                    f"between the checkpoints of steps {one.step} and {two.step} a row or column changed "
-                    f"{math.exp(deviation):.1f}-fold against the others; between those before, at most "
-                    f"{math.exp(history):.2f}-fold"
-                )
-                yield _Edit(str(name), Bracket(one.step, two.step), (text,))
+            sentence = _part_unlike(case, two, name, change, before[name])
+            if not sentence and not case.trains:
+                sentence = _whole_unlike(change, before[name])
+            if sentence:
+                text = f"between the checkpoints of steps {one.step} and {two.step} {sentence}"
+                yield _Edit(name, Bracket(one.step, two.step), (text,))
         before = now
+
+
+def _is_comparable(one: CheckpointState, two: CheckpointState, name: str) -> bool:
+    """Whether the same optimizer moves it, in the same shape."""
+    is_owned_alike = name not in one.owners or one.owners[name] == two.owners.get(name)
+    return is_owned_alike and one.shapes.get(name) == two.shapes.get(name)
+
+
+def _part_unlike(case: Case, two: CheckpointState, name: str, change: xr.Dataset, before: xr.Dataset) -> str:
+    deviation, history = (
+        max(float(part["row_deviation"]), float(part["column_deviation"])) for part in (change, before)
+    )
+    shape = two.shapes[name] or (1,)
+    waits = two.roles.get(name) in ("embedding", "head") or (len(shape) < 2 and not case.trains)
+    few = float(change["rows_beyond"]) <= max(1.0, 0.02 * shape[0]) or not waits
+    is_unlike = deviation > max(math.log(ROW_FACTOR), TIMES_HISTORY * history)
+    if not is_unlike or not few or not (case.trains or _is_no_growth(change, deviation)):
+        return ""
+    return (
+        f"a row or column changed {math.exp(deviation):.1f}-fold against the others; between those before, "
+        f"at most {math.exp(history):.2f}-fold"
+    )
+
+
+def _whole_unlike(change: xr.Dataset, before: xr.Dataset) -> str:
+    now, history = (abs(math.log(max(float(part["norm_ratio"]), 1e-12))) for part in (change, before))
+    if not now > max(math.log(WHOLE_FACTOR), TIMES_HISTORY * history):
+        return ""
+    return f"its norm changed {math.exp(now):.2f}-fold; between those before, {math.exp(history):.2f}-fold"
 
 
 def _is_no_growth(row: xr.Dataset, deviation: float) -> bool:
@@ -218,7 +233,8 @@ def _part(
     top = int(row[axis])
     ratio = float(row[f"{axis}_ratio"])
     kind = "channel" if vector else axis
-    words = f"{kind} {top} of {module} × about {ratio:.3g}"
+    factor = f"× about {ratio:.3g}" if ratio > ZERO else "became zero"
+    words = f"{kind} {top} of {module} {factor}"
     place = Place(
         (name,),
         layer=layer,
