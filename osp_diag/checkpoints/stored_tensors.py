@@ -73,11 +73,11 @@ class StoredTensors(Mapping[str, "Tensor"]):
     def __getitem__(self, name: str) -> Tensor:
         path, key = self._files[name]
         if path in self._states:
-            return self._states[path][key]  # type: ignore[no-any-return]
+            return self._states[path][key]
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            return file.get_tensor(key)  # type: ignore[no-any-return]
+            return file.get_tensor(key)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

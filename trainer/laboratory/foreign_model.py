@@ -22,7 +22,7 @@ from osp_diag.probing.settings import MeasurementSettings, OpeningSettings, Toke
 from osp_diag.quantizing.perplexity import perplexity
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, KURTOSIS
-from osp_diag.tokens import TokenBatches
+from osp_diag.tokens import BeginningOfSequence, TokenBatches
 
 __all__ = ["ForeignModels", "replaced"]
 
@@ -92,7 +92,8 @@ class ForeignModels:
             )
         settings = TokenSettings()
         if type(attrs.get("tokens")) is int and type(attrs.get("sequence_length")) is int:
-            bos = {"yes": "yes", "no": "no"}.get(str(attrs.get("bos")), "auto")
+            own = attrs.get("bos")
+            bos: BeginningOfSequence = "yes" if own == "yes" else "no" if own == "no" else "auto"
             settings = replace(settings, tokens=attrs["tokens"], seq_len=attrs["sequence_length"], bos=bos)
         return settings
 
