@@ -8,6 +8,8 @@ from typing import Annotated
 
 import tyro
 
+from osp_diag.cli.checkpoint_options import DEFAULT_OPENING, DEFAULT_TOKENS, Opening, Tokens, check_tokens
+
 VERB = "diagnose"
 HELP = "say when outliers or the loss rose, where, why, and what to do"
 
@@ -19,10 +21,13 @@ def run(
     /,
     *,
     against: Path | None = None,
+    checkpoints: Path | None = None,
     replay: int | None = None,
     verify: int = 0,
     out: Path | None = None,
     json: bool = False,
+    token_settings: Tokens = DEFAULT_TOKENS,
+    opening: Opening = DEFAULT_OPENING,
 ) -> int:
     """Find out what went wrong in a training, from its run and the checkpoints beside it.
 
@@ -31,17 +36,26 @@ def run(
     proved by then, short trainings with a part of the recipe put back, each beside a control. Every finding
     is proved, measured, or consistent with what is recorded. The run is only read.
 
+    Of a run of another loop (osp_diag.Probe, a callback, several checkpoints probed) the checkpoints are read
+    that it names or that lie in --checkpoints: checkpoint-500 and so on, or files step-500.ckpt. What needs
+    its data or its code (batches, replays, remedies) is named as missing.
+
     Args:
         path: the run of a training.
         against: a good run; what it has otherwise counts as right.
+        checkpoints: the directory with the checkpoints of another loop; by default where its run says.
         replay: steps that may be trained again for it; by default a replay that takes seconds, 0 for none.
         verify: try every remedy for so many steps from before the onset.
         out: write a page with this diagnosis and its figure, one file that needs no network.
         json: print the diagnosis as JSON.
+        token_settings: of another loop's run, which tokens its models are run on, where an edit is undone or
+            the function is asked about; by default the run's own, if they are of the built-in text.
+        opening: how its checkpoints are opened.
 
     Examples:
         osp-diag diagnose osp.zarr
         osp-diag diagnose osp.zarr --against healthy.zarr
+        osp-diag diagnose probe.zarr --checkpoints output_dir
         osp-diag diagnose osp.zarr --replay 30 --verify 30 --out diagnosis.html
     """
     from osp_diag.analyses import diagnose
@@ -53,12 +67,19 @@ def run(
         from osp_diag.figures.report import check_out
 
         check_out(out)
+    check_tokens(token_settings)
     opened = open_run(path)
     good = None if against is None else open_run(against)
     with shown_steps() as progress:
         diagnosis = diagnose(
             opened,
-            laboratory(opened, progress),
+            laboratory(
+                opened,
+                progress,
+                checkpoints=checkpoints,
+                tokens=None if token_settings == DEFAULT_TOKENS else token_settings,
+                opening=None if opening == DEFAULT_OPENING else opening,
+            ),
             against=good,
             its_laboratory=None if good is None else laboratory(good),
             replay=replay,

@@ -69,6 +69,20 @@ class Case:
         """Each checkpoint with the next one."""
         return list(zip(self.checkpoints[:-1], self.checkpoints[1:], strict=True))
 
+    @property
+    def trains(self) -> bool:
+        """Whether steps of the training can be made again."""
+        return self.laboratory is not None and self.laboratory.trains
+
+    def scalar(self, name: str) -> xr.DataArray | None:
+        """A number by step, where it is known: of the run, or else left beside its checkpoints."""
+        sources = [self.run.series] + ([] if self.laboratory is None else [self.laboratory.scalars])
+        for source in sources:
+            values = source[name].dropna("step") if name in source else None
+            if values is not None and values.size:
+                return values
+        return None
+
     def changes(self, before: CheckpointState, after: CheckpointState) -> xr.Dataset:
         """How far parameters moved between two checkpoints."""
         assert self.laboratory is not None

@@ -51,9 +51,9 @@ def replay_steps(case: Case, most: int | None) -> tuple[int, int] | None:
 def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
     """What a replay says, unless the earlier questions proved a cause within the bracket."""
     bracket = case.regression_bracket
-    plan = replay_steps(case, most)
-    if bracket is None:
+    if bracket is None or (case.laboratory is not None and not case.trains):
         return
+    plan = replay_steps(case, most)
     if plan is None:
         case.not_recorded.append(
             "a replay: no checkpoint is from before the onset, what a step takes is not recorded, or no step "
