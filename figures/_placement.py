@@ -36,6 +36,8 @@ class InReport:
     """drawn of two runs, and so of every pair"""
     raw_activations: bool = False
     """drawn of raw activations, which a run holds once, of its first probed step"""
+    diagnosis: bool = False
+    """drawn of a diagnosis, among whose words it stands; ``prepare`` takes ``diagnoses``"""
     linked_charts: bool = False
     """not drawn, since the page's linked charts show it already"""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

@@ -11,7 +11,9 @@ from osp_diag.analyses.diagnosis.conditions import changed_conditions
 from osp_diag.analyses.diagnosis.edits import edited_weights
 from osp_diag.analyses.diagnosis.experiments import experiments, verified
 from osp_diag.analyses.diagnosis.findings import CONFIDENCES, Bracket, Diagnosis, Finding
+from osp_diag.analyses.diagnosis.first_jumps import first_jumps
 from osp_diag.analyses.diagnosis.function import changed_function
+from osp_diag.analyses.diagnosis.identity import fingerprint, last_step
 from osp_diag.analyses.diagnosis.precision import narrower_weights
 from osp_diag.analyses.diagnosis.recipe import missing_parts
 from osp_diag.analyses.diagnosis.remedies import with_remedy
@@ -68,10 +70,7 @@ def diagnose(
     """
     case = Case(run, laboratory, against, its_laboratory)
     if laboratory is None:
-        case.not_recorded.append(
-            "weights, optimizers, the function and replays: this is no run of `osp-diag train` on disk, "
-            "whose checkpoints could be read"
-        )
+        case.not_recorded.append(f"weights, optimizers, the function and replays: {_why_none(run)}")
     else:
         case.not_recorded += laboratory.missing
     regression = regression_of(case)
@@ -102,7 +101,18 @@ def diagnose(
         where=tuple(places(case)),
         ruled_out=tuple(dict.fromkeys(case.ruled_out)),
         not_recorded=tuple(dict.fromkeys(case.not_recorded)),
+        jumps=first_jumps(case.monitor),
+        replay=case.replay,
+        last_step=last_step(run),
+        fingerprint=fingerprint(run),
     )
+
+
+def _why_none(run: Run) -> str:
+    """Why no laboratory answers."""
+    if "routing" in run.attrs:
+        return "this is judged from the records alone; `osp-diag diagnose RUN` reads the checkpoints too"
+    return "this is no run of `osp-diag train` on disk, whose checkpoints could be read"
 
 
 def _order(finding: Finding) -> tuple[int, int]:

@@ -52,7 +52,7 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
     """What a replay says, unless the earlier questions proved a cause within the bracket."""
     bracket = case.regression_bracket
     plan = replay_steps(case, most)
-    if bracket is None:
+    if bracket is None or case.laboratory is None:
         return
     if plan is None:
         case.not_recorded.append(
@@ -68,8 +68,7 @@ def replayed(case: Case, most: int | None = None) -> Iterator[Finding]:
     )
     if known and most is None:
         return
-    assert case.laboratory is not None
-    replay = case.laboratory.replay(*plan)
+    case.replay = replay = case.laboratory.replay(*plan)
     findings = list(_judged(case, replay))
     if not findings:
         case.ruled_out.append(
