@@ -21,7 +21,9 @@ __all__ = [
     "Diagnosed",
     "bracket_ends",
     "diagnoses_of",
+    "how_to_save",
     "padded",
+    "saved_diagnoses",
     "series_at",
     "shade_bracket",
 ]
@@ -36,7 +38,18 @@ wrote, or diagnoses, in any order; runs without one are judged by their records 
 
 
 def diagnoses_of(runs: Sequence[Run], diagnoses: Diagnosed) -> list[Diagnosis]:
-    """One diagnosis a run, in the order of the runs.
+    """One diagnosis a run, in the order of the runs; of those without one by their records alone.
+
+    Raises
+    ------
+    UsageError : a file that is no diagnosis, or a diagnosis of none of these runs
+    """
+    by_run = saved_diagnoses(runs, diagnoses)
+    return [by_run[place] if place in by_run else diagnose(run) for place, run in enumerate(runs)]
+
+
+def saved_diagnoses(runs: Sequence[Run], diagnoses: Diagnosed) -> dict[int, Diagnosis]:
+    """The place of a run → the diagnosis that was made of it.
 
     Raises
     ------
@@ -55,7 +68,15 @@ def diagnoses_of(runs: Sequence[Run], diagnoses: Diagnosed) -> list[Diagnosis]:
                 "another one)"
             )
         by_run |= dict.fromkeys(places, made)
-    return [by_run[place] if place in by_run else diagnose(run) for place, run in enumerate(runs)]
+    return by_run
+
+
+def how_to_save(options: str) -> str:
+    """What to type where a diagnosis lacks something."""
+    return (
+        f"save one with `osp-diag diagnose RUN {options} --out NAME.json`, and give it to `osp-diag report` "
+        "as --diagnosis NAME.json or to `osp-diag figure` as --option diagnoses=NAME.json"
+    )
 
 
 def bracket_ends(diagnosis: Diagnosis) -> tuple[float, float]:

@@ -25,6 +25,7 @@ SMALLEST = 0.1
 """Smaller changes are drawn at this size."""
 MOST_STEPS = 5
 """Colours for so many steps; all later jumps have the last one."""
+FIRST = "#c80c1f"
 
 __all__ = ["REPORT", "draw", "prepare"]
 
@@ -128,12 +129,14 @@ def _draw_places(part: xr.Dataset, panel: Panel, style: Style) -> None:
         here = steps >= step if later else steps == step
         label = f"first jump at step {int(step):,}{' and later' if later else ''}"
         panel.scatter(x[here], sizes[here], label=label, colour=colour, texts=list(texts[here]))
-    panel.limits("y", SMALLEST / 1.3, 1.6 * max(float(sizes.max()), part["threshold"].item()))
+    panel.limits("y", 0.7 * float(sizes.min()), 1.6 * max(float(sizes.max()), part["threshold"].item()))
     panel.limits("x", -1.0, float(len(x)))
     _name_layers(part.isel(place=present), panel)
     if jumps.size:
         first = int(np.flatnonzero(steps == jumps[0])[0])
-        panel.marks([x[first]], [f"first: {texts[first]}"])
+        panel.scatter(
+            x[[first]], sizes[[first]], label=f"first: {texts[first]}", colour=FIRST, texts=[texts[first]]
+        )
 
 
 def _name_layers(part: xr.Dataset, panel: Panel) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.diagnosis.findings import Diagnosis
+from osp_diag.analyses.diagnosis.text import OUTCOMES
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
@@ -19,6 +20,7 @@ from osp_diag.figures._diagnoses import (
     Diagnosed,
     bracket_ends,
     diagnoses_of,
+    how_to_save,
     padded,
     series_at,
     shade_bracket,
@@ -26,7 +28,7 @@ from osp_diag.figures._diagnoses import (
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
 from osp_diag.figures._placement import InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
-from osp_diag.figures.styles import Style
+from osp_diag.figures.styles import RUN_COLOURS, Style
 from osp_diag.laboratory import Fork
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
@@ -39,7 +41,6 @@ QUANTITIES = {
     "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
     "held_out_loss": "held-out loss\n(nats)",
 }
-OUTCOMES = {True: "it helped", False: "it did not help", None: "tried"}
 
 __all__ = ["REPORT", "draw", "prepare"]
 
@@ -108,8 +109,8 @@ def _tried(run: Run, diagnosis: Diagnosis) -> Tried:
             numbers.append(number)
     if not tried:
         raise StoreError(
-            f"remedy_curve: the diagnosis of {model_name(run.attrs)} tried no remedy; `osp-diag diagnose RUN "
-            "--verify 30 --out NAME.json` tries them, and the option diagnoses=NAME.json takes it"
+            f"remedy_curve: the diagnosis of {model_name(run.attrs)} tried no remedy; "
+            f"{how_to_save('--verify 30')}"
         )
     return tried
 
@@ -160,14 +161,16 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
                 x_label="step" if row == len(rows) - 1 else "",
                 y_label=QUANTITIES[name] if column == 0 else "",
             )
-            _draw_quantity(part, name, panel, style, style.colours_of_runs(runs)[column])
+            own = style.colours_of_runs(runs)
+            remedies = [colour for colour in RUN_COLOURS if colour not in own] or list(style.palette)
+            _draw_quantity(part, name, panel, own[column], remedies)
             panels.append(panel)
     most = max(panels[:: len(rows)], key=lambda panel: int((dataset["remedy_label"] != "").sum()))
     canvas.legend(most)
     return canvas
 
 
-def _draw_quantity(part: xr.Dataset, name: str, panel: Panel, style: Style, colour: str) -> None:
+def _draw_quantity(part: xr.Dataset, name: str, panel: Panel, colour: str, remedies: Sequence[str]) -> None:
     forks, fork_steps = part[f"fork_{name}"].values, part["fork_step"].values
     first, last = float(np.nanmin(fork_steps)), float(np.nanmax(fork_steps))
     beside = max(0.5 * (last - first), 1.0)
@@ -184,14 +187,13 @@ def _draw_quantity(part: xr.Dataset, name: str, panel: Panel, style: Style, colo
     panel.line(steps[near], values[near], label="what happened", colour=colour)
     labels = [str(label) for label in part["remedy_label"].values if str(label)]
     for place, label in enumerate(labels):
-        own = style.palette[(place + 1) % len(style.palette)]
         known = np.isfinite(forks[place])
         panel.line(
             fork_steps[place][known],
             forks[place][known],
             label=f"with the remedy of {label}",
-            colour=own,
+            colour=remedies[place % len(remedies)],
             dash="dashed",
         )
     panel.limits("y", low, high)
-    panel.limits("x", first - beside, last + beside)
+    panel.limits("x", max(first - beside, 0.0), min(last + beside, max(last, float(np.nanmax(steps)))))

@@ -14,7 +14,7 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
-from osp_diag.figures._diagnoses import FEWEST_STEPS, Diagnosed, diagnoses_of
+from osp_diag.figures._diagnoses import FEWEST_STEPS, Diagnosed, diagnoses_of, how_to_save
 from osp_diag.figures._placement import InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
@@ -33,6 +33,10 @@ QUANTITIES = {
 }
 NO_LAYER = -1.0
 """Where parameters outside the blocks stand."""
+LEAST = 1e-3
+"""Relative difference down to which the colours reach at least: steps that have nothing in common have 1."""
+FARTHEST = (2.0, 5.0, 10.0, 100.0, 1000.0)
+"""Ends of the colours of factors, and one over them."""
 
 __all__ = ["REPORT", "draw", "prepare"]
 
@@ -66,7 +70,7 @@ def prepare(runs: list[Run], *, diagnoses: Diagnosed = None) -> xr.Dataset:
     title = "A replayed step beside the recorded one, by parameter"
     remarks = [
         "= : the same to the bit; Δ ≈ a · Δreplay + b · W by least squares over the sketch's projections; "
-        f"× : no such rule, the residual is above {SAME_RULE:.0%} of ‖Δ‖",
+        f"× : no such rule, the residual is above {SAME_RULE:.0%} of ‖Δ‖; – : outside the blocks",
         *(_remark(dataset.isel(run=place)) for place in range(len(runs))),
     ]
     dataset.attrs = {"title": title, "caption": caption(title, runs, steps, [], remarks)}
@@ -77,8 +81,7 @@ def _of_run(run: Run, diagnosis: Diagnosis) -> xr.Dataset:
     replay, name = diagnosis.replay, model_name(run.attrs)
     if replay is None:
         raise StoreError(
-            f"replay_agreement: the diagnosis of {name} has no replay; `osp-diag diagnose RUN --replay 30 "
-            "--out NAME.json` makes one, and the option diagnoses=NAME.json takes it"
+            f"replay_agreement: the diagnosis of {name} has no replay; {how_to_save('--replay 30')}"
         )
     table, step = replay.parameters, replay.steps["step"].values[-1]
     agree = replay.steps["weights_agree"].values
@@ -111,7 +114,8 @@ def _by_place(table: xr.Dataset) -> xr.Dataset:
     same = table["is_same"].values.astype(bool)
     fits = ~same & (table["residual"].values < SAME_RULE)
     columns = {
-        "is_same": same.astype(float),
+        # Of a parameter that one of the two has not, nothing can be said.
+        "is_same": np.where(np.isfinite(table["relative_difference"].values), same.astype(float), np.nan),
         "relative_difference": np.where(same, np.nan, table["relative_difference"].values),
         "step_factor": np.where(fits, table["step_factor"].values, np.nan),
         "decay": np.where(fits, table["decay"].values, np.nan),
@@ -137,12 +141,14 @@ def _place(parameter: str) -> tuple[str, float]:
 def _remark(part: xr.Dataset) -> str:
     same, step = part["is_same"].values, int(part["replayed_step"].item())
     count, of = int(np.nansum(same)), int(np.isfinite(same).sum())
-    return f"{part['run'].item()}: at step {step:,} {count} of {of} parameters are the same to the bit"
+    fits = int(np.isfinite(part["step_factor"].values).sum())
+    rule = f", and the rule fits {fits} of the others" if count < of else ""
+    return f"{part['run'].item()}: at step {step:,} {count} of {of} parameters are the same to the bit{rule}"
 
 
 def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:
     """A row a run: how far apart, and the factor and decay of the fits where there are any."""
-    shown = [name for name in QUANTITIES if np.isfinite(dataset[name].values).any()]
+    shown = [name for name in QUANTITIES if np.nan_to_num(dataset[name].values).any()]
     shown = shown or ["relative_difference"]
     rows, kinds = dataset.sizes["run"], dataset.sizes["kind"]
     canvas = backend.canvas(
@@ -176,9 +182,11 @@ def _scale(name: str, values: np.ndarray, style: Style) -> tuple[ColourScale, st
     """Differences by their size; factors about 1 and decays about 0, in two colours."""
     finite = values[np.isfinite(values)]
     if name == "relative_difference":
-        return ColourScale.over(finite, kind="log"), style.magnitude_map
+        low, high = float(finite.min(initial=LEAST)), float(finite.max(initial=1.0))
+        return ColourScale(max(low, 1e-9), high, "log"), style.magnitude_map
     if name == "step_factor" and finite.size and (finite > 0).all():
-        far = max(1.1, float(np.exp(np.abs(np.log(finite)).max())))
+        far = float(np.exp(np.abs(np.log(finite)).max()))
+        far = next((end for end in FARTHEST if end >= far), far)
         return ColourScale(1 / far, far, "log"), "vik"
     far = float(np.abs(finite).max(initial=0.0)) or 1.0
     return ColourScale(-far, far), "vik"
@@ -186,7 +194,7 @@ def _scale(name: str, values: np.ndarray, style: Style) -> tuple[ColourScale, st
 
 def _draw_cells(part: xr.Dataset, name: str, panel: Panel, scale: ColourScale, colour_map: str) -> None:
     kinds, layers = [str(kind) for kind in part["kind"].values], part["layer"].values
-    rows = np.arange(len(kinds), dtype=float)[::-1]
+    rows = np.arange(len(kinds), dtype=float)
     words = ["outside the blocks" if layer == NO_LAYER else f"layer {layer:g}" for layer in layers]
     panel.heat_map(
         part[name].values,

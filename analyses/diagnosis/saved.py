@@ -1,4 +1,4 @@
-"""A diagnosis as a file of JSON, so that what checkpoints and replays said can be drawn again without them."""
+"""A diagnosis as a file of JSON, so that what checkpoints and replays said can be drawn later."""
 
 from __future__ import annotations
 

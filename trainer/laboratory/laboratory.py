@@ -216,7 +216,7 @@ class TrainingLaboratory:
             return compared(self.run, again, start)
 
     def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
-        """Training from a checkpoint to a step under a changed configuration, probed at both and as the run."""
+        """Training from a checkpoint to a step under a changed configuration, probed when the run was."""
         return self._fork(start, until, label, changes, ())
 
     def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:
