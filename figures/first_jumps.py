@@ -13,7 +13,7 @@ from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
 from osp_diag.figures._diagnoses import FEWEST_STEPS, Diagnosed, diagnoses_of
-from osp_diag.figures._placement import InReport
+from osp_diag.figures._placement import HIGHER_RATE, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -21,13 +21,16 @@ from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 REPORT = InReport("What jumped first along the network", place=16, fewest_steps=FEWEST_STEPS, diagnosis=True)
+GALLERY = InGallery(
+    HIGHER_RATE, "Which sites jumped at once, and the first of them in network order.", place=162
+)
 SMALLEST = 0.1
 """Smaller changes are drawn at this size."""
 MOST_STEPS = 5
 """Colours for so many steps; all later jumps have the last one."""
 FIRST = "#c80c1f"
 
-__all__ = ["REPORT", "draw", "prepare"]
+__all__ = ["GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(runs: list[Run], *, diagnoses: Diagnosed = None) -> xr.Dataset:

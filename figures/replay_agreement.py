@@ -15,7 +15,7 @@ from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._diagnoses import FEWEST_STEPS, Diagnosed, diagnoses_of, how_to_save
-from osp_diag.figures._placement import InReport
+from osp_diag.figures._placement import HIGHER_RATE, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -26,6 +26,11 @@ from osp_diag.schema import WEIGHT_SKETCH
 REPORT = InReport(
     "Whether the step, made again, is the recorded one", place=17, fewest_steps=FEWEST_STEPS, diagnosis=True
 )
+GALLERY = InGallery(
+    HIGHER_RATE,
+    "A learning rate ten times as high: every step is ten times the replayed one, and no decay beside it.",
+    place=163,
+)
 QUANTITIES = {
     "relative_difference": "‖Δ − Δreplay‖ / ‖Δ‖",
     "step_factor": "a, a factor of the step",
@@ -35,10 +40,12 @@ NO_LAYER = -1.0
 """Where parameters outside the blocks stand."""
 LEAST = 1e-3
 """Relative difference down to which the colours reach at least: steps that have nothing in common have 1."""
+NARROW = 5.0
+"""Inches below which the maps stand one below the other."""
 FARTHEST = (2.0, 5.0, 10.0, 100.0, 1000.0)
 """Ends of the colours of factors, and one over them."""
 
-__all__ = ["REPORT", "draw", "prepare"]
+__all__ = ["GALLERY", "REPORT", "draw", "prepare"]
 
 
 def prepare(runs: list[Run], *, diagnoses: Diagnosed = None) -> xr.Dataset:
@@ -151,14 +158,10 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
     shown = [name for name in QUANTITIES if np.nan_to_num(dataset[name].values).any()]
     shown = shown or ["relative_difference"]
     rows, kinds = dataset.sizes["run"], dataset.sizes["kind"]
-    canvas = backend.canvas(
-        rows,
-        len(shown),
-        width=style.widths[width],
-        height=rows * (0.9 + 0.17 * kinds),
-        style=style,
-        share_y=True,
-    )
+    inches, stacked = style.widths[width], style.widths[width] < NARROW
+    height = rows * (0.9 + 0.17 * kinds) * (len(shown) if stacked else 1)
+    grid = (rows * len(shown), 1) if stacked else (rows, len(shown))
+    canvas = backend.canvas(*grid, width=inches, height=height, style=style, share_y=not stacked)
     for column, name in enumerate(shown):
         scale, colour_map = _scale(name, dataset[name].values, style)
         panels = []
@@ -166,8 +169,8 @@ def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> 
             part = dataset.isel(run=row)
             words = f"step {int(part['replayed_step'].item()):,}"
             panel = canvas.panel(
-                row,
-                column,
+                row * len(shown) + column if stacked else row,
+                0 if stacked else column,
                 title=f"{part['run'].item()}, {words}" if column == 0 else "",
                 x_label="layer" if row == rows - 1 else "",
             )

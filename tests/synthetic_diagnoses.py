@@ -30,7 +30,9 @@ def made_up_diagnosis(run: Run) -> Diagnosis:
     """In the run's last step layer 0 stepped ten times as far, layer 1 by no rule, the rest as in the replay."""
     last = last_step(run) or 0
     bracket = Bracket(last - 1 if last else None, last)
-    fork = Fork("trying the remedy", {"optimizer.lr": 1e-3}, (10, 15, 20), (0.2, 0.21, 0.2), (6, 5.9, 5.8), ())
+    fork = Fork(
+        "trying the remedy", {"optimizer.lr": 1e-3}, (10, 15, 20), (0.2, 0.21, 0.2), (6, 5.9, 5.8), ()
+    )
     remedy = Remedy("go on from step-00000010", start=10, verified=True, outcome="it is lower", fork=fork)
     finding = Finding(
         "learning_rate", "learning rate × 10", "proved", bracket, ("it was 10 times as far",),

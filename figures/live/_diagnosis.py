@@ -13,6 +13,7 @@ from osp_diag.analyses.diagnosis.findings import Diagnosis, Finding
 from osp_diag.analyses.diagnosis.text import title_of, what_is_named, what_rose
 from osp_diag.analyses.live import Standing
 from osp_diag.analyses.run_labels import labels_of
+from osp_diag.errors import OspDiagError
 from osp_diag.figures._diagnoses import FEWEST_STEPS
 from osp_diag.figures.live._figures import REST, picture_of
 from osp_diag.figures.report.pictures import reason_of
@@ -68,7 +69,10 @@ class AlertDiagnoses:
         panel = self._panels.get(alerted)
         version = repr(alerts)
         if (panel is None or panel.version != version) and self._is_free():
-            moments = {place: self.runs[place].moment() for place in alerted}
+            try:
+                moments = {place: self.runs[place].moment() for place in alerted}
+            except OspDiagError:  # a file is damaged, which the run's card says
+                return panel
             self._thread = threading.Thread(
                 target=self._make, args=(version, alerts, moments, labels_of(self.runs)), daemon=True
             )
