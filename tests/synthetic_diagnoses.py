@@ -27,7 +27,7 @@ PARAMETERS = (
 
 
 def made_up_diagnosis(run: Run) -> Diagnosis:
-    """In the run's last step layer 0 stepped ten times as far, layer 1 by no rule, the rest as in the replay."""
+    """In the last step layer 0 went ten times as far, layer 1 by no rule, the rest as in the replay."""
     last = last_step(run) or 0
     bracket = Bracket(last - 1 if last else None, last)
     fork = Fork(

@@ -198,10 +198,7 @@ def test_a_diagnosis_is_made_in_the_background_and_anew_with_another_alert(tmp_p
     assert "too few probes to say which changes are usual" in panel.left_out[0]
     parts = diagnosis_parts(panel, None)
     assert parts["diagnosis"] is False
-    assert "between steps 30 and 40" in json.dumps(
-        [part.to_plotly_json() for part in parts["diagnosis-words"]],
-        default=lambda part: part.to_plotly_json(),
-    )
+    assert "NaN or Inf in 3 tokens at step 40" in str(parts["diagnosis-words"])
     assert diagnosis_parts(panel, panel.version) == {}
     assert diagnosis_parts(None, panel.version)["diagnosis"] is True
 
