@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import xarray as xr
 
+from osp_diag.analyses.diagnosis.plain import plain
 from osp_diag.laboratory import Fork, Replay
 
 __all__ = ["CONFIDENCES", "FAMILIES", "Bracket", "Confidence", "Diagnosis", "Finding", "Place", "Remedy"]
@@ -153,7 +154,5 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; confidences and families come with their meaning."""
-        from osp_diag.analyses.diagnosis.saved import plain
-
         meanings = {"confidences": dict(CONFIDENCES), "families": dict(FAMILIES)}
         return {key: plain(value) for key, value in asdict(self).items()} | meanings

@@ -14,13 +14,11 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.diagnosis.findings import Diagnosis
+from osp_diag.analyses.diagnosis.plain import KINDS
 from osp_diag.errors import UsageError
 from osp_diag.json_text import parse_object
 
-__all__ = ["plain", "read_diagnosis", "save_diagnosis"]
-
-KINDS = {"f": float, "i": int, "u": int, "b": bool, "U": str, "O": str}
-"""Kind of an array's type → the type of its values in JSON."""
+__all__ = ["read_diagnosis", "save_diagnosis"]
 
 
 def save_diagnosis(diagnosis: Diagnosis, out: str | os.PathLike[str]) -> None:
@@ -52,32 +50,8 @@ def read_diagnosis(path: str | os.PathLike[str]) -> Diagnosis:
         return made
     except OSError as problem:
         raise UsageError(f"cannot read {path}: {problem.strerror or problem}; {advice}") from problem
-    except ValueError as problem:
+    except (TypeError, ValueError) as problem:
         raise UsageError(f"{path} is no diagnosis: {problem}; {advice}") from problem
-
-
-def plain(value: Any) -> Any:
-    """A value for JSON, which has no NaN, no Inf and no arrays: those numbers are texts."""
-    if isinstance(value, xr.Dataset):
-        return {
-            "coords": {str(name): _variable(array) for name, array in value.coords.items()},
-            "data_vars": {str(name): _variable(array) for name, array in value.data_vars.items()},
-            "attrs": plain(value.attrs),
-        }
-    if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, np.ndarray | np.generic):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return str(value) if isinstance(value, float) and not np.isfinite(value) else value
-
-
-def _variable(array: xr.DataArray) -> dict[str, Any]:
-    kind, values, attrs = KINDS[array.dtype.kind].__name__, plain(array.values), plain(array.attrs)
-    return {"dims": list(array.dims), "type": kind, "values": values, "attrs": attrs}
 
 
 def _made(kind: Any, value: Any, where: str) -> Any:
