@@ -118,7 +118,10 @@ def _draw_places(part: xr.Dataset, panel: Panel, style: Style) -> None:
     sizes, steps = np.maximum(part["size"].values, SMALLEST), part["step"].values
     present = np.isfinite(part["size"].values)
     texts = np.array(
-        [f"{_place(part, place)}: {part['statistic'].values[place]}" for place in np.flatnonzero(present)]
+        [
+            f"{_place(part, int(place))}: {part['statistic'].values[place]}"
+            for place in np.flatnonzero(present)
+        ]
     )
     x = np.arange(len(sizes), dtype=float)[present]
     sizes, steps = sizes[present], steps[present]

@@ -104,7 +104,8 @@ class AlertDiagnoses:
         diagnoses = {place: one for place, (_, _, one, _) in made.items() if one is not None}
         runs = {place: made[place][1] for place in diagnoses}
         runs = {place: run for place, run in runs.items() if len(run.steps) >= FEWEST_STEPS}
-        pictures, left_out = {}, []
+        pictures: dict[str, dict[str, Any] | None] = {}
+        left_out: list[str] = []
         for name in FIGURES:
             try:
                 pictures[name], _ = picture_of(name, runs, labels, left_out, diagnoses)
