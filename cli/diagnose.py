@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from osp_diag.cli.checkpoint_options import DEFAULT_OPENING, DEFAULT_TOKENS, Opening, Tokens, check_tokens
+from osp_diag.errors import UsageError
 
 VERB = "diagnose"
 HELP = "say when outliers or the loss rose, where, why, and what to do"
@@ -46,7 +47,8 @@ def run(
         checkpoints: the directory with the checkpoints of another loop; by default where its run says.
         replay: steps that may be trained again for it; by default a replay that takes seconds, 0 for none.
         verify: try every remedy for so many steps from before the onset.
-        out: write a page with this diagnosis and its figure, one file that needs no network.
+        out: write a page with this diagnosis and its figures (.html, one file that needs no network), or the
+            diagnosis as it is (.json), for `osp-diag report --diagnosis`.
         json: print the diagnosis as JSON.
         token_settings: of another loop's run, which tokens its models are run on, where an edit is undone or
             the function is asked about; by default the run's own, if they are of the built-in text.
@@ -57,6 +59,7 @@ def run(
         osp-diag diagnose osp.zarr --against healthy.zarr
         osp-diag diagnose probe.zarr --checkpoints output_dir
         osp-diag diagnose osp.zarr --replay 30 --verify 30 --out diagnosis.html
+        osp-diag diagnose osp.zarr --replay 30 --verify 30 --out diagnosis.json
     """
     from osp_diag.analyses import diagnose
     from osp_diag.cli.train_progress import shown_steps
@@ -64,9 +67,7 @@ def run(
     from osp_diag.trainer.laboratory import laboratory
 
     if out is not None:
-        from osp_diag.figures.report import check_out
-
-        check_out(out)
+        _check_out(out)
     check_tokens(token_settings)
     opened = open_run(path)
     good = None if against is None else open_run(against)
@@ -85,9 +86,24 @@ def run(
             replay=replay,
             verify=verify,
         )
-    if out is not None:
+    if out is not None and out.suffix == ".json":
+        from osp_diag.analyses.diagnosis.saved import save_diagnosis
+
+        save_diagnosis(diagnosis, out)
+    elif out is not None:
         from osp_diag.figures.report.diagnosis_page import write_diagnosis
 
         write_diagnosis(opened, diagnosis, out)
     print(json_format.dumps(diagnosis.as_dict()) if json else str(diagnosis))
     return 0
+
+
+def _check_out(out: Path) -> None:
+    """Refuse, before any work, a file that cannot be written."""
+    from osp_diag.figures.report import check_out
+
+    if out.suffix != ".json":
+        check_out(out)
+    elif out.is_dir() or not out.parent.is_dir():
+        lack = f"{out} is a folder" if out.is_dir() else f"the folder {out.parent} does not exist"
+        raise UsageError(f"diagnose: --out {out}: {lack}; give a file in a folder that is there")

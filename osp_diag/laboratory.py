@@ -120,9 +120,10 @@ class Replay:
     start : step of the checkpoint
     steps : Dataset (step) with ``loss``, ``replayed_loss``, ``batch_agrees`` (1, 0, NaN where not recorded)
         and ``weights_agree`` (share of the parameters whose sketch is the same to the bit)
-    parameters : Dataset (parameter) at the first step at which the weights differ: ``is_same``, and the least
-        squares fit Δ ≈ a · Δreplay + b · W of its sketch: ``step_factor`` a, ``decay`` −b, ``residual`` as a
-        share of ‖Δ‖; None where none differ or no sketches were recorded
+    parameters : Dataset (parameter) at the first step at which the weights differ: ``is_same``,
+        ``relative_difference`` ‖Δ − Δreplay‖ / ‖Δ‖, and the least squares fit Δ ≈ a · Δreplay + b · W of its
+        sketch: ``step_factor`` a, ``decay`` −b, ``residual`` as a share of ‖Δ‖; None where none differ or no
+        sketches were recorded
     """
 
     start: int
@@ -205,7 +206,8 @@ class Laboratory(Protocol):
         ...
 
     def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
-        """Training from a checkpoint to a step under a changed configuration; probed at its end."""
+        """Training from a checkpoint to a step under a changed configuration; probed at both and where the
+        run is."""
         ...
 
     def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:

@@ -10,9 +10,9 @@ from typing import Any
 import xarray as xr
 
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
-from osp_diag.laboratory import CheckpointState, Fork, Laboratory
+from osp_diag.laboratory import CheckpointState, Fork, Laboratory, Replay
 from osp_diag.monitoring import Finding as Noticed
-from osp_diag.monitoring import judge
+from osp_diag.monitoring import RunMonitor
 from osp_diag.runs.headline import headline_by_step
 from osp_diag.runs.run import Run
 
@@ -34,6 +34,7 @@ class Case:
     regression_bracket : where something got worse first; None where nothing did
     is_raised : whether kurtosis is above its noise at the last probe
     forks : of remedies that were tried, by start, end and changes
+    replay : of the steps after the last good checkpoint; None where none was made
     ruled_out, not_recorded : sentences that the questions leave
     """
 
@@ -45,14 +46,20 @@ class Case:
     regression_bracket: Bracket | None = None
     is_raised: bool = False
     forks: dict[tuple[int, int, str], Fork] = field(default_factory=dict)
+    replay: Replay | None = None
     ruled_out: list[str] = field(default_factory=list)
     not_recorded: list[str] = field(default_factory=list)
     _changes: dict[tuple[int, int], xr.Dataset] = field(default_factory=dict)
 
     @cached_property
+    def monitor(self) -> RunMonitor:
+        """The monitor of the run."""
+        return RunMonitor(self.run)
+
+    @cached_property
     def noticed(self) -> tuple[Noticed, ...]:
         """What the monitor finds."""
-        return judge(self.run)
+        return self.monitor.look()
 
     @cached_property
     def kurtosis(self) -> xr.DataArray | None:

@@ -11,7 +11,9 @@ from osp_diag.analyses.diagnosis.conditions import changed_conditions
 from osp_diag.analyses.diagnosis.edits import edited_weights
 from osp_diag.analyses.diagnosis.experiments import experiments, verified
 from osp_diag.analyses.diagnosis.findings import CONFIDENCES, Bracket, Diagnosis, Finding
+from osp_diag.analyses.diagnosis.first_jumps import first_jumps
 from osp_diag.analyses.diagnosis.function import changed_function
+from osp_diag.analyses.diagnosis.identity import fingerprint, last_step
 from osp_diag.analyses.diagnosis.precision import narrower_weights
 from osp_diag.analyses.diagnosis.rates import jumped_rates
 from osp_diag.analyses.diagnosis.recipe import missing_parts
@@ -72,11 +74,7 @@ def diagnose(
     """
     case = Case(run, laboratory, against, its_laboratory)
     if laboratory is None:
-        case.not_recorded.append(
-            "weights, optimizers, the function and replays: this is no run of `osp-diag train` on disk, "
-            "whose checkpoints could be read, and it names none; name their directory with --checkpoints "
-            "(checkpoints=)"
-        )
+        case.not_recorded.append(f"weights, optimizers, the function and replays: {_why_none(run)}")
     regression = regression_of(case)
     case.not_recorded += [
         f"whether {quantity} rose: fewer than two probes have it"
@@ -107,6 +105,20 @@ def diagnose(
         not_recorded=tuple(
             dict.fromkeys((*(() if laboratory is None else laboratory.missing), *case.not_recorded))
         ),
+        jumps=first_jumps(case.monitor),
+        replay=case.replay,
+        last_step=last_step(run),
+        fingerprint=fingerprint(run),
+    )
+
+
+def _why_none(run: Run) -> str:
+    """Why no laboratory answers."""
+    if "routing" in run.attrs:
+        return "this is judged from the records alone; `osp-diag diagnose RUN` reads the checkpoints too"
+    return (
+        "this is no run of `osp-diag train` on disk, whose checkpoints could be read, and it names none; "
+        "name their directory with --checkpoints (checkpoints=)"
     )
 
 

@@ -215,7 +215,7 @@ class TrainingLaboratory:
             return compared(self.run, again, start)
 
     def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
-        """Training from a checkpoint to a step under a changed configuration, probed at both."""
+        """Training from a checkpoint to a step under a changed configuration, probed when the run was."""
         return self._fork(start, until, label, changes, ())
 
     def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:
@@ -226,7 +226,10 @@ class TrainingLaboratory:
         self, start: int, until: int, label: str, changes: Mapping[str, Any], forget: Sequence[str]
     ) -> Fork:
         own = self._by_step[start].config
-        config = with_changes(own, {"probe.every": until - start, "probe.dense_until": 0, **changes})
+        # The run's own schedule, so that both can be compared probe by probe; no probes are none.
+        schedule = {} if own.probe.every else {"probe.every": until - start, "probe.dense_until": 0}
+        sites = tuple(site for site in HIDDEN_STATES if site in self.run.sites)
+        config = with_changes(own, {**schedule, "probe.sites": sites, **changes})
         with self._trained(start, until, config, label, forget) as run:
             kurtosis = [headline_kurtosis(run, step=int(step)).get("all", np.nan) for step in run.steps]
             losses = run.series["held_out_loss"].sel(step=run.steps).values
