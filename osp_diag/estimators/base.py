@@ -79,6 +79,9 @@ class Layout:
             "output_channel": self.output_channels,
             "expert": self.experts,
         }
+        width = dim.removeprefix("block_")
+        if width.isdecimal():
+            return -(-self.channels // int(width))
         if dim not in sizes:
             raise EstimatorError(
                 f"dimension {dim!r} has no size in the layout; give it coordinates in `Measurement.coords`"
