@@ -171,6 +171,8 @@ class Estimator(ABC):
     """Patterns of the sites where the definition applies by default."""
     optional: ClassVar[bool] = False
     """Left out of the default set (costly, or a control)."""
+    family: ClassVar[str] = ""
+    """A name that asks for several estimators at once, where they are one instrument."""
 
     @property
     def identifier(self) -> str:

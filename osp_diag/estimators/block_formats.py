@@ -130,15 +130,32 @@ def block_dim(width: int) -> str:
     return f"block_{width}"
 
 
-def in_blocks(rows: Float[Any, "row channel"], width: int | None) -> Float[Any, "row block element"]:
-    """Rows cut into blocks of ``width`` channels (None: one of all), zeros after a last one that is shorter."""
+def in_blocks(
+    rows: Float[Any, "row channel"], width: int | None, height: int = 1
+) -> Float[Any, "band block element"]:
+    """Rows cut into blocks of ``width`` channels (None: one of all) and ``height`` rows.
+
+    What is missing of the last block of a row, or of the last rows, is filled up with zeros.
+    """
     xp = namespace_of(rows)
-    count, channels = rows.shape
-    width = width or channels
-    missing = -channels % width
-    if missing:
-        rows = xp.concat([rows, xp.zeros_like(rows[:, :1]) + xp.zeros_like(rows[:1, :missing])], axis=1)
-    return xp.reshape(rows, (count, -1, width))
+    rows = _filled_up(_filled_up(rows, 1, width or rows.shape[1]), 0, height)
+    if height == 1:
+        return xp.reshape(rows, (rows.shape[0], -1, width or rows.shape[1]))
+    tiles = xp.reshape(rows, (rows.shape[0] // height, height, -1, width or rows.shape[1]))
+    tiles = xp.permute_dims(tiles, (0, 2, 1, 3))
+    return xp.reshape(tiles, (*tiles.shape[:2], -1))
+
+
+def _filled_up(rows: Array, axis: int, multiple: int) -> Array:
+    """With zeros at the end of an axis, so that its length is a multiple."""
+    missing = -rows.shape[axis] % multiple
+    if not missing:
+        return rows
+    shape = list(rows.shape)
+    shape[axis] = missing
+    xp = namespace_of(rows)
+    zero = xp.zeros_like(rows[:1, :1])
+    return xp.concat([rows, xp.broadcast_to(zero, tuple(shape))], axis=axis)
 
 
 def tensor_peak_by_block(peak: Float[Any, " row"], unit: Float[Any, "row block"]) -> Float[Any, "row block"]:

@@ -30,6 +30,7 @@ __all__ = [
     "default_estimators",
     "describe_outputs",
     "estimator_parameters",
+    "estimators_named",
     "get_estimator",
 ]
 
@@ -118,6 +119,19 @@ def get_estimator(name: str, **parameters: Any) -> Estimator:
         takes = f"it takes {', '.join(defaults)}" if defaults else "it takes none"
         raise EstimatorError(f"estimator {cls.name!r} has no parameter {', '.join(unknown)}; {takes}")
     return cls(**parameters)
+
+
+def estimators_named(name: str) -> tuple[Estimator, ...]:
+    """The estimator of a name, or those of a family, whatever they observe: ``block_lens`` is several.
+
+    Raises
+    ------
+    EstimatorError : as :func:`get_estimator`
+    """
+    families = {cls.family for cls in all_estimators().values()} - {""}
+    if name not in families:
+        return (get_estimator(name),)
+    return tuple(estimator for estimator in default_estimators(optional=True) if estimator.family == name)
 
 
 def applies_to(estimator: Estimator | type[Estimator], site: str) -> bool:
