@@ -91,9 +91,7 @@ def blocks_of(blocks: Float[Any, "row block element"]) -> Blocks:
     )
 
 
-def block_losses(
-    entry: BlockFormat, blocks: Blocks, tensor_peak: Float[Any, "row block"]
-) -> BlockLosses:
+def block_losses(entry: BlockFormat, blocks: Blocks, tensor_peak: Float[Any, "row block"]) -> BlockLosses:
     """The losses of one format.
 
     Parameters

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from jaxtyping import Float
 
-from osp_diag.errors import EstimatorError
 from osp_diag.estimators._arrays import (
     Array,
     accumulator_dtype,

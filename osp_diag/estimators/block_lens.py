@@ -231,7 +231,9 @@ class CollateralLoss(_OfBlockFormats):
 
     name: ClassVar[str] = "collateral_loss"
     title: ClassVar[str] = "Collateral loss of a block format"
-    formula: ClassVar[str] = "mean over tokens and blocks of Σ_{j ≠ argmax |x|} (x_j − q_j)² / Σ_{j ≠ argmax |x|} x_j²"
+    formula: ClassVar[str] = (
+        "mean over tokens and blocks of Σ_{j ≠ argmax |x|} (x_j − q_j)² / Σ_{j ≠ argmax |x|} x_j²"
+    )
     range: ClassVar[str] = "[0, 1]"
     floor: ClassVar[str] = (
         "Gaussian noise: NVFP4 0.012, MXFP4 0.012, MXFP8 and FP8 by block 0.0007, INT4 g128 0.015, per token "
@@ -364,7 +366,9 @@ class ScaleHeadroom(_OfBlockFormats):
     title: ClassVar[str] = "Headroom of a block format's scales"
     formula: ClassVar[str] = "mean over tokens and blocks of log₂(s · max grid / max_j |x_j|)"
     unit: ClassVar[str] = "bits"
-    range: ClassVar[str] = "MXFP4 (−0.42, 0.58], MXFP8 (−0.19, 0.81], NVFP4 ±0.09 above 2⁻⁶, others 0; share [0, 1]"
+    range: ClassVar[str] = (
+        "MXFP4 (−0.42, 0.58], MXFP8 (−0.19, 0.81], NVFP4 ±0.09 above 2⁻⁶, others 0; share [0, 1]"
+    )
     floor: ClassVar[str] = (
         "Gaussian noise: NVFP4 0, MXFP4 0.16, MXFP8 0.38, others 0 (`scale_headroom_on_noise`); shares 0"
     )

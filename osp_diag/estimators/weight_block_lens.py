@@ -123,7 +123,9 @@ def _rounding_of(entry: BlockFormat, matrix: Array, peak: Array) -> tuple[dict[s
     for rows in _parts(matrix, entry.rows):
         blocks = blocks_of(in_blocks(rows, entry.width, entry.rows))
         bands = blocks.unit.shape[0]
-        losses = block_losses(entry, blocks, tensor_peak_by_block(xp.broadcast_to(peak, (bands,)), blocks.unit))
+        losses = block_losses(
+            entry, blocks, tensor_peak_by_block(xp.broadcast_to(peak, (bands,)), blocks.unit)
+        )
         by_block = by_block + xp.sum(losses.collateral, axis=0, dtype=wide)
         neighbours = neighbours + xp.sum(xp.astype(losses.has_neighbours, wide), axis=0)
         for key, values in sums_of_rows(losses).items():
@@ -201,7 +203,9 @@ class WeightBlockLens(Estimator):
 
     name: ClassVar[str] = "weight_block_lens"
     title: ClassVar[str] = "Losses of a projection's weights in block formats"
-    formula: ClassVar[str] = "as block_crest, collateral_loss, effective_bits, zeroed_fraction, scale_headroom, of rows W_i"
+    formula: ClassVar[str] = (
+        "as block_crest, collateral_loss, effective_bits, zeroed_fraction, scale_headroom, of rows W_i"
+    )
     range: ClassVar[str] = "as theirs"
     floor: ClassVar[str] = "Gaussian weights give what those give on Gaussian noise"
     ceiling: ClassVar[str] = "as theirs"
@@ -248,7 +252,9 @@ class WeightBlockLens(Estimator):
                 "mean over rows and blocks of Σ (W − q)² / Σ W² over a block's elements but the largest",
                 **share,
             ),
-            "weight_collateral_loss_max": output(largest("worst"), "the largest over rows and blocks", **share),
+            "weight_collateral_loss_max": output(
+                largest("worst"), "the largest over rows and blocks", **share
+            ),
             "weight_collateral_loss_above_tenth": output(
                 largest("above"), f"share of blocks of which more than {SERIOUS_LOSS:g} is lost", **share
             ),
