@@ -37,7 +37,7 @@ ROW_SUMS = ("above", "zeroed", "headroom", "scaled", "small_scale", "filled")
 
 
 class Blocks(NamedTuple):
-    """Rows of blocks as every format sees them, each block divided by a power of two near its largest value."""
+    """Rows of blocks as every format sees them, each divided by a power of two near its largest value."""
 
     z: Float[Any, "row block element"]
     unit: Float[Any, "row block"]
@@ -65,7 +65,7 @@ class BlockLosses(NamedTuple):
     zeroed: Array
     """how many elements that were not 0 are"""
     headroom: Array
-    """log₂ of the largest value that the block's scale reaches over its largest magnitude; 0 without a scale"""
+    """log₂ of what the block's scale reaches at most over its largest magnitude; 0 without a scale"""
     has_scale: Bool[Any, "row block"]
     """whether the scale is above 0"""
     has_small_scale: Bool[Any, "row block"]

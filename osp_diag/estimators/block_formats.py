@@ -1,16 +1,16 @@
-"""Number formats whose values share a scale by block of channels, simulated: what each would make of a tensor.
+"""Number formats whose values share a scale by block of channels, simulated.
 
 A block's values are s · q, where q is on the grid of the element type and s on that of the scale's:
 
-- ``e2m1`` (FP4): 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives; ``e4m3`` (FP8): 3 bits of mantissa, up to 448,
-  steps of 2⁻⁹ below 2⁻⁶; ``int4``: −8 to 7. Halves are rounded to the even neighbour, and what lies beyond the
-  largest is the largest.
-- ``e8m0``: the scale is the largest power of two up to max |x| / divisor, not below 2⁻¹²⁷; ``float32``: the scale
-  is max |x| / divisor; ``e4m3``: a scale of two levels. The tensor has g = 448 · 6 / max |x|, in float32, and the
-  block's scale is what E4M3 makes of g · max |x| / 6, divided by g.
+- ``E2M1`` (FP4): 0, ½, 1, 1½, 2, 3, 4, 6 and their negatives; ``E4M3`` (FP8): 3 bits of mantissa, up to 448,
+  steps of 2⁻⁹ below 2⁻⁶; ``INT4``: −8 to 7. Halves are rounded to the even neighbour, and what lies beyond
+  the largest is the largest.
+- ``e8m0``: the scale is the largest power of two up to max |x| / divisor, not below 2⁻¹²⁷; ``float32``: the
+  scale is max |x| / divisor; ``e4m3``: a scale of two levels. The tensor has g = 448 · 6 / max |x|, in
+  float32, and the block's scale is what E4M3 makes of g · max |x| / 6, divided by g.
 
-Of activations (and their gradients) a *tensor* is one sequence, so that no number changes with the batch or its
-padding; of weights it is the matrix. The last block of a width that its blocks do not divide is shorter.
+Of activations (and their gradients) a *tensor* is one sequence, so that no number changes with the batch or
+its padding; of weights it is the matrix. The last block of a width that does not divide d is shorter.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ BLOCK_FORMATS = {
         BlockFormat("int4_token", None, INT4, "float32", 7.0),
     )
 }
-"""Name → format. Divisors of ``e8m0`` are the powers of two of the grid's largest number, as the OCP rule is."""
+"""Name → format. Divisors of ``e8m0`` are the largest power of two on the grid, as the OCP rule is."""
 
 
 def block_format(name: str) -> BlockFormat:

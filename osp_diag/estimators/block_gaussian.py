@@ -1,8 +1,8 @@
 """What the statistics of block formats read on Gaussian noise, simulated: the floors of their numbers.
 
-From 4 sequences of 512 tokens of 4,096 channels; of INT4, whose noise grows with the number of values that share
-a scale, from 2²² numbers in blocks of 64 to 16,384, and linear in the logarithm between them. A test simulates
-anew.
+From 4 sequences of 512 tokens of 4,096 channels; of INT4, whose noise grows with the number of values that
+share a scale, from 2²² numbers in blocks of 64 to 16,384, and linear in the logarithm between them. A test
+simulates anew.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Block formats at a site: what NVFP4, MXFP4, MXFP8, FP8 and INT4 would lose of each block of channels.
 
-One channel that is large on every token raises the ratio of signal to noise of the whole tensor, since it is
-most of the signal and is rounded well, while its neighbours, which share its scale, vanish. So losses are taken
-by block, and of a block's elements without its largest. The formats are simulated
-(``osp_diag/estimators/block_formats.py`` says how), and measured on request: the name ``block_lens`` asks for
-the whole family.
+One channel that is large on every token raises the signal to noise of the whole tensor, since it is most of
+the signal and is rounded well, while its neighbours, which share its scale, vanish. So losses are taken by
+block, and of a block's elements without its largest. The formats are simulated
+(``osp_diag/estimators/block_formats.py`` says how), and measured on request: the name ``block_lens`` asks
+for the whole family.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ _BITS = LogHistogram(low=1.0, high=LARGEST_RATIO, bins=64 * int(MOST_BITS))
 """Of signal over noise: a bin is 1/64 of a bit wide."""
 _BIN = "effective_bits_bin"
 _AT_ONCE = 2**18
-"""Elements worked on together: many small arrays are made of each part, which cost more than leaving the cache."""
+"""Elements worked on together: each part makes many small arrays, which cost more than leaving the cache."""
 _BY_FORMAT = ("stratum", "block_format")
 
 
@@ -180,7 +180,7 @@ def _over_strata(by_token: Mapping[str, Array], strata: Array) -> dict[str, Arra
 
 
 def constants(values: Mapping[str, float], like: Array) -> Array:
-    """Numbers that no data change, after the leading axes of a state: ``like`` has the shape of the result."""
+    """Numbers that no data change, after the leading axes of a state, in the shape of ``like``."""
     xp = namespace_of(like)
     return xp.zeros_like(like) + xp.asarray(list(values.values()), dtype=like.dtype)
 
@@ -223,16 +223,16 @@ class CollateralLoss(_OfBlockFormats):
     """Energy that the neighbours of a block's largest element lose to rounding: mean, worst, share above 0.1.
 
     Of each block of each token Σ(x − q)² / Σ x² over its elements but the largest one (the first of equal
-    ones): what a hot channel costs the others that share its scale, which neither the whole tensor's signal to
-    noise nor its mean squared error shows. A block of which at most one element is not 0 has no neighbours and
-    is left out. ``<format>_block_collateral_loss`` is the mean over tokens of each block: block b holds the
-    channels from b · width on, so a hot channel's block has a name.
+    ones): what a hot channel costs the others that share its scale, which neither the whole tensor's signal
+    to noise nor its mean squared error shows. A block of which at most one element is not 0 has no neighbours
+    and is left out. ``<format>_block_collateral_loss`` is the mean over tokens of each block: block b holds
+    the channels from b · width on, so a hot channel's block has a name.
     """
 
     name: ClassVar[str] = "collateral_loss"
     title: ClassVar[str] = "Collateral loss of a block format"
     formula: ClassVar[str] = (
-        "mean over tokens and blocks of Σ_{j ≠ argmax |x|} (x_j − q_j)² / Σ_{j ≠ argmax |x|} x_j²"
+        "mean over tokens and blocks of Σ_j (x_j − q_j)² / Σ_j x_j², j in the block without argmax |x_j|"
     )
     range: ClassVar[str] = "[0, 1]"
     floor: ClassVar[str] = (
@@ -241,8 +241,8 @@ class CollateralLoss(_OfBlockFormats):
     )
     ceiling: ClassVar[str] = "1, all neighbours of the largest element become 0"
     also_used_by: ClassVar[tuple[str, ...]] = (
-        "Confusable with the underflow share (`zeroed_fraction`), which counts elements whatever they held, and "
-        "with the whole tensor's mean squared error, of which a hot channel's own rounding is most.",
+        "Confusable with the underflow share (`zeroed_fraction`), which counts elements whatever they held, "
+        "and with the whole tensor's mean squared error, of which a hot channel's own rounding is most.",
     )
 
     def finalise(self, state: Mapping[str, Array], layout: Layout) -> dict[str, Output]:
@@ -256,7 +256,7 @@ class CollateralLoss(_OfBlockFormats):
                     by_block[f"{name}_block_collateral_loss"] = Output(
                         quotient(loss, neighbours),
                         ("stratum", block_dim(width)),
-                        definition=f"mean over tokens of the collateral loss of each block of {width} channels",
+                        definition=f"mean over tokens of the loss of each block of {width} channels",
                         floor=0.0,
                         ceiling=1.0,
                     )
@@ -336,8 +336,8 @@ class ZeroedFraction(_OfBlockFormats):
     formula: ClassVar[str] = "#{x_tj ≠ 0, q_tj = 0} / #{x_tj ≠ 0}"
     range: ClassVar[str] = "[0, 1]"
     floor: ClassVar[str] = (
-        "0; Gaussian noise: NVFP4 0.068, MXFP4 0.088, MXFP8 and FP8 by block 6e-6, INT4 g128 0.160, per token "
-        "0.204 at d = 2,048 (`zeroed_fraction_on_noise`)"
+        "0; Gaussian noise: NVFP4 0.068, MXFP4 0.088, MXFP8 and FP8 by block 5e-6, INT4 g128 0.160, per "
+        "token 0.204 at d = 2,048 (`zeroed_fraction_on_noise`)"
     )
     ceiling: ClassVar[str] = "1; below 1 − 1/width while a block's scale does not vanish itself"
 
@@ -354,12 +354,12 @@ class ZeroedFraction(_OfBlockFormats):
 class ScaleHeadroom(_OfBlockFormats):
     """Bits between a block's largest magnitude and the largest that its scale reaches: mean and least.
 
-    0 where the block uses its grid to the end, 1 where the upper half of the grid lies idle, below 0 where the
-    largest element is cut off. A scale that is a power of two leaves up to 0.58 bits of E2M1 idle and cuts off
-    up to 0.42; of E4M3 0.81 and 0.19. Float32 scales leave nothing. ``scale_underflow_fraction`` is the share
-    of blocks (of zeros none) whose scale of E4M3 is below 2⁻⁶, where it loses its own mantissa and at last
-    becomes 0: blocks 28,672 times and more below the largest value of the sequence, which massive activations
-    do. Blocks without a scale are in that share and in no mean.
+    0 where the block uses its grid to the end, 1 where the upper half of the grid lies idle, below 0 where
+    the largest element is cut off. A scale that is a power of two leaves up to 0.58 bits of E2M1 idle and
+    cuts off up to 0.42; of E4M3 0.81 and 0.19. Float32 scales leave nothing. ``scale_underflow_fraction`` is
+    the share of blocks (of zeros none) whose scale of E4M3 is below 2⁻⁶, where it loses its own mantissa and
+    at last becomes 0: blocks 28,672 times and more below the largest value of the sequence, which massive
+    activations do. Blocks without a scale are in that share and in no mean.
     """
 
     name: ClassVar[str] = "scale_headroom"

@@ -115,7 +115,7 @@ def _parts(matrix: Array, height: int) -> list[Array]:
 
 
 def _rounding_of(entry: BlockFormat, matrix: Array, peak: Array) -> tuple[dict[str, Array], Array]:
-    """The numbers of a matrix in one format, and the mean loss of each block of channels; NaN where none is."""
+    """The numbers of a matrix in one format, and the mean loss of each block; NaN where none is."""
     xp = namespace_of(matrix)
     wide = accumulator_dtype(xp, matrix)
     by_block, neighbours, sums = 0.0, 0.0, {}
@@ -192,9 +192,10 @@ class WeightBlockLens(Estimator):
 
     Blocks lie along the input channels. NVFP4's tensor is the matrix; FP8 by block has one scale for 128 rows
     and 128 channels, and its *row* is such a band of 128 rows; ``int4_token`` has one scale a row. Median and
-    worst of ``weight_effective_bits`` are over rows, the median being the lower one. Of experts stacked in one
-    parameter each is a matrix of its own, and the number is that of the expert that loses most; of a part of a
-    fused projection (query, key, value) the part is the matrix. NaN for a matrix with NaN or Inf, and of zeros.
+    worst of ``weight_effective_bits`` are over rows, the median being the lower one. Of experts stacked in
+    one parameter each is a matrix of its own, and the number is that of the expert that loses most; of a part
+    of a fused projection (query, key, value) the part is the matrix. NaN for a matrix with NaN or Inf, and of
+    zeros.
 
     ``weight_<format>_block_collateral_loss`` is the mean over rows of each block of channels.
     """

@@ -99,7 +99,12 @@ def mean(values: np.ndarray) -> float:
     return float(known.mean()) if known.size else np.nan
 
 
-def extreme(values: np.ndarray, sign: int) -> float:
-    """The largest (sign 1) or smallest (−1) of what is defined."""
+def largest(values: np.ndarray) -> float:
+    """Of what is defined; NaN of nothing."""
     known = values[~np.isnan(values)]
-    return float(sign * (sign * known).max()) if known.size else np.nan
+    return float(known.max()) if known.size else np.nan
+
+
+def smallest(values: np.ndarray) -> float:
+    """As :func:`largest`."""
+    return -largest(-values)

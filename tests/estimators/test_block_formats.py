@@ -1,4 +1,4 @@
-"""Block formats to the bit against compressed-tensors' own scales and rounding, and how the lens is asked for."""
+"""Block formats to the bit against compressed-tensors' own scales and rounding; asking for the lens."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from block_oracle import FORMATS, WIDTHS, Rounded, bits, crests, extreme, mean, slices
+from block_oracle import FORMATS, WIDTHS, Rounded, bits, crests, largest, mean, slices, smallest
 
 from osp_diag.errors import EstimatorError
 from osp_diag.estimators import ActivationObservation, Suite, estimators_named
@@ -26,15 +26,15 @@ def expected(oracle) -> dict[str, np.ndarray]:
 
 
 def _of_crests(tokens: np.ndarray, strata: list[np.ndarray]) -> dict[str, np.ndarray]:
-    outputs, means, largest = {}, [], []
+    outputs, means, tops = {}, [], []
     for width in (16, 32, 128):
         crest = np.stack([crests(tokens[:, s]) for s in slices(tokens.shape[1], width)], axis=1)
         outputs[f"block_crest_{width}"] = np.array([[mean(c) for c in crest[rows].T] for rows in strata])
         means.append([mean(crest[rows]) for rows in strata])
-        largest.append([extreme(crest[rows], 1) for rows in strata])
-    means, largest = np.transpose(means), np.transpose(largest)
+        tops.append([largest(crest[rows]) for rows in strata])
+    means, tops = np.transpose(means), np.transpose(tops)
     noise = np.array([2.110, 2.366, 2.834])
-    return outputs | {"block_crest": means, "block_crest_max": largest, "block_crest_on_noise": noise}
+    return outputs | {"block_crest": means, "block_crest_max": tops, "block_crest_on_noise": noise}
 
 
 def _of_formats(tokens: np.ndarray, peak: np.ndarray, strata: list[np.ndarray]) -> dict[str, np.ndarray]:
@@ -48,20 +48,19 @@ def _of_formats(tokens: np.ndarray, peak: np.ndarray, strata: list[np.ndarray]) 
             for key in ("loss", "headroom", "is_zero", "is_small", "zeroed")
         )
         above = np.where(np.isnan(loss), np.nan, loss > 0.1)
-        numbers = {
-            "collateral_loss": lambda rows: mean(loss[rows]),
-            "collateral_loss_max": lambda rows: extreme(loss[rows], 1),
-            "collateral_loss_above_tenth": lambda rows: mean(above[rows]),
-            "effective_bits_min": lambda rows: extreme(bits(blocks)[rows], -1),
-            "zeroed_fraction": lambda rows: mean(
-                np.array([zeroed[rows].sum() / (nonzero[rows].sum() or np.nan)])
-            ),
-            "scale_headroom": lambda rows: mean(headroom[rows]),
-            "scale_headroom_min": lambda rows: extreme(headroom[rows], -1),
-            "scale_underflow_fraction": lambda rows: mean(np.where(zero, np.nan, small)[rows]),
+        every = {
+            "collateral_loss": (loss, mean),
+            "collateral_loss_max": (loss, largest),
+            "collateral_loss_above_tenth": (above, mean),
+            "effective_bits_min": (bits(blocks), smallest),
+            "scale_headroom": (headroom, mean),
+            "scale_headroom_min": (headroom, smallest),
+            "scale_underflow_fraction": (np.where(zero, np.nan, small), mean),
         }
-        for key, number in numbers.items():
-            by_format.setdefault(key, []).append([number(rows) for rows in strata])
+        for key, (values, reduce) in every.items():
+            by_format.setdefault(key, []).append([reduce(values[rows]) for rows in strata])
+        share = [zeroed[rows].sum() / (nonzero[rows].sum() or np.nan) for rows in strata]
+        by_format.setdefault("zeroed_fraction", []).append(share)
         if WIDTHS[name]:
             outputs[f"{name}_block_collateral_loss"] = np.array(
                 [[mean(c) for c in loss[rows].T] for rows in strata]
