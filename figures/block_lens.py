@@ -12,7 +12,7 @@ import xarray as xr
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import OspDiagError, UsageError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._placement import SMOLLM2, InGallery, InReport
+from osp_diag.figures._placement import SMOLLM2_LENS, InGallery, InReport
 from osp_diag.figures._runs import identifier, per_run, statistics
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
@@ -20,7 +20,7 @@ from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 REPORT = InReport("What block formats lose", place=135)
-GALLERY = InGallery(SMOLLM2, "One site loses more than noise would, in some layers far more.", place=145)
+GALLERY = InGallery(SMOLLM2_LENS, "SEE", place=145)
 SITES = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
 """Where activations meet weights: the inputs of the projections."""
 STATISTICS = ("collateral_loss", "effective_bits")

@@ -96,6 +96,9 @@ def _find(name: str) -> type[Estimator]:
     versions = [cls for cls in by_identifier.values() if cls.name == name]
     if versions:
         return max(versions, key=lambda cls: cls.version)
+    family = [cls.name for cls in by_identifier.values() if name and cls.family == name]
+    if family:
+        raise EstimatorError(f"{name!r} is a family of estimators; name one of {', '.join(family)}")
     names = sorted(by_identifier) if "/" in name else sorted({cls.name for cls in by_identifier.values()})
     hint = did_you_mean(name, names, "`osp-diag estimators` lists all")
     raise EstimatorError(f"no estimator is named {name!r}; {hint}")
@@ -128,10 +131,8 @@ def estimators_named(name: str) -> tuple[Estimator, ...]:
     ------
     EstimatorError : as :func:`get_estimator`
     """
-    families = {cls.family for cls in all_estimators().values()} - {""}
-    if name not in families:
-        return (get_estimator(name),)
-    return tuple(estimator for estimator in default_estimators(optional=True) if estimator.family == name)
+    family = tuple(e for e in default_estimators(optional=True) if name and e.family == name)
+    return family or (get_estimator(name),)
 
 
 def applies_to(estimator: Estimator | type[Estimator], site: str) -> bool:

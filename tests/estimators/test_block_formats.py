@@ -10,7 +10,8 @@ from compressed_tensors.quantization import QuantizationArgs, fake_quantize, pre
 from compressed_tensors.quantization.utils import calculate_qparams, generate_gparam
 
 from osp_diag.capture.states import suites_of
-from osp_diag.estimators import estimators_named
+from osp_diag.errors import EstimatorError
+from osp_diag.estimators import estimators_named, get_estimator
 from osp_diag.estimators.block_formats import (
     BLOCK_FORMATS,
     block_format,
@@ -106,6 +107,10 @@ def test_the_family_by_name_and_at_gradients() -> None:
     names = {e.name for e in MeasurementSettings(estimators=["block_lens"]).estimator_instances()}
     activation = {"block_crest", "collateral_loss", "effective_bits", "zeroed_fraction", "scale_headroom"}
     assert names == activation | {"weight_block_lens"}
+    with pytest.raises(
+        EstimatorError, match="'block_lens' is a family of estimators; name one of block_crest, coll"
+    ):
+        get_estimator("block_lens")
     suites = suites_of("gradient:residual_post", estimators_named("block_lens"))
     assert {e.name for e in suites["activation"].estimators} == activation
     assert {
