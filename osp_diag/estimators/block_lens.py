@@ -179,7 +179,7 @@ def _over_strata(by_token: Mapping[str, Array], strata: Array) -> dict[str, Arra
     }
 
 
-def constants(values: Mapping[str, float], like: Array) -> Array:
+def constants(values: Mapping[Any, float], like: Array) -> Array:
     """Numbers that no data change, after the leading axes of a state, in the shape of ``like``."""
     xp = namespace_of(like)
     return xp.zeros_like(like) + xp.asarray(list(values.values()), dtype=like.dtype)
@@ -270,7 +270,7 @@ class CollateralLoss(_OfBlockFormats):
             total.append(whole[0])
             count.append(whole[1])
         blocks = xp.stack(count, axis=-1)
-        bounds = {"floor": 0.0, "ceiling": 1.0}
+        bounds: dict[str, Any] = {"floor": 0.0, "ceiling": 1.0}
         return {
             self.name: self._output(quotient(xp.stack(total, axis=-1), blocks), self.formula, **bounds),
             "collateral_loss_max": self._output(
@@ -313,7 +313,7 @@ class EffectiveBits(_OfBlockFormats):
         xp = namespace_of(counts)
         median = _BITS.quantiles(counts, (0.5,))[..., 0]
         lowest = xp.where(least < xp.inf, least, xp.nan * xp.ones_like(least))
-        bounds = {"floor": 0.0, "ceiling": MOST_BITS}
+        bounds: dict[str, Any] = {"floor": 0.0, "ceiling": MOST_BITS}
         return {
             self.name: self._output(0.5 * xp.log2(median), self.formula, self.unit, **bounds),
             "effective_bits_min": self._output(

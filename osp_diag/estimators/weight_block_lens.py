@@ -118,7 +118,8 @@ def _rounding_of(entry: BlockFormat, matrix: Array, peak: Array) -> tuple[dict[s
     """The numbers of a matrix in one format, and the mean loss of each block; NaN where none is."""
     xp = namespace_of(matrix)
     wide = accumulator_dtype(xp, matrix)
-    by_block, neighbours, sums = 0.0, 0.0, {}
+    by_block, neighbours = 0.0, 0.0
+    sums: dict[str, Array] = {}
     extremes: dict[str, list[Array]] = {}
     for rows in _parts(matrix, entry.rows):
         blocks = blocks_of(in_blocks(rows, entry.width, entry.rows))
@@ -240,7 +241,8 @@ class WeightBlockLens(Estimator):
         ) -> Output:
             return Output(values, tuple(coords), definition=definition, coords=coords, **options)
 
-        share, bits = {"floor": 0.0, "ceiling": 1.0}, {"unit": "bits", "floor": 0.0, "ceiling": MOST_BITS}
+        share: dict[str, Any] = {"floor": 0.0, "ceiling": 1.0}
+        bits: dict[str, Any] = {"unit": "bits", "floor": 0.0, "ceiling": MOST_BITS}
         outputs = {
             "weight_block_crest": output(
                 largest("crest"), "mean over rows and blocks of max |W| / RMS of a block", widths, floor=1.0
@@ -285,12 +287,12 @@ class WeightBlockLens(Estimator):
                 ceiling=width**0.5,
             )
         for name in self.formats:
-            width = block_format(name).width
-            if width is not None:
+            columns = block_format(name).width
+            if columns is not None:
                 outputs[f"weight_{name}_block_collateral_loss"] = Output(
                     maximum_or_nan(fields[f"{name}_collateral"]),
-                    (block_dim(width),),
-                    definition=f"mean over rows of the loss of each block of {width} input channels",
+                    (block_dim(columns),),
+                    definition=f"mean over rows of the loss of each block of {columns} input channels",
                     **share,
                 )
         return outputs
