@@ -83,7 +83,7 @@ def test_against_float64(to: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_jax_gives_the_same() -> None:
-    suite, weight = Suite([WeightBlockLens(("nvfp4", "fp8_block"))]), matrices()[:1, :9, :40]
+    suite, weight = Suite([WeightBlockLens(("nvfp4",))]), matrices()[:1, :9, :40]
     found = jax.jit(lambda weight: suite.measure(WeightObservation(weight)))(jnp.asarray(weight))
     for name, values in suite.measure(WeightObservation(weight)).items():
         np.testing.assert_allclose(found[name], values, rtol=2e-5, atol=1e-6, err_msg=name)
