@@ -20,7 +20,11 @@ from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
 REPORT = InReport("What block formats lose", place=135)
-GALLERY = InGallery(SMOLLM2_LENS, "SEE", place=145)
+GALLERY = InGallery(
+    SMOLLM2_LENS,
+    "The input of attention loses most in most layers; its effective bits are above those of noise.",
+    place=145,
+)
 SITES = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
 """Where activations meet weights: the inputs of the projections."""
 STATISTICS = ("collateral_loss", "effective_bits")
