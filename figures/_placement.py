@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["ADAM_AND_OSP", "ADAM_MIDWAY", "SIX_RECIPES", "SMOLLM2", "InGallery", "InReport"]
+__all__ = ["ADAM_AND_OSP", "ADAM_MIDWAY", "SIX_RECIPES", "SMOLLM2", "SMOLLM2_LENS", "InGallery", "InReport"]
 
 SIX_RECIPES = ("adam", "muon_only", "muon", "muon_ssnorm", "muon_embproj", "osp")
 ADAM_AND_OSP = ("adam", "osp")
 SMOLLM2 = ("smollm2",)
 ADAM_MIDWAY = ("adam_midway",)
+SMOLLM2_LENS = ("smollm2_lens",)
 """The gallery's runs; docs/gallery.md has the commands that make them."""
 
 
