@@ -19,6 +19,7 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
+from osp_diag.quantizing.setting import UNQUANTIZED, notation
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run, open_run
 from osp_diag.schema import QUANTIZATION
@@ -39,8 +40,6 @@ __all__ = [
     "store_results",
 ]
 
-UNQUANTIZED = 16
-"""Bits at which a tensor stays as it is, as in the W-A-KV columns of papers."""
 ROUND_TO_NEAREST = "round-to-nearest"
 HELD_OUT = "held-out tokens of the training"
 """What the tokens are called that a training of ours did not see."""
@@ -92,12 +91,6 @@ _DEFINITIONS = {
 }
 _KEY_FIELDS = ("scheme", "weight_bits", "activation_bits", "key_value_bits", "token_fingerprint")
 """What makes two rows the same setting."""
-
-
-def notation(weight_bits: int, activation_bits: int, key_value_bits: int = UNQUANTIZED) -> str:
-    """A setting as papers write it: ``W4A4``, with ``KV4`` behind it where keys and values are rounded."""
-    key_value_part = "" if key_value_bits == UNQUANTIZED else f"KV{key_value_bits}"
-    return f"W{weight_bits}A{activation_bits}{key_value_part}"
 
 
 def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
