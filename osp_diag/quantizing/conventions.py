@@ -1,7 +1,7 @@
 """What "4 bits" means: the grids of weights, activations, keys and values, and how they are measured.
 
-Two conventions: ``plain``, ranges from minima and maxima; and ``osp``, what the scripts released with Outlier-Safe
-Pre-Training do (github.com/dmis-lab/Outlier-Safe-Pre-Training).
+Two conventions: ``plain``, ranges from minima and maxima; and ``osp``, what the scripts released with
+Outlier-Safe Pre-Training do (github.com/dmis-lab/Outlier-Safe-Pre-Training).
 """
 
 from __future__ import annotations

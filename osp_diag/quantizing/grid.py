@@ -42,8 +42,8 @@ class Grid:
     """2ᵇ evenly spaced points for each row (the last axis) of a tensor, or for each group of a row.
 
     Codes are the integers from −2ᵇ⁻¹ to 2ᵇ⁻¹ − 1. A value x has the code
-    clamp(round(x/s + z), −2ᵇ⁻¹, 2ᵇ⁻¹ − 1), halves to even, and stands for s · (code − z) afterwards. The scale
-    s and the zero point z are
+    clamp(round(x/s + z), −2ᵇ⁻¹, 2ᵇ⁻¹ − 1), halves to even, and stands for s · (code − z) afterwards. The
+    scale s and the zero point z are
 
     - *symmetric*: z = 0 and s = max|x| / ((2ᵇ − 1)/2) with ``full_range`` (7.5 at 4 bits: the largest |x| is
       half a step off), else max|x| / (2ᵇ⁻¹ − 1) (7 at 4 bits);
