@@ -189,14 +189,16 @@ def quantized_weights(
     with ExitStack() as undo:
         rotates_keys = rules.rotates_keys
         if way.rotation != "none":
-            learned = _learned(model, calibration, seed, blocks) if way.rotation == "learned" else None
+            learned = _learned(model, calibration, rules, seed, blocks) if way.rotation == "learned" else None
             applied = undo.enter_context(
                 rotated(model, way.rotation, seed=seed, rotations=learned, blocks=blocks)
             )
             notes += applied.notes
             rotates_keys = rotates_keys or applied.key_rotation is not None
         if weight_bits != UNQUANTIZED:
-            _round_weights(model, linears, rules.weights(weight_bits), way, calibration, undo, progress)
+            notes += _round_weights(
+                model, linears, rules.weights(weight_bits), way, calibration, undo, progress, blocks
+            )
         yield QuantizedWeights(
             model=model,
             sites=sites,
@@ -235,10 +237,12 @@ def _check_calibration(method: Method, calibration: Any) -> None:
         )
 
 
-def _learned(model: nn.Module, calibration: Any, seed: int, blocks: str | None) -> StreamRotations:
+def _learned(
+    model: nn.Module, calibration: Any, convention: Convention, seed: int, blocks: str | None
+) -> StreamRotations:
     from osp_diag.quantizing.learned_rotations import learned_rotations
 
-    return learned_rotations(model, calibration, seed=seed, blocks=blocks)
+    return learned_rotations(model, calibration, convention=convention, seed=seed, blocks=blocks)
 
 
 def _round_weights(
@@ -249,19 +253,22 @@ def _round_weights(
     calibration: Any,
     undo: ExitStack,
     progress: Progress | None,
-) -> None:
+    blocks: str | None,
+) -> tuple[str, ...]:
     """Exchange parameters, not their values: whoever else holds one (a tied head) keeps its numbers."""
     if method.rounding == "gptq":
         from osp_diag.quantizing.gptq import gptq_weights
 
-        weights = gptq_weights(model, linears, grid, calibration, progress=progress)
+        rounding = gptq_weights(model, linears, grid, calibration, blocks=blocks, progress=progress)
+        weights, notes = rounding.weights, rounding.notes
     else:
-        weights = {}
+        weights, notes = {}, ()
     for linear in linears:
         original = linear.module.weight
         undo.callback(setattr, linear.module, "weight", original)
         rounded = weights.pop(linear.path) if weights else grid.rounded(original.detach())
         linear.module.weight = nn.Parameter(rounded, requires_grad=False)
+    return notes
 
 
 def _rounding_of_input(grid: Grid) -> Any:
