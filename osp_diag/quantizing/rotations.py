@@ -272,11 +272,10 @@ class _Plan:
     ) -> None:
         """A step of a weight, and one of the bias where the Linear has one."""
         module = self.model.get_submodule(path)
-        if type(module) is not nn.Linear:
+        if not isinstance(module, nn.Linear):
             raise CheckpointError(
-                f"{path} is a {type(module).__name__}, not an nn.Linear, and cannot be rotated; {ADVICE}"
-                if not isinstance(module, nn.Linear)
-                else f"{path} is a {type(module).__name__}, whose own forward pass is unknown; {ADVICE}"
+                f"{path} is a {type(module).__name__}, not an nn.Linear: which of its axes are output channels "
+                "is unknown, so it cannot be rotated"
             )
         self.add(path, "weight", step)
         if bias is not None and module.bias is not None:
