@@ -131,6 +131,9 @@ def run(
         raise UsageError("--again measures what --run holds already: give --run")
     if calibration_tokens < 1:
         raise UsageError(f"--calibration-tokens {calibration_tokens}: give 1 or more")
+    calibrated = any(method_named(case.method).calibrated for case in cases)
+    if calibration is not None and not calibrated:
+        raise UsageError("--calibration is for methods that look at activations: gptq, quarot and spinquant")
     holder = None if run is None else open_run(run)
     if run is not None:
         check_destination(run, resume=True)
@@ -142,7 +145,7 @@ def run(
     token_settings = _as_convention(token_settings, convention, opened)
     batches = _batches(opened, token_settings, tokens_of_training)
     look = None
-    if any(method_named(case.method).calibrated for case in cases):
+    if calibrated:
         look = _calibration(
             opened, token_settings, batches, calibration, calibration_tokens, holder if held_out else None
         )

@@ -16,7 +16,8 @@ from osp_diag.errors import StoreError, TokenError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.quantizing.exported import measure_checkpoint
 from osp_diag.quantizing.perplexity import perplexity
-from osp_diag.quantizing.round_to_nearest import round_to_nearest
+from osp_diag.quantizing.setting import Setting
+from osp_diag.quantizing.simulate import quantized
 from tests.recipe_runs import RECIPES, training_run
 from tests.synthetic_runs import synthetic_run, without
 from tests.tiny_checkpoints import BYTES, byte_tokenizer, llama, save
@@ -134,10 +135,16 @@ def test_maxima_ratios_sinks_and_perplexity_of_a_checkpoint(table, checkpoints):
     np.testing.assert_allclose(row["sink_rate"], [np.mean(rates), np.max(rates)], atol=1e-6)
     assert row["epsilon"].item() == 0.3
     full = perplexity(checkpoint.model, TOKENS).perplexity
-    with round_to_nearest(checkpoint.model):
+    with quantized(checkpoint.model, Setting()):
         rounded = perplexity(checkpoint.model, TOKENS).perplexity
     np.testing.assert_allclose(row["perplexity"].sel(precision=["full", "W4A4"]), [full, rounded], rtol=1e-5)
     assert full != rounded
+    of_paper = row["paper_perplexity"]
+    np.testing.assert_allclose(of_paper.sel(bits="16-16-16"), full, rtol=1e-5)
+    with quantized(checkpoint.model, Setting(4, 8, 8), method="ffn-hadamard", convention="osp"):
+        rounded = perplexity(checkpoint.model, TOKENS).perplexity
+    np.testing.assert_allclose(of_paper.sel(ffn_hadamard="yes", bits="4-8-8"), rounded, rtol=1e-5)
+    assert np.isfinite(of_paper).all()
 
 
 def test_what_a_run_alone_tells(table):

@@ -11,11 +11,13 @@ from torch import nn
 
 from osp_diag.errors import UsageError
 from osp_diag.quantizing.conventions import Convention, convention_named
+from osp_diag.quantizing.gptq import gptq_weights
 from osp_diag.quantizing.grid import Grid
 from osp_diag.quantizing.key_values import KEYS, VALUES, rounded_key_values
+from osp_diag.quantizing.learned_rotations import learned_rotations
 from osp_diag.quantizing.linears import BlockLinear, block_linears
 from osp_diag.quantizing.methods import Method, method_named
-from osp_diag.quantizing.rotations import StreamRotations, rotated
+from osp_diag.quantizing.rotations import rotated
 from osp_diag.quantizing.setting import UNQUANTIZED, Setting
 from osp_diag.sites import SiteMap, find_sites
 from osp_diag.sites.trace import unwrap
@@ -23,7 +25,7 @@ from osp_diag.sites.trace import unwrap
 __all__ = ["QuantizedWeights", "Simulation", "quantized", "quantized_weights"]
 
 Progress = Callable[[int, int], None]
-"""Told (layers done, layers in all) of what goes layer by layer."""
+"""Told (parts done, parts in all) of what takes long: layers, or sequences that rotations are learned on."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +191,11 @@ def quantized_weights(
     with ExitStack() as undo:
         rotates_keys = rules.rotates_keys
         if way.rotation != "none":
-            learned = _learned(model, calibration, rules, seed, blocks) if way.rotation == "learned" else None
+            learned = None
+            if way.rotation == "learned":
+                learned = learned_rotations(
+                    model, calibration, convention=rules, seed=seed, blocks=blocks, progress=progress
+                )
             applied = undo.enter_context(
                 rotated(model, way.rotation, seed=seed, rotations=learned, blocks=blocks)
             )
@@ -237,14 +243,6 @@ def _check_calibration(method: Method, calibration: Any) -> None:
         )
 
 
-def _learned(
-    model: nn.Module, calibration: Any, convention: Convention, seed: int, blocks: str | None
-) -> StreamRotations:
-    from osp_diag.quantizing.learned_rotations import learned_rotations
-
-    return learned_rotations(model, calibration, convention=convention, seed=seed, blocks=blocks)
-
-
 def _round_weights(
     model: nn.Module,
     linears: tuple[BlockLinear, ...],
@@ -257,8 +255,6 @@ def _round_weights(
 ) -> tuple[str, ...]:
     """Exchange parameters, not their values: whoever else holds one (a tied head) keeps its numbers."""
     if method.rounding == "gptq":
-        from osp_diag.quantizing.gptq import gptq_weights
-
         rounding = gptq_weights(model, linears, grid, calibration, blocks=blocks, progress=progress)
         weights, notes = rounding.weights, rounding.notes
     else:
