@@ -1,7 +1,7 @@
 """What a table of the OSP paper costs: time, and peak memory in multiples of the model.
 
-The verb runs in a process of its own, on so many threads; the memory of Python and its libraries, which is that of a
-process that imports them, is told apart. Run it on an idle machine with
+The verb runs in a process of its own, on so many threads; the memory of Python and its libraries, which is
+that of a process that imports them, is told apart. Run it on an idle machine with
 
     python -m benchmarks.quantize                                      # SmolLM2-135M, --table 4, two threads
     python -m benchmarks.quantize path/to/model --table 2 --tokens 8192
@@ -51,8 +51,8 @@ def main() -> None:
     own = (whole - imports) * 1024
     print(text)
     print(
-        f"{minutes:.1f} minutes on {known.threads} threads; peak {whole / 2**20:.2f} GiB, of which the imports take "
-        f"{imports / 2**20:.2f} GiB; the rest is {own / model:.2f} times the model of {model / 2**30:.2f} GiB"
+        f"{minutes:.1f} minutes on {known.threads} threads; peak {whole / 2**20:.2f} GiB, of which the imports "
+        f"take {imports / 2**20:.2f} GiB; the rest is {own / model:.2f} times the model of {model / 2**30:.2f} GiB"
     )
 
 

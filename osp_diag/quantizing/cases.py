@@ -49,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a sweep is: which case, and of it how many parts that take long, such as layers or sequences."""
+    """How far a sweep is: which case, and how many of its parts, such as layers or sequences."""
 
     case: str
     cases_done: int
