@@ -50,9 +50,10 @@ def main() -> None:
     minutes = (time.perf_counter() - begin) / 60
     own = (whole - imports) * 1024
     print(text)
+    print(f"{minutes:.1f} minutes on {known.threads} threads")
     print(
-        f"{minutes:.1f} minutes on {known.threads} threads; peak {whole / 2**20:.2f} GiB, of which the imports "
-        f"take {imports / 2**20:.2f} GiB; the rest is {own / model:.2f} times the model of {model / 2**30:.2f} GiB"
+        f"peak {whole / 2**20:.2f} GiB, of which imports take {imports / 2**20:.2f} GiB; the rest is "
+        f"{own / model:.2f} times the model of {model / 2**30:.2f} GiB"
     )
 
 

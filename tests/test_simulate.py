@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
 from torch.nn.utils import parametrize
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, apply_rotary_pos_emb
 
 from osp_diag.errors import CheckpointError, UsageError
 from osp_diag.quantizing.conventions import OSP, PLAIN, Convention
@@ -344,6 +344,16 @@ def test_rotated_keys_that_are_not_rounded_leave_the_logits(model, monkeypatch):
     before = logits(model)
     with quantized(model, Setting(16, 16, 4), convention="osp"):
         torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_without_a_hadamard_matrix_are_rotated_in_blocks():
+    config = llama().config
+    config.head_dim = 6
+    model = LlamaForCausalLM(config).eval()
+    with quantized(model, Setting(16, 16, 4), convention="osp") as simulation:
+        assert simulation.notes == ()
+        logits(model)
+    assert simulation.notes == ("queries and keys are rotated by a block Hadamard 2 of 6",)
 
 
 def test_a_cache_changes_nothing(model):

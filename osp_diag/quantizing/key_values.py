@@ -32,12 +32,12 @@ class KeyValueRounding:
     ----------
     calls
         layer → how many of its attention calls were changed.
-    rotations
-        descriptions of the matrices that queries and keys were multiplied by.
+    block_rotations
+        descriptions of the matrices that queries and keys were multiplied by, where they mix blocks alone.
     """
 
     calls: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    rotations: set[str] = field(default_factory=set)
+    block_rotations: set[str] = field(default_factory=set)
 
 
 @contextmanager
@@ -92,7 +92,8 @@ def rounded_key_values(
             if rotated:
                 matrix = hadamard(key.shape[-1])
                 query, key = matrix.apply(query), matrix.apply(key)
-                rounding.rotations.add(matrix.description)
+                if not matrix.is_full:
+                    rounding.block_rotations.add(matrix.description)
             changes = {"query": query, "key": convention.keys(bits).rounded(key)}
         if chosen(VALUES, layers.current):
             changes["value"] = convention.values(bits).rounded(call.value)

@@ -13,7 +13,7 @@ from osp_diag.errors import UsageError
 from osp_diag.quantizing.conventions import Convention, convention_named
 from osp_diag.quantizing.gptq import gptq_weights
 from osp_diag.quantizing.grid import Grid
-from osp_diag.quantizing.key_values import KEYS, VALUES, rounded_key_values
+from osp_diag.quantizing.key_values import KEYS, VALUES, KeyValueRounding, rounded_key_values
 from osp_diag.quantizing.learned_rotations import learned_rotations
 from osp_diag.quantizing.linears import BlockLinear, block_linears
 from osp_diag.quantizing.methods import Method, method_named
@@ -36,12 +36,21 @@ class Simulation:
     ----------
     linears
         paths of the Linears that are quantized.
-    notes
-        what is to be said of it, one sentence each.
+    of_weights
+        what is to be said of rotations and weights, one sentence each.
+    key_values
+        what the rounding of keys and values has done so far, where they are rounded.
     """
 
     linears: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    of_weights: tuple[str, ...] = ()
+    key_values: KeyValueRounding | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of it, one sentence each, with that of the passes so far."""
+        rotations = () if self.key_values is None else sorted(self.key_values.block_rotations)
+        return (*self.of_weights, *(f"queries and keys are rotated by a {name}" for name in rotations))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +62,7 @@ class QuantizedWeights:
     linears
         that are quantized.
     notes
-        as of :class:`Simulation`.
+        what is to be said of rotations and weights, one sentence each.
     """
 
     model: nn.Module
@@ -73,6 +82,7 @@ class QuantizedWeights:
         ------
         UsageError : keys and values that cannot be reached
         """
+        key_values = None
         with ExitStack() as undo:
             if setting.activation_bits != UNQUANTIZED:
                 for linear in self.linears:
@@ -87,8 +97,8 @@ class QuantizedWeights:
                     rotated=self.rotates_keys,
                     chosen=self.chosen,
                 )
-                undo.enter_context(rounding)
-            yield Simulation(tuple(linear.path for linear in self.linears), self.notes)
+                key_values = undo.enter_context(rounding)
+            yield Simulation(tuple(linear.path for linear in self.linears), self.notes, key_values)
 
     def _input_grid(self, linear: BlockLinear, bits: int) -> Grid:
         if linear.head_width:
