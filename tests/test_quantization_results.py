@@ -258,12 +258,12 @@ def test_table_4_of_a_whole_model(tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("".join(map(chr, np.random.default_rng(0).integers(97, 123, 400))))
     options = ["--text", str(text), "--tokens", "64", "--seq-len", "16", "--calibration-tokens", "128"]
-    assert main(["quantize", str(model), "--table", "4", "--seeds", "0", "1", *options]) == 0
+    assert main(["quantize", str(model), "--table", "4", *options]) == 0
     said = capsys.readouterr().out
     for row in ("RTN", r"\+ FFN Hadamard", r"\+ GPTQ", "QuaRot", "SpinQuant"):
         assert re.search(rf"(?m)^  {row} +2\d\d", said), row
-    assert len(re.findall("(QuaRot|SpinQuant), seed [01] ", said)) == 4
-    assert "calibrated on 8 × 16 tokens of text.txt, behind those that are evaluated" in said
+    assert len(re.findall("(QuaRot|SpinQuant), seed 0 ", said)) == 2
+    assert "calibrated on 8 × 16 tokens of file text.txt, behind those that are evaluated" in said
     assert "SpinQuant: rotations learned in" in said
 
 
