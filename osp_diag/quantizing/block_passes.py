@@ -48,8 +48,8 @@ class BlockPasses:
     """The blocks of a causal language model, each called as the model calls it, but for the stream.
 
     A block's other arguments (rotary angles, masks) are taken from one pass of the model; they must not
-    depend on which tokens there are, and each block's output must be the next one's input. Both are checked on
-    a short sequence of other tokens.
+    depend on which tokens there are, and each block's output must be the next one's input. Both are checked
+    on a short sequence of other tokens.
 
     Parameters
     ----------

@@ -69,8 +69,8 @@ def learned_rotations(
 
     After SpinQuant (Liu et al. 2024, arXiv 2405.16406). They start at Hadamard matrices of random signs and
     go downhill on the matrices M of :func:`cayley`, each step for all tokens together. A step that does not
-    lower the loss is taken back and the next one is half as long, so that on these tokens they are never worse
-    than the start. The loss and its gradients are those of
+    lower the loss is taken back and the next one is half as long, so that on these tokens they are never
+    worse than the start. The loss and its gradients are those of
     :func:`~osp_diag.quantizing.rotated_loss.rotated_loss`.
 
     Parameters

@@ -317,8 +317,8 @@ def down_projections(model: nn.Module, sites: SiteMap) -> dict[str, Hadamard]:
         if layer not in sites.expert_modules:
             raise CheckpointError(
                 f"the MLP of layer {layer} of {type(model).__name__} cannot be rotated: its experts are "
-                "stacked in one parameter, and no Linear reads their hidden states; the methods rtn and gptq need no "
-                "rotation"
+                "stacked in one parameter, and no Linear reads their hidden states; the methods rtn and gptq "
+                "need no rotation"
             )
         paths += [down for _, down in sites.expert_modules[layer]]
     if not paths:
@@ -355,5 +355,6 @@ def _refuse_other_logits(model: nn.Module, before: Tensor, after: Tensor) -> Non
     if size == size and size < float("inf") and not moved <= limit * size:
         raise CheckpointError(
             f"{type(model).__name__} predicts otherwise when it is rotated: its logits move by "
-            f"{moved / size:.1%} of their size, so that something reads or writes what is rotated without being seen; {ADVICE}"
+            f"{moved / size:.1%} of their size, so that something reads or writes what is "
+            f"rotated without being seen; {ADVICE}"
         )
