@@ -1,4 +1,4 @@
-"""Learned rotations: orthogonal, never worse than their start, by gradients that finite differences confirm."""
+"""Learned rotations: orthogonal, never worse than their start, by gradients that differences confirm."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_they_are_rotations_that_leave_the_model_as_it_is_and_are_no_worse_than_
 
 
 def test_what_cannot_be_learned_is_refused(model, ids):
-    with pytest.raises(UsageError, match="setting=4-16-16, steps=8, rate=0.003: learning rotations needs"):
+    with pytest.raises(UsageError, match=r"setting=4-16-16, steps=8, rate=0.003: learning rotations needs"):
         learned_rotations(model, ids, setting=Setting(4, 16, 16))
     with pytest.raises(UsageError, match="sequences of 2 or more tokens"):
         learned_rotations(model, ids[:, :1])
@@ -101,7 +101,8 @@ def test_the_gradient_is_that_of_the_loss(monkeypatch, ids):
         for key, start in starts.items():
             direction = torch.randn(start.shape, generator=generator, dtype=torch.float64)
             ahead, back = (
-                loss.of(starts | {key: start + step * direction}, gradients=False)[0] for step in (STEP, -STEP)
+                loss.of(starts | {key: start + step * direction}, gradients=False)[0]
+                for step in (STEP, -STEP)
             )
             slope = float((gradients[key] * direction).sum())
             assert (ahead - back) / 2 / STEP == pytest.approx(slope, rel=0.02)

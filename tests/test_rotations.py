@@ -50,6 +50,12 @@ def outlier_safe() -> nn.Module:
     return with_gains(Llama(config).eval())
 
 
+def rotate(model: nn.Module, kind: str = "random") -> None:
+    """And back at once."""
+    with rotated(model, kind):
+        pass
+
+
 def logits(model: nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model(IDS).logits
@@ -70,7 +76,10 @@ def test_logits_stay_and_weights_come_back(case, kind):
         downs = {name for name in before if "down_proj" in name}
         assert changed == downs if kind == "ffn-hadamard" else changed > downs
         assert {f"{path}.weight" for path in applied.online} == downs
-        narrow = kind == "random" and case in ("norms of queries and keys", "gains of 1 + w, scaled embedding")
+        narrow = kind == "random" and case in (
+            "norms of queries and keys",
+            "gains of 1 + w, scaled embedding",
+        )
         assert applied.notes == (("block Hadamard 2 of 10",) if narrow else ())
         assert (applied.key_rotation is None) == (kind == "ffn-hadamard")
     assert {name: id(p) for name, p in model.named_parameters()} == {n: id(p) for n, p in parameters.items()}
@@ -150,21 +159,23 @@ def test_sizes_without_a_hadamard_matrix_are_said():
     [
         ("olmo2", "what block 0 adds to it is not the output of one Linear"),
         ("cohere", "what block 0 adds to it is not the output of one Linear"),
-        ("stablelm", "input_layernorm, a LayerNorm, cannot be folded .* it subtracts the mean or adds a bias"),
+        (
+            "stablelm",
+            "input_layernorm, a LayerNorm, cannot be folded .* it subtracts the mean or adds a bias",
+        ),
         ("opt", "what its first block reads is the output of no embedding or Linear"),
     ],
 )
 def test_streams_that_cannot_be_rotated_are_refused(family, reason):
     model = FAMILIES[family].build()
     before = state(model)
-    with pytest.raises(CheckpointError, match=reason) as error, rotated(model):
-        pass
+    with pytest.raises(CheckpointError, match=reason) as error:
+        rotate(model)
     assert "the methods rtn, gptq, ffn-hadamard and ffn-hadamard+gptq need no rotation of the stream" in str(
         error.value
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    with rotated(model, "ffn-hadamard"):
-        pass
+    rotate(model, "ffn-hadamard")
 
 
 class Nosy(nn.Module):
@@ -189,24 +200,20 @@ def test_what_reads_the_stream_unseen_is_noticed_by_the_logits():
     model = Nosy(build("grouped queries"))
     before = state(model)
     with pytest.raises(CheckpointError, match=r"predicts otherwise when it is rotated: its logits move by"):
-        with rotated(model):
-            pass
+        rotate(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_what_has_no_linears_to_rotate_is_refused():
     with pytest.raises(CheckpointError, match="its experts are stacked in one parameter"):
-        with rotated(FAMILIES["mixtral"].build(), "ffn-hadamard"):
-            pass
+        rotate(FAMILIES["mixtral"].build(), "ffn-hadamard")
     with pytest.raises(CheckpointError, match=r"c_proj is a Conv1D, not an nn.Linear"):
-        with rotated(FAMILIES["gpt2"].build(), "ffn-hadamard"):
-            pass
+        rotate(FAMILIES["gpt2"].build(), "ffn-hadamard")
     model = build("grouped queries")
     parametrize.register_parametrization(model.model.layers[0].mlp.down_proj, "weight", nn.Identity())
-    with pytest.raises(CheckpointError, match="remove the parametrization first"), rotated(model):
-        pass
+    with pytest.raises(CheckpointError, match="remove the parametrization first"):
+        rotate(model)
     with pytest.raises(UsageError, match="rotation 'spun' is unknown; there are none, ffn-hadamard, random"):
-        with rotated(model, "spun"):
-            pass
-    with pytest.raises(UsageError, match="give `rotations=` with the kind 'learned'"), rotated(model, "learned"):
-        pass
+        rotate(model, "spun")
+    with pytest.raises(UsageError, match="give `rotations=` with the kind 'learned'"):
+        rotate(model, "learned")

@@ -38,8 +38,8 @@ class LearnedRotations(StreamRotations):
     """Learned rotations, with what they gained on the text that they were learned on."""
 
     losses: tuple[float, ...]
-    """cross entropy a token, in nats, of the start and of each step that was tried; the rotations are those of
-    the least"""
+    """cross entropy a token, in nats, of the start and of each step that was tried; the rotations are those
+    of the least"""
 
 
 def cayley(
@@ -64,12 +64,14 @@ def learned_rotations(
     blocks: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> LearnedRotations:
-    """R1 and R2 with which a model whose activations, keys and values are rounded predicts calibration tokens.
+    """R1 and R2 with which a model whose activations, keys and values are rounded predicts calibration
+    tokens.
 
-    After SpinQuant (Liu et al. 2024, arXiv 2405.16406). They start at Hadamard matrices of random signs and go
-    downhill on the matrices M of :func:`cayley`, each step for all tokens together. A step that does not lower
-    the loss is taken back and the next one is half as long, so that on these tokens they are never worse than
-    the start. The loss and its gradients are those of :func:`~osp_diag.quantizing.rotated_loss.rotated_loss`.
+    After SpinQuant (Liu et al. 2024, arXiv 2405.16406). They start at Hadamard matrices of random signs and
+    go downhill on the matrices M of :func:`cayley`, each step for all tokens together. A step that does not
+    lower the loss is taken back and the next one is half as long, so that on these tokens they are never
+    worse than the start. The loss and its gradients are those of
+    :func:`~osp_diag.quantizing.rotated_loss.rotated_loss`.
 
     Parameters
     ----------
@@ -115,8 +117,8 @@ def learned_rotations(
         done = _Counter(progress, (steps + 1) * len(ids))
         matrices, losses = _descended(loss, starts, steps, rate, done)
     note = (
-        f"rotations learned in {steps} steps on {ids.numel():,} tokens: their loss with activations, keys and "
-        f"values rounded went from {losses[0]:.4f} to {min(losses):.4f} nats a token"
+        f"rotations learned in {steps} steps on {ids.numel():,} tokens: their loss with activations, keys "
+        f"and values rounded went from {losses[0]:.4f} to {min(losses):.4f} nats a token"
     )
     return LearnedRotations(
         stream=DenseRotation(matrices.pop(STREAM)),

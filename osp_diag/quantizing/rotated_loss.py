@@ -1,4 +1,4 @@
-"""The loss of a model whose activations are rounded in rotated coordinates, and its gradient by the rotations."""
+"""The loss of a model with activations rounded in rotated coordinates, and its gradient by the rotations."""
 
 from __future__ import annotations
 
@@ -66,9 +66,10 @@ def rotated_loss(
 ) -> Iterator[RotatedLoss]:
     """The loss as a function of rotations, while this lasts; afterwards the model is what it was.
 
-    Weights are neither rotated nor rounded. A rotated and rounded input with a rotated weight is, in the model's
-    own coordinates, Q round(x Q)ᵀ, which is computed at the inputs of the blocks' Linears; gradients pass the
-    rounding straight through. Keys are rounded behind a Hadamard matrix, as the inputs of down projections are.
+    Weights are neither rotated nor rounded. A rotated and rounded input with a rotated weight is, in the
+    model's own coordinates, round(x Q) Qᵀ, which is computed at the inputs of the blocks' Linears. Keys are
+    rounded behind a Hadamard matrix, as the inputs of down projections are. For the gradient see
+    :func:`rounded_by_step`.
 
     Parameters
     ----------
@@ -105,9 +106,9 @@ class RotatedLoss:
     ) -> tuple[float, dict[int, Float[Tensor, "channel channel"]]]:
         """(cross entropy a predicted token in nats, its gradients by the rotations' entries).
 
-        Gradients go back block by block, each run once more on the state that it read: besides the model there
-        are the states of one sequence and the activations of one block. (torch's checkpointing runs blocks once
-        more in a thread of its own where there is a GPU, in which attention is not edited.)
+        Gradients go back block by block, each run once more on the state that it read: besides the model
+        there are the states of one sequence and the activations of one block. (torch's checkpointing runs
+        blocks once more in a thread of its own where there is a GPU, in which attention is not edited.)
 
         Parameters
         ----------
