@@ -15,7 +15,7 @@ from osp_diag.errors import TokenError, UsageError
 from osp_diag.quantizing.results import perplexity_of
 from osp_diag.tokens import make_batches
 
-__all__ = ["Perplexity", "perplexity", "refuse_what_sees_ahead"]
+__all__ = ["Perplexity", "logits_of", "perplexity", "refuse_what_sees_ahead"]
 
 _TOKENS_A_PASS = 1024
 """Tokens a forward pass by default."""
@@ -71,7 +71,7 @@ def perplexity(
     total = 0.0
     with evaluation_mode(model), torch.no_grad():
         for batch in ids.split(size):
-            logits, batch = _logits_of(model, batch)
+            logits, batch = logits_of(model, batch)
             total += _surprise(logits, batch)
     count = ids.shape[0] * (ids.shape[1] - 1)
     return Perplexity(negative_log_likelihood=total / count, tokens=count)
@@ -100,7 +100,7 @@ def refuse_what_sees_ahead(model: nn.Module, tokens: Any) -> None:
     other[:, -1] = next((token for token in ids[0] if token != ids[0, -1]), ids[0, -1])
     # One after the other: a mixture of experts rounds differently for other company in the batch.
     with evaluation_mode(model), torch.no_grad():
-        first, second = (_logits_of(model, part)[0][:, :-1] for part in (ids, other))
+        first, second = (logits_of(model, part)[0][:, :-1] for part in (ids, other))
     dtypes = {first.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     difference = (first.float() - second.float()).abs().amax()
@@ -112,8 +112,13 @@ def refuse_what_sees_ahead(model: nn.Module, tokens: Any) -> None:
         )
 
 
-def _logits_of(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of a batch, and its ids on their device."""
+def logits_of(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (sequence, position, vocabulary) of a batch of ids, and the ids on the model's device.
+
+    Raises
+    ------
+    UsageError : the model returns none of that shape
+    """
     # A cache of keys and values that no one reads would only take memory.
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -1,0 +1,160 @@
+"""Asking a checkpoint tasks under several settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from osp_diag.checkpoints.checkpoint import Checkpoint
+from osp_diag.errors import UsageError
+from osp_diag.quantizing.perplexity import refuse_what_sees_ahead
+from osp_diag.quantizing.setting import Setting
+from osp_diag.quantizing.simulate import quantized
+from osp_diag.quantizing.tasks.loading import LoadedTask, harness_version, load_tasks, quiet_harness
+from osp_diag.quantizing.tasks.results import NO_METHOD, TaskResult
+
+__all__ = ["evaluate_tasks"]
+
+_SHOT_SEED = 1234
+"""lm-eval's own: which solved examples stand before a question."""
+_BOOTSTRAPS = 1000
+"""Resamples behind the standard error of a metric that has no formula for it."""
+
+
+def evaluate_tasks(
+    checkpoint: Checkpoint,
+    tasks: Sequence[str] | Sequence[LoadedTask] = ("ten",),
+    settings: Sequence[Setting] = (Setting(16, 16, 16), Setting(4, 4, 4)),
+    *,
+    method: str = "rtn",
+    convention: str = "plain",
+    seed: int = 0,
+    calibration: Any | None = None,
+    blocks: str | None = None,
+    limit: int | None = None,
+    shots: int | None = None,
+    include_path: str | Path | None = None,
+    bos: str = "auto",
+    max_length: int | None = None,
+    batch_size: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    after_setting: Callable[[list[TaskResult]], None] | None = None,
+) -> list[TaskResult]:
+    """The accuracy on each task under each setting.
+
+    Questions, and the solved examples before them, are the same under every setting.
+
+    Parameters
+    ----------
+    checkpoint : with its tokenizer; any dtype and device
+    tasks : names that lm-eval knows or of our groups, or what
+        :func:`~osp_diag.quantizing.tasks.loading.load_tasks` gave
+    settings : bits of weights, activations, keys and values
+    method, convention, seed, calibration, blocks : as :func:`~osp_diag.quantizing.simulate.quantized` takes them
+    limit : ask only the first so many documents of each task (of a task made of several, of each of these)
+    shots, include_path : as :func:`~osp_diag.quantizing.tasks.loading.load_tasks` takes them
+    bos : whether sequences begin with the beginning-of-sequence token: ``no``, ``yes``, ``auto`` as the
+        tokenizer does
+    max_length : longest sequence; None: as the checkpoint allows. Of longer ones the beginning is cut off,
+        and counted
+    batch_size : sequences a forward pass; None: about 1,024 tokens, 8,192 on a GPU
+    progress : is told (tasks done, tasks in all)
+    after_setting : is handed the results of each setting as soon as they are there
+
+    Raises
+    ------
+    UsageError : what :func:`~osp_diag.quantizing.tasks.loading.load_tasks` refuses, no setting, a limit below
+        1, a model that is not causal
+    TokenError : no tokenizer, or no such token
+    """
+    from osp_diag.quantizing.tasks.language_model import CheckpointModel
+
+    harness_version()
+    settings = list(dict.fromkeys(settings))
+    if not settings:
+        raise UsageError("name at least one setting, such as 4-4-4 for 4 bits everywhere")
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit={limit}: ask 1 document or more of each task")
+    language_model = CheckpointModel(checkpoint, bos=bos, max_length=max_length, batch_size=batch_size)
+    refuse_what_sees_ahead(checkpoint.model, np.array([[0, 1, 2, 3]]) % (checkpoint.vocabulary_size or 4))
+    loaded = [
+        entry
+        for task in tasks
+        for entry in (
+            [task]
+            if isinstance(task, LoadedTask)
+            else load_tasks([task], include_path=include_path, shots=shots)
+        )
+    ]
+    common = {"seed": seed, "bos": "yes" if language_model.opening else "no", "limit": limit or 0}
+    results: list[TaskResult] = []
+    for number, setting in enumerate(settings):
+        rounding = (
+            nullcontext()
+            if setting.unquantized
+            else quantized(
+                checkpoint.model,
+                setting,
+                method=method,
+                convention=convention,
+                seed=seed,
+                calibration=calibration,
+                blocks=blocks,
+            )
+        )
+        how = (NO_METHOD, NO_METHOD) if setting.unquantized else (method, convention)
+        labels = dict(zip(("weight_bits", "activation_bits", "key_value_bits"), setting.bits, strict=True))
+        labels |= dict(zip(("method", "convention"), how, strict=True)) | common
+        if setting.unquantized:
+            labels["seed"] = 0
+        with checkpoint.evaluation(), rounding:
+            rows = []
+            for place, entry in enumerate(loaded, start=1):
+                rows.append(_asked(language_model, entry, limit, labels))
+                if progress is not None:
+                    progress(number * len(loaded) + place, len(settings) * len(loaded))
+        results += rows
+        if after_setting is not None:
+            after_setting(rows)
+    return results
+
+
+def _asked(model: Any, entry: LoadedTask, limit: int | None, labels: dict[str, Any]) -> TaskResult:
+    """One task under the setting that is in force."""
+    from lm_eval import evaluate
+
+    for leaf in entry.tree["tasks"].values():
+        leaf.set_fewshot_seed(_SHOT_SEED)  # each time, so that all settings are asked the same
+    before = model.truncated
+    with quiet_harness():
+        answer = evaluate(
+            model, entry.tree, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
+        )
+    task, checkpoint = entry.task, model.checkpoint
+    values = answer["results"][task.name]
+    metric = f"{task.metric},{task.filter}"
+    if metric not in values:
+        raise UsageError(
+            f"lm-eval {harness_version()} reports no {metric} of the task {task.name!r}, but "
+            f"{', '.join(name for name in values if ',' in name)}"
+        )
+    error = values.get(f"{task.metric}_stderr,{task.filter}")
+    return TaskResult(
+        **labels,
+        task=task.name,
+        accuracy=float(values[metric]),
+        standard_error=float(error) if isinstance(error, int | float) else float("nan"),
+        documents=sum(int(answer["n-samples"][name]["effective"]) for name in entry.tree["tasks"]),
+        metric=metric.removesuffix(",none"),
+        shots=task.shots,
+        task_version=str(answer["versions"].get(task.name, "")),
+        harness=f"lm_eval {harness_version()}",
+        max_length=model.max_length or 0,
+        truncated=model.truncated - before,
+        dtype=checkpoint.dtype,
+        model_fingerprint=checkpoint.fingerprint,
+    )
