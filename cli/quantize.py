@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from osp_diag.runs.run import Run
     from osp_diag.tokens import TokenBatches
 
+__all__ = ["check_same_model"]
+
 VERB = "quantize"
 HELP = "measure a checkpoint's perplexity at few bits, and keep it in its run"
 
@@ -89,7 +91,7 @@ def run(
     training_tokens = _held_out_tokens(holder, token_settings) if held_out else None
     opened = opening.open(checkpoint)
     if holder is not None:
-        _check_same_model(holder, opened)
+        check_same_model(holder, opened)
     batches = _batches(opened, token_settings, training_tokens)
     with progress_bar(f"quantizing {opened.name}", unit="settings") as progress:
         results = bit_width_sweep(
@@ -164,10 +166,14 @@ def _held_out_tokens(run: Run | None, settings: TokenSettings) -> np.ndarray[Any
     return held_out_tokens(from_dictionary(dict(config)), settings.tokens)
 
 
-def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
+def check_same_model(run: Run, checkpoint: Checkpoint) -> None:
     """Refuse results of one model in the run of another.
 
     A run of a training holds no fingerprint of what was exported from it; there, depth and width have to do.
+
+    Raises
+    ------
+    UsageError : they differ
     """
     attributes = run.attrs
     fingerprint = attributes.get("model_fingerprint")

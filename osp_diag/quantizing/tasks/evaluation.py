@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from osp_diag.quantizing.perplexity import refuse_what_sees_ahead
 from osp_diag.quantizing.setting import Setting
 from osp_diag.quantizing.simulate import quantized
 from osp_diag.quantizing.tasks.loading import LoadedTask, harness_version, load_tasks, quiet_harness
-from osp_diag.quantizing.tasks.results import NO_METHOD, TaskResult
+from osp_diag.quantizing.tasks.results import TaskResult
 
 __all__ = ["evaluate_tasks"]
 
@@ -54,7 +54,8 @@ def evaluate_tasks(
     tasks : names that lm-eval knows or of our groups, or what
         :func:`~osp_diag.quantizing.tasks.loading.load_tasks` gave
     settings : bits of weights, activations, keys and values
-    method, convention, seed, calibration, blocks : as :func:`~osp_diag.quantizing.simulate.quantized` takes them
+    method, convention, seed, calibration, blocks : as
+        :func:`~osp_diag.quantizing.simulate.quantized` takes them
     limit : ask only the first so many documents of each task (of a task made of several, of each of these)
     shots, include_path : as :func:`~osp_diag.quantizing.tasks.loading.load_tasks` takes them
     bos : whether sequences begin with the beginning-of-sequence token: ``no``, ``yes``, ``auto`` as the
@@ -71,32 +72,27 @@ def evaluate_tasks(
         1, a model that is not causal
     TokenError : no tokenizer, or no such token
     """
-    from osp_diag.quantizing.tasks.language_model import CheckpointModel
-
-    harness_version()
     settings = list(dict.fromkeys(settings))
     if not settings:
         raise UsageError("name at least one setting, such as 4-4-4 for 4 bits everywhere")
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit}: ask 1 document or more of each task")
+    loaded = _loaded(tasks, include_path, shots)
+    from osp_diag.quantizing.tasks.language_model import CheckpointModel  # which imports lm-eval
+
     language_model = CheckpointModel(checkpoint, bos=bos, max_length=max_length, batch_size=batch_size)
     refuse_what_sees_ahead(checkpoint.model, np.array([[0, 1, 2, 3]]) % (checkpoint.vocabulary_size or 4))
-    loaded = [
-        entry
-        for task in tasks
-        for entry in (
-            [task]
-            if isinstance(task, LoadedTask)
-            else load_tasks([task], include_path=include_path, shots=shots)
-        )
-    ]
-    common = {"seed": seed, "bos": "yes" if language_model.opening else "no", "limit": limit or 0}
     results: list[TaskResult] = []
     for number, setting in enumerate(settings):
-        rounding = (
-            nullcontext()
-            if setting.unquantized
-            else quantized(
+        labels: dict[str, Any] = {
+            **dict(zip(("weight_bits", "activation_bits", "key_value_bits"), setting.bits, strict=True)),
+            "bos": "yes" if language_model.opening else "no",
+            "limit": limit or 0,
+        }
+        rounding: AbstractContextManager[Any] = nullcontext()
+        if not setting.unquantized:
+            labels |= {"method": method, "convention": convention, "seed": seed}
+            rounding = quantized(
                 checkpoint.model,
                 setting,
                 method=method,
@@ -105,14 +101,8 @@ def evaluate_tasks(
                 calibration=calibration,
                 blocks=blocks,
             )
-        )
-        how = (NO_METHOD, NO_METHOD) if setting.unquantized else (method, convention)
-        labels = dict(zip(("weight_bits", "activation_bits", "key_value_bits"), setting.bits, strict=True))
-        labels |= dict(zip(("method", "convention"), how, strict=True)) | common
-        if setting.unquantized:
-            labels["seed"] = 0
+        rows = []
         with checkpoint.evaluation(), rounding:
-            rows = []
             for place, entry in enumerate(loaded, start=1):
                 rows.append(_asked(language_model, entry, limit, labels))
                 if progress is not None:
@@ -123,6 +113,14 @@ def evaluate_tasks(
     return results
 
 
+def _loaded(
+    tasks: Sequence[str] | Sequence[LoadedTask], include_path: str | Path | None, shots: int | None
+) -> list[LoadedTask]:
+    ready = [task for task in tasks if isinstance(task, LoadedTask)]
+    names = [task for task in tasks if isinstance(task, str)]
+    return ready + (load_tasks(names, include_path=include_path, shots=shots) if names or not ready else [])
+
+
 def _asked(model: Any, entry: LoadedTask, limit: int | None, labels: dict[str, Any]) -> TaskResult:
     """One task under the setting that is in force."""
     from lm_eval import evaluate
@@ -131,9 +129,7 @@ def _asked(model: Any, entry: LoadedTask, limit: int | None, labels: dict[str, A
         leaf.set_fewshot_seed(_SHOT_SEED)  # each time, so that all settings are asked the same
     before = model.truncated
     with quiet_harness():
-        answer = evaluate(
-            model, entry.tree, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
-        )
+        answer = evaluate(model, entry.tree, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
     task, checkpoint = entry.task, model.checkpoint
     values = answer["results"][task.name]
     metric = f"{task.metric},{task.filter}"

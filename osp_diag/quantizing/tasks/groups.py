@@ -1,9 +1,9 @@
 """Which tasks are asked together, and the one mean of them that papers quote.
 
-Two groups of ten. ``ten`` has lm-eval's own definitions. ``osp-published`` asks what the release of Outlier-Safe
-Pre-Training asks (github.com/dmis-lab/Outlier-Safe-Pre-Training, ``lighteval_tasks.py`` and ``tasks.txt``): every
-multiple choice by the text of the answers, also MMLU and CommonsenseQA, which lm-eval asks by their letters, at
-which small models guess.
+Two groups of ten. ``ten`` has lm-eval's own definitions. ``osp-published`` asks what the release of
+Outlier-Safe Pre-Training asks (github.com/dmis-lab/Outlier-Safe-Pre-Training, ``lighteval_tasks.py``, ``tasks.txt``): every
+multiple choice by the text of the answers, also MMLU and CommonsenseQA, which lm-eval asks by their letters,
+at which small models guess. Its files are in ``published/``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from osp_diag.wording import listed
 __all__ = ["ACCURACIES", "GROUPS", "Group", "Mean", "Task", "group_mean", "group_named", "task_named"]
 
 ACCURACIES = ("acc_norm", "acc", "exact_match")
-"""The metrics that are a share of documents answered rightly; of a task that no group names the first it has."""
+"""The metrics that are a shares of documents answered rightly; of a task that no group names, the first counts."""
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,7 @@ def group_mean(accuracies: Mapping[str, float], group: Group) -> Mean:
     ----------
     accuracies : task → share of documents answered rightly; what the group does not name is passed over
     """
-    missing = tuple(
-        task.name for task in group.tasks if math.isnan(accuracies.get(task.name, math.nan))
-    )
+    missing = tuple(task.name for task in group.tasks if math.isnan(accuracies.get(task.name, math.nan)))
     if missing:
         return Mean(math.nan, missing)
     parts = [[accuracies[task.name] for task in group.tasks if task.part == part] for part in group.parts]

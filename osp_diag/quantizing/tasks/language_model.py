@@ -1,12 +1,11 @@
 """A checkpoint as lm-eval takes models: log-likelihoods of continuations, and greedy generation.
 
-Log-probabilities are float64, whatever the dtype of the logits. Shorter sequences of a batch are padded at the
-end, where no prediction of a causal model sees it, so that nothing is asked of the model but its logits.
+Log-probabilities are float64, whatever the dtype of the logits. Shorter sequences of a batch are padded at
+the end, where no prediction of a causal model sees it, so that nothing but logits is asked of the model.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,9 +63,7 @@ class CheckpointModel(TemplateLM):  # type: ignore[misc]  # lm-eval may not be i
             )
         limits = [length for length in (max_length, checkpoint.max_length) if length is not None]
         if max_length is not None and not 2 <= max_length <= min(limits):
-            raise UsageError(
-                f"max_length={max_length}: {checkpoint.name} takes 2 to {min(limits):,} tokens"
-            )
+            raise UsageError(f"max_length={max_length}: {checkpoint.name} takes 2 to {min(limits):,} tokens")
         self.checkpoint = checkpoint
         self.tokenizer = checkpoint.tokenizer
         self.opening = opening_tokens(checkpoint.tokenizer, bos)

@@ -55,7 +55,9 @@ def harness_version() -> str:
 def names_of(tasks: Sequence[str]) -> tuple[str, ...]:
     """Names of tasks, groups of ours replaced by what is in them, each once."""
     names = [
-        part for name in tasks for part in ([t.name for t in GROUPS[name].tasks] if name in GROUPS else [name])
+        part
+        for name in tasks
+        for part in ([t.name for t in GROUPS[name].tasks] if name in GROUPS else [name])
     ]
     return tuple(dict.fromkeys(names))
 
@@ -116,7 +118,7 @@ def _loaded(manager: Any, name: str, shots: int | None) -> LoadedTask:
     except (OSError, ValueError, LookupError) as error:
         raise UsageError(
             f"the documents of the task {name!r} are not here and could not be fetched ({_first_line(error)}). "
-            "Run it once where the Hugging Face hub can be reached, and copy that machine's cache (HF_HOME); or "
+            "Run it once where the Hugging Face hub can be reached and copy that machine's cache (HF_HOME), or "
             "point --include-path to a folder with a task file whose documents are local files"
         ) from error
     leaves = list(tree["tasks"].values())

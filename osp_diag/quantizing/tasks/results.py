@@ -1,7 +1,7 @@
 """Accuracy on tasks, as a run holds it: a table in the group ``tasks``.
 
-A row is one task under one setting. Rows are added to a run after it was written, by ``osp-diag tasks``; what is
-measured again takes the place of the earlier row, and all rows of a run are of one set of weights.
+A row is one task under one setting. Rows are added to a run after it was written, by ``osp-diag tasks``; what
+is measured again takes the place of the earlier row, and all rows of a run are of one set of weights.
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ _DEFINITIONS = {
     "accuracy": ("1", "share of the documents answered rightly, by the metric named beside it"),
     "standard_error": ("1", "of the accuracy, over documents, as lm-eval computes it"),
     "documents": ("document", "how many were asked"),
-    "metric": ("", "of lm-eval, with the filter of generated answers: acc, acc_norm (log-likelihood by length)"),
+    "metric": (
+        "",
+        "of lm-eval, with the filter of generated answers: acc, acc_norm (log-likelihood by length)",
+    ),
     "shots": ("1", "solved examples before each question"),
     "weight_bits": ("bit", "of the weights of the blocks' Linears; 16: as they are"),
     "activation_bits": ("bit", "of the inputs of the blocks' Linears; 16: as they are"),
@@ -109,7 +112,11 @@ _KEY_FIELDS = (*(field.name for field in fields(TaskSetting)), "task", "shots", 
 def task_dataset(results: Sequence[TaskResult]) -> xr.Dataset:
     """A Dataset with the dimension ``result`` and, of each variable, units and definition."""
     variables = {
-        name: ("result", np.asarray([getattr(row, name) for row in results]), {"units": unit, "definition": words})
+        name: (
+            "result",
+            np.asarray([getattr(row, name) for row in results]),
+            {"units": unit, "definition": words},
+        )
         for name, (unit, words) in _DEFINITIONS.items()
     }
     return xr.Dataset(variables, attrs={"title": "Accuracy on tasks"})
