@@ -11,12 +11,21 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.analyses.ablation_text import as_markdown, as_text
-from osp_diag.analyses.few_bits import perplexity_at
+from osp_diag.analyses.few_bits import perplexity_at, results_by
 from osp_diag.analyses.recipes import config_of, recipe_labels
 from osp_diag.analyses.summary.numbers import sink_rate_at
 from osp_diag.errors import StoreError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
-from osp_diag.quantizing.results import FEW_BITS, MAXIMUM_SITES, UNQUANTIZED, notation
+from osp_diag.quantizing.results import (
+    FEW_BITS,
+    MAXIMUM_SITES,
+    OSP_CONVENTION,
+    PLAIN_CONVENTION,
+    ROUND_TO_NEAREST,
+    UNQUANTIZED,
+    notation,
+)
+from osp_diag.quantizing.tables import TABLES
 from osp_diag.runs.headline import hidden_states
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, PROTOCOLS, SINK_EPSILON, SINK_POSITION, STRATA
@@ -37,6 +46,8 @@ _COORDINATES: dict[str, tuple[str, ...]] = {
     "reduction": ("mean", "largest"),
     "site": MAXIMUM_SITES,
     "precision": ("full", notation(*FEW_BITS)),
+    "ffn_hadamard": tuple(TABLES[2].methods.values()),
+    "bits": tuple(map(str, TABLES[2].settings)),
 }
 _COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "osp_kurtosis": (
@@ -61,6 +72,11 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], str]] = {
     "loss": ((), f"training loss, mean of the last {FINAL_SHARE:.0%} of its records, nats"),
     "held_out_loss": ((), "loss of the run's own held-out tokens, its last record, nats"),
     "perplexity": (("precision",), "of the held-out tokens, by the exported checkpoint"),
+    "paper_perplexity": (
+        ("ffn_hadamard", "bits"),
+        "of the held-out tokens at bits of weights, activations, keys and values, rounded to nearest as "
+        "the OSP release's scripts do; without and with a Hadamard rotation of the FFN's hidden state",
+    ),
     "tokens_per_second": ((), "of training, median of its records"),
 }
 
@@ -132,11 +148,23 @@ def _row(run: Run, config: Mapping[str, Any], checkpoint: CheckpointMeasurements
     row.coordinates["measured_on"] = EXPORTED
     _activations(row, checkpoint.sequence)
     _kurtosis(row, checkpoint.published)
-    perplexities = [
-        perplexity_at(checkpoint.few_bits, *bits) for bits in ((UNQUANTIZED, UNQUANTIZED), FEW_BITS)
-    ]
-    row.values["perplexity"] = xr.DataArray(perplexities, {"precision": list(_COORDINATES["precision"])})
+    plain = results_by(checkpoint.few_bits, ROUND_TO_NEAREST, PLAIN_CONVENTION)
+    if plain is not None:
+        perplexities = [perplexity_at(plain, *bits) for bits in ((UNQUANTIZED, UNQUANTIZED), FEW_BITS)]
+        row.values["perplexity"] = xr.DataArray(perplexities, {"precision": list(_COORDINATES["precision"])})
+    row.values["paper_perplexity"] = xr.DataArray(
+        [_paper_line(checkpoint.few_bits, method) for method in TABLES[2].methods],
+        {name: list(_COORDINATES[name]) for name in ("ffn_hadamard", "bits")},
+        ("ffn_hadamard", "bits"),
+    )
     return row
+
+
+def _paper_line(few_bits: xr.Dataset, method: str) -> list[float]:
+    results = results_by(few_bits, method, OSP_CONVENTION)
+    if results is None:
+        return [math.nan] * len(TABLES[2].settings)
+    return [perplexity_at(results, *setting.bits) for setting in TABLES[2].settings]
 
 
 # -- training --------------------------------------------------------------------------------------------

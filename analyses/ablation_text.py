@@ -54,24 +54,30 @@ OTHERS: tuple[Column, ...] = (
 
 
 def as_markdown(table: xr.Dataset) -> str:
-    """One Markdown table, a row a recipe, and under it what the columns mean.
+    """Markdown tables, a row a recipe (of perplexities at few bits two), and what the columns mean.
 
     Parameters
     ----------
     table : of :func:`osp_diag.analyses.ablation.ablation_table`
     """
-    heads, rows = _cells(table, (*OUTLIERS, *OTHERS))
-    lines = [
-        _markdown_line(heads),
-        _markdown_line(["---", *["---:"] * (len(heads) - 1)]),
-        *map(_markdown_line, rows),
+    tables = [_cells(table, (*OUTLIERS, *OTHERS)), *_paper_cells(table)]
+    texts = [
+        "\n".join(
+            [
+                _markdown_line(heads),
+                _markdown_line(["---", *["---:"] * (len(heads) - 1)]),
+                *map(_markdown_line, rows),
+            ]
+        )
+        for heads, rows in tables
     ]
-    return "\n".join(lines) + "\n\n" + "\n".join(f"- {note}" for note in _notes(table)) + "\n"
+    return "\n\n".join([*texts, "\n".join(f"- {note}" for note in _notes(table)) + "\n"])
 
 
 def as_text(table: xr.Dataset) -> str:
-    """Two tables that fit a terminal, and under them what the columns mean."""
-    blocks = [_aligned(*_cells(table, columns)) for columns in (OUTLIERS, OTHERS)]
+    """Tables that fit a terminal, and under them what the columns mean."""
+    tables = [*(_cells(table, columns) for columns in (OUTLIERS, OTHERS)), *_paper_cells(table)]
+    blocks = [_aligned(heads, rows) for heads, rows in tables]
     notes = [
         textwrap.fill(note, _WIDTH, subsequent_indent="  ", break_on_hyphens=False) for note in _notes(table)
     ]
@@ -84,6 +90,24 @@ def _cells(table: xr.Dataset, columns: Sequence[Column]) -> tuple[list[str], lis
         row = table.sel(recipe=label)
         rows.append([str(label), *(_cell(value(row)) for _, value in columns)])
     return ["recipe", *(name for name, _ in columns)], rows
+
+
+def _paper_cells(table: xr.Dataset) -> list[tuple[list[str], list[list[str]]]]:
+    """Table 2 of the OSP paper, two lines a recipe; nothing where it was not measured."""
+    perplexity = table["paper_perplexity"]
+    measured = perplexity.notnull().any(("ffn_hadamard", "bits"))
+    if not measured.any():
+        return []
+    rows = [
+        [
+            str(recipe) if line == 0 else "",
+            str(had),
+            *(_number(v) for v in perplexity.sel(recipe=recipe, ffn_hadamard=had).values),
+        ]
+        for recipe in table["recipe"].values[measured.values]
+        for line, had in enumerate(table["ffn_hadamard"].values)
+    ]
+    return [(["perplexity", "FFN Hadamard", *map(str, table["bits"].values)], rows)]
 
 
 def _cell(value: Any) -> str:
@@ -131,6 +155,8 @@ def _notes(table: xr.Dataset) -> list[str]:
         f"loss: {table['loss'].attrs['definition']}",
         f"{table.attrs['tokens']:,} held-out tokens. {table.attrs['quantization']}",
     ]
+    if _paper_cells(table):
+        notes.append(f"16-16-16 to 4-4-4: perplexity {table['paper_perplexity'].attrs['definition']}")
     probed = [
         str(row.recipe.item()) for row in _rows(table) if row.measured_on.item() != "exported checkpoint"
     ]

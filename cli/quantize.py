@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import json as json_format
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from osp_diag.cli.checkpoint_options import (
     DEFAULT_OPENING,
@@ -18,12 +23,17 @@ from osp_diag.cli.checkpoint_options import (
 )
 from osp_diag.errors import UsageError
 from osp_diag.probing.settings import TokenSettings
+from osp_diag.quantizing.setting import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
     import numpy as np
     import xarray as xr
 
     from osp_diag.checkpoints import Checkpoint
+    from osp_diag.quantizing.calibration import Calibration
+    from osp_diag.quantizing.cases import Case
+    from osp_diag.quantizing.results import QuantizedResult
+    from osp_diag.quantizing.tables import PaperTable
     from osp_diag.runs.run import Run
     from osp_diag.tokens import TokenBatches
 
@@ -31,6 +41,7 @@ __all__ = ["check_same_model"]
 
 VERB = "quantize"
 HELP = "measure a checkpoint's perplexity at few bits, and keep it in its run"
+_MEMORY = re.compile(r"not enough memory|out of memory|allocate memory", re.IGNORECASE)
 
 
 def run(
@@ -38,7 +49,14 @@ def run(
     /,
     *,
     run: Path | None = None,
-    widths: tuple[str, ...] = (),
+    bits: Annotated[tuple[str, ...], tyro.conf.arg(aliases=["--widths"])] = (),
+    method: tuple[str, ...] = (),
+    convention: Literal["plain", "osp"] | None = None,
+    table: int | None = None,
+    seeds: tuple[int, ...] = (0,),
+    calibration: str | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
+    again: bool = False,
     token_settings: Tokens = DEFAULT_TOKENS,
     opening: Opening = DEFAULT_OPENING,
     held_out: bool = False,
@@ -48,18 +66,31 @@ def run(
 ) -> int:
     """Measure what a checkpoint is worth at few bits: the perplexity of a text under several bit widths.
 
-    Every Linear inside the blocks is rounded to nearest, simulated: weights symmetric per output channel,
-    activations asymmetric per token, ranges from minimum and maximum. With --run the results go into the run
-    of that checkpoint (which `osp-diag probe` or a training wrote), where the figures bit_width_sweep,
-    quantization_scatter and ablation_table find them; a setting measured again is replaced. Compare models on
-    the same text and tokenizer only.
+    Simulated: the Linears inside the blocks multiply numbers that are rounded to few bits, and attention
+    reads such keys and values. Each row has a 95% interval (bootstrap over sequences) and the divergence
+    KL(full ‖ quantized) of the next-token distributions from those of the full-precision model. With --run
+    the rows go into the run of that checkpoint (which `osp-diag probe` or a training wrote), each when it is
+    measured; what is there is not measured again, so that an interrupted sweep goes on where it stopped. The
+    figures bit_width_sweep, quantization_scatter and ablation_table find them there. Compare models on the
+    same text and tokenizer only.
 
     Args:
         checkpoint: what to measure, as `osp-diag probe` takes it; for a training, what `osp-diag export`
             wrote.
         run: the run to add the results to.
-        widths: settings such as W4A4 or W8A16, 16 for "as it is"; by default weights from 8 to 3 bits,
-            activations from 8 to 4, and W8A8, W4A8, W4A4.
+        bits: of weights, activations, and keys and values, such as 4-4-4 (or W4A4KV4, W4A4), 16 for "as it
+            is"; by default weights from 8 to 3 bits, activations from 8 to 4, and 8-8-16, 4-8-16, 4-4-16.
+        method: rtn (round to nearest), ffn-hadamard, gptq, ffn-hadamard+gptq, quarot, quarot-rtn, spinquant,
+            spinquant-rtn; each under all bits.
+        convention: plain takes ranges from minima and maxima; osp clips weights by a search, gives
+            attention's output a grid a head and rotates keys, as the scripts of the OSP release do, in
+            sequences of 2,048 without BOS.
+        table: the rows of the OSP paper's Table 2 or 4, in the convention osp.
+        seeds: of the random rotations of quarot and spinquant, a row each.
+        calibration: text on which gptq and learned rotations look at activations: a UTF-8 file, or the text
+            itself; by default what follows the evaluated tokens in their source.
+        calibration_tokens: how many tokens of it (the OSP release: 262,144).
+        again: measure also what --run holds already.
         token_settings: which tokens to run, under every setting.
         opening: how to open the checkpoint.
         held_out: the tokens that the training which wrote --run held out, in its sequences.
@@ -69,56 +100,162 @@ def run(
 
     Examples:
         osp-diag quantize path/to/model --run run.zarr
-        osp-diag quantize osp-model --run osp.zarr --held-out --widths W16A16 W4A4 --tokens 65536
-        osp-diag quantize checkpoint-500 --tokenizer path/to/base-model --dataset reviews.jsonl
-        osp-diag quantize model.py:load --ids validation.npy --seq-len 256 --widths W16A16 W8A8
+        osp-diag quantize path/to/model --method rtn ffn-hadamard quarot --bits 4-4-16 4-4-4 --seeds 0 1 2
+        osp-diag quantize path/to/model --table 4 --run run.zarr
+        osp-diag quantize osp-model --run osp.zarr --held-out --bits 16-16-16 4-4-16 --tokens 65536
+        osp-diag quantize model.py:load --ids validation.npy --seq-len 256 --bits W16A16 W8A8
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
     """
-    from osp_diag.probing.checkpoint import progress_bar
-    from osp_diag.quantizing.bit_width_sweep import WIDTHS, bit_width_sweep, bit_widths
-    from osp_diag.quantizing.results import HELD_OUT, partial_rounding, store_results
-    from osp_diag.quantizing.round_to_nearest import check_bits
+    from osp_diag.cli.quantize_progress import sweep_progress
+    from osp_diag.cli.quantize_text import as_rows, as_text
+    from osp_diag.quantizing.methods import method_named
+    from osp_diag.quantizing.results import (
+        HELD_OUT,
+        PLAIN_CONVENTION,
+        partial_rounding,
+        result_rows,
+        results_dataset,
+    )
+    from osp_diag.quantizing.tables import paper_table
     from osp_diag.runs.folder import check_destination
     from osp_diag.runs.run import open_run
 
-    settings = [bit_widths(entry) for entry in widths] or list(WIDTHS)
-    for bits in settings:
-        check_bits(*bits)
+    of_paper = None if table is None else paper_table(table)
+    if of_paper is not None and (bits or method or convention == PLAIN_CONVENTION):
+        raise UsageError(
+            f"--table {table} says which bits and methods, in the convention osp: leave --bits, --method and "
+            "--convention out"
+        )
+    convention = convention or (PLAIN_CONVENTION if of_paper is None else "osp")
+    cases = _cases(bits, method, convention, of_paper, seeds)
     _check(out, token_settings)
+    if again and run is None:
+        raise UsageError("--again measures what --run holds already: give --run")
+    if calibration_tokens < 1:
+        raise UsageError(f"--calibration-tokens {calibration_tokens}: give 1 or more")
     holder = None if run is None else open_run(run)
     if run is not None:
         check_destination(run, resume=True)
-    training_tokens = _held_out_tokens(holder, token_settings) if held_out else None
+    measured = [] if holder is None or again else _measured(holder)
+    tokens_of_training = _held_out_tokens(holder, token_settings) if held_out else None
     opened = opening.open(checkpoint)
     if holder is not None:
         check_same_model(holder, opened)
-    batches = _batches(opened, token_settings, training_tokens)
-    with progress_bar(f"quantizing {opened.name}", unit="settings") as progress:
-        results = bit_width_sweep(
-            opened.model,
-            batches.tokens,
-            settings,
-            token_source=HELD_OUT if held_out else batches.source,
-            model_fingerprint=opened.fingerprint,
-            blocks=blocks,
-            batch_size=token_settings.batch_size,
-            progress=progress,
+    token_settings = _as_convention(token_settings, convention, opened)
+    batches = _batches(opened, token_settings, tokens_of_training)
+    look = None
+    if any(method_named(case.method).calibrated for case in cases):
+        look = _calibration(
+            opened, token_settings, batches, calibration, calibration_tokens, holder if held_out else None
         )
-    notes = (*opened.notes, *batches.notes, *filter(None, (partial_rounding(results),)))
-    # Printed before it is stored, so that nothing measured is lost where the run cannot be written.
-    print(
-        json_format.dumps(_as_rows(results, notes), indent=2)
-        if json
-        else _as_text(results, opened.name, notes),
-        flush=True,
-    )
+    rows: list[QuantizedResult] = []
+    try:
+        with sweep_progress(opened.name) as progress, _writer(run) as store:
+
+            def keep(row: QuantizedResult) -> None:
+                rows.append(row)
+                store(row)
+
+            results = _measure(
+                opened,
+                batches.tokens,
+                cases,
+                calibration=look,
+                measured=measured,
+                on_result=keep,
+                token_source=HELD_OUT if held_out else batches.source,
+                model_fingerprint=opened.fingerprint,
+                blocks=blocks,
+                batch_size=token_settings.batch_size,
+                progress=progress,
+            )
+    except BaseException:
+        # Nothing that was measured is lost, also where there is no run, or it cannot be written.
+        if rows and not json:
+            print(as_text(results_dataset(rows), opened.name, ()), flush=True)
+        raise
+    notes = [*opened.notes, *batches.notes, *filter(None, (partial_rounding(results),))]
+    if look is not None:
+        notes += filter(None, (look.note(batches.tokens), f"calibrated on {look.description}"))
+    text = as_text(results, opened.name, notes, of_paper)
+    print(json_format.dumps(as_rows(results, notes), indent=2) if json else text, flush=True)
     if out is not None:
         results.to_netcdf(out)
-    if run is not None:
-        store_results(run, results)
-        if not json:
-            print(f"\nstored in {run}   (osp-diag figure bit_width_sweep {run} --out sweep.png)")
+    if run is not None and not json:
+        old = len(result_rows(results)) - len(rows)
+        taken = f", {old} of them before" if old else ""
+        print(f"\nstored in {run}{taken}   (osp-diag figure bit_width_sweep {run} --out sweep.png)")
     return 0 if all(math.isfinite(value) for value in results["negative_log_likelihood"].values) else 1
+
+
+def _cases(
+    bits: Sequence[str],
+    method: Sequence[str],
+    convention: str,
+    of_paper: PaperTable | None,
+    seeds: Sequence[int],
+) -> list[Case]:
+    from osp_diag.quantizing.cases import SINGLE_SWEEPS, cases_of
+    from osp_diag.quantizing.methods import method_named
+    from osp_diag.quantizing.results import ROUND_TO_NEAREST
+    from osp_diag.quantizing.setting import Setting
+
+    if of_paper is not None:
+        return cases_of(of_paper.settings, tuple(of_paper.methods), convention, seeds)
+    settings = [Setting.read(entry) for entry in bits] or list(SINGLE_SWEEPS)
+    methods = [method_named(name).name for name in method] or [ROUND_TO_NEAREST]
+    return cases_of(settings, methods, convention, seeds)
+
+
+def _measured(holder: Run) -> list[QuantizedResult]:
+    """The rows that a run holds already."""
+    from osp_diag.quantizing.results import result_rows, results_of
+    from osp_diag.schema import QUANTIZATION
+
+    return result_rows(results_of(holder)) if QUANTIZATION in holder.tree.children else []
+
+
+@contextmanager
+def _writer(run: Path | None) -> Iterator[Callable[[QuantizedResult], None]]:
+    """What stores a row."""
+    from osp_diag.quantizing.results import ResultsWriter
+
+    if run is None:
+        yield lambda row: None
+    else:
+        with ResultsWriter(run) as writer:
+            yield writer.add
+
+
+def _measure(opened: Checkpoint, tokens: Any, cases: list[Case], **options: Any) -> xr.Dataset:
+    """The sweep; where memory runs out, what to do about it."""
+    import torch
+
+    from osp_diag.quantizing.sweep import sweep
+
+    try:
+        return sweep(opened.model, tokens, cases, **options)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _MEMORY.search(str(error)):
+            raise
+        raise UsageError(
+            f"{opened.name} ran out of memory: take fewer sequences a pass (--batch-size 1), shorter ones "
+            "(--seq-len), or fewer --calibration-tokens; rounded weights need as much memory again as the "
+            "blocks' own. Rows that --run holds are not measured again"
+        ) from error
+
+
+def _as_convention(settings: TokenSettings, convention: str, opened: Checkpoint) -> TokenSettings:
+    """Sequences as the convention has them, where the user says nothing else."""
+    from osp_diag.quantizing.conventions import convention_named
+
+    rules = convention_named(convention)
+    if settings.seq_len is None and rules.sequence_length is not None and settings.ids is None:
+        length = min(rules.sequence_length, settings.tokens, opened.max_length or rules.sequence_length)
+        settings = replace(settings, seq_len=length)
+    if settings.bos == "auto" and not rules.opening_tokens:
+        settings = replace(settings, bos="no")
+    return settings
 
 
 def _check(out: Path | None, settings: TokenSettings) -> None:
@@ -144,6 +281,25 @@ def _batches(opened: Checkpoint, settings: TokenSettings, training_tokens: Any |
         max_length=opened.max_length,
         vocabulary_size=opened.vocabulary_size,
     )
+
+
+def _calibration(
+    opened: Checkpoint,
+    settings: TokenSettings,
+    batches: TokenBatches,
+    source: str | None,
+    tokens: int,
+    training: Run | None,
+) -> Calibration:
+    """A text of the user's own, or what follows the evaluated tokens in their source."""
+    from osp_diag.quantizing.calibration import calibration_from, calibration_of
+
+    if source is not None:
+        return calibration_from(opened, source, settings, batches, tokens)
+    longer = replace(settings, tokens=batches.tokens.size + tokens, seq_len=batches.sequence_length)
+    of_training = None if training is None else _held_out_tokens(training, longer)
+    following = longer.batches(opened).tokens if of_training is None else of_training
+    return calibration_of(following, batches.source, batches.tokens)
 
 
 def _held_out_tokens(run: Run | None, settings: TokenSettings) -> np.ndarray[Any, Any]:
@@ -192,33 +348,3 @@ def check_same_model(run: Run, checkpoint: Checkpoint) -> None:
                 f"{run.path} is the run of a model with {name.replace('_', ' ')} {attributes.get(name)}, and "
                 f"{checkpoint.name} has {size}; give what `osp-diag export {run.path}` writes"
             )
-
-
-def _as_rows(results: xr.Dataset, notes: Sequence[str]) -> list[dict[str, object]]:
-    """One dictionary a setting, each with the notes; what is not finite is null, which JSON knows."""
-    columns = {str(name): values.values.tolist() for name, values in results.data_vars.items()}
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    return [
-        {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        | ({"notes": list(notes)} if notes else {})
-        for row in rows
-    ]
-
-
-def _as_text(results: xr.Dataset, name: str, notes: Sequence[str]) -> str:
-    from osp_diag.analyses.few_bits import perplexity_at
-    from osp_diag.quantizing.results import UNQUANTIZED, notation
-
-    first = results.isel(setting=0)
-    full = perplexity_at(results, UNQUANTIZED, UNQUANTIZED)
-    lines = [
-        f"{name}: perplexity of {int(first['tokens']):,} tokens ({first['token_source'].item()}, sequences "
-        f"of {int(first['sequence_length']):,}), rounded to nearest",
-    ]
-    for index in range(results.sizes["setting"]):
-        row = results.isel(setting=index)
-        value = float(row["perplexity"])
-        bits = notation(int(row["weight_bits"]), int(row["activation_bits"]))
-        times = "" if math.isnan(full) or bits == "W16A16" else f"   {value / full:.4g} × W16A16"
-        lines.append(f"  {bits:<8}{value:>14,.4g}{times}")
-    return "\n".join([*lines, *(f"Note: {note}" for note in notes)])

@@ -35,7 +35,7 @@ def run_ablation(
 ) -> int:
     """Train all rows of Table 2 into ``folder``, then write ``table.md``, ``table.nc`` and the figure.
 
-    Each run also gets its perplexities at 16 and 4 bits, so that figures can be drawn of them.
+    Each run also gets its perplexities at few bits, so that figures can be drawn of them.
 
     Raises
     ------
@@ -62,7 +62,7 @@ def run_ablation(
         resume=resume,
         announce=lambda line: print(line, file=sys.stderr),
     )
-    print("comparing: export, both protocols, perplexity at 16 and 4 bits", file=sys.stderr)
+    print("comparing: export, both protocols, perplexity at few bits", file=sys.stderr)
     checkpoints = {}
     for name, model in _export_models(paths, folder / "models").items():
         checkpoints[name] = measure_checkpoint(model, tokens)

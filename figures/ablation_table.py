@@ -18,7 +18,7 @@ from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
 from osp_diag.figures._placement import SIX_RECIPES, InGallery
 from osp_diag.figures.backend import Backend, Canvas
 from osp_diag.figures.styles import Style
-from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
+from osp_diag.quantizing.results import PLAIN_CONVENTION, ROUND_TO_NEAREST, UNQUANTIZED, notation
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 from osp_diag.wording import number
@@ -27,7 +27,15 @@ ALIASES = ("table2",)
 GALLERY = InGallery(
     SIX_RECIPES, "Kurtosis and perplexity of every recipe, as Table 2 of the paper.", place=80
 )
-SETTINGS = ((UNQUANTIZED, UNQUANTIZED), (8, 8), (4, UNQUANTIZED), (4, 8), (4, 4))
+SETTINGS = (
+    (UNQUANTIZED, UNQUANTIZED, UNQUANTIZED),
+    (8, 8, UNQUANTIZED),
+    (4, UNQUANTIZED, UNQUANTIZED),
+    (4, 8, UNQUANTIZED),
+    (4, 8, 8),
+    (4, 4, UNQUANTIZED),
+    (4, 4, 4),
+)
 """Columns of perplexity, where any run holds them."""
 LIGHTEST = 3.0
 """A column fills the lightest third of the colour map, on which dark text can be read."""
@@ -35,19 +43,21 @@ LIGHTEST = 3.0
 __all__ = ["ALIASES", "GALLERY", "draw", "prepare"]
 
 
-def prepare(runs: list[Run], *, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
+def prepare(
+    runs: list[Run], *, method: str = ROUND_TO_NEAREST, convention: str = PLAIN_CONVENTION
+) -> xr.Dataset:
     """The numbers of the table.
 
     Parameters
     ----------
-    scheme : how weights and activations were rounded
+    method, convention : how weights and activations were rounded, as `osp-diag quantize` calls it
 
     Returns
     -------
     ``value`` (run, column), rows in the order of the paper, NaN where a run lacks a number. Columns are the
     mean OSP kurtosis of the hidden states at the run's last probe and the perplexity of each setting.
     """
-    results, remark = results_and_remark(runs, scheme)
+    results, remark = results_and_remark(runs, method, convention)
     steps = [step_of(run) for run in runs]
     settings = [
         bits for bits in SETTINGS if any(np.isfinite(perplexity_at(table, *bits)) for table in results)

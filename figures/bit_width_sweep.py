@@ -17,7 +17,7 @@ from osp_diag.figures._few_bits import results_and_remark
 from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
-from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED
+from osp_diag.quantizing.results import PLAIN_CONVENTION, ROUND_TO_NEAREST, UNQUANTIZED
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
@@ -37,20 +37,26 @@ _WIDE_RANGE = 10.0
 __all__ = ["ALIASES", "GALLERY", "REPORT", "draw", "prepare"]
 
 
-def prepare(runs: list[Run], *, relative: bool = False, scheme: str = ROUND_TO_NEAREST) -> xr.Dataset:
+def prepare(
+    runs: list[Run],
+    *,
+    relative: bool = False,
+    method: str = ROUND_TO_NEAREST,
+    convention: str = PLAIN_CONVENTION,
+) -> xr.Dataset:
     """Perplexity by bits of weights, and of activations.
 
     Parameters
     ----------
     relative : divide by the run's own perplexity at 16 bits
-    scheme : how weights and activations were rounded
+    method, convention : how weights and activations were rounded, as `osp-diag quantize` calls it
 
     Returns
     -------
     ``perplexity`` (run, sweep, bits), or its quotient: ``weights`` with activations at 16 bits, and the other
     way round; from 16 bits down, NaN where it was not measured.
     """
-    results, remark = results_and_remark(runs, scheme)
+    results, remark = results_and_remark(runs, method, convention)
     steps = [step_of(run) for run in runs]
     bits = sorted({int(b) for table in results for name in SWEEPS.values() for b in table[name].values})[::-1]
     values = np.array(
@@ -65,7 +71,7 @@ def prepare(runs: list[Run], *, relative: bool = False, scheme: str = ROUND_TO_N
     if (np.isfinite(values).sum(-1) < 2).all():
         raise StoreError(
             "bit_width_sweep: the runs hold no sweep of weights or activations alone; measure with `osp-diag "
-            "quantize CHECKPOINT --run RUN`, without --widths"
+            "quantize CHECKPOINT --run RUN`, without --bits"
         )
     if relative:
         values = values / values[:, :1, :1]  # bits fall, so that the first are 16

@@ -18,7 +18,7 @@ from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
 from osp_diag.figures._placement import SIX_RECIPES, InGallery
 from osp_diag.figures.backend import AxisScale, Backend, Canvas
 from osp_diag.figures.styles import Style
-from osp_diag.quantizing.results import ROUND_TO_NEAREST, UNQUANTIZED, notation
+from osp_diag.quantizing.results import PLAIN_CONVENTION, ROUND_TO_NEAREST, UNQUANTIZED, notation
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
@@ -47,7 +47,9 @@ def prepare(
     against: str = "perplexity",
     weight_bits: int = 4,
     activation_bits: int = 4,
-    scheme: str = ROUND_TO_NEAREST,
+    key_value_bits: int = UNQUANTIZED,
+    method: str = ROUND_TO_NEAREST,
+    convention: str = PLAIN_CONVENTION,
 ) -> xr.Dataset:
     """One point a run.
 
@@ -55,8 +57,8 @@ def prepare(
     ----------
     against : what is at full precision on the x axis: ``perplexity``, ``kurtosis`` (mean over hidden states
         at the run's last probe) or ``tokens`` (steps times tokens a step)
-    weight_bits, activation_bits : of the y axis
-    scheme : how weights and activations were rounded
+    weight_bits, activation_bits, key_value_bits : of the y axis
+    method, convention : how weights and activations were rounded, as `osp-diag quantize` calls it
 
     Returns
     -------
@@ -64,16 +66,16 @@ def prepare(
     """
     if against not in LABELS:
         raise UsageError(f"quantization_scatter: against is {', '.join(LABELS)}, not {against!r}")
-    results, remark = results_and_remark(runs, scheme)
+    results, remark = results_and_remark(runs, method, convention)
     steps = [step_of(run) for run in runs]
-    bits = notation(weight_bits, activation_bits)
+    setting = (weight_bits, activation_bits, key_value_bits)
+    bits = notation(*setting)
     few = [
-        _perplexity(run, table, weight_bits, activation_bits)
-        for run, table in zip(runs, results, strict=True)
+        _perplexity(run, table, setting, method, convention) for run, table in zip(runs, results, strict=True)
     ]
     if against == "perplexity":
         full = [
-            _perplexity(run, table, UNQUANTIZED, UNQUANTIZED)
+            _perplexity(run, table, (UNQUANTIZED,) * 3, method, convention)
             for run, table in zip(runs, results, strict=True)
         ]
     elif against == "kurtosis":
@@ -94,13 +96,17 @@ def prepare(
     return dataset
 
 
-def _perplexity(run: Run, results: xr.Dataset, weight_bits: int, activation_bits: int) -> float:
-    value = perplexity_at(results, weight_bits, activation_bits)
+def _perplexity(
+    run: Run, results: xr.Dataset, setting: tuple[int, ...], method: str, convention: str
+) -> float:
+    value = perplexity_at(results, *setting)
     if np.isnan(value):
-        bits = notation(weight_bits, activation_bits)
+        bits = notation(*setting)
+        way = "" if method == ROUND_TO_NEAREST else f" --method {method}"
+        way += "" if convention == PLAIN_CONVENTION else f" --convention {convention}"
         raise StoreError(
             f"quantization_scatter: the run of {model_name(run.attrs)} holds no perplexity at {bits}; "
-            f"measure it with `osp-diag quantize CHECKPOINT --run RUN --widths {bits}`"
+            f"measure it with `osp-diag quantize CHECKPOINT --run RUN --bits {bits}{way}`"
         )
     return value
 

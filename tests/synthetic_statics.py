@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import xarray as xr
 
-from osp_diag.quantizing.bit_width_sweep import WIDTHS
+from osp_diag.quantizing.cases import SINGLE_SWEEPS
 from osp_diag.quantizing.results import QuantizedResult, results_dataset
 from osp_diag.quantizing.tasks.groups import GROUPS
 from osp_diag.quantizing.tasks.results import TaskResult, task_dataset
@@ -111,6 +111,6 @@ def few_bits(harm: float, fingerprint: str = "made-up tokens") -> xr.Dataset:
                 token_source="made-up text",
                 token_fingerprint=fingerprint,
             )
-            for weight, activation in WIDTHS
+            for weight, activation, _ in (setting.bits for setting in SINGLE_SWEEPS)
         ]
     )

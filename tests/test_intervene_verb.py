@@ -12,8 +12,8 @@ import xarray as xr
 import osp_diag
 from osp_diag.cli.main import main
 from osp_diag.errors import UsageError
-from osp_diag.interventions.bootstrap import draws, interval, ratio
 from osp_diag.interventions.notation import read_intervention
+from osp_diag.resampling import draws, interval, ratio
 from tests.tiny_checkpoints import bert, byte_tokenizer, llama, save
 
 IDS = np.random.default_rng(0).integers(1, 200, (6, 10))

@@ -6,16 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import xarray as xr
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from osp_diag.capture.states import Key
 from osp_diag.estimators.base import Layout, State, Suite
 from osp_diag.probing.labelling import label_states
 
-__all__ = ["BOUNDS", "draws", "interval", "ratio", "resampled"]
+__all__ = ["resampled"]
 
-BOUNDS = {"low": 0.025, "high": 0.975}
-"""Quantiles of the resampled numbers between which the interval lies: 95%."""
 _LONG = frozenset(
     {
         "channel",
@@ -30,30 +28,6 @@ _LONG = frozenset(
     }
 )
 """Dimensions along which a statistic is a list and not a number."""
-
-
-def draws(sequences: int, resamples: int, seed: int) -> Int[np.ndarray, "draw sequence"]:
-    """How often each sequence is taken: once each in the first row, at random in the others."""
-    generator = np.random.default_rng(seed)
-    chosen = generator.integers(0, sequences, (resamples, sequences))
-    counts = [np.bincount(row, minlength=sequences) for row in chosen]
-    return np.stack([np.ones(sequences, dtype=np.int64), *counts])
-
-
-def ratio(
-    totals: Float[np.ndarray, " sequence"],
-    numbers: Float[np.ndarray, " sequence"],
-    taken: Int[np.ndarray, "draw sequence"],
-) -> Float[np.ndarray, " draw"]:
-    """Σ totals / Σ numbers over the sequences of each draw: a mean over tokens."""
-    return (taken @ totals) / (taken @ numbers)
-
-
-def interval(values: np.ndarray) -> np.ndarray:
-    """(bound, …) of the numbers (draw, …) of all draws but the first; NaN where any of them is."""
-    if len(values) < 2:
-        return np.full((len(BOUNDS), *values.shape[1:]), np.nan)
-    return np.quantile(values[1:], list(BOUNDS.values()), axis=0)
 
 
 def resampled(

@@ -13,7 +13,8 @@ import numpy as np
 import xarray as xr
 
 from osp_diag.interventions.arms import UNTOUCHED, Arm
-from osp_diag.interventions.bootstrap import BOUNDS, draws, interval, ratio, resampled
+from osp_diag.interventions.bootstrap import resampled
+from osp_diag.resampling import BOUNDS, draws, interval, ratio
 from osp_diag.schema import KURTOSIS, SINK_EPSILON, SINK_POSITION, group_path, in_site_order
 from osp_diag.wording import number
 

@@ -8,6 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
+from osp_diag.quantizing.divergence import divergence_of
+
 __all__ = ["divergence", "logits_of", "surprise"]
 
 _AT_ONCE = 2**24
@@ -41,9 +43,4 @@ def divergence(
 ) -> tuple[float, int]:
     """(Σ_t KL(p_t ‖ q_t) in nats, how many tokens), p of the untouched model and q of the other."""
     p, q = (x[0][present.to(x.device)] for x in (untouched, logits))
-    rows = max(1, _AT_ONCE // p.shape[-1])
-    total = 0.0
-    for one, other in zip(p.split(rows), q.split(rows), strict=True):
-        log_p, log_q = one.double().log_softmax(-1), other.to(one.device).double().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return total, len(p)
+    return divergence_of(p, q.to(p.device)), len(p)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from osp_diag.errors import UsageError
 from osp_diag.quantizing.grid import Grid
+from osp_diag.quantizing.results import OSP_CONVENTION, PLAIN_CONVENTION
 from osp_diag.wording import did_you_mean
 
 __all__ = ["CONVENTIONS", "OSP", "PLAIN", "Convention", "convention_named"]
@@ -31,6 +32,10 @@ class Convention:
     rotates_keys
         whether queries and keys are multiplied by a Hadamard matrix after the rotary embedding, wherever
         keys are rounded.
+    sequence_length
+        of the evaluated sequences, where the user asks for none; None: as everywhere.
+    opening_tokens
+        whether sequences begin with the tokenizer's opening tokens, where it has any.
     """
 
     name: str
@@ -38,6 +43,8 @@ class Convention:
     clip_search: bool
     heads_apart: bool
     rotates_keys: bool
+    sequence_length: int | None
+    opening_tokens: bool
 
     def weights(self, bits: int) -> Grid:
         """Symmetric, one for each output channel."""
@@ -62,8 +69,24 @@ class Convention:
         return Grid(bits=bits, symmetric=False, zero_in_range=not self.heads_apart)
 
 
-PLAIN = Convention(name="plain", full_range=True, clip_search=False, heads_apart=False, rotates_keys=False)
-OSP = Convention(name="osp", full_range=False, clip_search=True, heads_apart=True, rotates_keys=True)
+PLAIN = Convention(
+    name=PLAIN_CONVENTION,
+    full_range=True,
+    clip_search=False,
+    heads_apart=False,
+    rotates_keys=False,
+    sequence_length=None,
+    opening_tokens=True,
+)
+OSP = Convention(
+    name=OSP_CONVENTION,
+    full_range=False,
+    clip_search=True,
+    heads_apart=True,
+    rotates_keys=True,
+    sequence_length=2048,
+    opening_tokens=False,
+)
 
 CONVENTIONS = {convention.name: convention for convention in (PLAIN, OSP)}
 

@@ -1,4 +1,4 @@
-"""What a training's checkpoint is worth: its outliers under both protocols, its perplexity at 4 bits."""
+"""What a training's checkpoint is worth: its outliers under both protocols, its perplexity at few bits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ import xarray as xr
 
 from osp_diag.checkpoints import open_checkpoint
 from osp_diag.probing.checkpoint import probe_checkpoint
-from osp_diag.quantizing.bit_width_sweep import bit_width_sweep
-from osp_diag.quantizing.results import FEW_BITS, HELD_OUT, MAXIMUM_SITES, UNQUANTIZED
+from osp_diag.quantizing.cases import cases_of
+from osp_diag.quantizing.results import FEW_BITS, HELD_OUT, MAXIMUM_SITES, OSP_CONVENTION
+from osp_diag.quantizing.setting import Setting
+from osp_diag.quantizing.sweep import sweep
+from osp_diag.quantizing.tables import TABLES
 from osp_diag.runs.run import Run
 from osp_diag.schema import ATTENTION, HIDDEN_STATES, KURTOSIS
 from osp_diag.tokens import make_batches
@@ -30,7 +33,8 @@ class CheckpointMeasurements:
     published: Run
     """the kurtosis as the released OSP script takes it: every token a sequence of its own"""
     few_bits: xr.Dataset
-    """perplexity without rounding and at :data:`FEW_BITS`: see :mod:`osp_diag.quantizing.results`"""
+    """perplexity without rounding, at :data:`FEW_BITS`, and as Table 2 of the OSP paper has it: see
+    :mod:`osp_diag.quantizing.results`"""
 
 
 def measure_checkpoint(
@@ -71,10 +75,13 @@ def measure_checkpoint(
     published = probe_checkpoint(
         checkpoint, single_tokens, sites=HIDDEN_STATES, estimators=(KURTOSIS,), **light
     )
-    few_bits = bit_width_sweep(
+    few_bits = sweep(
         checkpoint.model,
         np.asarray(tokens),
-        [(UNQUANTIZED, UNQUANTIZED), FEW_BITS],
+        [
+            *cases_of([Setting(*FEW_BITS)]),
+            *cases_of(TABLES[2].settings, tuple(TABLES[2].methods), OSP_CONVENTION),
+        ],
         token_source=HELD_OUT,
         model_fingerprint=checkpoint.fingerprint,
     )

@@ -13,10 +13,12 @@ from osp_diag.sites import SiteMap, find_sites
 from osp_diag.sites.stack import is_linear
 from osp_diag.sites.trace import unwrap
 
-__all__ = ["ROLES", "BlockLinear", "block_linears", "rounded_share"]
+__all__ = ["OTHER", "ROLES", "BlockLinear", "block_linears", "rounded_share"]
 
 ROLES = ("query", "key", "value", "attention_output", "gate", "up", "down")
-"""What a Linear of a block can be, by what it computes; "" where none of these."""
+"""What a Linear of a block can be, by what it computes …"""
+OTHER = "other"
+"""… and what one is called that is none of these."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class BlockLinear:
     layer
         of the first block that runs it.
     roles
-        of :data:`ROLES`, several of a fused projection; none where what it computes was not recognised.
+        of :data:`ROLES`, several of a fused projection; :data:`OTHER` where what it computes was not
+        recognised.
     head_width
         channels of one head of its input, of attention's output projection; else 0.
     """
@@ -38,7 +41,7 @@ class BlockLinear:
     path: str
     module: nn.Linear
     layer: int
-    roles: tuple[str, ...] = ()
+    roles: tuple[str, ...] = (OTHER,)
     head_width: int = 0
 
 
@@ -69,7 +72,7 @@ def block_linears(
                 _check(name, module)
                 heads = head_widths.get(name, 0)
                 width = module.in_features // heads if heads else 0
-                linears.append(BlockLinear(name, module, layer, tuple(roles.get(name, ())), width))
+                linears.append(BlockLinear(name, module, layer, tuple(roles.get(name, (OTHER,))), width))
             elif is_linear(module):
                 raise CheckpointError(
                     f"{name} is a {type(module).__name__}, not an nn.Linear: which of its axes are output "

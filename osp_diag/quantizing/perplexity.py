@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
 from osp_diag.checkpoints.checkpoint import evaluation_mode
 from osp_diag.errors import TokenError, UsageError
+from osp_diag.quantizing.divergence import ReferencePredictions
 from osp_diag.quantizing.results import perplexity_of
 from osp_diag.tokens import make_batches
 
-__all__ = ["Perplexity", "logits_of", "perplexity", "refuse_what_sees_ahead"]
+__all__ = [
+    "Perplexity",
+    "SequencePredictions",
+    "logits_of",
+    "perplexity",
+    "predictions",
+    "refuse_what_sees_ahead",
+]
 
 _TOKENS_A_PASS = 1024
 """Tokens a forward pass by default."""
 _SEES_AHEAD = 16.0
 """Rounding errors of the model's dtype by which logits of one token may differ in two runs."""
-_LOGITS_AT_ONCE = 2**24
-"""Logits that are float64 at one time: 128 MiB."""
+_LOGITS_AT_ONCE = 2**22
+"""Logits that are float64 at one time: 32 MiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +49,25 @@ class Perplexity:
     def perplexity(self) -> float:
         """exp of the mean; infinite where that is too large for a float."""
         return perplexity_of(self.negative_log_likelihood)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequencePredictions:
+    """What a model predicts of each sequence.
+
+    Attributes
+    ----------
+    surprise
+        Σ −log p(x_t | x_<t) in nats.
+    divergence
+        Σ KL(full ‖ model) in nats over the same positions; NaN where no reference is kept.
+    tokens
+        how many are predicted of each sequence.
+    """
+
+    surprise: Float[np.ndarray, " sequence"]
+    divergence: Float[np.ndarray, " sequence"]
+    tokens: int
 
 
 def perplexity(
@@ -62,19 +92,61 @@ def perplexity(
         decoder, or its predictions depend on what comes later), returns no logits of that shape, or
         ``batch_size`` is below 1
     """
+    found = predictions(model, tokens, batch_size=batch_size, known_causal=known_causal)
+    count = len(found.surprise) * found.tokens
+    return Perplexity(negative_log_likelihood=float(found.surprise.sum()) / count, tokens=count)
+
+
+def predictions(
+    model: nn.Module,
+    tokens: Any,
+    *,
+    batch_size: int | None = None,
+    known_causal: bool = False,
+    reference: ReferencePredictions | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> SequencePredictions:
+    """The same of each sequence, and how far the predictions lie from those of the full-precision model.
+
+    Parameters
+    ----------
+    model, tokens, batch_size, known_causal : as in :func:`perplexity`
+    reference : an empty one is filled with the predictions of this model; one that holds those of the
+        full-precision model on the same tokens is compared with
+    progress : told (sequences done, sequences in all)
+
+    Raises
+    ------
+    TokenError, UsageError : as :func:`perplexity`
+    """
     ids = _checked(tokens, model)
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"batch_size={batch_size}: a forward pass needs 1 or more sequences")
     size = batch_size or max(1, _TOKENS_A_PASS // ids.shape[1])
     if not known_causal:
         refuse_what_sees_ahead(model, ids)
-    total = 0.0
+    if reference is not None:
+        reference.rewind()
+    surprise, divergence = [], []
     with evaluation_mode(model), torch.no_grad():
         for batch in ids.split(size):
             logits, batch = logits_of(model, batch)
-            total += _surprise(logits, batch)
-    count = ids.shape[0] * (ids.shape[1] - 1)
-    return Perplexity(negative_log_likelihood=total / count, tokens=count)
+            for of_sequence, targets in zip(logits, batch, strict=True):
+                # The logits at position t predict the token at t + 1; the last ones nothing that is known.
+                surprise.append(_surprise(of_sequence[:-1], targets[1:]))
+                if reference is None:
+                    divergence.append(math.nan)
+                elif reference.complete:
+                    divergence.append(reference.divergence(of_sequence[:-1]))
+                else:
+                    divergence.append(0.0 if reference.add(of_sequence[:-1]) else math.nan)
+            if progress is not None:
+                progress(len(surprise), len(ids))
+    if reference is not None:
+        reference.complete = True
+    return SequencePredictions(
+        surprise=np.array(surprise), divergence=np.array(divergence), tokens=ids.shape[1] - 1
+    )
 
 
 def refuse_what_sees_ahead(model: nn.Module, tokens: Any) -> None:
@@ -150,13 +222,11 @@ def _logits(output: Any, ids: Tensor) -> Tensor:
     return logits
 
 
-def _surprise(logits: Tensor, ids: Tensor) -> float:
-    """Σ −log p of the tokens after the first ones, in nats."""
-    # The logits at position t predict the token at t + 1; the last ones predict nothing that is known.
-    predicted, targets = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-    rows = max(1, _LOGITS_AT_ONCE // predicted.shape[-1])
+def _surprise(logits: Float[Tensor, "token vocabulary"], targets: Int64[Tensor, " token"]) -> float:
+    """Σ −log p of the targets, in nats."""
+    rows = max(1, _LOGITS_AT_ONCE // logits.shape[-1])
     parts = [
         functional.cross_entropy(part.double(), truth.to(part.device), reduction="sum")
-        for part, truth in zip(predicted.split(rows), targets.split(rows), strict=True)
+        for part, truth in zip(logits.split(rows), targets.split(rows), strict=True)
     ]
     return float(torch.stack(parts).sum())

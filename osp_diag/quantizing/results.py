@@ -1,8 +1,8 @@
 """What a model is worth at few bits, as a run holds it: a table in the group ``quantization``.
 
-A row is one setting on one set of tokens. Rows are added to a run after it was written, by
-``osp-diag quantize`` or by the ablation; a setting measured again takes the place of the earlier one, and all
-rows of a run are of one set of weights.
+A row is one method, convention, setting and seed on one set of tokens. Rows are added to a run after it was
+written, by ``osp-diag quantize`` or by the ablation; what is measured again takes the place of the earlier
+row, and all rows of a run are of one set of weights.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,18 +29,24 @@ __all__ = [
     "HELD_OUT",
     "MAXIMUM_SITES",
     "MEASURING_ADVICE",
+    "OSP_CONVENTION",
+    "PLAIN_CONVENTION",
     "ROUND_TO_NEAREST",
     "UNQUANTIZED",
     "QuantizedResult",
+    "ResultsWriter",
     "notation",
     "partial_rounding",
     "perplexity_of",
+    "result_rows",
     "results_dataset",
     "results_of",
     "store_results",
 ]
 
-ROUND_TO_NEAREST = "round-to-nearest"
+ROUND_TO_NEAREST = "rtn"
+"""The method that does nothing else."""
+PLAIN_CONVENTION, OSP_CONVENTION = "plain", "osp"
 HELD_OUT = "held-out tokens of the training"
 """What the tokens are called that a training of ours did not see."""
 
@@ -61,23 +67,57 @@ class QuantizedResult:
     weight_bits: int
     activation_bits: int
     key_value_bits: int = UNQUANTIZED
-    scheme: str = ROUND_TO_NEAREST
+    method: str = ROUND_TO_NEAREST
+    convention: str = PLAIN_CONVENTION
+    seed: int = 0
     negative_log_likelihood: float
+    negative_log_likelihood_low: float = math.nan
+    negative_log_likelihood_high: float = math.nan
+    divergence: float = math.nan
+    divergence_low: float = math.nan
+    divergence_high: float = math.nan
+    divergence_tokens: int = 0
     tokens: int
     sequence_length: int
     token_source: str
     token_fingerprint: str
     model_fingerprint: str = ""
     rounded_share: float = math.nan
+    calibration: str = ""
+    calibration_fingerprint: str = ""
+    notes: str = ""
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """What makes two rows the same; 16-16-16 is the same by every method."""
+        bits = (self.weight_bits, self.activation_bits, self.key_value_bits)
+        way = ("", "", 0) if bits == (UNQUANTIZED,) * 3 else (self.method, self.convention, self.seed)
+        return (*way, *bits, self.token_fingerprint)
 
 
 _DEFINITIONS = {
     "weight_bits": ("bit", "of the weights of the blocks' Linears; 16: as they are"),
     "activation_bits": ("bit", "of the inputs of the blocks' Linears; 16: as they are"),
     "key_value_bits": ("bit", "of the keys and values that attention reads; 16: as they are"),
-    "scheme": ("", "how few-bit numbers are found"),
+    "method": ("", "how the model is rotated and its weights are rounded"),
+    "convention": ("", "which grids there are: plain, or as the OSP release's scripts"),
+    "seed": ("", "of the random numbers of rotations"),
     "negative_log_likelihood": ("nat", "−1/N Σ log p(x_t | x_<t) over the predicted tokens"),
+    "negative_log_likelihood_low": ("nat", "2.5% quantile of a bootstrap over sequences"),
+    "negative_log_likelihood_high": ("nat", "97.5% quantile of a bootstrap over sequences"),
     "perplexity": ("1", "exp of negative_log_likelihood"),
+    "perplexity_low": ("1", "exp of negative_log_likelihood_low"),
+    "perplexity_high": ("1", "exp of negative_log_likelihood_high"),
+    "divergence": (
+        "nat",
+        "mean over predicted tokens of KL(full precision ‖ quantized), next-token distributions",
+    ),
+    "divergence_low": ("nat", "2.5% quantile of a bootstrap over sequences"),
+    "divergence_high": ("nat", "97.5% quantile of a bootstrap over sequences"),
+    "divergence_tokens": (
+        "token",
+        "over how many predicted tokens, of the first sequences, divergence is taken",
+    ),
     "tokens": ("token", "how many were predicted: all but the first of each sequence"),
     "sequence_length": ("token", "of the sequences; the context of a token is its own sequence"),
     "token_source": ("", "where the tokens come from"),
@@ -88,9 +128,10 @@ _DEFINITIONS = {
         "share of the numbers in the blocks' matrices that are of Linears, which alone are rounded; experts "
         "stacked in one parameter are not. NaN: not recorded",
     ),
+    "calibration": ("", "what a method looked at activations on; empty where it did not"),
+    "calibration_fingerprint": ("", "equal ones are the same tokens"),
+    "notes": ("", "what is to be said of a row"),
 }
-_KEY_FIELDS = ("scheme", "weight_bits", "activation_bits", "key_value_bits", "token_fingerprint")
-"""What makes two rows the same setting."""
 
 
 def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
@@ -98,7 +139,9 @@ def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
     columns: dict[str, list[Any]] = {
         field.name: [getattr(result, field.name) for result in results] for field in fields(QuantizedResult)
     }
-    columns["perplexity"] = [perplexity_of(value) for value in columns["negative_log_likelihood"]]
+    for bound in ("", "_low", "_high"):
+        likelihoods = columns[f"negative_log_likelihood{bound}"]
+        columns[f"perplexity{bound}"] = [perplexity_of(value) for value in likelihoods]
     variables = {
         name: ("setting", np.asarray(columns[name]), {"units": unit, "definition": definition})
         for name, (unit, definition) in _DEFINITIONS.items()
@@ -140,12 +183,12 @@ def results_of(run: Run) -> xr.Dataset:
         raise StoreError(
             f"the run of {model_name(run.attrs)} holds no results at few bits; {MEASURING_ADVICE}"
         )
-    results: xr.Dataset = run[QUANTIZATION].drop_vars("step", errors="ignore").load()
-    return results
+    # Rows of earlier versions lack what was recorded later: they were rounded to nearest, plainly.
+    return results_dataset(result_rows(run[QUANTIZATION].load()))
 
 
 def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
-    """Add results to the run at ``path``; a setting that it has already is replaced.
+    """Add results to the run at ``path``; what it has already of the same key is replaced.
 
     Results of other weights go: a training that was exported earlier has moved on.
 
@@ -153,29 +196,48 @@ def store_results(path: str | os.PathLike[str], results: xr.Dataset) -> None:
     ------
     StoreError : no run is there, or another process writes it
     """
-    from osp_diag.runs.writer import RunWriter
+    with ResultsWriter(path) as writer:
+        writer.add(*result_rows(results))
 
-    run = open_run(path)
-    if QUANTIZATION in run.tree.children:
+
+class ResultsWriter:
+    """Adds results to the run at ``path``, each written when it is added, as :func:`store_results` does.
+
+    Raises
+    ------
+    StoreError : no run is there, or another process writes it
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        from osp_diag.runs.writer import RunWriter
+
+        run = open_run(path)
+        held = result_rows(results_of(run)) if QUANTIZATION in run.tree.children else []
+        self._rows = {row.key: row for row in held}
+        # The writer refuses a run of another identity; what may differ is when and how it was written.
+        now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
+        attributes = {str(name): value for name, value in run.attrs.items()}
+        self._writer = RunWriter(path, attributes | now, resume=True)
+
+    def __enter__(self) -> ResultsWriter:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._writer.__exit__(*error)
+
+    def add(self, *rows: QuantizedResult) -> None:
+        """Write rows of one set of weights."""
         # Why rows of one set of weights: docs/decisions.md, Figures.
-        new_rows = _rows(results)
-        models = {row.model_fingerprint for row in new_rows}
-        rows_by_key = {_key(row): row for row in _rows(results_of(run)) if row.model_fingerprint in models}
-        rows_by_key |= {_key(row): row for row in new_rows}
-        results = results_dataset(list(rows_by_key.values()))
-    # The writer refuses a run of another identity; what may differ is when and how it was written.
-    now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
-    attributes = {str(name): value for name, value in run.attrs.items()}
-    with RunWriter(path, attributes | now, resume=True) as writer:
-        writer.write_static(QUANTIZATION, results, replace=True)
+        models = {row.model_fingerprint for row in rows}
+        self._rows = {key: row for key, row in self._rows.items() if row.model_fingerprint in models}
+        self._rows |= {row.key: row for row in rows}
+        results = results_dataset(list(self._rows.values()))
+        self._writer.write_static(QUANTIZATION, results, replace=True)
 
 
-def _rows(results: xr.Dataset) -> list[QuantizedResult]:
-    # Runs of earlier versions lack what was recorded later.
+def result_rows(results: xr.Dataset) -> list[QuantizedResult]:
+    """The rows of a table, also of one that an earlier version wrote."""
     names = [field.name for field in fields(QuantizedResult) if field.name in results]
     columns = [results[name].values.tolist() for name in names]
     return [QuantizedResult(**dict(zip(names, row, strict=True))) for row in zip(*columns, strict=True)]
-
-
-def _key(row: QuantizedResult) -> tuple[Any, ...]:
-    return tuple(asdict(row)[name] for name in _KEY_FIELDS)

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 from osp_diag.errors import UsageError
 
-__all__ = ["FEWEST_BITS", "MOST_BITS", "UNQUANTIZED", "Setting", "notation"]
+__all__ = ["CALIBRATION_TOKENS", "FEWEST_BITS", "MOST_BITS", "UNQUANTIZED", "Setting", "notation"]
 
 UNQUANTIZED = 16
 """Bits at which a tensor stays as it is, as in the W-A-KV columns of papers."""
 FEWEST_BITS, MOST_BITS = 2, 8
+CALIBRATION_TOKENS = 16_384
+"""On which methods look at activations by default: a sixteenth of what the OSP release takes, which two
+cores would read for an hour."""
 
 _DASHES = re.compile(r"(\d+)-(\d+)-(\d+)")
 _LETTERS = re.compile(r"W(\d+)A(\d+)(?:KV(\d+))?", re.IGNORECASE)

@@ -1,0 +1,277 @@
+"""A model as if it computed with few-bit integers: rotated, its weights, inputs, keys and values rounded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from osp_diag.errors import UsageError
+from osp_diag.quantizing.conventions import Convention, convention_named
+from osp_diag.quantizing.grid import Grid
+from osp_diag.quantizing.key_values import KEYS, VALUES, rounded_key_values
+from osp_diag.quantizing.linears import BlockLinear, block_linears
+from osp_diag.quantizing.methods import Method, method_named
+from osp_diag.quantizing.rotations import StreamRotations, rotated
+from osp_diag.quantizing.setting import UNQUANTIZED, Setting
+from osp_diag.sites import SiteMap, find_sites
+from osp_diag.sites.trace import unwrap
+
+__all__ = ["QuantizedWeights", "Simulation", "quantized", "quantized_weights"]
+
+Progress = Callable[[int, int], None]
+"""Told (layers done, layers in all) of what goes layer by layer."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """What a simulation does.
+
+    Attributes
+    ----------
+    linears
+        paths of the Linears that are quantized.
+    notes
+        what is to be said of it, one sentence each.
+    """
+
+    linears: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizedWeights:
+    """A model whose weights are rotated and rounded, ready for passes with rounded activations.
+
+    Attributes
+    ----------
+    linears
+        that are quantized.
+    notes
+        as of :class:`Simulation`.
+    """
+
+    model: nn.Module
+    sites: SiteMap
+    convention: Convention
+    linears: tuple[BlockLinear, ...]
+    rotates_keys: bool
+    chosen: Callable[[str, int], bool]
+    notes: tuple[str, ...] = ()
+
+    @contextmanager
+    def passes(self, setting: Setting) -> Iterator[Simulation]:
+        """Passes in which inputs, keys and values have the bits of ``setting``, whose weights are there
+        already.
+
+        Raises
+        ------
+        UsageError : keys and values that cannot be reached
+        """
+        with ExitStack() as undo:
+            if setting.activation_bits != UNQUANTIZED:
+                for linear in self.linears:
+                    hook = _rounding_of_input(self._input_grid(linear, setting.activation_bits))
+                    undo.callback(linear.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            if setting.key_value_bits != UNQUANTIZED and self._any_key_values():
+                rounding = rounded_key_values(
+                    self.model,
+                    self.sites,
+                    self.convention,
+                    setting.key_value_bits,
+                    rotated=self.rotates_keys,
+                    chosen=self.chosen,
+                )
+                undo.enter_context(rounding)
+            yield Simulation(tuple(linear.path for linear in self.linears), self.notes)
+
+    def _input_grid(self, linear: BlockLinear, bits: int) -> Grid:
+        if linear.head_width:
+            return self.convention.attention_output(bits, linear.head_width)
+        return self.convention.activations(bits)
+
+    def _any_key_values(self) -> bool:
+        return any(
+            self.chosen(part, layer) for part in (KEYS, VALUES) for layer in self.sites.attention_layers
+        )
+
+
+@contextmanager
+def quantized(
+    model: nn.Module,
+    setting: Setting,
+    *,
+    method: str = "rtn",
+    convention: str = "plain",
+    calibration: Any = None,
+    seed: int = 0,
+    only: Collection[tuple[str, int]] | None = None,
+    blocks: str | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Simulation]:
+    """The model as if every ``nn.Linear`` inside its blocks multiplied few-bit integers, while this lasts.
+
+    Quantized are, of each such Linear (in a Llama q, k, v, o, gate, up and down of every layer), its
+    weight, once, and its input, at every call; and the keys and values that attention reads, in every pass,
+    with a cache or without. On which grids is for the convention to say,
+    :class:`osp_diag.quantizing.grid.Grid` has the formulas; before it, the method may rotate the model,
+    which leaves what it computes unchanged.
+
+    Left alone are embedding, head, norms, biases, and weights that are in no Linear (experts stacked in one
+    parameter). Products run in the model's dtype. No gradient passes through the rounding. Afterwards the
+    model has its own weights back, also after an error. Meanwhile the blocks' weights take twice their
+    memory.
+
+    Parameters
+    ----------
+    model : any model whose blocks osp_diag finds; one pass of eleven tokens finds them
+    setting : bits of weights, activations, keys and values; at 16 each stays bit for bit what it is
+    method : of :data:`osp_diag.quantizing.methods.METHODS`
+    convention : of :data:`osp_diag.quantizing.conventions.CONVENTIONS`
+    calibration : token ids of shape (sequence, position), for methods that look at activations
+    seed : of the random numbers of rotations
+    only : parts to round, the others stay as they are: (role, layer), where a role is one of
+        :data:`osp_diag.quantizing.linears.ROLES`, ``"keys"`` or ``"values"``
+    blocks : path or pattern of the stack of blocks, where the guess fails
+    progress : told of layers, by methods that go through them one by one
+
+    Raises
+    ------
+    UsageError : no such method or convention, parts that the model does not have, no calibration where one
+        is needed, or what a method refuses
+    CheckpointError : blocks without Linears, or with weights that cannot be rounded
+    SiteError : no blocks were found
+    """
+    weights = quantized_weights(
+        model,
+        setting.weight_bits,
+        method=method,
+        convention=convention,
+        calibration=calibration,
+        seed=seed,
+        only=only,
+        blocks=blocks,
+        progress=progress,
+    )
+    with weights as prepared, prepared.passes(setting) as simulation:
+        yield simulation
+
+
+@contextmanager
+def quantized_weights(
+    model: nn.Module,
+    weight_bits: int,
+    *,
+    method: str = "rtn",
+    convention: str = "plain",
+    calibration: Any = None,
+    seed: int = 0,
+    only: Collection[tuple[str, int]] | None = None,
+    blocks: str | None = None,
+    progress: Progress | None = None,
+) -> Iterator[QuantizedWeights]:
+    """The first half of :func:`quantized`, which may take long: several settings can share its weights.
+
+    Parameters and errors are those of :func:`quantized`.
+    """
+    way, rules = method_named(method), convention_named(convention)
+    model = unwrap(model)
+    sites = find_sites(model, blocks=blocks)
+    linears = block_linears(model, sites=sites)
+    chosen = _selection(only, linears, sites)
+    linears = tuple(x for x in linears if any(chosen(role, x.layer) for role in x.roles))
+    _check_calibration(way, calibration)
+    notes: list[str] = []
+    # Whatever fails in between, what was exchanged up to there is put back, in reverse order.
+    with ExitStack() as undo:
+        rotates_keys = rules.rotates_keys
+        if way.rotation != "none":
+            learned = _learned(model, calibration, seed, blocks) if way.rotation == "learned" else None
+            applied = undo.enter_context(
+                rotated(model, way.rotation, seed=seed, rotations=learned, blocks=blocks)
+            )
+            notes += applied.notes
+            rotates_keys = rotates_keys or applied.key_rotation is not None
+        if weight_bits != UNQUANTIZED:
+            _round_weights(model, linears, rules.weights(weight_bits), way, calibration, undo, progress)
+        yield QuantizedWeights(
+            model=model,
+            sites=sites,
+            convention=rules,
+            linears=linears,
+            rotates_keys=rotates_keys,
+            chosen=chosen,
+            notes=tuple(notes),
+        )
+
+
+def _selection(
+    only: Collection[tuple[str, int]] | None, linears: tuple[BlockLinear, ...], sites: SiteMap
+) -> Callable[[str, int], bool]:
+    if only is None:
+        return lambda part, layer: True
+    parts = frozenset(only)
+    there = {(role, linear.layer) for linear in linears for role in linear.roles}
+    there |= {(part, layer) for part in (KEYS, VALUES) for layer in sites.attention_layers}
+    foreign = sorted(parts - there)
+    if foreign or not parts:
+        wrong = f"no {foreign[0][0]} in layer {foreign[0][1]}" if foreign else "nothing to round"
+        roles = ", ".join(dict.fromkeys(role for role, _ in sorted(there)))
+        raise UsageError(
+            f"only={only!r}: there is {wrong}; parts are (role, layer), with {roles} in layers 0 to "
+            f"{sites.number_of_layers - 1}"
+        )
+    return lambda part, layer: (part, layer) in parts
+
+
+def _check_calibration(method: Method, calibration: Any) -> None:
+    if method.calibrated and calibration is None:
+        raise UsageError(
+            f"{method.name} looks at activations on a text: give `calibration`, token ids of shape "
+            "(sequence, position) other than those that are evaluated"
+        )
+
+
+def _learned(model: nn.Module, calibration: Any, seed: int, blocks: str | None) -> StreamRotations:
+    from osp_diag.quantizing.learned_rotations import learned_rotations
+
+    return learned_rotations(model, calibration, seed=seed, blocks=blocks)
+
+
+def _round_weights(
+    model: nn.Module,
+    linears: tuple[BlockLinear, ...],
+    grid: Grid,
+    method: Method,
+    calibration: Any,
+    undo: ExitStack,
+    progress: Progress | None,
+) -> None:
+    """Exchange parameters, not their values: whoever else holds one (a tied head) keeps its numbers."""
+    if method.rounding == "gptq":
+        from osp_diag.quantizing.gptq import gptq_weights
+
+        weights = gptq_weights(model, linears, grid, calibration, progress=progress)
+    else:
+        weights = {}
+    for linear in linears:
+        original = linear.module.weight
+        undo.callback(setattr, linear.module, "weight", original)
+        rounded = weights.pop(linear.path) if weights else grid.rounded(original.detach())
+        linear.module.weight = nn.Parameter(rounded, requires_grad=False)
+
+
+def _rounding_of_input(grid: Grid) -> Any:
+    """A hook before the forward pass of a Linear."""
+
+    def rounded_input(
+        module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if inputs:
+            return (grid.rounded(inputs[0]), *inputs[1:]), keywords
+        return inputs, keywords | {"input": grid.rounded(keywords["input"])}
+
+    return rounded_input
