@@ -13,6 +13,7 @@ import tyro
 
 from osp_diag.cli.checkpoint_options import DEFAULT_OPENING, Opening
 from osp_diag.errors import UsageError
+from osp_diag.quantizing.setting import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
     from osp_diag.quantizing.tasks.results import TaskResult
@@ -33,6 +34,8 @@ def run(
     method: str = "rtn",
     convention: Literal["plain", "osp"] = "plain",
     seed: int = 0,
+    calibration: str | None = None,
+    calibration_tokens: int = CALIBRATION_TOKENS,
     limit: int | None = None,
     shots: int | None = None,
     include_path: Path | None = None,
@@ -57,9 +60,13 @@ def run(
         run: the run to add the results to.
         tasks: groups of --list, or tasks that lm-eval knows.
         bits: settings such as 4-4-4, bits of weights, activations, and keys and values; 16 for "as it is".
-        method: how few-bit numbers are made, as `osp-diag quantize` takes it.
-        convention: what the grids are: plain (minimum and maximum) or osp (as the release of OSP rounds).
-        seed: of what the method draws at random.
+        method: rtn (round to nearest), ffn-hadamard, gptq, ffn-hadamard+gptq, quarot, quarot-rtn, spinquant,
+            spinquant-rtn.
+        convention: plain takes ranges from minima and maxima; osp rounds as the scripts of the OSP release.
+        seed: of the random rotations of quarot and spinquant.
+        calibration: text on which gptq and learned rotations look at activations: a UTF-8 file, or the text
+            itself; by default a built-in public-domain text.
+        calibration_tokens: how many tokens of it (the OSP release: 262,144).
         limit: ask only the first so many documents of each task, to try it out.
         shots: solved examples before each question; by default as the group or the task says.
         include_path: a folder with task files of your own, in lm-eval's format.
@@ -85,6 +92,9 @@ def run(
         raise UsageError("name a checkpoint to ask, or --list for the groups of tasks")
     from osp_diag.cli.quantize import check_same_model
     from osp_diag.probing.checkpoint import progress_bar, working
+    from osp_diag.probing.settings import TokenSettings
+    from osp_diag.quantizing.calibration import Calibration
+    from osp_diag.quantizing.methods import method_named
     from osp_diag.quantizing.setting import Setting
     from osp_diag.quantizing.tasks.evaluation import evaluate_tasks
     from osp_diag.quantizing.tasks.loading import load_tasks
@@ -93,6 +103,9 @@ def run(
     from osp_diag.runs.run import open_run
 
     settings = [Setting.read(entry) for entry in bits]
+    method_named(method)
+    if calibration_tokens < 1:
+        raise UsageError(f"--calibration-tokens {calibration_tokens}: give 1 or more")
     holder = None if run is None else open_run(run)
     if run is not None:
         check_destination(run, resume=True)
@@ -101,6 +114,11 @@ def run(
     opened = opening.open(checkpoint)
     if holder is not None:
         check_same_model(holder, opened)
+    look = None
+    if method_named(method).calibrated:
+        text = TokenSettings(text=calibration, tokens=calibration_tokens, seq_len=seq_len, bos=bos)
+        batches = text.batches(opened)
+        look = Calibration(batches.tokens, batches.source)
     with progress_bar(f"asking {opened.name}", unit="tasks") as progress:
         results = evaluate_tasks(
             opened,
@@ -109,6 +127,7 @@ def run(
             method=method,
             convention=convention,
             seed=seed,
+            calibration=look,
             blocks=blocks,
             limit=limit,
             bos=bos,
@@ -151,7 +170,9 @@ def _groups_text() -> str:
 
 def _notes(results: Sequence[TaskResult]) -> tuple[str, ...]:
     """What the reader of these numbers has to know."""
+    from osp_diag.quantizing.results import partial_rounding
     from osp_diag.quantizing.tasks.groups import GROUPS
+    from osp_diag.quantizing.tasks.results import task_dataset
 
     notes = []
     cut = {row.task: row.truncated for row in results if row.truncated}
@@ -160,6 +181,9 @@ def _notes(results: Sequence[TaskResult]) -> tuple[str, ...]:
         notes.append(
             f"of requests longer than {results[0].max_length:,} tokens the beginning was cut off: {said}"
         )
+    notes += dict.fromkeys(row.notes for row in results if row.notes)
+    notes += dict.fromkeys(f"calibrated on {row.calibration}" for row in results if row.calibration)
+    notes += filter(None, (partial_rounding(task_dataset(results)),))
     if results[0].limit:
         notes.append(f"only the first {results[0].limit:,} documents of each task were asked")
     names = {row.task for row in results}

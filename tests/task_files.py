@@ -57,7 +57,7 @@ WHOLE_TEXT = (
 
 
 def write_tasks(folder: Path, answers: list[str] | None = None) -> Path:
-    """``colours`` (choices), ``echo`` (generated; right where it gives ``answers``) and ``away`` (not here)."""
+    """``colours`` (choices), ``echo`` (generated, right where it gives ``answers``), ``away`` (not here)."""
     folder.mkdir(exist_ok=True)
     rows = [{"question": q, "choices": choices, "gold": gold} for q, choices, gold in QUESTIONS]
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

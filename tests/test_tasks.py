@@ -1,4 +1,4 @@
-"""Accuracy on tasks: numbers against an own computation in float64, the table of a run, groups and the verb."""
+"""Accuracy on tasks: numbers against an own computation in float64, a run's table, groups and the verb."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.synthetic_runs import OUTLIER_FREE, synthetic_run, without
 from tests.task_files import QUESTIONS, write_tasks
 from tests.tiny_checkpoints import BYTES, bert, byte_tokenizer, llama, save
 
-FULL, FOUR = Setting(16, 16, 16), Setting(4, 4, 16)
+FULL, FOUR = Setting(16, 16, 16), Setting(4, 4, 4)
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +223,7 @@ def test_osp_published_asks_what_the_release_asks(monkeypatch):
 
     def local(path, name=None, **_):
         rows = datasets.Dataset.from_list([DOCUMENTS[path]] * 9)
-        return datasets.DatasetDict({split: rows for split in ("train", "validation", "test")})
+        return datasets.DatasetDict(dict.fromkeys(("train", "validation", "test"), rows))
 
     monkeypatch.setattr(datasets, "load_dataset", local)
     for entry in load_tasks(["osp-published"]):
@@ -263,6 +263,8 @@ def test_osp_published_asks_what_the_release_asks(monkeypatch):
         ({"tasks": []}, r"name a task, or a group of them: ten, osp-published"),
         ({"settings": []}, r"name at least one setting"),
         ({"limit": 0}, r"limit=0: ask 1 document or more"),
+        ({"method": "rtm"}, r"there is no method 'rtm' of quantization; did you mean rtn"),
+        ({"method": "gptq"}, r"gptq looks at activations on a text: give a calibration"),
         ({"shots": -1}, r"shots=-1: give 0 or more"),
         ({"max_length": 1000}, r"max_length=1000: tiny takes 2 to 64 tokens"),
         ({"include_path": "nowhere"}, r"--include-path nowhere: no such folder"),
@@ -400,10 +402,10 @@ def test_the_verb_adds_to_the_run_of_its_checkpoint(checkpoint, folder, tmp_path
     fingerprint = open_checkpoint(path).fingerprint
     run = write_run(tmp_path / "run.zarr", model_fingerprint=fingerprint)
     words = ["tasks", str(path), "--tasks", "colours", "--include-path", str(folder), "--bits", "16-16-16"]
-    assert main([*words, "4-4-16", "--run", str(run), "--limit", "3"]) == 0
+    assert main([*words, "4-4-4", "--run", str(run), "--limit", "3"]) == 0
     said = capsys.readouterr().out
     assert "accuracy in % ± standard error (lm_eval" in said
-    assert "4-4-16 rtn, plain" in said
+    assert "4-4-4 rtn, plain" in said
     assert "Note: only the first 3 documents of each task were asked" in said
     assert [row.limit for row in task_results_of(open_run(run))] == [3, 3]
     assert main([*words, "--json"]) == 0

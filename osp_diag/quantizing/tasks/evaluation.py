@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ import numpy as np
 
 from osp_diag.checkpoints.checkpoint import Checkpoint
 from osp_diag.errors import UsageError
+from osp_diag.quantizing.calibration import Calibration
+from osp_diag.quantizing.conventions import convention_named
+from osp_diag.quantizing.linears import rounded_share
+from osp_diag.quantizing.methods import method_named
 from osp_diag.quantizing.perplexity import refuse_what_sees_ahead
-from osp_diag.quantizing.setting import Setting
+from osp_diag.quantizing.setting import UNQUANTIZED, Setting
 from osp_diag.quantizing.simulate import quantized
 from osp_diag.quantizing.tasks.loading import LoadedTask, harness_version, load_tasks, quiet_harness
 from osp_diag.quantizing.tasks.results import TaskResult
@@ -33,7 +38,7 @@ def evaluate_tasks(
     method: str = "rtn",
     convention: str = "plain",
     seed: int = 0,
-    calibration: Any | None = None,
+    calibration: Calibration | None = None,
     blocks: str | None = None,
     limit: int | None = None,
     shots: int | None = None,
@@ -54,8 +59,8 @@ def evaluate_tasks(
     tasks : names that lm-eval knows or of our groups, or what
         :func:`~osp_diag.quantizing.tasks.loading.load_tasks` gave
     settings : bits of weights, activations, keys and values
-    method, convention, seed, calibration, blocks : as
-        :func:`~osp_diag.quantizing.simulate.quantized` takes them
+    method, convention, seed, blocks : as :func:`~osp_diag.quantizing.simulate.quantized` takes them
+    calibration : the text of methods that look at activations
     limit : ask only the first so many documents of each task (of a task made of several, of each of these)
     shots, include_path : as :func:`~osp_diag.quantizing.tasks.loading.load_tasks` takes them
     bos : whether sequences begin with the beginning-of-sequence token: ``no``, ``yes``, ``auto`` as the
@@ -69,7 +74,7 @@ def evaluate_tasks(
     Raises
     ------
     UsageError : what :func:`~osp_diag.quantizing.tasks.loading.load_tasks` refuses, no setting, a limit below
-        1, a model that is not causal
+        1, a model that is not causal, keys and values out of reach, no calibration where a method needs one
     TokenError : no tokenizer, or no such token
     """
     settings = list(dict.fromkeys(settings))
@@ -77,11 +82,13 @@ def evaluate_tasks(
         raise UsageError("name at least one setting, such as 4-4-4 for 4 bits everywhere")
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit}: ask 1 document or more of each task")
+    _check_way(settings, method, convention, calibration)
     loaded = _loaded(tasks, include_path, shots)
     from osp_diag.quantizing.tasks.language_model import CheckpointModel  # which imports lm-eval
 
     language_model = CheckpointModel(checkpoint, bos=bos, max_length=max_length, batch_size=batch_size)
     refuse_what_sees_ahead(checkpoint.model, np.array([[0, 1, 2, 3]]) % (checkpoint.vocabulary_size or 4))
+    _refuse_out_of_reach(checkpoint, settings, convention, blocks)
     results: list[TaskResult] = []
     for number, setting in enumerate(settings):
         labels: dict[str, Any] = {
@@ -89,20 +96,26 @@ def evaluate_tasks(
             "bos": "yes" if language_model.opening else "no",
             "limit": limit or 0,
         }
-        rounding: AbstractContextManager[Any] = nullcontext()
-        if not setting.unquantized:
-            labels |= {"method": method, "convention": convention, "seed": seed}
-            rounding = quantized(
-                checkpoint.model,
-                setting,
-                method=method,
-                convention=convention,
-                seed=seed,
-                calibration=calibration,
-                blocks=blocks,
-            )
         rows = []
-        with checkpoint.evaluation(), rounding:
+        with ExitStack() as undo:
+            undo.enter_context(checkpoint.evaluation())
+            if not setting.unquantized:
+                simulation = undo.enter_context(
+                    quantized(
+                        checkpoint.model,
+                        setting,
+                        method=method,
+                        convention=convention,
+                        seed=seed,
+                        calibration=None if calibration is None else calibration.tokens,
+                        blocks=blocks,
+                    )
+                )
+                labels |= _labels(method, convention, seed, calibration)
+                labels |= {
+                    "notes": "; ".join(simulation.notes),
+                    "rounded_share": rounded_share(checkpoint.model, blocks=blocks),
+                }
             for place, entry in enumerate(loaded, start=1):
                 rows.append(_asked(language_model, entry, limit, labels))
                 if progress is not None:
@@ -111,6 +124,37 @@ def evaluate_tasks(
         if after_setting is not None:
             after_setting(rows)
     return results
+
+
+def _check_way(
+    settings: Sequence[Setting], method: str, convention: str, calibration: Calibration | None
+) -> None:
+    way = method_named(method)
+    convention_named(convention)
+    if way.calibrated and calibration is None and not all(setting.unquantized for setting in settings):
+        raise UsageError(f"{method} looks at activations on a text: give a calibration")
+
+
+def _refuse_out_of_reach(
+    checkpoint: Checkpoint, settings: Sequence[Setting], convention: str, blocks: str | None
+) -> None:
+    """Enter each setting once, but for its weights, so that hours of work are not lost at the second."""
+    for setting in settings:
+        if not setting.unquantized:
+            light = replace(setting, weight_bits=UNQUANTIZED)
+            with quantized(checkpoint.model, light, convention=convention, blocks=blocks):
+                pass
+
+
+def _labels(method: str, convention: str, seed: int, calibration: Calibration | None) -> dict[str, Any]:
+    """How a model is rounded; the seed of a method that draws nothing is 0, whatever was given."""
+    way = method_named(method)
+    return {
+        "method": method,
+        "convention": convention,
+        "seed": seed if way.seeded else 0,
+        "calibration": calibration.description if way.calibrated and calibration else "",
+    }
 
 
 def _loaded(

@@ -1,9 +1,10 @@
 """Which tasks are asked together, and the one mean of them that papers quote.
 
 Two groups of ten. ``ten`` has lm-eval's own definitions. ``osp-published`` asks what the release of
-Outlier-Safe Pre-Training asks (github.com/dmis-lab/Outlier-Safe-Pre-Training, ``lighteval_tasks.py``, ``tasks.txt``): every
-multiple choice by the text of the answers, also MMLU and CommonsenseQA, which lm-eval asks by their letters,
-at which small models guess. Its files are in ``published/``.
+Outlier-Safe Pre-Training asks (``lighteval_tasks.py`` and ``tasks.txt`` of
+github.com/dmis-lab/Outlier-Safe-Pre-Training): every multiple choice by the text of the answers, also MMLU and
+CommonsenseQA, which lm-eval asks by their letters, at which small models guess. Its files are in
+``published/``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from osp_diag.wording import listed
 __all__ = ["ACCURACIES", "GROUPS", "Group", "Mean", "Task", "group_mean", "group_named", "task_named"]
 
 ACCURACIES = ("acc_norm", "acc", "exact_match")
-"""The metrics that are a shares of documents answered rightly; of a task that no group names, the first counts."""
+"""Metrics that are shares of documents answered rightly; of a task that no group names, the first counts."""
 
 
 @dataclass(frozen=True)

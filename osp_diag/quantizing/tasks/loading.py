@@ -117,9 +117,10 @@ def _loaded(manager: Any, name: str, shots: int | None) -> LoadedTask:
             tree = manager.load([name])
     except (OSError, ValueError, LookupError) as error:
         raise UsageError(
-            f"the documents of the task {name!r} are not here and could not be fetched ({_first_line(error)}). "
-            "Run it once where the Hugging Face hub can be reached and copy that machine's cache (HF_HOME), or "
-            "point --include-path to a folder with a task file whose documents are local files"
+            f"the documents of the task {name!r} are not here and could not be fetched "
+            f"({_first_line(error)}). Run it once where the Hugging Face hub can be reached and copy that "
+            "machine's cache (HF_HOME), or point --include-path to a folder with a task file whose documents "
+            "are local files"
         ) from error
     leaves = list(tree["tasks"].values())
     known = task_named(name)

@@ -6,6 +6,7 @@ is measured again takes the place of the earlier row, and all rows of a run are 
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -78,6 +79,9 @@ class TaskResult(TaskSetting):
     truncated: int = 0
     dtype: str = ""
     model_fingerprint: str = ""
+    rounded_share: float = math.nan
+    calibration: str = ""
+    notes: str = ""
 
 
 _DEFINITIONS = {
@@ -104,6 +108,12 @@ _DEFINITIONS = {
     "truncated": ("request", "whose beginning was cut off, since they were longer"),
     "dtype": ("", "of the model's parameters"),
     "model_fingerprint": ("", "of the parameters before quantization"),
+    "rounded_share": (
+        "1",
+        "of the numbers in the blocks' matrices, that are of Linears, which alone are rounded",
+    ),
+    "calibration": ("", "the text on which the method looked at activations"),
+    "notes": ("", "what is to be said of the rounding, sentences with semicolons between"),
 }
 _KEY_FIELDS = (*(field.name for field in fields(TaskSetting)), "task", "shots", "metric")
 """What makes two rows the same measurement."""
