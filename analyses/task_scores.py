@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from osp_diag.errors import StoreError
-from osp_diag.quantizing.setting import UNQUANTIZED, Setting
+from osp_diag.quantizing.setting import Setting
 from osp_diag.quantizing.tasks.groups import GROUPS
 from osp_diag.quantizing.tasks.results import (
-    NO_METHOD,
     TASKS_ADVICE,
     TaskResult,
     TaskSetting,
@@ -92,8 +91,7 @@ def task_scores(
 
 def _full(setting: TaskSetting) -> TaskSetting:
     """The same questions of the model as it is."""
-    as_it_is = {"weight_bits": UNQUANTIZED, "activation_bits": UNQUANTIZED, "key_value_bits": UNQUANTIZED}
-    return replace(setting, **as_it_is, method=NO_METHOD, convention=NO_METHOD, seed=0)
+    return TaskSetting(bos=setting.bos, limit=setting.limit)
 
 
 def _score(table: Sequence[TaskResult], setting: TaskSetting, of: str) -> float:

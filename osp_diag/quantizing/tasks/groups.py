@@ -2,8 +2,8 @@
 
 Two groups of ten. ``ten`` has lm-eval's own definitions. ``osp-published`` asks what the release of
 Outlier-Safe Pre-Training asks (``lighteval_tasks.py`` and ``tasks.txt`` of
-github.com/dmis-lab/Outlier-Safe-Pre-Training): every multiple choice by the text of the answers, also MMLU and
-CommonsenseQA, which lm-eval asks by their letters, at which small models guess. Its files are in
+github.com/dmis-lab/Outlier-Safe-Pre-Training): every multiple choice by the text of the answers, also MMLU
+and CommonsenseQA, which lm-eval asks by their letters, at which small models guess. Its files are in
 ``published/``.
 """
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from lm_eval.api.model import TemplateLM
 from torch import Tensor
 
 from osp_diag.checkpoints.checkpoint import Checkpoint
@@ -22,11 +21,17 @@ from osp_diag.text.tokenizer import encode, opening_tokens
 
 __all__ = ["CheckpointModel"]
 
+try:
+    from lm_eval.api.model import TemplateLM
+except ModuleNotFoundError:  # as loading tasks says, which comes before
+    TemplateLM = object
+_Harness: Any = TemplateLM
+
 _GENERATED = 256
 """Tokens of an answer where the task does not say how many: lm-eval's own default."""
 
 
-class CheckpointModel(TemplateLM):  # type: ignore[misc]  # lm-eval may not be installed where types are checked
+class CheckpointModel(_Harness):
     """The model of an opened checkpoint.
 
     Parameters
