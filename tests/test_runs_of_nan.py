@@ -19,6 +19,7 @@ ELSEWHERE = {
     "bit_width_sweep",
     "kurtosis_dynamics",
     "quantization_scatter",
+    "task_scatter",
     "weight_surface",
 }
 """Figures of what these runs do not hold."""
