@@ -70,8 +70,10 @@ def run(
         limit: ask only the first so many documents of each task, to try it out.
         shots: solved examples before each question; by default as the group or the task says.
         include_path: a folder with task files of your own, in lm-eval's format.
-        bos: whether sequences begin with the beginning-of-sequence token; auto follows the tokenizer.
-        seq_len: longest sequence, of longer ones the beginning is cut off; by default as the model allows.
+        bos: whether sequences begin with the beginning-of-sequence token; auto follows the tokenizer, or
+            under the convention osp puts none.
+        seq_len: longest sequence, of longer ones the beginning is cut off; by default as the model allows,
+            and under the convention osp 2,048.
         batch_size: sequences a forward pass; by default about 1,024 tokens, 8,192 on a GPU.
         opening: how to open the checkpoint.
         blocks: path of the list of blocks, where it is not found.

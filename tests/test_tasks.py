@@ -143,6 +143,13 @@ def test_sequences_begin_as_asked_and_the_results_say_so(checkpoint, folder):
         assert row.accuracy == np.mean(expected(checkpoint.model, "acc_norm", opening=(BYTES,)))
 
 
+def test_the_convention_of_the_release_puts_no_bos(folder, checkpoint):
+    opening = assemble(checkpoint.model, byte_tokenizer(puts_bos=True), name="tiny", source="tiny")
+    for convention, bos in (("plain", "yes"), ("osp", "no")):
+        options = {"include_path": folder, "convention": convention, "limit": 1}
+        assert evaluate_tasks(opening, ["colours"], [FULL], **options)[0].bos == bos
+
+
 def test_solved_examples_are_the_same_under_every_setting(checkpoint, folder, monkeypatch):
     from osp_diag.quantizing.tasks.language_model import CheckpointModel
 

@@ -21,10 +21,20 @@ from osp_diag.quantizing.stream_structure import (
     ValuePath,
     measure_structure,
 )
-from osp_diag.sites import find_sites
+from osp_diag.sites import SiteMap, find_sites
 from osp_diag.sites.trace import run_example, undisturbed, unwrap
 
-__all__ = ["AppliedRotation", "DenseRotation", "Rotation", "RotationKind", "StreamRotations", "rotated"]
+__all__ = [
+    "AppliedRotation",
+    "DenseRotation",
+    "Rotation",
+    "RotationKind",
+    "StreamRotations",
+    "down_projections",
+    "folded_gains",
+    "random_rotations",
+    "rotated",
+]
 
 RotationKind = Literal["none", "ffn-hadamard", "random", "learned"]
 
@@ -40,6 +50,10 @@ class Rotation(Protocol):
         """x Q, of each row."""
         ...
 
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "channel channel"]:
+        """Q, dense."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class DenseRotation:
@@ -50,6 +64,10 @@ class DenseRotation:
     def apply(self, values: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows channel"]:
         """x Q, in the dtype of ``values``."""
         return values @ self.values.to(values.device, values.dtype)
+
+    def matrix(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "channel channel"]:
+        """The matrix itself."""
+        return self.values.to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +115,7 @@ def rotated(
 
     Parameters are exchanged, never written to, so a tied head is untied for the time; hooks multiply the
     inputs of the down projections. All is put back afterwards, also after an error. The changed matrices take
-    their memory twice; they are computed in float64 (float32 where the model has half precision).
+    their memory twice; products are float32 (float64 for float64).
 
     Parameters
     ----------
@@ -122,8 +140,9 @@ def rotated(
         yield AppliedRotation(kind=kind)
         return
     model = unwrap(model)
-    downs = _down_projections(model, blocks)
-    structure = None if kind == "ffn-hadamard" else measure_structure(model, blocks=blocks)
+    sites = find_sites(model, blocks=blocks)
+    downs = down_projections(model, sites)
+    structure = None if kind == "ffn-hadamard" else measure_structure(model, sites, blocks=blocks)
     if structure is not None and rotations is None:
         rotations = random_rotations(structure, seed)
     plan = _Plan(model)
@@ -152,8 +171,22 @@ def random_rotations(structure: StreamStructure, seed: int) -> StreamRotations:
     )
 
 
-def fold_gains(plan: _Plan, structure: StreamStructure) -> None:
-    """Move the gains of all norms before the readers of the stream into these."""
+@contextmanager
+def folded_gains(model: nn.Module, structure: StreamStructure) -> Iterator[None]:
+    """The gains of all norms before the readers of the stream moved into these, while this lasts.
+
+    Raises
+    ------
+    CheckpointError : as :func:`~osp_diag.quantizing.folding.norm_gains`
+    """
+    plan = _Plan(model)
+    _fold_gains(plan, structure)
+    with ExitStack() as undo:
+        plan.carry_out(undo)
+        yield
+
+
+def _fold_gains(plan: _Plan, structure: StreamStructure) -> None:
     norms = {path: None for path in structure.readers.values() if path is not None}
     measured = {
         path: norm_gains(path, plan.model.get_submodule(path), structure.width) for path in norms
@@ -180,7 +213,7 @@ def _planned(
     for path, matrix in downs.items():
         plan.add_linear(path, matrix.apply)
     if structure is not None and rotations is not None:
-        fold_gains(plan, structure)
+        _fold_gains(plan, structure)
         _rotate_stream(plan, structure, rotations.stream)
         for path in structure.values:
             _rotate_values(plan, path, rotations.values[path.layer])
@@ -239,11 +272,10 @@ class _Plan:
     ) -> None:
         """A step of a weight, and one of the bias where the Linear has one."""
         module = self.model.get_submodule(path)
-        if type(module) is not nn.Linear:
+        if not isinstance(module, nn.Linear):
             raise CheckpointError(
-                f"{path} is a {type(module).__name__}, not an nn.Linear, and cannot be rotated; {ADVICE}"
-                if not isinstance(module, nn.Linear)
-                else f"{path} is a {type(module).__name__}, whose own forward pass is unknown; {ADVICE}"
+                f"{path} is a {type(module).__name__}, not an nn.Linear: which of its axes are output channels "
+                "is unknown, so it cannot be rotated"
             )
         self.add(path, "weight", step)
         if bias is not None and module.bias is not None:
@@ -254,8 +286,8 @@ class _Plan:
         for (path, name), steps in self._steps.items():
             module = self.model.get_submodule(path)
             original = getattr(module, name)
-            exact = original.element_size() >= 4
-            working = original.detach().double() if exact else original.detach().float()
+            working = original.detach()
+            working = working if working.dtype == torch.float64 else working.float()
             for step in steps:
                 working = step(working)
             undo.callback(setattr, module, name, original)
@@ -275,9 +307,13 @@ def _check(name: str, module: nn.Module, parameter: str) -> None:
     raise CheckpointError(f"{name} cannot be rotated: {reason}")
 
 
-def _down_projections(model: nn.Module, blocks: str | None) -> dict[str, Hadamard]:
-    """Linear → the Hadamard matrix of its input, of all that read an MLP's hidden state."""
-    sites = find_sites(model, blocks=blocks)
+def down_projections(model: nn.Module, sites: SiteMap) -> dict[str, Hadamard]:
+    """Linear → the Hadamard matrix of its input, of all that read an MLP's hidden state.
+
+    Raises
+    ------
+    CheckpointError : there is none, or experts are stacked in one parameter
+    """
     paths = [tap.module for tap in sites.taps if tap.site == "mlp_hidden" and tap.side == "input"]
     for layer in sites.expert_layers:
         if layer not in sites.expert_modules:
@@ -292,11 +328,8 @@ def _down_projections(model: nn.Module, blocks: str | None) -> dict[str, Hadamar
             f"the MLPs of {type(model).__name__} cannot be rotated: no down projection was found "
             f"({sites.absent.get('mlp_hidden', 'there is none')}); the methods rtn and gptq need no rotation"
         )
-    matrices = {}
-    for path in dict.fromkeys(paths):
-        module = model.get_submodule(path)
-        matrices[path] = hadamard(module.weight.shape[-1])
-    return matrices
+    widths = {path: model.get_submodule(path).weight.shape[-1] for path in paths}
+    return {path: hadamard(int(width)) for path, width in widths.items()}
 
 
 def _multiplication_of_inputs(matrix: Hadamard) -> Any:

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from osp_diag.errors import CheckpointError
 from osp_diag.schema import PROJECTION_WEIGHT
-from osp_diag.sites import find_sites
 from osp_diag.sites.blocks import factor_of, minus, same
 from osp_diag.sites.linear_maps import mark_projections
 from osp_diag.sites.names import SiteMap, Tap
@@ -49,27 +48,28 @@ class StreamStructure:
     """Linears whose outputs are (up to a factor) added to the stream, or are it"""
     readers: dict[str, str | None]
     """Linear that reads the stream, the head among them → the norm before it, or None"""
+    head: tuple[str, ...]
+    """those of the readers that stand behind the blocks"""
     values: tuple[ValuePath, ...]
     notes: tuple[str, ...]
     """layers whose values cannot be rotated, and why"""
 
 
-def measure_structure(model: nn.Module, *, blocks: str | None = None) -> StreamStructure:
+def measure_structure(model: nn.Module, sites: SiteMap, *, blocks: str | None = None) -> StreamStructure:
     """Find what reads and writes the residual stream, by which tensors of one pass of eleven tokens are equal.
 
     Parameters
     ----------
     model : causal language model
+    sites : of the model
     blocks : path or pattern of the stack of blocks, where the guess fails
 
     Raises
     ------
     CheckpointError : a model whose stream is written or read by something else than embeddings, Linears and
         norms (parallel blocks, norms behind the Linears, experts, added positions, no head)
-    SiteError : no blocks were found
     """
     model = unwrap(model)
-    sites = find_sites(model, blocks=blocks)
     with undisturbed(model), nonzero_weights(model):
         trace = trace_forward(model)
         mark_projections(trace)
@@ -98,6 +98,7 @@ class _Measuring:
         for layer, event in enumerate(self.blocks):
             following = self.blocks[layer + 1] if event is not last else None
             self._block(layer, event, following)
+        inside = set(self.readers)
         behind = [event for event in self.trace.events if event.start > last.stop]
         self._read(last.output, behind, "the head")
         values, notes = self._values()
@@ -106,6 +107,7 @@ class _Measuring:
             embeddings=tuple(self.embeddings),
             writers=tuple(self.writers),
             readers=self.readers,
+            head=tuple(path for path in self.readers if path not in inside),
             values=values,
             notes=notes,
         )

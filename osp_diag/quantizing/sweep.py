@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
@@ -105,10 +106,12 @@ def sweep(
         refuse_what_sees_ahead(model, tokens)
         _preflight(model, tokens, missing, blocks)
         work = _Work(model, tokens, base, calibration, blocks, batch_size, len(wanted), progress)
-        for case, row in work.rows(missing, full, done=len(rows)):
-            rows[case] = row
-            if on_result is not None:
-                on_result(row)
+        # Closed also where a row cannot be stored, so that the model has its own weights back.
+        with closing(work.rows(missing, full, done=len(rows))) as measuring:
+            for case, row in measuring:
+                rows[case] = row
+                if on_result is not None:
+                    on_result(row)
     return results_dataset([rows[case] for case in wanted])
 
 
@@ -207,7 +210,7 @@ class _Work:
                     calibration=self.calibration and self.calibration.tokens,
                     seed=first.seed,
                     blocks=self.blocks,
-                    progress=lambda done, total, case=first: self._tell(case, "layers", done, total),
+                    progress=lambda done, total, case=first: self._tell(case, "parts", done, total),
                 )
                 with weights as prepared:
                     for case in members:
@@ -265,7 +268,7 @@ def _mean_and_bounds(totals: Float[np.ndarray, " sequence"], tokens: int) -> tup
     if not len(totals):
         return math.nan, math.nan, math.nan
     mean = float(totals.sum()) / (len(totals) * tokens)
-    if not np.isfinite(totals).all():
+    if len(totals) < 2 or not np.isfinite(totals).all():
         return mean, math.nan, math.nan
     numbers = np.full(len(totals), float(tokens))
     low, high = interval(ratio(totals, numbers, draws(len(totals), RESAMPLES, seed=0)))

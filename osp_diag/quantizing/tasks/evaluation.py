@@ -64,9 +64,9 @@ def evaluate_tasks(
     limit : ask only the first so many documents of each task (of a task made of several, of each of these)
     shots, include_path : as :func:`~osp_diag.quantizing.tasks.loading.load_tasks` takes them
     bos : whether sequences begin with the beginning-of-sequence token: ``no``, ``yes``, ``auto`` as the
-        tokenizer does
-    max_length : longest sequence; None: as the checkpoint allows. Of longer ones the beginning is cut off,
-        and counted
+        convention says, or else as the tokenizer does
+    max_length : longest sequence; None: as the convention and the checkpoint allow. Of longer ones the
+        beginning is cut off, and counted
     batch_size : sequences a forward pass; None: about 1,024 tokens, 8,192 on a GPU
     progress : is told (tasks done, tasks in all)
     after_setting : is handed the results of each setting as soon as they are there
@@ -83,6 +83,7 @@ def evaluate_tasks(
     if limit is not None and limit < 1:
         raise UsageError(f"limit={limit}: ask 1 document or more of each task")
     _check_way(settings, method, convention, calibration)
+    bos, max_length = _as_convention(checkpoint, convention, bos, max_length)
     loaded = _loaded(tasks, include_path, shots)
     from osp_diag.quantizing.tasks.language_model import CheckpointModel  # which imports lm-eval
 
@@ -133,6 +134,16 @@ def _check_way(
     convention_named(convention)
     if way.calibrated and calibration is None and not all(setting.unquantized for setting in settings):
         raise UsageError(f"{method} looks at activations on a text: give a calibration")
+
+
+def _as_convention(
+    checkpoint: Checkpoint, convention: str, bos: str, max_length: int | None
+) -> tuple[str, int | None]:
+    """(BOS, longest sequence) as the convention has them where nothing else is said; at 16 bits, too."""
+    rules = convention_named(convention)
+    if max_length is None and rules.sequence_length is not None:
+        max_length = min(rules.sequence_length, checkpoint.max_length or rules.sequence_length)
+    return ("no" if bos == "auto" and not rules.opening_tokens else bos), max_length
 
 
 def _refuse_out_of_reach(
