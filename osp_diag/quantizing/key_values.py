@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from osp_diag.errors import UsageError
 from osp_diag.quantizing.conventions import Convention
@@ -100,7 +100,7 @@ def rounded_key_values(
                 "osp_diag.attention_function"
             )
         rounding.calls[layers.current] += 1
-        changes: dict[str, Tensor] = {}
+        changes: dict[str, Any] = {}
         if chosen(KEYS, layers.current):
             query, key = call.query, call.key
             if rotated:

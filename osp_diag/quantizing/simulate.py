@@ -74,8 +74,7 @@ class QuantizedWeights:
 
     @contextmanager
     def passes(self, setting: Setting) -> Iterator[Simulation]:
-        """Passes in which inputs, keys and values have the bits of ``setting``, whose weights are there
-        already.
+        """Passes in which inputs, keys and values have the bits of ``setting``; its weights are there.
 
         Raises
         ------

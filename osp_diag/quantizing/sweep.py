@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -192,7 +193,9 @@ class _Work:
         self.blocks, self.batch_size, self.total, self._progress = blocks, batch_size, total, progress
         self.done = 0
 
-    def rows(self, cases: list[Case], full: Case, done: int) -> Iterator[tuple[Case, QuantizedResult]]:
+    def rows(
+        self, cases: list[Case], full: Case, done: int
+    ) -> Generator[tuple[Case, QuantizedResult], None, None]:
         self.done = done
         with ReferencePredictions() as reference:
             row = self._row(full, self._predictions(full, reference), reference)
@@ -210,7 +213,7 @@ class _Work:
                     calibration=self.calibration and self.calibration.tokens,
                     seed=first.seed,
                     blocks=self.blocks,
-                    progress=lambda done, total, case=first: self._tell(case, "parts", done, total),
+                    progress=partial(self._tell, first, "parts"),
                 )
                 with weights as prepared:
                     for case in members:
@@ -226,7 +229,7 @@ class _Work:
             batch_size=self.batch_size,
             known_causal=True,
             reference=reference,
-            progress=lambda done, total: self._tell(case, "sequences", done, total),
+            progress=partial(self._tell, case, "sequences"),
         )
 
     def _tell(self, case: Case, part: str, done: int, total: int) -> None:
