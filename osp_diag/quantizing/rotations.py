@@ -331,8 +331,8 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
     module = model.get_submodule(path)
     if not isinstance(module, nn.Linear):
         raise CheckpointError(
-            f"{path} is a {type(module).__name__}, not an nn.Linear: which of its axes are output channels is "
-            "unknown, so it cannot be rotated"
+            f"{path} is a {type(module).__name__}, not an nn.Linear: which of its axes are output channels "
+            "is unknown, so it cannot be rotated"
         )
     return module
 
