@@ -15,9 +15,6 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run as NumPy, one program after the other
 
-# Importing makes half a million objects that stay, and every look for garbage among them finds none.
-gc.disable()
-
 from hypothesis import HealthCheck, settings
 
 from tests.new_figures import new_figure
@@ -38,8 +35,12 @@ settings.register_profile(
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
+def pytest_configure() -> None:
+    gc.disable()  # importing makes half a million objects, all of which stay
+
+
 def pytest_collection_finish() -> None:
-    """What was imported is not looked at again, and garbage is collected in larger lots: a tenth of the time."""
+    """Look for garbage in what tests make, and in larger lots: a tenth of their time was looking."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
