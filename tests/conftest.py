@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 
@@ -32,3 +33,19 @@ settings.register_profile(
     "ci", settings.get_profile("default"), max_examples=100, derandomize=True, print_blob=True
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_configure() -> None:
+    gc.disable()  # importing makes half a million objects, all of which stay
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage in what tests make, and in larger lots: a tenth of their time was looking."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or else libraries say at the end of Python that something leaks

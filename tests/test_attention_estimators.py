@@ -47,13 +47,18 @@ def test_every_output_equals_dense_attention(name: str, backend: str) -> None:
     assert_same(found, expected)
 
 
+TRACED = {
+    "window, ALiBi, soft cap, sinks, left padding": replace(CASES["ALiBi, soft cap, sinks"], window=9),
+    "bidirectional, function": replace(CASES["function"], causal=False),
+}
+"""Everything that a mask can be, in as few graphs as may be: tracing takes longer than what is traced."""
+
+
 @pytest.mark.parametrize("backend", ["jax", "torch-compiled"])
-@pytest.mark.parametrize(
-    "name", ["ALiBi, soft cap, sinks", "window, left padding", "function", "bidirectional"]
-)
+@pytest.mark.parametrize("name", TRACED)
 def test_traced_equals_numpy(name: str, backend: str) -> None:
-    expected = run(CASES[name], query_sample=5)
-    found = run(CASES[name], backend, query_sample=5)
+    expected = run(TRACED[name], query_sample=5)
+    found = run(TRACED[name], backend, query_sample=5)
     assert_same(found, {k: v for k, v in expected.items() if k not in ("logit_density", "logit_quantile")})
     widths = np.diff(LogitGrid().edges)
     for k in (0, 1):

@@ -297,6 +297,7 @@ def test_ctrl_c_while_measuring_records_what_was_measured(path):
 # One Python does the imports, and forks into as many as there are ways to end.
 LEFT_OPEN = """
 import atexit, os, pathlib, shutil, sys, torch, osp_diag, zarr
+import osp_diag.probing.session, osp_diag.runs.writer, transformers.models.llama.modeling_llama
 from tests.tiny_checkpoints import byte_tokenizer, llama
 for how in sys.argv[1:]:
     out = how + ".zarr"

@@ -269,14 +269,14 @@ def test_two_real_trainings_on_one_page(tmp_path):
 
     runs = []
     for recipe in ("adam", "osp"):
-        config = with_recipe(minute(steps=8, probe__every=2, checkpoint__every=0, probe__sites=()), recipe)
+        config = with_recipe(minute(steps=4, probe__every=1, checkpoint__every=0, probe__sites=()), recipe)
         runs.append(tmp_path / f"{recipe}.zarr")
         train(config, runs[-1])
     report = write_report(runs, tmp_path / "report.html")
     assert report.labels == ("Adam", "OSP")
     assert [len(verdict.findings) for verdict in report.verdicts] == [7, 7]
     data = page_data(report.html)
-    assert [run["steps"] for run in data["runs"]] == [[0, 2, 4, 6, 8]] * 2
+    assert [run["steps"] for run in data["runs"]] == [[0, 1, 2, 3, 4]] * 2
     titles = [variants["all"]["caption"] for variants in data["figures"] if "1" in variants]
     assert any(title.startswith("Training loss and OSP kurtosis") for title in titles)
     assert any(reason.startswith("activation_surface: Adam: ") for reason in report.left_out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -130,6 +131,14 @@ def test_a_run_that_crashes_again_and_again_has_failed(
     pretended(monkeypatch, [-6, -6, -6])
     with pytest.raises(TrainingError, match="the run osp failed with exit code -6"):
         train_all({"osp": tiny()}, tmp_path / "out")
+
+
+def test_another_thread_can_stop_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretended(monkeypatch)
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(TrainingError, match="the runs osp were stopped, and are saved where they were"):
+        train_all({"osp": tiny()}, tmp_path / "out", stop=stop)
 
 
 def test_what_an_earlier_life_of_a_run_said_is_not_its_failure(

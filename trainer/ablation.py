@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -85,17 +86,18 @@ def train_all(
     at_a_time: int | None = None,
     resume: bool = False,
     announce: Callable[[str], None] = lambda line: None,
+    stop: threading.Event | None = None,
 ) -> dict[str, Path]:
     """Train every configuration into ``out/name.zarr``; returns these paths by name.
 
     Each run has one GPU where there are any, the one with the fewest runs. What a run prints goes to
     ``out/name.log``. With ``resume`` finished runs are left as they are and unfinished ones go on. A run
     whose process crashes goes on from its last checkpoint, twice at most. If one fails otherwise the others
-    are stopped, saved, and can be resumed.
+    are stopped, saved, and can be resumed; so are all of them where another thread sets ``stop``.
 
     Raises
     ------
-    TrainingError : a run failed, with what its log says of it
+    TrainingError : a run failed, with what its log says of it, or all were stopped
     """
     out.mkdir(parents=True, exist_ok=True)
     number = at_a_time or concurrent_runs(configs)
@@ -104,6 +106,7 @@ def train_all(
     gpus = visible_gpus()
     start = time.monotonic()
     restarts: Counter[str] = Counter()
+    stop = stop or threading.Event()
     try:
         while waiting or running:
             while waiting and len(running) < number:
@@ -111,7 +114,9 @@ def train_all(
                 gpu = min(gpus, key=busy.count, default=None)
                 running.append(_start(waiting[0], configs[waiting.pop(0)], out, number, resume, gpu))
                 announce(f"{running[-1].name} started")
-            time.sleep(POLL_SECONDS)
+            if stop.wait(POLL_SECONDS):
+                names = ", ".join(entry.name for entry in running)
+                raise TrainingError(f"the runs {names} were stopped, and are saved where they were")
             for entry in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(entry)
                 if entry.process.returncode in CRASHES and restarts[entry.name] < RESTARTS:

@@ -115,10 +115,13 @@ def blocks_of(groups: Mapping[str, xr.Dataset], declared: Iterable[str] = ()) ->
         group = site_of_path(group_path(path))
         if not is_judged_group(group, declared):
             continue
-        for name, values in dataset.data_vars.items():
-            dims = [str(dim) for dim in values.dims]
-            if values.dtype.kind == "f" and is_judged_statistic(dims, values.attrs.get("units")):
-                blocks.append(block_of(group, str(name), values.expand_dims("step"), _labels_in(dataset)))
+        for name, variable in dataset.variables.items():  # not `data_vars`: a labelled array of each
+            dims = [str(dim) for dim in variable.dims]
+            if name in dataset.coords or variable.dtype.kind != "f":
+                continue
+            if is_judged_statistic(dims, variable.attrs.get("units")):
+                row = xr.DataArray(variable.values[None], dims=("step", *dims), attrs=variable.attrs)
+                blocks.append(block_of(group, str(name), row, _labels_in(dataset)))
     return blocks
 
 
@@ -152,7 +155,7 @@ def places_in_order(places: Iterable[Place]) -> list[Place]:
 
 
 def _labels_in(dataset: xr.Dataset) -> Callable[[str], np.ndarray]:
-    return lambda dim: dataset[dim].values if dim in dataset.coords else np.empty(0)
+    return lambda dim: dataset.variables[dim].values if dim in dataset.coords else np.empty(0)
 
 
 def _labels_of(dim: str, size: int, labels: Callable[[str], np.ndarray]) -> list[Any]:

@@ -324,6 +324,7 @@ def _are_plain(
         part.coords[name].equals(datasets[group].coords[name])
         for group, of_group in parts.items()
         for part in of_group
+        if part is not datasets[group]
         for name in part.coords
     )
 

@@ -156,6 +156,9 @@ class Run:
         for _, groups in reversed(steps):
             examples |= {name: groups[name] for name in groups}
         for name, example in examples.items():
+            if len(steps) == 1:
+                nodes[f"/{checked_path(name)}"] = _as_one_step(example)
+                continue
             parts = [
                 (groups[name] if name in groups else _unmeasured(example)).expand_dims(step=[label])
                 for label, groups in steps
@@ -214,7 +217,7 @@ class Run:
 
     @property
     def _groups(self) -> list[str]:
-        return [site_of_path(node.path) for node in self.tree.subtree if node.path != "/" and node.data_vars]
+        return [site_of_path(node.path) for node in self.tree.subtree if node.path != "/" and _has_data(node)]
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -330,7 +333,12 @@ class Run:
         return dataset.assign_coords(self._texts_of(dataset))
 
     def _texts_of(self, dataset: xr.Dataset) -> dict[str, xr.DataArray]:
-        naming = [n for n, v in dataset.data_vars.items() if v.attrs.get("units") == TOKEN_UNIT]
+        # Not `data_vars`, which makes a labelled array of each of hundreds.
+        naming = [
+            name
+            for name, variable in dataset.variables.items()
+            if variable.attrs.get("units") == TOKEN_UNIT and name not in dataset.coords
+        ]
         if not naming or VOCABULARY not in self.tree.children:
             return {}
         vocabulary = self.tree.children[VOCABULARY].to_dataset()["token_text"]
@@ -351,22 +359,24 @@ class Run:
     def statistics_at(self, site: str) -> dict[str, tuple[str, ...]]:
         """What is recorded by step at a site or in a group beside the sites: name → dimensions without the
         step; empty if nothing is."""
-        if not self._holds(site):
+        node = self._node(site)
+        if node is None:
             return {}
-        variables = self._dataset(site).data_vars.items()
+        coordinates = set(node.coords)
         return {
             str(name): tuple(str(dim) for dim in values.dims[1:])
-            for name, values in variables
-            if values.dims[:1] == ("step",)
+            for name, values in node.variables.items()
+            if values.dims[:1] == ("step",) and name not in coordinates
         }
 
-    def _holds(self, group: str) -> bool:
+    def _node(self, group: str) -> xr.DataTree | None:
+        """Where a group's numbers are, or None. Faster than a Dataset, where its variables suffice."""
         node = self.tree
         for part in group_path(group).split("/"):
             if part not in node.children:
-                return False
+                return None
             node = node.children[part]
-        return bool(node.data_vars)
+        return node if _has_data(node) else None
 
     def sites_with(self, statistic: str) -> list[str]:
         """The sites at which a statistic is recorded by step."""
@@ -374,10 +384,10 @@ class Run:
 
     def labels(self, site: str, dimension: str) -> np.ndarray:
         """The labels along a dimension of a site, such as its strata; empty if there are none."""
-        if not self._holds(site):
+        node = self._node(site)
+        if node is None or dimension not in node.coords:
             return np.empty(0)
-        dataset = self._dataset(site)
-        return dataset[dimension].values if dimension in dataset.coords else np.empty(0)
+        return node.variables[dimension].values
 
     def values(
         self, site: str, statistic: str, select: Mapping[str, Any] | None = None, mean: Sequence[str] = ()
@@ -430,7 +440,7 @@ class Run:
     def _rows_between(
         self, group: str, statistic: str, start: int, stop: int
     ) -> tuple[np.ndarray, dict[Hashable, Any]]:
-        values = self._dataset(group)[statistic]
+        values = self.tree[group_path(group)].variables[statistic]
         return values[start:stop].values, values.attrs
 
     def _reduced(
@@ -607,6 +617,10 @@ def _offered(package: str, name: str) -> Callable[..., Any]:
     return cast("Callable[..., Any]", getattr(importlib.import_module(f"osp_diag.{package}"), name))
 
 
+def _has_data(node: xr.DataTree) -> bool:
+    return len(node.variables) > len(node.coords)
+
+
 def _alike(label: Any, candidate: Any) -> bool:
     """Whether two labels are the same; those of real numbers may be rounded."""
     if isinstance(label, float) and isinstance(candidate, int | float):
@@ -621,6 +635,16 @@ def _unmeasured(example: xr.Dataset) -> xr.Dataset:
         for name, variable in example.data_vars.items()
     }
     return example.assign(values)
+
+
+def _as_one_step(group: xr.Dataset) -> xr.Dataset:
+    """A group of a run of one step; joining would make a labelled array of each of hundreds."""
+    variables = {
+        name: xr.Variable(("step", *variable.dims), variable.values[None].copy(), variable.attrs)
+        for name, variable in group.variables.items()
+        if name not in group.coords
+    }
+    return xr.Dataset(variables, group.coords, group.attrs)
 
 
 def _stacked(parts: Mapping[str, xr.DataArray]) -> xr.DataArray:

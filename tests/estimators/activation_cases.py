@@ -54,7 +54,7 @@ def inputs() -> dict[str, np.ndarray]:
         "sparse": normal * (generator.random(shape) < 0.3),
         "huge": planted(generator, 4e4) * 1e30,
         "tiny": planted(generator) * 1e-30,
-        "half": planted(generator, 25_800.0).astype(np.float16),
+        "half": planted(generator, 25_800.0).astype(np.float16)[:, :47, :63],  # of odd sizes, too
         "odd_width": generator.standard_t(4, (2, 9, 33)),
     }
     return {name: x.astype(np.float16 if name == "half" else np.float32) for name, x in cases.items()}

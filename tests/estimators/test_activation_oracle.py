@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -48,10 +50,16 @@ def strata_of(x: np.ndarray, padding: bool = True) -> np.ndarray:
     return strata_for(*x.shape[:2], padding=padding)
 
 
+@functools.cache
+def expected_of(name: str, padding: bool = True) -> dict[str, np.ndarray]:
+    """What an input should give on any backend: the oracle goes token by token, in Python."""
+    return Oracle(INPUTS[name], strata_of(INPUTS[name], padding)).expected()
+
+
 def test_the_oracle_covers_every_output() -> None:
     x = INPUTS["normal"]
     outputs = finalised(x, strata_of(x))
-    expected = set(Oracle(x, strata_of(x)).expected())
+    expected = set(expected_of("normal"))
     missing = set(outputs) - NOT_IN_ORACLE - expected
     assert not missing, f"let a test file in this folder give them: def expected(oracle) -> {sorted(missing)}"
     assert not expected - set(outputs)
@@ -72,7 +80,7 @@ def test_a_test_file_says_what_its_statistic_should_be(tmp_path) -> None:
 def test_equals_float64(name: str, backend: str, padding: bool) -> None:
     x = INPUTS[name]
     strata = strata_of(x, padding)
-    assert_matches(finalised(x, strata, backend=backend), Oracle(x, strata).expected())
+    assert_matches(finalised(x, strata, backend=backend), expected_of(name, padding))
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +88,7 @@ def jitted():
     return runner(EVERYTHING, "jax")
 
 
-JAX_RANGE = [name for name in INPUTS if name not in ("huge", "tiny")]
+JAX_RANGE = [name for name in INPUTS if name not in ("huge", "tiny", "odd_width")]  # "half" is of odd width
 
 
 @pytest.mark.parametrize("name", JAX_RANGE)
@@ -88,25 +96,25 @@ def test_jax_equals_float64(name: str, jitted) -> None:
     x = INPUTS[name]
     strata = strata_of(x)
     outputs = EVERYTHING.finalise(state_of(jitted(x, strata)), layout_of(x))
-    assert_matches(outputs, Oracle(x, strata).expected())
+    assert_matches(outputs, expected_of(name))
 
 
 @pytest.mark.parametrize("name", ["huge", "tiny"])
 def test_jax_beyond_the_range_of_float32_is_never_nan(name: str, jitted) -> None:
     x = INPUTS[name]
     strata = strata_of(x)
-    outputs = EVERYTHING.finalise(state_of(jitted(x, strata)), layout_of(x))
-    expected = Oracle(x, strata).expected()
+    state = state_of(jitted(x, strata))
+    outputs, expected = EVERYTHING.finalise(state, layout_of(x)), expected_of(name)
     scale_free = ("osp_excess_kurtosis", "fisher_kurtosis", "max_median_ratio", "channel_absolute_maximum")
     assert_matches(outputs, {key: expected[key] for key in scale_free})
-    assert not [key for key, state in state_of(jitted(x, strata)).items() if np.isnan(state).any()]
+    assert not [key for key, sums in state.items() if np.isnan(sums).any()]
 
 
 @pytest.mark.parametrize("name", ["normal", "planted", "zero", "sparse"])
 def test_strict_array_api_equals_float64(name: str) -> None:
     x = INPUTS[name]
     strata = strata_of(x)
-    assert_matches(finalised(x, strata, backend="strict"), Oracle(x, strata).expected())
+    assert_matches(finalised(x, strata, backend="strict"), expected_of(name))
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +131,7 @@ def test_compiled_torch_equals_float64(name: str, compiled_without_medians) -> N
     x = INPUTS[name]
     strata = strata_of(x)
     outputs = suite.finalise(state_of(run(x, strata)), layout_of(x))
-    expected = Oracle(x, strata).expected()
+    expected = expected_of(name)
     assert_matches(outputs, {key: expected[key] for key in outputs if key in expected})
 
 
@@ -135,7 +143,7 @@ def test_everything_compiles_into_one_graph() -> None:
         x = INPUTS[name]
         strata = strata_of(x)
         outputs = EVERYTHING.finalise(state_of(run(x, strata)), layout_of(x))
-        assert_matches(outputs, Oracle(x, strata).expected())
+        assert_matches(outputs, expected_of(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
@@ -188,12 +196,13 @@ def test_the_rotated_control_removes_the_basis() -> None:
 
 
 @pytest.mark.parametrize("backend", ["numpy", "torch", "jax"])
-def test_nonfinite_tokens_are_excluded_and_located(backend: str) -> None:
+def test_nonfinite_tokens_are_excluded_and_located(backend: str, jitted) -> None:
     x = INPUTS["planted"].copy()
     strata = strata_of(x)
     x[2, 9, 40], x[2, 9, 11], x[0, 20, 5], x[1, -1, 0] = np.nan, np.inf, -np.inf, np.nan
     assert strata[0, 1, -1] == 0, "a NaN in padding is nobody's business"
-    outputs = finalised(x, strata, backend=backend)
+    run = jitted if backend == "jax" else runner(EVERYTHING, backend)
+    outputs = EVERYTHING.finalise(state_of(run(x, strata)), layout_of(x))
     assert_matches(outputs, Oracle(x, strata).expected())
     bad = (strata * ~np.isfinite(x).all(-1)).sum((1, 2))
     np.testing.assert_array_equal(outputs["nonfinite_token_count"].values, bad)

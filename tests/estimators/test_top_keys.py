@@ -326,7 +326,7 @@ def test_a_probe_measures_the_model_s_own_attention(padded: bool) -> None:
 
 def test_the_store_has_ids_masses_and_texts(tmp_path) -> None:
     model, tokenizer, out = llama(), byte_tokenizer(), tmp_path / "run.zarr"
-    options = {"tokenizer": tokenizer, "tokens": 256, "seq_len": 32}
+    options = {"tokenizer": tokenizer, "tokens": 256, "seq_len": 32, "sites": ["attention"]}
     run = osp_diag.probe(model, out=out, **options)
     found = run.at("attention")
     assert dict(found["top_key_mass"].sizes) == {"step": 1, "layer": 2, "key_rank": 16}
