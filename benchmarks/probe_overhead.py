@@ -117,6 +117,7 @@ class Bench:
             variant.peak = (torch.cuda.max_memory_allocated() - before) / 2**30
 
 
+PROJECTED = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
 RESIDUAL = ("attention_input", "mlp_input", "residual_post")
 SINKS = (
     "sink_rate",
@@ -146,11 +147,13 @@ def levels() -> dict[str, dict[str, Sequence[str]] | None]:
         ("query_post_rope", "key_post_rope"), ("head_channel_norm", "massive_values")
     )
     sinks: dict[str, Sequence[str]] = {"attention": SINKS}
+    lens: dict[str, Sequence[str]] = dict.fromkeys(PROJECTED, ("block_lens",))
     return {
         "A: residual stream and norm outputs (3 sites a layer), exact median": residual,
         "B: sinks, exact mass of every key, maximum logit": sinks,
         "C: queries and keys by channel": heads,
         "A + B + C": {**residual, **sinks, **heads},
+        "the block lens at the inputs of projections (4 sites a layer)": lens,
         "every default estimator at every default site": None,
     }
 

@@ -41,7 +41,7 @@ def run(name: EstimatorName = None, /, *, json: bool = False) -> int:
     its floor says "nothing there", whatever its size.
 
     Args:
-        name: the one to explain, as `name` or `name/version`; all by default.
+        name: the one to explain, as `name` or `name/version`, or a family to list; all by default.
         json: print as JSON.
 
     Examples:
@@ -49,19 +49,20 @@ def run(name: EstimatorName = None, /, *, json: bool = False) -> int:
         osp-diag estimators osp_excess_kurtosis
         osp-diag estimators --json
     """
-    from osp_diag.estimators import all_estimators, get_estimator
+    from osp_diag.estimators import all_estimators, estimators_named
 
-    classes = [type(get_estimator(name))] if name is not None else list(all_estimators().values())
+    classes = list(all_estimators().values()) if name is None else [type(e) for e in estimators_named(name)]
     if json:
         facts = [_facts(cls) for cls in classes]
-        print(json_format.dumps(facts if name is None else facts[0], ensure_ascii=False, indent=2))
+        print(json_format.dumps(facts[0] if len(facts) == 1 else facts, ensure_ascii=False, indent=2))
         return 0
     console = _console()
-    if name is not None:
+    if len(classes) == 1:
         _explain(console, classes[0])
         return 0
     for kind, title in OBSERVED.items():
-        console.print(_table(title, [cls for cls in classes if cls.observes == kind]))
+        if any(cls.observes == kind for cls in classes):
+            console.print(_table(title, [cls for cls in classes if cls.observes == kind]))
     console.print("`osp-diag estimators NAME` explains one and lists its outputs.", markup=False)
     return 0
 

@@ -85,7 +85,8 @@ def run(
         single_protocol: do not also measure the OSP kurtosis under the other protocol for the summary.
         sites: which sites, by name or pattern such as 'residual_*' or 'linear_input:*'; by default all but
             the input of every single projection.
-        estimators: which estimators, by name; `osp-diag estimators` lists them.
+        estimators: which estimators, by name, or a family such as `block_lens`; `osp-diag estimators` lists
+            them.
         name_site: SITE=MODULE_PATTERN[:input|:output] where a site is not found, '*' standing for the layer.
         token_kinds: kinds of tokens that are measured apart: `auto` for those that the model itself tells
             apart (CLS, registers, patches, images among text), `none`, or KIND=PLACES each, as in

@@ -12,7 +12,8 @@ from osp_diag.quantizing.methods import METHODS, method_named
 from osp_diag.quantizing.results import QuantizedResult, perplexity_of, result_rows
 from osp_diag.quantizing.setting import Setting
 from osp_diag.quantizing.tables import PaperTable
-from osp_diag.wording import number
+from osp_diag.resampling import FEW_SEQUENCES
+from osp_diag.wording import counted, number
 
 __all__ = ["as_rows", "as_text"]
 
@@ -51,6 +52,10 @@ def as_text(results: xr.Dataset, name: str, notes: Sequence[str], of_paper: Pape
     if any(row.divergence_tokens not in (0, row.tokens) for row in rows):
         kept = max(row.divergence_tokens for row in rows)
         notes = [*notes, f"KL is of the first {kept:,} tokens, as many as fit on the disk (TMPDIR)"]
+    sequences = first.tokens // (first.sequence_length - 1)
+    if sequences < FEW_SEQUENCES:
+        of_few = f"{counted(sequences, 'sequence')} alone: intervals by resampling them are too narrow"
+        notes = [*notes, of_few]
     own = {f"{method_named(row.method).title}: {row.notes}": None for row in rows if row.notes}
     return "\n".join([*lines, *(f"Note: {note}" for note in (*own, *notes))])
 

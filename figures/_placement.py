@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-__all__ = ["ADAM_AND_OSP", "SIX_RECIPES", "SMOLLM2", "InGallery", "InReport"]
+__all__ = ["ADAM_AND_OSP", "ADAM_MIDWAY", "SIX_RECIPES", "SMOLLM2", "SMOLLM2_LENS", "InGallery", "InReport"]
 
 SIX_RECIPES = ("adam", "muon_only", "muon", "muon_ssnorm", "muon_embproj", "osp")
 ADAM_AND_OSP = ("adam", "osp")
 SMOLLM2 = ("smollm2",)
+ADAM_MIDWAY = ("adam_midway",)
+SMOLLM2_LENS = ("smollm2_lens",)
 """The gallery's runs; docs/gallery.md has the commands that make them."""
 
 
@@ -36,6 +38,8 @@ class InReport:
     """drawn of two runs, and so of every pair"""
     raw_activations: bool = False
     """drawn of raw activations, which a run holds once, of its first probed step"""
+    diagnosis: bool = False
+    """drawn of a diagnosis, among whose words it stands; ``prepare`` takes ``diagnoses``"""
     linked_charts: bool = False
     """not drawn, since the page's linked charts show it already"""
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))

@@ -1,7 +1,6 @@
 """When a training went wrong: kurtosis and losses over steps, with the onset shaded and every finding marked.
 
-What is marked is judged from the store alone; ``osp-diag diagnose RUN --out report.html`` draws the same with
-what checkpoints and replays say.
+What is marked is judged from the store alone, unless a diagnosis is given that asked checkpoints and replays.
 """
 
 from __future__ import annotations
@@ -11,43 +10,46 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from osp_diag.analyses.diagnosis.diagnose import diagnose
-from osp_diag.analyses.diagnosis.findings import Bracket, Diagnosis
+from osp_diag.analyses.diagnosis.findings import Diagnosis
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
+from osp_diag.figures._diagnoses import (
+    FEWEST_STEPS,
+    SHADE,
+    Diagnosed,
+    bracket_ends,
+    diagnoses_of,
+    padded,
+    series_at,
+    shade_bracket,
+)
 from osp_diag.figures._hidden_states import KURTOSIS, kurtosis_by_step
-from osp_diag.figures._placement import InReport
+from osp_diag.figures._placement import ADAM_MIDWAY, InGallery, InReport
 from osp_diag.figures._runs import nothing_finite
 from osp_diag.figures.backend import Backend, Canvas, Panel
 from osp_diag.figures.styles import Style
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
 
-REPORT = InReport("When training went wrong, by what is recorded", place=15, fewest_steps=2)
+REPORT = InReport("When training went wrong", place=15, fewest_steps=FEWEST_STEPS, diagnosis=True)
+GALLERY = InGallery(ADAM_MIDWAY, "The probes between which it rose, and the step of each finding.", place=161)
 QUANTITIES = {
     "kurtosis": "OSP kurtosis\nosp_excess_kurtosis/1",
     "held_out_loss": "held-out loss\n(nats)",
     "loss": "training loss\n(nats)",
 }
 """Quantity → label of its axis, from above."""
-SHADE = "#9a9a9a"
 
-__all__ = ["REPORT", "draw", "prepare", "timeline"]
-
-
-def prepare(runs: list[Run]) -> xr.Dataset:
-    """Kurtosis, losses, and the findings of :func:`osp_diag.analyses.diagnose` without checkpoints.
-
-    Returns
-    -------
-    As :func:`timeline` does.
-    """
-    return timeline(runs, [diagnose(run) for run in runs])
+__all__ = ["GALLERY", "REPORT", "draw", "prepare"]
 
 
-def timeline(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> xr.Dataset:
-    """What the figure draws, of diagnoses that were made already.
+def prepare(runs: list[Run], *, diagnoses: Diagnosed = None) -> xr.Dataset:
+    """Kurtosis, losses, and what a diagnosis finds.
+
+    Parameters
+    ----------
+    diagnoses : files that ``osp-diag diagnose RUN --out NAME.json`` wrote; by default each run is judged here
 
     Returns
     -------
@@ -60,60 +62,40 @@ def timeline(runs: Sequence[Run], diagnoses: Sequence[Diagnosis]) -> xr.Dataset:
     ------
     StoreError : a run without a kurtosis of its hidden states, or of which nothing is finite
     """
+    made = diagnoses_of(runs, diagnoses)
     steps = [step_of(run) for run in runs]
     probes = [kurtosis_by_step(run, "diagnosis_timeline") for run in runs]
     records = [run.series["step"].values.astype(float) for run in runs]
-    held_out = [_of(run, "held_out_loss", run.steps) for run in runs]
-    losses = [_of(run, "loss", at) for run, at in zip(runs, records, strict=True)]
+    held_out = [series_at(run, "held_out_loss", run.steps) for run in runs]
+    losses = [series_at(run, "loss", at) for run, at in zip(runs, records, strict=True)]
     for run, (_, kurtosis), *others in zip(runs, probes, held_out, losses, strict=True):
         if not any(np.isfinite(part).any() for part in (kurtosis, *others)):
             raise StoreError(nothing_finite(run, "kurtosis and losses", "diagnosis_timeline"))
-    brackets = [_numbers(diagnosis.bracket) for diagnosis in diagnoses]
+    brackets = [bracket_ends(diagnosis) for diagnosis in made]
     onsets = [
         np.array([np.nan if one.bracket is None else float(one.bracket.bad) for one in each.findings])
-        for each in diagnoses
+        for each in made
     ]
     dataset = xr.Dataset(
         {
-            "kurtosis": (("run", "probe"), _padded([kurtosis for _, kurtosis in probes])),
-            "held_out_loss": (("run", "probe"), _padded(held_out)),
-            "loss": (("run", "record"), _padded(losses)),
+            "kurtosis": (("run", "probe"), padded([kurtosis for _, kurtosis in probes])),
+            "held_out_loss": (("run", "probe"), padded(held_out)),
+            "loss": (("run", "record"), padded(losses)),
             "good": ("run", [good for good, _ in brackets]),
             "bad": ("run", [bad for _, bad in brackets]),
-            "onset": (("run", "finding"), _padded(onsets)),
-            "cause": (("run", "finding"), _causes(diagnoses)),
+            "onset": (("run", "finding"), padded(onsets)),
+            "cause": (("run", "finding"), _causes(made)),
         },
         coords={
             "run": labels_of(list(runs), steps),
-            "probe_step": (("run", "probe"), _padded([step for step, _ in probes])),
-            "record_step": (("run", "record"), _padded(records)),
+            "probe_step": (("run", "probe"), padded([step for step, _ in probes])),
+            "record_step": (("run", "record"), padded(records)),
         },
     )
     title = "Kurtosis and losses over training, with what changed"
-    remarks = [_remark(str(label), one) for label, one in zip(dataset["run"].values, diagnoses, strict=True)]
+    remarks = [_remark(str(label), one) for label, one in zip(dataset["run"].values, made, strict=True)]
     dataset.attrs = {"title": title, "caption": caption(title, runs, steps, [KURTOSIS], remarks)}
     return dataset
-
-
-def _of(run: Run, name: str, steps: np.ndarray) -> np.ndarray:
-    series = run.series
-    if name not in series:
-        return np.full(len(steps), np.nan)
-    return np.asarray(series[name].reindex(step=steps).values, dtype=float)
-
-
-def _numbers(bracket: Bracket | None) -> tuple[float, float]:
-    """(last good, first bad) step, NaN for none."""
-    if bracket is None:
-        return np.nan, np.nan
-    return np.nan if bracket.good is None else float(bracket.good), float(bracket.bad)
-
-
-def _padded(rows: Sequence[np.ndarray]) -> np.ndarray:
-    width = max(map(len, rows))
-    return np.stack(
-        [np.pad(row.astype(float), (0, width - len(row)), constant_values=np.nan) for row in rows]
-    )
 
 
 def _causes(diagnoses: Sequence[Diagnosis]) -> np.ndarray:
@@ -165,11 +147,8 @@ def _draw_quantity(part: xr.Dataset, name: str, panel: Panel, colour: str) -> No
     low, high = float(values[finite].min()), float(values[finite].max())
     margin = 0.08 * (high - low) or 0.1 * max(abs(high), 1.0)
     low, high = low - margin, high + margin
-    bad = part["bad"].item()
-    if np.isfinite(bad):
-        good = part["good"].item() if np.isfinite(part["good"].item()) else float(np.nanmin(steps))
-        foot, top = np.full(2, low), np.full(2, high)
-        panel.line(np.array([good, bad]), foot, label="", colour=SHADE, lower=foot, upper=top)
+    good = part["good"].item() if np.isfinite(part["good"].item()) else float(np.nanmin(steps))
+    shade_bracket(panel, good, part["bad"].item(), low, high)
     for onset in np.unique(part["onset"].values[np.isfinite(part["onset"].values)]):
         panel.line(np.full(2, onset), np.array([low, high]), label="", colour=SHADE, dash="dashed")
     panel.line(steps[finite], values[finite], label="", colour=colour)

@@ -1,13 +1,14 @@
 """What a diagnosis asks of whoever can read a training's checkpoints and run it again: evidence alone.
 
-The trainer answers (``osp_diag.trainer.laboratory``), the rules of ``osp_diag.analyses.diagnosis`` judge the
-answers; neither imports the other.
+The trainer answers (``osp_diag.trainer.laboratory``; of other loops what their checkpoints tell), the rules
+of ``osp_diag.analyses.diagnosis`` judge the answers; neither imports the other.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,14 +32,15 @@ class CheckpointState:
     Attributes
     ----------
     step : updates done
-    path : its folder
+    path : its folder or file
     config : of the training that wrote it, by dotted key
-    owners : parameter → the optimizer that holds a state of it
+    owners : parameter → the optimizer that holds a state of it; empty where that is not recorded
     configured_owners : the same, as its configuration sends them
     roles : parameter → ``hidden``, ``embedding_projection``, ``embedding``, ``head`` or ``vector``
-    head_size : rows of a head of q_proj and k_proj
+    head_size : rows of a head of q_proj and k_proj; 0 where that is not known
     shapes : parameter → its size
     function : what it recorded of its function (``constants``, ``reference_loss``, ``code``); None if nothing
+    origins : dotted key of ``config`` → the file that says it; empty of a configuration of ours
     """
 
     step: int
@@ -50,15 +52,18 @@ class CheckpointState:
     head_size: int
     shapes: Mapping[str, tuple[int, ...]]
     function: Mapping[str, Any] | None
+    origins: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class FunctionRecord:
-    """A checkpoint's loss on fixed tokens, as it was recorded and as today's code computes it."""
+    """What a checkpoint gives on fixed tokens, as it was recorded and as today's code computes it."""
 
     step: int
-    recorded_loss: float
-    loss_now: float
+    quantity: str
+    """``loss``, or a kurtosis and where"""
+    recorded: float
+    now: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,7 @@ class Counterfactual:
     step : of the checkpoint
     kurtosis, loss : mean OSP kurtosis of the hidden states over all tokens, and held-out loss, after the edit
     kurtosis_before, loss_before : of the checkpoint as it is, on the same tokens
+    loss_name : of which tokens the loss is; NaN of a model that predicts no next token
     """
 
     edit: str
@@ -89,15 +95,20 @@ class Counterfactual:
     loss: float
     kurtosis_before: float
     loss_before: float
+    loss_name: str = "held-out loss"
 
     @property
     def sentence(self) -> str:
         """What the edit changed, with the loss beside it."""
-        return (
-            f"with {self.edit}, the checkpoint of step {self.step} has kurtosis {self.kurtosis:.3g} in "
-            f"place of {self.kurtosis_before:.3g}, and held-out loss {self.loss:.4g} in place of "
-            f"{self.loss_before:.4g}"
-        )
+        numbers = [
+            f"{name} {now:.{digits}g} in place of {before:.{digits}g}"
+            for name, now, before, digits in (
+                ("kurtosis", self.kurtosis, self.kurtosis_before, 3),
+                (self.loss_name, self.loss, self.loss_before, 4),
+            )
+            if not (math.isnan(now) and math.isnan(before))
+        ]
+        return f"with {self.edit}, the checkpoint of step {self.step} has {', and '.join(numbers)}"
 
 
 @dataclass(frozen=True)
@@ -109,9 +120,10 @@ class Replay:
     start : step of the checkpoint
     steps : Dataset (step) with ``loss``, ``replayed_loss``, ``batch_agrees`` (1, 0, NaN where not recorded)
         and ``weights_agree`` (share of the parameters whose sketch is the same to the bit)
-    parameters : Dataset (parameter) at the first step at which the weights differ: ``is_same``, and the least
-        squares fit Δ ≈ a · Δreplay + b · W of its sketch: ``step_factor`` a, ``decay`` −b, ``residual`` as a
-        share of ‖Δ‖; None where none differ or no sketches were recorded
+    parameters : Dataset (parameter) at the first step at which the weights differ: ``is_same``,
+        ``relative_difference`` ‖Δ − Δreplay‖ / ‖Δ‖, and the least squares fit Δ ≈ a · Δreplay + b · W of its
+        sketch: ``step_factor`` a, ``decay`` −b, ``residual`` as a share of ‖Δ‖; None where none differ or no
+        sketches were recorded
     """
 
     start: int
@@ -152,8 +164,18 @@ class Laboratory(Protocol):
         """What cannot be asked, a sentence each with what would have to be recorded."""
         ...
 
+    @property
+    def trains(self) -> bool:
+        """Whether it can make steps of the training again; if not, it answers neither a replay nor a fork."""
+        ...
+
+    @property
+    def scalars(self) -> xr.Dataset:
+        """Numbers by step (dimension ``step``) that the loop left beside its checkpoints; empty if none."""
+        ...
+
     def functions(self, steps: Sequence[int]) -> list[FunctionRecord]:
-        """The losses of checkpoints that recorded one; a forward pass each."""
+        """What those of the checkpoints give now that recorded it; a forward pass each."""
         ...
 
     def weight_changes(self, before: int, after: int) -> xr.Dataset:
@@ -167,8 +189,8 @@ class Laboratory(Protocol):
         """Rows or columns of a parameter that moved unlike the rest, and the ratio of their norms."""
         ...
 
-    def reverted(self, step: int, before: int, part: WeightPart) -> Counterfactual:
-        """A checkpoint with a part of a weight as an earlier one has it."""
+    def reverted(self, step: int, before: int, part: WeightPart) -> Counterfactual | None:
+        """A checkpoint with a part of a weight as an earlier one has it; None where it cannot be run."""
         ...
 
     def edited(self, step: int, edit: str) -> Counterfactual:
@@ -184,7 +206,8 @@ class Laboratory(Protocol):
         ...
 
     def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
-        """Training from a checkpoint to a step under a changed configuration; probed at its end."""
+        """Training from a checkpoint to a step under a changed configuration; probed at both and where the
+        run is."""
         ...
 
     def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:

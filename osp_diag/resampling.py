@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float, Int
 
-__all__ = ["BOUNDS", "draws", "interval", "ratio"]
+__all__ = ["BOUNDS", "FEW_SEQUENCES", "draws", "interval", "ratio"]
 
 BOUNDS = {"low": 0.025, "high": 0.975}
 """Quantiles of the resampled numbers between which the interval lies: 95%."""
+FEW_SEQUENCES = 10
+"""Fewer give percentiles that are too narrow, which a note says."""
 
 
 def draws(sequences: int, resamples: int, seed: int) -> Int[np.ndarray, "draw sequence"]:

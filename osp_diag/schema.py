@@ -13,6 +13,7 @@ __all__ = [
     "ATTENTION",
     "BESIDE",
     "CHANNEL_WEIGHTS",
+    "CHECKPOINT_FOLDER",
     "CROSS_ATTENTION",
     "CROSS_HEAD_SITES",
     "DEFAULT_SITES",
@@ -186,6 +187,8 @@ SEGMENTS = "segments"
 """The root's attribute that lists the later segments of a run (:mod:`osp_diag.runs.segments`)."""
 PARENT = "parent"
 """The attribute that says from which run's checkpoint a run, or a segment of it, began."""
+CHECKPOINT_FOLDER = "checkpoint_folder"
+"""The attribute that says where a loop that is not ours leaves its checkpoints."""
 STEP = "step"
 """The dimension of what is probed."""
 LOGGED_STEP = "logged_step"

@@ -16,7 +16,7 @@ import numpy as np
 import xarray as xr
 from scipy.stats import norm
 
-from osp_diag.estimators import ActivationObservation, Suite, default_estimators
+from osp_diag.estimators import ActivationObservation, Suite, default_estimators, estimators_named
 from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.probing.labelling import label_states
 from osp_diag.runs.run import Run
@@ -52,7 +52,7 @@ class Plan:
     weights: bool = True
     few_bits: bool = True
     every_estimator: bool = False
-    """Every default statistic of activations, also those that no figure of the package draws."""
+    """Every default statistic of activations and the block lens, also those that no figure draws."""
 
     @property
     def head_channels(self) -> int:
@@ -182,8 +182,9 @@ def activation_statistics(x: np.ndarray, strata: np.ndarray) -> xr.Dataset:
 
 
 def remaining_statistics(site: str, x: np.ndarray, strata: np.ndarray) -> xr.Dataset:
-    """What the default estimators say of a site, (layer, sequence, token, channel), as a probe labels it."""
-    suite = Suite(default_estimators(observes="activation", site=site))
+    """What the default estimators and the block lens say of a site, (layer, sequence, token, channel)."""
+    lens = [estimator for estimator in estimators_named("block_lens") if estimator.observes == "activation"]
+    suite = Suite([*default_estimators(observes="activation", site=site), *lens])
     layers = {}
     for layer, values in enumerate(x):
         observation = ActivationObservation(values.astype(np.float32), strata.astype(np.float32))

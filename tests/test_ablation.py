@@ -16,7 +16,8 @@ from osp_diag.errors import StoreError, TokenError, UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
 from osp_diag.quantizing.exported import measure_checkpoint
 from osp_diag.quantizing.perplexity import perplexity
-from osp_diag.quantizing.round_to_nearest import round_to_nearest
+from osp_diag.quantizing.setting import Setting
+from osp_diag.quantizing.simulate import quantized
 from tests.recipe_runs import RECIPES, training_run
 from tests.synthetic_runs import synthetic_run, without
 from tests.tiny_checkpoints import BYTES, byte_tokenizer, llama, save
@@ -134,10 +135,16 @@ def test_maxima_ratios_sinks_and_perplexity_of_a_checkpoint(table, checkpoints):
     np.testing.assert_allclose(row["sink_rate"], [np.mean(rates), np.max(rates)], atol=1e-6)
     assert row["epsilon"].item() == 0.3
     full = perplexity(checkpoint.model, TOKENS).perplexity
-    with round_to_nearest(checkpoint.model):
+    with quantized(checkpoint.model, Setting()):
         rounded = perplexity(checkpoint.model, TOKENS).perplexity
     np.testing.assert_allclose(row["perplexity"].sel(precision=["full", "W4A4"]), [full, rounded], rtol=1e-5)
     assert full != rounded
+    of_paper = row["paper_perplexity"]
+    np.testing.assert_allclose(of_paper.sel(bits="16-16-16"), full, rtol=1e-5)
+    with quantized(checkpoint.model, Setting(4, 8, 8), method="ffn-hadamard", convention="osp"):
+        rounded = perplexity(checkpoint.model, TOKENS).perplexity
+    np.testing.assert_allclose(of_paper.sel(ffn_hadamard="yes", bits="4-8-8"), rounded, rtol=1e-5)
+    assert np.isfinite(of_paper).all()
 
 
 def test_what_a_run_alone_tells(table):
@@ -192,8 +199,8 @@ def test_seeds_and_repetitions_are_told_apart():
 
 def test_markdown_and_text_say_the_same_numbers(table):
     markdown, text = as_markdown(table), as_text(table)
-    lines = markdown.splitlines()
-    rows = [line for line in lines if line.startswith("| ")]
+    of_recipes, of_paper = markdown.split("\n\n")[:2]
+    rows = of_recipes.splitlines()
     assert len(rows) == 2 + 7
     assert {line.replace("\\|", "").count("|") for line in rows} == {16}
     adam = table.sel(recipe="Adam")
@@ -205,6 +212,10 @@ def test_markdown_and_text_say_the_same_numbers(table):
     ):
         assert said in markdown
         assert said in text
+    heading, _, plain, rotated, *_ = of_paper.splitlines()
+    assert heading == "| perplexity | FFN Hadamard | 16-16-16 | 4-8-16 | 4-8-8 | 4-4-16 | 4-4-4 |"
+    assert plain.startswith("| Adam | – | ")
+    assert rotated.startswith("|  | yes | ")
     muon = next(line for line in rows if line.startswith("| Muon |"))
     assert muon.split(" | ")[1:7] == ["5 (5)", f"{5 / gaussian_floor(128):.3g}", "50", "5", "2.5", "–"]
     assert (

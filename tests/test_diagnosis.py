@@ -249,8 +249,9 @@ class TestNotRecorded:
         assert main(["diagnose", str(out), "--out", str(page)]) == 0
         html = page.read_text()
         assert "this is no run of `osp-diag train`" in html
-        assert "nothing that was looked at differs" in html.partition("<pre>")[2]
-        assert "plotly" in html
+        assert "nothing that was looked at differs" in html.partition("<main>")[2]
+        assert "plotly-graph-div" in html
+        assert "first_jumps: the run of" in html.partition("Not drawn:")[2]
         assert 'src="http' not in html
         printed = capsys.readouterr().out
         assert "this is no run of `osp-diag train`" in printed

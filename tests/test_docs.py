@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,14 @@ import torch
 import osp_diag
 import osp_diag.estimators
 from osp_diag import figures
+from osp_diag.analyses.diagnosis.saved import save_diagnosis
 from osp_diag.cli.discovery import find_verbs
 from osp_diag.cli.options import call_described_by
 from osp_diag.estimators import all_estimators
+from osp_diag.runs.run import open_run
 from osp_diag.trainer import recipes
 from tests.doc_blocks import ROOT, Block, blocks_of, commands_in, inline_commands, osp_diag_words
+from tests.synthetic_diagnoses import made_up_diagnosis
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, write_run
 
 PAGES = [page.relative_to(ROOT).as_posix() for page in (*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/*.md")))]
@@ -60,7 +64,7 @@ ONLY_READ = {
     "intervene": "tests of the verb run it; the Python blocks of docs/interventions.md run what it calls",
     "pack": "tests of the verb run it",
     "probe": "tests of the verb run it; the Python blocks run what it calls",
-    "quantize": "loads a model",
+    "quantize": "loads a model; the Python block of docs/few_bits.md runs what it calls",
     "train": "tests of the verb run it; the Python block of docs/training.md runs what it calls",
     "watch": "follows a run until it ends, or serves a page",
 }
@@ -203,6 +207,12 @@ def add_a_site_pattern(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatc
     yield {}
 
 
+def few_bits(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
+    from tests.tiny_checkpoints import llama
+
+    yield {"model": llama(), "input_ids": torch.arange(32).reshape(2, 16)}
+
+
 def interventions(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     from tests.tiny_checkpoints import llama
 
@@ -241,6 +251,7 @@ STAND_INS: dict[str, Callable[..., Iterator[Namespace]]] = {
     "docs/add_a_recipe.md": add_a_recipe,
     "docs/add_a_site_pattern.md": add_a_site_pattern,
     "docs/add_an_estimator.md": add_an_estimator,
+    "docs/few_bits.md": few_bits,
     "docs/interventions.md": interventions,
     "docs/training.md": training,
     "docs/tutorial.md": tutorial,
@@ -377,6 +388,9 @@ def _check_verb(words: list[str], synthetic: dict[str, Path]) -> None:
         if word.endswith(".zarr") and not Path(word).exists():
             Path(word).parent.mkdir(parents=True, exist_ok=True)
             Path(word).symlink_to(synthetic["osp" if "osp" in word else "adam"])
+    for option, word in pairwise(words):
+        if option == "--diagnosis":
+            save_diagnosis(made_up_diagnosis(open_run(words[1])), word)
     assert function(*call.positional, **call.keywords) in (None, 0)
 
 

@@ -18,6 +18,7 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._registry import default_width, figure_module, in_report
 from osp_diag.figures.backend import load_backend, none
 from osp_diag.figures.styles import load_style
+from tests.synthetic_diagnoses import diagnosis_options
 from tests.synthetic_runs import OUTLIER_FREE, Plan, synthetic_run, with_attrs, without, write_run
 
 FIGURES = tuple(figures.names())
@@ -43,7 +44,7 @@ def smallest():
 
 
 def data(name: str, runs, **options) -> xr.Dataset:
-    return figures.draw(name, runs, backend="none", **options)
+    return figures.draw(name, runs, backend="none", **diagnosis_options(name, runs) | options)
 
 
 # -- every figure, every format --------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def test_the_suffix_says_the_format(suffix, run, tmp_path):
 @pytest.mark.parametrize("name", FIGURES)
 def test_every_figure_is_a_page_that_needs_no_network(name, run, clean, tmp_path):
     out = tmp_path / "figure.html"
-    figures.draw(name, [run, clean], out=out)
+    figures.draw(name, [run, clean], out=out, **diagnosis_options(name, [run, clean]))
     page = out.read_text(encoding="utf-8")
     assert not re.search(r"<script[^>]+src=", page)
     assert not re.search(r"<link[^>]+href=", page)
@@ -130,7 +131,8 @@ def test_odd_token_texts_and_names_are_drawn_as_they_are(tmp_path):
 @pytest.mark.parametrize("name", FIGURES)
 @pytest.mark.parametrize("backend", ["matplotlib", "plotly"])
 def test_the_smallest_run_can_be_drawn(name, backend, smallest):
-    canvas = figures.draw(name, [smallest, smallest] if name in OF_TWO else smallest, backend=backend)
+    runs = [smallest, smallest] if name in OF_TWO else smallest
+    canvas = figures.draw(name, runs, backend=backend, **diagnosis_options(name, runs))
     canvas.to_json() if backend == "plotly" else canvas.canvas.draw()
 
 

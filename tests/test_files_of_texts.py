@@ -16,10 +16,12 @@ from torch import nn
 
 from osp_diag.cli.main import main
 from osp_diag.errors import TokenError, UsageError
-from osp_diag.quantizing.bit_width_sweep import bit_width_sweep
+from osp_diag.quantizing.cases import Case
+from osp_diag.quantizing.linears import rounded_share
 from osp_diag.quantizing.perplexity import perplexity
 from osp_diag.quantizing.results import partial_rounding
-from osp_diag.quantizing.round_to_nearest import rounded_share
+from osp_diag.quantizing.setting import Setting
+from osp_diag.quantizing.sweep import sweep
 from osp_diag.text.documents import column_of
 from osp_diag.tokens import make_batches
 from osp_diag.trainer.config import DataConfig
@@ -205,7 +207,7 @@ def test_perplexity_is_of_what_does_not_see_ahead():
     ):
         perplexity(bert(), ids)
     with pytest.raises(UsageError, match="needs a causal language model, and BertForMaskedLM is none"):
-        bit_width_sweep(bert(), ids, [(16, 16)])
+        sweep(bert(), ids, [Case(Setting(8, 8))])
     assert perplexity(llama().bfloat16(), ids).tokens == perplexity(experts(), ids).tokens == 22
     same = np.full((1, 4), 5)
     assert perplexity(llama(), same).tokens == 3
@@ -223,13 +225,13 @@ def test_a_part_that_was_rounded_is_said_to_be_a_part(tmp_path, capsys):
     assert rounded_share(model) == pytest.approx(linears / inside, rel=1e-12)
     assert rounded_share(llama()) == 1
     folder = save(model, tmp_path / "moe")
-    words = ["quantize", str(folder), "--random-tokens", "--tokens", "64", "--widths", "W4A4", "--json"]
+    words = ["quantize", str(folder), "--random-tokens", "--tokens", "64", "--bits", "W4A4", "--json"]
     assert main(words) == 0
     row = json.loads(capsys.readouterr().out)[0]
     assert row["rounded_share"] == pytest.approx(linears / inside)
     note = f"only {linears / inside:.0%} of the blocks' matrices are in Linears and rounded"
     assert row["notes"][0].startswith(note)
-    results = bit_width_sweep(model, np.arange(24).reshape(2, 12) + 3, [(4, 4)])
+    results = sweep(model, np.arange(24).reshape(2, 12) + 3, [Case(Setting(4, 4))])
     assert partial_rounding(results).startswith(note)
     assert partial_rounding(results.drop_vars("rounded_share")) == ""
 

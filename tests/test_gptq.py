@@ -19,7 +19,9 @@ from tests.tiny_checkpoints import VOCABULARY, llama
 GRID = Grid(bits=4, symmetric=True)
 
 
-def brain_quantized(weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, damping: float) -> np.ndarray:
+def brain_quantized(
+    weight: np.ndarray, hessian: np.ndarray, scales: np.ndarray, damping: float
+) -> np.ndarray:
     """One column at a time: its error over all that follow, then itself out of the inverse Hessian.
 
     Of the formulas of Frantar & Alistarh 2022 (Optimal Brain Compression), with the columns in order.

@@ -112,6 +112,7 @@ def test_held_out_tokens_are_probed_and_training_does_not_notice(tmp_path):
     assert module.model.training
     run = callback.run
     assert run.steps.tolist() == [0, 2, 4, 6]
+    assert run.attrs["checkpoint_folder"] == str(tmp_path)
     assert_step(run, 0, before)
     assert_step(run, 6, measured(module.model, held_out()))
     series = run.series.sel(step=range(1, 7))

@@ -7,12 +7,14 @@ import socket
 
 import pytest
 
+from osp_diag.analyses.live import standing
 from osp_diag.cli.main import main
 from osp_diag.figures import names
 from osp_diag.figures.live._data import Choice
+from osp_diag.figures.live._diagnosis import AlertDiagnoses
 from osp_diag.figures.live._figures import figure_options
 from osp_diag.figures.live._layout import CONTROLS, GRAPHS
-from osp_diag.figures.live._page import FIGURE_PARTS, Watched
+from osp_diag.figures.live._page import DIAGNOSIS_PARTS, FIGURE_PARTS, Watched, diagnosis_parts
 from osp_diag.figures.live._server import application, is_loopback
 from osp_diag.figures.report.pictures import report_figures
 from osp_diag.figures.styles import RUN_COLOURS
@@ -39,6 +41,7 @@ def asked(client, told=None, value=None):
         *({"id": name, "property": "options"} for name in CONTROLS),
         *({"id": name, "property": "children"} for name in ("cards", "alerts", "definition")),
         {"id": "shown", "property": "data"},
+        *({"id": part, "property": kind} for part, kind in DIAGNOSIS_PARTS.values()),
     ]
     joined = "...".join(f"{output['id']}.{output['property']}" for output in outputs)
     body = {
@@ -48,7 +51,10 @@ def asked(client, told=None, value=None):
             {"id": "tick", "property": "n_intervals", "value": 1},
             *({"id": name, "property": "value", "value": inputs[name]} for name in CONTROLS),
         ],
-        "state": [{"id": "shown", "property": "data", "value": told}],
+        "state": [
+            {"id": "shown", "property": "data", "value": told},
+            {"id": "diagnosis-shown", "property": "data", "value": None},
+        ],
         "changedPropIds": ["tick.n_intervals"],
     }
     answer = client.post("/_dash-update-component", json=body, headers={"Host": "127.0.0.1:8050"})
@@ -167,6 +173,34 @@ def test_the_page_may_load_nothing_from_elsewhere(page):
 def test_which_addresses_are_this_machine_alone():
     assert [is_loopback(host) for host in ("127.0.0.1", "::1", "localhost")] == [True] * 3
     assert [is_loopback(host) for host in ("0.0.0.0", "192.168.1.5", "example.org")] == [False] * 3
+
+
+# -- the diagnosis -----------------------------------------------------------------------------------------
+
+
+def test_a_diagnosis_is_made_in_the_background_and_anew_with_another_alert(tmp_path):
+    path = grown_run(tmp_path / "run.zarr", range(0, 40, 10))
+    run = followed(path)
+    diagnoses = AlertDiagnoses([run])
+    assert diagnoses.look([standing(run)], [0]) is None  # there is no alert
+    with RunWriter(path, ATTRIBUTES, resume=True) as writer:
+        record(writer, [40], bad_layer=1)
+    run.refresh()
+    assert diagnoses.look([standing(run)], [0]) is None  # it is being made
+    diagnoses.wait()
+    panel = diagnoses.look([standing(run)], [0])
+    assert panel is diagnoses.look([standing(run)], [0])
+    ((label, made, problem),) = panel.entries
+    assert (label, problem) == ("grown", "")
+    assert (made.bracket.good, made.bracket.bad, made.last_step) == (30, 40, 40)
+    assert set(panel.pictures["diagnosis_timeline"]) == {"data", "layout"}
+    assert panel.pictures["first_jumps"] is None
+    assert "too few probes to say which changes are usual" in panel.left_out[0]
+    parts = diagnosis_parts(panel, None)
+    assert parts["diagnosis"] is False
+    assert "NaN or Inf in 3 tokens at step 40" in str(parts["diagnosis-words"])
+    assert diagnosis_parts(panel, panel.version) == {}
+    assert diagnosis_parts(None, panel.version)["diagnosis"] is True
 
 
 # -- figures of the registry -----------------------------------------------------------------------------

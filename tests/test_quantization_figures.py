@@ -128,7 +128,7 @@ def test_a_scatter_against_kurtosis_or_tokens(recipes):
         figures.draw("fig1", recipes, backend="none", against="loss")
     with pytest.raises(StoreError, match=r"does not say how many tokens a step of training takes"):
         figures.draw("fig1", synthetic_run(), backend="none", against="tokens")
-    with pytest.raises(StoreError, match=r"holds no perplexity at W2A2; measure it with .*--widths W2A2"):
+    with pytest.raises(StoreError, match=r"holds no perplexity at W2A2; measure it with .*--bits W2A2"):
         figures.draw("fig1", recipes, backend="none", weight_bits=2, activation_bits=2)
 
 
@@ -181,7 +181,7 @@ def test_runs_without_results_are_refused_with_how_to_get_them(name):
         figures.draw(name, [synthetic_run(OUTLIER_FREE), synthetic_run(few_bits=False)], backend="none")
 
 
-def test_results_without_a_sweep_or_of_another_scheme():
+def test_results_without_a_sweep_or_by_another_method():
     run = synthetic_run()
     rows = run["quantization"]
     few = rows.isel(setting=(rows["weight_bits"].values == 4) & (rows["activation_bits"].values == 4))
@@ -189,5 +189,5 @@ def test_results_without_a_sweep_or_of_another_scheme():
     bare.tree["quantization"] = few
     with pytest.raises(StoreError, match=r"hold no sweep of weights or activations alone; measure with"):
         figures.draw("fig4", bare, backend="none")
-    with pytest.raises(StoreError, match=r"no results of the scheme 'gptq'"):
-        figures.draw("fig4", run, backend="none", scheme="gptq")
+    with pytest.raises(StoreError, match=r"no results of gptq in the convention osp; it has rtn in plain"):
+        figures.draw("fig4", run, backend="none", method="gptq", convention="osp")

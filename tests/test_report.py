@@ -140,7 +140,7 @@ def test_models_alike_are_drawn_side_by_side_and_each_alone(three):
 def test_every_figure_is_on_the_page_or_shown_by_the_linked_charts():
     from osp_diag.figures import names
 
-    drawn = [figure.name for figure in draw_figures([checkpoint(), checkpoint()], ["a", "b"])]
+    drawn = [figure.name for figure in draw_figures([checkpoint(), checkpoint()], ["a", "b"], {})]
     assert drawn == list(report_figures())
     linked = {"channel_map", "sink_map", "sink_implementation", "stratum_comparison"}
     assert set(drawn) | linked == set(names())
@@ -151,7 +151,10 @@ def test_the_page_goes_from_the_training_to_what_quantization_costs():
     headings = [placement.heading for placement in report_figures().values() if placement.heading]
     assert headings == [
         "How loss and kurtosis went in training",
-        "When training went wrong, by what is recorded",
+        "When training went wrong",
+        "What jumped first along the network",
+        "Whether the step, made again, is the recorded one",
+        "What the remedy does, beside what happened",
         "When outliers appeared, layer by layer",
         "What the activations of the hottest layer look like",
         "Where magnitudes grow",

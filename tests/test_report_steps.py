@@ -10,15 +10,20 @@ from osp_diag.figures.report.pictures import draw_figures
 from tests.browser import visit
 from tests.recipe_runs import training_run
 from tests.report_runs import GROWING, trainings
+from tests.synthetic_diagnoses import made_up_diagnosis
 from tests.synthetic_runs import synthetic_run
 
 LAST = "Of the last probed step (50), wherever the step slider stands. "
-OVER_STEPS = ("diagnosis_timeline", "kurtosis_dynamics", "outlier_timeline", "sink_emergence")
+OVER_STEPS = (
+    "diagnosis_timeline", "first_jumps", "kurtosis_dynamics", "outlier_timeline", "remedy_curve",
+    "replay_agreement", "sink_emergence",
+)  # fmt: skip
 
 
 def captions(runs, labels):
     """Figure → its captions, of all variants."""
-    drawn = draw_figures(runs, labels)
+    trainings = {place: made_up_diagnosis(run) for place, run in enumerate(runs) if len(run.steps) > 2}
+    drawn = draw_figures(runs, labels, trainings)
     return {
         figure.name: [variant["caption"] for variant in figure.variants.values() if isinstance(variant, dict)]
         for figure in drawn

@@ -17,8 +17,11 @@ from osp_diag.figures.report import write_report
 ELSEWHERE = {
     "ablation_table",
     "bit_width_sweep",
+    "first_jumps",
     "kurtosis_dynamics",
     "quantization_scatter",
+    "remedy_curve",
+    "replay_agreement",
     "weight_surface",
 }
 """Figures of what these runs do not hold."""

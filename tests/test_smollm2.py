@@ -14,6 +14,9 @@ import osp_diag
 from osp_diag import figures
 from osp_diag.analyses.sinks.implementation import sink_implementation
 from osp_diag.cli.main import main
+from osp_diag.quantizing.rotations import rotated
+from osp_diag.quantizing.setting import Setting
+from osp_diag.quantizing.simulate import quantized
 from osp_diag.tokens import make_batches
 
 pytestmark = pytest.mark.slow
@@ -306,3 +309,27 @@ def test_two_channels_of_the_first_token_carry_the_model_and_both_engines_say_so
     change = hooks["attention"]["sink_rate_change"].sel(epsilon=0.3, sink_position=0)
     assert float(sinks.mean()) > 0.4
     np.testing.assert_array_equal(change.sel(intervention="mask-key first"), -sinks)
+
+
+@pytest.fixture(scope="module")
+def two_blocks(checkpoint):
+    """The model with its first two blocks alone."""
+    decoder = checkpoint.model.model
+    layers, decoder.layers = decoder.layers, decoder.layers[:2]
+    yield checkpoint.model
+    decoder.layers = layers
+
+
+def test_rotations_leave_logits_where_they_are_and_gptq_lies_nearer_than_rounding(two_blocks, batches):
+    ids = torch.from_numpy(batches.tokens)
+    evaluated, calibration = ids[:1, :256], ids[1:5, :256]
+    with torch.no_grad():
+        logits = two_blocks(evaluated).logits
+        with rotated(two_blocks, "random"):
+            assert float((two_blocks(evaluated).logits - logits).abs().max()) < 1e-3
+        off = {}
+        for method in ("rtn", "gptq", "quarot"):
+            with quantized(two_blocks, Setting(4, 16, 16), method=method, calibration=calibration):
+                off[method] = float((two_blocks(evaluated).logits - logits).square().mean())
+    assert off["quarot"] < off["rtn"]
+    assert off["gptq"] < off["rtn"]

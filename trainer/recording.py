@@ -25,6 +25,7 @@ from osp_diag.probing.session import Probe
 from osp_diag.probing.settings import MeasurementOptions, MeasurementSettings, Settings, keyword_form
 from osp_diag.runs.declared import ProbedStep, parts_of
 from osp_diag.runs.run import Run, open_run
+from osp_diag.schema import CHECKPOINT_FOLDER
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches, make_batches
 from osp_diag.trainer.config import ProbeConfig
@@ -168,6 +169,7 @@ class Recording:
         loss: HeldOutLoss | None = None,
         loss_scale: float = 1.0,
         monitor: TrainingMonitor | None = None,
+        checkpoints: str | Path | None = None,
     ) -> None:
         """Training goes on after ``step`` updates: 0, or those of the checkpoint that it resumed from.
 
@@ -184,6 +186,7 @@ class Recording:
         loss : also keep ``held_out_loss``
         loss_scale : what the loop multiplies its loss by before ``backward``, by which gradients are divided
         monitor : judges what is recorded, on the first rank
+        checkpoints : the directory in which the loop leaves its own, for a diagnosis
 
         Raises
         ------
@@ -194,6 +197,8 @@ class Recording:
         settings, measurement = self.settings, self.measurement
         tokenizer = settings.tokenizer if settings.tokenizer is not None else tokenizer
         attributes: dict[str, Any] = {"probed_on": settings.on}
+        if checkpoints is not None:
+            attributes[CHECKPOINT_FOLDER] = str(Path(checkpoints).absolute())
         if settings.on == "held_out":
             self._batches = self._held_out_batches(model, tokenizer)
             measurement = measurement.for_batches(self._batches)

@@ -10,9 +10,9 @@ from typing import Any
 import xarray as xr
 
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
-from osp_diag.laboratory import CheckpointState, Fork, Laboratory
+from osp_diag.laboratory import CheckpointState, Fork, Laboratory, Replay
 from osp_diag.monitoring import Finding as Noticed
-from osp_diag.monitoring import judge
+from osp_diag.monitoring import RunMonitor
 from osp_diag.runs.headline import headline_by_step
 from osp_diag.runs.run import Run
 
@@ -34,6 +34,7 @@ class Case:
     regression_bracket : where something got worse first; None where nothing did
     is_raised : whether kurtosis is above its noise at the last probe
     forks : of remedies that were tried, by start, end and changes
+    replay : of the steps after the last good checkpoint; None where none was made
     ruled_out, not_recorded : sentences that the questions leave
     """
 
@@ -45,14 +46,20 @@ class Case:
     regression_bracket: Bracket | None = None
     is_raised: bool = False
     forks: dict[tuple[int, int, str], Fork] = field(default_factory=dict)
+    replay: Replay | None = None
     ruled_out: list[str] = field(default_factory=list)
     not_recorded: list[str] = field(default_factory=list)
     _changes: dict[tuple[int, int], xr.Dataset] = field(default_factory=dict)
 
     @cached_property
+    def monitor(self) -> RunMonitor:
+        """The monitor of the run."""
+        return RunMonitor(self.run)
+
+    @cached_property
     def noticed(self) -> tuple[Noticed, ...]:
         """What the monitor finds."""
-        return judge(self.run)
+        return self.monitor.look()
 
     @cached_property
     def kurtosis(self) -> xr.DataArray | None:
@@ -68,6 +75,20 @@ class Case:
     def pairs(self) -> list[tuple[CheckpointState, CheckpointState]]:
         """Each checkpoint with the next one."""
         return list(zip(self.checkpoints[:-1], self.checkpoints[1:], strict=True))
+
+    @property
+    def trains(self) -> bool:
+        """Whether steps of the training can be made again."""
+        return self.laboratory is not None and self.laboratory.trains
+
+    def scalar(self, name: str) -> xr.DataArray | None:
+        """A number by step, where it is known: of the run, or else left beside its checkpoints."""
+        sources = [self.run.series] + ([] if self.laboratory is None else [self.laboratory.scalars])
+        for source in sources:
+            values = source[name].dropna("step") if name in source else None
+            if values is not None and values.size:
+                return values
+        return None
 
     def changes(self, before: CheckpointState, after: CheckpointState) -> xr.Dataset:
         """How far parameters moved between two checkpoints."""

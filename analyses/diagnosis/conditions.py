@@ -10,6 +10,7 @@ from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding, Place
 from osp_diag.laboratory import CheckpointState
 from osp_diag.schema import PARENT
+from osp_diag.wording import listed
 
 __all__ = ["changed_conditions", "family_of"]
 
@@ -44,6 +45,9 @@ WORDS: Mapping[str, str] = {
     "model.rope_theta": "base of the rotary frequencies (RoPE)",
     "model.tie_embeddings": "tying of the head to the embedding",
     "schedule.warmup": "warm-up",
+    "dtype": "type of the weights",
+    "batch_size": "batch size",
+    "optimizer.states_since": "step since which the optimizer's states exist",
 }
 OF_THE_WORK = ("name", "seed", "data.seed", "steps", "probe.", "log_every", "sketch_every", "monitor.")
 """Keys whose change explains nothing: what is drawn, how long, and what is looked at."""
@@ -82,13 +86,21 @@ def changed_conditions(case: Case) -> Iterator[Finding]:
     findings = [finding for bracket, old, new in brackets for finding in _of_config(case, bracket, old, new)]
     findings += [*_of_parent(case), *_silent_owners(case)]
     yield from findings
-    if not own:
+    if not own and not any(state.config for state in case.checkpoints):
         case.not_recorded.append("the configuration: the run has no attribute `config`")
         return
     nothing = "nothing else" if findings else "nothing that decides a number"
     parameters = "other parameters" if findings else "parameters"
-    owners = f", nor did {parameters} move to another optimizer" if len(case.checkpoints) > 1 else ""
-    case.ruled_out.append(f"{nothing} changed in the recorded configuration{owners}")
+    are_compared = len(case.checkpoints) > 1 and any(state.owners for state in case.checkpoints)
+    owners = f", nor did {parameters} move to another optimizer" if are_compared else ""
+    if own or len(case.checkpoints) > 1:
+        case.ruled_out.append(f"{nothing} changed in {_compared(case)}{owners}")
+
+
+def _compared(case: Case) -> str:
+    """Where configurations stand."""
+    files = dict.fromkeys(file for state in case.checkpoints for file in state.origins.values())
+    return f"what the checkpoints say ({listed(list(files))})" if files else "the recorded configuration"
 
 
 def _config(attributes: Mapping[Any, Any]) -> Mapping[str, Any]:
@@ -117,9 +129,15 @@ def _of_config(
             _cause(key, *values),
             "proved",
             bracket,
-            (f"the configuration says {key}: {_of(values)}" + _other(case, bracket),),
+            (f"{_source(case, key, bracket)} says {key}: {_of(values)}" + _other(case, bracket),),
             _place(case, key, bracket),
         )
+
+
+def _source(case: Case, key: str, bracket: Bracket) -> str:
+    after = case.checkpoint_after(bracket.good if bracket.good is not None else -1)
+    origin = None if after is None else after.origins.get(key)
+    return "the configuration" if after is None or origin is None else f"{origin} at {after.path.name}"
 
 
 def _other(case: Case, bracket: Bracket) -> str:

@@ -11,12 +11,16 @@ from osp_diag.analyses.diagnosis.conditions import changed_conditions
 from osp_diag.analyses.diagnosis.edits import edited_weights
 from osp_diag.analyses.diagnosis.experiments import experiments, verified
 from osp_diag.analyses.diagnosis.findings import CONFIDENCES, Bracket, Diagnosis, Finding
+from osp_diag.analyses.diagnosis.first_jumps import first_jumps
 from osp_diag.analyses.diagnosis.function import changed_function
+from osp_diag.analyses.diagnosis.identity import fingerprint, last_step
 from osp_diag.analyses.diagnosis.precision import narrower_weights
+from osp_diag.analyses.diagnosis.rates import jumped_rates
 from osp_diag.analyses.diagnosis.recipe import missing_parts
 from osp_diag.analyses.diagnosis.remedies import with_remedy
 from osp_diag.analyses.diagnosis.replays import replayed
 from osp_diag.analyses.diagnosis.settings import changed_settings
+from osp_diag.analyses.diagnosis.standing import standing_parameters
 from osp_diag.analyses.diagnosis.when import is_raised, regression_of
 from osp_diag.analyses.diagnosis.where import places
 from osp_diag.analyses.run_labels import run_name
@@ -28,9 +32,11 @@ __all__ = ["diagnose"]
 QUESTIONS: tuple[Callable[[Case], Iterable[Finding]], ...] = (
     changed_conditions,
     changed_settings,
+    jumped_rates,
     changed_function,
     changed_batches,
     narrower_weights,
+    standing_parameters,
     edited_weights,
     missing_parts,
 )
@@ -68,26 +74,21 @@ def diagnose(
     """
     case = Case(run, laboratory, against, its_laboratory)
     if laboratory is None:
-        case.not_recorded.append(
-            "weights, optimizers, the function and replays: this is no run of `osp-diag train` on disk, "
-            "whose checkpoints could be read"
-        )
-    else:
-        case.not_recorded += laboratory.missing
+        case.not_recorded.append(f"weights, optimizers, the function and replays: {_why_none(run)}")
     regression = regression_of(case)
     case.not_recorded += [
         f"whether {quantity} rose: fewer than two probes have it"
         for quantity in ("kurtosis", "held-out loss")
-        if quantity not in regression.compared
+        if not any(name.replace("validation", "held-out") == quantity for name in regression.compared)
     ]
     case.regression_bracket, case.is_raised = regression.bracket, is_raised(case)
     for question in QUESTIONS:
         case.findings += _joined(question(case), case.findings)
     case.findings += replayed(case, replay)
-    if replay:
+    if replay and case.trains:
         case.findings += experiments(case, replay)
     findings = [with_remedy(case, finding) for finding in sorted(case.findings, key=_order)]
-    if verify:
+    if verify and case.trains:
         findings = [verified(case, finding, verify) for finding in findings]
     good = None if case.regression_bracket is None else case.regression_bracket.good
     before = case.checkpoint_up_to(good)
@@ -101,7 +102,23 @@ def diagnose(
         findings=tuple(findings),
         where=tuple(places(case)),
         ruled_out=tuple(dict.fromkeys(case.ruled_out)),
-        not_recorded=tuple(dict.fromkeys(case.not_recorded)),
+        not_recorded=tuple(
+            dict.fromkeys((*(() if laboratory is None else laboratory.missing), *case.not_recorded))
+        ),
+        jumps=first_jumps(case.monitor),
+        replay=case.replay,
+        last_step=last_step(run),
+        fingerprint=fingerprint(run),
+    )
+
+
+def _why_none(run: Run) -> str:
+    """Why no laboratory answers."""
+    if "routing" in run.attrs:
+        return "this is judged from the records alone; `osp-diag diagnose RUN` reads the checkpoints too"
+    return (
+        "this is no run of `osp-diag train` on disk, whose checkpoints could be read, and it names none; "
+        "name their directory with --checkpoints (checkpoints=)"
     )
 
 
@@ -115,11 +132,20 @@ def _joined(new: Iterable[Finding], known: list[Finding]) -> Iterator[Finding]:
         for place, other in enumerate(known):
             if other.family == finding.family and _overlap(other, finding):
                 known[place] = replace(
-                    other, evidence=tuple(dict.fromkeys((*other.evidence, *finding.evidence)))
+                    other,
+                    bracket=_narrower(other.bracket, finding.bracket),
+                    evidence=tuple(dict.fromkeys((*other.evidence, *finding.evidence))),
                 )
                 break
         else:
             yield finding
+
+
+def _narrower(one: Bracket | None, two: Bracket | None) -> Bracket | None:
+    """The second where it lies within the first."""
+    if one is None or two is None or two.good is None:
+        return one if one is not None else two
+    return two if (one.good or 0) <= two.good and two.bad <= one.bad else one
 
 
 def _overlap(one: Finding, two: Finding) -> bool:

@@ -30,7 +30,18 @@ ROW_FACTOR = 2.0
 """Ratio of a row's change to the median row's from which on checkpoints tell an edit; healthy: up to 1.8."""
 TIMES_HISTORY = 3.0
 """The same against the pair of checkpoints before."""
+WHOLE_FACTOR = 1.8
+"""The same of a whole parameter's norm, of loops without sketches; seen in healthy trainings: 1.35."""
+SCALED, BEYOND_GROWTH = 0.9, 4.0
+"""Of other loops: cosine of a row before and after from which on it was scaled, and the ratio of one that
+turned from which on no growth explains it; seen in healthy trainings: 2.3 at a cosine of 0.5."""
+ZERO = 1e-5
+"""A row's ratio below which it has become zero."""
 HALF_A_HEAD = 0.5
+OF_HEADS = ("q_proj", "k_proj", "v_proj", ".query.", ".key.", ".value.")
+"""In names of matrices whose rows are those of heads."""
+BLOCKS = ("layers", "layer", "h", "blocks", "block")
+"""What the list of blocks is called in names of parameters."""
 
 
 @dataclass(frozen=True)
@@ -50,16 +61,27 @@ def edited_weights(case: Case) -> Iterator[Finding]:
         else:
             edits.setdefault(edit.parameter, edit)
     findings = [_finding(case, edit) for edit in edits.values()]
-    if case.logged(WEIGHT_SKETCH) is None and not case.pairs:
-        case.not_recorded.append("edits of weights: no weight sketch and fewer than two checkpoints")
+    if case.logged(WEIGHT_SKETCH) is None and len(case.pairs) < 2:
+        case.not_recorded.append(
+            "edits of weights: no weight sketch and fewer than two checkpoints"
+            if not case.pairs
+            else "edits of weights: no weight sketch and two checkpoints alone, and a third is needed to "
+            "know what is usual between two"
+        )
     elif not findings:
         case.ruled_out.append(
             "weights moved unlike before only where a finding above can be the reason; edits of weights are "
             "not told apart from it"
             if explained
             else "no weights changed otherwise than by steps of training"
+            + (_since_the_second(case) if case.logged(WEIGHT_SKETCH) is None else "")
         )
     yield from findings
+
+
+def _since_the_second(case: Case) -> str:
+    """Of the first two checkpoints there is nothing before them that they could be compared with."""
+    return f" after the checkpoint of step {case.checkpoints[1].step}"
 
 
 def _jumps(case: Case) -> Iterator[_Edit]:
@@ -116,40 +138,60 @@ def _rates(case: Case, steps: np.ndarray) -> np.ndarray:
 
 
 def _rows(case: Case) -> Iterator[_Edit]:
-    """Rows or columns that changed between two checkpoints unlike the others, and unlike before."""
-    before: dict[str, float] = {}
+    """Rows or columns that changed between two checkpoints unlike the others, and unlike before; of other
+    loops, which have no sketches, whole parameters too."""
+    before: dict[str, xr.Dataset] = {}
     for one, two in case.pairs:
         table = case.changes(one, two)
-        kept_owner = {
-            name
-            for name, owner in two.owners.items()
-            if one.owners.get(name) == owner or name not in one.owners
-        }
-        now: dict[str, float] = {}
-        for name in table["parameter"].values:
-            row = table.sel(parameter=name)
-            deviation = max(float(row["row_deviation"]), float(row["column_deviation"]))
-            now[str(name)] = deviation
-            history = before.get(str(name))
-            outer = two.roles.get(str(name)) in ("embedding", "head")
-            if (
-                history is None
-                or str(name) not in kept_owner
-                or one.shapes.get(str(name)) != two.shapes.get(str(name))
-            ):
+        now = {str(name): table.sel(parameter=name) for name in table["parameter"].values}
+        for name, change in now.items():
+            if name not in before or not _is_comparable(one, two, name):
                 continue
-            threshold = max(math.log(ROW_FACTOR), TIMES_HISTORY * history)
-            few = (
-                float(row["rows_beyond"]) <= max(1.0, 0.02 * (two.shapes[str(name)] or (1,))[0]) or not outer
-            )
-            if deviation > threshold and few:
-                text = (
-                    f"between the checkpoints of steps {one.step} and {two.step} a row or column changed "
-                    f"{math.exp(deviation):.1f}-fold against the others; between those before, at most "
-                    f"{math.exp(history):.2f}-fold"
-                )
-                yield _Edit(str(name), Bracket(one.step, two.step), (text,))
+            sentence = _part_unlike(case, two, name, change, before[name])
+            if not sentence and not case.trains:
+                sentence = _whole_unlike(change, before[name])
+            if sentence:
+                text = f"between the checkpoints of steps {one.step} and {two.step} {sentence}"
+                yield _Edit(name, Bracket(one.step, two.step), (text,))
         before = now
+
+
+def _is_comparable(one: CheckpointState, two: CheckpointState, name: str) -> bool:
+    """Whether the same optimizer moves it, in the same shape."""
+    is_owned_alike = name not in one.owners or one.owners[name] == two.owners.get(name)
+    return is_owned_alike and one.shapes.get(name) == two.shapes.get(name)
+
+
+def _part_unlike(case: Case, two: CheckpointState, name: str, change: xr.Dataset, before: xr.Dataset) -> str:
+    deviation, history = (
+        max(float(part["row_deviation"]), float(part["column_deviation"])) for part in (change, before)
+    )
+    shape = two.shapes[name] or (1,)
+    waits = two.roles.get(name) in ("embedding", "head") or (len(shape) < 2 and not case.trains)
+    few = float(change["rows_beyond"]) <= max(1.0, 0.02 * shape[0]) or not waits
+    is_unlike = deviation > max(math.log(ROW_FACTOR), TIMES_HISTORY * history)
+    if not is_unlike or not few or not (case.trains or _is_no_growth(change, deviation)):
+        return ""
+    return (
+        f"a row or column changed {math.exp(deviation):.1f}-fold against the others; between those before, "
+        f"at most {math.exp(history):.2f}-fold"
+    )
+
+
+def _whole_unlike(change: xr.Dataset, before: xr.Dataset) -> str:
+    now, history = (abs(math.log(max(float(part["norm_ratio"]), 1e-12))) for part in (change, before))
+    if not now > max(math.log(WHOLE_FACTOR), TIMES_HISTORY * history):
+        return ""
+    return f"its norm changed {math.exp(now):.2f}-fold; between those before, {math.exp(history):.2f}-fold"
+
+
+def _is_no_growth(row: xr.Dataset, deviation: float) -> bool:
+    """Of loops whose steps cannot be made again: whether the row was scaled, or changed beyond all growth.
+
+    Between checkpoints that lie far apart, a row of an outlier channel grows by itself, and turns.
+    """
+    axis = "row" if float(row["row_deviation"]) >= float(row["column_deviation"]) else "column"
+    return deviation > math.log(BEYOND_GROWTH) or float(row[f"{axis}_cosine"]) > SCALED
 
 
 def _finding(case: Case, edit: _Edit) -> Finding:
@@ -164,7 +206,8 @@ def _finding(case: Case, edit: _Edit) -> Finding:
     at_one_step = edit.bracket.bad - (edit.bracket.good or 0) <= 1
     confidence: Confidence = "proved" if at_one_step else "measured"
     undone = case.laboratory.reverted(two.step, one.step, part)
-    return Finding(family, words, confidence, edit.bracket, (*edit.evidence, undone.sentence), place)
+    evidence = edit.evidence if undone is None else (*edit.evidence, undone.sentence)
+    return Finding(family, words, confidence, edit.bracket, evidence, place)
 
 
 def _part(
@@ -190,7 +233,8 @@ def _part(
     top = int(row[axis])
     ratio = float(row[f"{axis}_ratio"])
     kind = "channel" if vector else axis
-    words = f"{kind} {top} of {module} × about {ratio:.3g}"
+    factor = f"× about {ratio:.3g}" if ratio > ZERO else "became zero"
+    words = f"{kind} {top} of {module} {factor}"
     place = Place(
         (name,),
         layer=layer,
@@ -203,7 +247,7 @@ def _part(
 
 def _head(name: str, axis: str, indices: tuple[int, ...], size: int) -> int | None:
     """The head that most of the rows are in, if they are most of a head."""
-    if axis != "row" or not any(part in name for part in ("q_proj", "k_proj", "v_proj")):
+    if axis != "row" or size < 1 or not any(part in name for part in OF_HEADS):
         return None
     heads, counts = np.unique(np.array(indices) // size, return_counts=True)
     best = int(counts.argmax())
@@ -219,5 +263,5 @@ def _module(parameter: str) -> str:
 
 def _layer(parameter: str) -> int | None:
     parts = parameter.split(".")
-    numbers = [part for before, part in pairwise(parts) if before == "layers"]
+    numbers = [part for before, part in pairwise(parts) if before in BLOCKS]
     return int(numbers[0]) if numbers and numbers[0].isdigit() else None

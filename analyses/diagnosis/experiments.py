@@ -115,4 +115,4 @@ def verified(case: Case, finding: Finding, steps: int) -> Finding:
         f"at step {until} kurtosis {fork.kurtosis[-1]:.3g} (the run had {was:.3g}), held-out loss "
         f"{fork.held_out_loss[-1]:.4g} (the run had {loss:.4g})"
     )
-    return replace(finding, remedy=replace(remedy, verified=bool(good), outcome=outcome))
+    return replace(finding, remedy=replace(remedy, verified=bool(good), outcome=outcome, fork=fork))

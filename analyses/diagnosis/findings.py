@@ -6,6 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import xarray as xr
+
+from osp_diag.analyses.diagnosis.plain import plain
+from osp_diag.laboratory import Fork, Replay
+
 __all__ = ["CONFIDENCES", "FAMILIES", "Bracket", "Confidence", "Diagnosis", "Finding", "Place", "Remedy"]
 
 Confidence = Literal["proved", "measured", "consistent with"]
@@ -69,6 +74,7 @@ class Remedy:
     changes : of the configuration, by dotted key
     verified : whether a fork with it did what it should; None: it was not tried
     outcome : what happened, in a sentence
+    fork : the training that tried it; None: there was none
     """
 
     text: str
@@ -77,6 +83,7 @@ class Remedy:
     changes: Mapping[str, Any] = field(default_factory=dict)
     verified: bool | None = None
     outcome: str = ""
+    fork: Fork | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +125,12 @@ class Diagnosis:
     where : where channels are largest, and who writes them: never causes
     ruled_out : what was looked at and is as it was
     not_recorded : what could not be asked, with what would have to be recorded
+    jumps : how far every place of the network went in one pause between probes, and when it first jumped
+        (:func:`osp_diag.analyses.diagnosis.first_jumps.first_jumps`)
+    replay : of the steps after the last good checkpoint; None where none was made
+    last_step : up to which the run was judged
+    fingerprint : of what was recorded up to there
+        (:func:`osp_diag.analyses.diagnosis.identity.fingerprint`)
     """
 
     run: str
@@ -129,6 +142,10 @@ class Diagnosis:
     where: tuple[str, ...]
     ruled_out: tuple[str, ...]
     not_recorded: tuple[str, ...]
+    jumps: xr.Dataset | None = field(default=None, compare=False)
+    replay: Replay | None = field(default=None, compare=False)
+    last_step: int | None = None
+    fingerprint: str = ""
 
     def __str__(self) -> str:
         from osp_diag.analyses.diagnosis.text import diagnosis_as_text
@@ -137,4 +154,5 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; confidences and families come with their meaning."""
-        return asdict(self) | {"confidences": dict(CONFIDENCES), "families": dict(FAMILIES)}
+        meanings = {"confidences": dict(CONFIDENCES), "families": dict(FAMILIES)}
+        return {key: plain(value) for key, value in asdict(self).items()} | meanings

@@ -47,7 +47,8 @@ def with_remedy(case: Case, finding: Finding) -> Finding:
         text += f", with {settings}" if settings else f": {mend}"
         command = f"osp-diag train --from {start.path}"
         command += f" --set {settings}" if settings else ""
-        remedy = Remedy(text, f"{command} --out {name}-mended.zarr", start.step, changes)
+        command += f" --out {name}-mended.zarr"
+        remedy = Remedy(text, command if case.trains else "", start.step, changes)
     elif settings:
         remedy = Remedy(f"train again with --set {settings}", "", None, changes)
     else:

@@ -22,7 +22,8 @@ def changed_settings(case: Case) -> Iterator[Finding]:
     settings = case.logged(OPTIMIZER_SETTINGS)
     if settings is None:
         case.not_recorded.append(
-            "learning rate and decay as the optimizers held them: the run has no group optimizer_settings"
+            "learning rate and decay as the optimizers held them at every step: the run has no group "
+            "optimizer_settings"
         )
         return
     findings = [*_rates(case, settings), *_decays(case, settings)]

@@ -18,6 +18,10 @@ RISEN = 1.25
 LOSS = 0.3
 """Nats by which held-out loss lies above its lowest so far from which on it has risen."""
 
+NONFINITE = ("nonfinite_scalars", "nonfinite_activations")
+OF_TRAINING_LOSS = ("loss_spike",)
+"""Rules of the monitor whose findings are regressions."""
+
 
 class Regression(NamedTuple):
     """What got worse, a sentence each, between which probes it was first seen, and what was compared."""
@@ -28,7 +32,8 @@ class Regression(NamedTuple):
 
 
 def regression_of(case: Case) -> Regression:
-    """Kurtosis and held-out loss against their own past and the noise floor; NaN and Inf."""
+    """Kurtosis and held-out loss against their own past and the noise floor; NaN and Inf; where there is no
+    held-out loss, validation and training loss."""
     sentences, brackets, compared = [], [], []
     kurtosis = case.kurtosis
     if kurtosis is not None and kurtosis.sizes["step"] > 1:
@@ -42,21 +47,22 @@ def regression_of(case: Case) -> Regression:
                 f"kurtosis {kurtosis.values[:bad].max():.3g} → {top:.3g} ({bracket}); noise has {floor:.3g}"
             )
             brackets.append(bracket)
-    series = case.run.series
-    if "held_out_loss" in series:
-        losses = series["held_out_loss"].dropna("step")
-        compared += ["held-out loss"] if losses.size > 1 else []
+    for name, words in (("held_out_loss", "held-out loss"), ("validation_loss", "validation loss")):
+        losses = case.scalar(name)
+        if losses is None or "held-out loss" in compared:
+            continue
+        compared += [words] if losses.size > 1 else []
         lowest = np.minimum.accumulate(losses.values) if losses.size else losses.values
         risen = np.flatnonzero(losses.values[1:] > lowest[:-1] + LOSS)
         if risen.size:
             bad = int(risen[0]) + 1
             bracket = _bracket(losses["step"].values, bad)
-            sentences.append(
-                f"held-out loss {lowest[bad - 1]:.3g} → {losses.values[bad:].max():.3g} ({bracket})"
-            )
+            sentences.append(f"{words} {lowest[bad - 1]:.3g} → {losses.values[bad:].max():.3g} ({bracket})")
             brackets.append(bracket)
+    # Of other loops the training loss may be all there is.
+    rules = NONFINITE if "held-out loss" in compared else (*NONFINITE, *OF_TRAINING_LOSS)
     for finding in case.noticed:
-        if finding.rule in ("nonfinite_scalars", "nonfinite_activations"):
+        if finding.rule in rules:
             sentences.append(finding.sentence)
             brackets.append(Bracket(finding.last_good_step, finding.first_bad_step))
     brackets.sort(key=lambda bracket: bracket.bad)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from osp_diag.analyses.diagnosis.findings import Diagnosis
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import OspDiagError
 from osp_diag.figures._registry import in_report, names, summaries
@@ -16,7 +17,7 @@ from osp_diag.figures.report.pictures import page_picture
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.run import Run
 
-__all__ = ["AskedFigures", "PageFigure", "figure_options"]
+__all__ = ["REST", "AskedFigures", "PageFigure", "figure_options", "picture_of"]
 
 MOST_STORED = 12
 """Figures that are at hand for other browsers, and for a reader who comes back."""
@@ -94,15 +95,19 @@ class AskedFigures:
                 left_out.append(f"{labels[place]}: {reason}")
         picture, caption = None, ""
         try:
-            picture, caption = _picture(name, moments, labels, left_out)
+            picture, caption = picture_of(name, moments, labels, left_out)
         except Exception as error:  # the page goes on, and says so
             kind = type(error).__name__
             left_out.append(f"it cannot be drawn ({kind}: {error}); this is a defect of osp-diag")
         return PageFigure(version, picture, caption, tuple(left_out))
 
 
-def _picture(
-    name: str, runs: dict[int, Run], labels: Sequence[str], left_out: list[str]
+def picture_of(
+    name: str,
+    runs: dict[int, Run],
+    labels: Sequence[str],
+    left_out: list[str],
+    diagnoses: Mapping[int, Diagnosis] | None = None,
 ) -> tuple[dict[str, Any] | None, str]:
     """The figure of all runs that it can be drawn of, and its caption; why not of others goes to left_out."""
     pairs = in_report(name).pairs
@@ -111,7 +116,7 @@ def _picture(
     if not runs:
         return None, ""
     try:
-        picture, dataset = page_picture(name, runs)
+        picture, dataset = page_picture(name, runs, diagnoses)
         return picture, str(dataset.attrs["caption"])
     except OspDiagError as reason:
         problem = str(reason)
@@ -121,11 +126,11 @@ def _picture(
     fitting = {}
     for place, run in runs.items():
         try:
-            page_picture(name, {place: run})
+            page_picture(name, {place: run}, diagnoses)
             fitting[place] = run
         except OspDiagError as reason:
             left_out.append(f"{labels[place]}: {reason}")
     if len(fitting) == len(runs):
         left_out.append(f"side by side: {problem}")
         return None, ""
-    return _picture(name, fitting, labels, left_out)
+    return picture_of(name, fitting, labels, left_out, diagnoses)

@@ -9,7 +9,9 @@ import numpy as np
 
 from osp_diag.analyses.live import Standing
 from osp_diag.analyses.run_labels import labels_of
+from osp_diag.figures._registry import in_report
 from osp_diag.figures.live._data import LARGEST, MEAN, Choice, chosen, floor_of, offered
+from osp_diag.figures.live._diagnosis import FIGURES
 from osp_diag.figures.live._figures import figure_options
 from osp_diag.figures.live._pictures import Shown
 from osp_diag.runs.following import FollowedRun
@@ -38,6 +40,10 @@ GRAPHS = {
     "speed": "tokens a second by step",
 }
 FIGURES_NOTE = "Of the runs chosen above, as the report has them; drawn anew as they grow."
+DIAGNOSIS_NOTE = (
+    "Of the runs chosen above that have an alert, by what is recorded; made anew when another alert comes. "
+    "osp-diag diagnose RUN also asks the checkpoints, and with --replay and --verify trains."
+)
 CONTROLS = ("runs", "site", "statistic", "stratum", "layer")
 _CONFIG: Any = {
     "displaylogo": False,
@@ -103,6 +109,7 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
             ),
             html.Div(id="cards", className="cards"),
             html.Ul(id="alerts", className="alerts", **live),
+            _diagnosis(),
             section(
                 "kurtosis",
                 "Outliers by layer and step",
@@ -126,6 +133,40 @@ def layout(runs: Sequence[FollowedRun], every: float) -> Any:
             ),
             _any_figure(),
         ]
+    )
+
+
+def _diagnosis() -> Any:
+    """The section that says when something rose, what changed, and what to do; hidden without an alert."""
+    from dash import dcc, html
+
+    def graph(name: str) -> Any:
+        described: Any = {"aria-label": in_report(name).heading, "role": "group"}
+        plot = dcc.Graph(id=f"{name}-plot", config=_CONFIG | {"responsive": False}, responsive=False)
+        box = html.Div(plot, id=f"{name}-box", className="figure", hidden=True, tabIndex="0", **described)
+        return html.Div([html.H3(in_report(name).heading), box])
+
+    labelled: Any = {"aria-labelledby": "diagnosis-title", "role": "region"}
+    live: Any = {"aria-live": "polite"}
+    return html.Section(
+        [
+            html.H2("Diagnosis", id="diagnosis-title"),
+            html.P(DIAGNOSIS_NOTE, className="note"),
+            html.Div(id="diagnosis-words", **live),
+            html.Details(
+                [
+                    html.Summary("The evidence, drawn"),
+                    html.Div([graph(name) for name in FIGURES], className="evidence"),
+                    html.Ul(id="diagnosis-left-out", className="alerts"),
+                ],
+                open=True,
+            ),
+            dcc.Store(id="diagnosis-pictures"),
+            dcc.Store(id="diagnosis-shown"),
+        ],
+        id="diagnosis",
+        hidden=True,
+        **labelled,
     )
 
 

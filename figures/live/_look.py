@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from osp_diag.figures.styles import RUN_COLOURS
 
-__all__ = ["FIGURE_SCRIPT", "INDEX"]
+__all__ = ["FIGURE_SCRIPT", "INDEX", "evidence_script"]
 
 STYLES = """
 :root { color-scheme: light dark; --ink: #1d2125; --soft: #5b636b; --paper: #ffffff; --card: #f4f5f7;
@@ -53,6 +53,10 @@ p.note { color: var(--soft); margin: 0 0 4px; font-size: .9rem; }
 .pair .js-plotly-plot .main-svg .cartesianlayer text, .pair .js-plotly-plot .main-svg .infolayer text,
 .pair .js-plotly-plot .main-svg .legend text { fill: var(--ink) !important; }
 .pair .js-plotly-plot .gridlayer path { stroke: var(--grid) !important; }
+.diagnosis ol { margin: 4px 0; padding-left: 22px; } .diagnosis ul { margin: 2px 0 6px; padding-left: 18px;
+  color: var(--soft); overflow-wrap: anywhere; } .diagnosis p { margin: 4px 0; }
+.evidence { display: flex; flex-wrap: wrap; gap: 8px 24px; margin-top: 8px; }
+.evidence > div { min-width: 0; max-width: 100%; } summary { cursor: pointer; }
 .figure { overflow-x: auto; margin-top: 8px; }
 .js-plotly-plot .modebar-btn path { fill: var(--soft) !important; }
 """
@@ -63,12 +67,12 @@ SCRIPT = (
     + """
 const Page = {
   dark: matchMedia("(prefers-color-scheme: dark)"),
-  drawn: [],
+  drawn: {},
   /* A figure in the colours of the page; nothing new if neither it nor they have changed. */
-  figure(picture) {
-    const dark = this.dark.matches;
-    if (this.drawn[0] === picture && this.drawn[1] === dark) return Array(3).fill(dash_clientside.no_update);
-    this.drawn = [picture, dark];
+  figure(place, picture) {
+    const dark = this.dark.matches, last = this.drawn[place];
+    if (last && last[0] === picture && last[1] === dark) return Array(3).fill(dash_clientside.no_update);
+    this.drawn[place] = [picture, dark];
     if (!picture) return [{ data: [], layout: {} }, true, {}];
     const grid = getComputedStyle(document.documentElement).getPropertyValue("--grid").trim();
     const size = { width: `${picture.layout.width}px`, height: `${picture.layout.height}px` };
@@ -79,8 +83,14 @@ const Page = {
 };
 """
 )
-FIGURE_SCRIPT = "(picture, _) => Page.figure(picture)"
+FIGURE_SCRIPT = "(picture, _) => Page.figure('figure', picture)"
 """What the browser does with a figure that it was sent, and from time to time."""
+
+
+def evidence_script(name: str) -> str:
+    """The same for a figure of the diagnosis."""
+    return f"(pictures, _) => Page.figure('{name}', pictures?.{name} ?? null)"
+
 
 INDEX = (
     """<!DOCTYPE html>

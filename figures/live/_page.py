@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from osp_diag.analyses.live import standing
 from osp_diag.figures._registry import names
 from osp_diag.figures.live._data import LARGEST, MEAN, Choice, chosen, scalars, sinks
+from osp_diag.figures.live._diagnosis import FIGURES, AlertDiagnoses, Panel, words
 from osp_diag.figures.live._figures import AskedFigures
 from osp_diag.figures.live._layout import (
     CONTROLS,
@@ -23,7 +24,7 @@ from osp_diag.figures.live._layout import (
     options,
     reasons,
 )
-from osp_diag.figures.live._look import FIGURE_SCRIPT, INDEX
+from osp_diag.figures.live._look import FIGURE_SCRIPT, INDEX, evidence_script
 from osp_diag.figures.live._pictures import Shown, curves, heat_maps, scalar_curves
 from osp_diag.runs.following import FollowedRun
 
@@ -41,6 +42,14 @@ FIGURE_PARTS = {
     "shown": ("figure-shown", "data"),
 }
 """What a figure that was asked for changes on the page."""
+DIAGNOSIS_PARTS = {
+    "diagnosis": ("diagnosis", "hidden"),
+    "diagnosis-words": ("diagnosis-words", "children"),
+    "diagnosis-pictures": ("diagnosis-pictures", "data"),
+    "diagnosis-left-out": ("diagnosis-left-out", "children"),
+    "diagnosis-shown": ("diagnosis-shown", "data"),
+}
+"""What a new diagnosis changes on the page."""
 SIDE_BY_SIDE = {name: f"{name.split('-')[0]}-maps" for name in list(GRAPHS)[:4]}
 """Picture → the maps whose height its box has."""
 
@@ -97,6 +106,21 @@ class Watched:
         return repr((choice, [run.version for run in self.runs]))
 
 
+def diagnosis_parts(panel: Panel | None, shown: Any) -> dict[str, Any]:
+    """What changes on a page that shows another version; a section without one is hidden."""
+    if panel is None:
+        return {} if shown is None else {"diagnosis": True, "diagnosis-shown": None}
+    if panel.version == shown:
+        return {}
+    return {
+        "diagnosis": False,
+        "diagnosis-words": words(panel),
+        "diagnosis-pictures": dict(panel.pictures),
+        "diagnosis-left-out": reasons(panel.left_out),
+        "diagnosis-shown": panel.version,
+    }
+
+
 def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash:
     """The application, on a Flask server.
 
@@ -129,14 +153,16 @@ def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash
     outputs |= {name: Output(name, "options") for name in CONTROLS}
     outputs |= {name: Output(name, "children") for name in ("cards", "alerts", "definition")}
     outputs |= {"shown": Output("shown", "data")}
+    outputs |= {name: Output(*place) for name, place in DIAGNOSIS_PARTS.items()}
+    diagnoses = AlertDiagnoses(watched.runs)
 
     @app.callback(
         outputs,
         [Input("tick", "n_intervals"), *(Input(name, "value") for name in CONTROLS)],
-        [State("shown", "data")],
+        [State("shown", "data"), State("diagnosis-shown", "data")],
     )
     def renew(
-        _: Any, places: Any, site: Any, statistic: Any, stratum: Any, layer: Any, shown: Any
+        _: Any, places: Any, site: Any, statistic: Any, stratum: Any, layer: Any, shown: Any, diagnosed: Any
     ) -> dict[str, Any]:
         choice = watched.choice(places, site, statistic, stratum, layer)
         with watched.still():
@@ -144,6 +170,7 @@ def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash
             labels = labels_of(watched.runs)
             answer: dict[str, Any] = dict.fromkeys(outputs, no_update)
             answer["cards"] = cards(standings, labels)
+            answer |= diagnosis_parts(diagnoses.look(standings, choice.runs), diagnosed)
             now = watched.version(choice)
             if now == shown:  # nothing but time has gone by
                 return answer
@@ -179,6 +206,16 @@ def make_page(runs: Sequence[FollowedRun], *, every: float, server: Any) -> Dash
             "shown": figure.version,
         }
 
+    for name in FIGURES:
+        app.clientside_callback(
+            evidence_script(name),
+            [
+                Output(f"{name}-plot", "figure"),
+                Output(f"{name}-box", "hidden"),
+                Output(f"{name}-plot", "style"),
+            ],
+            [Input("diagnosis-pictures", "data"), Input("tick", "n_intervals")],
+        )
     app.clientside_callback(
         FIGURE_SCRIPT,
         [Output("figure-plot", "figure"), Output("figure-box", "hidden"), Output("figure-plot", "style")],

@@ -15,9 +15,12 @@ from osp_diag.analyses.run_labels import labels_of
 from osp_diag.analyses.summary.verdict import Verdict, verdict
 from osp_diag.errors import OspDiagError, StoreError, UsageError
 from osp_diag.figures._colours import sample
+from osp_diag.figures._diagnoses import Diagnosed
+from osp_diag.figures._registry import in_report
 from osp_diag.figures._runs import open_runs
 from osp_diag.figures.report.comparison import compared_pairs, key_numbers, others, sentences
 from osp_diag.figures.report.definitions import definitions_of
+from osp_diag.figures.report.diagnosis import diagnoses_by_place, page_diagnoses
 from osp_diag.figures.report.encoding import script_json
 from osp_diag.figures.report.explorer import explorer_data
 from osp_diag.figures.report.heads import Heads, heads_of
@@ -60,22 +63,24 @@ class _RunVerdict:
     statement: str
 
 
-def write_report(runs: Any, out: str | os.PathLike[str]) -> Report:
+def write_report(runs: Any, out: str | os.PathLike[str], *, diagnoses: Diagnosed = None) -> Report:
     """Report on runs in one file that needs no network.
 
     Parameters
     ----------
     runs : an open run, the path of one, or a sequence of either
     out : the file to write, by custom ``*.html``
+    diagnoses : files that ``osp-diag diagnose RUN --out NAME.json`` wrote, with what checkpoints and replays
+        said; of the other trainings the page says what their records say
 
     Raises
     ------
-    UsageError : no run, or a file that cannot be written
+    UsageError : no run, a file that cannot be written, or a diagnosis of none of the runs
     StoreError : a run that cannot be read, or holds no step
     """
     path = Path(out)
     check_out(path)
-    report = build_report(runs)
+    report = build_report(runs, diagnoses=diagnoses)
     try:
         path.write_text(report.html, encoding="utf-8")
     except OSError as problem:
@@ -100,17 +105,19 @@ def check_out(path: Path) -> None:
         raise UsageError(f"--out {path}: the folder {path.parent} does not exist; make it first")
 
 
-def build_report(runs: Any) -> Report:
+def build_report(runs: Any, *, diagnoses: Diagnosed = None) -> Report:
     """As :func:`write_report`, without writing it."""
     run_list = open_runs(runs)
     steps = [step_of(run) for run in run_list]
     labels = labels_of(run_list, steps)
+    diagnosed = page_diagnoses(run_list, labels, diagnoses)
     heads = [heads_of(run) for run in run_list]
     run_verdicts = [
         _run_verdict(run, label, head) for run, label, head in zip(run_list, labels, heads, strict=True)
     ]
     verdicts = [one.verdict for one in run_verdicts]
-    pictures = draw_figures(run_list, labels)
+    pictures = draw_figures(run_list, labels, diagnoses_by_place(diagnosed))
+    drawn = [picture for picture in pictures if picture.variants]
     words = head_definitions()
     tables = [
         layer_table(run_list, labels),
@@ -124,7 +131,7 @@ def build_report(runs: Any) -> Report:
         "runs": explorer_data(run_list, labels),
         "heads": [{"rows": head.rows, "parts": head.parts} for head in heads],
         "head_words": words,
-        "figures": [picture.variants for picture in pictures if picture.variants],
+        "figures": [picture.variants for picture in drawn],
         "colours": {
             "magnitude": sample("batlow", 24),
             "share": sample("lipari_r", 24),
@@ -139,7 +146,8 @@ def build_report(runs: Any) -> Report:
         numbers=key_numbers(verdicts, labels) if len(run_list) > 1 else None,
         pairs=compared_pairs(run_list, labels),
         others=others(run_list, labels),
-        figures=[picture for picture in pictures if picture.variants],
+        diagnoses=diagnosed,
+        figures=[(number, one, in_report(one.name).diagnosis) for number, one in enumerate(drawn)],
         left_out=left_out,
         tables=[table for table in tables if table.rows],
         definitions=definitions_of(run_list),

@@ -9,9 +9,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from osp_diag.analyses.diagnosis.text import OUTCOMES, title_of, what_is_named, what_rose
 from osp_diag.figures.report.tables import cell_text
 
-__all__ = ["render_page"]
+__all__ = ["render_diagnosis", "render_page"]
 
 WORDS = {
     "broken": ("✖", "broken"),
@@ -40,6 +41,12 @@ def render_page(**context: Any) -> str:
     )
 
 
+def render_diagnosis(**context: Any) -> str:
+    """The page of ``diagnosis.html.jinja``."""
+    template = _environment().get_template("diagnosis.html.jinja")
+    return template.render(style=_static("report.css"), plotly=_plotly(), **context)
+
+
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("osp_diag.figures.report", "templates"),
@@ -50,6 +57,8 @@ def _environment() -> Environment:
     )
     environment.filters["cell"] = cell_text
     environment.filters["in_full"] = _in_full
+    words = {"title_of": title_of, "what_is_named": what_is_named, "what_rose": what_rose}
+    environment.globals |= words | {"outcomes": OUTCOMES}
     environment.filters["count"] = lambda value: f"{value:,}"
     return environment
 

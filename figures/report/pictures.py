@@ -8,6 +8,7 @@ from typing import Any
 
 import xarray as xr
 
+from osp_diag.analyses.diagnosis.findings import Diagnosis
 from osp_diag.analyses.thinned_run import thinned_run
 from osp_diag.errors import OspDiagError
 from osp_diag.figures._placement import InReport
@@ -18,7 +19,7 @@ from osp_diag.figures.report.encoding import compacted, factored
 from osp_diag.figures.styles import load_style
 from osp_diag.runs.run import Run
 
-__all__ = ["Picture", "draw_figures", "page_picture", "report_figures"]
+__all__ = ["Picture", "draw_figures", "page_picture", "reason_of", "report_figures"]
 
 
 @dataclass
@@ -34,17 +35,25 @@ class Picture:
     """why it is not drawn, or not of some runs"""
 
 
-def draw_figures(runs: Sequence[Run], labels: Sequence[str]) -> list[Picture]:
+def draw_figures(
+    runs: Sequence[Run], labels: Sequence[str], diagnoses: Mapping[int, Diagnosis]
+) -> list[Picture]:
     """Every figure that the page shows, in its order.
 
     What cannot be drawn has no variants, and says why in ``left_out``.
+
+    Parameters
+    ----------
+    diagnoses : by the place of the run; figures of a diagnosis are drawn of these runs alone
     """
     pictures = []
     for name, placement in report_figures().items():
         if placement.pairs:
             pictures += _pairs(name, placement, runs, labels)
         else:
-            pictures += [_together(name, placement, runs, labels, group) for group in _groups(runs)]
+            pictures += [
+                _together(name, placement, runs, labels, group, diagnoses) for group in _groups(runs)
+            ]
     return pictures
 
 
@@ -63,7 +72,12 @@ def _groups(runs: Sequence[Run]) -> list[list[int]]:
 
 
 def _together(
-    name: str, placement: InReport, runs: Sequence[Run], labels: Sequence[str], group: Sequence[int]
+    name: str,
+    placement: InReport,
+    runs: Sequence[Run],
+    labels: Sequence[str],
+    group: Sequence[int],
+    diagnoses: Mapping[int, Diagnosis],
 ) -> Picture:
     picture = Picture(name, placement.heading)
     fitting: dict[int, Run] = {}
@@ -71,19 +85,23 @@ def _together(
         run = runs[index]
         try:
             if len(run.steps) < placement.fewest_steps:
+                there = "is one" if len(run.steps) == 1 else f"are {len(run.steps)}"
                 picture.left_out.append(
-                    f"{labels[index]}: it needs {placement.fewest_steps} probed steps, and there is one"
+                    f"{labels[index]}: it needs {placement.fewest_steps} probed steps, and there {there}"
                 )
                 continue
-            _draw(placement, {index: run}, picture, str(index))
+            if placement.diagnosis and index not in diagnoses:
+                picture.left_out.append(f"{labels[index]}: there is no diagnosis of it")
+                continue
+            _draw(placement, {index: run}, picture, str(index), diagnoses)
             fitting[index] = run
         except Exception as error:  # one figure that fails takes nothing else off the page
-            picture.left_out.append(f"{labels[index]}: {_reason(error)}")
+            picture.left_out.append(f"{labels[index]}: {reason_of(error)}")
     if len(fitting) > 1:
         try:
-            _draw(placement, fitting, picture, "all")
+            _draw(placement, fitting, picture, "all", diagnoses)
         except Exception as error:
-            picture.left_out.append(f"side by side: {_reason(error)}")
+            picture.left_out.append(f"side by side: {reason_of(error)}")
     elif fitting:
         picture.variants["all"] = next(iter(picture.variants))
     if len(group) < len(runs):
@@ -100,21 +118,27 @@ def _pairs(name: str, placement: InReport, runs: Sequence[Run], labels: Sequence
         try:
             _draw(placement, {first: runs[first], second: runs[second]}, picture, "all")
         except Exception as error:
-            picture.left_out.append(f"{both}: {_reason(error)}")
+            picture.left_out.append(f"{both}: {reason_of(error)}")
         pictures.append(picture)
     return pictures
 
 
-def _reason(error: Exception) -> str:
-    """Why a figure is not drawn: as its own message says, or that the run holds what no probe writes."""
+def reason_of(error: Exception) -> str:
+    """Why something is not on a page: as its own message says, or that the run holds what no probe writes."""
     if isinstance(error, OspDiagError):
         return str(error)
-    return f"it cannot be drawn of what the run holds ({type(error).__name__}: {error})"
+    return f"it cannot be made of what the run holds ({type(error).__name__}: {error})"
 
 
-def _draw(placement: InReport, runs: Mapping[int, Run], picture: Picture, variant: str) -> None:
+def _draw(
+    placement: InReport,
+    runs: Mapping[int, Run],
+    picture: Picture,
+    variant: str,
+    diagnoses: Mapping[int, Diagnosis] | None = None,
+) -> None:
     """Of runs by their places on the page."""
-    drawing, dataset = page_picture(picture.name, runs)
+    drawing, dataset = page_picture(picture.name, runs, diagnoses)
     for trace in drawing["data"]:
         if "text" in trace:
             trace["text"] = factored(trace["text"])
@@ -123,12 +147,15 @@ def _draw(placement: InReport, runs: Mapping[int, Run], picture: Picture, varian
     picture.heading = picture.heading or str(dataset.attrs["title"])
 
 
-def page_picture(name: str, runs: Mapping[int, Run]) -> tuple[dict[str, Any], xr.Dataset]:
+def page_picture(
+    name: str, runs: Mapping[int, Run], diagnoses: Mapping[int, Diagnosis] | None = None
+) -> tuple[dict[str, Any], xr.Dataset]:
     """A figure as ``figures.draw`` does it, but for the caption, which a page sets in its own type.
 
     Parameters
     ----------
     runs : by their places on the page, which give them their colours
+    diagnoses : by the same places, for the figures of a diagnosis; None: each is made here
 
     Returns
     -------
@@ -137,7 +164,10 @@ def page_picture(name: str, runs: Mapping[int, Run]) -> tuple[dict[str, Any], xr
     figure, placement = figure_module(name), in_report(name)
     limit = placement.most_steps
     short = [run if limit is None else thinned_run(run, limit) for run in runs.values()]
-    dataset = figure.prepare(short, **placement.options)
+    options = dict(placement.options)
+    if placement.diagnosis and diagnoses is not None:
+        options["diagnoses"] = [diagnoses[place] for place in runs]
+    dataset = figure.prepare(short, **options)
     style = load_style("paper").at_places(runs)
     canvas = figure.draw(dataset, load_backend("plotly"), style=style, width="two-column")
     drawing = canvas.finish(dataset).to_plotly_json()

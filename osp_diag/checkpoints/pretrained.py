@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-__all__ = ["Loading", "check_files", "open_directory", "open_hub", "open_weights_file"]
+__all__ = ["Loading", "check_files", "open_directory", "open_hub", "open_weights_file", "state_in"]
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
@@ -101,7 +102,7 @@ def open_weights_file(path: Path, loading: Loading, *, source: str) -> Checkpoin
     index = directory / "model.safetensors.index.json"
     if path.name.startswith("model-") and index.is_file():
         raise CheckpointError(f"{path} is one shard of a model; pass its directory, {directory}")
-    state = _state_in(path)
+    state = state_in(path)
     check_declared(directory / "config.json", (path,))
     config = _config(str(directory), loading)
     _check_size(config, path.name, loading, (path,))
@@ -324,7 +325,13 @@ def _forbidden(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else "torch refused it"
 
 
-def _state_in(path: Path) -> dict[str, Any]:
+def state_in(path: Path, *, mapped: bool = False) -> dict[str, Any]:
+    """The tensors of a file of weights; ``mapped`` leaves those of a pickle on the disk until they are used.
+
+    Raises
+    ------
+    CheckpointError : it is damaged, holds more than tensors, or no state_dict
+    """
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -334,7 +341,9 @@ def _state_in(path: Path) -> dict[str, Any]:
 
     check_pickle(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=False)
+        state = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=mapped and zipfile.is_zipfile(path)
+        )
     except Exception as error:
         raise _load_error(str(path), error) from error
     # Training scripts wrap the state in a dictionary beside the optimizer's; DeepSpeed calls it module.
@@ -352,7 +361,7 @@ def _state_of(weights: WeightFiles) -> dict[str, Any]:
     """The tensors of all files of a checkpoint."""
     state: dict[str, Any] = {}
     for path in weights.paths:
-        state |= _state_in(path)
+        state |= state_in(path)
     return state
 
 

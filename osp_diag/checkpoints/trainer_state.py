@@ -31,10 +31,12 @@ class TrainerState:
     ----------
     step : updates that the checkpoint's weights have had; None where the file does not say
     scalars : step → the scalars that were logged at it, by a run's names, in the order of steps
+    batch_size : sequences of a training batch of one process; None where the file does not say
     """
 
     step: int | None
     scalars: Mapping[int, Mapping[str, float]]
+    batch_size: int | None = None
 
 
 def run_scalars(logs: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,7 +71,8 @@ def read_trainer_state(directory: Path) -> TrainerState | None:
         scalars.setdefault(entry["step"], {}).update(
             {name: float(value) for name, value in values.items() if value is not None}
         )
-    return TrainerState(step, dict(sorted(scalars.items())))
+    batch_size = content.get("train_batch_size")
+    return TrainerState(step, dict(sorted(scalars.items())), batch_size if _is_step(batch_size) else None)
 
 
 def _is_step(value: object) -> bool:

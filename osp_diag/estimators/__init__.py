@@ -57,6 +57,7 @@ from osp_diag.estimators.registry import (
     default_estimators,
     describe_outputs,
     estimator_parameters,
+    estimators_named,
     get_estimator,
 )
 from osp_diag.estimators.token_kurtosis import (
@@ -110,6 +111,7 @@ __all__ = [
     "default_estimators",
     "describe_outputs",
     "estimator_parameters",
+    "estimators_named",
     "gaussian_floor",
     "get_estimator",
     "merge_states",

@@ -30,6 +30,7 @@ __all__ = [
     "is_torch_namespace",
     "kth_magnitude",
     "kth_of_few",
+    "leading_powers_of_two",
     "namespace_of",
     "once",
     "quotient",
@@ -142,14 +143,14 @@ def runs_on_host(xp: Namespace, like: Array) -> bool:
 _BLOCK_ELEMENTS = 32_767
 
 
-def row_blocks(rows: Array) -> list[slice]:
-    """Slices of rows (n, channel) to work through one after the other.
+def row_blocks(rows: Array, elements: int = _BLOCK_ELEMENTS) -> list[slice]:
+    """Slices of rows (n, channel) to work through one after the other, of so many elements.
 
     On a host, blocks that stay in cache between operations, which is several times faster than
     whole tensors; elsewhere one block, since a compiler or a GPU does better by itself.
     """
     xp, count = namespace_of(rows), rows.shape[0]
-    step = max(1, _BLOCK_ELEMENTS // max(rows.shape[-1], 1)) if runs_on_host(xp, rows) else count
+    step = max(1, elements // max(rows.shape[-1], 1)) if runs_on_host(xp, rows) else count
     return [slice(start, min(start + step, count)) for start in range(0, count, max(step, 1))]
 
 
@@ -205,6 +206,20 @@ def _from_bits(xp: Namespace, bits: Array) -> Array:
     return sys.modules["jax"].lax.bitcast_convert_type(bits, xp.float32)
 
 
+def leading_powers_of_two(magnitude: Array) -> Array:
+    """The largest power of two up to each float32, exactly, for values from float32's normal range."""
+    xp = namespace_of(magnitude)
+    if is_numpy_namespace(xp):
+        return (magnitude.view(np.int32) & _EXPONENT).view(np.float32)
+    if is_torch_namespace(xp) or is_jax_namespace(xp):
+        return _from_bits(xp, _as_bits(xp, magnitude) & _EXPONENT)
+    power = 2.0 ** xp.floor(xp.log2(magnitude))
+    # log₂ is rounded, and near a power of two to its wrong side.
+    power = xp.where(power > magnitude, 0.5 * power, power)
+    return xp.where(2.0 * power <= magnitude, 2.0 * power, power)
+
+
+_EXPONENT = 0x7F800000
 _BITS_AT_ONCE = 2
 
 

@@ -79,6 +79,9 @@ class Layout:
             "output_channel": self.output_channels,
             "expert": self.experts,
         }
+        width = dim.removeprefix("block_")
+        if width.isdecimal():
+            return -(-self.channels // int(width))
         if dim not in sizes:
             raise EstimatorError(
                 f"dimension {dim!r} has no size in the layout; give it coordinates in `Measurement.coords`"
@@ -168,6 +171,8 @@ class Estimator(ABC):
     """Patterns of the sites where the definition applies by default."""
     optional: ClassVar[bool] = False
     """Left out of the default set (costly, or a control)."""
+    family: ClassVar[str] = ""
+    """A name that asks for several estimators at once, where they are one instrument."""
 
     @property
     def identifier(self) -> str:

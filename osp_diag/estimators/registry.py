@@ -30,6 +30,7 @@ __all__ = [
     "default_estimators",
     "describe_outputs",
     "estimator_parameters",
+    "estimators_named",
     "get_estimator",
 ]
 
@@ -95,6 +96,9 @@ def _find(name: str) -> type[Estimator]:
     versions = [cls for cls in by_identifier.values() if cls.name == name]
     if versions:
         return max(versions, key=lambda cls: cls.version)
+    family = [cls.name for cls in by_identifier.values() if name and cls.family == name]
+    if family:
+        raise EstimatorError(f"{name!r} is a family of estimators; name one of {', '.join(family)}")
     names = sorted(by_identifier) if "/" in name else sorted({cls.name for cls in by_identifier.values()})
     hint = did_you_mean(name, names, "`osp-diag estimators` lists all")
     raise EstimatorError(f"no estimator is named {name!r}; {hint}")
@@ -118,6 +122,17 @@ def get_estimator(name: str, **parameters: Any) -> Estimator:
         takes = f"it takes {', '.join(defaults)}" if defaults else "it takes none"
         raise EstimatorError(f"estimator {cls.name!r} has no parameter {', '.join(unknown)}; {takes}")
     return cls(**parameters)
+
+
+def estimators_named(name: str) -> tuple[Estimator, ...]:
+    """The estimator of a name, or those of a family, whatever they observe: ``block_lens`` is several.
+
+    Raises
+    ------
+    EstimatorError : as :func:`get_estimator`
+    """
+    family = tuple(e for e in default_estimators(optional=True) if name and e.family == name)
+    return family or (get_estimator(name),)
 
 
 def applies_to(estimator: Estimator | type[Estimator], site: str) -> bool:

@@ -34,6 +34,7 @@ from osp_diag.probing.settings import (
     keyword_form,
 )
 from osp_diag.quantizing.perplexity import refuse_what_sees_ahead
+from osp_diag.resampling import FEW_SEQUENCES
 from osp_diag.schema import ATTENTION, HIDDEN_STATES
 from osp_diag.sites.trace import unwrap
 from osp_diag.tokens import TokenBatches
@@ -43,8 +44,6 @@ __all__ = ["OF_AN_INTERVENTION", "EngineName", "intervene", "intervene_on_checkp
 OF_AN_INTERVENTION = MeasurementSettings(sites=(*HIDDEN_STATES, ATTENTION))
 """What is measured by default: each sequence's sums are held apart, and those of all sites are large."""
 EngineName = Literal["hooks", "nnsight"]
-FEW_SEQUENCES = 10
-"""Fewer give percentiles that are too narrow, which a note says."""
 TOGETHER = "all together"
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypedDict, TypeVar, cast
 
 from osp_diag.capture.token_kinds import TokenKinds, TokenPlaces
 from osp_diag.errors import UsageError
-from osp_diag.estimators import get_estimator
+from osp_diag.estimators import estimators_named
 from osp_diag.estimators.base import Estimator
 from osp_diag.schema import Protocol
 from osp_diag.tokens import BeginningOfSequence, TokenBatches, make_batches
@@ -188,7 +188,8 @@ class MeasurementSettings(Settings):
     ----------
     sites : names or patterns (``"residual_*"``, ``"linear_input:*"``); None: all but the inputs of single
         projections
-    estimators : names or instances, for all sites or by pattern of sites; None: the default ones of each site
+    estimators : names, of single ones or of a family such as ``"block_lens"``, or instances, for all sites or
+        by pattern of sites; None: the default ones of each site
     delimiter_ids : token ids of the ``delimiter`` stratum; None: those of the tokenizer, and none without one
     stack : of a model of several stacks (encoder and decoder, a vision tower and a language model) the one to
         follow, by a part of its path such as ``"encoder"``; None: the largest
@@ -293,7 +294,10 @@ class MeasurementOptions(TypedDict, total=False):
 
 
 def _instances(estimators: Sequence[str | Estimator]) -> list[Estimator]:
-    return [get_estimator(entry) if isinstance(entry, str) else entry for entry in estimators]
+    instances: list[Estimator] = []
+    for entry in estimators:
+        instances += estimators_named(entry) if isinstance(entry, str) else (entry,)
+    return instances
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])

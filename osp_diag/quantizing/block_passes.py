@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ _TOLERANCE = 1e-3
 _HALF_TOLERANCE = 5e-2
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 (no error)
     """A pass has come as far as was asked."""
 
 
@@ -37,8 +37,8 @@ def calibration_ids(model: nn.Module, calibration: Any) -> Int64[Tensor, "sequen
     shape = tuple(getattr(calibration, "shape", ()))
     if len(shape) != 2 or 0 in shape:
         raise TokenError(
-            f"calibration takes token ids of shape (sequence, position), not of shape {shape}; give some that "
-            "are not evaluated"
+            f"calibration takes token ids of shape (sequence, position), not of shape {shape}; give some "
+            "that are not evaluated"
         )
     tables = [m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)]
     return torch.from_numpy(make_batches(ids=calibration, vocabulary_size=max(tables, default=None)).tokens)
@@ -47,9 +47,9 @@ def calibration_ids(model: nn.Module, calibration: Any) -> Int64[Tensor, "sequen
 class BlockPasses:
     """The blocks of a causal language model, each called as the model calls it, but for the stream.
 
-    A block's other arguments (rotary angles, masks) are taken from one pass of the model; they must not depend
-    on which tokens there are, and each block's output must be the next one's input. Both are checked on a
-    short sequence of other tokens.
+    A block's other arguments (rotary angles, masks) are taken from one pass of the model; they must not
+    depend on which tokens there are, and each block's output must be the next one's input. Both are checked
+    on a short sequence of other tokens.
 
     Parameters
     ----------
@@ -135,10 +135,8 @@ class BlockPasses:
             for block in self.blocks:
                 undo.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
             undo.callback(self.blocks[-1].register_forward_hook(after).remove)
-            try:
+            with suppress(_Reached):
                 self._called(ids)
-            except _Reached:
-                pass
         if not new:
             return states[0], None
         if len(calls) != len(self.blocks):

@@ -49,7 +49,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a sweep is: which case, and in it the layers that are rounded or the sequences that are read."""
+    """How far a sweep is: which case, and how many of its parts, such as layers or sequences."""
 
     case: str
     cases_done: int

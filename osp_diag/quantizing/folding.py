@@ -43,8 +43,8 @@ def norm_gains(path: str, norm: nn.Module, width: int) -> NormGains:
 
     Raises
     ------
-    CheckpointError : it does not compute g ⊙ x / √(mean x²): it subtracts the mean or adds a bias (LayerNorm),
-        or is no norm at all
+    CheckpointError : it does not compute g ⊙ x / √(mean x²): it subtracts the mean or adds a bias
+        (LayerNorm), or is no norm at all
     """
     held = [(name, p) for name, p in norm.named_parameters(recurse=False) if p.numel() == width]
     example = next(norm.parameters(), torch.zeros(1))
@@ -83,6 +83,6 @@ def norm_gains(path: str, norm: nn.Module, width: int) -> NormGains:
 
 def _refusal(path: str, norm: nn.Module, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"the gains of {path}, a {type(norm).__name__}, cannot be folded into the Linears behind it, since it "
-        f"{reason}; {ADVICE}"
+        f"the gains of {path}, a {type(norm).__name__}, cannot be folded into the Linears behind it, since "
+        f"it {reason}; {ADVICE}"
     )

@@ -34,7 +34,7 @@ class GptqWeights:
     """Linears that were rounded to nearest, or needed more damping"""
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 (no error)
     """All inputs that are asked for have come."""
 
 
@@ -79,8 +79,8 @@ def gptq_weights(
     """
     if not 0 < damping <= _MOST_DAMPING or columns_at_once < 1:
         raise UsageError(
-            f"damping={damping}, columns_at_once={columns_at_once}: damping lies above 0 and is 1 at most, and "
-            "1 or more columns are rounded at once"
+            f"damping={damping}, columns_at_once={columns_at_once}: damping lies above 0 and is 1 at most, "
+            "and 1 or more columns are rounded at once"
         )
     if grid.group_size is not None:
         raise UsageError(f"GPTQ rounds each row on one grid, not groups of {grid.group_size} of its channels")
@@ -94,19 +94,20 @@ def gptq_weights(
         last = max((layer for layer, linears in enumerate(by_layer) if linears), default=-1)
         for layer in range(last + 1):
             for group in _groups(passes, layer, states[0], by_layer[layer]):
-                hessian = _hessian(passes, layer, states, group)
-                for path, linear in group.items():
-                    rounded, note = gptq_rounded(
-                        linear.weight.detach(),
-                        hessian,
-                        grid,
-                        damping=damping,
-                        columns_at_once=columns_at_once,
-                    )
-                    notes += [f"{path}: {note}"] if note else []
-                    weights[path] = rounded
+                # Rows do not depend on one another: those of all Linears of the group are one matrix.
+                rounded, note = gptq_rounded(
+                    torch.cat([linear.weight.detach() for linear in group.values()]),
+                    _hessian(passes, layer, states, group),
+                    grid,
+                    damping=damping,
+                    columns_at_once=columns_at_once,
+                )
+                notes += [f"{', '.join(group)}: {note}"] if note else []
+                parts = rounded.split([linear.out_features for linear in group.values()])
+                for (path, linear), part in zip(group.items(), parts, strict=True):
+                    weights[path] = part.clone()
                     undo.callback(setattr, linear, "weight", linear.weight)
-                    linear.weight = nn.Parameter(rounded, requires_grad=False)
+                    linear.weight = nn.Parameter(weights[path], requires_grad=False)
             if layer < last:
                 for index, state in enumerate(states):
                     states[index] = passes.run(layer, state)
@@ -195,8 +196,8 @@ def gptq_rounded(
     factor of (H + λ I)⁻¹, λ = damping · mean diag H, the error e = (w_j − q_j) / U_jj of column j changes the
     later ones: w_k ← w_k − e U_jk. Columns whose input is always 0 are rounded to nearest.
 
-    In float32 (float64 where the matrix is not positive definite in that, and for float64 weights). Where that
-    fails too, damping grows by factors of 10 up to 1, then all is rounded to nearest; the note says so.
+    In float32 (float64 where the matrix is not positive definite in that, and for float64 weights). Where
+    that fails too, damping grows by factors of 10 up to 1, then all is rounded to nearest; the note says so.
     """
     exact = weight.dtype == torch.float64
     working = weight.clone() if exact else weight.float()

@@ -51,7 +51,8 @@ class Hadamard:
         return f"block Hadamard {self.order} of {self.size}"
 
     def apply(self, values: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows channel"]:
-        """Rows times the matrix: x (I ⊗ H) / √n, in float32 (float64 for float64), in the dtype of ``values``.
+        """Rows times the matrix: x (I ⊗ H) / √n, in float32 (float64 for float64), in the dtype
+        of ``values``.
 
         It costs Σ factors multiplications a channel. Gradients pass.
 
@@ -108,7 +109,8 @@ def hadamard(size: int) -> Hadamard:
 
     Full are sizes 2ᵏ · m where a Hadamard matrix of order m, or of m = m₁ · m₂ each, comes from Paley's first
     (m − 1 a prime power, 3 modulo 4) or second construction (m/2 − 1 a prime power, 1 modulo 4) and m is at
-    most 1,024: among them 576 = 16 · 36, 1536 = 128 · 12 and 5504 = 16 · 344. (Paley, J. Math. Phys. 12, 1933.)
+    most 1,024: among them 576 = 16 · 36, 1536 = 128 · 12 and 5504 = 16 · 344. (Paley, J. Math. Phys. 12,
+    1933.)
 
     Raises
     ------
@@ -191,7 +193,9 @@ def core_matrix(order: int) -> Int8[np.ndarray, "order order"]:
         return matrix
     field = _paley_field(order)
     if field is None:
-        raise UsageError(f"no Hadamard matrix of order {order} comes from Sylvester's or Paley's constructions")
+        raise UsageError(
+            f"no Hadamard matrix of order {order} comes from Sylvester's or Paley's constructions"
+        )
     character = _characters_of_differences(*field)
     size = len(character)
     bordered = np.zeros((size + 1, size + 1), dtype=np.int8)

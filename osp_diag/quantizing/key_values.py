@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from osp_diag.errors import UsageError
 from osp_diag.quantizing.conventions import Convention
@@ -32,12 +32,26 @@ class KeyValueRounding:
     ----------
     calls
         layer → how many of its attention calls were changed.
-    rotations
-        descriptions of the matrices that queries and keys were multiplied by.
+    block_rotations
+        descriptions of the matrices that queries and keys were multiplied by, where they mix blocks alone.
+    layers
+        of the model in all.
     """
 
     calls: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    rotations: set[str] = field(default_factory=set)
+    block_rotations: set[str] = field(default_factory=set)
+    layers: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of it, one sentence each."""
+        notes = [f"queries and keys are rotated by a {name}" for name in sorted(self.block_rotations)]
+        if self.calls and len(self.calls) < self.layers:
+            notes.append(
+                f"keys and values are rounded in {len(self.calls)} of {self.layers} layers; in the others no "
+                "attention is seen"
+            )
+        return tuple(notes)
 
 
 @contextmanager
@@ -72,7 +86,7 @@ def rounded_key_values(
             f"keys and values of {type(model).__name__} cannot be rounded: no attention was seen in it; give "
             "16 bits for them, as in 4-4-16"
         )
-    rounding = KeyValueRounding()
+    rounding = KeyValueRounding(layers=sites.number_of_layers)
     layers = _LayerUnderWay(sites)
 
     def edit(call: AttentionCall) -> AttentionCall:
@@ -86,13 +100,14 @@ def rounded_key_values(
                 "osp_diag.attention_function"
             )
         rounding.calls[layers.current] += 1
-        changes: dict[str, Tensor] = {}
+        changes: dict[str, Any] = {}
         if chosen(KEYS, layers.current):
             query, key = call.query, call.key
             if rotated:
                 matrix = hadamard(key.shape[-1])
                 query, key = matrix.apply(query), matrix.apply(key)
-                rounding.rotations.add(matrix.description)
+                if not matrix.is_full:
+                    rounding.block_rotations.add(matrix.description)
             changes = {"query": query, "key": convention.keys(bits).rounded(key)}
         if chosen(VALUES, layers.current):
             changes["value"] = convention.values(bits).rounded(call.value)

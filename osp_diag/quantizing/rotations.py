@@ -188,9 +188,7 @@ def folded_gains(model: nn.Module, structure: StreamStructure) -> Iterator[None]
 
 def _fold_gains(plan: _Plan, structure: StreamStructure) -> None:
     norms = {path: None for path in structure.readers.values() if path is not None}
-    measured = {
-        path: norm_gains(path, plan.model.get_submodule(path), structure.width) for path in norms
-    }
+    measured = {path: norm_gains(path, plan.model.get_submodule(path), structure.width) for path in norms}
     for linear, norm in structure.readers.items():
         if norm is not None and measured[norm].parameter is not None:
             gains = measured[norm].gains
@@ -272,11 +270,10 @@ class _Plan:
     ) -> None:
         """A step of a weight, and one of the bias where the Linear has one."""
         module = self.model.get_submodule(path)
-        if type(module) is not nn.Linear:
+        if not isinstance(module, nn.Linear):
             raise CheckpointError(
-                f"{path} is a {type(module).__name__}, not an nn.Linear, and cannot be rotated; {ADVICE}"
-                if not isinstance(module, nn.Linear)
-                else f"{path} is a {type(module).__name__}, whose own forward pass is unknown; {ADVICE}"
+                f"{path} is a {type(module).__name__}, not an nn.Linear: which of its axes are output "
+                "channels is unknown, so it cannot be rotated"
             )
         self.add(path, "weight", step)
         if bias is not None and module.bias is not None:
@@ -319,9 +316,9 @@ def down_projections(model: nn.Module, sites: SiteMap) -> dict[str, Hadamard]:
     for layer in sites.expert_layers:
         if layer not in sites.expert_modules:
             raise CheckpointError(
-                f"the MLP of layer {layer} of {type(model).__name__} cannot be rotated: its experts are stacked "
-                "in one parameter, and no Linear reads their hidden states; the methods rtn and gptq need no "
-                "rotation"
+                f"the MLP of layer {layer} of {type(model).__name__} cannot be rotated: its experts are "
+                "stacked in one parameter, and no Linear reads their hidden states; the methods rtn and gptq "
+                "need no rotation"
             )
         paths += [down for _, down in sites.expert_modules[layer]]
     if not paths:
@@ -357,6 +354,7 @@ def _refuse_other_logits(model: nn.Module, before: Tensor, after: Tensor) -> Non
     moved = float((after.double() - before.double()).norm())
     if size == size and size < float("inf") and not moved <= limit * size:
         raise CheckpointError(
-            f"{type(model).__name__} predicts otherwise when it is rotated: its logits move by {moved / size:.1%} "
-            f"of their size, so that something reads or writes what is rotated without being seen; {ADVICE}"
+            f"{type(model).__name__} predicts otherwise when it is rotated: its logits move by "
+            f"{moved / size:.1%} of their size, so that something reads or writes what is "
+            f"rotated without being seen; {ADVICE}"
         )

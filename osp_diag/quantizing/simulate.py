@@ -11,11 +11,13 @@ from torch import nn
 
 from osp_diag.errors import UsageError
 from osp_diag.quantizing.conventions import Convention, convention_named
+from osp_diag.quantizing.gptq import gptq_weights
 from osp_diag.quantizing.grid import Grid
-from osp_diag.quantizing.key_values import KEYS, VALUES, rounded_key_values
+from osp_diag.quantizing.key_values import KEYS, VALUES, KeyValueRounding, rounded_key_values
+from osp_diag.quantizing.learned_rotations import learned_rotations
 from osp_diag.quantizing.linears import BlockLinear, block_linears
 from osp_diag.quantizing.methods import Method, method_named
-from osp_diag.quantizing.rotations import StreamRotations, rotated
+from osp_diag.quantizing.rotations import rotated
 from osp_diag.quantizing.setting import UNQUANTIZED, Setting
 from osp_diag.sites import SiteMap, find_sites
 from osp_diag.sites.trace import unwrap
@@ -23,7 +25,7 @@ from osp_diag.sites.trace import unwrap
 __all__ = ["QuantizedWeights", "Simulation", "quantized", "quantized_weights"]
 
 Progress = Callable[[int, int], None]
-"""Told (layers done, layers in all) of what goes layer by layer."""
+"""Told (parts done, parts in all) of what takes long: layers, or sequences that rotations are learned on."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,20 @@ class Simulation:
     ----------
     linears
         paths of the Linears that are quantized.
-    notes
-        what is to be said of it, one sentence each.
+    of_weights
+        what is to be said of rotations and weights, one sentence each.
+    key_values
+        what the rounding of keys and values has done so far, where they are rounded.
     """
 
     linears: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    of_weights: tuple[str, ...] = ()
+    key_values: KeyValueRounding | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of it, one sentence each, with that of the passes so far."""
+        return self.of_weights if self.key_values is None else (*self.of_weights, *self.key_values.notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +61,7 @@ class QuantizedWeights:
     linears
         that are quantized.
     notes
-        as of :class:`Simulation`.
+        what is to be said of rotations and weights, one sentence each.
     """
 
     model: nn.Module
@@ -64,13 +74,13 @@ class QuantizedWeights:
 
     @contextmanager
     def passes(self, setting: Setting) -> Iterator[Simulation]:
-        """Passes in which inputs, keys and values have the bits of ``setting``, whose weights are there
-        already.
+        """Passes in which inputs, keys and values have the bits of ``setting``; its weights are there.
 
         Raises
         ------
         UsageError : keys and values that cannot be reached
         """
+        key_values = None
         with ExitStack() as undo:
             if setting.activation_bits != UNQUANTIZED:
                 for linear in self.linears:
@@ -85,8 +95,8 @@ class QuantizedWeights:
                     rotated=self.rotates_keys,
                     chosen=self.chosen,
                 )
-                undo.enter_context(rounding)
-            yield Simulation(tuple(linear.path for linear in self.linears), self.notes)
+                key_values = undo.enter_context(rounding)
+            yield Simulation(tuple(linear.path for linear in self.linears), self.notes, key_values)
 
     def _input_grid(self, linear: BlockLinear, bits: int) -> Grid:
         if linear.head_width:
@@ -94,9 +104,9 @@ class QuantizedWeights:
         return self.convention.activations(bits)
 
     def _any_key_values(self) -> bool:
-        return any(
-            self.chosen(part, layer) for part in (KEYS, VALUES) for layer in self.sites.attention_layers
-        )
+        # Where no attention was seen, that is refused rather than passed over.
+        layers = self.sites.attention_layers or (0,)
+        return any(self.chosen(part, layer) for part in (KEYS, VALUES) for layer in layers)
 
 
 @contextmanager
@@ -189,7 +199,11 @@ def quantized_weights(
     with ExitStack() as undo:
         rotates_keys = rules.rotates_keys
         if way.rotation != "none":
-            learned = _learned(model, calibration, rules, seed, blocks) if way.rotation == "learned" else None
+            learned = None
+            if way.rotation == "learned":
+                learned = learned_rotations(
+                    model, calibration, convention=rules, seed=seed, blocks=blocks, progress=progress
+                )
             applied = undo.enter_context(
                 rotated(model, way.rotation, seed=seed, rotations=learned, blocks=blocks)
             )
@@ -237,14 +251,6 @@ def _check_calibration(method: Method, calibration: Any) -> None:
         )
 
 
-def _learned(
-    model: nn.Module, calibration: Any, convention: Convention, seed: int, blocks: str | None
-) -> StreamRotations:
-    from osp_diag.quantizing.learned_rotations import learned_rotations
-
-    return learned_rotations(model, calibration, convention=convention, seed=seed, blocks=blocks)
-
-
 def _round_weights(
     model: nn.Module,
     linears: tuple[BlockLinear, ...],
@@ -257,8 +263,6 @@ def _round_weights(
 ) -> tuple[str, ...]:
     """Exchange parameters, not their values: whoever else holds one (a tied head) keeps its numbers."""
     if method.rounding == "gptq":
-        from osp_diag.quantizing.gptq import gptq_weights
-
         rounding = gptq_weights(model, linears, grid, calibration, blocks=blocks, progress=progress)
         weights, notes = rounding.weights, rounding.notes
     else:

@@ -1,9 +1,10 @@
-"""Which matrices write the residual stream and which read it: measured in one traced pass, not told by names."""
+"""Which matrices write the residual stream and which read it: measured in one pass, not told by names."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
@@ -56,7 +57,8 @@ class StreamStructure:
 
 
 def measure_structure(model: nn.Module, sites: SiteMap, *, blocks: str | None = None) -> StreamStructure:
-    """Find what reads and writes the residual stream, by which tensors of one pass of eleven tokens are equal.
+    """Find what reads and writes the residual stream, by which tensors of one pass of eleven tokens are
+    equal.
 
     Parameters
     ----------
@@ -144,7 +146,7 @@ class _Measuring:
             raise self._refusal(f"block {layer} does not hand its output on to what follows")
         middle = self._middle(layer, inner)
         states = [event.input, *([] if middle is None else [middle]), after]
-        for before, behind in zip(states, states[1:], strict=False):
+        for before, behind in pairwise(states):
             self._write(layer, inner, minus(behind, before))
         for state in states[:-1]:
             self._read(state, inner, f"block {layer}")
@@ -195,7 +197,8 @@ class _Measuring:
                 self._add_reader(event.name, norm.name)
             elif not same(event.output, event.input):
                 raise self._refusal(
-                    f"{event.name}, a {type(event.module).__name__}, reads the norm {norm.name} and is no Linear"
+                    f"{event.name}, a {type(event.module).__name__}, reads the norm {norm.name} and is no "
+                    "Linear"
                 )
         if not any(event.projection for event in inward):
             raise self._refusal(f"the output of {norm.name} in {where} is read by no Linear")

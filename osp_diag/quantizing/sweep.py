@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,10 +107,12 @@ def sweep(
         refuse_what_sees_ahead(model, tokens)
         _preflight(model, tokens, missing, blocks)
         work = _Work(model, tokens, base, calibration, blocks, batch_size, len(wanted), progress)
-        for case, row in work.rows(missing, full, done=len(rows)):
-            rows[case] = row
-            if on_result is not None:
-                on_result(row)
+        # Closed also where a row cannot be stored, so that the model has its own weights back.
+        with closing(work.rows(missing, full, done=len(rows))) as measuring:
+            for case, row in measuring:
+                rows[case] = row
+                if on_result is not None:
+                    on_result(row)
     return results_dataset([rows[case] for case in wanted])
 
 
@@ -189,7 +193,9 @@ class _Work:
         self.blocks, self.batch_size, self.total, self._progress = blocks, batch_size, total, progress
         self.done = 0
 
-    def rows(self, cases: list[Case], full: Case, done: int) -> Iterator[tuple[Case, QuantizedResult]]:
+    def rows(
+        self, cases: list[Case], full: Case, done: int
+    ) -> Generator[tuple[Case, QuantizedResult], None, None]:
         self.done = done
         with ReferencePredictions() as reference:
             row = self._row(full, self._predictions(full, reference), reference)
@@ -207,7 +213,7 @@ class _Work:
                     calibration=self.calibration and self.calibration.tokens,
                     seed=first.seed,
                     blocks=self.blocks,
-                    progress=lambda done, total, case=first: self._tell(case, "layers", done, total),
+                    progress=partial(self._tell, first, "parts"),
                 )
                 with weights as prepared:
                     for case in members:
@@ -223,7 +229,7 @@ class _Work:
             batch_size=self.batch_size,
             known_causal=True,
             reference=reference,
-            progress=lambda done, total: self._tell(case, "sequences", done, total),
+            progress=partial(self._tell, case, "sequences"),
         )
 
     def _tell(self, case: Case, part: str, done: int, total: int) -> None:
@@ -265,7 +271,7 @@ def _mean_and_bounds(totals: Float[np.ndarray, " sequence"], tokens: int) -> tup
     if not len(totals):
         return math.nan, math.nan, math.nan
     mean = float(totals.sum()) / (len(totals) * tokens)
-    if not np.isfinite(totals).all():
+    if len(totals) < 2 or not np.isfinite(totals).all():
         return mean, math.nan, math.nan
     numbers = np.full(len(totals), float(tokens))
     low, high = interval(ratio(totals, numbers, draws(len(totals), RESAMPLES, seed=0)))

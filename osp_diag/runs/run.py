@@ -549,12 +549,13 @@ class Run:
         """What is wrong and where, by stated rules: :func:`osp_diag.analyses.verdict`."""
         return cast("Verdict", _offered("analyses", "verdict")(self, step=step))
 
-    def diagnose(self, **options: Any) -> Diagnosis:
+    def diagnose(self, *, checkpoints: str | os.PathLike[str] | None = None, **options: Any) -> Diagnosis:
         """When outliers or the loss rose, where, why, and what to do: :func:`osp_diag.analyses.diagnose`.
 
-        Of a run of ``osp-diag train``, the checkpoints beside it are read.
+        Of a run of ``osp-diag train``, the checkpoints beside it are read; of another loop's, those in the
+        directory ``checkpoints``, or where the run says that they are.
         """
-        laboratory = _offered("trainer.laboratory", "laboratory")(self)
+        laboratory = _offered("trainer.laboratory", "laboratory")(self, checkpoints=checkpoints)
         return cast("Diagnosis", _offered("analyses", "diagnose")(self, laboratory, **options))
 
     def draw(self, name: str, **options: Any) -> Any:

@@ -58,14 +58,17 @@ from osp_diag.runs.segments import (
     segments_of,
 )
 from osp_diag.runs.tree import Plan, Tree, checked_path, scalar, step_label
-from osp_diag.schema import LOGGED_STEP, PARENT, SEGMENTS, SERIES, STEP
+from osp_diag.schema import CHECKPOINT_FOLDER, LOGGED_STEP, PARENT, SEGMENTS, SERIES, STEP
 
 __all__ = ["RunWriter", "check_destination"]
 
 
 CIRCUMSTANCES = ("created", "command", "versions", "device", "ranks")
 """Attributes in which the two halves of a resumed run may differ; the later ones go into ``resumed``."""
-VOLATILE = (*CIRCUMSTANCES, "resumed", "absent_sites", "notes", "later_estimators", PARENT, SEGMENTS)
+VOLATILE = (
+    *CIRCUMSTANCES, "resumed", "absent_sites", "notes", "later_estimators", CHECKPOINT_FOLDER, PARENT,
+    SEGMENTS,
+)  # fmt: skip
 
 _CHUNK_BYTES = 256 * 1024
 _SERIES_CHUNK = 4096

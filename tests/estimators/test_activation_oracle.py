@@ -36,6 +36,7 @@ NOT_IN_ORACLE = {
     "nonfinite_first_channel",
     "gradient_nonfinite_count",
     "residual_sink_channel",
+    "effective_bits",
 }
 """Checked by tests of their own."""
 

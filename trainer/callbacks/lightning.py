@@ -75,6 +75,7 @@ class OutlierProbe(Callback):
             config=dict(pl_module.hparams),
             autocast=trainer.precision_plugin.forward_context,
             eager=getattr(pl_module, "_compiler_ctx", None) is not None,
+            checkpoints=_folder(trainer),
         )
         if trainer.global_step == 0:
             self.recording.after_step(0)
@@ -167,6 +168,11 @@ def _actions(trainer: Trainer) -> LoopActions:
         return "the Trainer ends after this step, unless min_steps or min_epochs go on"
 
     return LoopActions(checkpoint=checkpoint, stop=stop)
+
+
+def _folder(trainer: Trainer) -> str:
+    """Where the checkpoints of the Trainer lie; without a callback that saves some, those on request."""
+    return getattr(trainer.checkpoint_callback, "dirpath", None) or trainer.default_root_dir
 
 
 def _gradient_norm(optimizer: torch.optim.Optimizer) -> Tensor:

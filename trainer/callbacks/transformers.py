@@ -65,6 +65,7 @@ class OutlierProbeCallback(TrainerCallback):
             config=args.to_sanitized_dict(),
             # The Trainer hands out the model within its compiled wrapper.
             eager=bool(args.torch_compile),
+            checkpoints=args.output_dir,
         )
         if state.global_step == 0:
             self.recording.after_step(0)

@@ -31,26 +31,20 @@ from osp_diag.trainer.held_out import HeldOutLoss, held_out_batches
 from osp_diag.trainer.laboratory.edits import EDITS
 from osp_diag.trainer.laboratory.replaying import compared
 from osp_diag.trainer.laboratory.weight_changes import rows_that_deviate, weight_changes
+from osp_diag.trainer.laboratory.words import words_of
 from osp_diag.trainer.loop import train
 from osp_diag.trainer.model import Llama
 from osp_diag.trainer.optimizers import route
 from osp_diag.trainer.recording import Recording
 
-__all__ = ["TrainingLaboratory", "laboratory"]
+__all__ = ["TrainingLaboratory", "is_own"]
 
 MODEL, OPTIMIZER = "model.", "optimizer."
 
 
-def laboratory(
-    run: Run, progress: Callable[[str, int, int], None] | None = None
-) -> TrainingLaboratory | None:
-    """The laboratory of a run of our trainer; None of any other run, or of one in memory.
-
-    ``progress`` is told (what, steps done, steps in all) while something is trained.
-    """
-    if run.path is None or not isinstance(run.attrs.get("config"), Mapping) or "routing" not in run.attrs:
-        return None
-    return TrainingLaboratory(run, progress)
+def is_own(run: Run) -> bool:
+    """Whether a run is of our trainer, and on disk."""
+    return run.path is not None and isinstance(run.attrs.get("config"), Mapping) and "routing" in run.attrs
 
 
 class TrainingLaboratory:
@@ -61,6 +55,9 @@ class TrainingLaboratory:
     run : of our trainer, on disk
     progress : told (what, steps done, steps in all) while something is trained
     """
+
+    trains = True
+    """Steps can be made again from its checkpoints."""
 
     def __init__(self, run: Run, progress: Callable[[str, int, int], None] | None = None) -> None:
         assert run.path is not None
@@ -87,6 +84,11 @@ class TrainingLaboratory:
     def checkpoints(self) -> tuple[CheckpointState, ...]:
         """What each says without its weights being read."""
         return tuple(self._state(self._by_step[step]) for step in sorted(self._by_step))
+
+    @property
+    def scalars(self) -> xr.Dataset:
+        """None beside those of the run."""
+        return xr.Dataset(coords={"step": np.empty(0, np.int64)})
 
     def _state(self, checkpoint: TrainingCheckpoint) -> CheckpointState:
         owners, shapes = {}, {}
@@ -125,7 +127,7 @@ class TrainingLaboratory:
                 now = reference_loss(
                     trained_model(checkpoint), torch.as_tensor(ids), _autocast(checkpoint.config)
                 )
-            records.append(FunctionRecord(step, float(loss), now))
+            records.append(FunctionRecord(step, "loss", float(loss), now))
         return records
 
     def weight_changes(self, before: int, after: int) -> xr.Dataset:
@@ -157,10 +159,7 @@ class TrainingLaboratory:
             else:
                 weight[index] = earlier[index]
 
-        kind = "channel" if old.ndim < 2 else part.axis
-        many = "s" if len(part.indices) > 1 else ""
-        rows = "all" if part.axis == "all" else f"{kind}{many} {_brief(part.indices)}"
-        return self._counterfactual(step, f"{rows} of {part.parameter} as at step {before}", revert)
+        return self._counterfactual(step, words_of(part, old.ndim, before), revert)
 
     def edited(self, step: int, edit: str) -> Counterfactual:
         """A checkpoint with one of :data:`~osp_diag.trainer.laboratory.edits.EDITS`."""
@@ -216,7 +215,7 @@ class TrainingLaboratory:
             return compared(self.run, again, start)
 
     def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
-        """Training from a checkpoint to a step under a changed configuration, probed at both."""
+        """Training from a checkpoint to a step under a changed configuration, probed when the run was."""
         return self._fork(start, until, label, changes, ())
 
     def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:
@@ -227,7 +226,10 @@ class TrainingLaboratory:
         self, start: int, until: int, label: str, changes: Mapping[str, Any], forget: Sequence[str]
     ) -> Fork:
         own = self._by_step[start].config
-        config = with_changes(own, {"probe.every": until - start, "probe.dense_until": 0, **changes})
+        # The run's own schedule, so that both can be compared probe by probe; no probes are none.
+        schedule = {} if own.probe.every else {"probe.every": until - start, "probe.dense_until": 0}
+        sites = tuple(site for site in HIDDEN_STATES if site in self.run.sites)
+        config = with_changes(own, {**schedule, "probe.sites": sites, **changes})
         with self._trained(start, until, config, label, forget) as run:
             kurtosis = [headline_kurtosis(run, step=int(step)).get("all", np.nan) for step in run.steps]
             losses = run.series["held_out_loss"].sel(step=run.steps).values
@@ -260,9 +262,3 @@ class TrainingLaboratory:
 
 def _autocast(config: TrainConfig) -> Callable[[], AbstractContextManager[None]]:
     return lambda: autocast_of(config, torch.device("cpu"))
-
-
-def _brief(indices: Sequence[int]) -> str:
-    if len(indices) > 3 and indices[-1] - indices[0] == len(indices) - 1:
-        return f"{indices[0]} to {indices[-1]}"
-    return ", ".join(map(str, indices[:6])) + (" …" if len(indices) > 6 else "")

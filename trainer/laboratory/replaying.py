@@ -66,19 +66,31 @@ def _weights(
 
 
 def fits(weights: np.ndarray, moved: np.ndarray, replayed: np.ndarray, names: list[str]) -> xr.Dataset:
-    """Δ ≈ a · Δreplay + b · W by least squares over the projections, which are linear in all three."""
-    factors, decays, residuals = [], [], []
+    """Δ ≈ a · Δreplay + b · W by least squares over the projections, which are linear in all three.
+
+    Of a scalar, whose step is parallel to it, a decay cannot be told from a longer step: b is 0 there.
+    """
+    factors, decays, residuals, differences = [], [], [], []
     for w, one, two in zip(weights, moved, replayed, strict=True):
         delta, again = one.astype(np.float64) - w, two.astype(np.float64) - w
         (a, b), *_ = np.linalg.lstsq(np.stack([again, w.astype(np.float64)], axis=1), delta, rcond=None)
+        if _are_parallel(again, w):
+            a, b = float(again @ delta) / float(again @ again), 0.0
         left = delta - a * again - b * w
         size = np.linalg.norm(delta)
+        apart = np.linalg.norm(delta - again)
+        differences.append(apart / size if size else np.inf if apart else 0.0)
         factors.append(a)
         decays.append(-b)
         residuals.append(np.linalg.norm(left) / size if size else 0.0)
     return xr.Dataset(
         {
             "is_same": ("parameter", (moved == replayed).all(axis=1)),
+            "relative_difference": (
+                "parameter",
+                differences,
+                {"units": "1", "definition": "‖Δ − Δreplay‖ / ‖Δ‖, of 8 projections"},
+            ),
             "step_factor": ("parameter", factors, {"definition": "a in Δ ≈ a · Δreplay + b · W"}),
             "decay": ("parameter", decays, {"definition": "−b in Δ ≈ a · Δreplay + b · W"}),
             "residual": (
@@ -89,3 +101,9 @@ def fits(weights: np.ndarray, moved: np.ndarray, replayed: np.ndarray, names: li
         },
         coords={"parameter": names},
     )
+
+
+def _are_parallel(one: np.ndarray, two: np.ndarray) -> bool:
+    """Whether two vectors span no plane, but for the rounding of float32."""
+    size = float(np.linalg.norm(one) * np.linalg.norm(two))
+    return size > 0 and 1 - abs(float(one @ two.astype(np.float64))) / size < 1e-5

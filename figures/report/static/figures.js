@@ -39,6 +39,7 @@ const Figures = {
     const variant = this.variant(figure), plot = figure.querySelector(".plot");
     if (!this.stale.delete(figure) || !variant) return;
     const layout = this.themed(variant.layout);
+    layout.modebar = { bgcolor: "rgba(0,0,0,0)" };
     layout.shapes = [...(layout.shapes ?? []), ...this.marks(variant)];
     Plotly.react(plot, this.themed(variant.data).map((trace) => this.unfactored(trace)), layout, CONFIG);
     if (!plot.dataset.listens) {

@@ -18,7 +18,7 @@ function axisLook() {
 
 function baseLayout(height) {
   return {
-    height, margin: { l: 62, r: 14, t: 34, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    height, margin: { l: 62, r: 14, t: 34, b: 44 }, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", modebar: { bgcolor: "rgba(0,0,0,0)" },
     font: { family: '"DejaVu Sans", Verdana, Arial, sans-serif', size: 12, color: colour("ink") },
     hoverlabel: { font: { size: 12 } }, showlegend: false, shapes: [], annotations: [],
   };

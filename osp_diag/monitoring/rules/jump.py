@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from osp_diag.monitoring.finding import Finding
+from osp_diag.monitoring.jump_record import JumpRecord
 from osp_diag.monitoring.moment import Moment
 from osp_diag.monitoring.places import Place
 from osp_diag.monitoring.rule import RunningRule
@@ -45,6 +46,8 @@ class Rule(RunningRule):
     """A spike makes two, up and down."""
     odd_as_usual: float = 2.0
     """With 1.5 a share of few sequences, which doubles or stays, jumped (docs/log.md)."""
+    record: JumpRecord = field(default_factory=JumpRecord)
+    """Every number's first jump, not only the first place's."""
     _groups: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Column → which statistic and site it is of."""
     _numbers: dict[tuple[str | None, str], int] = field(default_factory=dict)
@@ -74,6 +77,7 @@ class Rule(RunningRule):
         together = np.bincount(self._groups, self._known, len(self._pauses))[self._groups]
         known = (self._known >= self.usual_changes) & (together >= self.changes_together)
         jumps = (size >= self.times_usual) & known
+        self.record.add(table.places, moment.step, np.where(known, size, np.nan), jumps)
         self._learn(change, np.isfinite(change) & ~jumps)
         self._last_but_one = np.where(self._jumped, np.nan, logarithms[0])
         self._jumped = jumps

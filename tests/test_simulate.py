@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from torch import nn
 from torch.nn.utils import parametrize
+from transformers.models.llama.modeling_llama import LlamaForCausalLM, apply_rotary_pos_emb
 
 from osp_diag.errors import CheckpointError, UsageError
-from osp_diag.quantizing.round_to_nearest import round_to_nearest
+from osp_diag.quantizing.conventions import OSP, PLAIN, Convention
+from osp_diag.quantizing.grid import Grid
+from osp_diag.quantizing.linears import ROLES, block_linears
+from osp_diag.quantizing.setting import Setting
+from osp_diag.quantizing.simulate import quantized
 from tests.tiny_checkpoints import bert, gpt2, llama
 
 BITS = (2, 3, 4, 8)
@@ -90,17 +94,19 @@ moderate = st.floats(-1e3, 1e3, width=32).map(lambda x: 0.0 if abs(x) < 1e-6 els
 matrices = arrays.arrays(np.float64, (5, 6), elements=moderate)
 
 
+@settings(max_examples=30)
 @given(rows=matrices, bits=st.sampled_from(BITS))
 def test_activations_are_the_oracles(rows, bits):
     model = OneLinear(rows, np.eye(6))
-    with round_to_nearest(model, 16, bits):
+    with quantized(model, Setting(16, bits)):
         np.testing.assert_allclose(of_all_rows(model), asymmetric(rows, bits), rtol=1e-12, atol=1e-12)
 
 
+@settings(max_examples=30)
 @given(weight=arrays.arrays(np.float64, (6, 6), elements=moderate), bits=st.sampled_from(BITS))
 def test_weights_are_the_oracles(weight, bits):
     model = OneLinear(np.eye(6), weight)
-    with round_to_nearest(model, bits, 16):
+    with quantized(model, Setting(bits, 16)):
         np.testing.assert_allclose(of_all_rows(model).T, symmetric(weight, bits), rtol=1e-12, atol=1e-12)
 
 
@@ -112,7 +118,7 @@ def test_both_together_in_the_dtypes_of_models(dtype):
     # The largest |w| of a row is at 7.5 steps, which is clipped, or at −7.5, a tie that the last bit decides.
     weight *= np.sign(weight.max(1) + weight.min(1))[:, None]
     model = OneLinear(rows, weight, dtype)
-    with round_to_nearest(model):
+    with quantized(model, Setting()):
         found = of_all_rows(model)
     expected = asymmetric(rows, 4) @ symmetric(weight, 4).T
     scale = np.abs(expected).max()
@@ -126,7 +132,7 @@ def test_the_ends_of_the_grids():
     spike = np.array([1e30, 1.0, -1.0, 0.0, 0.5, 2.0])
     rows = np.stack([zero, constant, negative, spike, np.arange(6) - 15.0, np.arange(6.0)])
     model = OneLinear(rows, np.eye(6), torch.float32)
-    with round_to_nearest(model, 16, 4):
+    with quantized(model, Setting(16, 4)):
         found = of_all_rows(model)
     np.testing.assert_array_equal(found[0], zero)
     np.testing.assert_allclose(found[1:3], [constant, negative], rtol=1e-6)
@@ -134,7 +140,7 @@ def test_the_ends_of_the_grids():
     np.testing.assert_allclose(found[3], [1e30, 0, 0, 0, 0, 0], rtol=1e-6)
     np.testing.assert_allclose(found[4], np.arange(6) - 15.0, rtol=1e-6)  # step 1, from −15 to 0
     weights = OneLinear(np.eye(6), rows, torch.float32)
-    with round_to_nearest(weights, 4, 16):
+    with quantized(weights, Setting(4, 16)):
         found = of_all_rows(weights).T
     np.testing.assert_array_equal(found[0], zero)
     # Symmetric about 0 with 16 points: the positive end is at 7/7.5 of the maximum, the negative at 8/7.5.
@@ -149,7 +155,7 @@ def test_tokens_have_grids_of_their_own_however_they_are_batched():
     rows = np.random.default_rng(1).standard_normal((4, 8)) * np.array([[1.0], [100.0], [0.01], [5.0]])
     model = OneLinear(rows, np.eye(8))
     linear = model.blocks[0].first
-    with round_to_nearest(model, 16, 4), torch.no_grad():
+    with quantized(model, Setting(16, 4)), torch.no_grad():
         flat = linear(torch.tensor(rows))
         deep = linear(torch.tensor(rows)[None, :, None])
         named = linear(input=torch.tensor(rows))
@@ -180,7 +186,8 @@ def test_every_linear_of_the_blocks_is_quantized_and_nothing_else(model):
 
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     hooks = [m.register_forward_hook(keep(n)) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    with round_to_nearest(model, 3, 3) as names:
+    with quantized(model, Setting(3, 3)) as simulation:
+        names = simulation.linears
         logits(model)
         during = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for hook in hooks:
@@ -207,12 +214,12 @@ def test_every_linear_of_the_blocks_is_quantized_and_nothing_else(model):
 
 def test_the_model_is_as_it_was_afterwards(model):
     parameters, before = dict(model.named_parameters()), logits(model)
-    with round_to_nearest(model):
+    with quantized(model, Setting()):
         assert not torch.equal(logits(model), before)
     assert all(parameters[name] is parameter for name, parameter in model.named_parameters())
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(logits(model), before)
-    with pytest.raises(KeyError, match="stopped"), round_to_nearest(model):
+    with pytest.raises(KeyError, match="stopped"), quantized(model, Setting()):
         raise KeyError("stopped")
     assert torch.equal(logits(model), before)
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -220,11 +227,11 @@ def test_the_model_is_as_it_was_afterwards(model):
 
 def test_16_bits_are_the_model_bit_for_bit(model):
     before = logits(model)
-    with round_to_nearest(model, 16, 16):
+    with quantized(model, Setting(16, 16)):
         assert torch.equal(logits(model), before)
-    with round_to_nearest(model, 4, 16):
+    with quantized(model, Setting(4, 16)):
         weights_only = logits(model)
-    with round_to_nearest(model, 16, 4):
+    with quantized(model, Setting(16, 4)):
         activations_only = logits(model)
     assert not torch.equal(weights_only, before)
     assert not torch.equal(activations_only, before)
@@ -237,7 +244,7 @@ def test_more_bits_are_closer(model):
     before = logits(model)
     errors = []
     for bits in (2, 4, 6, 8):
-        with round_to_nearest(model, bits, bits):
+        with quantized(model, Setting(bits, bits)):
             errors.append(float((logits(model) - before).norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
@@ -248,7 +255,7 @@ def test_a_parameter_that_others_hold_keeps_its_numbers_there():
     model.other = nn.Linear(6, 6, bias=False).double()
     model.other.weight = model.blocks[0].first.weight
     before = model.other.weight.detach().clone()
-    with round_to_nearest(model):
+    with quantized(model, Setting()):
         assert torch.equal(model.other.weight, before)
         assert not torch.equal(model.blocks[0].first.weight, before)
     assert model.other.weight is model.blocks[0].first.weight
@@ -258,44 +265,171 @@ def test_shared_blocks_are_rounded_once():
     weight = np.random.default_rng(0).standard_normal((6, 6))
     model = OneLinear(np.eye(6), weight)
     model.blocks.append(model.blocks[0])
-    with round_to_nearest(model, 3, 16) as names:
+    with quantized(model, Setting(3, 16)) as simulation:
+        names = simulation.linears
         assert names == ("blocks.0.first",)
         found = model.blocks[0].first.weight.detach().numpy()
         np.testing.assert_allclose(found, symmetric(weight, 3), rtol=1e-12)
 
 
 def test_models_that_are_not_causal_work_too():
-    with round_to_nearest(bert()) as names:
+    with quantized(bert(), Setting()) as simulation:
+        names = simulation.linears
         assert any(name.endswith("attention.self.query") for name in names)
         assert not any("decoder" in name or "predictions" in name for name in names)
 
 
+# -- keys and values -------------------------------------------------------------------------------------
+
+
+def by_hand(model: nn.Module, bits: int, convention: Convention) -> torch.Tensor:
+    """The logits of a Llama whose attention is written out, with keys and values rounded."""
+    config, base = model.config, model.model
+    heads, groups = config.num_attention_heads, config.num_key_value_heads
+    width = config.hidden_size // heads
+    hidden = base.embed_tokens(IDS)
+    cos, sin = base.rotary_emb(hidden, torch.arange(IDS.shape[1])[None])
+    mix = torch.tensor(scipy.linalg.hadamard(width) / width**0.5, dtype=torch.float32)
+    future = torch.ones(IDS.shape[1], IDS.shape[1], dtype=torch.bool).triu(1)
+    for layer in base.layers:
+        x = layer.input_layernorm(hidden)
+        part = layer.self_attn
+        shape = (*IDS.shape, -1, width)
+        query, key, value = (
+            p(x).view(shape).transpose(1, 2) for p in (part.q_proj, part.k_proj, part.v_proj)
+        )
+        query, key = apply_rotary_pos_emb(query, key, cos, sin)
+        if convention.rotates_keys:
+            query, key = query @ mix, key @ mix
+        key = torch.tensor(rows_of(asymmetric, key, bits))
+        free = not convention.values(bits).zero_in_range
+        value = torch.tensor(rows_of(spanning if free else asymmetric, value, bits))
+        key, value = (x.repeat_interleave(heads // groups, 1) for x in (key, value))
+        scores = (query @ key.transpose(-1, -2) / width**0.5).masked_fill(future, -torch.inf)
+        mixed = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+        hidden = hidden + part.o_proj(mixed)
+        hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+    return model.lm_head(base.norm(hidden))
+
+
+def rows_of(oracle, x: torch.Tensor, bits: int) -> np.ndarray:
+    return oracle(x.double().numpy().reshape(-1, x.shape[-1]), bits).reshape(x.shape).astype(np.float32)
+
+
+def spanning(x: np.ndarray, bits: int) -> np.ndarray:
+    """As ``asymmetric``, of rows whose range need not hold 0."""
+    low, step = x.min(-1, keepdims=True), np.ptp(x, -1, keepdims=True) / (2**bits - 1)
+    zero = np.rint(-low / step)
+    return step * (np.clip(np.rint(x / step) + zero, 0, 2**bits - 1) - zero)
+
+
+@pytest.mark.parametrize(("attention", "convention"), [("eager", PLAIN), ("sdpa", OSP)])
+def test_keys_and_values_are_rounded_in_a_plain_pass(model, attention, convention):
+    """Two query heads share one key head; nothing is generated and there is no cache."""
+    model.set_attn_implementation(attention)
+    before = logits(model)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.weight += 0.1  # so that some values lie on one side of 0
+        expected = by_hand(model, 3, convention)
+    with quantized(model, Setting(16, 16, 3), convention=convention.name):
+        found = logits(model)
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    assert (found - logits(model)).abs().max() > 1e-3
+    assert before.shape == found.shape
+
+
+def test_rotated_keys_that_are_not_rounded_leave_the_logits(model, monkeypatch):
+    monkeypatch.setattr(Grid, "rounded", lambda self, values, scales=None: values)
+    before = logits(model)
+    with quantized(model, Setting(16, 16, 4), convention="osp"):
+        torch.testing.assert_close(logits(model), before, atol=1e-5, rtol=1e-4)
+
+
+def test_heads_without_a_hadamard_matrix_are_rotated_in_blocks():
+    config = llama().config
+    config.head_dim = 6
+    model = LlamaForCausalLM(config).eval()
+    with quantized(model, Setting(16, 16, 4), convention="osp") as simulation:
+        assert simulation.notes == ()
+        logits(model)
+    assert simulation.notes == ("queries and keys are rotated by a block Hadamard 2 of 6",)
+
+
+def test_a_cache_changes_nothing(model):
+    with torch.no_grad(), quantized(model, Setting(16, 16, 4), convention="osp"):
+        whole = model(IDS).logits[:, -1]
+        first = model(IDS[:, :-1], use_cache=True)
+        last = model(IDS[:, -1:], past_key_values=first.past_key_values).logits[:, -1]
+    torch.testing.assert_close(last, whole, atol=1e-6, rtol=1e-4)
+
+
+def test_parts_are_rounded_alone(model):
+    before = logits(model)
+    linears = block_linears(model)
+    assert [(linear.roles[0], linear.layer) for linear in linears[:7]] == [(role, 0) for role in ROLES]
+    with quantized(model, Setting(4, 4, 4), only={("down", 1)}) as simulation:
+        assert simulation.linears == ("model.layers.1.mlp.down_proj",)
+        assert not torch.equal(logits(model), before)
+    with quantized(model, Setting(4, 4, 4), only={("keys", 0)}) as simulation:
+        assert simulation.linears == ()
+        keys = logits(model)
+    with quantized(model, Setting(4, 4, 4), only={("keys", 0), ("values", 0)}):
+        both = logits(model)
+    assert len({before.sum().item(), keys.sum().item(), both.sum().item()}) == 3
+    with pytest.raises(
+        UsageError, match=r"there is no down in layer 7; parts are \(role, layer\), with .*keys"
+    ):
+        quantized(model, Setting(), only={("down", 7)}).__enter__()
+
+
+class ByHand(nn.Module):
+    """A block whose attention multiplies queries and keys itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query, key, value = (part(x)[:, None] for part in (self.query, self.key, self.value))
+        scores = query @ key.transpose(-1, -2)
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        return x + (scores.masked_fill(future, -torch.inf).softmax(-1) @ value)[:, 0]
+
+
+def test_keys_out_of_reach_are_refused():
+    with pytest.raises(
+        UsageError, match="keys and values of OneLinear cannot be rounded: no attention was seen"
+    ):
+        quantized(OneLinear(np.eye(6), np.eye(6)), Setting(16, 16, 4)).__enter__()
+    model = nn.Sequential(nn.Embedding(50, 8), nn.Sequential(ByHand(), ByHand()), nn.Linear(8, 50))
+    with (
+        pytest.raises(
+            UsageError, match=r"attention \(layer 0\) multiplies queries and keys by hand, out of reach"
+        ),
+        quantized(model, Setting(16, 16, 4)),
+    ):
+        model(IDS)
+
+
 # -- what is refused -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("bits", [0, 1, 9, 15, 32])
-def test_bits_without_meaning(model, bits):
-    with pytest.raises(UsageError, match=f"^weight_bits={bits}: give 2 to 8, or 16 for none$"):
-        round_to_nearest(model, bits).__enter__()
-    with pytest.raises(UsageError, match=f"^activation_bits={bits}: give"):
-        round_to_nearest(model, 4, bits).__enter__()
 
 
 def test_weights_that_cannot_be_rounded(model):
     with pytest.raises(
         CheckpointError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D, not an nn\.Linear"
     ):
-        round_to_nearest(gpt2()).__enter__()
+        quantized(gpt2(), Setting()).__enter__()
     projection = model.model.layers[1].mlp.down_proj
     parametrize.register_parametrization(projection, "weight", Attention())
     with pytest.raises(
         CheckpointError, match=r"layers\.1\.mlp\.down_proj cannot be rounded: its weight is comp"
     ):
-        round_to_nearest(model).__enter__()
+        quantized(model, Setting()).__enter__()
 
 
-def test_a_missing_library_is_told_by_its_extra(model, monkeypatch):
-    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
-    monkeypatch.setitem(sys.modules, "compressed_tensors.quantization", None)
-    with pytest.raises(UsageError, match=r"compressed-tensors .*: pip install 'osp-diag\[quantization\]'"):
-        round_to_nearest(model).__enter__()
+def test_methods_and_their_calibration_are_asked_for(model):
+    with pytest.raises(UsageError, match=r"no method 'quarrot' of quantization; did you mean quarot"):
+        quantized(model, Setting(), method="quarrot").__enter__()
+    with pytest.raises(UsageError, match="gptq looks at activations on a text: give `calibration`"):
+        quantized(model, Setting(), method="gptq").__enter__()
