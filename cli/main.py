@@ -39,7 +39,14 @@ __all__ = ["main"]
 FINE, MISUSE, INTERRUPTED, BROKEN_PIPE = 0, 2, 130, 141
 """Exit codes beside 1, which only verbs return. The last two are what a shell reports for these signals."""
 
-EXTRA_OF = {"dash": "live", "datasets": "datasets", "jax": "jax", "jaxlib": "jax", "nnsight": "nnsight"}
+EXTRA_OF = {
+    "dash": "live",
+    "datasets": "datasets",
+    "jax": "jax",
+    "jaxlib": "jax",
+    "lm_eval": "tasks",
+    "nnsight": "nnsight",
+}
 """Which extra brings a package that the core does without."""
 
 

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from osp_diag.runs.run import Run
     from osp_diag.tokens import TokenBatches
 
+__all__ = ["check_same_model"]
+
 VERB = "quantize"
 HELP = "measure a checkpoint's perplexity at few bits, and keep it in its run"
 _MEMORY = re.compile(r"not enough memory|out of memory|allocate memory", re.IGNORECASE)
@@ -139,7 +141,7 @@ def run(
     tokens_of_training = _held_out_tokens(holder, token_settings) if held_out else None
     opened = opening.open(checkpoint)
     if holder is not None:
-        _check_same_model(holder, opened)
+        check_same_model(holder, opened)
     token_settings = _as_convention(token_settings, rules, opened)
     batches = _batches(opened, token_settings, tokens_of_training)
     training = holder if held_out else None
@@ -330,10 +332,14 @@ def _held_out_tokens(run: Run | None, settings: TokenSettings) -> np.ndarray[Any
     return held_out_tokens(from_dictionary(dict(config)), settings.tokens)
 
 
-def _check_same_model(run: Run, checkpoint: Checkpoint) -> None:
+def check_same_model(run: Run, checkpoint: Checkpoint) -> None:
     """Refuse results of one model in the run of another.
 
     A run of a training holds no fingerprint of what was exported from it; there, depth and width have to do.
+
+    Raises
+    ------
+    UsageError : they differ
     """
     attributes = run.attrs
     fingerprint = attributes.get("model_fingerprint")

@@ -46,6 +46,7 @@ __all__ = [
     "STEP",
     "STRATA",
     "STRATUM_WORDS",
+    "TASKS",
     "TOKEN_GROUPS",
     "TOKEN_UNIT",
     "VOCABULARY",
@@ -197,6 +198,7 @@ VOCABULARY = "vocabulary"
 WEIGHT_MAP = "weight_map"
 CHANNEL_WEIGHTS = "channel_weights"
 QUANTIZATION = "quantization"
+TASKS = "tasks"
 OPTIMIZER = "optimizer"
 WEIGHTS = "weights"
 OPTIMIZER_SETTINGS = "optimizer_settings"
@@ -212,6 +214,7 @@ BESIDE: dict[str, str] = {
     WEIGHT_MAP: "maps of |W|, a group a projection",
     CHANNEL_WEIGHTS: "norm gains and the embedding, by channel of the residual stream",
     QUANTIZATION: "results at few bits",
+    TASKS: "accuracy on tasks, at full precision and at few bits",
     OPTIMIZER: "what the optimizers hold, and their last update",
     WEIGHTS: "statistics of the weights while they are trained",
 }

@@ -7,6 +7,8 @@ import xarray as xr
 
 from osp_diag.quantizing.cases import SINGLE_SWEEPS
 from osp_diag.quantizing.results import QuantizedResult, results_dataset
+from osp_diag.quantizing.tasks.groups import GROUPS
+from osp_diag.quantizing.tasks.results import TaskResult, task_dataset
 
 PLACE = (17, 40)
 """Output and input channel of the planted weight."""
@@ -67,6 +69,33 @@ def loss_at(weight_bits: int, activation_bits: int, harm: float) -> float:
     """Each tensor adds 2^(4 - bits) times ``harm``, and at 16 bits nothing."""
     added = (2.0 ** (4 - bits) for bits in (weight_bits, activation_bits) if bits < 16)
     return FULL + harm * sum(added)
+
+
+def task_accuracies(harm: float) -> xr.Dataset:
+    """The ten tasks at full precision and at 4 bits."""
+    few = {
+        "weight_bits": 4,
+        "activation_bits": 4,
+        "key_value_bits": 4,
+        "method": "rtn",
+        "convention": "plain",
+    }
+    return task_dataset(
+        [
+            TaskResult(
+                **setting,
+                task=task.name,
+                accuracy=0.3 + 0.02 * place - loss,
+                standard_error=0.01,
+                documents=100,
+                metric=f"{task.metric},{task.filter}".removesuffix(",none"),
+                shots=task.shots,
+                harness="lm_eval 0.4.13",
+            )
+            for setting, loss in (({}, 0.0), (few, 0.1 * harm))
+            for place, task in enumerate(GROUPS["ten"].tasks)
+        ]
+    )
 
 
 def few_bits(harm: float, fingerprint: str = "made-up tokens") -> xr.Dataset:

@@ -65,6 +65,7 @@ ONLY_READ = {
     "pack": "tests of the verb run it",
     "probe": "tests of the verb run it; the Python blocks run what it calls",
     "quantize": "loads a model; the Python block of docs/few_bits.md runs what it calls",
+    "tasks": "tests of the verb run it; the Python block of docs/tasks.md runs what it calls",
     "train": "tests of the verb run it; the Python block of docs/training.md runs what it calls",
     "watch": "follows a run until it ends, or serves a page",
 }
@@ -221,6 +222,11 @@ def interventions(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) ->
     yield {"model": llama(), "input_ids": torch.arange(32).reshape(2, 16)}
 
 
+def tasks(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
+    tiny_llama(place, "path/or/hub-id")
+    yield {}
+
+
 def training(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     from osp_diag.trainer import presets
     from tests.test_transformers_callback import Rows
@@ -253,6 +259,7 @@ STAND_INS: dict[str, Callable[..., Iterator[Namespace]]] = {
     "docs/add_an_estimator.md": add_an_estimator,
     "docs/few_bits.md": few_bits,
     "docs/interventions.md": interventions,
+    "docs/tasks.md": tasks,
     "docs/training.md": training,
     "docs/tutorial.md": tutorial,
 }

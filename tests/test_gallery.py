@@ -43,8 +43,8 @@ def test_a_figure_that_names_no_runs_is_drawn_of_made_up_ones(monkeypatch, tmp_p
 
 def test_the_gallery_keeps_its_order():
     order = list(gallery().entries())
-    paper = ["quantization_scatter", "activation_surface", "kurtosis_dynamics", "bit_width_sweep"]
-    assert order[:4] == paper
+    figure_1 = ["quantization_scatter", "task_scatter"]
+    assert order[:5] == [*figure_1, "activation_surface", "kurtosis_dynamics", "bit_width_sweep"]
     assert order.index("weight_surface") < order.index("ablation_table") < order.index("depth_profile")
 
 

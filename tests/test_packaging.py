@@ -29,6 +29,7 @@ EXTRAS = (
     "datasets",
     "compressed_tensors",
     "dash",
+    "lm_eval",
     "pytorch_optimizer",
     "tensorboard",
     "trackio",

@@ -22,6 +22,7 @@ ELSEWHERE = {
     "quantization_scatter",
     "remedy_curve",
     "replay_agreement",
+    "task_scatter",
     "weight_surface",
 }
 """Figures of what these runs do not hold."""

@@ -17,6 +17,7 @@ from osp_diag.analyses.summary.experts import experts
 from osp_diag.analyses.summary.numbers import everyday, kurtosis, largest, massive, nonfinite, sinks
 from osp_diag.analyses.summary.rules import judged, verdict_words
 from osp_diag.analyses.summary.super_weights import super_weights
+from osp_diag.analyses.summary.tasks import task_accuracy
 from osp_diag.errors import StoreError
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
@@ -118,6 +119,8 @@ class Summary:
     cross_attention: dict[str, Any] = field(default_factory=dict)
     """sink_rate, sink_heads, heads, first_token_attention and the largest logit of attention to another
     sequence, whose first token it is"""
+    task_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
+    """setting → task, or mean of a whole group of tasks → share of documents answered rightly"""
     notes: tuple[str, ...] = ()
     """what else the reader of these numbers should know"""
     absent_sites: dict[str, str] = field(default_factory=dict)
@@ -139,7 +142,7 @@ class Summary:
         return in_notebook(self.text())
 
 
-_OF_FEW = ("stack", "cross_attention", "notes", "absent_sites")
+_OF_FEW = ("stack", "cross_attention", "task_accuracy", "notes", "absent_sites")
 """Fields that most runs have nothing in."""
 
 
@@ -183,7 +186,7 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
     if fields["sequence_length"] != 1:  # one token attends to nothing but itself
         fields |= sinks(sites)
         fields["cross_attention"] = sinks(sites, CROSS_ATTENTION)
-    fields |= super_weights(sites) | experts(sites) | nonfinite(sites)
+    fields |= super_weights(sites) | experts(sites) | nonfinite(sites) | task_accuracy(run)
     return Summary(
         **fields,
         notes=run.notes,

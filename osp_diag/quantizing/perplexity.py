@@ -19,7 +19,14 @@ from osp_diag.quantizing.divergence import ReferencePredictions
 from osp_diag.quantizing.results import perplexity_of
 from osp_diag.tokens import make_batches
 
-__all__ = ["Perplexity", "SequencePredictions", "perplexity", "predictions", "refuse_what_sees_ahead"]
+__all__ = [
+    "Perplexity",
+    "SequencePredictions",
+    "logits_of",
+    "perplexity",
+    "predictions",
+    "refuse_what_sees_ahead",
+]
 
 _TOKENS_A_PASS = 1024
 """Tokens a forward pass by default."""
@@ -123,7 +130,7 @@ def predictions(
     surprise, divergence = [], []
     with evaluation_mode(model), torch.no_grad():
         for batch in ids.split(size):
-            logits, batch = _logits_of(model, batch)
+            logits, batch = logits_of(model, batch)
             for of_sequence, targets in zip(logits, batch, strict=True):
                 # The logits at position t predict the token at t + 1; the last ones nothing that is known.
                 surprise.append(_surprise(of_sequence[:-1], targets[1:]))
@@ -165,7 +172,7 @@ def refuse_what_sees_ahead(model: nn.Module, tokens: Any) -> None:
     other[:, -1] = next((token for token in ids[0] if token != ids[0, -1]), ids[0, -1])
     # One after the other: a mixture of experts rounds differently for other company in the batch.
     with evaluation_mode(model), torch.no_grad():
-        first, second = (_logits_of(model, part)[0][:, :-1] for part in (ids, other))
+        first, second = (logits_of(model, part)[0][:, :-1] for part in (ids, other))
     dtypes = {first.dtype, *(p.dtype for p in model.parameters() if p.is_floating_point())}
     coarsest = max(torch.finfo(dtype).eps for dtype in dtypes)
     difference = (first.float() - second.float()).abs().amax()
@@ -177,8 +184,13 @@ def refuse_what_sees_ahead(model: nn.Module, tokens: Any) -> None:
         )
 
 
-def _logits_of(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits of a batch, and its ids on their device."""
+def logits_of(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits (sequence, position, vocabulary) of a batch of ids, and the ids on the model's device.
+
+    Raises
+    ------
+    UsageError : the model returns none of that shape
+    """
     # A cache of keys and values that no one reads would only take memory.
     options = {"use_cache": False} if hasattr(getattr(model, "config", None), "use_cache") else {}
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
