@@ -27,6 +27,7 @@ from benchmarks.machine import machine
 from osp_diag.analyses.damage import HEADLINE, damage_table, rank_correlations
 from osp_diag.checkpoints import open_checkpoint
 from osp_diag.cli.train_ablation import held_out_tokens
+from osp_diag.estimators import default_estimators
 from osp_diag.estimators.block_lens import FAMILY as BLOCK_LENS
 from osp_diag.probing.checkpoint import probe_checkpoint
 from osp_diag.probing.settings import TokenSettings
@@ -150,7 +151,7 @@ def _measure_one(
         print(f"{name}: probe", flush=True)
         of_model = {"vocabulary_size": checkpoint.vocabulary_size, "max_length": checkpoint.max_length}
         batches = make_batches(checkpoint.tokenizer, ids=evaluated, **of_model)
-        estimators = ("default", BLOCK_LENS)
+        estimators = [*(e.name for e in default_estimators()), BLOCK_LENS]
         probe_checkpoint(
             checkpoint, batches, out=run, estimators=estimators, keep_raw=False, snapshot_tokens=0
         )
