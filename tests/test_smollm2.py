@@ -14,10 +14,12 @@ import osp_diag
 from osp_diag import figures
 from osp_diag.analyses.sinks.implementation import sink_implementation
 from osp_diag.cli.main import main
+from osp_diag.quantizing.gptq import gptq_weights
+from osp_diag.quantizing.grid import Grid
+from osp_diag.quantizing.linears import block_linears
 from osp_diag.quantizing.rotations import rotated
-from osp_diag.quantizing.setting import Setting
-from osp_diag.quantizing.simulate import quantized
 from osp_diag.tokens import make_batches
+from tests.test_gptq import inputs_of
 
 pytestmark = pytest.mark.slow
 
@@ -311,25 +313,24 @@ def test_two_channels_of_the_first_token_carry_the_model_and_both_engines_say_so
     np.testing.assert_array_equal(change.sel(intervention="mask-key first"), -sinks)
 
 
-@pytest.fixture(scope="module")
-def two_blocks(checkpoint):
-    """The model with its first two blocks alone."""
-    decoder = checkpoint.model.model
-    layers, decoder.layers = decoder.layers, decoder.layers[:2]
-    yield checkpoint.model
-    decoder.layers = layers
-
-
-def test_rotations_leave_logits_where_they_are_and_gptq_lies_nearer_than_rounding(two_blocks, batches):
-    ids = torch.from_numpy(batches.tokens)
-    evaluated, calibration = ids[:1, :256], ids[1:5, :256]
+def test_rotations_leave_logits_where_they_are_and_gptq_has_less_error_than_rounding(checkpoint, batches):
+    model, ids = checkpoint.model, torch.from_numpy(batches.tokens)
     with torch.no_grad():
-        logits = two_blocks(evaluated).logits
-        with rotated(two_blocks, "random"):
-            assert float((two_blocks(evaluated).logits - logits).abs().max()) < 1e-3
-        off = {}
-        for method in ("rtn", "gptq", "quarot"):
-            with quantized(two_blocks, Setting(4, 16, 16), method=method, calibration=calibration):
-                off[method] = float((two_blocks(evaluated).logits - logits).square().mean())
-    assert off["quarot"] < off["rtn"]
-    assert off["gptq"] < off["rtn"]
+        logits = model(ids[:1, :64]).logits
+        with rotated(model, "random"):
+            assert float((model(ids[:1, :64]).logits - logits).abs().max()) < 1e-3
+    grid = Grid(bits=4, symmetric=True)
+    linears = [linear for linear in block_linears(model) if linear.layer == 0]
+    rounded = gptq_weights(model, linears, grid, ids[:4]).weights
+    originals = {linear.path: linear.module.weight for linear in linears}
+    for linear in linears:
+        linear.module.weight = torch.nn.Parameter(rounded[linear.path], requires_grad=False)
+    inputs = inputs_of(model, rounded, ids[:4])
+    for linear in linears:
+        linear.module.weight = originals[linear.path]
+    for path, weight in originals.items():
+        errors = [
+            float((inputs[path].float() @ (weight.detach() - w).T).square().sum())
+            for w in (rounded[path], grid.rounded(weight))
+        ]
+        assert errors[0] < errors[1], path

@@ -102,7 +102,7 @@ class BlockPasses:
             for block in self.blocks:
                 result = state if self._returns_tensor else (state,)
                 undo.callback(_restore_forward, block, vars(block).get("forward"))
-                block.forward = _constant(result)  # type: ignore[assignment]
+                block.forward = _constant(result)
             output = self._called(ids)
         return output.logits if hasattr(output, "logits") else outputs_of(output)[0]
 

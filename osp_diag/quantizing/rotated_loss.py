@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -167,9 +168,9 @@ class RotatedLoss:
         if self._setting.activation_bits != UNQUANTIZED:
             self._round_readers(undo)
             for path in self._structure.values:
-                self._before(path.output, lambda x, width=path.width: self._rounded_heads(x, width), undo)
+                self._before(path.output, partial(self._rounded_heads, width=path.width), undo)
             for down, matrix in downs.items():
-                self._before(down, lambda x, matrix=matrix: self._rounded_hidden(x, matrix), undo)
+                self._before(down, partial(self._rounded_hidden, matrix=matrix), undo)
         if self._setting.key_value_bits != UNQUANTIZED:
             editing = AttentionEditing(self._passes.model, self._edited, masks=False)
             undo.callback(editing.stop)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol, get_args
 
 import torch
@@ -191,12 +192,14 @@ def _fold_gains(plan: _Plan, structure: StreamStructure) -> None:
     measured = {path: norm_gains(path, plan.model.get_submodule(path), structure.width) for path in norms}
     for linear, norm in structure.readers.items():
         if norm is not None and measured[norm].parameter is not None:
-            gains = measured[norm].gains
-            plan.add(linear, "weight", lambda weight, gains=gains: weight * gains.to(weight))
-    for path, norm in measured.items():
-        if norm.parameter is not None:
-            neutral = norm.neutral
-            plan.add(path, norm.parameter, lambda weight, fill=neutral: torch.full_like(weight, fill))
+            plan.add(linear, "weight", partial(_scaled, gains=measured[norm].gains))
+    for path, of_norm in measured.items():
+        if of_norm.parameter is not None:
+            plan.add(path, of_norm.parameter, partial(torch.full_like, fill_value=of_norm.neutral))
+
+
+def _scaled(weight: Tensor, *, gains: Tensor) -> Tensor:
+    return weight * gains.to(weight)
 
 
 def _planned(
@@ -213,8 +216,8 @@ def _planned(
     if structure is not None and rotations is not None:
         _fold_gains(plan, structure)
         _rotate_stream(plan, structure, rotations.stream)
-        for path in structure.values:
-            _rotate_values(plan, path, rotations.values[path.layer])
+        for values in structure.values:
+            _rotate_values(plan, values, rotations.values[values.layer])
         if structure.values:
             key_rotation = hadamard(structure.values[0].width)
         notes += [*rotations.notes, *structure.notes]
@@ -269,12 +272,7 @@ class _Plan:
         bias: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """A step of a weight, and one of the bias where the Linear has one."""
-        module = self.model.get_submodule(path)
-        if not isinstance(module, nn.Linear):
-            raise CheckpointError(
-                f"{path} is a {type(module).__name__}, not an nn.Linear: which of its axes are output "
-                "channels is unknown, so it cannot be rotated"
-            )
+        module = _linear(self.model, path)
         self.add(path, "weight", step)
         if bias is not None and module.bias is not None:
             self.add(path, "bias", bias)
@@ -326,8 +324,17 @@ def down_projections(model: nn.Module, sites: SiteMap) -> dict[str, Hadamard]:
             f"the MLPs of {type(model).__name__} cannot be rotated: no down projection was found "
             f"({sites.absent.get('mlp_hidden', 'there is none')}); the methods rtn and gptq need no rotation"
         )
-    widths = {path: model.get_submodule(path).weight.shape[-1] for path in paths}
-    return {path: hadamard(int(width)) for path, width in widths.items()}
+    return {path: hadamard(_linear(model, path).in_features) for path in paths}
+
+
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    module = model.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise CheckpointError(
+            f"{path} is a {type(module).__name__}, not an nn.Linear: which of its axes are output channels "
+            "is unknown, so it cannot be rotated"
+        )
+    return module
 
 
 def _multiplication_of_inputs(matrix: Hadamard) -> Any:
@@ -345,6 +352,7 @@ def _logits(model: nn.Module) -> Tensor:
     """What the model gives for eleven tokens."""
     result = run_example(model, None)
     logits = getattr(result, "logits", result[0] if isinstance(result, (tuple, list)) else result)
+    assert isinstance(logits, Tensor), "what find_sites could run gives tensors"
     return logits.detach()
 
 
