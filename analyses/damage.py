@@ -32,6 +32,8 @@ FEWEST_CHECKPOINTS = 5
 _SELECTED: Mapping[str, object] = {"epsilon": SINK_EPSILON, "sink_position": SINK_POSITION}
 _POOLED = ("layer", "head", "key_value_head")
 _LABELLED = ("stratum", "block_format", "block_width")
+_STRATA = ("all", "rest", "patch")
+"""Everything, and ordinary tokens: first tokens and delimiters are in ``all``."""
 _NO_STATISTIC = frozenset(
     {"channel", "row", "position", "expert", "columns", "tokens", "token id", "token ids"}
 )
@@ -41,7 +43,7 @@ _NO_STATISTIC = frozenset(
 def statistics_of(run: Run) -> dict[str, float]:
     """Every statistic of a run's last step as one number: its mean over layers and heads, and the largest.
 
-    Of what is measured by stratum of tokens each stratum, of block formats each format. Statistics by
+    Of what is measured by stratum of tokens all of them and ordinary ones, of block formats each format. Statistics by
     channel, bin or position are left out: they have no one number.
 
     Returns
@@ -75,6 +77,8 @@ def _parts(values: xr.DataArray) -> Iterator[tuple[str, xr.DataArray]]:
         return
     for position in np.ndindex(*(values.sizes[name] for name in labelled)):
         part = values.isel(dict(zip(labelled, position, strict=True)))
+        if "stratum" in labelled and part["stratum"].item() not in _STRATA:
+            continue
         yield f"[{', '.join(str(part[name].item()) for name in labelled)}]", part
 
 
@@ -89,9 +93,8 @@ def damage_table(runs: Mapping[str, Run], lineages: Mapping[str, str] | None = N
     Returns
     -------
     ``value`` (checkpoint, statistic); ``damage`` (checkpoint, setting), the rise of the negative
-    log-likelihood in nats by token, which is the logarithm of the ratio of perplexities, with the bounds of
-    its mean's interval; ``divergence`` (checkpoint, setting); ``perplexity`` (checkpoint), at full precision.
-    What a checkpoint lacks is NaN. Of random rotations with several seeds it is the median.
+    log-likelihood in nats by token, which is the logarithm of the ratio of perplexities; ``divergence``
+    (checkpoint, setting); ``perplexity`` (checkpoint), at full precision. What a checkpoint lacks is NaN. Of random rotations with several seeds it is the median.
 
     Raises
     ------
@@ -107,7 +110,7 @@ def damage_table(runs: Mapping[str, Run], lineages: Mapping[str, str] | None = N
     checkpoints = list(runs)
 
     def column(index: int) -> np.ndarray:
-        rows = [[results[name].get(s, (np.nan,) * 4)[index] for s in settings] for name in checkpoints]
+        rows = [[results[name].get(s, (np.nan,) * 2)[index] for s in settings] for name in checkpoints]
         return np.asarray(rows, dtype=np.float64)
 
     full = {name: results[name][""][0] for name in checkpoints}
@@ -125,9 +128,7 @@ def damage_table(runs: Mapping[str, Run], lineages: Mapping[str, str] | None = N
                 column(0) - base,
                 {"units": "nat", "definition": "log(PPL few bits / PPL full)"},
             ),
-            "damage_low": (where, column(1) - base, {"units": "nat", "definition": "2.5% quantile"}),
-            "damage_high": (where, column(2) - base, {"units": "nat", "definition": "97.5% quantile"}),
-            "divergence": (where, column(3), {"units": "nat", "definition": "mean KL(full ‖ few bits)"}),
+            "divergence": (where, column(1), {"units": "nat", "definition": "mean KL(full ‖ few bits)"}),
             "perplexity": (
                 "checkpoint",
                 np.exp(base[:, 0]),
@@ -144,25 +145,23 @@ def damage_table(runs: Mapping[str, Run], lineages: Mapping[str, str] | None = N
     )
 
 
-def _results(name: str, run: Run) -> dict[str, tuple[float, float, float, float]]:
-    """Setting → (likelihood, its bounds, divergence); without rounding under the empty name."""
+def _results(name: str, run: Run) -> dict[str, tuple[float, float]]:
+    """Setting → (negative log-likelihood, divergence); without rounding under the empty name."""
     table = results_of(run)
-    rows: dict[str, list[tuple[float, float, float, float]]] = {}
+    rows: dict[str, list[tuple[float, float]]] = {}
     for index in range(table.sizes["setting"]):
         row = table.isel(setting=index)
         bits = tuple(int(row[f"{part}_bits"]) for part in ("weight", "activation", "key_value"))
         full = bits == (UNQUANTIZED,) * 3
         label = "" if full else f"{notation(*bits)} {row['method'].item()}, {row['convention'].item()}"
-        likelihood = "negative_log_likelihood"
-        columns = (likelihood, f"{likelihood}_low", f"{likelihood}_high", "divergence")
-        low, middle, high, divergence = (float(row[columns[i]]) for i in (1, 0, 2, 3))
-        rows.setdefault(label, []).append((middle, low, high, divergence))
+        numbers = (float(row["negative_log_likelihood"]), float(row["divergence"]))
+        rows.setdefault(label, []).append(numbers)
     if "" not in rows:
         raise StoreError(
             f"the run of {name} holds results at few bits, but none without rounding (16-16-16), from which "
             "damage is counted; measure again with `osp-diag quantize CHECKPOINT --run RUN`"
         )
-    # Seeds of random rotations: the one in the middle, with its own interval.
+    # Seeds of random rotations: the one in the middle.
     return {label: sorted(seeds)[(len(seeds) - 1) // 2] for label, seeds in rows.items()}
 
 

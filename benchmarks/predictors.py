@@ -5,10 +5,10 @@
     python -m benchmarks.predictors measure --out damage --text corpus.txt --trainings small/*.zarr
     python -m benchmarks.predictors publish --out damage --page docs/damage.md
 
-``plant`` writes checkpoints that compute what theirs does, with outliers in other channels: a channel of every
-norm's output is scaled, and what reads it divided by as much. ``measure`` probes each checkpoint (of trainings
-every saved step) and rounds it by several methods; what is there already is not measured again. ``publish``
-needs nothing but ``damage.nc``, which ``measure`` writes.
+``plant`` writes checkpoints that compute what theirs does, with outliers in other channels: a channel of
+every norm's output is scaled, and what reads it divided by as much. ``measure`` probes each checkpoint (of
+trainings every saved step) and rounds it by several methods; what is there already is not measured again.
+``publish`` needs nothing but ``damage.nc``, which ``measure`` writes.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from osp_diag.tokens import make_batches
 from osp_diag.trainer.checkpoint import complete_checkpoints, folder_of
 from osp_diag.trainer.exporting import export_checkpoint
 
-SETTINGS = (Setting(4, 16), Setting(16, 4), Setting(4, 4), Setting(4, 4, 4), Setting(4, 8, 8))
-METHODS = ("rtn", "ffn-hadamard", "gptq", "quarot")
+SETTINGS = (Setting(4, 16), Setting(16, 4), Setting(4, 4, 4))
+METHODS = ("rtn", "ffn-hadamard", "gptq", "quarot-rtn")
 FACTORS = (2.0, 4.0, 8.0, 16.0, 32.0)
 TABLE = "damage.nc"
 
@@ -64,7 +64,7 @@ def main() -> int:
     parser.add_argument("--lineage", help="the training that all these checkpoints come from")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of random rotations")
-    parser.add_argument("--convention", default="osp")
+    parser.add_argument("--convention", default="plain")
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--text", help="a file; the built-in text by default")
@@ -193,50 +193,53 @@ def table(folder: Path) -> xr.Dataset:
 
 # -- the page ----------------------------------------------------------------------------------------------
 
-BEST = 12
-"""Statistics in a table, of some thousand."""
+BEST = 5
+"""Statistics that are named for a setting, of some thousand."""
 
 
 def page(damage: xr.Dataset) -> str:
     """docs/damage.md, whatever it says."""
-    correlations = rank_correlations(damage)
     lineages = dict.fromkeys(map(str, damage["lineage"].values))
-    count = damage.sizes["checkpoint"]
+    every = rank_correlations(damage, resamples=0)
     lines = [
         INTRODUCTION.format(
-            checkpoints=count,
+            checkpoints=damage.sizes["checkpoint"],
             lineages=len(lineages),
             names=", ".join(lineages),
-            statistics=f"{int(correlations['correlation'].notnull().any('setting').sum()):,}",
+            statistics=f"{int(every['correlation'].notnull().any('setting').sum()):,}",
             tokens=f"{damage.attrs['tokens']:,}",
             machine=damage.attrs["machine"],
             chance=_chance(damage),
-        ),
-        "## The usual numbers",
-        *_usual(correlations),
-        "## The best of each setting",
+        )
     ]
-    for setting in map(str, correlations["setting"].values):
-        lines += _best(correlations, setting)
+    usual = [name for name in USUAL if name in damage["statistic"].values]
+    for outcome, title in (("damage", "damage"), ("divergence", "divergence from full precision")):
+        found = rank_correlations(damage.sel(statistic=usual), outcome=outcome)
+        lines += [f"## The usual numbers and {title}", *_usual(found, usual)]
+    lines += ["## The best of each setting", ""]
+    for setting in map(str, damage["setting"].values):
+        lines += _best(damage, every, setting)
     lines += ["## The checkpoints", *_checkpoints(damage)]
     return "\n".join(lines) + "\n"
 
 
 INTRODUCTION = """# Which statistic predicts damage
 
-Nobody minds an outlier for its own sake. Does a statistic of a checkpoint at full precision order checkpoints as few bits
-damage them? Damage is log(perplexity at few bits / perplexity at full precision), in nats by token.
+Nobody minds an outlier for its own sake. Does a statistic of a checkpoint at full precision order checkpoints
+as few bits damage them? Damage is log(perplexity at few bits / perplexity at full precision), in nats by
+token; beside it stands the divergence KL(full ‖ few bits), which chance moves less.
 
 ```
 python -m benchmarks.predictors measure --out damage --trainings small/*.zarr
 python -m benchmarks.predictors publish --out damage --page docs/damage.md
 ```
 
-{checkpoints} checkpoints of {lineages} lineages ({names}), {tokens} predicted tokens each, on {machine}. ρ is Spearman's rank
-correlation over checkpoints, with a 95% interval of a bootstrap over lineages, since checkpoints of one training are no
-independent evidence. Each of {statistics} statistics was tried: site by site, by stratum of tokens, as mean over layers and as the
-largest. **The best of so many is good by chance, too**: with damage shuffled among checkpoints, the best |ρ| of all is
-{chance} at the median. A statistic is worth naming where it stands above that under several methods.
+{checkpoints} checkpoints of {lineages} lineages ({names}), {tokens} predicted tokens each, on {machine}.
+ρ is Spearman's rank correlation over checkpoints, with a 95% interval of a bootstrap over lineages, since
+checkpoints of one training are no independent evidence. Each of {statistics} statistics was tried: site by
+site, of all tokens and of ordinary ones, as mean over layers and as the largest. **The best of so many is
+good by chance, too**: with damage shuffled among checkpoints, the best |ρ| of all is {chance} at the median.
+A statistic is worth naming where it stands above that under several methods.
 """
 
 USUAL = (
@@ -261,9 +264,9 @@ USUAL = (
 """What papers report, and the block lens."""
 
 
-def _usual(correlations: xr.Dataset) -> list[str]:
-    there = [name for name in USUAL if name in correlations["statistic"].values]
+def _usual(correlations: xr.Dataset, there: list[str]) -> list[str]:
     settings = [str(name) for name in correlations["setting"].values]
+    settings = [name for name in settings if correlations["correlation"].sel(setting=name).notnull().any()]
     lines = ["", "| statistic | " + " | ".join(settings) + " |", "| --- |" + " ---: |" * len(settings)]
     for name in there:
         row = correlations.sel(statistic=name)
@@ -271,15 +274,14 @@ def _usual(correlations: xr.Dataset) -> list[str]:
     return [*lines, ""]
 
 
-def _best(correlations: xr.Dataset, setting: str) -> list[str]:
-    chosen = correlations.sel(setting=setting).dropna("statistic", subset=["correlation"])
-    order = np.argsort(-np.abs(chosen["correlation"].values), kind="stable")[:BEST]
-    title = f"### {setting}"
-    if not order.size:
-        return [title, "", "Too few checkpoints have it.", ""]
-    rows = [chosen.isel(statistic=index) for index in order]
-    lines = [f"| {row['statistic'].item()} | {_cell(row)} |" for row in rows]
-    return [title, "", "| statistic | ρ |", "| --- | ---: |", *lines, ""]
+def _best(damage: xr.Dataset, every: xr.Dataset, setting: str) -> list[str]:
+    sizes = every["correlation"].sel(setting=setting).dropna("statistic")
+    if not sizes.size:
+        return [f"**{setting}**: too few checkpoints have it.", ""]
+    names = sizes["statistic"].values[np.argsort(-np.abs(sizes.values), kind="stable")[:BEST]]
+    found = rank_correlations(damage.sel(statistic=names, setting=[setting])).isel(setting=0)
+    cells = [f"{name} {_cell(found.sel(statistic=name))}" for name in names]
+    return [f"**{setting}**: {'; '.join(cells)}.", ""]
 
 
 def _cell(row: xr.Dataset) -> str:
