@@ -43,8 +43,8 @@ _NO_STATISTIC = frozenset(
 def statistics_of(run: Run) -> dict[str, float]:
     """Every statistic of a run's last step as one number: its mean over layers and heads, and the largest.
 
-    Of what is measured by stratum of tokens all of them and ordinary ones, of block formats each format. Statistics by
-    channel, bin or position are left out: they have no one number.
+    Of what is measured by stratum of tokens all of them and ordinary ones, of block formats each format.
+    Statistics by channel, bin or position are left out: they have no one number.
 
     Returns
     -------
@@ -94,7 +94,8 @@ def damage_table(runs: Mapping[str, Run], lineages: Mapping[str, str] | None = N
     -------
     ``value`` (checkpoint, statistic); ``damage`` (checkpoint, setting), the rise of the negative
     log-likelihood in nats by token, which is the logarithm of the ratio of perplexities; ``divergence``
-    (checkpoint, setting); ``perplexity`` (checkpoint), at full precision. What a checkpoint lacks is NaN. Of random rotations with several seeds it is the median.
+    (checkpoint, setting); ``perplexity`` (checkpoint), at full precision. What a checkpoint lacks is NaN.
+    Of random rotations with several seeds it is the median.
 
     Raises
     ------
