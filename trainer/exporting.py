@@ -19,7 +19,7 @@ from osp_diag.trainer.data.tokenizing import open_tokenizer
 from osp_diag.trainer.export import ExportReport, export
 from osp_diag.trainer.model import Llama
 
-__all__ = ["export_run", "trained_model"]
+__all__ = ["export_checkpoint", "export_run", "trained_model"]
 
 _LAYER = re.compile(r"model\.model\.layers\.(\d+)\.")
 
@@ -33,14 +33,29 @@ def export_run(
     ------
     TrainingError : the run has no checkpoint, or no exact stock form
     """
-    checkpoint = _newest(run)
-    model = trained_model(checkpoint)
+    return export_checkpoint(_newest(run), out, run=open_run(run), dtype=dtype, check=check)
+
+
+def export_checkpoint(
+    checkpoint: TrainingCheckpoint,
+    out: str | Path,
+    *,
+    run: Run | None = None,
+    dtype: str = "float32",
+    check: bool = True,
+) -> ExportReport:
+    """Export any checkpoint of a training; its card has the last numbers of ``run``, if that is given.
+
+    Raises
+    ------
+    TrainingError : it has no exact stock form
+    """
     return export(
-        model.state_dict(),
+        trained_model(checkpoint).state_dict(),
         checkpoint.config.model,
         Path(out),
         tokenizer=_tokenizer(checkpoint.config.data),
-        card=_card(checkpoint, open_run(run)),
+        card={} if run is None else _card(checkpoint, run),
         dtype=dtype,
         check=check,
     )
