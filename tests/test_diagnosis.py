@@ -20,13 +20,14 @@ from benchmarks.planted_faults.planting import Edit, Planting
 from osp_diag.analyses import diagnose
 from osp_diag.analyses.diagnosis.findings import CONFIDENCES, FAMILIES, Bracket, Diagnosis, Finding
 from osp_diag.cli.main import main
-from osp_diag.runs.run import open_run
+from osp_diag.runs.run import Run, open_run
 from osp_diag.trainer.checkpoint import folder_of
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.laboratory import laboratory, weight_changes
 from osp_diag.trainer.laboratory.replaying import fits
 from osp_diag.trainer.loop import train
 from osp_diag.trainer.model import Llama
+from tests.growing_runs import ATTRIBUTES, groups
 from tests.training_runs import minute
 
 ONSET, STEPS = 8, 12
@@ -88,6 +89,30 @@ def test_nothing_is_named_in_a_healthy_run(healthy: Path) -> None:
     assert "Nothing got worse: kurtosis and held-out loss did not rise." in str(diagnosis)
     assert "the weights are not rounded to bfloat16" in diagnosis.ruled_out
     assert diagnosis.not_recorded == ()
+
+
+@pytest.mark.parametrize(
+    ("kurtosis", "losses", "sentence", "bracket"),
+    [
+        ([20, 20, np.nan], [3, 3, 3], "kurtosis is nan", Bracket(10, 20)),
+        ([20, 20, 20], [3, np.nan, 3], "held-out loss is nan", Bracket(0, 10)),
+        ([20, 20, 20], [3, 3, np.nan], "held-out loss is nan", Bracket(10, 20)),
+    ],
+)
+def test_what_becomes_nan_got_worse(
+    kurtosis: list[float], losses: list[float], sentence: str, bracket: Bracket
+) -> None:
+    probed = [(10 * step, groups([over, 20])) for step, over in enumerate(kurtosis)]
+    columns = {
+        "held_out_loss": losses,
+        "probe_seconds": [1.0] * 3,
+        "loss": [3.0] * 3,
+        "step_seconds": [1.0] * 3,
+    }
+    series = {name: {10 * step: value for step, value in enumerate(of)} for name, of in columns.items()}
+    diagnosis = diagnose(Run.in_memory(probed, {}, ATTRIBUTES, series))
+    assert diagnosis.regression == (f"{sentence} ({bracket})",)
+    assert diagnosis.bracket == bracket
 
 
 def test_a_learning_rate_in_the_optimizers_alone(base: Path, tmp_path: Path) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
+import xarray as xr
 
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket
 from osp_diag.analyses.summary.rules import NEAR_GAUSSIAN
+from osp_diag.runs.headline import hidden_states, mean_of_states, of_all_tokens
+from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES
 
 __all__ = ["Regression", "is_raised", "regression_of"]
@@ -30,6 +34,9 @@ class Regression(NamedTuple):
 def regression_of(case: Case) -> Regression:
     """Kurtosis and held-out loss against their own past and the noise floor; NaN and Inf."""
     sentences, brackets, compared = [], [], []
+    for lost in _lost(case):
+        sentences.append(f"{lost.sentence} ({lost.bracket})")
+        brackets.append(lost.bracket)
     kurtosis = case.kurtosis
     if kurtosis is not None and kurtosis.sizes["step"] > 1:
         compared.append("kurtosis")
@@ -44,7 +51,8 @@ def regression_of(case: Case) -> Regression:
             brackets.append(bracket)
     series = case.run.series
     if "held_out_loss" in series:
-        losses = series["held_out_loss"].dropna("step")
+        losses = series["held_out_loss"]
+        losses = losses.isel(step=np.flatnonzero(np.isfinite(losses.values)))
         compared += ["held-out loss"] if losses.size > 1 else []
         lowest = np.minimum.accumulate(losses.values) if losses.size else losses.values
         risen = np.flatnonzero(losses.values[1:] > lowest[:-1] + LOSS)
@@ -56,11 +64,53 @@ def regression_of(case: Case) -> Regression:
             )
             brackets.append(bracket)
     for finding in case.noticed:
-        if finding.rule in ("nonfinite_scalars", "nonfinite_activations"):
+        of_loss = finding.statistic == "held_out_loss"  # which is asked above
+        if finding.rule in ("nonfinite_scalars", "nonfinite_activations") and not of_loss:
             sentences.append(finding.sentence)
             brackets.append(Bracket(finding.last_good_step, finding.first_bad_step))
     brackets.sort(key=lambda bracket: bracket.bad)
     return Regression(tuple(sentences), brackets[0] if brackets else None, tuple(compared))
+
+
+class _Lost(NamedTuple):
+    sentence: str
+    bracket: Bracket
+
+
+def _lost(case: Case) -> Iterator[_Lost]:
+    """What is NaN or Inf at a probe that measured it."""
+    for name, values in (("kurtosis", _measured_kurtosis(case)), ("held-out loss", _measured_loss(case.run))):
+        bad = np.flatnonzero(~np.isfinite(values)) if values is not None else []
+        if values is None or not len(bad):
+            continue
+        first, steps = int(bad[0]), values["step"].values
+        bracket = Bracket(int(steps[first - 1]) if first else None, int(steps[first]))
+        yield _Lost(f"{name} is {float(values[first])}", bracket)
+
+
+def _measured_kurtosis(case: Case) -> xr.DataArray | None:
+    """The mean of the hidden states at the steps whose probe has any number of them."""
+    run = case.run
+    sites = {site: run.at(site) for site in HIDDEN_STATES if site in run.sites}
+    states = hidden_states(sites, run.declared_absent).states
+    if not states:
+        return None
+    has_any = np.zeros(len(run.steps), bool)
+    for data in sites.values():
+        for values in data.data_vars.values():
+            if set(values.dims) == {"step", "layer", "stratum"}:
+                has_any |= np.isfinite(values.transpose("step", ...).values).any(axis=(1, 2))
+    return mean_of_states([of_all_tokens(state) for state in states]).isel(step=np.flatnonzero(has_any))
+
+
+def _measured_loss(run: Run) -> xr.DataArray | None:
+    """At the probed steps after which a held-out loss was taken, which its time tells."""
+    series = run.series
+    if "held_out_loss" not in series:
+        return None
+    probes = series[["held_out_loss", "probe_seconds"] if "probe_seconds" in series else ["held_out_loss"]]
+    taken = np.logical_or.reduce([np.isfinite(values.values) for values in probes.data_vars.values()])
+    return probes["held_out_loss"].isel(step=np.flatnonzero(taken))
 
 
 def _floor(case: Case) -> float:
