@@ -85,7 +85,7 @@ def test_the_grain_of_shares_is_one_part_of_what_is_counted(count, numbers, kind
 
 
 def test_a_share_of_few_sequences_changes_by_chance():
-    """Doubling after a still past: of 8 sequences by chance, of 8,000 not, nor if the quantity is continuous."""
+    """Doubling after a still past: of 8 sequences by chance, of 8,000 or what is no count it jumps."""
 
     def jumping(still, changed):
         probed = []

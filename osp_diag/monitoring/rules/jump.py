@@ -27,8 +27,8 @@ class Rule(RunningRule):
     sequences, and a small count, change by chance as well: by at least four standard errors of the ratio of
     two such counts if it is a jump.
 
-    The change from step 0, whose weights are random, is no usual one, nor is one that was itself a jump. Where
-    this pause between probes is longer than any before, a change counts for as many times less.
+    The change from step 0, whose weights are random, is no usual one, nor is one that was itself a jump.
+    Where this pause between probes is longer than any before, a change counts for as many times less.
 
     A fault before enough is known can't be told, and it must not hide a later one. So a pause whose largest
     change would be a jump beside the next largest counts as twice that: one pause of four, at most
