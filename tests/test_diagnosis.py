@@ -176,7 +176,7 @@ class TestDeclared:
         assert all(finding.bracket == Bracket(ONSET, ONSET + 1) for finding in causes.values())
         hidden = causes["AdamW moves hidden matrices, not Muon"]
         assert "model.layers.0.self_attn.q_proj.weight" in hidden.place.parameter
-        assert "the configuration says optimizer.name: 'muon' → 'adamw'" in hidden.evidence
+        assert 'the configuration says optimizer.name: "muon" → "adamw"' in hidden.evidence
 
     def test_remedies_are_tried_and_can_be_typed(
         self, declared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from osp_diag import wording
 from osp_diag.errors import UsageError
 from osp_diag.wording import did_you_mean
 
@@ -197,6 +198,5 @@ def as_dictionary(config: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def differences(before: Any, after: Any) -> list[str]:
-    """``key: before → after`` for every value that differs."""
-    old, new = as_dictionary(before), as_dictionary(after)
-    return [f"{key}: {old[key]!r} → {new[key]!r}" for key in old if old[key] != new[key]]
+    """``key: before → after`` for every value that differs, of configurations."""
+    return wording.differences(as_dictionary(before), as_dictionary(after))
