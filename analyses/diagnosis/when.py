@@ -11,6 +11,7 @@ import xarray as xr
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket
 from osp_diag.analyses.summary.rules import NEAR_GAUSSIAN
+from osp_diag.monitoring.limits import LOSS_RISE
 from osp_diag.runs.headline import hidden_states, mean_of_states, of_all_tokens
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES
@@ -19,8 +20,6 @@ __all__ = ["Regression", "is_raised", "regression_of"]
 
 RISEN = 1.25
 """Times the largest earlier kurtosis from which on it has risen; healthy runs wobble by a tenth."""
-LOSS = 0.3
-"""Nats by which held-out loss lies above its lowest so far from which on it has risen."""
 
 
 class Regression(NamedTuple):
@@ -55,7 +54,7 @@ def regression_of(case: Case) -> Regression:
         losses = losses.isel(step=np.flatnonzero(np.isfinite(losses.values)))
         compared += ["held-out loss"] if losses.size > 1 else []
         lowest = np.minimum.accumulate(losses.values) if losses.size else losses.values
-        risen = np.flatnonzero(losses.values[1:] > lowest[:-1] + LOSS)
+        risen = np.flatnonzero(losses.values[1:] > lowest[:-1] + LOSS_RISE)
         if risen.size:
             bad = int(risen[0]) + 1
             bracket = _bracket(losses["step"].values, bad)

@@ -25,7 +25,8 @@ class Rule(RunningRule):
     What a floor of noise hides is no change: numbers count as not below it. Where noise hid nearly all of the
     past, it doesn't say how fast a number grows, which then jumps only if it is high at once. A share of few
     sequences, and a small count, change by chance as well: by at least four standard errors of the ratio of
-    two such counts if it is a jump.
+    two such counts if it is a jump. Of what has been below 0 as well, such as a cosine, ratios near 0 say
+    nothing: it counts as not below the largest distance that it had on the other side.
 
     The change from step 0, whose weights are random, is no usual one, nor is one that was itself a jump.
     Where this pause between probes is longer than any before, a change counts for as many times less.
@@ -60,6 +61,8 @@ class Rule(RunningRule):
     _known: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     _above_noise: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     """Of each column: how many changes were known that noise did not hide."""
+    _depths: np.ndarray = field(default_factory=lambda: np.empty(0))
+    """Of each group: how far below 0 any of its numbers has been."""
     _last_but_one: np.ndarray = field(default_factory=lambda: np.empty(0))
     """ln of the numbers two probes ago; NaN of what jumped then."""
     _jumped: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
@@ -72,7 +75,9 @@ class Rule(RunningRule):
         if not previous:  # none, or step 0
             return ()
         self._widen(table.places)
-        logarithms = table.logarithms
+        np.fmax.at(self._depths, self._groups, -moment.values)
+        with np.errstate(divide="ignore"):
+            logarithms = np.maximum(table.logarithms, np.log(self._depths)[self._groups])
         pause = moment.step - previous
         change = np.abs(logarithms[1] - logarithms[0]) / max(1.0, pause / (self._longest or pause))
         self._longest = max(self._longest, pause)
@@ -134,6 +139,7 @@ class Rule(RunningRule):
         self._jumped = np.pad(self._jumped, (0, len(new)))
         groups = len(self._numbers) - len(self._pauses)
         self._pauses = np.pad(self._pauses, (0, groups))
+        self._depths = np.pad(self._depths, (0, groups))
         ranks = self.odd_pauses + 1 - self._largest.shape[1]
         self._largest = np.pad(self._largest, ((0, groups), (0, ranks)))
 
