@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from osp_diag.laboratory import Fork
+
 __all__ = ["CONFIDENCES", "FAMILIES", "Bracket", "Confidence", "Diagnosis", "Finding", "Place", "Remedy"]
 
 Confidence = Literal["proved", "measured", "consistent with"]
@@ -69,6 +71,7 @@ class Remedy:
     changes : of the configuration, by dotted key
     verified : whether a fork with it did what it should; None: it was not tried
     outcome : what happened, in a sentence
+    fork : the training that tried it; None: there was none
     """
 
     text: str
@@ -77,6 +80,7 @@ class Remedy:
     changes: Mapping[str, Any] = field(default_factory=dict)
     verified: bool | None = None
     outcome: str = ""
+    fork: Fork | None = None
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from osp_diag.runs.headline import hidden_states, mean_of_states, of_all_tokens
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES
 
-__all__ = ["Regression", "is_raised", "regression_of"]
+__all__ = ["Regression", "floor_of", "is_raised", "regression_of"]
 
 RISEN = 1.25
 """Times the largest earlier kurtosis from which on it has risen; healthy runs wobble by a tenth."""
@@ -39,7 +39,7 @@ def regression_of(case: Case) -> Regression:
     kurtosis = case.kurtosis
     if kurtosis is not None and kurtosis.sizes["step"] > 1:
         compared.append("kurtosis")
-        floor = _floor(case)
+        floor = floor_of(case)
         bad = _first_above(kurtosis.values, RISEN, NEAR_GAUSSIAN * floor)
         if bad is not None:
             bracket = _bracket(kurtosis["step"].values, bad)
@@ -112,7 +112,8 @@ def _measured_loss(run: Run) -> xr.DataArray | None:
     return probes["held_out_loss"].isel(step=np.flatnonzero(taken))
 
 
-def _floor(case: Case) -> float:
+def floor_of(case: Case) -> float:
+    """What Gaussian noise scores at the hidden states."""
     floors = [
         case.run.at(s)["osp_excess_kurtosis"].attrs.get("floor") for s in HIDDEN_STATES if s in case.run.sites
     ]
@@ -134,4 +135,4 @@ def _bracket(steps: np.ndarray, bad: int) -> Bracket:
 def is_raised(case: Case) -> bool:
     """Whether kurtosis is above its noise at the last probe."""
     kurtosis = case.kurtosis
-    return kurtosis is not None and kurtosis.size > 0 and float(kurtosis[-1]) > NEAR_GAUSSIAN * _floor(case)
+    return kurtosis is not None and kurtosis.size > 0 and float(kurtosis[-1]) > NEAR_GAUSSIAN * floor_of(case)
