@@ -185,6 +185,16 @@ def test_weights_are_changed_by_row_and_restored_to_the_bit(model, sites):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_gains_that_are_nan_are_refused(model, sites):
+    name = "model.layers.0.input_layernorm.weight"
+    with torch.no_grad():
+        model.get_parameter(name)[3] = float("nan")
+    with pytest.raises(
+        UsageError, match=f"{name} has NaN or Inf, so that it is not known what its gains are"
+    ):
+        under(model, sites, Intervention(operation="replace_gain", site=name, value=1.0))
+
+
 def test_afterwards_the_model_is_what_it_was(model, sites):
     before, hooks = logits(model), sum(len(m._forward_hooks) for m in model.modules())
     bad = Intervention(operation="zero", site="value", channels=(99,))
