@@ -4,8 +4,8 @@
     python benchmarks/monitor_cost.py tiny.zarr --layers 1 8      # and with 8 times as many layers
 
 As the trainer does, it makes the judged numbers of every probe's Datasets and has all rules judge them, in
-time of the processor; reading the store is not counted. What the probe took the run recorded, of its own layers
-(``probe_seconds``).
+time of the processor; reading the store is not counted. What the probe took the run recorded, of its own
+layers (``probe_seconds``).
 """
 
 from __future__ import annotations

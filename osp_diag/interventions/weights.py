@@ -127,8 +127,8 @@ def _constant_of(module: nn.Module, name: str, parameter: Tensor, intervention: 
     """
     if not bool(torch.isfinite(parameter).all()):
         raise UsageError(
-            f"{intervention}: {name} has NaN or Inf, so that it is not known what its gains are; name another "
-            "norm, or take a checkpoint from before"
+            f"{intervention}: {name} has NaN or Inf, so that its gains are not known; name another norm, or "
+            "take a checkpoint from before it"
         )
     if parameter.numel() == 1:
         return 0.0
