@@ -79,8 +79,8 @@ class _Lost(NamedTuple):
 def _lost(case: Case) -> Iterator[_Lost]:
     """What is NaN or Inf at a probe that measured it."""
     for name, values in (("kurtosis", _measured_kurtosis(case)), ("held-out loss", _measured_loss(case.run))):
-        bad = np.flatnonzero(~np.isfinite(values)) if values is not None else []
-        if values is None or not len(bad):
+        bad = np.flatnonzero(~np.isfinite([] if values is None else values.values))
+        if values is None or not bad.size:
             continue
         first, steps = int(bad[0]), values["step"].values
         bracket = Bracket(int(steps[first - 1]) if first else None, int(steps[first]))

@@ -68,7 +68,7 @@ class Table:
     @property
     def are_noise(self) -> Bool[np.ndarray, " place"]:
         """Where neither of the last two probes is above :data:`TIMES_FLOOR` × floor."""
-        return (self.recent(2) <= TIMES_FLOOR * self.floors).all(axis=0)
+        return np.all(self.recent(2) <= TIMES_FLOOR * self.floors, axis=0)
 
     @property
     def logarithms(self) -> Float[np.ndarray, "probe place"]:

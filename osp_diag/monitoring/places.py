@@ -84,7 +84,7 @@ def is_judged_statistic(dims: Iterable[str], units: Any) -> bool:
 
 
 def block_of(
-    group: str, statistic: str, array: xr.Variable | xr.DataArray, labels: Callable[[str], Sequence[Any]]
+    group: str, statistic: str, array: xr.Variable | xr.DataArray, labels: Callable[[str], Iterable[Any]]
 ) -> Block:
     """The numbers of one statistic (step, …) as columns.
 
@@ -157,7 +157,7 @@ def _labels_in(variables: Mapping[Any, xr.Variable], dim: str) -> Sequence[Any]:
     return variables[dim].values.tolist() if dim in variables else ()
 
 
-def _labels_of(dim: str, size: int, labels: Callable[[str], Sequence[Any]]) -> tuple[Any, ...]:
+def _labels_of(dim: str, size: int, labels: Callable[[str], Iterable[Any]]) -> tuple[Any, ...]:
     known = tuple(labels(dim))
     return known if len(known) == size else tuple(range(size))
 
