@@ -110,6 +110,7 @@ def test_what_becomes_nan_got_worse(
         "step_seconds": [1.0] * 3,
     }
     series = {name: {10 * step: value for step, value in enumerate(of)} for name, of in columns.items()}
+    series["loss"][25] = 3.0
     diagnosis = diagnose(Run.in_memory(probed, {}, ATTRIBUTES, series))
     assert diagnosis.regression == (f"{sentence} ({bracket})",)
     assert diagnosis.bracket == bracket

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,7 @@ from osp_diag.analyses.summary.rules import NEAR_GAUSSIAN
 from osp_diag.monitoring.limits import LOSS_RISE
 from osp_diag.runs.headline import hidden_states, mean_of_states, of_all_tokens
 from osp_diag.runs.run import Run
-from osp_diag.schema import HIDDEN_STATES
+from osp_diag.schema import HIDDEN_STATES, KURTOSIS
 
 __all__ = ["Regression", "floor_of", "is_raised", "regression_of"]
 
@@ -33,9 +33,10 @@ class Regression(NamedTuple):
 def regression_of(case: Case) -> Regression:
     """Kurtosis and held-out loss against their own past and the noise floor; NaN and Inf."""
     sentences, brackets, compared = [], [], []
-    for lost in _lost(case):
-        sentences.append(f"{lost.sentence} ({lost.bracket})")
-        brackets.append(lost.bracket)
+    lost = dict(_lost(case))
+    for sentence, bracket in lost.values():
+        sentences.append(f"{sentence} ({bracket})")
+        brackets.append(bracket)
     kurtosis = case.kurtosis
     if kurtosis is not None and kurtosis.sizes["step"] > 1:
         compared.append("kurtosis")
@@ -63,28 +64,25 @@ def regression_of(case: Case) -> Regression:
             )
             brackets.append(bracket)
     for finding in case.noticed:
-        of_loss = finding.statistic == "held_out_loss"  # which is asked above
-        if finding.rule in ("nonfinite_scalars", "nonfinite_activations") and not of_loss:
+        if finding.rule in ("nonfinite_scalars", "nonfinite_activations") and finding.statistic not in lost:
             sentences.append(finding.sentence)
             brackets.append(Bracket(finding.last_good_step, finding.first_bad_step))
     brackets.sort(key=lambda bracket: bracket.bad)
     return Regression(tuple(sentences), brackets[0] if brackets else None, tuple(compared))
 
 
-class _Lost(NamedTuple):
-    sentence: str
-    bracket: Bracket
-
-
-def _lost(case: Case) -> Iterator[_Lost]:
-    """What is NaN or Inf at a probe that measured it."""
-    for name, values in (("kurtosis", _measured_kurtosis(case)), ("held-out loss", _measured_loss(case.run))):
+def _lost(case: Case) -> Iterator[tuple[str, tuple[str, Bracket]]]:
+    """Statistic → what is NaN or Inf at a probe that measured it, in words, and since when."""
+    for statistic, words, values in (
+        (KURTOSIS, "kurtosis", _measured_kurtosis(case)),
+        ("held_out_loss", "held-out loss", _measured_loss(case.run)),
+    ):
         bad = np.flatnonzero(~np.isfinite([] if values is None else values.values))
         if values is None or not bad.size:
             continue
         first, steps = int(bad[0]), values["step"].values
         bracket = Bracket(int(steps[first - 1]) if first else None, int(steps[first]))
-        yield _Lost(f"{name} is {float(values[first])}", bracket)
+        yield statistic, (f"{words} is {float(values[first])}", bracket)
 
 
 def _measured_kurtosis(case: Case) -> xr.DataArray | None:
@@ -103,13 +101,17 @@ def _measured_kurtosis(case: Case) -> xr.DataArray | None:
 
 
 def _measured_loss(run: Run) -> xr.DataArray | None:
-    """At the probed steps after which a held-out loss was taken, which its time tells."""
-    series = run.series
-    if "held_out_loss" not in series:
+    """At the steps at which our trainer took one; None of another loop, of which nobody knows when it did.
+
+    It comes with the probe's time, which is written first: of the last row it may only be missing yet.
+    """
+    series, config = run.series, run.attrs.get("config")
+    if not {"held_out_loss", "probe_seconds"} <= set(series) or not isinstance(config, Mapping):
         return None
-    probes = series[["held_out_loss", "probe_seconds"] if "probe_seconds" in series else ["held_out_loss"]]
-    taken = np.logical_or.reduce([np.isfinite(values.values) for values in probes.data_vars.values()])
-    return probes["held_out_loss"].isel(step=np.flatnonzero(taken))
+    losses, steps = series["held_out_loss"], series["step"].values
+    is_whole = (steps < steps[-1:]) | (steps >= config.get("steps", np.inf))
+    taken = ~np.isnan(losses.values) | (np.isfinite(series["probe_seconds"].values) & is_whole)
+    return losses.isel(step=np.flatnonzero(taken))
 
 
 def floor_of(case: Case) -> float:
