@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import xarray as xr
 
 from osp_diag.errors import StoreError, UsageError
-from osp_diag.runs.headline import hidden_states
+from osp_diag.runs.headline import hidden_states, mean_of_states
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES
@@ -18,7 +17,7 @@ KURTOSIS = "osp_excess_kurtosis/1, mean over hidden states"
 
 
 def kurtosis_by_step(run: Run, figure: str, stratum: str = "all") -> tuple[np.ndarray, np.ndarray]:
-    """Steps, and the mean over hidden states at each.
+    """Steps, and the mean over hidden states at each; NaN where one of them has no number.
 
     Raises
     ------
@@ -34,6 +33,5 @@ def kurtosis_by_step(run: Run, figure: str, stratum: str = "all") -> tuple[np.nd
     strata = [str(name) for name in states[0]["stratum"].values]
     if stratum not in strata:
         raise UsageError(f"{figure}: stratum is one of {', '.join(strata)}, not {stratum!r}")
-    parts = [state.sel(stratum=stratum).drop_vars(["layer", "stratum"]).load() for state in states]
-    mean = xr.concat(parts, "state").mean("state")
+    mean = mean_of_states([state.sel(stratum=stratum) for state in states])
     return run.steps.astype(float), mean.transpose("step").values

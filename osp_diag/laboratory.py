@@ -205,11 +205,14 @@ class Laboratory(Protocol):
         """The steps after the checkpoint of step ``start`` once more, as its own configuration has them."""
         ...
 
-    def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
+    def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any], *, order: int = 0) -> Fork:
         """Training from a checkpoint to a step under a changed configuration; probed at both and where the
         run is."""
         ...
 
-    def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:
-        """Training under its own configuration, with the states reset that a fork had to reset."""
+    def control(self, start: int, until: int, label: str, reset: Sequence[str], *, order: int = 0) -> Fork:
+        """Training under its own configuration, with the states reset that a fork had to reset.
+
+        ``order`` 0 of both is the run's own order of the batches, others are others.
+        """
         ...

@@ -1,13 +1,25 @@
-"""How every message and page writes a number, a near miss, a list and a time."""
+"""How every message and page writes a number, a change, a near miss, a list and a time."""
 
 from __future__ import annotations
 
 import difflib
+import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
-__all__ = ["counted", "did_you_mean", "duration", "listed", "nearest", "number", "of_stack"]
+__all__ = [
+    "change",
+    "counted",
+    "did_you_mean",
+    "differences",
+    "duration",
+    "listed",
+    "nearest",
+    "number",
+    "of_stack",
+]
 
 
 def number(value: float) -> str:
@@ -17,6 +29,39 @@ def number(value: float) -> str:
     if abs(value) >= 1e7 or 0 < abs(value) < 1e-4:
         return f"{value:.2e}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def change(before: Any, now: Any) -> str:
+    """``0.004 → 0.001``, as JSON writes values; of long ones the first 200 letters."""
+    return f"{_shown(before)} → {_shown(now)}"
+
+
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], leave_out: Collection[str] = ()
+) -> list[str]:
+    """``key: before → now`` of every value that differs, of tables within by their path; "absent" of none.
+
+    Parameters
+    ----------
+    leave_out : keys of the outer tables that are not compared
+    """
+    lines = []
+    for key in (key for key in dict.fromkeys((*before, *now)) if key not in leave_out):
+        old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += [f"{key}.{line}" for line in differences(old, new)]
+        elif old != new:
+            lines.append(f"{key}: {change(old, new)}")
+    return lines
+
+
+_ABSENT = object()
+_LONGEST = 200
+
+
+def _shown(value: Any) -> str:
+    text = "absent" if value is _ABSENT else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def nearest(name: str, names: Iterable[str], most: int = 3) -> list[str]:

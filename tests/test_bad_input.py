@@ -207,7 +207,7 @@ def test_a_run_of_another_model_is_not_resumed(tmp_path):
     with osp_diag.Probe(llama(), out=out, sites=["residual_post"]) as probe, probe.step(0):
         llama_output = probe.model(ids)
     assert llama_output is not None
-    with pytest.raises(StoreError, match=r"(?s)number_of_layers: 2 in the run, 3 now"):
+    with pytest.raises(StoreError, match=r"(?s)number_of_layers: 2 → 3"):
         osp_diag.Probe(llama(layers=3), out=out, sites=["residual_post"], resume=True)
     with osp_diag.Probe(llama(), out=out, sites=["residual_post"], resume=True) as probe, probe.step(1):
         probe.model(ids)

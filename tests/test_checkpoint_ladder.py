@@ -91,6 +91,27 @@ def test_a_pinned_checkpoint_outlives_saves_and_resuming_until_it_is_unpinned(sa
     assert steps_of(saved(10, keep=1, ladder=0)) == [10]
 
 
+def test_a_second_pin_keeps_the_first_reason(saved):
+    folder = saved(2)
+    for reason in ("osp-diag control", "the loss rose", "osp-diag control"):
+        folder.pin(2, reason)
+    assert folder.pins == {2: "osp-diag control; and the loss rose"}
+
+
+def test_the_checkpoint_before_what_is_not_judged_stays(saved):
+    folder = saved(keep=1, ladder=0)
+    for step, judged, there in (
+        (2, 2, [2]),
+        (4, 2, [2, 4]),
+        (6, 2, [2, 6]),
+        (8, 7, [6, 8]),
+        (10, 9, [8, 10]),
+    ):
+        folder.judged_step = judged
+        folder.save(step, {"number": torch.tensor(0.0)}, {}, CONFIG, background=False)
+        assert steps_of(folder) == there
+
+
 def test_a_pin_is_kept_by_the_training_that_resumes(tmp_path):
     out = tmp_path / "run.zarr"
     small = {"probe__sites": ("residual_post",), "checkpoint__keep": 1, "checkpoint__ladder": 0}

@@ -20,13 +20,14 @@ from benchmarks.planted_faults.planting import Edit, Planting
 from osp_diag.analyses import diagnose
 from osp_diag.analyses.diagnosis.findings import CONFIDENCES, FAMILIES, Bracket, Diagnosis, Finding
 from osp_diag.cli.main import main
-from osp_diag.runs.run import open_run
+from osp_diag.runs.run import Run, open_run
 from osp_diag.trainer.checkpoint import folder_of
 from osp_diag.trainer.config import TrainConfig
 from osp_diag.trainer.laboratory import laboratory, weight_changes
 from osp_diag.trainer.laboratory.replaying import fits
 from osp_diag.trainer.loop import train
 from osp_diag.trainer.model import Llama
+from tests.growing_runs import ATTRIBUTES, groups
 from tests.training_runs import minute
 
 ONSET, STEPS = 8, 12
@@ -90,6 +91,31 @@ def test_nothing_is_named_in_a_healthy_run(healthy: Path) -> None:
     assert diagnosis.not_recorded == ()
 
 
+@pytest.mark.parametrize(
+    ("kurtosis", "losses", "sentence", "bracket"),
+    [
+        ([20, 20, np.nan], [3, 3, 3], "kurtosis is nan", Bracket(10, 20)),
+        ([20, 20, 20], [3, np.nan, 3], "held-out loss is nan", Bracket(0, 10)),
+        ([20, 20, 20], [3, 3, np.nan], "held-out loss is nan", Bracket(10, 20)),
+    ],
+)
+def test_what_becomes_nan_got_worse(
+    kurtosis: list[float], losses: list[float], sentence: str, bracket: Bracket
+) -> None:
+    probed = [(10 * step, groups([over, 20])) for step, over in enumerate(kurtosis)]
+    columns = {
+        "held_out_loss": losses,
+        "probe_seconds": [1.0] * 3,
+        "loss": [3.0] * 3,
+        "step_seconds": [1.0] * 3,
+    }
+    series = {name: {10 * step: value for step, value in enumerate(of)} for name, of in columns.items()}
+    series["loss"][25] = 3.0
+    diagnosis = diagnose(Run.in_memory(probed, {}, ATTRIBUTES, series))
+    assert diagnosis.regression == (f"{sentence} ({bracket})",)
+    assert diagnosis.bracket == bracket
+
+
 def test_a_learning_rate_in_the_optimizers_alone(base: Path, tmp_path: Path) -> None:
     finding = the(diagnosed(gone_on(base, tmp_path, Planting(plant.multiply_rates(10)))), "learning_rate")
     assert finding.cause == "learning rate × 10 in all groups of the optimizers"
@@ -151,7 +177,7 @@ class TestDeclared:
         assert all(finding.bracket == Bracket(ONSET, ONSET + 1) for finding in causes.values())
         hidden = causes["AdamW moves hidden matrices, not Muon"]
         assert "model.layers.0.self_attn.q_proj.weight" in hidden.place.parameter
-        assert "the configuration says optimizer.name: 'muon' → 'adamw'" in hidden.evidence
+        assert 'the configuration says optimizer.name: "muon" → "adamw"' in hidden.evidence
 
     def test_remedies_are_tried_and_can_be_typed(
         self, declared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

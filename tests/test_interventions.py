@@ -185,6 +185,17 @@ def test_weights_are_changed_by_row_and_restored_to_the_bit(model, sites):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_gains_that_are_nan_are_refused(model, sites):
+    name = "model.layers.0.input_layernorm.weight"
+    gain, one = model.get_parameter(name), Intervention(operation="replace_gain", site=name, value=1.0)
+    before = gain.detach().clone()
+    with torch.no_grad():
+        gain[3] = float("nan")
+        with pytest.raises(UsageError, match=f"{name} has NaN or Inf, so that its gains are not known"):
+            under(model, sites, one)
+        gain.copy_(before)
+
+
 def test_afterwards_the_model_is_what_it_was(model, sites):
     before, hooks = logits(model), sum(len(m._forward_hooks) for m in model.modules())
     bad = Intervention(operation="zero", site="value", channels=(99,))

@@ -12,6 +12,7 @@ from osp_diag.figures.report.build import findings_of
 from osp_diag.runs.run import open_run
 from osp_diag.trainer.checkpoint import complete_folders, step_of
 from osp_diag.trainer.checkpoint_pins import read_pins
+from osp_diag.trainer.headline import HeadlineLog
 from osp_diag.trainer.loop import train
 from tests.training_runs import minute
 
@@ -50,7 +51,13 @@ def test_log_says_it_and_keeps_nothing(tmp_path):
     assert findings_of(run)[0] == ("monitor", ROSE.removeprefix("bad: "))
 
 
-def test_pin_keeps_the_last_good_checkpoint(tmp_path):
+@pytest.mark.parametrize("deferred", [False, True])
+def test_pin_keeps_the_last_good_checkpoint(tmp_path, monkeypatch, deferred):
+    """Also where a probe is judged later than it was taken, as on a GPU."""
+    if deferred:
+        monkeypatch.setattr(
+            HeadlineLog, "after_probe", lambda log, step, values: setattr(log, "_pending", (step, values))
+        )
     out = tmp_path / "run.zarr"
     train(failing("pin"), out)
     assert checkpoints(out) == [3, 6]
@@ -103,15 +110,19 @@ def test_a_webhook_gets_every_finding(tmp_path):
     assert not [note for note in run.notes if "webhook" in note]
 
 
-def test_a_webhook_that_fails_is_one_note_and_training_goes_on(tmp_path):
+def test_a_webhook_that_fails_is_one_note_and_its_address_is_recorded_nowhere(tmp_path, monkeypatch):
     with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
         port = server.server_port  # closed again: nobody answers there
     said = []
     address = f"http://127.0.0.1:{port}/secret"
+    monkeypatch.setattr("sys.argv", ["osp-diag", "train", "tiny", "--set", f"monitor.webhook={address}"])
     run = train(failing(monitor__webhook=address), tmp_path / "run.zarr", announce=said.append)
     assert run.steps[-1] == 6
     (note,) = [note for note in run.notes if "webhook" in note]
     assert note.startswith("monitor.webhook at 127.0.0.1 failed at step 4: URLError(ConnectionRefusedError")
     assert note.endswith("; training goes on")
-    assert "secret" not in note
+    assert run.attrs["command"] == f"osp-diag train tiny --set monitor.webhook=http://127.0.0.1:{port}/…"
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert files
+    assert not [path for path in files if b"secret" in path.read_bytes()]
     assert said.count(note) == 1

@@ -7,9 +7,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import xarray as xr
+from hypothesis import given
+from hypothesis import strategies as st
 
 from osp_diag.errors import UsageError
 from osp_diag.monitoring import RunMonitor, judge
+from osp_diag.monitoring.grain import grain
 from osp_diag.runs.following import FollowedRun
 from osp_diag.runs.run import Run, open_run
 from osp_diag.runs.writer import RunWriter
@@ -58,6 +61,42 @@ def test_every_jump_is_told_by_its_first_place(faults, told):
 def test_the_way_back_from_an_odd_probe_does_not_jump():
     """Up before enough is known, and back when it is."""
     assert jumps(in_memory(courses((1, 5, 5, 3)))) == []
+
+
+@pytest.mark.parametrize(
+    ("times_floor", "told"),
+    [pytest.param(5, [], id="growth that noise had hidden"), pytest.param(30, [(10, 1)], id="high at once")],
+)
+def test_out_of_the_noise_only_what_is_high_at_once_jumps(times_floor, told):
+    course = courses((1, 10, 15, times_floor)).T / 20
+    probed = [
+        (step, {"residual_post": groups(over)["residual_post"][["osp_excess_kurtosis"]]})
+        for step, over in enumerate(course)
+    ]
+    assert jumps(Run.in_memory(probed, {}, ATTRIBUTES)) == told
+
+
+@given(
+    count=st.integers(1, 2000), numbers=st.lists(st.integers(0, 4000), min_size=1), kind=st.sampled_from("fd")
+)
+def test_the_grain_of_shares_is_one_part_of_what_is_counted(count, numbers, kind):
+    values = np.array([1, *numbers, np.nan]).astype(kind) / np.array(count, kind)
+    assert grain(values) == pytest.approx(1 / count, rel=1e-3)
+
+
+def test_a_share_of_few_sequences_changes_by_chance():
+    """Doubling after a still past: of 8 sequences by chance, of 8,000 or what is no count it jumps."""
+
+    def jumping(still, changed):
+        probed = []
+        for step in range(12):
+            share = {"share": ("layer", still if step < 10 else changed, {"units": "1"})}
+            probed.append((step, {"mlp_input": xr.Dataset(share, coords={"layer": range(3)})}))
+        return jumps(Run.in_memory(probed, {}, ATTRIBUTES))
+
+    assert jumping([1 / 8, 2 / 8, 3 / 8], [1 / 8, 4 / 8, 3 / 8]) == []
+    assert jumping([1 / 8000, 0.25, 0.375], [1 / 8000, 0.5, 0.375]) == [(10, 1)]
+    assert jumping([0.1234567, 0.25, 0.375], [0.1234567, 0.5, 0.375]) == [(10, 1)]
 
 
 def gains(names, value):

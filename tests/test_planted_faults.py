@@ -102,11 +102,12 @@ def test_every_recipe_has_its_base() -> None:
 
 
 HEALTHY = {50: 0.12, 60: 0.15, 100: 0.14}
+LOSSES = {50: 6.2, 60: 6.1, 100: 6.0}
 
 
 def scored(name: str, *findings: Finding, seed: int = 0, alerts: dict[int, list[str]] | None = None) -> dict:
     kurtosis = {50: 0.12, 60: 0.4, 100: 0.2}
-    return score(Job(name, seed, SETTING), alerts or {}, findings, kurtosis, HEALTHY)
+    return score(Job(name, seed, SETTING), alerts or {}, findings, kurtosis, HEALTHY, LOSSES, ["projections"])
 
 
 def test_an_edit_is_found_by_parameter_or_by_site() -> None:
@@ -137,6 +138,19 @@ def test_an_edit_is_found_by_parameter_or_by_site() -> None:
     assert not elsewhere["place_right"]
 
 
+@pytest.mark.parametrize(
+    ("end", "heals"),
+    [((100, 0.16, 6.2), True), ((100, 0.4, 6.0), False), ((100, 0.14, 6.4), False), (None, None)],
+)
+def test_a_remedy_heals_that_leads_back_to_the_healthy_training(
+    end: tuple[int, float, float] | None, heals: bool | None
+) -> None:
+    result = scored("no_projections_from_start", Finding("projections", "no projections", remedied=end))
+    assert result["remedy_heals"] is heals
+    assert result["experiments_right"]
+    assert not scored("down_row_x10", Finding("data", "data", remedied=end))["experiments_right"]
+
+
 def test_only_as_many_families_count_as_there_are_causes() -> None:
     wrong, right = Finding("data", "other data"), Finding("precision", "weights rounded to bfloat16")
     result = scored("bfloat16_weights", wrong, right)
@@ -165,4 +179,7 @@ def test_the_page_counts_groups_families_and_faults() -> None:
     assert confusion(scores)["healthy"] == {"nothing": 2}
     text = page(scores)
     assert "2 trainings with a fault and 2 without" in text
-    assert "| development | raised | 2 | 0/2 | – | 1/2 | 1/2 | 0/2 | 1/1 | 1/1 | 1/2 | – | 0/2 |" in text
+    assert (
+        "| development | raised | 2 | 0/2 | – | 1/2 | 1/2 | 0/2 | 1/1 | 1/1 | 1/2 | – | – | 0/2 | 0/2 |"
+        in text
+    )

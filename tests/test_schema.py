@@ -123,6 +123,13 @@ class TestHeadline:
         assert self.everywhere(run) == {2.5}
         assert "OSP excess kurtosis  2.5 (mean over 2 hidden states)" in repr(run)
 
+    def test_where_one_state_is_nan_there_is_none_either(self):
+        values = {"embedding": 0.0, "residual_post": 10.0, "final_norm": np.nan}
+        run = run_of({site: xr.Dataset({"osp_excess_kurtosis": statistic(v)}) for site, v in values.items()})
+        assert {
+            number for number in self.everywhere(run) if number is not None and np.isfinite(number)
+        } == set()
+
     @pytest.mark.parametrize("missing", ["embedding", "residual_post"])
     def test_without_a_state_there_is_none(self, missing):
         run = without(kurtosis_run(), missing)

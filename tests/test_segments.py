@@ -63,7 +63,7 @@ class TestStore:
     ) -> None:
         path = tmp_path / "run.zarr"
         two_segments(path)
-        with pytest.raises(StoreError, match=r"config.optimizer.lr: 0\.01 in the run, 0\.001 now"):
+        with pytest.raises(StoreError, match=r"config.optimizer.lr: 0\.01 → 0\.001"):
             RunWriter(path, FIRST, resume=True)
         with RunWriter(path, SECOND, resume=True) as writer:
             writer.append(4, {"a": group("yz", 4), "b": group("x", 4)}, partial=True)
@@ -75,7 +75,7 @@ class TestStore:
     def test_what_a_number_is_cannot_change(self, tmp_path: Path) -> None:
         path = tmp_path / "run.zarr"
         two_segments(path)
-        with pytest.raises(StoreError, match=r"protocol: .* in the run, .other. now"):
+        with pytest.raises(StoreError, match=r"protocol: .* → .other."):
             RunWriter(path, {**SECOND, "protocol": "other"}, resume=True, segment_after=3)
 
 

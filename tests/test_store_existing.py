@@ -53,11 +53,11 @@ class TestResume:
             RunWriter(path, other, resume=True)
         message = str(caught.value)
         assert "cannot be resumed: it was written under other conditions" in message
-        assert 'model_fingerprint: "abc" in the run, "xyz" now' in message
-        assert 'sites.residual_post: "the output of every block" in the run, "patched" now' in message
-        assert 'sites.query_post_rope: "no rotary embedding" in the run, absent now' in message
-        assert 'estimators: ["osp_excess_kurtosis/1"] in the run, ["osp_excess_kurtosis/2"] now' in message
-        assert "seed: absent in the run, 1 now" in message
+        assert 'model_fingerprint: "abc" → "xyz"' in message
+        assert 'sites.residual_post: "the output of every block" → "patched"' in message
+        assert 'sites.query_post_rope: "no rotary embedding" → absent' in message
+        assert 'estimators: ["osp_excess_kurtosis/1"] → ["osp_excess_kurtosis/2"]' in message
+        assert "seed: absent → 1" in message
         assert "protocol" not in message
         assert (path / "zarr.json").read_bytes() == before
 

@@ -178,7 +178,7 @@ def test_a_checkpoint_of_another_config_is_refused_with_the_difference(whole):
     message = str(caught.value)
     assert "cannot be resumed under this one" in message
     assert "optimizer.lr: 0.004 → 0.001" in message
-    assert "model.norm: 'ssnorm' → 'rmsnorm'" in message
+    assert 'model.norm: "ssnorm" → "rmsnorm"' in message
     assert "divergence.window: 100 → 50" in message  # a ring of so many losses is part of the state
     assert list(open_run(whole).steps) == [0, 3, 6]
 

@@ -21,11 +21,13 @@ from osp_diag.trainer.checkpoint import HOST_STATE, PART, complete_folders, dele
 from osp_diag.trainer.checkpoint_ladder import staying
 from osp_diag.trainer.checkpoint_pins import read_pins, write_pins
 from osp_diag.trainer.config import CheckpointConfig, TrainConfig
-from osp_diag.trainer.config_values import as_dictionary
+from osp_diag.trainer.config_values import as_recorded
 
 __all__ = ["CheckpointFolder"]
 
 _NO_SPACE = 2**20
+_AND = "; and "
+"""Between the reasons of a pin."""
 
 
 class CheckpointFolder:
@@ -40,6 +42,11 @@ class CheckpointFolder:
     folder : of this run's checkpoints; made when needed
     config : how many to keep, and whether to write in the background
 
+    Attributes
+    ----------
+    judged_step : of the last probe that was judged and whose findings were acted on; what is found later
+        began after it, so the newest checkpoint up to it stays. None: nothing is judged
+
     Raises
     ------
     TrainingError : the folder's pins cannot be read
@@ -47,6 +54,7 @@ class CheckpointFolder:
 
     def __init__(self, folder: Path, config: CheckpointConfig) -> None:
         self.folder, self.config = folder, config
+        self.judged_step: int | None = None
         read_pins(folder)
         self._under_way: tuple[Future[Any], Callable[[], None], Path] | None = None
         # Collectives of a background thread must not mix with those of the training step.
@@ -81,7 +89,7 @@ class CheckpointFolder:
         final, part = self.folder / f"step-{step:08d}", self.folder / f"step-{step:08d}{PART}"
         if final.exists():
             return
-        host = {"step": step, "config": as_dictionary(run_config), "data": dict(data)}
+        host = {"step": step, "config": as_recorded(run_config), "data": dict(data)}
         if function is not None:
             host["function"] = dict(function)
         with self._disk_errors(final, part):
@@ -119,6 +127,8 @@ class CheckpointFolder:
     def pin(self, step: int, reason: str) -> int | None:
         """Keep the newest complete checkpoint at or before ``step`` for good, also when the run is resumed.
 
+        Of one that is pinned already the reasons are kept, each once.
+
         One that is being written is not complete: :meth:`wait` first. The first rank alone writes.
 
         Returns
@@ -130,12 +140,17 @@ class CheckpointFolder:
         TrainingError : the pins cannot be read or written
         """
         self.poll()
+        at = self.newest_up_to(step)
+        if at is not None and is_first_rank():
+            pins = read_pins(self.folder)
+            reasons = pins[at].split(_AND) if at in pins else []
+            write_pins(self.folder, pins | {at: _AND.join(dict.fromkeys((*reasons, reason)))})
+        return at
+
+    def newest_up_to(self, step: int) -> int | None:
+        """The step of the newest complete checkpoint at or before ``step``; None where there is none."""
         earlier = [one for one in map(step_of, complete_folders(self.folder)) if one <= step]
-        if not earlier:
-            return None
-        if is_first_rank():
-            write_pins(self.folder, read_pins(self.folder) | {earlier[-1]: reason})
-        return earlier[-1]
+        return earlier[-1] if earlier else None
 
     def unpin(self, step: int) -> bool:
         """Let the checkpoint of exactly ``step`` go when its time comes; whether it was pinned.
@@ -164,13 +179,15 @@ class CheckpointFolder:
         self._barrier()
 
     def _thin_out(self) -> None:
-        """Delete what neither the last ones, nor the ladder, nor a pin keeps."""
+        """Delete what neither the last ones, nor the ladder, nor a pin keeps, nor a finding may ask for."""
         complete = {step_of(path): path for path in complete_folders(self.folder)}
         try:
             stay = staying(complete, self.config) | self.pins.keys()
         except TrainingError as error:  # a training of days does not end over this, nor does it delete a pin
             warnings.warn(f"no checkpoint is deleted: {error}", stacklevel=2)
             return
+        if self.judged_step is not None:
+            stay.add(max((step for step in complete if step <= self.judged_step), default=min(complete)))
         for step in complete.keys() - stay:
             delete(complete[step])
 

@@ -365,7 +365,8 @@ class MonitorConfig:
     on : judge every logged and probed step by the rules of :mod:`osp_diag.monitoring`
     action : ``log`` (say it), ``pin`` (also keep the newest checkpoint before it for good), ``checkpoint``
         (also save the state as it is), or ``stop`` (save it and end)
-    webhook : an http or https address to which every finding is posted as JSON
+    webhook : an http or https address to which every finding is posted as JSON; as a secret it is in no run
+        and no checkpoint, so that a training that goes on from one is told it again
     """
 
     on: bool = True

@@ -9,11 +9,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from osp_diag import wording
 from osp_diag.errors import UsageError
 from osp_diag.wording import did_you_mean
 
 __all__ = [
     "as_dictionary",
+    "as_recorded",
     "check_at_least",
     "check_positive",
     "check_types",
@@ -196,7 +198,15 @@ def as_dictionary(config: Any, prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+SECRETS = ("monitor.webhook",)
+"""Keys whose values stand in no run and no checkpoint, which are sent to others."""
+
+
+def as_recorded(config: Any) -> dict[str, Any]:
+    """:func:`as_dictionary` without :data:`SECRETS`, which are None."""
+    return as_dictionary(config) | dict.fromkeys(SECRETS)
+
+
 def differences(before: Any, after: Any) -> list[str]:
-    """``key: before → after`` for every value that differs."""
-    old, new = as_dictionary(before), as_dictionary(after)
-    return [f"{key}: {old[key]!r} → {new[key]!r}" for key in old if old[key] != new[key]]
+    """``key: before → after`` for every value of a training's configuration that differs, but of secrets."""
+    return wording.differences(as_recorded(before), as_recorded(after))

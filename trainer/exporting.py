@@ -14,7 +14,7 @@ from osp_diag.runs.headline import headline
 from osp_diag.runs.run import Run, open_run
 from osp_diag.trainer.checkpoint import TrainingCheckpoint, folder_of, latest
 from osp_diag.trainer.config import DataConfig
-from osp_diag.trainer.config_values import as_dictionary
+from osp_diag.trainer.config_values import as_recorded
 from osp_diag.trainer.data.tokenizing import open_tokenizer
 from osp_diag.trainer.export import ExportReport, export
 from osp_diag.trainer.model import Llama
@@ -121,6 +121,6 @@ def _card(checkpoint: TrainingCheckpoint, run: Run) -> dict[str, Any]:
         "steps": checkpoint.step,
         "tokens": checkpoint.step * checkpoint.config.tokens_per_step,
         "training_data": run.attrs.get("training_data", ""),
-        "config": as_dictionary(checkpoint.config),
+        "config": as_recorded(checkpoint.config),
         "statistics": {**losses, **headline(run)},
     }

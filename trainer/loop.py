@@ -228,6 +228,7 @@ class Training:
         if overwrite and self.rank == 0:
             delete_checkpoints(folder_of(out), after=self.step if segment else -1)
         self.checkpoints = CheckpointFolder(folder_of(out), config.checkpoint)
+        self._tell_findings()
         stack.callback(self.checkpoints.wait)
         self._rehearse()
         self.data_states: deque[tuple[int, dict[str, Any]]] = deque(
@@ -507,15 +508,21 @@ class Training:
                 self._pin(findings)
             except TrainingError as error:
                 self._note(f"monitor.action={self.config.monitor.action}: no checkpoint is pinned: {error}")
+        if self.monitor is not None:
+            self.checkpoints.judged_step = self.monitor.last_probe
         return bool(findings)
 
     def _pin(self, findings: Sequence[Finding]) -> None:
         """Keep the checkpoints before what is the matter. Where it is one for several, the worst says why."""
         if self.ranks == 1:
             self.checkpoints.wait()  # one that is being written may be it
-        for finding in reversed(findings):
+        reasons: dict[int, str] = {}
+        for finding in sorted(findings, key=lambda finding: finding.rank):
             if finding.last_good_step is not None:
-                self.checkpoints.pin(finding.last_good_step, finding.sentence)
+                at = self.checkpoints.newest_up_to(finding.last_good_step)
+                reasons |= {} if at is None or at in reasons else {at: finding.sentence}
+        for step, reason in reasons.items():
+            self.checkpoints.pin(step, reason)
 
     def _note(self, text: str) -> None:
         self.recording.note([text])
@@ -529,6 +536,7 @@ class Training:
 
     def _save_now(self, step: int, *, background: bool | None = False) -> None:
         self.recording.flush()
+        self._has_findings |= self._tell_findings()  # of a deferred probe, before saving deletes
         data = dict(self.data_states)[step]
         function = function_record(self.model, self.reference_ids, self._autocast, code=self.code)
         self.checkpoints.save(

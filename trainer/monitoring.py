@@ -65,6 +65,11 @@ class TrainingMonitor:
         """All findings of this process, of the steps before a resumption too."""
         return self._monitor.findings
 
+    @property
+    def last_probe(self) -> int | None:
+        """The last probe that was judged."""
+        return self._monitor.last_probe
+
     def resume(self, run: Run) -> None:
         """What the run holds already is the history; its findings were told when they came."""
         monitor = RunMonitor(run)

@@ -25,7 +25,7 @@ from osp_diag.trainer.checkpoint import (
     read_checkpoint,
 )
 from osp_diag.trainer.config import ModelConfig, TrainConfig
-from osp_diag.trainer.config_values import as_dictionary, differences
+from osp_diag.trainer.config_values import as_recorded, differences
 from osp_diag.trainer.data import TrainingData
 from osp_diag.trainer.divergence import Watch
 from osp_diag.trainer.folding import (
@@ -191,7 +191,7 @@ def start_from(
 
 
 def _changed_values(before: TrainConfig, now: TrainConfig) -> dict[str, Any]:
-    old, new = as_dictionary(before), as_dictionary(now)
+    old, new = as_recorded(before), as_recorded(now)
     return {key: value for key, value in old.items() if new[key] != value}
 
 

@@ -40,8 +40,9 @@ SPREADS = 8.0
 LASTING = 5
 """Unusual steps in a row, or up to the end, from which on it is the data and not a batch."""
 LOSS_SPREADS, LOSS_LEAST = 6.0, 0.5
-"""A single batch of healthy text may be a list or a table. It is named if its labels are wrong, or its loss
-stands out from the ten before by so many robust standard deviations and so many nats."""
+"""A sequence of healthy text may be a list or a table. A single batch is named if its labels are wrong, or if
+a share is farther off than one of its sequences can move it and its loss stands out from the ten before, by
+so many robust standard deviations and so many nats."""
 FEWEST = 8
 """Usual steps that tell what is usual."""
 
@@ -57,31 +58,39 @@ def changed_batches(case: Case) -> Iterator[Finding]:
         return
     steps = series["step"].values
     unusual: dict[int, list[str]] = {}
+    farthest: dict[int, float] = {}
     for name in present:
         values = series[name].values
-        for place, sentence in _unusual(values, SHARES[name]):
+        for place, sentence, distance in _unusual(values, SHARES[name]):
+            farthest[place] = max(farthest.get(place, 0.0), distance)
             number = f"{name} {values[place]:.3g}"
             unusual.setdefault(place, []).append(
                 f"{sentence} ({number} at step {steps[place]})" if sentence else number
             )
     recorded = np.flatnonzero(np.isfinite(series[present[0]].values))
     stretches = _stretches(sorted(unusual), recorded)
-    named = [stretch for stretch in stretches if _matters(case, stretch, recorded, unusual)]
+    named = [
+        stretch
+        for stretch in stretches
+        if _lasts(stretch, recorded)
+        or any(SHARES["label_agreement"].low in text for text in unusual[stretch[0]])
+        or _is_more_than_a_list(case, stretch, max(farthest[place] for place in stretch))
+    ]
     findings = [_finding(case, steps, stretch, unusual, recorded) for stretch in named]
     if not findings:
         case.ruled_out.append("no batch, and no labels, are unlike those before")
     yield from findings
 
 
-def _unusual(values: np.ndarray, share: Share) -> Iterator[tuple[int, str]]:
-    """Places beyond what was usual up to there; what is unusual does not become the usual."""
+def _unusual(values: np.ndarray, share: Share) -> Iterator[tuple[int, str, float]]:
+    """Places beyond what was usual up to there, with how far; what is unusual does not become the usual."""
     usual: list[float] = []
     for place in np.flatnonzero(np.isfinite(values)):
         value = values[place]
         if len(usual) < FEWEST:
             fixed = 1.0 if share.low.startswith("labels") else None
             if fixed is not None and value < fixed - share.least:
-                yield int(place), share.low
+                yield int(place), share.low, fixed - value
                 continue
             usual.append(value)
             continue
@@ -89,7 +98,7 @@ def _unusual(values: np.ndarray, share: Share) -> Iterator[tuple[int, str]]:
         distance = value - middle
         sentence = share.high if distance > 0 else share.low
         if abs(distance) > max(SPREADS * spread, share.least) and sentence:
-            yield int(place), sentence
+            yield int(place), sentence, abs(distance)
         else:
             usual.append(value)
 
@@ -117,11 +126,11 @@ def _lasts(stretch: list[int], recorded: np.ndarray) -> bool:
     return len(stretch) >= LASTING or (len(stretch) > 1 and stretch[-1] == recorded[-1])
 
 
-def _matters(case: Case, stretch: list[int], recorded: np.ndarray, unusual: Mapping[int, list[str]]) -> bool:
-    """Whether it lasts, or its labels are wrong, or its loss stands out."""
-    wrong_labels = SHARES["label_agreement"].low
-    if _lasts(stretch, recorded) or any(wrong_labels in text for text in unusual[stretch[0]]):
-        return True
+def _is_more_than_a_list(case: Case, stretch: list[int], farthest: float) -> bool:
+    """Whether a share is farther off than one sequence of the batch can move it, and the loss stands out."""
+    sequences = case.config_at(int(case.run.series["step"][stretch[0]])).get("batch_size")
+    if isinstance(sequences, int) and farthest <= 1 / sequences:
+        return False
     losses = case.run.series["loss"].values
     before = losses[max(0, stretch[0] - 10) : stretch[0]]
     before = before[np.isfinite(before)]

@@ -10,7 +10,7 @@ from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding, Place
 from osp_diag.laboratory import CheckpointState
 from osp_diag.schema import PARENT
-from osp_diag.wording import listed
+from osp_diag.wording import change, listed
 
 __all__ = ["changed_conditions", "family_of"]
 
@@ -145,7 +145,7 @@ def _other(case: Case, bracket: Bracket) -> str:
 
 
 def _of(values: tuple[Any, Any]) -> str:
-    return f"{values[0]!r} → {values[1]!r}"
+    return change(*values)
 
 
 def _cause(key: str, before: Any, now: Any) -> str:
@@ -172,7 +172,7 @@ def _cause(key: str, before: Any, now: Any) -> str:
         return "no warm-up"
     if key == "optimizer.gradient_clip" and now is None:
         return "no clipping of gradients"
-    return f"{words}: {before!r} → {now!r}"
+    return f"{words}: {change(before, now)}"
 
 
 def _place(case: Case, key: str, bracket: Bracket) -> Place:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import xarray as xr
+from scipy.stats import t
 
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
 from osp_diag.analyses.diagnosis.recipe import RECIPE
+from osp_diag.analyses.diagnosis.when import floor_of
+from osp_diag.analyses.summary.rules import NEAR_GAUSSIAN
 from osp_diag.laboratory import CheckpointState, Fork
 
 __all__ = ["experiments", "verified"]
 
 EDITS = ("clip_rows", "average_gains")
-LOSS_OF_A_REMEDY = 0.5
-"""Nats by which a part put back may raise the held-out loss and still be named."""
-SHARE = 0.5
-"""Share of the rise over the control that a part has to take away to be named."""
+ORDERS = (0, 1)
+"""Of the batches: the run's own and another. Two, so that the controls have a spread."""
+CERTAINTY = 0.99
+"""One-sided level of Student's t at which a part put back differs from its control."""
 
 
 def experiments(case: Case, steps: int) -> Iterator[Finding]:
@@ -45,30 +51,84 @@ def _start(case: Case, steps: int) -> CheckpointState | None:
     return early if early is not None and early.step + steps <= last else case.checkpoint_up_to(last - steps)
 
 
+@dataclass(frozen=True)
+class _Putback:
+    """A part of the recipe put back, and its controls, by order of the batches."""
+
+    family: str
+    cause: str
+    forks: tuple[Fork, ...]
+    controls: tuple[Fork, ...]
+
+
 def _parts_put_back(case: Case, start: CheckpointState, until: int) -> Iterator[Finding]:
     assert case.laboratory is not None
-    as_it_was = _kurtosis_at(case, until)
+    least, as_it_was = NEAR_GAUSSIAN * floor_of(case), _kurtosis_at(case, until)
+    controls: dict[tuple[str, ...], tuple[Fork, ...]] = {}
+    parts = []
     for key, (family, values, cause, _) in RECIPE.items():
-        now = start.config.get(key)
-        if key not in start.config or now in values:
+        if key not in start.config or start.config[key] in values:
             continue
-        fork = case.laboratory.fork(start.step, until, f"with {key}={values[0]}", {key: values[0]})
-        control = case.laboratory.control(start.step, until, f"control of {key}", fork.reset)
-        text = (
-            f"trained from step {start.step} to {until} {fork.label}, it {_ending(fork)}; its control, with "
-            f"the same optimizer states reset, {_ending(control)}; the run had kurtosis {as_it_was:.3g}"
+        change = {key: values[0]}
+        forks = tuple(
+            case.laboratory.fork(start.step, until, f"with {key}={values[0]}", change, order=order)
+            for order in ORDERS
         )
-        base = fork.kurtosis[0]
-        rise, left = control.kurtosis[-1] - base, fork.kurtosis[-1] - base
-        dearer = fork.held_out_loss[-1] - control.held_out_loss[-1]
-        if rise > 0 and left < (1 - SHARE) * rise and dearer < LOSS_OF_A_REMEDY:
-            yield Finding(family, cause, "measured", Bracket(None, 1), (text,))
+        reset = forks[0].reset
+        if reset not in controls:
+            controls[reset] = tuple(
+                case.laboratory.control(start.step, until, f"control of {key}", reset, order=order)
+                for order in ORDERS
+            )
+        parts.append(_Putback(family, cause, forks, controls[reset]))
+    spread = _error([[_log_kurtosis(fork, least) for fork in of] for of in controls.values()])
+    dearer = _error([[fork.held_out_loss[-1] for fork in of] for of in controls.values()])
+    for part in sorted(parts, key=lambda part: -_effect(part, least)):
+        effect, cost = _effect(part, least), _cost(part)
+        text = (
+            f"trained from step {start.step} to {until} {part.forks[0].label}, it {_ending(part.forks)}; its "
+            f"control, with the same optimizer states reset, {_ending(part.controls)}; the run had kurtosis "
+            f"{as_it_was:.3g}; × {math.exp(-effect):.2g} in the mean, by chance × {math.exp(-spread):.2g}"
+        )
+        if effect > spread and cost <= dearer:
+            yield Finding(part.family, part.cause, "measured", Bracket(None, 1), (text,))
         else:
             case.ruled_out.append(text)
 
 
-def _ending(fork: Fork) -> str:
-    return f"ends with kurtosis {fork.kurtosis[-1]:.3g} and held-out loss {fork.held_out_loss[-1]:.4g}"
+def _log_kurtosis(fork: Fork, least: float) -> float:
+    """ln of the last kurtosis, not below ``least``: what is at the floor is no better further down."""
+    return math.log(max(fork.kurtosis[-1], least, sys.float_info.min))
+
+
+def _effect(part: _Putback, least: float) -> float:
+    """How much lower ln kurtosis ends than in the controls, in the mean over the orders."""
+    pairs = zip(part.controls, part.forks, strict=True)
+    return float(np.mean([_log_kurtosis(one, least) - _log_kurtosis(other, least) for one, other in pairs]))
+
+
+def _cost(part: _Putback) -> float:
+    """How far the held-out loss ends above the checkpoint's own: an edit that unlearns is no remedy."""
+    return float(np.mean([fork.held_out_loss[-1] - fork.held_out_loss[0] for fork in part.forks]))
+
+
+def _error(groups: list[list[float]]) -> float:
+    """By how much a mean over the orders differs from another by chance, at :data:`CERTAINTY`.
+
+    Within each group are the same trainings with other batches. s² is their pooled variance with ν degrees of
+    freedom; the difference of two means of n has the variance 2s²/n, so that it is t(ν) · s · √(2/n).
+    """
+    freedom = sum(len(group) - 1 for group in groups)
+    if not freedom:
+        return math.inf
+    variance = sum(float(np.var(group)) * len(group) for group in groups) / freedom
+    return float(t.ppf(CERTAINTY, freedom)) * math.sqrt(2 * variance / len(ORDERS))
+
+
+def _ending(forks: Sequence[Fork]) -> str:
+    kurtosis = " and ".join(f"{fork.kurtosis[-1]:.3g}" for fork in forks)
+    losses = " and ".join(f"{fork.held_out_loss[-1]:.4g}" for fork in forks)
+    return f"ends with kurtosis {kurtosis} and held-out loss {losses} in {len(forks)} orders of the batches"
 
 
 def _kurtosis_at(case: Case, step: int) -> float:

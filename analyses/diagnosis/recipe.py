@@ -21,6 +21,14 @@ RECIPE: Mapping[str, tuple[str, tuple[Any, ...], str, str]] = {
         "norm_gain", ("ssnorm", "srmsnorm"), "norms have a gain per channel",
         "gains amplify single channels; SSNorm has one scalar (section 3.2)",
     ),
+    "optimizer.route": (
+        "optimizer_routing", ({},), "parameters are moved by other optimizers than in OSP",
+        "Muon moves all matrices but embedding and head (section 3.3)",
+    ),
+    "model.tie_embeddings": (
+        "optimizer_routing", (False,), "the head is tied to the embedding",
+        "one matrix then serves both, and both projections (section 3.3)",
+    ),
     "model.embedding_projection": (
         "projections", (True,), "no embedding projections",
         "the embedding's outliers reach the residual stream (section 3.3)",

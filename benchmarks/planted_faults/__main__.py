@@ -42,6 +42,13 @@ def main() -> int:
     parser.add_argument("--monitor-alone", action="store_true", help="score without asking the diagnosis")
     parser.add_argument("--verify", type=int, default=0, help="steps for which the diagnosis tries a remedy")
     parser.add_argument(
+        "--blind",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="ask the seventh question by itself, of faults from the start, with trainings of so many steps",
+    )
+    parser.add_argument(
         "--discard", action="store_true", help="delete the checkpoints of a fault once it is scored"
     )
     options = parser.parse_args()
@@ -64,6 +71,7 @@ def main() -> int:
         score_one,
         diagnosed=not options.monitor_alone,
         verify=options.verify,
+        experiment=options.blind,
         discard=options.discard,
     )
     failed = work_through([job for job in jobs if job not in untrained], work, options.workers, _progress)

@@ -11,6 +11,7 @@ from typing import Any
 from benchmarks.planted_faults.faults import COMPOUND, FAULTS, HEALTHY
 from benchmarks.planted_faults.scoring import OUTCOMES, RAISED
 from osp_diag.analyses.diagnosis.findings import FAMILIES
+from osp_diag.monitoring.limits import LOSS_RISE
 
 __all__ = ["confusion", "page", "read_scores"]
 
@@ -22,8 +23,11 @@ TEMPLATE = """Written by `python -m benchmarks.planted_faults score`.
 the diagnosis named first. *Raised*: the largest kurtosis after the onset is more than {raised:g} times that
 of the healthy training of the same seed. *Noticed*: an alert after the onset, with the median of steps until
 then. *When* (the onset is within the bracket), *family*, *place* (parameter, or site and layer),
-*index* (row, channel or head) and *cause*: named rightly, of those that have one. *Wrong*: families named
-that the fault has not.
+*index* (row, channel or head) and *cause*: named rightly, of those that have one. *Remedy*: the diagnosis
+tried it, and says that it helps; *heals*: it led back to the kurtosis (up to × {raised:g}) and the held-out
+loss (up to {rise:g} nats) of the healthy training. *Question 7*: short trainings with a part of the recipe
+put back name a right part first, by themselves, where kurtosis is raised and a part is missing. *Wrong*:
+families named that the fault has not.
 
 {groups}
 
@@ -44,6 +48,8 @@ GROUP_COLUMNS = (
     "index",
     "cause",
     "remedy",
+    "heals",
+    "question 7",
     "wrong",
 )
 
@@ -64,6 +70,7 @@ def page(scores: Sequence[Score]) -> str:
         count=len(faulty),
         healthy=len(healthy),
         raised=RAISED,
+        rise=LOSS_RISE,
         groups=_groups(faulty),
         healthy_table=_healthy(healthy),
         confusion=_confusion_table(scores),
@@ -165,7 +172,7 @@ def _by(scores: Iterable[Score], key: Callable[[Score], str]) -> Iterable[tuple[
 
 def _share(scores: Iterable[Score], key: str) -> str:
     """How many have it right, of those to which it applies."""
-    values = [score[key] for score in scores if score[key] is not None]
+    values = [score[key] for score in scores if score.get(key) is not None]
     return _of(sum(values), len(values))
 
 

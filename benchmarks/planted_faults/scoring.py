@@ -12,9 +12,16 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planted_faults.answers import Finding, alerts_by_step, diagnosis_of, kurtosis_by_step
+from benchmarks.planted_faults.answers import (
+    Finding,
+    alerts_by_step,
+    diagnosis_of,
+    experiments_of,
+    kurtosis_by_step,
+)
 from benchmarks.planted_faults.faults import HEALTHY, Cause
 from benchmarks.planted_faults.training import Job
+from osp_diag.monitoring.limits import LOSS_RISE
 from osp_diag.runs.run import Run, open_run
 from osp_diag.trainer.checkpoint import folder_of
 from osp_diag.trainer.config import TrainConfig
@@ -31,7 +38,7 @@ __all__ = [
 ]
 
 DEVELOPMENT_SEED, DEVELOPMENT_PRESET = 0, "tiny"
-OUTCOMES = (
+OF_CAUSES = (
     "family_right",
     "bracket_right",
     "place_right",
@@ -39,6 +46,7 @@ OUTCOMES = (
     "cause_right",
     "remedy_verified",
 )
+OUTCOMES = (*OF_CAUSES, "remedy_heals", "experiments_right")
 """Of a training with a fault; None where there is nothing to be right about."""
 
 RAISED = 1.25
@@ -57,25 +65,40 @@ def score_path(job: Job) -> Path:
     return job.run.with_suffix(".score.json")
 
 
-def score_one(job: Job, *, diagnosed: bool = True, verify: int = 0, discard: bool = False) -> dict[str, Any]:
+def score_one(
+    job: Job, *, diagnosed: bool = True, verify: int = 0, experiment: int = 0, discard: bool = False
+) -> dict[str, Any]:
     """Ask monitor and diagnosis of a finished training, score them, and keep the score.
 
     Parameters
     ----------
     diagnosed : ask the diagnosis; or else the monitor alone
     verify : steps for which the diagnosis tries each remedy; 0: none
+    experiment : steps for which the seventh question, asked by itself, puts back parts of the recipe in
+        faults from the start; 0: it is not asked
     discard : delete its checkpoints then, if no other training goes on from them
     """
     started = time.perf_counter()
     run, base = open_run(job.run), open_run(job.base.run)
-    findings, regression, seconds = None, None, None
+    findings, regression, seconds, named = None, None, None, None
     if diagnosed:
         # What begins with the first step has no healthy past; code that is at fault is still there.
         against = job.base.run if job.fault.begins == "start" else None
         with job.fault.silent.code():
             findings, regression = diagnosis_of(job.run, against, verify)
         seconds = time.perf_counter() - started
-    scored = score(job, alerts_by_step(run), findings, kurtosis_by_step(run), kurtosis_by_step(base))
+    if experiment and job.fault.begins == "start":
+        with job.fault.silent.code():
+            named = experiments_of(job.run, experiment)
+    scored = score(
+        job,
+        alerts_by_step(run),
+        findings,
+        kurtosis_by_step(run),
+        kurtosis_by_step(base),
+        _losses(base),
+        named,
+    )
     ended = json.loads(job.record.read_text(encoding="utf-8"))["ended"]
     scored |= {"held_out_loss": _last_loss(run), "healthy_held_out_loss": _last_loss(base)}
     scored |= {
@@ -88,6 +111,12 @@ def score_one(job: Job, *, diagnosed: bool = True, verify: int = 0, discard: boo
     if discard and job != job.base:
         shutil.rmtree(folder_of(job.run))
     return scored
+
+
+def _losses(run: Run) -> dict[int, float]:
+    """Probed step → held-out loss."""
+    losses = run.series["held_out_loss"].dropna("step")
+    return {int(step): float(value) for step, value in zip(losses["step"], losses, strict=True)}
 
 
 def _last_loss(run: Run) -> float | None:
@@ -110,6 +139,8 @@ def score(
     findings: Sequence[Finding] | None,
     kurtosis: Mapping[int, float],
     healthy_kurtosis: Mapping[int, float],
+    healthy_losses: Mapping[int, float],
+    experiments: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Hold what was said of a training against what was planted.
 
@@ -118,6 +149,8 @@ def score(
     alerts : probed step → rules, as :func:`~benchmarks.planted_faults.answers.alerts_by_step`
     findings : of the diagnosis; None: it was not asked
     kurtosis, healthy_kurtosis : probed step → mean over hidden states, of it and of its base
+    healthy_losses : probed step → held-out loss of its base
+    experiments : families that the seventh question names by itself; None: it was not asked
 
     Returns
     -------
@@ -126,7 +159,8 @@ def score(
     """
     fault, onset = job.fault, job.onset
     late = {step: value for step, value in kurtosis.items() if step > onset}
-    usual = [value for step, value in healthy_kurtosis.items() if step > onset]
+    usual = max((value for step, value in healthy_kurtosis.items() if step > onset), default=None)
+    families = {cause.family for cause in fault.causes}
     largest = max(late.values(), default=None)
     after = sorted(step for step in alerts if step > onset)
     expected = fault.family == HEALTHY and fault.raises_kurtosis  # Adam's outliers are no false alarm
@@ -139,13 +173,30 @@ def score(
         "family": fault.family,
         "is_declared": fault.is_declared,
         "kurtosis": largest,
-        "healthy_kurtosis": max(usual, default=None),
-        "raised": bool(fault.causes) and bool(late) and largest > RAISED * max(usual, default=0.0),
+        "healthy_kurtosis": usual,
+        "raised": bool(fault.causes) and bool(late) and largest > RAISED * (usual or 0.0),
         "noticed_after": after[0] - onset if after and fault.causes else None,
         "alerts": {str(step): list(rules) for step, rules in alerts.items()},
         "false_alerts": 0 if expected else sum(len(rules) for step, rules in alerts.items() if step <= onset),
+        "experiments": experiments,
         **({} if findings is None else judged(findings, job)),
+        "remedy_heals": _heals(findings or (), families, usual or 0.0, healthy_losses),
+        "experiments_right": None if experiments is None else bool(families.intersection(experiments[:1])),
     }
+
+
+def _heals(
+    findings: Sequence[Finding], families: set[str], usual: float, healthy_losses: Mapping[int, float]
+) -> bool | None:
+    """Whether a remedy of a right finding leads back to the kurtosis and the loss of the healthy training."""
+    ends = [finding.remedied for finding in findings if finding.family in families and finding.remedied]
+    ends = [end for end in ends if end[0] in healthy_losses]
+    if not ends:
+        return None
+    return any(
+        kurtosis <= RAISED * usual and loss <= healthy_losses[step] + LOSS_RISE
+        for step, kurtosis, loss in ends
+    )
 
 
 def judged(findings: Sequence[Finding], job: Job) -> dict[str, Any]:
@@ -168,7 +219,7 @@ def judged(findings: Sequence[Finding], job: Job) -> dict[str, Any]:
 
     return {
         "named": named,
-        **{key: all_of(key) for key in OUTCOMES},
+        **{key: all_of(key) for key in OF_CAUSES},
         "causes_named": sum(part["family_right"] for part in parts),
         "causes": len(parts),
         "wrong_families": [family for family in named if family not in truths],

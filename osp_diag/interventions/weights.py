@@ -125,6 +125,11 @@ def _constant_of(module: nn.Module, name: str, parameter: Tensor, intervention: 
 
     Told by what it makes of a vector of +1 and −1, whose mean is 0 and whose root mean square is 1.
     """
+    if not bool(torch.isfinite(parameter).all()):
+        raise UsageError(
+            f"{intervention}: {name} has NaN or Inf, so that its gains are not known; name another norm, or "
+            "take a checkpoint from before it"
+        )
     if parameter.numel() == 1:
         return 0.0
     probe = torch.ones(1, 1, parameter.numel(), dtype=parameter.dtype, device=parameter.device)

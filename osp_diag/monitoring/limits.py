@@ -6,10 +6,14 @@ from typing import NamedTuple
 
 from osp_diag.monitoring.finding import Severity
 
-__all__ = ["LIMITS", "QK_CLIP", "Limit"]
+__all__ = ["LIMITS", "LOSS_RISE", "QK_CLIP", "Limit"]
 
 QK_CLIP = 100.0
 """Largest logit before the softmax that Kimi K2's QK-Clip lets pass."""
+
+LOSS_RISE = 0.3
+"""Nats above its lowest from which on a held-out loss has risen; healthy AdamW trainings of 512 tokens a step
+reached 0.17 (docs/log.md)."""
 
 
 class Limit(NamedTuple):

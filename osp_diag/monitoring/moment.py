@@ -7,18 +7,21 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from osp_diag.monitoring.finding import Finding, Severity
 from osp_diag.monitoring.places import Place, places_in_order
 
-__all__ = ["WINDOW", "Moment", "Profiles", "Table", "stacked"]
+__all__ = ["TIMES_FLOOR", "TIMES_HIGH", "WINDOW", "Moment", "Profiles", "Table", "stacked"]
 
 WINDOW = 10
 """Probes that the rules look back over: of fewer one odd probe decides what is steady growth."""
 
 TIMES_FLOOR = 2.0
 """Up to so many times what Gaussian noise scores a number is taken for noise, whose changes say nothing."""
+
+TIMES_HIGH = 10.0
+"""From so many times that, a decade, it is high."""
 
 Profiles = Callable[[str], tuple[Mapping[int, np.ndarray], Mapping[int, np.ndarray]]]
 """Site → RMS by channel of each layer, at the probe before and now."""
@@ -61,6 +64,11 @@ class Table:
     def recent(self, count: int = WINDOW) -> Float[np.ndarray, "probe place"]:
         """The last ``count`` probes, NaN where a place was not there yet."""
         return stacked(list(self.rows)[-count:], len(self.places))
+
+    @property
+    def are_noise(self) -> Bool[np.ndarray, " place"]:
+        """Where neither of the last two probes is above :data:`TIMES_FLOOR` × floor."""
+        return np.all(self.recent(2) <= TIMES_FLOOR * self.floors, axis=0)
 
     @property
     def logarithms(self) -> Float[np.ndarray, "probe place"]:

@@ -38,6 +38,11 @@ class Monitor:
         self._table = Table()
         self._since_probe: dict[str, list[float]] = {}
 
+    @property
+    def last_probe(self) -> int | None:
+        """The last step that was judged; None before any was."""
+        return self._table.steps[-1] if self._table.steps else None
+
     def add_scalars(self, step: int, values: Mapping[str, float]) -> list[Finding]:
         """Judge the scalars of a logged step: what was recorded, NaN included. Returns what is new."""
         for name, value in values.items():
@@ -61,7 +66,7 @@ class Monitor:
             finite = [value for value in values if np.isfinite(value)]
             numbers[Place(None, None, name)] = float(np.median(finite)) if finite else float("nan")
         self._since_probe = {}
-        previous = self._table.steps[-1] if self._table.steps else None
+        previous = self.last_probe
         self._table.add(step, numbers, floors)
         moment = Moment(step=step, previous=previous, table=self._table, profiles=profiles)
         return self._judged(rule.at_probe(moment) for rule in self.rules)

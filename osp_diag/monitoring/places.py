@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache, partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -82,7 +83,9 @@ def is_judged_statistic(dims: Iterable[str], units: Any) -> bool:
     return not PROFILES.intersection(dims) and units not in NAMES_OF_THINGS
 
 
-def block_of(group: str, statistic: str, array: xr.DataArray, labels: Callable[[str], np.ndarray]) -> Block:
+def block_of(
+    group: str, statistic: str, array: xr.Variable | xr.DataArray, labels: Callable[[str], Iterable[Any]]
+) -> Block:
     """The numbers of one statistic (step, …) as columns.
 
     Over all tokens where there are strata. Of heads, thresholds and ranks of a site the largest; matrices and
@@ -98,14 +101,9 @@ def block_of(group: str, statistic: str, array: xr.DataArray, labels: Callable[[
         values = _largest(values, others)
         dims = [dim for dim in dims if dim in ("step", "layer")]
     names = [_labels_of(dim, size, labels) for dim, size in zip(dims[1:], values.shape[1:], strict=True)]
-    places = []
-    for combination in product(*names):
-        by_dim = dict(zip(dims[1:], combination, strict=True))
-        layer = by_dim.pop("layer", None)
-        part = " ".join(map(str, by_dim.values()))
-        places.append(Place(group, None if layer is None else int(layer), statistic, part))
+    places = _places(group, statistic, tuple(dims[1:]), tuple(names))
     floor = array.attrs.get("floor") if statistic == KURTOSIS else None
-    return Block(tuple(places), values.reshape(len(values), -1), None if floor is None else float(floor))
+    return Block(places, values.reshape(len(values), -1), None if floor is None else float(floor))
 
 
 def blocks_of(groups: Mapping[str, xr.Dataset], declared: Iterable[str] = ()) -> list[Block]:
@@ -115,13 +113,14 @@ def blocks_of(groups: Mapping[str, xr.Dataset], declared: Iterable[str] = ()) ->
         group = site_of_path(group_path(path))
         if not is_judged_group(group, declared):
             continue
-        for name, variable in dataset.variables.items():  # not `data_vars`: a labelled array of each
-            dims = [str(dim) for dim in variable.dims]
-            if name in dataset.coords or variable.dtype.kind != "f":
-                continue
-            if is_judged_statistic(dims, variable.attrs.get("units")):
-                row = xr.DataArray(variable.values[None], dims=("step", *dims), attrs=variable.attrs)
-                blocks.append(block_of(group, str(name), row, _labels_in(dataset)))
+        # Not through arrays of xarray, which would cost as much as the probe itself (docs/log.md).
+        variables, labels = dataset.variables, cache(partial(_labels_in, dataset.variables))
+        for name in dataset.data_vars:
+            values = variables[name]
+            dims = [str(dim) for dim in values.dims]
+            if values.dtype.kind == "f" and is_judged_statistic(dims, values.attrs.get("units")):
+                of_step = xr.Variable(("step", *values.dims), values.values[None], values.attrs)
+                blocks.append(block_of(group, str(name), of_step, labels))
     return blocks
 
 
@@ -154,13 +153,27 @@ def places_in_order(places: Iterable[Place]) -> list[Place]:
     return sorted(places, key=position)
 
 
-def _labels_in(dataset: xr.Dataset) -> Callable[[str], np.ndarray]:
-    return lambda dim: dataset.variables[dim].values if dim in dataset.coords else np.empty(0)
+def _labels_in(variables: Mapping[Any, xr.Variable], dim: str) -> Sequence[Any]:
+    return variables[dim].values.tolist() if dim in variables else ()
 
 
-def _labels_of(dim: str, size: int, labels: Callable[[str], np.ndarray]) -> list[Any]:
-    known = list(labels(dim))
-    return known if len(known) == size else list(range(size))
+def _labels_of(dim: str, size: int, labels: Callable[[str], Iterable[Any]]) -> tuple[Any, ...]:
+    known = tuple(labels(dim))
+    return known if len(known) == size else tuple(range(size))
+
+
+@lru_cache(maxsize=2**14)
+def _places(
+    group: str, statistic: str, dims: tuple[str, ...], names: tuple[tuple[Any, ...], ...]
+) -> tuple[Place, ...]:
+    """Of every combination of labels; they are the same at every probe."""
+    places = []
+    for combination in product(*names):
+        by_dim = dict(zip(dims, combination, strict=True))
+        layer = by_dim.pop("layer", None)
+        part = " ".join(map(str, by_dim.values()))
+        places.append(Place(group, None if layer is None else int(layer), statistic, part))
+    return tuple(places)
 
 
 def _largest(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:

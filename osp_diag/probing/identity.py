@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import re
 import sys
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -108,10 +109,14 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+_WEBHOOK = re.compile(r"(webhook=\w+://[^/\s]*)\S*")
+"""Who has such an address may post to it, and runs are sent to others: the host says enough."""
+
+
 def circumstances() -> dict[str, Any]:
     """When and how the run came about."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
+        "command": _WEBHOOK.sub(r"\1/…", " ".join(sys.argv)),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }

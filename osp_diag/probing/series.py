@@ -23,11 +23,11 @@ from osp_diag.probing.saving import check_out
 from osp_diag.probing.session import Probe
 from osp_diag.probing.settings import MeasurementSettings, TokenSettings, keyword_form
 from osp_diag.runs.declared import ProbedStep
-from osp_diag.runs.folder import identity_differences, read_root, survey
+from osp_diag.runs.folder import read_root, survey
 from osp_diag.runs.run import Run, open_run
 from osp_diag.runs.writer import VOLATILE
 from osp_diag.tokens import TokenBatches
-from osp_diag.wording import counted
+from osp_diag.wording import counted, differences
 
 __all__ = ["CHECKPOINTS", "OF_A_SERIES", "probe_series"]
 
@@ -287,13 +287,12 @@ class _Series:
         return {"model_name": parents.pop().name, "model_source": str(Path(first.source).parent)}
 
     def _refuse_differences(self, one: StepCheckpoint, session: Probe) -> None:
-        differences = identity_differences(
-            self.attributes, {**self.attributes, **session.attributes}, OF_ONE_CHECKPOINT
-        )
-        if differences:
+        changes = differences(self.attributes, {**self.attributes, **session.attributes}, OF_ONE_CHECKPOINT)
+        if changes:
             raise CheckpointError(
-                f"{one.name} differs from the checkpoints before it in what a run over steps holds fixed:\n  "
-                + "\n  ".join(differences)
+                f"{one.name} differs from the checkpoints before it in what a run over steps holds fixed "
+                "(in the run → now):\n  "
+                + "\n  ".join(changes)
                 + "\nLeave it out; one dtype can be set for all with --dtype (dtype=), and what is "
                 "measured with --sites (sites=)."
             )

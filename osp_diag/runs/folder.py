@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import zipfile
@@ -29,7 +28,6 @@ __all__ = [
     "check_destination",
     "disk_errors",
     "disk_reason",
-    "identity_differences",
     "is_packed",
     "read_packed_root",
     "read_root",
@@ -190,34 +188,6 @@ def _describe(root: Mapping[str, Any]) -> str:
     count = (step.get("shape") or [0])[0]
     model = model_name(attributes)
     return f"{model}, {count} step{'' if count == 1 else 's'}, created {attributes.get('created', 'unknown')}"
-
-
-def identity_differences(
-    old_attributes: Mapping[str, Any], new_attributes: Mapping[str, Any], volatile: tuple[str, ...]
-) -> list[str]:
-    """One line per attribute in which two runs differ, nested ones by their path; none if they match."""
-    lines: list[str] = []
-
-    def compare(old: Any, new: Any, path: str) -> None:
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            for key in [*old, *(key for key in new if key not in old)]:
-                if path or key not in volatile:
-                    compare(old.get(key, _ABSENT), new.get(key, _ABSENT), f"{path}.{key}" if path else key)
-        elif old != new:
-            lines.append(f"{path}: {_short(old)} in the run, {_short(new)} now")
-
-    compare(old_attributes, new_attributes, "")
-    return lines
-
-
-_ABSENT = object()
-
-
-def _short(value: Any) -> str:
-    if value is _ABSENT:
-        return "absent"
-    text = json.dumps(value)
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def sweep(path: Path, alive: Callable[[str, str], bool]) -> None:

@@ -26,6 +26,8 @@ __all__ = [
     "headline_of",
     "hidden_states",
     "mean_by_stratum",
+    "mean_of_states",
+    "of_all_tokens",
 ]
 
 Sites = Mapping[str, xr.Dataset]
@@ -81,17 +83,23 @@ def _layers(values: xr.DataArray) -> list[xr.DataArray]:
     return [ordered.isel(layer=index) for index in range(ordered.sizes["layer"])]
 
 
-def mean_by_stratum(states: list[xr.DataArray]) -> dict[str, float]:
-    """Mean over hidden states at one step; a stratum that no token belongs to is left out.
+def mean_of_states(states: list[xr.DataArray]) -> xr.DataArray:
+    """Mean over hidden states; NaN where one of them has no number, for that of others is another one."""
+    parts = [state.drop_vars("layer", errors="ignore") for state in states]
+    joined = xr.concat(parts, "hidden_state", coords="minimal", compat="override")
+    return joined.mean("hidden_state", skipna=False)
 
-    Empty if one of them has no number, being all NaN: a mean over others would be another number.
+
+def mean_by_stratum(states: list[xr.DataArray]) -> dict[str, float]:
+    """:func:`mean_of_states` at one step; a stratum that no token belongs to is left out.
+
+    Empty if there is no number for all tokens.
     """
     if not states:
         return {}
-    parts = [state.drop_vars(["layer", "step"], errors="ignore").load() for state in states]
-    if not all(np.isfinite(of_all_tokens(part).values).all() for part in parts):
+    mean = mean_of_states(states).load()
+    if not np.isfinite(of_all_tokens(mean).values).all():
         return {}
-    mean = xr.concat(parts, dim="hidden_state").mean("hidden_state", skipna=True)
     numbers = {str(name): float(mean.sel(stratum=name)) for name in mean["stratum"].values}
     return {name: value for name, value in numbers.items() if math.isfinite(value)}
 
@@ -113,9 +121,7 @@ def headline_by_step(run: Run) -> xr.DataArray | None:
     states = hidden_states(sites, run.declared_absent).states
     if not states:
         return None
-    parts = [of_all_tokens(state).drop_vars(["layer", "stratum"], errors="ignore") for state in states]
-    joined = xr.concat(parts, "state", coords="minimal", compat="override")
-    return joined.mean("state", skipna=False).dropna("step")
+    return mean_of_states([of_all_tokens(state) for state in states]).dropna("step")
 
 
 def _hidden_sites(run: Run, step: int | None) -> Sites:

@@ -8,7 +8,6 @@ see one group, with NaN for what came or went.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,11 @@ from typing import Any, Literal
 import xarray as xr
 
 from osp_diag.schema import LOGGED_STEP, PARENT, SEGMENTS, SERIES, STEP
+from osp_diag.wording import differences
 
 __all__ = [
     "Segment",
     "changed_attributes",
-    "differing_values",
     "join",
     "joined_segments",
     "joined_steps",
@@ -46,6 +45,7 @@ OF_MEASUREMENT = (
 )
 """Attributes that no segment may change: they say what a number is, or of which layers and channels."""
 
+_LONGEST = 120
 _GROUP = re.compile(rf"(/{SERIES}|)/segment-(\d+)", re.ASCII)
 _PART = re.compile(rf"({SERIES}/|)segment-(\d+)/(.+)", re.ASCII)
 
@@ -78,8 +78,8 @@ def segments_of(attributes: Mapping[str, Any]) -> tuple[Segment, ...]:
     segments = [Segment(-1, now)]
     for entry in attributes.get(SEGMENTS) or ():
         before, now = now, now | entry["attributes"]
-        changed = {key: now[key] for key in entry["attributes"] if key != PARENT}
-        changes = tuple(differing_values(before, changed))
+        lines = differences(before, now, (PARENT,))
+        changes = tuple(_brief(line.removeprefix("config.")) for line in lines)
         segments.append(Segment(int(entry["after_step"]), now, changes))
     return tuple(segments)
 
@@ -101,26 +101,9 @@ def changed_attributes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dic
     return {key: now.get(key) for key in keys if before.get(key) != now.get(key)}
 
 
-def differing_values(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for every value of ``now`` that differs, those of a table by their own key."""
-    lines: list[str] = []
-    for key, value in now.items():
-        old = before.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping):
-            lines += differing_values(old, value)
-        elif old != value:
-            lines.append(
-                f"{key}: {_brief(old)} → {_brief(value)}" if _is_brief(old, value) else f"another {key}"
-            )
-    return lines
-
-
-def _brief(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _is_brief(*values: Any) -> bool:
-    return all(len(_brief(value)) <= 60 for value in values)
+def _brief(line: str) -> str:
+    """Within a sentence a long value is only named: a routing table has pages."""
+    return line if len(line) <= _LONGEST else f"another {line.partition(':')[0]}"
 
 
 def _anew(items: Sequence[str]) -> str:

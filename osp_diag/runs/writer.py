@@ -36,7 +36,6 @@ from osp_diag.runs.folder import (
     FORMAT_VERSION,
     check_destination,
     disk_errors,
-    identity_differences,
     read_root,
     survey,
     sweep,
@@ -59,6 +58,7 @@ from osp_diag.runs.segments import (
 )
 from osp_diag.runs.tree import Plan, Tree, checked_path, scalar, step_label
 from osp_diag.schema import CHECKPOINT_FOLDER, LOGGED_STEP, PARENT, SEGMENTS, SERIES, STEP
+from osp_diag.wording import differences
 
 __all__ = ["RunWriter", "check_destination"]
 
@@ -504,11 +504,11 @@ class RunWriter:
             attributes = self._attributes
         last = segments_of(attributes)[-1]
         volatile = VOLATILE if segment_after is None else (*VOLATILE, *own.keys() - {*OF_MEASUREMENT})
-        differences = identity_differences(last.attributes, own, volatile)
-        if differences:
+        changes = differences(last.attributes, own, volatile)
+        if changes:
             raise StoreError(
-                f"{self.path} cannot be resumed: it was written under other conditions\n  "
-                + "\n  ".join(differences)
+                f"{self.path} cannot be resumed: it was written under other conditions (in the run → now)\n  "
+                + "\n  ".join(changes)
                 + "\nWrite to another path, or pass overwrite=True to start this one again."
             )
         nodes = root["consolidated_metadata"]["metadata"]

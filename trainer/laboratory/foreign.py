@@ -277,11 +277,11 @@ class ForeignLaboratory:
         """Refused: see :data:`OF_ANOTHER_LOOP`."""
         self._refuse()
 
-    def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
+    def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any], *, order: int = 0) -> Fork:
         """Refused: see :data:`OF_ANOTHER_LOOP`."""
         self._refuse()
 
-    def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:
+    def control(self, start: int, until: int, label: str, reset: Sequence[str], *, order: int = 0) -> Fork:
         """Refused: see :data:`OF_ANOTHER_LOOP`."""
         self._refuse()
 

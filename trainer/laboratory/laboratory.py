@@ -214,22 +214,30 @@ class TrainingLaboratory:
         with self._trained(start, until, config, "replaying") as again:
             return compared(self.run, again, start)
 
-    def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any]) -> Fork:
+    def fork(self, start: int, until: int, label: str, changes: Mapping[str, Any], *, order: int = 0) -> Fork:
         """Training from a checkpoint to a step under a changed configuration, probed when the run was."""
-        return self._fork(start, until, label, changes, ())
+        return self._fork(start, until, label, changes, (), order)
 
-    def control(self, start: int, until: int, label: str, reset: Sequence[str]) -> Fork:
+    def control(self, start: int, until: int, label: str, reset: Sequence[str], *, order: int = 0) -> Fork:
         """Training under its own configuration, with the optimizer states reset that are named there."""
-        return self._fork(start, until, label, {}, [entry.partition(": ")[2] for entry in reset])
+        return self._fork(start, until, label, {}, [entry.partition(": ")[2] for entry in reset], order)
 
     def _fork(
-        self, start: int, until: int, label: str, changes: Mapping[str, Any], forget: Sequence[str]
+        self,
+        start: int,
+        until: int,
+        label: str,
+        changes: Mapping[str, Any],
+        forget: Sequence[str],
+        order: int,
     ) -> Fork:
         own = self._by_step[start].config
         # The run's own schedule, so that both can be compared probe by probe; no probes are none.
         schedule = {} if own.probe.every else {"probe.every": until - start, "probe.dense_until": 0}
         sites = tuple(site for site in HIDDEN_STATES if site in self.run.sites)
         config = with_changes(own, {**schedule, "probe.sites": sites, **changes})
+        if order:
+            config = with_changes(config, {"data.seed": config.data.seed + order})
         with self._trained(start, until, config, label, forget) as run:
             kurtosis = [headline_kurtosis(run, step=int(step)).get("all", np.nan) for step in run.steps]
             losses = run.series["held_out_loss"].sel(step=run.steps).values

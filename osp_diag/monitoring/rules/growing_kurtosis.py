@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from osp_diag.errors import UsageError
 from osp_diag.monitoring.finding import Finding
-from osp_diag.monitoring.moment import WINDOW, Moment
+from osp_diag.monitoring.moment import TIMES_HIGH, WINDOW, Moment
 from osp_diag.monitoring.rule import RunningRule
 from osp_diag.monitoring.steady_growth import growth, share_rising
 from osp_diag.schema import KURTOSIS, RESIDUAL_SITES
@@ -24,8 +24,8 @@ SITES = (
 class Rule(RunningRule):
     """In the residual stream, in what reads it and what is written to it; said whenever it begins."""
 
-    times_floor: float = 10.0
-    """Kurtosis counts as high from this multiple of what Gaussian noise of that width scores: a decade."""
+    times_floor: float = TIMES_HIGH
+    """Kurtosis counts as high from this multiple of what Gaussian noise of that width scores."""
     growth: float = 1.25
     """Factor by which it has to grow over the last probes; the wobble of a plateau is a tenth."""
     rising: float = 0.9

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from osp_diag.monitoring.finding import Finding
+from osp_diag.monitoring.limits import LOSS_RISE
 from osp_diag.monitoring.rule import RunningRule
 
 
@@ -20,8 +21,8 @@ class Rule(RunningRule):
     """
 
     times_usual: float = 4.0
-    smallest_usual: float = 0.04
-    """nats, so that a rise is one of 0.16; five healthy trainings reached 0.083 (docs/log.md)"""
+    smallest_usual: float = LOSS_RISE / 4
+    """nats, so that a rise is one of :data:`~osp_diag.monitoring.limits.LOSS_RISE` or more"""
     probes: int = 4
     """So many losses have to be known."""
     _lowest: float = float("inf")
