@@ -27,7 +27,6 @@ from osp_diag.analyses.damage import HEADLINE, damage_table, rank_correlations
 from osp_diag.checkpoints import open_checkpoint
 from osp_diag.cli.train_ablation import held_out_tokens
 from osp_diag.estimators import default_estimators
-from osp_diag.estimators.block_lens import FAMILY as BLOCK_LENS
 from osp_diag.probing.checkpoint import probe_checkpoint
 from osp_diag.probing.settings import TokenSettings
 from osp_diag.quantizing.calibration import calibration_of
@@ -43,6 +42,8 @@ from osp_diag.trainer.exporting import export_checkpoint
 
 SETTINGS = (Setting(4, 16), Setting(16, 4), Setting(4, 4, 4))
 METHODS = ("rtn", "ffn-hadamard", "gptq", "quarot-rtn")
+LINEAR_INPUTS = ("attention_input", "attention_output", "mlp_input", "mlp_hidden")
+BLOCK_LENS = ("block_crest", "collateral_loss", "effective_bits")
 FACTORS = (2.0, 4.0, 8.0, 16.0, 32.0)
 TABLE = "damage.nc"
 
@@ -60,6 +61,7 @@ def main() -> int:
     parser.add_argument(
         "--trainings", nargs="*", type=Path, default=[], help="runs, of which each saved step"
     )
+    parser.add_argument("--steps", nargs="+", type=int, help="of trainings; by default every saved one")
     parser.add_argument("--lineage", help="the training that all these checkpoints come from")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of random rotations")
@@ -127,6 +129,8 @@ def measure(options: argparse.Namespace) -> None:
         _measure_one(options, source, options.lineage or name, name, None)
     for training in options.trainings:
         for saved in complete_checkpoints(folder_of(training)):
+            if options.steps and saved.step not in options.steps:
+                continue
             with tempfile.TemporaryDirectory() as folder:
                 export_checkpoint(saved, Path(folder) / "model", check=False)
                 name = f"{training.stem}-{saved.step}"
@@ -150,7 +154,9 @@ def _measure_one(
         print(f"{name}: probe", flush=True)
         of_model = {"vocabulary_size": checkpoint.vocabulary_size, "max_length": checkpoint.max_length}
         batches = make_batches(checkpoint.tokenizer, ids=evaluated, **of_model)
-        estimators = [*(e.name for e in default_estimators()), BLOCK_LENS]
+        usual = [estimator.name for estimator in default_estimators()]
+        # The block lens costs more than all else, so only where Linears read.
+        estimators = {site: [*usual, *BLOCK_LENS] for site in LINEAR_INPUTS} | {"*": usual}
         probe_checkpoint(
             checkpoint, batches, out=run, estimators=estimators, keep_raw=False, snapshot_tokens=0
         )
