@@ -43,8 +43,18 @@ LOSS_SPREADS, LOSS_LEAST = 6.0, 0.5
 """A sequence of healthy text may be a list or a table. A single batch is named if its labels are wrong, or if
 a share is farther off than one of its sequences can move it and its loss stands out from the ten before, by
 so many robust standard deviations and so many nats."""
+MOST_OF_A_BATCH = 0.5
+"""Difference of a share from which on most sequences of a batch are off, whatever the loss: one token, over
+and over, may be as easy as text."""
 FEWEST = 8
 """Usual steps that tell what is usual."""
+
+
+class _Unusual(NamedTuple):
+    """A share of a batch that is unlike those before: how far off, and in words."""
+
+    distance: float
+    text: str
 
 
 def changed_batches(case: Case) -> Iterator[Finding]:
@@ -57,24 +67,21 @@ def changed_batches(case: Case) -> Iterator[Finding]:
         )
         return
     steps = series["step"].values
-    unusual: dict[int, list[str]] = {}
-    farthest: dict[int, float] = {}
+    unusual: dict[int, list[_Unusual]] = {}
     for name in present:
         values = series[name].values
         for place, sentence, distance in _unusual(values, SHARES[name]):
-            farthest[place] = max(farthest.get(place, 0.0), distance)
             number = f"{name} {values[place]:.3g}"
-            unusual.setdefault(place, []).append(
-                f"{sentence} ({number} at step {steps[place]})" if sentence else number
-            )
+            text = f"{sentence} ({number} at step {steps[place]})" if sentence else number
+            unusual.setdefault(place, []).append(_Unusual(distance, text))
     recorded = np.flatnonzero(np.isfinite(series[present[0]].values))
     stretches = _stretches(sorted(unusual), recorded)
     named = [
         stretch
         for stretch in stretches
         if _lasts(stretch, recorded)
-        or any(SHARES["label_agreement"].low in text for text in unusual[stretch[0]])
-        or _is_more_than_a_list(case, stretch, max(farthest[place] for place in stretch))
+        or any(SHARES["label_agreement"].low in one.text for one in unusual[stretch[0]])
+        or _is_more_than_a_list(case, stretch, max(one.distance for row in stretch for one in unusual[row]))
     ]
     findings = [_finding(case, steps, stretch, unusual, recorded) for stretch in named]
     if not findings:
@@ -127,7 +134,9 @@ def _lasts(stretch: list[int], recorded: np.ndarray) -> bool:
 
 
 def _is_more_than_a_list(case: Case, stretch: list[int], farthest: float) -> bool:
-    """Whether a share is farther off than one sequence of the batch can move it, and the loss stands out."""
+    """Whether most of the batch is off, or more than one sequence of it can be, and the loss stands out."""
+    if farthest > MOST_OF_A_BATCH:
+        return True
     sequences = case.config_at(int(case.run.series["step"][stretch[0]])).get("batch_size")
     if isinstance(sequences, int) and farthest <= 1 / sequences:
         return False
@@ -142,12 +151,17 @@ def _is_more_than_a_list(case: Case, stretch: list[int], farthest: float) -> boo
 
 
 def _finding(
-    case: Case, steps: np.ndarray, stretch: list[int], unusual: Mapping[int, list[str]], recorded: np.ndarray
+    case: Case,
+    steps: np.ndarray,
+    stretch: list[int],
+    unusual: Mapping[int, list[_Unusual]],
+    recorded: np.ndarray,
 ) -> Finding:
     first = stretch[0]
     lasts = _lasts(stretch, recorded)
     earlier = [int(steps[row]) for row in recorded if row < first]
-    sentences = tuple(dict.fromkeys(unusual[first]))
+    ranked = unusual[first] if lasts else sorted(unusual[first], key=lambda one: -one.distance)
+    sentences = tuple(dict.fromkeys(one.text for one in ranked))
     main = sentences[0].partition(" (")[0]
     count = f"{len(stretch)} batch{'es' if len(stretch) > 1 else ''}"
     losses = case.run.series["loss"].values if "loss" in case.run.series else None
