@@ -191,7 +191,9 @@ def core_matrix(order: int) -> Int8[np.ndarray, "order order"]:
         return matrix
     field = _paley_field(order)
     if field is None:
-        raise UsageError(f"no Hadamard matrix of order {order} comes from Sylvester's or Paley's constructions")
+        raise UsageError(
+            f"no Hadamard matrix of order {order} comes from Sylvester's or Paley's constructions"
+        )
     character = _characters_of_differences(*field)
     size = len(character)
     bordered = np.zeros((size + 1, size + 1), dtype=np.int8)

@@ -188,9 +188,7 @@ def folded_gains(model: nn.Module, structure: StreamStructure) -> Iterator[None]
 
 def _fold_gains(plan: _Plan, structure: StreamStructure) -> None:
     norms = {path: None for path in structure.readers.values() if path is not None}
-    measured = {
-        path: norm_gains(path, plan.model.get_submodule(path), structure.width) for path in norms
-    }
+    measured = {path: norm_gains(path, plan.model.get_submodule(path), structure.width) for path in norms}
     for linear, norm in structure.readers.items():
         if norm is not None and measured[norm].parameter is not None:
             gains = measured[norm].gains
