@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_format
 import math
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -109,9 +110,9 @@ def run(
     from osp_diag.quantizing.methods import method_named
     from osp_diag.quantizing.results import (
         HELD_OUT,
+        OSP_CONVENTION,
         PLAIN_CONVENTION,
         partial_rounding,
-        result_rows,
         results_dataset,
     )
     from osp_diag.quantizing.tables import paper_table
@@ -119,21 +120,18 @@ def run(
     from osp_diag.runs.run import open_run
 
     of_paper = None if table is None else paper_table(table)
-    if of_paper is not None and (bits or method or convention == PLAIN_CONVENTION):
+    rules = convention or (PLAIN_CONVENTION if of_paper is None else OSP_CONVENTION)
+    if of_paper is not None and (bits or method or rules != OSP_CONVENTION):
         raise UsageError(
             f"--table {table} says which bits and methods, in the convention osp: leave --bits, --method and "
             "--convention out"
         )
-    convention = convention or (PLAIN_CONVENTION if of_paper is None else "osp")
-    cases = _cases(bits, method, convention, of_paper, seeds)
+    cases = _cases(bits, method, rules, of_paper, seeds)
+    calibrated = any(method_named(case.method).calibrated for case in cases)
     _check(out, token_settings)
+    _check_calibration(calibration, calibration_tokens, calibrated)
     if again and run is None:
         raise UsageError("--again measures what --run holds already: give --run")
-    if calibration_tokens < 1:
-        raise UsageError(f"--calibration-tokens {calibration_tokens}: give 1 or more")
-    calibrated = any(method_named(case.method).calibrated for case in cases)
-    if calibration is not None and not calibrated:
-        raise UsageError("--calibration is for methods that look at activations: gptq, quarot and spinquant")
     holder = None if run is None else open_run(run)
     if run is not None:
         check_destination(run, resume=True)
@@ -142,13 +140,14 @@ def run(
     opened = opening.open(checkpoint)
     if holder is not None:
         _check_same_model(holder, opened)
-    token_settings = _as_convention(token_settings, convention, opened)
+    token_settings = _as_convention(token_settings, rules, opened)
     batches = _batches(opened, token_settings, tokens_of_training)
-    look = None
-    if calibrated:
-        look = _calibration(
-            opened, token_settings, batches, calibration, calibration_tokens, holder if held_out else None
-        )
+    training = holder if held_out else None
+    look = (
+        _calibration(opened, token_settings, batches, calibration, calibration_tokens, training)
+        if calibrated
+        else None
+    )
     rows: list[QuantizedResult] = []
     try:
         with sweep_progress(opened.name) as progress, _writer(run) as store:
@@ -172,8 +171,9 @@ def run(
             )
     except BaseException:
         # Nothing that was measured is lost, also where there is no run, or it cannot be written.
-        if rows and not json:
-            print(as_text(results_dataset(rows), opened.name, ()), flush=True)
+        if rows:
+            text = as_text(results_dataset(rows), opened.name, ())
+            print(text, file=sys.stderr if json else sys.stdout, flush=True)
         raise
     notes = [*opened.notes, *batches.notes, *filter(None, (partial_rounding(results),))]
     if look is not None:
@@ -183,7 +183,7 @@ def run(
     if out is not None:
         results.to_netcdf(out)
     if run is not None and not json:
-        old = len(result_rows(results)) - len(rows)
+        old = results.sizes["setting"] - len(rows)
         taken = f", {old} of them before" if old else ""
         print(f"\nstored in {run}{taken}   (osp-diag figure bit_width_sweep {run} --out sweep.png)")
     return 0 if all(math.isfinite(value) for value in results["negative_log_likelihood"].values) else 1
@@ -268,6 +268,13 @@ def _check(out: Path | None, settings: TokenSettings) -> None:
         )
     if out is not None and (out.suffix != ".nc" or not out.parent.is_dir()):
         raise UsageError(f"--out {out}: give a file ending in .nc in a folder that exists")
+
+
+def _check_calibration(source: str | None, tokens: int, calibrated: bool) -> None:
+    if tokens < 1:
+        raise UsageError(f"--calibration-tokens {tokens}: give 1 or more")
+    if source is not None and not calibrated:
+        raise UsageError("--calibration is for methods that look at activations: gptq, quarot and spinquant")
 
 
 def _batches(opened: Checkpoint, settings: TokenSettings, training_tokens: Any | None) -> TokenBatches:

@@ -199,8 +199,8 @@ def test_seeds_and_repetitions_are_told_apart():
 
 def test_markdown_and_text_say_the_same_numbers(table):
     markdown, text = as_markdown(table), as_text(table)
-    lines = markdown.splitlines()
-    rows = [line for line in lines if line.startswith("| ")]
+    of_recipes, of_paper = markdown.split("\n\n")[:2]
+    rows = of_recipes.splitlines()
     assert len(rows) == 2 + 7
     assert {line.replace("\\|", "").count("|") for line in rows} == {16}
     adam = table.sel(recipe="Adam")
@@ -212,6 +212,10 @@ def test_markdown_and_text_say_the_same_numbers(table):
     ):
         assert said in markdown
         assert said in text
+    heading, _, plain, rotated, *_ = of_paper.splitlines()
+    assert heading == "| perplexity | FFN Hadamard | 16-16-16 | 4-8-16 | 4-8-8 | 4-4-16 | 4-4-4 |"
+    assert plain.startswith("| Adam | – | ")
+    assert rotated.startswith("|  | yes | ")
     muon = next(line for line in rows if line.startswith("| Muon |"))
     assert muon.split(" | ")[1:7] == ["5 (5)", f"{5 / gaussian_floor(128):.3g}", "50", "5", "2.5", "–"]
     assert (

@@ -60,7 +60,7 @@ ONLY_READ = {
     "intervene": "tests of the verb run it; the Python blocks of docs/interventions.md run what it calls",
     "pack": "tests of the verb run it",
     "probe": "tests of the verb run it; the Python blocks run what it calls",
-    "quantize": "loads a model",
+    "quantize": "loads a model; the Python block of docs/few_bits.md runs what it calls",
     "train": "tests of the verb run it; the Python block of docs/training.md runs what it calls",
     "watch": "follows a run until it ends, or serves a page",
 }
@@ -203,6 +203,12 @@ def add_a_site_pattern(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatc
     yield {}
 
 
+def few_bits(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
+    from tests.tiny_checkpoints import llama
+
+    yield {"model": llama(), "input_ids": torch.arange(32).reshape(2, 16)}
+
+
 def interventions(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     from tests.tiny_checkpoints import llama
 
@@ -241,6 +247,7 @@ STAND_INS: dict[str, Callable[..., Iterator[Namespace]]] = {
     "docs/add_a_recipe.md": add_a_recipe,
     "docs/add_a_site_pattern.md": add_a_site_pattern,
     "docs/add_an_estimator.md": add_an_estimator,
+    "docs/few_bits.md": few_bits,
     "docs/interventions.md": interventions,
     "docs/training.md": training,
     "docs/tutorial.md": tutorial,

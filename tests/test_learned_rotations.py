@@ -8,11 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from osp_diag.errors import TokenError, UsageError
-from osp_diag.quantizing.conventions import OSP
-from osp_diag.quantizing.grid import Grid
+from osp_diag.quantizing.conventions import OSP, PLAIN
 from osp_diag.quantizing.hadamard import signed_hadamard
 from osp_diag.quantizing.learned_rotations import cayley, learned_rotations
-from osp_diag.quantizing.rotated_loss import STREAM, rotated_loss
+from osp_diag.quantizing.rotated_loss import STREAM, rotated_loss, rounded_by_step
 from osp_diag.quantizing.rotations import rotated
 from osp_diag.quantizing.setting import Setting
 from osp_diag.quantizing.stream_structure import measure_structure
@@ -72,7 +71,7 @@ def test_they_are_rotations_that_leave_the_model_as_it_is_and_are_no_worse_than_
 
 
 def test_what_cannot_be_learned_is_refused(model, ids):
-    with pytest.raises(UsageError, match="setting=4-16-16, steps=8, rate=0.001: learning rotations needs"):
+    with pytest.raises(UsageError, match="setting=4-16-16, steps=8, rate=0.003: learning rotations needs"):
         learned_rotations(model, ids, setting=Setting(4, 16, 16))
     with pytest.raises(UsageError, match="sequences of 2 or more tokens"):
         learned_rotations(model, ids[:, :1])
@@ -83,10 +82,10 @@ def test_what_cannot_be_learned_is_refused(model, ids):
 def test_the_gradient_is_that_of_the_loss(monkeypatch, ids):
     """In place of rounding something smooth, whose loss has the derivatives that finite differences see."""
 
-    def bent(grid, values, scales=None):
+    def bent(grid, values):
         return values + 0.2 * torch.sin(3 * values)
 
-    monkeypatch.setattr(Grid, "rounded_straight_through", bent)
+    monkeypatch.setattr("osp_diag.quantizing.rotated_loss.rounded_by_step", bent)
     model = llama().double()
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(50)
@@ -106,3 +105,16 @@ def test_the_gradient_is_that_of_the_loss(monkeypatch, ids):
             )
             slope = float((gradients[key] * direction).sum())
             assert (ahead - back) / 2 / STEP == pytest.approx(slope, rel=0.02)
+
+
+@given(seed=st.integers(0, 99), grid=st.sampled_from([PLAIN.activations(4), OSP.attention_output(3, 4)]))
+def test_rounding_by_step_rounds_and_its_gradient_sees_the_range(seed, grid):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(3, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    rounded = rounded_by_step(grid, values)
+    assert torch.allclose(rounded, grid.rounded(values.detach()), atol=1e-12)
+    errors = (rounded - values).detach()
+    # Errors grow with the values, so the gradient along the values is what they are rounded to.
+    (slope,) = torch.autograd.grad((rounded * errors).sum(), values)
+    along = float((slope * values.detach()).sum())
+    assert along == pytest.approx(float((rounded.detach() * errors).sum()), abs=1e-9)

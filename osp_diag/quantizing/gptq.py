@@ -94,19 +94,20 @@ def gptq_weights(
         last = max((layer for layer, linears in enumerate(by_layer) if linears), default=-1)
         for layer in range(last + 1):
             for group in _groups(passes, layer, states[0], by_layer[layer]):
-                hessian = _hessian(passes, layer, states, group)
-                for path, linear in group.items():
-                    rounded, note = gptq_rounded(
-                        linear.weight.detach(),
-                        hessian,
-                        grid,
-                        damping=damping,
-                        columns_at_once=columns_at_once,
-                    )
-                    notes += [f"{path}: {note}"] if note else []
-                    weights[path] = rounded
+                # Rows do not depend on one another: those of all Linears of the group are one matrix.
+                rounded, note = gptq_rounded(
+                    torch.cat([linear.weight.detach() for linear in group.values()]),
+                    _hessian(passes, layer, states, group),
+                    grid,
+                    damping=damping,
+                    columns_at_once=columns_at_once,
+                )
+                notes += [f"{', '.join(group)}: {note}"] if note else []
+                parts = rounded.split([linear.out_features for linear in group.values()])
+                for (path, linear), part in zip(group.items(), parts, strict=True):
+                    weights[path] = part.clone()
                     undo.callback(setattr, linear, "weight", linear.weight)
-                    linear.weight = nn.Parameter(rounded, requires_grad=False)
+                    linear.weight = nn.Parameter(weights[path], requires_grad=False)
             if layer < last:
                 for index, state in enumerate(states):
                     states[index] = passes.run(layer, state)

@@ -34,10 +34,24 @@ class KeyValueRounding:
         layer → how many of its attention calls were changed.
     block_rotations
         descriptions of the matrices that queries and keys were multiplied by, where they mix blocks alone.
+    layers
+        of the model in all.
     """
 
     calls: dict[int, int] = field(default_factory=lambda: defaultdict(int))
     block_rotations: set[str] = field(default_factory=set)
+    layers: int = 0
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said of it, one sentence each."""
+        notes = [f"queries and keys are rotated by a {name}" for name in sorted(self.block_rotations)]
+        if self.calls and len(self.calls) < self.layers:
+            notes.append(
+                f"keys and values are rounded in {len(self.calls)} of {self.layers} layers; in the others no "
+                "attention is seen"
+            )
+        return tuple(notes)
 
 
 @contextmanager
@@ -72,7 +86,7 @@ def rounded_key_values(
             f"keys and values of {type(model).__name__} cannot be rounded: no attention was seen in it; give "
             "16 bits for them, as in 4-4-16"
         )
-    rounding = KeyValueRounding()
+    rounding = KeyValueRounding(layers=sites.number_of_layers)
     layers = _LayerUnderWay(sites)
 
     def edit(call: AttentionCall) -> AttentionCall:

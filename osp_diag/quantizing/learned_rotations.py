@@ -25,8 +25,10 @@ from osp_diag.sites.trace import unwrap
 __all__ = ["LearnedRotations", "cayley", "learned_rotations"]
 
 STEPS = 8
-RATE = 1e-3
-TOKENS = 2048
+RATE = 0.003
+GROWTH = 1.2
+"""Of the rate after a step that lowered the loss."""
+TOKENS = 4096
 ACTIVATIONS_KEYS_VALUES = Setting(UNQUANTIZED, 4, 4)
 """What is rounded while SpinQuant learns: not the weights, which GPTQ takes care of later."""
 
@@ -36,7 +38,8 @@ class LearnedRotations(StreamRotations):
     """Learned rotations, with what they gained on the text that they were learned on."""
 
     losses: tuple[float, ...]
-    """cross entropy a token, in nats, at the start and after each step; the rotations are those of the least"""
+    """cross entropy a token, in nats, of the start and of each step that was tried; the rotations are those of
+    the least"""
 
 
 def cayley(
@@ -63,10 +66,10 @@ def learned_rotations(
 ) -> LearnedRotations:
     """R1 and R2 with which a model whose activations, keys and values are rounded predicts calibration tokens.
 
-    After SpinQuant (Liu et al. 2024, arXiv 2405.16406). They start at Hadamard matrices of random signs and move
-    by Adam on the matrices M of :func:`cayley`, each step for all tokens together. The best of all steps is
-    taken, the start among them, so that on these tokens they are never worse than the start. The loss and its
-    gradients are :func:`~osp_diag.quantizing.rotated_loss.rotated_loss`.
+    After SpinQuant (Liu et al. 2024, arXiv 2405.16406). They start at Hadamard matrices of random signs and go
+    downhill on the matrices M of :func:`cayley`, each step for all tokens together. A step that does not lower
+    the loss is taken back and the next one is half as long, so that on these tokens they are never worse than
+    the start. The loss and its gradients are those of :func:`~osp_diag.quantizing.rotated_loss.rotated_loss`.
 
     Parameters
     ----------
@@ -75,7 +78,8 @@ def learned_rotations(
     setting : bits of activations, keys and values; those of weights are passed over
     convention : of the grids
     seed : of the start
-    steps, rate : of Adam
+    steps : how many are tried
+    rate : by about how many radians the first one turns each channel
     tokens : how many to learn on, in whole sequences, at least one
     blocks : path or pattern of the stack of blocks, where the guess fails
     progress : called with (passes over a sequence done, passes in all)
@@ -125,26 +129,33 @@ def learned_rotations(
 def _descended(
     loss: RotatedLoss, starts: dict[int, Tensor], steps: int, rate: float, done: Callable[[], None]
 ) -> tuple[dict[int, Tensor], list[float]]:
-    """(the best rotations, the losses of all)."""
-    turns = {key: torch.zeros_like(matrix, requires_grad=True) for key, matrix in starts.items()}
-    optimizer = torch.optim.Adam(turns.values(), lr=rate)
-    losses: list[float] = []
-    best: dict[int, Tensor] = {}
+    """(the best rotations, the losses of all that were tried)."""
+    best = {key: torch.zeros_like(matrix) for key, matrix in starts.items()}
+    trial, slopes, losses = best, dict[int, Tensor](), list[float]()
     for step in range(steps + 1):
+        turns = {key: turn.clone().requires_grad_() for key, turn in trial.items()}
         matrices = {key: cayley(starts[key], turn) for key, turn in turns.items()}
         value, gradients = loss.of(matrices, gradients=step < steps, progress=done)
-        if not math.isfinite(value):
+        if not losses and not math.isfinite(value):
             raise NonFiniteError(
                 f"rotations cannot be learned: the loss of the model with rounded activations is {value}"
             )
+        better = all(value < earlier for earlier in losses)
         losses.append(value)
-        if value == min(losses):
-            best = {key: matrix.detach() for key, matrix in matrices.items()}
-        if gradients:
-            optimizer.zero_grad()
-            torch.autograd.backward(list(matrices.values()), [gradients[key] for key in matrices])
-            optimizer.step()
-    return best, losses
+        rate = rate * GROWTH if better else rate / 2
+        best = trial if better else best
+        if better and gradients:
+            found = torch.autograd.grad(
+                list(matrices.values()), list(turns.values()), [gradients[key] for key in matrices]
+            )
+            slopes = {key: slope / _size(slope) for key, slope in zip(turns, found, strict=True)}
+        trial = {key: turn - rate * slopes[key] for key, turn in best.items()}
+    return {key: cayley(starts[key], turn) for key, turn in best.items()}, losses
+
+
+def _size(slope: Tensor) -> Tensor:
+    """Of a row, in the mean: divided by it, a step turns every channel by about 1 radian."""
+    return (slope.norm() / len(slope) ** 0.5).clamp(min=torch.finfo(slope.dtype).tiny)
 
 
 class _Counter:

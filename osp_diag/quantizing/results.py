@@ -102,6 +102,7 @@ _DEFINITIONS = {
     "method": ("", "how the model is rotated and its weights are rounded"),
     "convention": ("", "which grids there are: plain, or as the OSP release's scripts"),
     "seed": ("", "of the random numbers of rotations"),
+    "scheme": ("", "method and convention in one, by which earlier versions choose rows"),
     "negative_log_likelihood": ("nat", "−1/N Σ log p(x_t | x_<t) over the predicted tokens"),
     "negative_log_likelihood_low": ("nat", "2.5% quantile of a bootstrap over sequences"),
     "negative_log_likelihood_high": ("nat", "97.5% quantile of a bootstrap over sequences"),
@@ -139,6 +140,7 @@ def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
     columns: dict[str, list[Any]] = {
         field.name: [getattr(result, field.name) for result in results] for field in fields(QuantizedResult)
     }
+    columns["scheme"] = [_scheme(result) for result in results]
     for bound in ("", "_low", "_high"):
         likelihoods = columns[f"negative_log_likelihood{bound}"]
         columns[f"perplexity{bound}"] = [perplexity_of(value) for value in likelihoods]
@@ -147,6 +149,12 @@ def results_dataset(results: Sequence[QuantizedResult]) -> xr.Dataset:
         for name, (unit, definition) in _DEFINITIONS.items()
     }
     return xr.Dataset(variables, attrs={"title": "Prediction at few bits"})
+
+
+def _scheme(result: QuantizedResult) -> str:
+    if (result.method, result.convention) == (ROUND_TO_NEAREST, PLAIN_CONVENTION):
+        return "round-to-nearest"
+    return f"{result.method}, {result.convention}"
 
 
 def perplexity_of(negative_log_likelihood: float) -> float:

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from osp_diag.quantizing.block_passes import BlockPasses
 from osp_diag.quantizing.conventions import Convention
+from osp_diag.quantizing.grid import Grid
 from osp_diag.quantizing.hadamard import Hadamard, hadamard
 from osp_diag.quantizing.rotations import down_projections, folded_gains
 from osp_diag.quantizing.setting import UNQUANTIZED, Setting
@@ -22,12 +23,34 @@ from osp_diag.seams.call import AttentionCall
 from osp_diag.seams.editing import AttentionEditing
 from osp_diag.sites import SiteMap
 
-__all__ = ["STREAM", "RotatedLoss", "rotated_loss"]
+__all__ = ["STREAM", "RotatedLoss", "rotated_loss", "rounded_by_step"]
 
 STREAM = -1
 """The key of the stream's rotation, beside the numbers of layers, by which those of values go."""
 
 Matrices = Mapping[int, Float[Tensor, "channel channel"]]
+
+
+def rounded_by_step(grid: Grid, values: Float[Tensor, "*rows channel"]) -> Float[Tensor, "*rows channel"]:
+    """Rounded values, as x + ε s(x): with the gradient of the values and of the step s, errors ε held fixed.
+
+    A rotation changes the error mostly by the range of the values, which sets the step. Passed straight
+    through (with the step held fixed as well) the gradient says nothing of that: errors of one size in all
+    channels look the same in all coordinates.
+
+    Parameters
+    ----------
+    grid : asymmetric, of rows or of groups
+    """
+    grouped = values if grid.group_size is None else values.unflatten(-1, (-1, grid.group_size))
+    low, high = grouped.amin(-1, keepdim=True), grouped.amax(-1, keepdim=True)
+    if grid.zero_in_range:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    span = high - low
+    with torch.no_grad():
+        error = grid.rounded(values).reshape(grouped.shape) - grouped
+        relative = torch.where(span == 0, 0, error / span)
+    return (grouped + relative * span).reshape(values.shape)
 
 
 @contextmanager
@@ -179,25 +202,25 @@ class RotatedLoss:
             return values
         matrix = self._leaves[STREAM].to(values.dtype)
         grid = self._convention.activations(self._setting.activation_bits)
-        return grid.rounded_straight_through(values @ matrix) @ matrix.T
+        return rounded_by_step(grid, values @ matrix) @ matrix.T
 
     def _rounded_heads(self, values: Tensor, width: int) -> Tensor:
         matrix = self._leaves[self._layer].to(values.dtype)
         grid = self._convention.attention_output(self._setting.activation_bits, width)
-        rounded = grid.rounded_straight_through((values.unflatten(-1, (-1, width)) @ matrix).flatten(-2))
+        rounded = rounded_by_step(grid, (values.unflatten(-1, (-1, width)) @ matrix).flatten(-2))
         return (rounded.unflatten(-1, (-1, width)) @ matrix.T).flatten(-2)
 
     def _rounded_hidden(self, values: Tensor, matrix: Hadamard) -> Tensor:
         grid = self._convention.activations(self._setting.activation_bits)
-        return matrix.undo(grid.rounded_straight_through(matrix.apply(values)))
+        return matrix.undo(rounded_by_step(grid, matrix.apply(values)))
 
     def _edited(self, call: AttentionCall) -> AttentionCall:
         if call.key is None or call.value is None or call.crosses:
             return call
         turn, bits = hadamard(call.key.shape[-1]), self._setting.key_value_bits
-        keys = turn.undo(self._convention.keys(bits).rounded_straight_through(turn.apply(call.key)))
+        keys = turn.undo(rounded_by_step(self._convention.keys(bits), turn.apply(call.key)))
         values, grid = call.value, self._convention.values(bits)
         if self._layer not in self._leaves:
-            return replace(call, key=keys, value=grid.rounded_straight_through(values))
+            return replace(call, key=keys, value=rounded_by_step(grid, values))
         matrix = self._leaves[self._layer].to(values.dtype)
-        return replace(call, key=keys, value=grid.rounded_straight_through(values @ matrix) @ matrix.T)
+        return replace(call, key=keys, value=rounded_by_step(grid, values @ matrix) @ matrix.T)

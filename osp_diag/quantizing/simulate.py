@@ -50,8 +50,7 @@ class Simulation:
     @property
     def notes(self) -> tuple[str, ...]:
         """What is to be said of it, one sentence each, with that of the passes so far."""
-        rotations = () if self.key_values is None else sorted(self.key_values.block_rotations)
-        return (*self.of_weights, *(f"queries and keys are rotated by a {name}" for name in rotations))
+        return self.of_weights if self.key_values is None else (*self.of_weights, *self.key_values.notes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,9 +108,9 @@ class QuantizedWeights:
         return self.convention.activations(bits)
 
     def _any_key_values(self) -> bool:
-        return any(
-            self.chosen(part, layer) for part in (KEYS, VALUES) for layer in self.sites.attention_layers
-        )
+        # Where no attention was seen, that is refused rather than passed over.
+        layers = self.sites.attention_layers or (0,)
+        return any(self.chosen(part, layer) for part in (KEYS, VALUES) for layer in layers)
 
 
 @contextmanager
