@@ -1,4 +1,4 @@
-"""What to leave in 16 bits, within a budget: candidates by measured sensitivity, each tried before it is named."""
+"""What to leave in 16 bits, within a budget: candidates by measured sensitivity, each tried and measured."""
 
 from __future__ import annotations
 
@@ -57,6 +57,8 @@ class Trial:
         path of a Linear → channels of its input that stay.
     method
         how the rest is rounded.
+    notes
+        what is to be said of it, one sentence each.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Trial:
     linears: tuple[str, ...] = ()
     channels: Mapping[str, Int64[Tensor, " channel"]] = field(default_factory=dict)
     method: str = "rtn"
+    notes: tuple[str, ...] = ()
 
     def helps(self, divergence: float) -> bool:
         """Whether it saves a share of the ``divergence`` that is worth it and no chance.
@@ -90,6 +93,8 @@ class Advice:
         of the setting as it is.
     trials
         those within the budget, the one that saves most first.
+    notes
+        what is to be said of the setting as it is, one sentence each.
     sensitivity
         of single parts: see :func:`osp_diag.quantizing.sensitivity.sensitivity`.
     """
@@ -102,6 +107,7 @@ class Advice:
     divergence: float
     tokens: int
     trials: tuple[Trial, ...]
+    notes: tuple[str, ...] = ()
     sensitivity: xr.Dataset = field(repr=False)
 
     @property
@@ -126,8 +132,8 @@ def advise(
     """Try what could be left in 16 bits, and the methods that need no budget, and measure what each saves.
 
     Tried are: whole Linears, those with the largest divergence by number of weights first, until the budget
-    is spent; all Linears of one kind, where they fit; the hottest channels of every Linear's input, as many as
-    fit; and each of ``methods`` for everything. Sensitivity and the ranking of channels come from the
+    is spent; all Linears of one kind, where they fit; the hottest channels of every Linear's input, as many
+    as fit; and each of ``methods`` for everything. Sensitivity and the ranking of channels come from the
     calibration tokens, what a change saves from ``tokens``.
 
     Parameters
@@ -171,7 +177,7 @@ def advise(
     with ReferencePredictions() as reference:
         work = _Trials(model, sites, linears, tokens, setting, convention, calibration, reference, batch_size)
         full = predictions(model, tokens, batch_size=batch_size, known_causal=True, reference=reference)
-        before = work.measured(_Candidate("nothing"))
+        before, notes = work.measured(_Candidate("nothing"))
         trials = []
         for index, candidate in enumerate(candidates):
             trials.append(work.trial(candidate, full, before))
@@ -186,6 +192,7 @@ def advise(
         divergence=work.divergence(before),
         tokens=count,
         trials=tuple(sorted(trials, key=lambda trial: -trial.saved)),
+        notes=notes,
         sensitivity=parts,
     )
 
@@ -207,7 +214,8 @@ def _whole_linears(linears: Sequence[BlockLinear], parts: xr.Dataset, budget: fl
         if spent + linear.module.weight.numel() <= room and costs[linear.path] > 0:
             greedy.append(linear)
             spent += linear.module.weight.numel()
-    candidates = [_Candidate(f"{len(greedy)} most sensitive Linears", tuple(greedy))] if greedy else []
+    name = f"the {len(greedy)} most sensitive Linears" if len(greedy) > 1 else "the most sensitive Linear"
+    candidates = [_Candidate(name, tuple(greedy))] if greedy else []
     for role in dict.fromkeys(role for linear in linears for role in linear.roles):
         own = tuple(linear for linear in linears if role in linear.roles)
         if sum(linear.module.weight.numel() for linear in own) <= room:
@@ -280,7 +288,7 @@ class _Trials:
     reference: ReferencePredictions
     batch_size: int
 
-    def measured(self, candidate: _Candidate) -> SequencePredictions:
+    def measured(self, candidate: _Candidate) -> tuple[SequencePredictions, tuple[str, ...]]:
         spared = {linear.path for linear in candidate.linears}
         only = None
         if spared:
@@ -303,21 +311,22 @@ class _Trials:
             full_precision_channels=candidate.channels or None,
             sites=self.sites,
         )
-        with rounding:
-            return predictions(
+        with rounding as simulation:
+            after = predictions(
                 self.model,
                 self.tokens,
                 batch_size=self.batch_size,
                 known_causal=True,
                 reference=self.reference,
             )
+            return after, simulation.notes
 
     def divergence(self, found: SequencePredictions) -> float:
         kept = len(self.reference)
         return float(found.divergence[:kept].sum() / (kept * found.tokens)) if kept else float("nan")
 
     def trial(self, candidate: _Candidate, full: SequencePredictions, before: SequencePredictions) -> Trial:
-        after = self.measured(candidate)
+        after, notes = self.measured(candidate)
         kept = len(self.reference)
         numbers = np.full(kept, float(after.tokens))
         saved = ratio((before.divergence - after.divergence)[:kept], numbers, draws(kept, RESAMPLES, seed=0))
@@ -333,6 +342,7 @@ class _Trials:
             linears=tuple(linear.path for linear in candidate.linears),
             channels=candidate.channels,
             method=candidate.method,
+            notes=notes,
         )
 
     def _share(self, candidate: _Candidate) -> float:
