@@ -10,16 +10,20 @@ import torch
 import xarray as xr
 from transformers import LlamaForCausalLM
 
-from osp_diag.errors import UsageError
+from osp_diag import open_run
+from osp_diag.errors import StoreError, UsageError
 from osp_diag.quantizing.advice import Advice, advise
 from osp_diag.quantizing.divergence import ReferencePredictions
 from osp_diag.quantizing.layer_errors import layer_errors
 from osp_diag.quantizing.linears import block_linears
+from osp_diag.quantizing.measurements import measurement_of, run_writer, store_measurements
 from osp_diag.quantizing.perplexity import predictions
 from osp_diag.quantizing.sensitivity import sensitivity
 from osp_diag.quantizing.setting import Setting
 from osp_diag.quantizing.simulate import quantized
 from osp_diag.quantizing.spared_channels import hottest_channels, spared_channels
+from osp_diag.schema import SENSITIVITY
+from tests.run_fixtures import write_run
 from tests.tiny_checkpoints import llama
 
 CHANNEL = 5
@@ -162,6 +166,31 @@ def test_with_every_channel_spared_nothing_is_lost_and_with_the_hottest_much_les
     assert ranked["model.layers.1.mlp.gate_proj"][0] == CHANNEL
     with pytest.raises(UsageError, match=r"counts=\(-1,\): give numbers of channels, 0 or more"):
         spared_channels(hot, IDS, FEW, calibration=CALIBRATION, counts=(-1,))
+
+
+# -- in the run ------------------------------------------------------------------------------------------
+
+
+def test_a_run_keeps_what_was_measured_last_and_loses_nothing_else(tmp_path, parts):
+    path = write_run(tmp_path / "run.zarr")
+    kurtosis = open_run(path)["osp_excess_kurtosis"].load()
+    with pytest.raises(StoreError, match=r"run of tiny holds no sensitivity to few bits; .*osp-diag advise"):
+        measurement_of(open_run(path), SENSITIVITY)
+    store_measurements(path, {SENSITIVITY: parts.assign_attrs(notes=["of all parts"])})
+    xr.testing.assert_allclose(measurement_of(open_run(path), SENSITIVITY), parts)
+    fewer = parts.isel(part=slice(3)).drop_vars("damage")
+    store_measurements(path, {SENSITIVITY: fewer})
+    held = measurement_of(open_run(path), SENSITIVITY)
+    xr.testing.assert_allclose(held, fewer)
+    assert "damage" not in held
+    assert "notes" not in held.attrs
+    assert held["divergence"].attrs["units"] == "nat"
+    xr.testing.assert_identical(open_run(path)["osp_excess_kurtosis"].load(), kurtosis)
+    with (
+        pytest.raises(StoreError, match="'residual_post' of .* grows with the steps; it cannot be replaced"),
+        run_writer(path) as writer,
+    ):
+        writer.replace_group("residual_post", fewer)
 
 
 # -- advice ----------------------------------------------------------------------------------------------

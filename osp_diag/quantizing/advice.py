@@ -197,7 +197,7 @@ def advise(
     )
 
 
-@dataclass(frozen=True, kw_only=False)
+@dataclass(frozen=True)
 class _Candidate:
     name: str
     linears: tuple[BlockLinear, ...] = ()

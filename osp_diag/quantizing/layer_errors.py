@@ -93,7 +93,7 @@ def layer_errors(
             rows.append(_errors(passes, layer, full, rounded))
             if progress is not None:
                 progress(layer + 1, len(passes.blocks))
-    return _dataset(rows, setting, method, convention)
+    return _dataset(rows, setting, method, convention, ids.numel())
 
 
 def _states(passes: BlockPasses, first: list[Tensor]) -> list[list[Tensor]]:
@@ -136,7 +136,9 @@ def _errors(
     }
 
 
-def _dataset(rows: list[dict[str, Any]], setting: Setting, method: str, convention: str) -> xr.Dataset:
+def _dataset(
+    rows: list[dict[str, Any]], setting: Setting, method: str, convention: str, tokens: int
+) -> xr.Dataset:
     dims: dict[str, tuple[str, ...]] = {
         **dict.fromkeys(_DEFINITIONS, ("layer",)),
         "error_by_channel": ("layer", "channel"),
@@ -153,7 +155,7 @@ def _dataset(rows: list[dict[str, Any]], setting: Setting, method: str, conventi
     dataset = xr.Dataset(
         variables,
         coords={"layer": np.arange(len(rows))},
-        attrs={"setting": str(setting), "method": method, "convention": convention},
+        attrs={"setting": str(setting), "method": method, "convention": convention, "tokens": tokens},
     )
     before = dataset["relative_error"].shift(layer=1)
     dataset["gain"] = (dataset["accumulated_error"] / before).assign_attrs(

@@ -135,7 +135,12 @@ def spared_channels(
         for row, (name, (unit, definition)) in zip(numbers, definitions.items(), strict=True)
     }
     coordinates = {"channels": ("channels", chosen, {"definition": "of every Linear's input, in 16 bits"})}
-    attributes = {"setting": str(setting), "convention": convention, "method": "rtn"}
+    attributes: dict[str, Any] = {
+        "setting": str(setting),
+        "convention": convention,
+        "method": "rtn",
+        "tokens": count,
+    }
     if unreached:
-        attributes["notes"] = f"not reached by the calibration, rounded whole: {', '.join(unreached)}"
+        attributes["notes"] = [f"not reached by the calibration, rounded whole: {', '.join(unreached)}"]
     return xr.Dataset(variables, coords=coordinates, attrs=attributes)
