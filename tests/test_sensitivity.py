@@ -187,7 +187,7 @@ def test_a_run_keeps_what_was_measured_last_and_loses_nothing_else(tmp_path, par
     assert held["divergence"].attrs["units"] == "nat"
     xr.testing.assert_identical(open_run(path)["osp_excess_kurtosis"].load(), kurtosis)
     with (
-        pytest.raises(StoreError, match="'residual_post' of .* grows with the steps; it cannot be replaced"),
+        pytest.raises(StoreError, match=r"'residual_post' of .* grows with the steps; it cannot be replaced"),
         run_writer(path) as writer,
     ):
         writer.replace_group("residual_post", fewer)
@@ -196,8 +196,9 @@ def test_a_run_keeps_what_was_measured_last_and_loses_nothing_else(tmp_path, par
 # -- advice ----------------------------------------------------------------------------------------------
 
 
-def advice(model: LlamaForCausalLM, setting: Setting, budget: float) -> Advice:
-    return advise(model, IDS, setting, calibration=CALIBRATION, budget=budget, batch_size=4)
+def advice(model: LlamaForCausalLM, setting: Setting | str, budget: float) -> Advice:
+    chosen = Setting.read(setting) if isinstance(setting, str) else setting
+    return advise(model, IDS, chosen, calibration=CALIBRATION, budget=budget, batch_size=4)
 
 
 def test_the_hot_channel_is_advised_and_saves_what_was_measured():

@@ -24,7 +24,7 @@ from osp_diag.resampling import draws, interval, ratio
 from osp_diag.sites import SiteMap, find_sites
 from osp_diag.sites.trace import unwrap
 
-__all__ = ["BUDGET", "Advice", "Trial", "advise"]
+__all__ = ["BUDGET", "WORTHWHILE", "Advice", "Trial", "advise"]
 
 BUDGET = 0.05
 """Share of the blocks' weights that may stay in 16 bits."""
@@ -114,6 +114,12 @@ class Advice:
     def best(self) -> Trial | None:
         """The change to make; None where nothing helps."""
         return next((trial for trial in self.trials if trial.helps(self.divergence)), None)
+
+    @property
+    def best_linears(self) -> Trial | None:
+        """The change to make of those that leave whole Linears, which tools can be told; None: none helps."""
+        whole = (trial for trial in self.trials if trial.linears)
+        return next((trial for trial in whole if trial.helps(self.divergence)), None)
 
 
 def advise(

@@ -17,7 +17,7 @@ import xarray as xr
 from osp_diag.errors import StoreError
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run, open_run
-from osp_diag.schema import LAYER_ERRORS, SENSITIVITY, SPARED_CHANNELS
+from osp_diag.schema import LAYER_ERRORS, SENSITIVITY, SPARED_CHANNELS, STEP
 
 if TYPE_CHECKING:
     from osp_diag.runs.writer import RunWriter
@@ -71,7 +71,7 @@ def measurement_of(run: Run, group: str) -> xr.Dataset:
             f"the run of {model_name(run.attrs)} holds no {_WORDS[group]}; measure with `osp-diag advise "
             "CHECKPOINT --run RUN`"
         )
-    dataset: xr.Dataset = run[group].load()
+    dataset: xr.Dataset = run[group].drop_vars(STEP, errors="ignore").load()
     return dataset
 
 

@@ -24,7 +24,7 @@ from osp_diag.quantizing.simulate import quantized
 from osp_diag.sites import SiteMap, find_sites
 from osp_diag.sites.trace import unwrap
 
-__all__ = ["INPUTS", "Part", "parts_of", "sensitivity"]
+__all__ = ["INPUTS", "Part", "parts_of", "parts_of_role", "sensitivity"]
 
 INPUTS = {
     "attention_input": ("query", "key", "value"),
@@ -61,6 +61,11 @@ class Part:
             setting.activation_bits if self.kind == "inputs" else UNQUANTIZED,
             setting.key_value_bits if self.kind == "key_values" else UNQUANTIZED,
         )
+
+
+def parts_of_role(role: str) -> tuple[str, ...]:
+    """The parts that the weight and the input of a Linear of this role belong to."""
+    return (f"weights:{role}", *(f"inputs:{site}" for site, readers in INPUTS.items() if role in readers))
 
 
 def parts_of(linears: Sequence[BlockLinear], sites: SiteMap, setting: Setting) -> list[Part]:

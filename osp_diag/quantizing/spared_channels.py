@@ -85,7 +85,7 @@ def spared_channels(
     tokens : ids (sequence, position) that are evaluated
     setting : bits of the others
     calibration : other ids, by which channels are ranked
-    counts : numbers of channels
+    counts : numbers of channels; those above what the widest Linear reads are left out
 
     Returns
     -------
@@ -104,6 +104,8 @@ def spared_channels(
     sites = find_sites(model, blocks=blocks)
     linears = block_linears(model, sites=sites)
     refuse_what_sees_ahead(model, tokens)
+    widest = max(linear.module.in_features for linear in linears)
+    chosen = [k for k in chosen if k <= widest] or [widest]
     ranked = hottest_channels(model, linears, calibration)
     unreached = [linear.path for linear in linears if linear.path not in ranked]
     numbers = np.full((3, len(chosen)), np.nan)
