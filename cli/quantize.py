@@ -32,6 +32,8 @@ from osp_diag.errors import UsageError
 from osp_diag.quantizing.setting import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
+    from osp_diag.checkpoints import Checkpoint
+    from osp_diag.quantizing.calibration import Calibration
     from osp_diag.quantizing.cases import Case
     from osp_diag.quantizing.results import QuantizedResult
     from osp_diag.quantizing.tables import PaperTable
@@ -58,6 +60,7 @@ def run(
     opening: Opening = DEFAULT_OPENING,
     held_out: bool = False,
     blocks: str | None = None,
+    save: Path | None = None,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -92,6 +95,8 @@ def run(
         opening: how to open the checkpoint.
         held_out: the tokens that the training which wrote --run held out, in its sequences.
         blocks: path of the list of blocks, where it is not found.
+        save: a directory to make, with the quantized checkpoint in the format of compressed-tensors, which
+            transformers and vLLM load; of one --bits and one --method (rtn or gptq).
         out: also write the table to this file (.nc, netCDF).
         json: print the table as JSON.
 
@@ -101,6 +106,7 @@ def run(
         osp-diag quantize path/to/model --table 4 --run run.zarr
         osp-diag quantize osp-model --run osp.zarr --held-out --bits 16-16-16 4-4-16 --tokens 65536
         osp-diag quantize model.py:load --ids validation.npy --seq-len 256 --bits W16A16 W8A8
+        osp-diag quantize path/to/model --bits 4-16-16 --method gptq --save model-int4
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
     """
     from osp_diag.cli.quantize_progress import sweep_progress
@@ -129,6 +135,8 @@ def run(
     calibrated = any(method_named(case.method).calibrated for case in cases)
     check_sequences(token_settings, calibration_tokens)
     _check(out, calibration, calibrated)
+    if save is not None:
+        _check_save(save, cases)
     if again and run is None:
         raise UsageError("--again measures what --run holds already: give --run")
     holder = None if run is None else open_run(run)
@@ -181,6 +189,11 @@ def run(
     print(json_format.dumps(as_rows(results, notes), indent=2) if json else text, flush=True)
     if out is not None:
         results.to_netcdf(out)
+    if save is not None:
+        few = next(case for case in cases if not case.setting.unquantized)
+        _save(opened, save, few, look, blocks)
+        if not json:
+            print(f"\nsaved in {save}   (compressed-tensors: transformers and vLLM load it)")
     if run is not None and not json:
         old = results.sizes["setting"] - len(rows)
         taken = f", {old} of them before" if old else ""
@@ -225,6 +238,32 @@ def _writer(run: Path | None) -> Iterator[Callable[[QuantizedResult], None]]:
     else:
         with ResultsWriter(run) as writer:
             yield writer.add
+
+
+def _check_save(folder: Path, cases: Sequence[Case]) -> None:
+    """Refuse what cannot be saved before a model is opened."""
+    from osp_diag.quantizing.packed_export import check_exportable
+
+    few = [case for case in cases if not case.setting.unquantized]
+    if len(few) != 1:
+        raise UsageError(f"--save {folder}: give one --bits and one --method, such as 4-16-16 and gptq")
+    check_exportable(few[0].setting, few[0].method, few[0].convention)
+    if folder.exists():
+        raise UsageError(f"--save {folder}: it is there already; give a folder that is not")
+
+
+def _save(opened: Checkpoint, folder: Path, case: Case, look: Calibration | None, blocks: str | None) -> None:
+    from osp_diag.quantizing.packed_export import save_quantized
+
+    save_quantized(
+        opened,
+        folder,
+        case.setting,
+        method=case.method,
+        convention=case.convention,
+        calibration=None if look is None else look.tokens,
+        blocks=blocks,
+    )
 
 
 def _check(out: Path | None, calibration: str | None, calibrated: bool) -> None:

@@ -14,7 +14,7 @@ from osp_diag.figures.styles import load_style
 from osp_diag.runs.run import Run
 from tests.recipe_runs import training_run
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run, without
-from tests.synthetic_statics import FULL, few_bits, loss_at
+from tests.synthetic_statics import FULL, PARTS, few_bits, loss_at
 
 RECIPES = ("OSP", "Muon", "Adam")
 KURTOSIS = {"Adam": 40.0, "Muon": 8.0, "OSP": 0.1}
@@ -170,6 +170,38 @@ def test_a_number_that_a_run_lacks_is_a_dash(recipes):
     panel = recording("table2", [*recipes, partial]).panels[0, 0]
     texts = {(call["x"], call["y"]): call["text"] for call in calls(panel, "annotate")}
     assert texts[5.0, 2.0] == "\u2013"
+
+
+# -- where few bits hurt ---------------------------------------------------------------------------------
+
+
+def test_sensitivity_is_a_row_a_part_with_all_layers_behind_a_gap():
+    found = figures.draw("bit_sensitivity", [synthetic_run(), synthetic_run(OUTLIER_FREE)], backend="none")
+    assert found["part"].values.tolist() == list(PARTS)
+    assert found["divergence"].sel(run="made-up-60M", part="inputs:mlp_hidden", layer=3) == 0.1
+    assert (
+        "KL(full ‖ rounded) by token: 4-4-4, rtn, convention plain; 69 tokens (made-up text)"
+        in (found.attrs["caption"])
+    )
+    cells = calls(recording("bit_sensitivity", [synthetic_run()]).panels[0, 0], "heat_map")[0]
+    assert cells["x"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert cells["y_texts"] == list(PARTS)[::-1]
+    assert np.isnan(cells["values"][:, 6]).all()
+    np.testing.assert_allclose(cells["values"][::-1, 7], found["divergence_all_layers"][0])
+    np.testing.assert_allclose(cells["values"][::-1, 3], [0.001, 0.01, 0.1, 0.0001])
+
+
+def test_errors_by_layer_and_the_curve_of_channels():
+    panels = recording("quantization_error", [synthetic_run()]).panels
+    whole, accumulated, local = calls(panels[0, 0], "line")
+    assert [line["dash"] for line in (whole, accumulated, local)] == ["solid", "dashed", "dotted"]
+    assert np.isnan(accumulated["y"][0])
+    assert local["y"].max() == local["y"][3] == 0.01
+    np.testing.assert_allclose(calls(panels[0, 1], "line")[0]["y"], [1, 1 / 2, 1 / 3, 1 / 5])
+    assert calls(panels[0, 1], "ticks")[0]["texts"] == ["0", "1", "2", "4"]
+    for name in ("bit_sensitivity", "quantization_error"):
+        with pytest.raises(StoreError, match=r"run of made-up-60M holds no .*osp-diag advise CHECKPOINT"):
+            figures.draw(name, synthetic_run(few_bits=False), backend="none")
 
 
 # -- runs without results --------------------------------------------------------------------------------
