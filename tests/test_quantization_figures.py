@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._registry import figure_module
 from osp_diag.figures.backend import none
 from osp_diag.figures.styles import load_style
+from osp_diag.quantizing.results import result_rows, results_dataset
 from osp_diag.runs.run import Run
 from tests.recipe_runs import training_run
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run, without
@@ -96,6 +99,24 @@ def test_a_sweep_relative_to_16_bits():
     assert recording("fig4", [synthetic_run()], relative=True).panels[0, 0].labels["y_label"] == (
         "perplexity / that at 16 bits"
     )
+
+
+def test_a_sweep_has_a_line_a_method():
+    run = without(synthetic_run(), ["quantization"])
+    rows = result_rows(few_bits(1.0))
+    better = [replace(row, method="gptq", negative_log_likelihood=FULL + 0.1) for row in rows[1:]]
+    run.tree["quantization"] = results_dataset([*rows, *better])
+    found = figures.draw("fig4", run, backend="none", method="rtn,gptq")
+    assert found["run"].values.tolist() == ["RTN", "GPTQ"]
+    at = found["perplexity"].sel(sweep="weights", bits=4)
+    np.testing.assert_allclose(at, np.exp([loss_at(4, 16, 1.0), FULL + 0.1]))
+    assert "so many bits, by RTN, GPTQ" in found.attrs["caption"]
+    two = figures.draw("fig4", [run, run], backend="none", method="rtn, gptq")
+    assert len(set(two["run"].values.tolist())) == 4
+    foreign = [replace(row, token_fingerprint="other") for row in (rows[0], *better)]
+    run.tree["quantization"] = results_dataset([*rows, *foreign])
+    with pytest.raises(StoreError, match="rtn, gptq were measured on different tokens; measure with"):
+        figures.draw("fig4", run, backend="none", method="rtn,gptq")
 
 
 # -- the scatter -----------------------------------------------------------------------------------------
