@@ -89,7 +89,7 @@ def run(
     """
     from osp_diag.cli.advise_text import as_dictionary, as_text
     from osp_diag.cli.quantize_progress import sweep_progress
-    from osp_diag.quantizing.advice import advise
+    from osp_diag.quantizing.advice import advise, check_request
     from osp_diag.quantizing.advice_files import write_advice
     from osp_diag.quantizing.cases import Progress
     from osp_diag.quantizing.layer_errors import layer_errors
@@ -99,6 +99,7 @@ def run(
     from osp_diag.schema import LAYER_ERRORS, SENSITIVITY, SPARED_CHANNELS
 
     setting = Setting.read(bits)
+    check_request(setting, budget, methods)
     check_sequences(token_settings, calibration_tokens)
     with _checkpoint(subject, run) as (source, holder):
         tokens_of_training = held_out_tokens_of(holder, token_settings) if held_out else None

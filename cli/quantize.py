@@ -96,7 +96,7 @@ def run(
         held_out: the tokens that the training which wrote --run held out, in its sequences.
         blocks: path of the list of blocks, where it is not found.
         save: a directory to make, with the quantized checkpoint in the format of compressed-tensors, which
-            transformers and vLLM load; of one --bits and one --method (rtn or gptq).
+            transformers and vLLM load; of one --bits and one --method (rtn or gptq, which runs once more).
         out: also write the table to this file (.nc, netCDF).
         json: print the table as JSON.
 
@@ -156,8 +156,9 @@ def run(
         else None
     )
     rows: list[QuantizedResult] = []
+    kept = "Rows that --run holds are not measured again"
     try:
-        with sweep_progress(opened.name) as progress, _writer(run) as store, memory_advice(opened.name):
+        with sweep_progress(opened.name) as progress, _writer(run) as store, memory_advice(opened.name, kept):
 
             def keep(row: QuantizedResult) -> None:
                 rows.append(row)

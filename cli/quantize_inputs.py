@@ -50,8 +50,13 @@ def check_sequences(settings: TokenSettings, calibration_tokens: int) -> None:
 
 
 @contextmanager
-def memory_advice(name: str) -> Iterator[None]:
+def memory_advice(name: str, kept: str = "") -> Iterator[None]:
     """Where memory runs out, what to do about it.
+
+    Parameters
+    ----------
+    name : of the model
+    kept : a sentence on what is not lost
 
     Raises
     ------
@@ -67,7 +72,7 @@ def memory_advice(name: str) -> Iterator[None]:
         raise UsageError(
             f"{name} ran out of memory: take fewer sequences a pass (--batch-size 1), shorter ones "
             "(--seq-len), or fewer --calibration-tokens; rounded weights need as much memory again as the "
-            "blocks' own. Rows that --run holds are not measured again"
+            f"blocks' own. {kept}".rstrip()
         ) from error
 
 

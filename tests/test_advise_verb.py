@@ -81,6 +81,8 @@ def test_runs_whose_checkpoint_is_gone_or_unknown_are_refused(probed, tmp_path, 
     assert "whose weights are not those of other" in capsys.readouterr().err
     assert main(["advise", str(gone), "--run", "another.zarr", *OPTIONS]) == 2
     assert "is a run itself: leave --run out" in capsys.readouterr().err
+    assert main(["advise", "nowhere", "--budget", "5"]) == 2
+    assert "budget=5.0: give the share of the weights" in capsys.readouterr().err, "before it is opened"
 
 
 def test_recipes_name_what_stays_as_other_tools_do():

@@ -24,7 +24,7 @@ from osp_diag.resampling import draws, interval, ratio
 from osp_diag.sites import SiteMap, find_sites
 from osp_diag.sites.trace import unwrap
 
-__all__ = ["BUDGET", "WORTHWHILE", "Advice", "Trial", "advise"]
+__all__ = ["BUDGET", "WORTHWHILE", "Advice", "Trial", "advise", "check_request"]
 
 BUDGET = 0.05
 """Share of the blocks' weights that may stay in 16 bits."""
@@ -122,6 +122,21 @@ class Advice:
         return next((trial for trial in whole if trial.helps(self.divergence)), None)
 
 
+def check_request(setting: Setting, budget: float, methods: Sequence[str]) -> None:
+    """Refuse what :func:`advise` cannot be asked for.
+
+    Raises
+    ------
+    UsageError : a setting that rounds nothing, a budget outside 0 to 1, no such method
+    """
+    if setting.unquantized:
+        raise UsageError(f"{setting} rounds nothing, so there is nothing to advise; give bits below 16")
+    if not 0 <= budget <= 1:
+        raise UsageError(f"budget={budget}: give the share of the weights that may stay in 16 bits, 0 to 1")
+    for name in methods:
+        method_named(name)
+
+
 def advise(
     model: nn.Module,
     tokens: Any,
@@ -157,12 +172,7 @@ def advise(
     UsageError : a setting that rounds nothing, a budget outside 0 to 1, or no causal language model
     TokenError, CheckpointError, SiteError : as :func:`osp_diag.quantizing.simulate.quantized`
     """
-    if setting.unquantized:
-        raise UsageError(f"{setting} rounds nothing, so there is nothing to advise; give bits below 16")
-    if not 0 <= budget <= 1:
-        raise UsageError(f"budget={budget}: give the share of the weights that may stay in 16 bits, 0 to 1")
-    for name in methods:
-        method_named(name)
+    check_request(setting, budget, methods)
     model = unwrap(model)
     sites = find_sites(model, blocks=blocks)
     linears = block_linears(model, sites=sites)
