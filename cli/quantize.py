@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json as json_format
 import math
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -20,29 +18,29 @@ from osp_diag.cli.checkpoint_options import (
     CheckpointName,
     Opening,
     Tokens,
-    check_tokens,
+)
+from osp_diag.cli.quantize_inputs import (
+    as_convention,
+    calibration_tokens_of,
+    check_same_model,
+    check_sequences,
+    evaluated_batches,
+    held_out_tokens_of,
+    memory_advice,
 )
 from osp_diag.errors import UsageError
-from osp_diag.probing.settings import TokenSettings
 from osp_diag.quantizing.setting import CALIBRATION_TOKENS
 
 if TYPE_CHECKING:
-    import numpy as np
-    import xarray as xr
-
     from osp_diag.checkpoints import Checkpoint
     from osp_diag.quantizing.calibration import Calibration
     from osp_diag.quantizing.cases import Case
     from osp_diag.quantizing.results import QuantizedResult
     from osp_diag.quantizing.tables import PaperTable
     from osp_diag.runs.run import Run
-    from osp_diag.tokens import TokenBatches
-
-__all__ = ["check_same_model"]
 
 VERB = "quantize"
 HELP = "measure a checkpoint's perplexity at few bits, and keep it in its run"
-_MEMORY = re.compile(r"not enough memory|out of memory|allocate memory", re.IGNORECASE)
 
 
 def run(
@@ -62,6 +60,7 @@ def run(
     opening: Opening = DEFAULT_OPENING,
     held_out: bool = False,
     blocks: str | None = None,
+    save: Path | None = None,
     out: Path | None = None,
     json: bool = False,
 ) -> int:
@@ -96,6 +95,8 @@ def run(
         opening: how to open the checkpoint.
         held_out: the tokens that the training which wrote --run held out, in its sequences.
         blocks: path of the list of blocks, where it is not found.
+        save: a directory to make, with the quantized checkpoint in the format of compressed-tensors, which
+            transformers and vLLM load; of one --bits and one --method (rtn or gptq, which runs once more).
         out: also write the table to this file (.nc, netCDF).
         json: print the table as JSON.
 
@@ -105,6 +106,7 @@ def run(
         osp-diag quantize path/to/model --table 4 --run run.zarr
         osp-diag quantize osp-model --run osp.zarr --held-out --bits 16-16-16 4-4-16 --tokens 65536
         osp-diag quantize model.py:load --ids validation.npy --seq-len 256 --bits W16A16 W8A8
+        osp-diag quantize path/to/model --bits 4-16-16 --method gptq --save model-int4
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png
     """
     from osp_diag.cli.quantize_progress import sweep_progress
@@ -117,6 +119,7 @@ def run(
         partial_rounding,
         results_dataset,
     )
+    from osp_diag.quantizing.sweep import sweep
     from osp_diag.quantizing.tables import paper_table
     from osp_diag.runs.folder import check_destination
     from osp_diag.runs.run import open_run
@@ -130,36 +133,39 @@ def run(
         )
     cases = _cases(bits, method, rules, of_paper, seeds)
     calibrated = any(method_named(case.method).calibrated for case in cases)
-    _check(out, token_settings)
-    _check_calibration(calibration, calibration_tokens, calibrated)
+    check_sequences(token_settings, calibration_tokens)
+    _check(out, calibration, calibrated)
+    if save is not None:
+        _check_save(save, cases)
     if again and run is None:
         raise UsageError("--again measures what --run holds already: give --run")
     holder = None if run is None else open_run(run)
     if run is not None:
         check_destination(run, resume=True)
     measured = [] if holder is None or again else _measured(holder)
-    tokens_of_training = _held_out_tokens(holder, token_settings) if held_out else None
+    tokens_of_training = held_out_tokens_of(holder, token_settings) if held_out else None
     opened = opening.open(checkpoint)
     if holder is not None:
         check_same_model(holder, opened)
-    token_settings = _as_convention(token_settings, rules, opened)
-    batches = _batches(opened, token_settings, tokens_of_training)
+    token_settings = as_convention(token_settings, rules, opened)
+    batches = evaluated_batches(opened, token_settings, tokens_of_training)
     training = holder if held_out else None
     look = (
-        _calibration(opened, token_settings, batches, calibration, calibration_tokens, training)
+        calibration_tokens_of(opened, token_settings, batches, calibration, calibration_tokens, training)
         if calibrated
         else None
     )
     rows: list[QuantizedResult] = []
+    kept = "Rows that --run holds are not measured again"
     try:
-        with sweep_progress(opened.name) as progress, _writer(run) as store:
+        with sweep_progress(opened.name) as progress, _writer(run) as store, memory_advice(opened.name, kept):
 
             def keep(row: QuantizedResult) -> None:
                 rows.append(row)
                 store(row)
 
-            results = _measure(
-                opened,
+            results = sweep(
+                opened.model,
                 batches.tokens,
                 cases,
                 calibration=look,
@@ -184,6 +190,11 @@ def run(
     print(json_format.dumps(as_rows(results, notes), indent=2) if json else text, flush=True)
     if out is not None:
         results.to_netcdf(out)
+    if save is not None:
+        few = next(case for case in cases if not case.setting.unquantized)
+        _save(opened, save, few, look, blocks)
+        if not json:
+            print(f"\nsaved in {save}   (compressed-tensors: transformers and vLLM load it)")
     if run is not None and not json:
         old = results.sizes["setting"] - len(rows)
         taken = f", {old} of them before" if old else ""
@@ -230,131 +241,35 @@ def _writer(run: Path | None) -> Iterator[Callable[[QuantizedResult], None]]:
             yield writer.add
 
 
-def _measure(opened: Checkpoint, tokens: Any, cases: list[Case], **options: Any) -> xr.Dataset:
-    """The sweep; where memory runs out, what to do about it."""
-    import torch
+def _check_save(folder: Path, cases: Sequence[Case]) -> None:
+    """Refuse what cannot be saved before a model is opened."""
+    from osp_diag.quantizing.packed_export import check_exportable
 
-    from osp_diag.quantizing.sweep import sweep
-
-    try:
-        return sweep(opened.model, tokens, cases, **options)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _MEMORY.search(str(error)):
-            raise
-        raise UsageError(
-            f"{opened.name} ran out of memory: take fewer sequences a pass (--batch-size 1), shorter ones "
-            "(--seq-len), or fewer --calibration-tokens; rounded weights need as much memory again as the "
-            "blocks' own. Rows that --run holds are not measured again"
-        ) from error
+    few = [case for case in cases if not case.setting.unquantized]
+    if len(few) != 1:
+        raise UsageError(f"--save {folder}: give one --bits and one --method, such as 4-16-16 and gptq")
+    check_exportable(few[0].setting, few[0].method, few[0].convention)
+    if folder.exists():
+        raise UsageError(f"--save {folder}: it is there already; give a folder that is not")
 
 
-def _as_convention(settings: TokenSettings, convention: str, opened: Checkpoint) -> TokenSettings:
-    """Sequences as the convention has them, where the user says nothing else."""
-    from osp_diag.quantizing.conventions import convention_named
+def _save(opened: Checkpoint, folder: Path, case: Case, look: Calibration | None, blocks: str | None) -> None:
+    from osp_diag.quantizing.packed_export import save_quantized
 
-    rules = convention_named(convention)
-    if settings.seq_len is None and rules.sequence_length is not None and settings.ids is None:
-        length = min(rules.sequence_length, settings.tokens, opened.max_length or rules.sequence_length)
-        settings = replace(settings, seq_len=length)
-    if settings.bos == "auto" and not rules.opening_tokens:
-        settings = replace(settings, bos="no")
-    return settings
-
-
-def _check(out: Path | None, settings: TokenSettings) -> None:
-    """Refuse options that make no sense before a model is opened."""
-    check_tokens(settings, fewest=2, why=", so that a token can be predicted")
-    if settings.protocol != "sequence":
-        raise UsageError(
-            f"--protocol {settings.protocol}: perplexity is of real sequences, where a token has a context"
-        )
-    if out is not None and (out.suffix != ".nc" or not out.parent.is_dir()):
-        raise UsageError(f"--out {out}: give a file ending in .nc in a folder that exists")
-
-
-def _check_calibration(source: str | None, tokens: int, calibrated: bool) -> None:
-    if tokens < 1:
-        raise UsageError(f"--calibration-tokens {tokens}: give 1 or more")
-    if source is not None and not calibrated:
-        raise UsageError("--calibration is for methods that look at activations: gptq, quarot and spinquant")
-
-
-def _batches(opened: Checkpoint, settings: TokenSettings, training_tokens: Any | None) -> TokenBatches:
-    """The tokens that are asked for, or those that a training held out."""
-    if training_tokens is None:
-        return settings.batches(opened)
-    from osp_diag.tokens import make_batches
-
-    return make_batches(
-        opened.tokenizer,
-        ids=training_tokens,
-        max_length=opened.max_length,
-        vocabulary_size=opened.vocabulary_size,
+    save_quantized(
+        opened,
+        folder,
+        case.setting,
+        method=case.method,
+        convention=case.convention,
+        calibration=None if look is None else look.tokens,
+        blocks=blocks,
     )
 
 
-def _calibration(
-    opened: Checkpoint,
-    settings: TokenSettings,
-    batches: TokenBatches,
-    source: str | None,
-    tokens: int,
-    training: Run | None,
-) -> Calibration:
-    """A text of the user's own, or what follows the evaluated tokens in their source."""
-    from osp_diag.quantizing.calibration import calibration_from, calibration_of
-
-    if source is not None:
-        return calibration_from(opened, source, settings, batches, tokens)
-    longer = replace(settings, tokens=batches.tokens.size + tokens, seq_len=batches.sequence_length)
-    of_training = None if training is None else _held_out_tokens(training, longer)
-    following = longer.batches(opened).tokens if of_training is None else of_training
-    return calibration_of(following, batches.source, batches.tokens)
-
-
-def _held_out_tokens(run: Run | None, settings: TokenSettings) -> np.ndarray[Any, Any]:
-    """What the training that wrote a run held out."""
-    from osp_diag.cli.train_ablation import held_out_tokens
-
-    sources = [name for name in ("text", "dataset", "ids", "random_tokens") if getattr(settings, name)]
-    if run is None or sources:
-        raise UsageError(
-            "--held-out takes the tokens of --run's training: give --run, and no --text, --dataset, --ids or "
-            "--random-tokens"
-        )
-    config = run.attrs.get("config")
-    if not config:
-        raise UsageError(
-            f"--held-out: {run.path} was not written by `osp-diag train`; give --text or --dataset"
-        )
-    from osp_diag.trainer.config import from_dictionary
-
-    return held_out_tokens(from_dictionary(dict(config)), settings.tokens)
-
-
-def check_same_model(run: Run, checkpoint: Checkpoint) -> None:
-    """Refuse results of one model in the run of another.
-
-    A run of a training holds no fingerprint of what was exported from it; there, depth and width have to do.
-
-    Raises
-    ------
-    UsageError : they differ
-    """
-    attributes = run.attrs
-    fingerprint = attributes.get("model_fingerprint")
-    if fingerprint is not None:
-        if fingerprint != checkpoint.fingerprint:
-            raise UsageError(
-                f"{run.path} is the run of {attributes.get('model_name', 'another model')}, whose weights "
-                f"are not those of {checkpoint.name}; give the run that was probed from this checkpoint"
-            )
-        return
-    # Equal sizes do not prove equal weights, but other sizes are another model.
-    for name, field in (("number_of_layers", "num_hidden_layers"), ("hidden_size", "hidden_size")):
-        size = getattr(checkpoint.config, field, None)
-        if size is not None and size != attributes.get(name):
-            raise UsageError(
-                f"{run.path} is the run of a model with {name.replace('_', ' ')} {attributes.get(name)}, and "
-                f"{checkpoint.name} has {size}; give what `osp-diag export {run.path}` writes"
-            )
+def _check(out: Path | None, calibration: str | None, calibrated: bool) -> None:
+    """Refuse options that make no sense before a model is opened."""
+    if out is not None and (out.suffix != ".nc" or not out.parent.is_dir()):
+        raise UsageError(f"--out {out}: give a file ending in .nc in a folder that exists")
+    if calibration is not None and not calibrated:
+        raise UsageError("--calibration is for methods that look at activations: gptq, quarot and spinquant")

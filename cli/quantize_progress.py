@@ -1,4 +1,4 @@
-"""The progress bar of ``osp-diag quantize``: rows, and within one its layers and sequences."""
+"""The progress bar of verbs at few bits: rows or stages, and within one its layers and sequences."""
 
 from __future__ import annotations
 
@@ -17,8 +17,14 @@ __all__ = ["sweep_progress"]
 
 
 @contextmanager
-def sweep_progress(name: str) -> Iterator[Callable[[Progress], None] | None]:
-    """Two bars on standard error while it is a terminal; None otherwise."""
+def sweep_progress(name: str, unit: str = "rows") -> Iterator[Callable[[Progress], None] | None]:
+    """Two bars on standard error while it is a terminal; None otherwise.
+
+    Parameters
+    ----------
+    name : of the model
+    unit : what the cases are called
+    """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -35,7 +41,7 @@ def sweep_progress(name: str) -> Iterator[Callable[[Progress], None] | None]:
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=console, transient=True) as bars:
-        rows = bars.add_task(printable(f"quantizing {name}"), total=None, unit="rows")
+        rows = bars.add_task(printable(f"quantizing {name}"), total=None, unit=unit)
         part = bars.add_task("", total=None, unit="")
 
         def show(now: Progress) -> None:

@@ -15,7 +15,7 @@ from osp_diag.quantizing.tables import PaperTable
 from osp_diag.resampling import FEW_SEQUENCES
 from osp_diag.wording import counted, number
 
-__all__ = ["as_rows", "as_text"]
+__all__ = ["aligned", "as_rows", "as_text"]
 
 
 def as_rows(results: xr.Dataset, notes: Sequence[str]) -> list[dict[str, object]]:
@@ -47,8 +47,8 @@ def as_text(results: xr.Dataset, name: str, notes: Sequence[str], of_paper: Pape
         f"{first.sequence_length:,})" + (f", convention {' and '.join(conventions)}" if conventions else "")
     ]
     if of_paper is not None:
-        lines += ["", *_aligned(_paper_lines(rows, of_paper)), ""]
-    lines += _aligned(_row_lines(rows))
+        lines += ["", *aligned(_paper_lines(rows, of_paper)), ""]
+    lines += aligned(_row_lines(rows))
     if any(row.divergence_tokens not in (0, row.tokens) for row in rows):
         kept = max(row.divergence_tokens for row in rows)
         notes = [*notes, f"KL is of the first {kept:,} tokens, as many as fit on the disk (TMPDIR)"]
@@ -128,7 +128,7 @@ def _interval(low: float, high: float) -> str:
     return "" if math.isnan(low) or math.isnan(high) else f"{number(low)} to {number(high)}"
 
 
-def _aligned(lines: list[list[str]]) -> list[str]:
+def aligned(lines: list[list[str]]) -> list[str]:
     """Columns side by side, the first two of words to the left, numbers to the right."""
     used = [column for column in zip(*lines, strict=True) if any(column[1:])]
     widths = [max(map(len, column)) for column in used]

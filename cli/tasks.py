@@ -92,7 +92,7 @@ def run(
         return 0
     if checkpoint is None:
         raise UsageError("name a checkpoint to ask, or --list for the groups of tasks")
-    from osp_diag.cli.quantize import check_same_model
+    from osp_diag.cli.quantize_inputs import check_same_model
     from osp_diag.probing.checkpoint import progress_bar, working
     from osp_diag.probing.settings import TokenSettings
     from osp_diag.quantizing.calibration import Calibration

@@ -13,10 +13,11 @@ from osp_diag.analyses.few_bits import perplexity_at
 from osp_diag.analyses.run_labels import labels_of
 from osp_diag.errors import StoreError
 from osp_diag.figures._caption import caption
-from osp_diag.figures._few_bits import results_and_remark
+from osp_diag.figures._few_bits import results_by_methods
 from osp_diag.figures._placement import SIX_RECIPES, InGallery, InReport
 from osp_diag.figures.backend import Backend, Canvas, Dash
 from osp_diag.figures.styles import Style
+from osp_diag.quantizing.methods import method_named
 from osp_diag.quantizing.results import PLAIN_CONVENTION, ROUND_TO_NEAREST, UNQUANTIZED
 from osp_diag.runs.run import Run
 from osp_diag.runs.steps import step_of
@@ -49,14 +50,16 @@ def prepare(
     Parameters
     ----------
     relative : divide by the run's own perplexity at 16 bits
-    method, convention : how weights and activations were rounded, as `osp-diag quantize` calls it
+    method, convention : how weights and activations were rounded, as `osp-diag quantize` calls it; several
+        methods with commas between them, as in ``rtn,gptq``, have a line each
 
     Returns
     -------
     ``perplexity`` (run, sweep, bits), or its quotient: ``weights`` with activations at 16 bits, and the other
     way round; from 16 bits down, NaN where it was not measured.
     """
-    results, remark = results_and_remark(runs, method, convention)
+    methods = list(dict.fromkeys(name.strip() for name in method.split(",")))
+    results, remark = results_by_methods(runs, methods, convention)
     steps = [step_of(run) for run in runs]
     bits = sorted({int(b) for table in results for name in SWEEPS.values() for b in table[name].values})[::-1]
     values = np.array(
@@ -77,7 +80,7 @@ def prepare(
         values = values / values[:, :1, :1]  # bits fall, so that the first are 16
     dataset = xr.Dataset(
         {"perplexity": (("run", "sweep", "bits"), values)},
-        coords={"run": labels_of(runs, steps), "sweep": list(SWEEPS), "bits": bits},
+        coords={"run": _labels(runs, steps, methods), "sweep": list(SWEEPS), "bits": bits},
     )
     label = "perplexity / that at 16 bits" if relative else "perplexity"
     title = f"{label.capitalize()}, by bits of weights and of activations"
@@ -87,6 +90,15 @@ def prepare(
         "label": label,
     }
     return dataset
+
+
+def _labels(runs: list[Run], steps: list[int], methods: list[str]) -> list[str]:
+    """Of several methods the run's name, where there are several, and the method's."""
+    labels = labels_of(runs, steps)
+    if len(methods) == 1:
+        return labels
+    titles = [method_named(name).title for name in methods]
+    return titles if len(runs) == 1 else [f"{label}, {title}" for label in labels for title in titles]
 
 
 def draw(dataset: xr.Dataset, backend: Backend, *, style: Style, width: str) -> Canvas:

@@ -23,6 +23,7 @@ __all__ = [
     "HEAD_SITES",
     "HIDDEN_STATES",
     "KURTOSIS",
+    "LAYER_ERRORS",
     "LINEAR_INPUT",
     "LOGGED_STEP",
     "MIXER_STATE",
@@ -38,11 +39,13 @@ __all__ = [
     "ROUTER",
     "SEAM_NOTE",
     "SEGMENTS",
+    "SENSITIVITY",
     "SERIES",
     "SINK_EPSILON",
     "SINK_POSITION",
     "SITES",
     "SNAPSHOT",
+    "SPARED_CHANNELS",
     "STEP",
     "STRATA",
     "STRATUM_WORDS",
@@ -198,6 +201,9 @@ VOCABULARY = "vocabulary"
 WEIGHT_MAP = "weight_map"
 CHANNEL_WEIGHTS = "channel_weights"
 QUANTIZATION = "quantization"
+LAYER_ERRORS = "layer_errors"
+SENSITIVITY = "sensitivity"
+SPARED_CHANNELS = "spared_channels"
 TASKS = "tasks"
 OPTIMIZER = "optimizer"
 WEIGHTS = "weights"
@@ -214,6 +220,9 @@ BESIDE: dict[str, str] = {
     WEIGHT_MAP: "maps of |W|, a group a projection",
     CHANNEL_WEIGHTS: "norm gains and the embedding, by channel of the residual stream",
     QUANTIZATION: "results at few bits",
+    LAYER_ERRORS: "the error of few bits by layer, and its parts",
+    SENSITIVITY: "what one part of the model at few bits costs alone, by layer",
+    SPARED_CHANNELS: "what few bits cost where the hottest channels stay in 16",
     TASKS: "accuracy on tasks, at full precision and at few bits",
     OPTIMIZER: "what the optimizers hold, and their last update",
     WEIGHTS: "statistics of the weights while they are trained",

@@ -21,8 +21,15 @@ from osp_diag.estimators.attention_tiles import LogitGrid
 from osp_diag.probing.labelling import label_states
 from osp_diag.runs.run import Run
 from osp_diag.runs.writer import RunWriter
-from tests.synthetic_statics import few_bits, task_accuracies, token_texts, weight_maps
+from tests.synthetic_statics import (
+    few_bits,
+    task_accuracies,
+    token_texts,
+    weight_maps,
+    where_few_bits_hurt,
+)
 
+FEW_BITS = ("quantization", "layer_errors", "sensitivity", "spared_channels", "tasks")
 STRATA = ("all", "first", "delimiter", "rest")
 EPSILONS = (0.1, 0.2, 0.3, 0.8)
 
@@ -366,8 +373,10 @@ def make_tree(plan: Plan = Plan()) -> xr.DataTree:
     if plan.weights:
         nodes |= weight_maps(plan.layers, plan.channels, spike=7.5 if plan.massive else 0.9)
     if plan.few_bits:
-        nodes["quantization"] = few_bits(harm=1.0 if plan.massive else 0.1)
-        nodes["tasks"] = task_accuracies(harm=1.0 if plan.massive else 0.1)
+        harm = 1.0 if plan.massive else 0.1
+        nodes["quantization"] = few_bits(harm)
+        nodes |= where_few_bits_hurt(plan.layers, plan.channels, harm)
+        nodes["tasks"] = task_accuracies(harm)
     return xr.DataTree.from_dict(nodes)
 
 
@@ -414,6 +423,6 @@ def write_run(path: Path, plan: Plan = Plan()) -> Path:
                 },
             )
         for name, group in groups.items():
-            if name.startswith(("snapshot", "weight_map/", "quantization", "tasks")):
+            if name.startswith(("snapshot", "weight_map/")) or name in FEW_BITS:
                 writer.write_static(name, group)
     return path

@@ -114,3 +114,45 @@ def few_bits(harm: float, fingerprint: str = "made-up tokens") -> xr.Dataset:
             for weight, activation, _ in (setting.bits for setting in SINGLE_SWEEPS)
         ]
     )
+
+
+PARTS = ("weights:down", "inputs:attention_input", "inputs:mlp_hidden", "keys")
+
+
+def where_few_bits_hurt(layers: int, channels: int, harm: float) -> dict[str, xr.Dataset]:
+    """What ``osp-diag advise`` measures: inputs of the down projection cost most, in the middle layer."""
+    common = {"setting": "4-4-4", "method": "rtn", "convention": "plain", "tokens": 69}
+    common |= {"token_source": "made-up text", "token_fingerprint": "made-up tokens"}
+    layer = np.arange(layers)
+    cost = np.outer([0.001, 0.01, 0.1, 0.0001], 1 / (1 + np.abs(layer - layers // 2))) * harm
+    local = 0.01 * harm / (1 + np.abs(layer - layers // 2))
+    accumulated = np.concatenate([[0.0], 0.8 * np.cumsum(local)[:-1]])
+    kept = [0, 1, 2, 4]
+    return {
+        "sensitivity": xr.Dataset(
+            {
+                "divergence": (("part", "layer"), cost),
+                "divergence_all_layers": ("part", 1.2 * cost.sum(1)),
+            },
+            {"part": list(PARTS), "layer": layer},
+            common,
+        ),
+        "layer_errors": xr.Dataset(
+            {
+                "relative_error": ("layer", 1.1 * (local + accumulated)),
+                "local_error": ("layer", local),
+                "accumulated_error": ("layer", accumulated),
+                "interaction": ("layer", 0.1 * (local + accumulated)),
+            },
+            {"layer": layer},
+            common,
+        ),
+        "spared_channels": xr.Dataset(
+            {
+                "divergence": ("channels", harm / (1.0 + np.array(kept))),
+                "share": ("channels", np.array(kept) / channels),
+            },
+            {"channels": kept},
+            common,
+        ),
+    }

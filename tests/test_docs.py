@@ -57,6 +57,7 @@ SMALLER = {
 }
 """What would take long in the text, and what the test takes instead."""
 ONLY_READ = {
+    "advise": "loads a model; the Python blocks of docs/few_bits.md run what it calls",
     "control": "needs a run that is being written",
     "demo": "trains two models",
     "diagnose": "needs a training run and its checkpoints; tests of the verb run it",
@@ -211,7 +212,9 @@ def add_a_site_pattern(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatc
 def few_bits(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:
     from tests.tiny_checkpoints import llama
 
-    yield {"model": llama(), "input_ids": torch.arange(32).reshape(2, 16)}
+    ids = torch.arange(64).reshape(4, 16)
+    yield {"model": llama(), "input_ids": ids[:2]}
+    yield {"calibration_ids": ids[2:]}
 
 
 def interventions(place: Path, probed: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Namespace]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -11,10 +13,11 @@ from osp_diag.errors import StoreError, UsageError
 from osp_diag.figures._registry import figure_module
 from osp_diag.figures.backend import none
 from osp_diag.figures.styles import load_style
+from osp_diag.quantizing.results import result_rows, results_dataset
 from osp_diag.runs.run import Run
 from tests.recipe_runs import training_run
 from tests.synthetic_runs import OUTLIER_FREE, synthetic_run, without
-from tests.synthetic_statics import FULL, few_bits, loss_at
+from tests.synthetic_statics import FULL, PARTS, few_bits, loss_at
 
 RECIPES = ("OSP", "Muon", "Adam")
 KURTOSIS = {"Adam": 40.0, "Muon": 8.0, "OSP": 0.1}
@@ -98,6 +101,24 @@ def test_a_sweep_relative_to_16_bits():
     )
 
 
+def test_a_sweep_has_a_line_a_method():
+    run = without(synthetic_run(), ["quantization"])
+    rows = result_rows(few_bits(1.0))
+    better = [replace(row, method="gptq", negative_log_likelihood=FULL + 0.1) for row in rows[1:]]
+    run.tree["quantization"] = results_dataset([*rows, *better])
+    found = figures.draw("fig4", run, backend="none", method="rtn,gptq")
+    assert found["run"].values.tolist() == ["RTN", "GPTQ"]
+    at = found["perplexity"].sel(sweep="weights", bits=4)
+    np.testing.assert_allclose(at, np.exp([loss_at(4, 16, 1.0), FULL + 0.1]))
+    assert "so many bits, by RTN, GPTQ" in found.attrs["caption"]
+    two = figures.draw("fig4", [run, run], backend="none", method="rtn, gptq")
+    assert len(set(two["run"].values.tolist())) == 4
+    foreign = [replace(row, token_fingerprint="other") for row in (rows[0], *better)]
+    run.tree["quantization"] = results_dataset([*rows, *foreign])
+    with pytest.raises(StoreError, match="rtn, gptq were measured on different tokens; measure with"):
+        figures.draw("fig4", run, backend="none", method="rtn,gptq")
+
+
 # -- the scatter -----------------------------------------------------------------------------------------
 
 
@@ -170,6 +191,38 @@ def test_a_number_that_a_run_lacks_is_a_dash(recipes):
     panel = recording("table2", [*recipes, partial]).panels[0, 0]
     texts = {(call["x"], call["y"]): call["text"] for call in calls(panel, "annotate")}
     assert texts[5.0, 2.0] == "\u2013"
+
+
+# -- where few bits hurt ---------------------------------------------------------------------------------
+
+
+def test_sensitivity_is_a_row_a_part_with_all_layers_behind_a_gap():
+    found = figures.draw("bit_sensitivity", [synthetic_run(), synthetic_run(OUTLIER_FREE)], backend="none")
+    assert found["part"].values.tolist() == list(PARTS)
+    assert found["divergence"].sel(run="made-up-60M", part="inputs:mlp_hidden", layer=3) == 0.1
+    assert (
+        "KL(full ‖ rounded) by token: 4-4-4, rtn, convention plain; 69 tokens (made-up text)"
+        in (found.attrs["caption"])
+    )
+    cells = calls(recording("bit_sensitivity", [synthetic_run()]).panels[0, 0], "heat_map")[0]
+    assert cells["x"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert cells["y_texts"] == list(PARTS)[::-1]
+    assert np.isnan(cells["values"][:, 6]).all()
+    np.testing.assert_allclose(cells["values"][::-1, 7], found["divergence_all_layers"][0])
+    np.testing.assert_allclose(cells["values"][::-1, 3], [0.001, 0.01, 0.1, 0.0001])
+
+
+def test_errors_by_layer_and_the_curve_of_channels():
+    panels = recording("quantization_error", [synthetic_run()]).panels
+    whole, accumulated, local = calls(panels[0, 0], "line")
+    assert [line["dash"] for line in (whole, accumulated, local)] == ["solid", "dashed", "dotted"]
+    assert np.isnan(accumulated["y"][0])
+    assert local["y"].max() == local["y"][3] == 0.01
+    np.testing.assert_allclose(calls(panels[0, 1], "line")[0]["y"], [1, 1 / 2, 1 / 3, 1 / 5])
+    assert calls(panels[0, 1], "ticks")[0]["texts"] == ["0", "1", "2", "4"]
+    for name in ("bit_sensitivity", "quantization_error"):
+        with pytest.raises(StoreError, match=r"run of made-up-60M holds no .*osp-diag advise CHECKPOINT"):
+            figures.draw(name, synthetic_run(few_bits=False), backend="none")
 
 
 # -- runs without results --------------------------------------------------------------------------------

@@ -167,6 +167,8 @@ def test_the_page_goes_from_the_training_to_what_quantization_costs():
         "What other definitions of kurtosis say",
         "The weights that write the outliers",
         "What quantization costs",
+        "Where few bits hurt",
+        "How the error of few bits grows",
         "What the models can still do at few bits",
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import xarray as xr
@@ -11,6 +13,7 @@ from osp_diag.analyses.sinks.implementation import sink_implementation
 from osp_diag.analyses.summary.verdict import RULES, STATES, verdict
 from osp_diag.errors import UsageError
 from osp_diag.estimators.token_kurtosis import gaussian_floor
+from osp_diag.quantizing.results import result_rows, results_dataset
 from osp_diag.runs.run import Run
 from tests.emerging_runs import Course, Training, emerging_run
 from tests.sink_runs import sink_run
@@ -116,6 +119,22 @@ def test_noise_has_no_onset():
     found = by_rule(verdict(run, onsets=onsets(run, draws=0)))["emergence"]
     assert found.state == "clear"
     assert found.text.startswith("None of 4 block outputs leaves the noise for good")
+
+
+def test_what_four_bits_cost_is_said_where_a_run_holds_results(planted):
+    found = by_rule(planted)["few_bits"]
+    assert (found.state, found.value) == ("raised", pytest.approx(np.exp(2)))
+    assert found.text == "At 4-4-16 (RTN, plain) perplexity is 7.39 times that at 16-16-16."
+    run = synthetic_run(PLAN)
+    rows = result_rows(run["quantization"])
+    few = next(row for row in rows if (row.weight_bits, row.activation_bits) == (4, 4))
+    better = replace(few, method="gptq", negative_log_likelihood=few.negative_log_likelihood - 1)
+    run.tree["quantization"] = results_dataset([*rows[:1], replace(few, divergence=0.5), better])
+    text = "At 4-4-16 (RTN, plain) perplexity is 7.39 times that at 16-16-16, KL 0.5 nat"
+    said = run.summary().text().replace("\n  ", " ")
+    assert f"{text}; least by GPTQ, plain: 2.72 times" in said
+    assert "few_bits" not in by_rule(verdict(synthetic_run(PLAN, few_bits=False)))
+    assert "few_bits" not in synthetic_run(PLAN, few_bits=False).summary().as_dict()
 
 
 def test_it_is_plain_values_for_json(planted):

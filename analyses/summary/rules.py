@@ -13,6 +13,7 @@ from osp_diag.schema import SINK_EPSILON, stratum_words
 
 __all__ = [
     "EVERYDAY",
+    "FEW_BITS_COST",
     "NEAR_GAUSSIAN",
     "RULES",
     "SINKS",
@@ -32,6 +33,8 @@ EVERYDAY = 1.0
 outliers."""
 SINKS = 0.1
 """Sink rate from which on the verdict speaks of attention sinks."""
+FEW_BITS_COST = 1.5
+"""Perplexity at 4 bits over that at 16 from which on few bits are called costly."""
 SINK_HEAD = 0.5
 """A head is called a sink head if it sinks in at least this share of the sequences."""
 
@@ -46,6 +49,7 @@ RULES = {
     "everyday": f"OSP kurtosis of tokens that are neither first nor delimiters: below {EVERYDAY:g}",
     "sinks": f"sink rate at ε = {SINK_EPSILON:g}, mean over heads: below {SINKS:.0%}",
     "logits": f"largest attention logit before the softmax: at most {QK_CLIP:g}, where QK-Clip would act",
+    "few_bits": f"perplexity at 4 bits: less than {FEW_BITS_COST:g} times that at 16",
     "emergence": "no block output leaves the noise for good while the model trains",
 }
 """What each rule asks for, in the order in which the verdict speaks of them."""
@@ -76,6 +80,7 @@ def judged(numbers: Mapping[str, Any]) -> dict[str, Judgement]:
         "everyday": _above(numbers, "everyday_kurtosis", EVERYDAY, "everyday channel outliers"),
         "sinks": _above(numbers, "sink_rate", SINKS, "attention sinks"),
         "logits": _logits(numbers),
+        "few_bits": _few_bits(numbers),
     }
 
 
@@ -142,3 +147,10 @@ def _logits(numbers: Mapping[str, Any]) -> Judgement:
     if numbers.get("heads_above_qk_clip"):
         return Judgement("raised", f"attention logits above {QK_CLIP:g}")
     return CLEAR
+
+
+def _few_bits(numbers: Mapping[str, Any]) -> Judgement:
+    ratio = (numbers.get("few_bits") or {}).get("ratio")
+    if ratio is None:
+        return UNKNOWN
+    return Judgement("raised") if ratio >= FEW_BITS_COST else CLEAR

@@ -14,6 +14,7 @@ from typing import Any
 
 from osp_diag.analyses.in_notebook import in_notebook
 from osp_diag.analyses.summary.experts import experts
+from osp_diag.analyses.summary.few_bits import few_bits
 from osp_diag.analyses.summary.numbers import everyday, kurtosis, largest, massive, nonfinite, sinks
 from osp_diag.analyses.summary.rules import judged, verdict_words
 from osp_diag.analyses.summary.super_weights import super_weights
@@ -121,6 +122,9 @@ class Summary:
     sequence, whose first token it is"""
     task_accuracy: dict[str, dict[str, float]] = field(default_factory=dict)
     """setting → task, or mean of a whole group of tasks → share of documents answered rightly"""
+    few_bits: dict[str, Any] = field(default_factory=dict)
+    """what 4 bits cost, where the run holds results: setting, method, convention, ratio (of perplexities, to
+    16-16-16), divergence (nat by token), and the method that loses least at the setting"""
     notes: tuple[str, ...] = ()
     """what else the reader of these numbers should know"""
     absent_sites: dict[str, str] = field(default_factory=dict)
@@ -142,7 +146,7 @@ class Summary:
         return in_notebook(self.text())
 
 
-_OF_FEW = ("stack", "cross_attention", "task_accuracy", "notes", "absent_sites")
+_OF_FEW = ("stack", "cross_attention", "few_bits", "task_accuracy", "notes", "absent_sites")
 """Fields that most runs have nothing in."""
 
 
@@ -186,7 +190,8 @@ def summarise(run: Run, *, step: int | None = None) -> Summary:
     if fields["sequence_length"] != 1:  # one token attends to nothing but itself
         fields |= sinks(sites)
         fields["cross_attention"] = sinks(sites, CROSS_ATTENTION)
-    fields |= super_weights(sites) | experts(sites) | nonfinite(sites) | task_accuracy(run)
+    fields |= super_weights(sites) | experts(sites) | nonfinite(sites)
+    fields |= few_bits(run, probed) | task_accuracy(run)
     return Summary(
         **fields,
         notes=run.notes,

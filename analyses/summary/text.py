@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from osp_diag.analyses.summary.few_bits import few_bits_sentence
 from osp_diag.analyses.summary.tasks import task_sentences
 from osp_diag.schema import stratum_words
 from osp_diag.wording import number, of_stack
@@ -50,6 +51,8 @@ def _paragraphs(summary: Summary) -> Iterator[str]:
     yield from _experts(summary)
     yield from _sinks(summary)
     yield from _cross_attention(summary)
+    if summary.few_bits:
+        yield few_bits_sentence(summary.few_bits)
     yield from task_sentences(summary.task_accuracy)
 
 

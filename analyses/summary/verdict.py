@@ -16,6 +16,7 @@ import xarray as xr
 
 from osp_diag.analyses.channels.profiles import HOT, relative_rms
 from osp_diag.analyses.in_notebook import in_notebook
+from osp_diag.analyses.summary.few_bits import few_bits_sentence
 from osp_diag.analyses.summary.rules import RULES, SINK_HEAD, STATES, State, judged
 from osp_diag.analyses.summary.summary import Summary, summarise
 from osp_diag.analyses.summary.text import carriers, not_measured
@@ -120,6 +121,8 @@ def verdict(
         _sinks(summary, states["sinks"], sinks),
         _logits(summary, states["logits"]),
     ]
+    if summary.few_bits:  # which few runs hold: of others nothing is said
+        findings.append(_few_bits(summary, states["few_bits"]))
     if onsets is not None:
         findings.append(_emergence(onsets))
     findings = [replace(finding, text=of_stack(finding.text, summary.stack)) for finding in findings]
@@ -316,6 +319,11 @@ def _logits(summary: Summary, state: State) -> Finding:
         layer=summary.largest_logit_layer,
         head=summary.largest_logit_head,
     )
+
+
+def _few_bits(summary: Summary, state: State) -> Finding:
+    text = f"{few_bits_sentence(summary.few_bits)}."
+    return Finding(rule="few_bits", state=state, text=text, value=summary.few_bits["ratio"])
 
 
 def _emergence(onsets: xr.Dataset) -> Finding:

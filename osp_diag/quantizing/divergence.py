@@ -36,9 +36,8 @@ class ReferencePredictions:
     """The logits of the full-precision model, sequence by sequence, in a temporary file.
 
     They are kept to the bit, in the model's own dtype, and read again a few tokens at a time. Of long texts
-    those of
-    the first sequences only: up to 8 GiB, and up to half of what is free where temporary files lie
-        (``TMPDIR``).
+    those of the first sequences only: up to 8 GiB, and up to half of what is free where temporary files lie
+    (``TMPDIR``).
     Use it as a context manager, which removes the file.
     """
 

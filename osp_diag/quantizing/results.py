@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from datetime import UTC, datetime
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from osp_diag.errors import StoreError
+from osp_diag.quantizing.measurements import run_writer
 from osp_diag.quantizing.setting import UNQUANTIZED, notation
 from osp_diag.runs.naming import model_name
 from osp_diag.runs.run import Run, open_run
@@ -217,15 +216,10 @@ class ResultsWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        from osp_diag.runs.writer import RunWriter
-
         run = open_run(path)
         held = result_rows(results_of(run)) if QUANTIZATION in run.tree.children else []
         self._rows = {row.key: row for row in held}
-        # The writer refuses a run of another identity; what may differ is when and how it was written.
-        now = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv)}
-        attributes = {str(name): value for name, value in run.attrs.items()}
-        self._writer = RunWriter(path, attributes | now, resume=True)
+        self._writer = run_writer(path)
 
     def __enter__(self) -> ResultsWriter:
         self._writer.__enter__()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 
 from osp_diag.errors import UsageError
 from osp_diag.quantizing.conventions import Convention, convention_named
@@ -70,6 +71,7 @@ class QuantizedWeights:
     linears: tuple[BlockLinear, ...]
     rotates_keys: bool
     chosen: Callable[[str, int], bool]
+    full_precision_channels: Mapping[str, Int64[Tensor, " channel"]]
     notes: tuple[str, ...] = ()
 
     @contextmanager
@@ -84,7 +86,8 @@ class QuantizedWeights:
         with ExitStack() as undo:
             if setting.activation_bits != UNQUANTIZED:
                 for linear in self.linears:
-                    hook = _rounding_of_input(self._input_grid(linear, setting.activation_bits))
+                    grid = self._input_grid(linear, setting.activation_bits)
+                    hook = _rounding_of_input(grid, self.full_precision_channels.get(linear.path))
                     undo.callback(linear.module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             if setting.key_value_bits != UNQUANTIZED and self._any_key_values():
                 rounding = rounded_key_values(
@@ -119,7 +122,9 @@ def quantized(
     calibration: Any = None,
     seed: int = 0,
     only: Collection[tuple[str, int]] | None = None,
+    full_precision_channels: Mapping[str, Int64[Tensor, " channel"]] | None = None,
     blocks: str | None = None,
+    sites: SiteMap | None = None,
     progress: Progress | None = None,
 ) -> Iterator[Simulation]:
     """The model as if every ``nn.Linear`` inside its blocks multiplied few-bit integers, while this lasts.
@@ -145,7 +150,10 @@ def quantized(
     seed : of the random numbers of rotations
     only : parts to round, the others stay as they are: (role, layer), where a role is one of
         :data:`osp_diag.quantizing.linears.ROLES`, ``"keys"`` or ``"values"``
+    full_precision_channels : path of a Linear → channels of its input that stay as they are, with the columns
+        of its weight that read them; the grids are of the others
     blocks : path or pattern of the stack of blocks, where the guess fails
+    sites : of the model, where they are at hand
     progress : told of layers, by methods that go through them one by one
 
     Raises
@@ -163,7 +171,9 @@ def quantized(
         calibration=calibration,
         seed=seed,
         only=only,
+        full_precision_channels=full_precision_channels,
         blocks=blocks,
+        sites=sites,
         progress=progress,
     )
     with weights as prepared, prepared.passes(setting) as simulation:
@@ -180,7 +190,9 @@ def quantized_weights(
     calibration: Any = None,
     seed: int = 0,
     only: Collection[tuple[str, int]] | None = None,
+    full_precision_channels: Mapping[str, Int64[Tensor, " channel"]] | None = None,
     blocks: str | None = None,
+    sites: SiteMap | None = None,
     progress: Progress | None = None,
 ) -> Iterator[QuantizedWeights]:
     """The first half of :func:`quantized`, which may take long: several settings can share its weights.
@@ -189,11 +201,12 @@ def quantized_weights(
     """
     way, rules = method_named(method), convention_named(convention)
     model = unwrap(model)
-    sites = find_sites(model, blocks=blocks)
+    sites = sites or find_sites(model, blocks=blocks)
     linears = block_linears(model, sites=sites)
     chosen = _selection(only, linears, sites)
     linears = tuple(x for x in linears if any(chosen(role, x.layer) for role in x.roles))
     _check_calibration(way, calibration)
+    channels = _checked_channels(full_precision_channels or {}, linears, way)
     notes: list[str] = []
     # Whatever fails in between, what was exchanged up to there is put back, in reverse order.
     with ExitStack() as undo:
@@ -211,7 +224,7 @@ def quantized_weights(
             rotates_keys = rotates_keys or applied.key_rotation is not None
         if weight_bits != UNQUANTIZED:
             notes += _round_weights(
-                model, linears, rules.weights(weight_bits), way, calibration, undo, progress, blocks
+                model, linears, rules.weights(weight_bits), way, calibration, channels, undo, progress, blocks
             )
         yield QuantizedWeights(
             model=model,
@@ -220,6 +233,7 @@ def quantized_weights(
             linears=linears,
             rotates_keys=rotates_keys,
             chosen=chosen,
+            full_precision_channels=channels,
             notes=tuple(notes),
         )
 
@@ -257,6 +271,7 @@ def _round_weights(
     grid: Grid,
     method: Method,
     calibration: Any,
+    channels: Mapping[str, Int64[Tensor, " channel"]],
     undo: ExitStack,
     progress: Progress | None,
     blocks: str | None,
@@ -270,19 +285,48 @@ def _round_weights(
     for linear in linears:
         original = linear.module.weight
         undo.callback(setattr, linear.module, "weight", original)
-        rounded = weights.pop(linear.path) if weights else grid.rounded(original.detach())
+        if weights:
+            rounded = weights.pop(linear.path)
+        else:
+            rounded = _rounded(grid, original.detach(), channels.get(linear.path))
         linear.module.weight = nn.Parameter(rounded, requires_grad=False)
     return notes
 
 
-def _rounding_of_input(grid: Grid) -> Any:
+def _checked_channels(
+    channels: Mapping[str, Int64[Tensor, " channel"]], linears: tuple[BlockLinear, ...], method: Method
+) -> Mapping[str, Int64[Tensor, " channel"]]:
+    modules = {linear.path: linear.module for linear in linears}
+    if channels and (method.rotation != "none" or method.rounding != "nearest"):
+        raise UsageError(f"single channels stay at full precision by rtn alone, not by {method.name}")
+    for path, indices in channels.items():
+        if path not in modules:
+            raise UsageError(f"full_precision_channels: {path} is no Linear that is rounded")
+        width = modules[path].in_features
+        if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < width:
+            raise UsageError(f"full_precision_channels: {path} reads channels 0 to {width - 1}")
+    return {path: indices.to(modules[path].weight.device) for path, indices in channels.items()}
+
+
+def _rounded(
+    grid: Grid, values: Float[Tensor, "... channel"], unrounded: Int64[Tensor, " channel"] | None
+) -> Float[Tensor, "... channel"]:
+    """``values`` on the grid, but for channels that stay; the grid is of the others."""
+    if unrounded is None or not unrounded.numel():
+        return grid.rounded(values)
+    return grid.rounded(values.index_fill(-1, unrounded, 0)).index_copy(
+        -1, unrounded, values.index_select(-1, unrounded)
+    )
+
+
+def _rounding_of_input(grid: Grid, unrounded: Int64[Tensor, " channel"] | None) -> Any:
     """A hook before the forward pass of a Linear."""
 
     def rounded_input(
         module: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if inputs:
-            return (grid.rounded(inputs[0]), *inputs[1:]), keywords
-        return inputs, keywords | {"input": grid.rounded(keywords["input"])}
+            return (_rounded(grid, inputs[0], unrounded), *inputs[1:]), keywords
+        return inputs, keywords | {"input": _rounded(grid, keywords["input"], unrounded)}
 
     return rounded_input

@@ -97,6 +97,15 @@ class Tree:
         self._coordinates.pop(path, None)
         self._static_texts.pop(path, None)
 
+    def drop_group(self, group: str) -> bool:
+        """Forget a group that does not grow, with all in it; whether there was one."""
+        if self.grows(group):
+            raise StoreError(f"{group!r} of {self.root} grows with the steps; it cannot be replaced")
+        inside = [path for path in self.static if path.startswith(f"{group}/")]
+        for path in inside:
+            self.forget(path)
+        return self.groups.pop(group, None) is not None
+
     def restore(self, path: str, entry: Mapping[str, Any]) -> None:
         """Take up a group or static array from committed metadata."""
         if entry["node_type"] == "group":

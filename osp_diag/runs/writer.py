@@ -350,6 +350,18 @@ class RunWriter:
             self._write_static_arrays(plan, self._tree)
             self._commit()
 
+    def replace_group(self, group: str, dataset: xr.Dataset) -> None:
+        """Write and commit a group that does not grow, in place of all that it held under other labels.
+
+        A crash in between loses the group, nothing else.
+        """
+        self._require_open()
+        with self._disk_errors():
+            if self._tree.drop_group(checked_path(group)):
+                self._commit()
+                self._sweep()
+        self.write_static(group, dataset)
+
     def _write_static_arrays(self, plan: Plan, tree: Tree) -> None:
         for path, (layout, values) in plan.static.items():
             self._make(path, compact(layout.metadata(values.shape)))
