@@ -47,7 +47,7 @@ def write_advice(folder: Path, advice: Advice, model: nn.Module, *, blocks: str 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"--out {folder}: no folder can be made there ({error.strerror})") from error
+        raise UsageError(f"{folder}: no folder can be made there ({error.strerror})") from error
     texts = {
         "recipe.yaml": llm_compressor_recipe(advice, model, blocks=blocks),
         "tensor-types.txt": llama_cpp_options(advice, model, blocks=blocks),

@@ -8,10 +8,10 @@ from typing import IO
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-__all__ = ["ReferencePredictions", "divergence_of"]
+__all__ = ["ReferencePredictions", "divergence_of", "surprise_and_divergence_of"]
 
 _AT_ONCE = 2**21
 """Logits of each model that are float64 at one time: 16 MiB."""
@@ -26,10 +26,29 @@ def divergence_of(
     rows = max(1, _AT_ONCE // reference.shape[-1])
     total = 0.0
     for one, other in zip(reference.split(rows), logits.split(rows), strict=True):
-        log_p, log_q = one.double().log_softmax(-1), other.double().log_softmax(-1)
-        # Where p is 0 so is the term, also where q is 0.
-        total += float(torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum())
+        total += _divergence(one.double().log_softmax(-1), other.double().log_softmax(-1))
     return total
+
+
+def surprise_and_divergence_of(
+    reference: Float[Tensor, "token vocabulary"],
+    logits: Float[Tensor, "token vocabulary"],
+    targets: Int64[Tensor, " token"],
+) -> tuple[float, float]:
+    """(Σ_t −log q_t(target), Σ_t KL(p_t ‖ q_t)) in nats, the latter as :func:`divergence_of`."""
+    rows = max(1, _AT_ONCE // reference.shape[-1])
+    surprise, divergence = 0.0, 0.0
+    parts = zip(reference.split(rows), logits.split(rows), targets.split(rows), strict=True)
+    for one, other, chosen in parts:
+        log_q = other.double().log_softmax(-1)
+        surprise -= float(log_q.gather(-1, chosen[:, None]).sum())
+        divergence += _divergence(one.double().log_softmax(-1), log_q)
+    return surprise, divergence
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> float:
+    # Where p is 0 so is the term, also where q is 0.
+    return float(torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum())
 
 
 class ReferencePredictions:

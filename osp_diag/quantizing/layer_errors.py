@@ -112,7 +112,7 @@ def _errors(
 ) -> dict[str, Float[np.ndarray, "..."]]:
     """Of one block, by batch: squared errors over tokens, channels, positions."""
     ratios: dict[str, list[np.ndarray]] = {name: [] for name in _DEFINITIONS}
-    by_channel = 0.0
+    of_batches = []
     for own, other in zip(full, rounded, strict=True):
         h, h_rounded = own[layer + 1].double(), other[layer + 1].double()
         h_accumulated = passes.run(layer, other[layer]).double()
@@ -126,12 +126,13 @@ def _errors(
         }
         for name, values in parts.items():
             ratios[name].append((values / size).cpu().numpy())
-        by_channel = by_channel + (h_rounded - h).square().sum((0, 1)).cpu().numpy()
+        of_batches.append((h_rounded - h).square().sum((0, 1)).cpu().numpy())
     tokens = {name: np.concatenate(values) for name, values in ratios.items()}
-    total = by_channel.sum()  # type: ignore[attr-defined]
+    by_channel = np.sum(of_batches, axis=0)
+    total = by_channel.sum()
     return {
         **{name: values.mean() for name, values in tokens.items()},
-        "error_by_channel": by_channel / total if total > 0 else by_channel,  # type: ignore[operator]
+        "error_by_channel": by_channel / total if total > 0 else by_channel,
         "error_by_position": tokens["relative_error"].mean(0),
     }
 

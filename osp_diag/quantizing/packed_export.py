@@ -90,7 +90,7 @@ def save_quantized(
     CheckpointError : a checkpoint that transformers did not make
     """
     check_exportable(setting, method, convention)
-    model = unwrap(checkpoint.model)
+    model: Any = unwrap(checkpoint.model)
     if not hasattr(model, "save_pretrained") or not hasattr(model, "config"):
         raise CheckpointError(f"{checkpoint.name} is no model of transformers, whose format this is")
     if folder.exists():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from osp_diag.checkpoints.checkpoint import evaluation_mode
 from osp_diag.errors import UsageError
 from osp_diag.quantizing.block_passes import BlockPasses, calibration_ids
-from osp_diag.quantizing.divergence import divergence_of
+from osp_diag.quantizing.divergence import surprise_and_divergence_of
 from osp_diag.quantizing.key_values import KEYS, VALUES
 from osp_diag.quantizing.linears import OTHER, ROLES, BlockLinear, block_linears
 from osp_diag.quantizing.perplexity import refuse_what_sees_ahead
@@ -218,9 +218,9 @@ class _Passes:
         # Nothing behind the blocks is rounded.
         for batch, state, reference in zip(self.passes.batches, last, self.logits, strict=True):
             logits = self.passes.rest(batch, state)
-            surprise += _surprise(logits, batch)
-            pairs = zip(reference, logits, strict=True)
-            divergence += sum(divergence_of(full[:-1], rounded[:-1]) for full, rounded in pairs)
+            for full, rounded, tokens in zip(reference, logits, batch, strict=True):
+                parts = surprise_and_divergence_of(full[:-1], rounded[:-1], tokens[1:])
+                surprise, divergence = surprise + parts[0], divergence + parts[1]
         return surprise / self.count - self.likelihood, divergence / self.count
 
     def _after(self, state: Tensor, first: int) -> Tensor:
