@@ -170,6 +170,7 @@ def test_the_page_goes_from_the_training_to_what_quantization_costs():
         "Where few bits hurt",
         "How the error of few bits grows",
         "What the models can still do at few bits",
+        "What block formats lose",
     ]
 
 
@@ -179,7 +180,7 @@ def test_a_figure_that_says_nothing_of_the_report_comes_last_under_its_title(mon
     new_figure("a_new_one", "from osp_diag.figures.concentration_curves import draw, prepare\n")
     chosen = ["a_new_one", "concentration_curves", "depth_profile", "sink_map"]
     monkeypatch.setattr(pictures, "names", lambda: chosen)
-    drawings = draw_figures([checkpoint()], ["a"])
+    drawings = draw_figures([checkpoint()], ["a"], {})
     assert [drawing.name for drawing in drawings] == ["depth_profile", "concentration_curves", "a_new_one"]
     assert drawings[2].heading.startswith("Share of the energy")
 
