@@ -48,6 +48,7 @@ def gptq_weights(
     columns_at_once: int = COLUMNS_AT_ONCE,
     batch_size: int = 1,
     blocks: str | None = None,
+    in_place: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> GptqWeights:
     """Round weights of a model by GPTQ (Frantar et al. 2022, arXiv 2210.17323), and leave the model as it is.
@@ -69,6 +70,8 @@ def gptq_weights(
     columns_at_once : columns whose errors reach the rest of the matrix together; of no effect but on time
     batch_size : sequences a pass
     blocks : path or pattern of the stack of blocks, where the guess fails
+    in_place : leave the rounded weights in the model, also after an error; who holds the others puts them
+        back. They are then not in memory a second time
     progress : called with (blocks done, blocks in all)
 
     Raises
@@ -106,7 +109,8 @@ def gptq_weights(
                 parts = rounded.split([linear.out_features for linear in group.values()])
                 for (path, linear), part in zip(group.items(), parts, strict=True):
                     weights[path] = part.clone()
-                    undo.callback(setattr, linear, "weight", linear.weight)
+                    if not in_place:
+                        undo.callback(setattr, linear, "weight", linear.weight)
                     linear.weight = nn.Parameter(weights[path], requires_grad=False)
             if layer < last:
                 for index, state in enumerate(states):

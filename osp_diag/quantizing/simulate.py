@@ -210,6 +210,9 @@ def quantized_weights(
     notes: list[str] = []
     # Whatever fails in between, what was exchanged up to there is put back, in reverse order.
     with ExitStack() as undo:
+        # Not at the rounding, which would keep rotated weights in memory beside those and the rounded ones.
+        for linear in linears:
+            undo.callback(setattr, linear.module, "weight", linear.module.weight)
         rotates_keys = rules.rotates_keys
         if way.rotation != "none":
             learned = None
@@ -224,7 +227,7 @@ def quantized_weights(
             rotates_keys = rotates_keys or applied.key_rotation is not None
         if weight_bits != UNQUANTIZED:
             notes += _round_weights(
-                model, linears, rules.weights(weight_bits), way, calibration, channels, undo, progress, blocks
+                model, linears, rules.weights(weight_bits), way, calibration, channels, progress, blocks
             )
         yield QuantizedWeights(
             model=model,
@@ -272,25 +275,22 @@ def _round_weights(
     method: Method,
     calibration: Any,
     channels: Mapping[str, Int64[Tensor, " channel"]],
-    undo: ExitStack,
     progress: Progress | None,
     blocks: str | None,
 ) -> tuple[str, ...]:
-    """Exchange parameters, not their values: whoever else holds one (a tied head) keeps its numbers."""
+    """Exchange parameters, not their values: whoever else holds one (a tied head) keeps its numbers.
+
+    The caller puts the others back.
+    """
     if method.rounding == "gptq":
-        rounding = gptq_weights(model, linears, grid, calibration, blocks=blocks, progress=progress)
-        weights, notes = rounding.weights, rounding.notes
-    else:
-        weights, notes = {}, ()
+        rounding = gptq_weights(
+            model, linears, grid, calibration, blocks=blocks, in_place=True, progress=progress
+        )
+        return rounding.notes
     for linear in linears:
-        original = linear.module.weight
-        undo.callback(setattr, linear.module, "weight", original)
-        if weights:
-            rounded = weights.pop(linear.path)
-        else:
-            rounded = _rounded(grid, original.detach(), channels.get(linear.path))
+        rounded = _rounded(grid, linear.module.weight.detach(), channels.get(linear.path))
         linear.module.weight = nn.Parameter(rounded, requires_grad=False)
-    return notes
+    return ()
 
 
 def _checked_channels(
