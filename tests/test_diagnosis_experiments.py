@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from osp_diag.analyses.diagnosis.case import Case
-from osp_diag.analyses.diagnosis.experiments import experiments
+from osp_diag.analyses.diagnosis.experiments import experiments, has_helped
 from osp_diag.laboratory import CheckpointState, Counterfactual, Fork
 from osp_diag.runs.run import Run
 from tests.growing_runs import ATTRIBUTES, groups
@@ -75,3 +75,28 @@ def test_a_part_is_named_that_differs_from_its_controls_by_more_than_they_do(
     ends: Mapping[str, Any], families: list[str]
 ) -> None:
     assert named(**ends) == families
+
+
+NAN = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("kurtosis", "loss", "was", "run_loss", "helped"),
+    [
+        ((5.0, 5.2), 6.0, 40.0, 6.0, True),
+        ((5.0, 20.0), 6.0, 40.0, 6.0, True),  # half of the rise is gone
+        ((5.0, 39.0), 6.0, 40.0, 6.0, False),  # as without it
+        ((5.0, 5.2), 6.2, 40.0, 6.0, False),  # at the loss's cost
+        ((5.0, 5.1), 6.0, 5.0, 6.0, None),  # nothing had risen
+        ((5.0, 5.1), 5.5, 5.0, 6.0, True),  # the loss had
+        ((0.03, 0.2), 6.0, 0.03, 6.0, None),  # noise
+        ((5.0, NAN), 6.0, 40.0, 6.0, False),
+        ((5.0, 5.2), 6.0, NAN, 6.0, True),
+        ((NAN, NAN), 5.5, NAN, 6.0, True),  # kurtosis was not measured
+    ],
+)
+def test_a_remedy_has_helped_where_it_takes_back_what_rose(kurtosis, loss, was, run_loss, helped):
+    probed = [(step, groups([200.0, 200.0])) for step in (10, 20)]
+    case = Case(Run.in_memory(probed, {}, ATTRIBUTES), None)
+    fork = Fork("a remedy", {}, (10, 40), kurtosis, (6.0, loss), ())
+    assert has_helped(case, fork, was, run_loss) is helped

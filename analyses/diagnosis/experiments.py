@@ -15,15 +15,17 @@ from scipy.stats import t
 from osp_diag.analyses.diagnosis.case import Case
 from osp_diag.analyses.diagnosis.findings import Bracket, Finding
 from osp_diag.analyses.diagnosis.recipe import RECIPE
-from osp_diag.analyses.diagnosis.when import floor_of
+from osp_diag.analyses.diagnosis.when import RISEN, floor_of
 from osp_diag.analyses.summary.rules import NEAR_GAUSSIAN
 from osp_diag.laboratory import CheckpointState, Fork
 
-__all__ = ["experiments", "verified"]
+__all__ = ["experiments", "has_helped", "verified"]
 
 EDITS = ("clip_rows", "average_gains")
 ORDERS = (0, 1)
 """Of the batches: the run's own and another. Two, so that the controls have a spread."""
+LOSS_DIFFERENCE = 0.05
+"""Nats of held-out loss by which a fork differs from the run."""
 CERTAINTY = 0.99
 """One-sided level of Student's t at which a part put back differs from its control."""
 
@@ -169,10 +171,35 @@ def verified(case: Case, finding: Finding, steps: int) -> Finding:
     fork = _remedied(case, remedy.start, until, remedy.changes)
     was = _kurtosis_at(case, until)
     loss = _held_out_loss_at(case, until)
-    better = fork.kurtosis[-1] <= was * 1.1 or fork.kurtosis[-1] <= fork.kurtosis[0] * 1.25
-    good = better and not fork.held_out_loss[-1] > loss + 0.05
     outcome = (
         f"at step {until} kurtosis {fork.kurtosis[-1]:.3g} (the run had {was:.3g}), held-out loss "
         f"{fork.held_out_loss[-1]:.4g} (the run had {loss:.4g})"
     )
-    return replace(finding, remedy=replace(remedy, verified=bool(good), outcome=outcome, fork=fork))
+    helped = has_helped(case, fork, was, loss)
+    if helped is None:
+        outcome += "; neither had risen by then, so that nothing was there to undo"
+    return replace(finding, remedy=replace(remedy, verified=helped, outcome=outcome, fork=fork))
+
+
+def has_helped(case: Case, fork: Fork, was: float, loss: float) -> bool | None:
+    """Whether a remedy took back what rose; None where nothing had risen.
+
+    Kurtosis counts from where noise ends, and by the factor from which on it has risen.
+
+    Parameters
+    ----------
+    fork : the training with the remedy
+    was, loss : the run's kurtosis and held-out loss at the fork's last step
+    """
+    least = NEAR_GAUSSIAN * floor_of(case)
+    start, end, run = least, least, least
+    if not math.isnan(fork.kurtosis[0]):
+        start = max(fork.kurtosis[0], least)
+        # What became NaN on the way has risen beyond every number.
+        end, run = (math.inf if math.isnan(k) else max(k, least) for k in (fork.kurtosis[-1], was))
+    gained = loss - fork.held_out_loss[-1]
+    if end == math.inf or end > RISEN * max(start, run) or gained < -LOSS_DIFFERENCE:
+        return False
+    if run > RISEN * start:
+        return bool(end <= max(run / RISEN, RISEN * start))
+    return True if gained > LOSS_DIFFERENCE else None

@@ -16,7 +16,7 @@ from osp_diag.runs.headline import hidden_states, mean_of_states, of_all_tokens
 from osp_diag.runs.run import Run
 from osp_diag.schema import HIDDEN_STATES, KURTOSIS
 
-__all__ = ["Regression", "floor_of", "is_raised", "regression_of"]
+__all__ = ["RISEN", "Regression", "floor_of", "is_raised", "regression_of"]
 
 RISEN = 1.25
 """Times the largest earlier kurtosis from which on it has risen; healthy runs wobble by a tenth."""
