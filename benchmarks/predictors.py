@@ -235,9 +235,16 @@ as few bits damage them? Damage is log(perplexity at few bits / perplexity at fu
 token; beside it stands the divergence KL(full ‖ few bits), which chance moves less.
 
 ```
-python -m benchmarks.predictors measure --out damage --trainings small/*.zarr
+python -m benchmarks.planted_faults train --out planted --seeds 3 4 5 6 7 8 9 \\
+    --faults healthy_adam healthy_gains healthy_osp
+python -m benchmarks.predictors measure --out damage --steps 50 100 --tokens 4096 \\
+    --trainings planted/tiny/*.zarr
 python -m benchmarks.predictors publish --out damage --page docs/damage.md
 ```
+
+**These are models of 1.9M parameters after 100 steps, in which 4 bits do little.** The same commands take
+trainings of any size, checkpoints of others (`measure --lineage NAME CHECKPOINT ...`), and outliers that are
+planted without changing what a model computes (`plant`); none of that is in the tables yet.
 
 {checkpoints} checkpoints of {lineages} lineages ({names}), {tokens} predicted tokens each, on {machine}.
 ρ is Spearman's rank correlation over checkpoints, with a 95% interval of a bootstrap over lineages, since
