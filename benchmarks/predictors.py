@@ -204,6 +204,7 @@ BEST = 5
 
 def page(damage: xr.Dataset) -> str:
     """docs/damage.md, whatever it says."""
+    damage = _with_perplexity(damage)
     lineages = dict.fromkeys(map(str, damage["lineage"].values))
     every = rank_correlations(damage, resamples=0)
     lines = [
@@ -232,7 +233,8 @@ INTRODUCTION = """# Which statistic predicts damage
 
 Nobody minds an outlier for its own sake. Does a statistic of a checkpoint at full precision order checkpoints
 as few bits damage them? Damage is log(perplexity at few bits / perplexity at full precision), in nats by
-token; beside it stands the divergence KL(full ‖ few bits), which chance moves less.
+token; beside it stands the divergence KL(full ‖ few bits), which chance moves less. A model that predicts
+badly has less to lose, so its perplexity at full precision stands first.
 
 ```
 python -m benchmarks.planted_faults train --out planted --seeds 3 4 5 6 7 8 9 \\
@@ -254,7 +256,9 @@ good by chance, too**: with damage shuffled among checkpoints, the best |ρ| of 
 A statistic is worth naming where it stands above that under several methods.
 """
 
+PERPLEXITY = "perplexity at full precision"
 USUAL = (
+    PERPLEXITY,
     HEADLINE,
     "residual_post osp_excess_kurtosis [all] largest",
     "residual_post max_median_ratio [all] mean",
@@ -274,6 +278,15 @@ USUAL = (
     "mlp_hidden collateral_loss [all, nvfp4] mean",
 )
 """What papers report, and the block lens."""
+
+
+def _with_perplexity(damage: xr.Dataset) -> xr.Dataset:
+    """With the perplexity among the statistics: a model that predicts badly has less to lose."""
+    perplexity = damage["perplexity"].expand_dims(statistic=[PERPLEXITY]).transpose("checkpoint", "statistic")
+    value = xr.concat(
+        [damage["value"], perplexity.rename("value")], "statistic", coords="minimal", compat="override"
+    )
+    return damage.drop_dims("statistic").assign(value=value)
 
 
 def _usual(correlations: xr.Dataset, there: list[str]) -> list[str]:
