@@ -105,6 +105,7 @@ def run(
         osp-diag quantize path/to/model --method rtn ffn-hadamard quarot --bits 4-4-16 4-4-4 --seeds 0 1 2
         osp-diag quantize path/to/model --table 4 --run run.zarr
         osp-diag quantize osp-model --run osp.zarr --held-out --bits 16-16-16 4-4-16 --tokens 65536
+        osp-diag quantize checkpoint-500 --tokenizer path/to/base-model --dataset reviews.jsonl
         osp-diag quantize model.py:load --ids validation.npy --seq-len 256 --bits W16A16 W8A8
         osp-diag quantize path/to/model --bits 4-16-16 --method gptq --save model-int4
         osp-diag figure bit_width_sweep adam.zarr osp.zarr --out sweep.png

@@ -369,7 +369,8 @@ def test_commands_can_be_run(page, place, synthetic, monkeypatch, capsys):
             targets = [word for word in command[1:] if "=" not in word]
             assert all(f"\n{target}:" in (ROOT / "Makefile").read_text() for target in targets), command
         elif command[0] == "python" and command[1:2] == ["-m"]:
-            is_ours = (ROOT / command[2].replace(".", "/")).is_dir()
+            module = ROOT / command[2].replace(".", "/")
+            is_ours = module.is_dir() or module.with_suffix(".py").is_file()
             assert is_ours or command[2] in ("pytest", "pip", "venv"), command
             paths = [word for word in command[3:] if word.startswith("tests/")]
             assert all(path in saved or (ROOT / path).exists() for path in paths), command
@@ -401,6 +402,10 @@ def _check_verb(words: list[str], synthetic: dict[str, Path]) -> None:
     for option, word in pairwise(words):
         if option == "--diagnosis":
             save_diagnosis(made_up_diagnosis(open_run(words[1])), word)
+        if option == "--option" and word.startswith("diagnoses="):
+            path = Path(word.partition("=")[2])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_diagnosis(made_up_diagnosis(_made_up()[0]), path)
     assert function(*call.positional, **call.keywords) in (None, 0)
 
 

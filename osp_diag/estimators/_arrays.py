@@ -213,7 +213,8 @@ def leading_powers_of_two(magnitude: Array) -> Array:
         return (magnitude.view(np.int32) & _EXPONENT).view(np.float32)
     if is_torch_namespace(xp) or is_jax_namespace(xp):
         return _from_bits(xp, _as_bits(xp, magnitude) & _EXPONENT)
-    power = 2.0 ** xp.floor(xp.log2(magnitude))
+    # Of 0, which is outside, any power will do: its logarithm would be a warning.
+    power = 2.0 ** xp.floor(xp.log2(xp.where(magnitude > 0, magnitude, xp.ones_like(magnitude))))
     # log₂ is rounded, and near a power of two to its wrong side.
     power = xp.where(power > magnitude, 0.5 * power, power)
     return xp.where(2.0 * power <= magnitude, 2.0 * power, power)
